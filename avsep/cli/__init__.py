@@ -1,0 +1,34 @@
+"""The ``avsep`` command. One module a command; heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. A user's mistake ends in one line on standard error and exit code 2, never in a traceback."""
+    import warnings
+
+    from avsep.cli.app import build_app
+    from avsep.errors import AvsepError
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        build_app()(args=argv, standalone_mode=True)
+    except AvsepError as error:
+        print(f"avsep: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"avsep: {_os_error(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _os_error(error: OSError) -> str:
+    import errno
+
+    name = f": {error.filename}" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"no space left on the device{name}: free some and run again"
+    return f"{error.strerror or error}{name}"

@@ -1,0 +1,43 @@
+"""Puts the commands together."""
+
+from __future__ import annotations
+
+import importlib
+
+import typer
+
+# command -> module with a function `command`, or with a typer group `app`
+COMMANDS = ("demo", "list", "data", "train", "evaluate", "report", "separate", "export", "bench")
+
+
+def build_app() -> typer.Typer:
+    app = typer.Typer(
+        name="avsep",
+        help="Continual audio-visual sound separation: compose, train task after task, evaluate, separate, export.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name in COMMANDS:
+        module = importlib.import_module(f"avsep.cli.{name}_command")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name)(module.command)
+    return app
+
+
+def _version(value: bool) -> None:
+    if value:
+        from avsep import __version__
+
+        typer.echo(f"avsep {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Continual audio-visual sound separation."""

@@ -1,0 +1,1 @@
+"""Published and small settings, as YAML."""

@@ -1,0 +1,269 @@
+"""Specs: plain data that describes a separator or a run, in and out of YAML, validated before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from avsep.errors import ConfigError, UnknownNameError, near_matches
+from avsep.io import read_yaml
+from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS, MEMORIES, STRATEGIES, VISUAL_ENCODERS, Registry
+
+__all__ = [
+    "ComponentRef",
+    "FrontEndSpec",
+    "OptimizerSpec",
+    "RunSpec",
+    "SeparatorSpec",
+    "TrainSpec",
+    "apply_settings",
+    "list_presets",
+    "load_preset",
+    "validated",
+]
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+def validated(model: type[_M], data: Any, where: str) -> _M:
+    """Build ``model`` from plain data; a mistake becomes one line that names the key, the value and near matches."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected a mapping, got {type(data).__name__}")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(p) for p in first["loc"])
+        if first["type"] == "extra_forbidden":
+            owner: Any = model
+            for part in first["loc"][:-1]:
+                field = getattr(owner, "model_fields", {}).get(part)
+                owner = field.annotation if field else None
+            known = getattr(owner, "model_fields", None) or model.model_fields
+            raise UnknownNameError(
+                f"{where}: unknown key '{path}': {near_matches(str(first['loc'][-1]), known)}"
+            ) from None
+        if first["type"] == "missing":
+            raise ConfigError(f"{where}: '{path}' is missing") from None
+        raise ConfigError(f"{where}: {path or 'value'} = {first['input']!r}: {first['msg']}") from None
+
+
+class ComponentRef(_Model):
+    """A component by name with its parameters. In YAML: ``name``, or ``{name: ..., params: {...}}``."""
+
+    name: str
+    params: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, (tuple, list)):
+            if len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], dict):
+                return {"name": value[0], "params": value[1]}
+            raise ValueError("a component is a name, (name, {parameters}) or {name: ..., params: {...}}")
+        return value
+
+    def check(self, registry: Registry) -> None:
+        registry.get(self.name).check(self.params)
+
+
+class FrontEndSpec(_Model):
+    """STFT and log-frequency grid (methods: Chen et al., iQuery, CVPR 2023, as ContAV-Sep uses it)."""
+
+    sample_rate_hz: int = Field(11025, gt=0)
+    clip_samples: int = Field(65535, gt=0, description="samples of one training clip and one inference chunk")
+    n_fft: int = Field(1022, gt=0)
+    hop: int = Field(256, gt=0)
+    log_rows: int = Field(256, gt=0, description="rows F of the log-frequency grid")
+    align_corners: bool = Field(True, description="False reproduces the published code's warp")
+    padding: Literal["zeros", "reflect"] = "zeros"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FrontEndSpec:
+        if self.n_fft % 2:
+            raise ValueError(f"n_fft must be even, got {self.n_fft}")
+        if self.hop * 2 > self.n_fft:
+            raise ValueError(f"hop {self.hop} is too long for n_fft {self.n_fft}: the inverse needs at least half overlap")
+        return self
+
+    @property
+    def frames(self) -> int:
+        """Time frames T of one clip (centred STFT)."""
+        return 1 + self.clip_samples // self.hop
+
+    @property
+    def clip_s(self) -> float:
+        return self.clip_samples / self.sample_rate_hz
+
+
+class SeparatorSpec(_Model):
+    """A separator as data. ``classes`` are the names in slot order (may be empty while only numbers are known)."""
+
+    audio_encoder: ComponentRef
+    mask_decoder: ComponentRef
+    object_encoder: ComponentRef | None = None
+    motion_encoder: ComponentRef | None = None
+    front_end: FrontEndSpec = Field(default_factory=FrontEndSpec)
+    num_classes: int = Field(1, ge=1)
+    classes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _names(self) -> SeparatorSpec:
+        if self.classes and len(self.classes) != self.num_classes:
+            raise ValueError(f"{len(self.classes)} class names for num_classes = {self.num_classes}")
+        if len(set(self.classes)) != len(self.classes):
+            repeated = sorted({c for c in self.classes if self.classes.count(c) > 1})
+            raise ValueError(f"class names repeat: {', '.join(repeated)}")
+        return self
+
+    def check(self) -> None:
+        """Raise when a name, a parameter or the combination is wrong; nothing is built."""
+        parts = [
+            ("audio_encoder", self.audio_encoder, AUDIO_ENCODERS),
+            ("mask_decoder", self.mask_decoder, MASK_DECODERS),
+            ("object_encoder", self.object_encoder, VISUAL_ENCODERS),
+            ("motion_encoder", self.motion_encoder, VISUAL_ENCODERS),
+        ]
+        for _, ref, registry in parts:
+            if ref is not None:
+                ref.check(registry)
+        provided = set(AUDIO_ENCODERS.get(self.audio_encoder.name).provides)
+        for role, ref in (("object", self.object_encoder), ("motion", self.motion_encoder)):
+            if ref is None:
+                continue
+            gives = VISUAL_ENCODERS.get(ref.name).provides
+            if role not in gives:
+                raise ConfigError(
+                    f"visual encoder '{ref.name}' gives {' and '.join(sorted(gives)) or 'nothing'} features and cannot "
+                    f"be the {role}_encoder"
+                )
+            provided.add(role)
+        decoder = MASK_DECODERS.get(self.mask_decoder.name)
+        if missing := sorted(decoder.needs - provided):
+            way_out = " and ".join(
+                f"add an {m}_encoder" if m == "object" else f"add a {m}_encoder" if m == "motion" else f"choose an "
+                f"audio encoder that gives {m}"
+                for m in missing
+            )
+            raise ConfigError(f"mask decoder '{decoder.name}' needs {' and '.join(missing)} features: {way_out}")
+
+
+class OptimizerSpec(_Model):
+    """One parameter group's optimiser. Fresh for every task, as published."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    lr: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["step", "one_cycle", "constant"] = "step"
+    milestones: tuple[int, ...] = Field((), description="0-based epochs from which the rate is multiplied by gamma")
+    gamma: float = Field(0.1, gt=0)
+
+
+class TrainSpec(_Model):
+    """The training of one task (defaults: the published setting, batch 32, 100 epochs, seed 1234)."""
+
+    batch_size: int = Field(32, ge=1)
+    sources: int = Field(2, ge=1, description="sources N in each training mixture")
+    epochs: int = Field(100, ge=1)
+    steps_per_epoch: int | None = Field(None, ge=1, description="draw this many batches an epoch instead of all")
+    current_repeats: int = Field(40, ge=1, description="times each clip of the current task stands in an epoch's list")
+    memory_repeats: int = Field(800, ge=1, description="times each exemplar stands in an epoch's list")
+    partner: Literal["any", "different_class"] = "any"
+    gain: tuple[float, float] = (0.5, 1.5)
+    seed: int = 1234
+    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
+    validate_every: int = Field(1, ge=1, description="epochs between validations")
+    validation_pairs: int | None = Field(None, ge=1, description="validation mixtures per task; all when unset")
+    checkpoint_every: int = Field(200, ge=1, description="steps between resume checkpoints")
+    gradient_clip: float | None = Field(None, gt=0)
+    audio: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    visual: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    decoder: OptimizerSpec = Field(default_factory=OptimizerSpec)
+
+    @field_validator("gain")
+    @classmethod
+    def _gain(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("gain must be (low, high) with 0 < low <= high")
+        return value
+
+
+def _task_lists(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
+    return value
+
+
+class RunSpec(_Model):
+    """Everything that decides a run's result: separator, strategy, memory, training, tasks, protocol and the store."""
+
+    separator: SeparatorSpec
+    strategy: ComponentRef
+    memory: ComponentRef = Field(default_factory=lambda: ComponentRef(name="none"))
+    train: TrainSpec = Field(default_factory=TrainSpec)
+    tasks: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_task_lists)] = ()
+    protocol: Literal["fixed", "paper"] = "fixed"
+    store: str = ""
+    store_hash: str = ""
+    preset: str = ""
+
+    def check(self) -> None:
+        self.separator.check()
+        self.strategy.check(STRATEGIES)
+        self.memory.check(MEMORIES)
+
+
+def list_presets() -> dict[str, str]:
+    """Preset names and their summaries."""
+    return {p.stem: (read_yaml(p) or {}).get("summary", "") for p in sorted(PRESETS.glob("*.yaml"))}
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """A preset's plain data: ``summary``, ``source``, ``separator`` and ``train``. A path to a YAML file works too."""
+    path = Path(name)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = PRESETS / f"{name}.yaml"
+        if not path.is_file():
+            raise UnknownNameError(f"no preset named '{name}': {near_matches(name, list_presets())} (see: avsep list)")
+    data = read_yaml(path)
+    if not isinstance(data, dict) or "separator" not in data:
+        raise ConfigError(f"{path} is not a preset: it has no 'separator'")
+    return data
+
+
+def apply_settings(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """Apply ``key.path=value`` settings (values are YAML) to plain data, in place, and return it."""
+    for setting in settings:
+        key, sign, text = setting.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"setting {setting!r} must be KEY=VALUE, such as train.batch_size=8")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"setting {setting!r}: the value is not valid YAML") from None
+        node = data
+        *parents, last = key.split(".")
+        for part in parents:
+            child = node.get(part)
+            if isinstance(child, str):  # a component given by bare name: open it up so that params can be set
+                child = {"name": child}
+            elif child is None:
+                child = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"setting {setting!r}: '{part}' is a value, not a group")
+            node[part] = child
+            node = child
+        node[last] = value
+    return data

@@ -1,0 +1,124 @@
+"""Frozen containers that flow between the components.
+
+Dimensions: B batch, N sources, L samples, C channels, F frequency rows, T time frames, K object frames, D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["AudioFeatures", "Batch", "MaskOutput", "Spectrograms", "Task", "VisualFeatures", "VisualSource", "move_to"]
+
+
+@dataclass(frozen=True)
+class AudioFeatures:
+    """What an audio encoder gives: ``mask_features`` [B, C, F, T], ``latent`` [B, D, H, W] and the skip maps."""
+
+    mask_features: Tensor
+    latent: Tensor
+    skips: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class VisualFeatures:
+    """Encoded pictures: ``object`` [B, N, Do]; ``motion`` [B, N, Dm, Tm]; ``motion_mask`` [B, N, Tm], True = valid."""
+
+    object: Tensor | None = None
+    motion: Tensor | None = None
+    motion_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class VisualSource:
+    """What a visual encoder wants to be fed with, asked of the store.
+
+    ``role`` object or motion; ``kind`` frames (uint8 pictures) or features (stored vectors, by ``name`` and width
+    ``dim``). An object source takes ``frames`` = K consecutive pictures or vectors around the crop's centre; a motion
+    source all pictures of the crop (``frames`` = 0), or the video's stored sequence.
+    """
+
+    role: str
+    kind: str
+    name: str = ""
+    dim: int = 0
+    frames: int = 0
+
+
+@dataclass(frozen=True)
+class MaskOutput:
+    """Mask ``logits`` [B, N, F, T] on the log-frequency grid and the embeddings [B, N, D] that CrossSDC compares."""
+
+    logits: Tensor
+    audio: Tensor
+    object: Tensor | None = None
+    motion: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Spectrograms:
+    """The analysis of a batch of sources.
+
+    ``network_input`` [B, 1, F, T] log1p of the warped mixture magnitude; ``weight`` [B, 1, F, T]; ``ratio``
+    [B, N, F, T], the clamped ratio masks; ``mixture`` [B, n_fft/2+1, T], the complex STFT of the mixture.
+    """
+
+    network_input: Tensor
+    weight: Tensor
+    ratio: Tensor
+    mixture: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of mixtures as the data pipeline gives it.
+
+    ``sources`` [B, N, L] float32, already scaled by 1/N, so that their sum is the mixture; ``class_ids`` [B, N]
+    int64; ``video_ids`` [B, N] int64, equal exactly where two slots come from the same video; ``is_memory`` [B, N]
+    bool; ``object`` [B, N, K, ...] and ``motion`` [B, N, ...] are the inputs of the visual encoders, frames (uint8) or
+    stored features (float); ``motion_mask`` [B, N, Tm] bool, True = valid, or None where all are.
+    """
+
+    sources: Tensor
+    class_ids: Tensor
+    video_ids: Tensor
+    is_memory: Tensor
+    object: Tensor | None = None
+    motion: Tensor | None = None
+    motion_mask: Tensor | None = None
+    clips: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def mixture(self) -> Tensor:
+        """[B, L]"""
+        return self.sources.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step of the stream: its index, its own new classes and all classes seen up to and including it."""
+
+    index: int
+    classes: tuple[str, ...]
+    seen: tuple[str, ...]
+
+    @property
+    def old(self) -> tuple[str, ...]:
+        return self.seen[: len(self.seen) - len(self.classes)]
+
+
+_C = TypeVar("_C")
+
+
+def move_to(container: _C, device: torch.device | str, **kwargs: Any) -> _C:
+    """A copy of a container of this module with every tensor on ``device``."""
+    moved = {}
+    for field in fields(container):  # type: ignore[arg-type]
+        value = getattr(container, field.name)
+        if hasattr(value, "to"):
+            moved[field.name] = value.to(device, **kwargs)
+    return replace(container, **moved)  # type: ignore[type-var]
