@@ -1,0 +1,205 @@
+"""Mixtures from a store: frozen test mixtures, and training mixtures drawn by a counter-based generator.
+
+Every random choice of training depends on (seed, task, epoch, item) alone: the number of reader processes, the order
+of reading and a resume in mid-epoch cannot change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from avsep.data.protocol import TestMixture, centre_start
+from avsep.data.store import Clip, Store
+from avsep.errors import ConfigError, DataError
+from avsep.spec import FrontEndSpec, TrainSpec
+from avsep.types import Batch, VisualSource
+
+__all__ = ["Slot", "TrainingMixtures", "collate", "load_mixtures", "load_slot"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One source of one mixture, as arrays: ``audio`` [L] float32 before scaling by 1/N; visual inputs by role."""
+
+    audio: np.ndarray
+    visual: dict[str, np.ndarray]
+    clip: Clip
+    class_id: int
+    is_memory: bool = False
+
+
+def load_slot(
+    store: Store,
+    clip: Clip,
+    start: int,
+    front_end: FrontEndSpec,
+    visual_sources: Sequence[VisualSource],
+    class_id: int,
+    *,
+    gain: float = 1.0,
+    is_memory: bool = False,
+) -> Slot:
+    """Read the crop of ``clip`` that begins at sample ``start`` (zeros outside the clip; its last sample is zero, as
+    published), apply the gain, clip to ±1, and read the pictures of the same seconds.
+
+    A clip shorter than the crop is repeated until it fills it.
+    """
+    length = front_end.clip_samples
+    if clip.samples == 0:
+        raise DataError(f"clip '{clip.id}' has no samples: run avsep data check on the store")
+    if clip.samples >= length:
+        audio = store.read_audio(clip, start, length - 1)
+    else:
+        whole = store.read_audio(clip, 0, clip.samples)
+        audio = np.take(whole, np.arange(start, start + length - 1), mode="wrap")
+    audio = np.clip(audio * np.float32(gain), -1.0, 1.0)
+    audio = np.concatenate([audio, np.zeros(1, np.float32)])
+    if not np.isfinite(audio).all():
+        raise DataError(f"clip '{clip.id}' holds NaN or infinite samples: run avsep data check on the store")
+    centre_s = (start + length // 2) / front_end.sample_rate_hz
+    visual = {
+        source.role: store.read_visual(clip, source, centre_s=centre_s, duration_s=front_end.clip_s)
+        for source in visual_sources
+    }
+    return Slot(audio=audio, visual=visual, clip=clip, class_id=class_id, is_memory=is_memory)
+
+
+def collate(mixtures: Sequence[Sequence[Slot]]) -> Batch:
+    """Stack mixtures of N slots each into a :class:`Batch`; sources are scaled by 1/N (1/2 for the published pairs)."""
+    count = len(mixtures[0])
+    sources = np.stack([[s.audio for s in m] for m in mixtures]) / np.float32(count)  # [B, N, L]
+
+    def visual(role: str) -> torch.Tensor | None:
+        if role not in mixtures[0][0].visual:
+            return None
+        return torch.from_numpy(np.stack([[s.visual[role] for s in m] for m in mixtures]))
+
+    return Batch(
+        sources=torch.from_numpy(sources),
+        class_ids=torch.tensor([[s.class_id for s in m] for m in mixtures], dtype=torch.int64),
+        video_ids=torch.tensor([[s.clip.index for s in m] for m in mixtures], dtype=torch.int64),
+        is_memory=torch.tensor([[s.is_memory for s in m] for m in mixtures], dtype=torch.bool),
+        object=visual("object"),
+        motion=visual("motion"),
+        clips=tuple(tuple(s.clip.id for s in m) for m in mixtures),
+    )
+
+
+def load_mixtures(
+    store: Store,
+    mixtures: Sequence[TestMixture],
+    front_end: FrontEndSpec,
+    visual_sources: Sequence[VisualSource],
+    class_index: dict[str, int],
+) -> Batch:
+    """Read frozen test mixtures as one batch. ``class_index`` maps class names to the separator's slots."""
+    by_id = {c.id: c for c in store.clips}
+    rows = []
+    for mixture in mixtures:
+        slots = []
+        for clip_id, name, start in zip(mixture.clips, mixture.classes, mixture.starts, strict=True):
+            if clip_id not in by_id:
+                raise DataError(f"the protocol names clip '{clip_id}', which {store.path} does not have")
+            if name not in class_index:
+                raise DataError(f"the protocol names class '{name}', which the separator has not learned")
+            slots.append(load_slot(store, by_id[clip_id], start, front_end, visual_sources, class_index[name]))
+        rows.append(slots)
+    return collate(rows)
+
+
+class TrainingMixtures(Dataset[list[Slot]]):
+    """The mixtures of one epoch of one task.
+
+    The epoch's list holds each current clip ``current_repeats`` times and each exemplar ``memory_repeats`` times, in a
+    shuffled order; an item is the list's clip with N - 1 partners drawn uniformly from the same list (published rule;
+    ``partner="different_class"`` redraws until the classes differ).
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clips: Sequence[Clip],
+        exemplars: Sequence[Clip],
+        train: TrainSpec,
+        front_end: FrontEndSpec,
+        visual_sources: Sequence[VisualSource],
+        class_index: dict[str, int],
+        *,
+        task: int,
+        epoch: int,
+    ) -> None:
+        self.store = store
+        self.clips = [*clips, *exemplars]
+        self.current = len(clips)
+        self.train = train
+        self.front_end = front_end
+        self.visual_sources = tuple(visual_sources)
+        self.class_index = class_index
+        self.key = (train.seed, task, epoch)
+        repeats = [train.current_repeats] * len(clips) + [train.memory_repeats] * len(exemplars)
+        self.list = np.repeat(np.arange(len(self.clips)), repeats)
+        classes = {c.class_name for c in self.clips}
+        if train.partner == "different_class" and len(classes) < train.sources:
+            raise ConfigError(
+                f"partner=different_class needs {train.sources} classes, but task {task} trains on {len(classes)}: "
+                f"use partner=any or more classes"
+            )
+        if len(self.list) < train.batch_size:
+            raise ConfigError(
+                f"batch size {train.batch_size} is larger than the epoch's {len(self.list)} mixtures: lower "
+                f"train.batch_size or raise train.current_repeats"
+            )
+        self.order = self._rng(2**31).permutation(len(self.list))
+
+    def _rng(self, item: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([*self.key, item])))
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch, the last incomplete one dropped."""
+        full = len(self.list) // self.train.batch_size
+        return min(full, self.train.steps_per_epoch or full)
+
+    def __len__(self) -> int:
+        return self.steps * self.train.batch_size
+
+    def __getitem__(self, item: int) -> list[Slot]:
+        rng = self._rng(item)
+        chosen = [int(self.list[self.order[item]])]
+        while len(chosen) < self.train.sources:
+            candidate = int(self.list[rng.integers(len(self.list))])
+            if self.train.partner == "different_class" and self.clips[candidate].class_name in {
+                self.clips[c].class_name for c in chosen
+            }:
+                continue
+            chosen.append(candidate)
+        return [self._slot(number, rng) for number in chosen]
+
+    def _slot(self, number: int, rng: np.random.Generator) -> Slot:
+        clip = self.clips[number]
+        gain = float(rng.uniform(*self.train.gain))
+        return load_slot(
+            self.store,
+            clip,
+            self._start(clip, rng),
+            self.front_end,
+            self.visual_sources,
+            self.class_index[clip.class_name],
+            gain=gain,
+            is_memory=number >= self.current,
+        )
+
+    def _start(self, clip: Clip, rng: np.random.Generator) -> int:
+        """A crop around the middle of a random whole second; inside the clip wherever the clip is long enough."""
+        rate, length = self.front_end.sample_rate_hz, self.front_end.clip_samples
+        half = length // 2
+        low = int(np.ceil(half / rate + 0.5))  # 1-based seconds c whose crop [(c - .5) s ± half] fits
+        high = int(np.floor((clip.samples - (length - half)) / rate + 0.5))
+        if high < low:
+            return centre_start(clip, rate, length)
+        return int(rate * (int(rng.integers(low, high + 1)) - 0.5)) - half

@@ -1,0 +1,202 @@
+"""Test mixtures, frozen and versioned: who is mixed with whom, from where, and what is scored after each task.
+
+``fixed`` (the default) pairs every clip with clips of other classes of its own task, and adds a list of cross-task
+pairs; the lists never change with the task, so that a later score differs from an earlier one only by the model.
+``paper`` redraws the pairs after every task as the published code does (sample i of the n clips seen so far meets
+``random.seed(i); randint(0, n - 1)``), which lets a clip meet itself or its own class; such pairs are marked and
+reported apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avsep.data.store import Clip, Store
+from avsep.errors import ConfigError, DataError
+from avsep.io import read_json, write_json
+from avsep.types import Task
+
+__all__ = ["PARTNERS", "PROTOCOL_VERSION", "Protocol", "TestMixture", "build_protocol", "centre_start"]
+
+PROTOCOL_VERSION = 1
+PARTNERS = 2  # partners of each clip within its task
+CROSS = 1  # partners of each clip of a later task among the clips of earlier tasks
+_SEED = 20240901  # of the pair lists; part of the protocol, so never a setting
+
+
+@dataclass(frozen=True)
+class TestMixture:
+    """Clips that are added up, each from sample ``starts`` on.
+
+    ``task`` is the latest task among the sources; ``list_name`` the list it stands in; ``degenerate`` is ``"self"``
+    where a clip meets itself, ``"same_class"`` where classes repeat, else empty.
+    """
+
+    __test__ = False  # not a test case, whatever its name
+
+    clips: tuple[str, ...]
+    classes: tuple[str, ...]
+    starts: tuple[int, ...]
+    task: int
+    list_name: str
+    degenerate: str = ""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Named, versioned lists of test mixtures over one store's split."""
+
+    name: str
+    version: int
+    split: str
+    store_hash: str
+    clip_samples: int
+    tasks: tuple[tuple[str, ...], ...]
+    mixtures: tuple[TestMixture, ...]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over everything that decides what is scored."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def at(self, task: int) -> list[TestMixture]:
+        """The mixtures to score after task ``task``."""
+        if self.name == "paper":
+            return [m for m in self.mixtures if m.list_name == f"paper-{task}"]
+        return [m for m in self.mixtures if m.task <= task]
+
+    def within(self, task: int) -> list[TestMixture]:
+        """The mixtures of one task's own list (``fixed`` only)."""
+        return [m for m in self.mixtures if m.list_name == f"task-{task}"]
+
+    def task_of(self, class_name: str) -> int:
+        for index, names in enumerate(self.tasks):
+            if class_name in names:
+                return index
+        raise ConfigError(f"class '{class_name}' is in no task of the protocol")
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, {"format": "avsep-protocol", "hash": self.hash, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Protocol:
+        data = read_json(path)
+        if not isinstance(data, dict) or data.pop("format", None) != "avsep-protocol":
+            raise DataError(f"{path} is not a protocol file")
+        stated = data.pop("hash", None)
+        if data.get("version") != PROTOCOL_VERSION:
+            raise DataError(f"{path}: protocol version {data.get('version')} is not {PROTOCOL_VERSION}, the one known here")
+        try:
+            protocol = cls(
+                **{
+                    **data,
+                    "tasks": tuple(tuple(t) for t in data["tasks"]),
+                    "mixtures": tuple(_mixture(m) for m in data["mixtures"]),
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: damaged protocol file ({error})") from None
+        if protocol.hash != stated:
+            raise DataError(f"{path}: its content does not match its hash; it was edited or damaged")
+        return protocol
+
+
+def _mixture(data: dict[str, Any]) -> TestMixture:
+    return TestMixture(**{**data, **{key: tuple(data[key]) for key in ("clips", "classes", "starts")}})
+
+
+def centre_start(clip: Clip, sample_rate_hz: int, clip_samples: int) -> int:
+    """First sample of the crop around the clip's middle second (1-based second c = count // 2 at 1 frame/s)."""
+    count = max(clip.samples, clip_samples) // sample_rate_hz
+    centre = int(sample_rate_hz * (max(count // 2, 1) - 0.5))
+    return centre - clip_samples // 2
+
+
+def build_protocol(name: str, store: Store, tasks: Sequence[Task], *, split: str, clip_samples: int) -> Protocol:
+    """Build a protocol by name (``fixed`` or ``paper``) for the tasks of a stream. Deterministic."""
+    builders = {"fixed": _fixed, "paper": _paper}
+    if name not in builders:
+        raise ConfigError(f"no protocol '{name}': known: fixed, paper")
+
+    def mixture(clips: Sequence[Clip], list_name: str) -> TestMixture:
+        classes = [c.class_name for c in clips]
+        degenerate = ""
+        if len({c.id for c in clips}) < len(clips):
+            degenerate = "self"
+        elif len(set(classes)) < len(classes):
+            degenerate = "same_class"
+        return TestMixture(
+            clips=tuple(c.id for c in clips),
+            classes=tuple(classes),
+            starts=tuple(centre_start(c, store.sample_rate_hz, clip_samples) for c in clips),
+            task=max(t.index for t in tasks for c in classes if c in t.classes),
+            list_name=list_name,
+            degenerate=degenerate,
+        )
+
+    mixtures = builders[name](store, tasks, split, mixture)
+    return Protocol(
+        name=name,
+        version=PROTOCOL_VERSION,
+        split=split,
+        store_hash=store.content_hash,
+        clip_samples=clip_samples,
+        tasks=tuple(t.classes for t in tasks),
+        mixtures=tuple(mixtures),
+    )
+
+
+def _rng(task: int, other: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([_SEED, task, other])))
+
+
+def _partners(
+    clips: Sequence[Clip], pool: Sequence[Clip], count: int, rng: np.random.Generator
+) -> list[tuple[Clip, Clip]]:
+    """Pairs of different classes in which the partners are used evenly; no unordered pair comes twice."""
+    used = {c.id: 0 for c in pool}
+    taken: set[frozenset[str]] = set()
+    pairs = []
+    for clip in clips:
+        for _ in range(count):
+            open_ = [c for c in pool if c.class_name != clip.class_name and frozenset((c.id, clip.id)) not in taken]
+            if not open_:
+                break
+            least = min(used[c.id] for c in open_)
+            fair = [c for c in open_ if used[c.id] == least]
+            partner = fair[int(rng.integers(len(fair)))]
+            used[partner.id] += 1
+            taken.add(frozenset((clip.id, partner.id)))
+            pairs.append((clip, partner))
+    return pairs
+
+
+def _fixed(store: Store, tasks: Sequence[Task], split: str, mixture: Any) -> list[TestMixture]:
+    found = []
+    for task in tasks:
+        clips = store.select(classes=list(task.classes), split=split)
+        if len(task.classes) > 1:
+            pairs = _partners(clips, clips, PARTNERS, _rng(task.index, 0))
+            found += [mixture(p, f"task-{task.index}") for p in pairs]
+        if task.old:
+            old = store.select(classes=list(task.old), split=split)
+            found += [mixture(p, "cross") for p in _partners(clips, old, CROSS, _rng(task.index, 1))]
+    return found
+
+
+def _paper(store: Store, tasks: Sequence[Task], split: str, mixture: Any) -> list[TestMixture]:
+    found = []
+    for task in tasks:
+        clips = [c for name in task.seen for c in store.select(classes=[name], split=split)]  # in class order
+        for index, clip in enumerate(clips):
+            partner = clips[random.Random(index).randint(0, len(clips) - 1)]
+            found.append(mixture((clip, partner), f"paper-{task.index}"))
+    return found
