@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from avsep.data.protocol import TestMixture, centre_start
+from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip, Store
 from avsep.errors import ConfigError, DataError
 from avsep.spec import FrontEndSpec, TrainSpec
@@ -195,11 +195,7 @@ class TrainingMixtures(Dataset[list[Slot]]):
         )
 
     def _start(self, clip: Clip, rng: np.random.Generator) -> int:
-        """A crop around the middle of a random whole second; inside the clip wherever the clip is long enough."""
-        rate, length = self.front_end.sample_rate_hz, self.front_end.clip_samples
-        half = length // 2
-        low = int(np.ceil(half / rate + 0.5))  # 1-based seconds c whose crop [(c - .5) s ± half] fits
-        high = int(np.floor((clip.samples - (length - half)) / rate + 0.5))
-        if high < low:
-            return centre_start(clip, rate, length)
-        return int(rate * (int(rng.integers(low, high + 1)) - 0.5)) - half
+        """Any crop that lies inside the clip (the published code takes the middles of whole seconds 9 to count - 8);
+        a clip shorter than the crop is entered anywhere, since it repeats."""
+        room = clip.samples - self.front_end.clip_samples
+        return int(rng.integers(room + 1 if room >= 0 else clip.samples))

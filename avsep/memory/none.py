@@ -1,0 +1,20 @@
+"""No memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from avsep.memory.base import MemoryPolicy
+from avsep.registry import MEMORIES
+
+__all__ = ["NoMemory"]
+
+
+@MEMORIES.register("none", source="the memory-free rows of Table 1, Pian et al., NeurIPS 2024")
+class NoMemory(MemoryPolicy):
+    """Keep nothing: every task is learned from its own clips alone."""
+
+    def select(self, candidates: Mapping[str, Sequence[str]], rng: np.random.Generator) -> dict[str, list[str]]:
+        return {name: [] for name in candidates}

@@ -1,0 +1,68 @@
+"""What a continual strategy is: it sees masks and features, never class logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from avsep.losses import separation_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from avsep.separator import Separator
+    from avsep.types import AudioFeatures, Batch, MaskOutput, Spectrograms, Task, VisualFeatures
+
+__all__ = ["Step", "Strategy"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step after the student's forward pass, for a strategy's loss.
+
+    ``batch`` the mixtures; ``spectrograms`` their analysis; ``audio``, ``visual`` and ``output`` the student's
+    features and masks; ``num_old`` the number of classes of earlier tasks, which occupy the first slots.
+    """
+
+    batch: Batch
+    spectrograms: Spectrograms
+    audio: AudioFeatures
+    visual: VisualFeatures
+    output: MaskOutput
+    num_old: int
+
+    @property
+    def is_old(self) -> Tensor:
+        """[B, N] bool: slots of classes of earlier tasks (the set O of memory slots)."""
+        return self.batch.class_ids < self.num_old
+
+
+class Strategy:
+    """Base: trains on the current task (and exemplars, if the memory gives any) with the separation loss alone.
+
+    Class attributes say what the learner prepares: ``needs_teacher`` a frozen copy of the previous task's separator;
+    ``uses_all_data`` the training clips of all seen classes in place of exemplars; ``restarts`` fresh weights for
+    every task.
+    """
+
+    needs_teacher = False
+    uses_all_data = False
+    restarts = False
+
+    def before_task(self, student: Separator, teacher: Separator | None, task: Task) -> None:
+        """Called after the student has grown and before the optimisers are made."""
+
+    def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
+        """Named scalar terms, already weighted; their sum is what is minimised."""
+        return {"separation": separation_loss(step.output.logits, step.spectrograms.ratio, step.spectrograms.weight)}
+
+    def after_task(self, student: Separator, task: Task) -> None:
+        """Called with the task's selected weights, before they are stored."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive between tasks and across a resume: tensors and plain values, in flat form."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint has {sorted(state)}")
