@@ -20,7 +20,16 @@ from torch import Tensor
 from avsep.errors import AvsepError, CheckpointError
 from avsep.io import read_json, sha256_file, write_json
 
-__all__ = ["flatten_state", "load_latest", "load_tensors", "save_latest", "save_tensors", "unflatten_state"]
+__all__ = [
+    "flatten_state",
+    "load_latest",
+    "load_tensors",
+    "rng_state",
+    "save_latest",
+    "save_tensors",
+    "set_rng_state",
+    "unflatten_state",
+]
 
 
 def flatten_state(value: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
@@ -76,12 +85,14 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"checkpoint file is damaged: {path} ({error})") from None
 
 
-def save_latest(folder: Path, name: str, state: dict[str, dict[str, Any]], keep: tuple[str, ...] = ()) -> None:
+def save_latest(folder: Path, name: str, state: dict[str, dict[str, Any]]) -> None:
     """Write ``state`` (file stem -> nested state) as checkpoint ``name`` in ``folder`` and make it the latest.
 
-    Earlier checkpoints are removed only after the new one is in place; names in ``keep`` stay.
+    Earlier checkpoints are removed only after the new one is in place.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    while (folder / name).exists():  # the same step again, after a resume: what latest.json names is never touched
+        name += "+"
     temporary = folder / f".{name}.tmp"
     target = folder / name
     shutil.rmtree(temporary, ignore_errors=True)
@@ -97,15 +108,13 @@ def save_latest(folder: Path, name: str, state: dict[str, dict[str, Any]], keep:
             file.flush()
             os.fsync(file.fileno())
         hashes = {p.name: sha256_file(p) for p in sorted(temporary.iterdir())}
-        if target.exists():  # the same step again, after a resume: its content is the same, its files may not be whole
-            shutil.rmtree(target)
         os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     write_json(folder / "latest.json", {"checkpoint": name, "sha256": hashes})
     for other in folder.iterdir():
-        if other.is_dir() and other.name not in (name, *keep):
+        if other.is_dir() and other.name != name:
             shutil.rmtree(other, ignore_errors=True)
 
 

@@ -1,0 +1,102 @@
+"""``avsep train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    store: Annotated[Path | None, typer.Argument(help="Store folder (with --resume: the run's own when omitted).")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Run folder to write.")] = Path("runs/run"),
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="Preset name or YAML file (see: avsep list presets) [iquery_small].")
+    ] = None,
+    strategy: Annotated[str | None, typer.Option("--strategy", help="See: avsep list strategies [contavsep].")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", help="See: avsep list memories [random_per_class].")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help='Classes of each task: "flute,piano;cello,tuba" [the store\'s, by five].')
+    ] = None,
+    classes_per_task: Annotated[
+        int | None, typer.Option("--classes-per-task", min=1, help="Cut the store's classes into tasks of this size.")
+    ] = None,
+    protocol: Annotated[str | None, typer.Option("--protocol", help="Test pairs: fixed or paper [fixed].")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Same as --set train.seed=N.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any setting, e.g. train.batch_size=8, strategy.params.weight_mask=0 (repeatable)."),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=0, help="Reader processes; never changes the result.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out after a kill.")] = False,
+) -> None:
+    """Learn a store's classes task after task."""
+    from avsep.data.store import Store
+    from avsep.data.tasks import task_stream
+    from avsep.errors import ConfigError
+    from avsep.learner import ContinualLearner, read_run_spec
+    from avsep.spec import RunSpec, apply_settings, load_preset, validated
+
+    if resume:
+        spec = read_run_spec(out)
+        data = spec.model_dump(mode="json")
+        if preset is not None and preset != spec.preset:
+            raise ConfigError(f"{out} was started with preset '{spec.preset}', not '{preset}': leave --preset out to resume")
+        store = store or Path(spec.store)
+    else:
+        preset = preset or "iquery_small"
+        loaded = load_preset(preset)
+        data = {"separator": loaded["separator"], "train": loaded.get("train", {}), "preset": preset}
+        data["strategy"], data["memory"] = strategy or "contavsep", memory or "random_per_class"
+    if store is None:
+        raise ConfigError("no store given: avsep train STORE --out RUN (make one with: avsep data synth STORE)")
+    if resume and strategy:
+        data["strategy"]["name"] = strategy
+    if resume and memory:
+        data["memory"]["name"] = memory
+    if protocol is not None or not resume:
+        data["protocol"] = protocol or "fixed"
+    apply_settings(data, [*(settings or []), *([f"train.seed={seed}"] if seed is not None else [])])
+
+    opened = Store.open(store)
+    if tasks is not None and classes_per_task is not None:
+        raise ConfigError("give --tasks or --classes-per-task, not both")
+    lists = _tasks(tasks) if tasks is not None else classes_per_task
+    if lists is None and resume:
+        lists = data["tasks"]
+    preliminary = validated(RunSpec, {**data, "tasks": []}, "run")
+    preliminary.check()
+    stream = task_stream(
+        opened, lists, protocol=preliminary.protocol, clip_samples=preliminary.separator.front_end.clip_samples
+    )
+    spec = preliminary.model_copy(update={"tasks": tuple(t.classes for t in stream.tasks)})
+    learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers)
+    records = learner.fit(stream, out, resume=resume, preset=spec.preset)
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{spec.strategy.name}, memory {spec.memory.name}")
+    for heading in ("task", "classes", "steps", "best epoch", "validation SDR dB", "minutes"):
+        table.add_column(heading, justify="left" if heading == "classes" else "right")
+    for record in records:
+        score = record["validation_sdr_db"]
+        table.add_row(
+            str(record["index"]),
+            ", ".join(record["classes"]),
+            str(record["steps"]),
+            str(record["best_epoch"]),
+            "" if score is None else f"{score:.2f}",
+            f"{record['seconds'] / 60:.1f}",
+        )
+    Console().print(table)
+    typer.echo(f"run written to {out}; next: avsep evaluate {out}")
+
+
+def _tasks(text: str) -> list[list[str]]:
+    """``a,b;c,d`` as lists of names."""
+    return [[name.strip() for name in part.split(",") if name.strip()] for part in text.split(";") if part.strip()]

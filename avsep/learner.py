@@ -1,0 +1,557 @@
+"""The task loop: the only place where an optimiser steps.
+
+A run folder holds ``run.yaml`` (the :class:`~avsep.spec.RunSpec`), ``tasks/TT/separator`` with ``tasks/TT/task.json``
+for every finished task, ``state/`` (the resume checkpoint), ``logs/*.csv``, ``protocol.json`` and, once evaluated and
+reported, ``evaluation.json`` and ``report.html``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from avsep.checkpoint import load_latest, rng_state, save_latest, set_rng_state
+from avsep.csvlog import CsvLog
+from avsep.data.mixing import TrainingMixtures, collate
+from avsep.data.protocol import TestMixture
+from avsep.data.store import Clip
+from avsep.data.tasks import TaskStream
+from avsep.errors import CheckpointError, ConfigError, NumericalError, RunError
+from avsep.io import FolderLock, read_json, read_yaml, write_json, write_yaml
+from avsep.progress import Progress, progress_bar
+from avsep.registry import MEMORIES, STRATEGIES
+from avsep.separator import Separator, build_from_spec, load_separator, save_separator
+from avsep.spec import ComponentRef, OptimizerSpec, RunSpec, TrainSpec, validated
+from avsep.strategies.base import Step, Strategy
+from avsep.types import Batch, Task, move_to
+
+__all__ = ["ContinualLearner", "learning_rate_factor", "read_run_spec"]
+
+_Component = str | tuple[str, dict[str, Any]] | ComponentRef
+
+
+def read_run_spec(run: str | Path) -> RunSpec:
+    """The spec of a run folder; raises :class:`RunError` where the folder is not one."""
+    path = Path(run) / "run.yaml"
+    if not path.is_file():
+        raise RunError(f"{run} is not a run folder: it has no run.yaml (see: avsep train --help)")
+    return validated(RunSpec, read_yaml(path), str(path))
+
+
+def learning_rate_factor(spec: OptimizerSpec, *, step: int, epoch: int, total_steps: int) -> float:
+    """What the base learning rate is multiplied by at a 0-based step.
+
+    ``one_cycle`` rises from 1/25 to 1 over the first 30 % and falls to 1/250,000, both along a cosine (Smith and Topin,
+    arXiv 1708.07120, with PyTorch's defaults); ``step`` multiplies by gamma from each milestone epoch on.
+    """
+    if spec.schedule == "constant":
+        return 1.0
+    if spec.schedule == "step":
+        return float(spec.gamma ** sum(epoch >= m for m in spec.milestones))
+    peak = max(0.3 * total_steps - 1, 1.0)
+
+    def cosine(start: float, end: float, share: float) -> float:
+        return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+    if step <= peak:
+        return cosine(1 / 25, 1.0, step / peak)
+    return cosine(1.0, 1 / 250_000, min(1.0, (step - peak) / max(total_steps - 1 - peak, 1)))
+
+
+class _TrainingStep(nn.Module):
+    """Forward pass and loss as one module, so that mixed precision wraps both."""
+
+    def __init__(self, student: Separator, strategy: Strategy) -> None:
+        super().__init__()
+        self.student = student
+        self.strategy = strategy
+
+    def forward(self, batch: Batch, teacher: Separator | None, num_old: int) -> dict[str, Tensor]:
+        student = self.student
+        spectrograms = student.analyse(batch.sources)
+        visual = student.encode_visual(batch.object, batch.motion, batch.motion_mask)
+        audio = student.audio_encoder(spectrograms.network_input)
+        output = student.mask_decoder(audio, visual, batch.class_ids)
+        step = Step(batch, spectrograms, audio, visual, output, num_old)
+        return self.strategy.loss(student, teacher, step)
+
+
+class ContinualLearner:
+    """Trains a separator on one task after another.
+
+    Args:
+        separator: a :class:`~avsep.separator.Separator`; it grows with the classes. Build it with as many classes as
+            the first task has, or fewer.
+        strategy: name, or (name, parameters), from :data:`~avsep.registry.STRATEGIES`.
+        memory: likewise from :data:`~avsep.registry.MEMORIES`.
+        train: a :class:`~avsep.spec.TrainSpec` or its plain data; the published settings when omitted.
+        accelerator: Lightning Fabric's: ``auto``, ``cpu``, ``cuda``, ``mps``.
+        workers: reader processes; by default none on a CPU, where they would compete with training, else 4. The
+            result does not depend on it.
+    """
+
+    def __init__(
+        self,
+        separator: Separator,
+        *,
+        strategy: _Component = "contavsep",
+        memory: _Component = "none",
+        train: TrainSpec | dict[str, Any] | None = None,
+        accelerator: str = "auto",
+        workers: int | None = None,
+    ) -> None:
+        self.separator = separator
+        self._strategy_ref = _ref(strategy, "strategy")
+        self._memory_ref = _ref(memory, "memory")
+        self.strategy: Strategy = STRATEGIES.create(self._strategy_ref.name, self._strategy_ref.params)
+        self.memory = MEMORIES.create(self._memory_ref.name, self._memory_ref.params)
+        self.train = train if isinstance(train, TrainSpec) else validated(TrainSpec, train or {}, "train")
+        self.exemplars: dict[str, list[str]] = {}
+        precision = self.train.precision
+        self.fabric = Fabric(accelerator=accelerator, devices=1, precision=_precision(precision, accelerator))
+        self.workers = workers if workers is not None else (0 if self.fabric.device.type == "cpu" else 4)
+
+    @classmethod
+    def from_spec(cls, spec: RunSpec, **kwargs: Any) -> ContinualLearner:
+        """A learner as a run spec describes it; the separator's first weights come from ``spec.train.seed``."""
+        spec.check()
+        separator = _seeded_build(spec, 0)
+        return cls(separator, strategy=spec.strategy, memory=spec.memory, train=spec.train, **kwargs)
+
+    # ------------------------------------------------------------------ the stream
+
+    def fit(
+        self,
+        stream: TaskStream,
+        out: str | Path | None = None,
+        *,
+        resume: bool = False,
+        progress: bool = True,
+        preset: str = "",
+    ) -> list[dict[str, Any]]:
+        """Learn every task of ``stream`` and return one record a task.
+
+        Args:
+            out: the run folder; a temporary one, removed at the end, when omitted.
+            resume: go on from the folder's last checkpoint. On the CPU the result is the one an uninterrupted run gives.
+
+        Raises:
+            RunError: the folder holds another run, or is being written by another process.
+            CheckpointError: the folder's run has another spec, or a file of it is damaged.
+            NumericalError: the loss became NaN or infinite.
+        """
+        if out is None:
+            with tempfile.TemporaryDirectory(prefix="avsep-run-") as folder:
+                return self._fit(stream, Path(folder), False, progress, preset)
+        return self._fit(stream, Path(out), resume, progress, preset)
+
+    def _fit(self, stream: TaskStream, out: Path, resume: bool, progress: bool, preset: str) -> list[dict[str, Any]]:
+        self._check(stream)
+        spec = RunSpec(
+            separator=self.separator.spec,
+            strategy=self._strategy_ref,
+            memory=self._memory_ref,
+            train=self.train,
+            tasks=tuple(t.classes for t in stream.tasks),
+            protocol=stream.protocol.name,  # type: ignore[arg-type]
+            store=str(Path(stream.store.path).resolve()),
+            store_hash=stream.store.content_hash,
+            preset=preset,
+        )
+        with FolderLock(out):
+            state = self._open_run(out, spec, resume)
+            stream.protocol.save(out / "protocol.json")
+            first = int(state["progress"]["task"]) if state else 0
+            for task in stream.tasks[first:]:
+                self._learn(task, stream, out, state, progress)
+                state = None
+        return [read_json(out / "tasks" / f"{t.index:02d}" / "task.json") for t in stream.tasks]
+
+    def _check(self, stream: TaskStream) -> None:
+        first = stream.tasks[0]
+        spec = self.separator.spec
+        if spec.num_classes > len(first.classes):
+            raise ConfigError(
+                f"the separator has {spec.num_classes} class slots but the first task only {len(first.classes)} classes: "
+                f"build it with num_classes={len(first.classes)}"
+            )
+        if spec.front_end.sample_rate_hz != stream.store.sample_rate_hz:
+            raise ConfigError(
+                f"the separator works at {spec.front_end.sample_rate_hz} Hz but the store holds "
+                f"{stream.store.sample_rate_hz} Hz: prepare the store at the separator's rate"
+            )
+        if stream.protocol.clip_samples != spec.front_end.clip_samples:
+            raise ConfigError(
+                f"the stream's test mixtures are {stream.protocol.clip_samples} samples long but the separator's clips "
+                f"{spec.front_end.clip_samples}: pass clip_samples={spec.front_end.clip_samples} to task_stream"
+            )
+        for task in stream.tasks[:-1]:
+            self.memory.check({name: len(self._clips(stream, [name])) for name in task.classes})
+        clip = stream.train_clips(first)[0]
+        for source in self.separator.visual_sources():  # a missing feature or a wrong width shows here, not in an hour
+            stream.store.read_visual(clip, source, centre_s=0.0, duration_s=spec.front_end.clip_s)
+
+    @staticmethod
+    def _clips(stream: TaskStream, classes: Sequence[str]) -> list[Clip]:
+        return stream.store.select(classes=list(classes), split="train")
+
+    def _open_run(self, out: Path, spec: RunSpec, resume: bool) -> dict[str, Any] | None:
+        if not (out / "run.yaml").exists():
+            if resume:
+                raise RunError(f"nothing to resume in {out}: it has no run.yaml; start it without --resume")
+            if foreign := [p.name for p in out.iterdir() if p.name != ".lock"]:
+                raise RunError(f"{out} is not empty and not a run folder (it has {foreign[0]}): choose another folder")
+            write_yaml(out / "run.yaml", spec.model_dump(mode="json"))
+            return None
+        if not resume:
+            raise RunError(f"{out} holds a run already: resume it with --resume, or choose another folder")
+        stored = read_run_spec(out)
+        # where the store lies may change between machines; what it holds may not
+        mine, theirs = (s.model_dump(mode="json", exclude={"store", "preset"}) for s in (spec, stored))
+        if difference := _difference(mine, theirs):
+            key, now, then = difference
+            raise CheckpointError(
+                f"{out} was started with another spec: {key} was {then!r}, now {now!r}; resume with the same settings, "
+                f"or choose another folder"
+            )
+        return load_latest(out / "state")
+
+    # ------------------------------------------------------------------ one task
+
+    def _learn(self, task: Task, stream: TaskStream, out: Path, state: dict[str, Any] | None, progress: bool) -> None:
+        self._prepare_student(task)
+        student = self.separator
+        if state:
+            self._load_student(state["student"], out)
+            self.exemplars = {str(k): [str(i) for i in v] for k, v in state["progress"]["exemplars"].items()}
+            self.strategy.load_state_dict(state["strategy"])
+        teacher = self._teacher(task, out)
+        if not state:
+            self.strategy.before_task(student, teacher, task)
+        optimizers = self._optimizers(student)
+        roles = list(optimizers)
+        setup = self.fabric.setup(_TrainingStep(student, self.strategy), *optimizers.values())
+        module, ready = setup[0], dict(zip(roles, setup[1:], strict=True))
+        if state:
+            for role, optimizer in ready.items():
+                if role in state["optimizers"]:
+                    optimizer.load_state_dict(state["optimizers"][role])
+            set_rng_state(state["random"])
+        record = _Progress(**state["progress"]["record"]) if state else _Progress()
+        best: dict[str, Tensor] | None = state.get("best") or None if state else None
+        started = time.perf_counter() - record.seconds
+
+        logs = out / "logs"
+        train_log = CsvLog(logs / "train.csv", until=(task.index, record.step))
+        validation_log = CsvLog(logs / "validation.csv", until=(task.index, record.step))
+        board = self._tensorboard(logs)
+
+        def checkpoint() -> None:
+            _check_finite(student, task, record.step, out)
+            record.seconds = time.perf_counter() - started
+            save_latest(
+                out / "state",
+                f"task-{task.index:02d}-step-{record.step:07d}",
+                {
+                    "student": student.state_dict(),
+                    "best": best or {},
+                    "optimizers": {role: o.state_dict() for role, o in ready.items()},
+                    "strategy": self.strategy.state_dict(),
+                    "random": rng_state(),
+                    "progress": {"task": task.index, "exemplars": self.exemplars, "record": vars(record)},
+                },
+            )
+
+        if not state:
+            checkpoint()
+        spec = self.train
+        epoch_data = self._epoch(stream, task, 0)
+        total = epoch_data.steps * spec.epochs
+        label = f"task {task.index + 1}/{len(stream)} {self._strategy_ref.name}"
+        with progress_bar(enabled=progress and self.fabric.is_global_zero) as bars:
+            bar = bars.add(label, total=total, done=record.step)
+            while record.epoch < spec.epochs:
+                epoch_data = self._epoch(stream, task, record.epoch)
+                done = record.step - record.epoch * epoch_data.steps
+                for batch in self._batches(epoch_data, done):
+                    terms, rate = self._step(module, ready, batch, teacher, task, record, total, out)
+                    record.step += 1
+                    loss = sum(terms.values())
+                    row = {"task": task.index, "epoch": record.epoch, "step": record.step, "loss": loss, **terms}
+                    train_log.write({**row, "lr": rate, "seconds": time.perf_counter() - started})
+                    for name, value in {"loss": loss, **terms}.items():
+                        board(f"task{task.index}/{name}", value, record.step)
+                    bars.advance(bar, note=f"loss {loss:.3f}" + _best_note(record))
+                    if record.step % spec.checkpoint_every == 0 and record.step % epoch_data.steps:
+                        checkpoint()
+                record.epoch += 1
+                if record.epoch % spec.validate_every == 0 or record.epoch == spec.epochs:
+                    score = self._validate(stream, task, bars)
+                    validation_log.write(
+                        {"task": task.index, "epoch": record.epoch, "step": record.step, "sdr_db": score}
+                    )
+                    board(f"task{task.index}/validation_sdr_db", score, record.step)
+                    if record.best_sdr_db is None or score > record.best_sdr_db:
+                        record.best_sdr_db, record.best_epoch, record.best_step = score, record.epoch, record.step
+                        best = {k: v.detach().to("cpu", copy=True) for k, v in student.state_dict().items()}
+                checkpoint()
+        if best is not None:
+            student.load_state_dict(best)
+        self._finish(task, stream, out, record)
+
+    def _prepare_student(self, task: Task) -> None:
+        spec = self.separator.spec
+        seen = tuple(task.seen)
+        if self.strategy.restarts and task.index > 0:
+            fresh = spec.model_copy(update={"num_classes": len(seen), "classes": seen})
+            with _seeded(self.train.seed, task.index):
+                self.separator = build_from_spec(fresh)
+        elif spec.num_classes < len(seen) or spec.classes != seen:
+            with _seeded(self.train.seed, task.index):
+                self.separator.grow(len(seen), classes=seen)
+        self.separator.to(self.fabric.device)
+
+    def _load_student(self, tensors: dict[str, Tensor], out: Path) -> None:
+        try:
+            self.separator.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise CheckpointError(f"{out}/state does not fit the separator: {str(error).splitlines()[-1]}") from None
+
+    def _teacher(self, task: Task, out: Path) -> Separator | None:
+        if not self.strategy.needs_teacher or task.index == 0:
+            return None
+        teacher = load_separator(out, task=task.index - 1).to(self.fabric.device)
+        return teacher.requires_grad_(False).eval()
+
+    def _optimizers(self, student: Separator) -> dict[str, torch.optim.Optimizer]:
+        made: dict[str, torch.optim.Optimizer] = {}
+        for role, parameters in student.parameter_groups().items():
+            if parameters:
+                spec: OptimizerSpec = getattr(self.train, role)
+                kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW
+                made[role] = kind(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
+        if not made:
+            raise ConfigError("nothing to train: every part of the separator is frozen")
+        return made
+
+    def _epoch(self, stream: TaskStream, task: Task, epoch: int) -> TrainingMixtures:
+        everything = self.strategy.uses_all_data
+        ids = [] if everything else [i for name in task.old for i in self.exemplars.get(name, ())]
+        return TrainingMixtures(
+            stream.store,
+            stream.train_clips(task, all_seen=everything),
+            [stream.store.clip(i) for i in ids],
+            self.train,
+            self.separator.spec.front_end,
+            self.separator.visual_sources(),
+            {name: number for number, name in enumerate(task.seen)},
+            task=task.index,
+            epoch=epoch,
+        )
+
+    def _batches(self, data: TrainingMixtures, done: int) -> Iterator[Batch]:
+        """The epoch's batches from the ``done``-th on, on the training device."""
+        rest = Subset(data, range(done * self.train.batch_size, len(data)))
+        loader: DataLoader[Any] = DataLoader(
+            rest,
+            batch_size=self.train.batch_size,
+            collate_fn=collate,
+            num_workers=self.workers,
+            pin_memory=self.fabric.device.type == "cuda",
+            generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
+        )
+        for batch in loader:
+            yield move_to(batch, self.fabric.device, non_blocking=True)
+
+    def _step(
+        self,
+        module: nn.Module,
+        optimizers: dict[str, Any],
+        batch: Batch,
+        teacher: Separator | None,
+        task: Task,
+        record: _Progress,
+        total: int,
+        out: Path,
+    ) -> tuple[dict[str, float], float]:
+        """One optimisation step; returns the loss terms and the audio encoder's learning rate."""
+        self.separator.train()
+        rate = 0.0
+        for role, optimizer in optimizers.items():
+            spec: OptimizerSpec = getattr(self.train, role)
+            factor = learning_rate_factor(spec, step=record.step, epoch=record.epoch, total_steps=total)
+            for group in optimizer.param_groups:
+                group["lr"] = spec.lr * factor
+            rate = rate or spec.lr * factor
+            optimizer.zero_grad()
+        terms: dict[str, Tensor] = module(batch, teacher, len(task.old))
+        loss = torch.stack([t.float() for t in terms.values()]).sum()
+        values = [float(v) for v in torch.stack([t.detach().float() for t in terms.values()]).tolist()]
+        named = dict(zip(terms, values, strict=True))
+        if not all(map(math.isfinite, values)):
+            raise NumericalError(
+                f"the loss is not finite at task {task.index} step {record.step} ({_format(named)}); the batch: "
+                f"{', '.join('+'.join(clips) for clips in batch.clips)}; the last good checkpoint is in {out / 'state'}: "
+                f"look at those clips or lower the learning rate, then resume"
+            )
+        self.fabric.backward(loss)
+        for optimizer in optimizers.values():
+            if self.train.gradient_clip is not None:
+                self.fabric.clip_gradients(module, optimizer, max_norm=self.train.gradient_clip)
+            optimizer.step()
+        return named, rate
+
+    # ------------------------------------------------------------------ after
+
+    def _validate(self, stream: TaskStream, task: Task, bars: Progress) -> float:
+        """Mean SDR in dB over the validation mixtures of all classes seen (data of old classes too, as published)."""
+        from avsep.evaluation.evaluate import evaluate_separator, mean_sdr
+
+        mixtures = _thinned(stream.validation.at(task.index), self.train.validation_pairs)
+        self.separator.eval()
+        scores = evaluate_separator(
+            self.separator,
+            stream.store,
+            mixtures,
+            batch_size=self.train.batch_size,
+            device=self.fabric.device,
+        )
+        return mean_sdr(scores)
+
+    def _finish(self, task: Task, stream: TaskStream, out: Path, record: _Progress) -> None:
+        student = self.separator
+        self.strategy.after_task(student, task)
+        student.eval()
+        folder = out / "tasks" / f"{task.index:02d}"
+        save_separator(student, folder / "separator")
+        candidates = {name: [c.id for c in self._clips(stream, [name])] for name in task.classes}
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.train.seed, task.index, 2**31 + 1])))
+        last = task.index == len(stream) - 1
+        chosen = {} if last or self.strategy.uses_all_data else self.memory.select(candidates, rng)
+        self.exemplars = {**self.exemplars, **chosen}
+        write_json(
+            folder / "task.json",
+            {
+                "index": task.index,
+                "classes": list(task.classes),
+                "seen": list(task.seen),
+                "strategy": self._strategy_ref.name,
+                "steps": record.step,
+                "best_epoch": record.best_epoch,
+                "best_step": record.best_step,
+                "validation_sdr_db": record.best_sdr_db,
+                "exemplars": self.exemplars,
+                "parameters": sum(p.numel() for p in student.parameters()),
+                "seconds": round(record.seconds, 1),
+            },
+        )
+
+    def _tensorboard(self, logs: Path) -> Any:
+        """A function (name, value, step) that logs to TensorBoard where it is installed, else does nothing."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return lambda *_: None
+        return SummaryWriter(str(logs / "tensorboard")).add_scalar
+
+
+class _Progress:
+    """Where a task stands."""
+
+    def __init__(
+        self,
+        epoch: int = 0,
+        step: int = 0,
+        best_sdr_db: float | None = None,
+        best_epoch: int = 0,
+        best_step: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        self.epoch = epoch
+        self.step = step
+        self.best_sdr_db = best_sdr_db
+        self.best_epoch = best_epoch
+        self.best_step = best_step
+        self.seconds = seconds  # spent on the task, in all sessions, up to the last checkpoint
+
+
+def _best_note(record: _Progress) -> str:
+    return "" if record.best_sdr_db is None else f", best validation {record.best_sdr_db:.1f} dB"
+
+
+def _ref(value: _Component, where: str) -> ComponentRef:
+    if isinstance(value, ComponentRef):
+        return value
+    return validated(ComponentRef, {"name": value} if isinstance(value, str) else dict(zip(("name", "params"), value, strict=False)), where)
+
+
+def _precision(precision: str, accelerator: str) -> Any:
+    if precision != "auto":
+        return precision
+    if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return "32-true"
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, task: int) -> Iterator[None]:
+    """The global generators seeded from (seed, task) inside, and as they were outside."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(int(np.random.SeedSequence([seed, task]).generate_state(1)[0]))
+        yield
+
+
+def _seeded_build(spec: RunSpec, task: int) -> Separator:
+    names = spec.tasks[0] if spec.tasks else spec.separator.classes
+    with _seeded(spec.train.seed, task):
+        return build_from_spec(
+            spec.separator.model_copy(
+                update={"num_classes": len(names) or spec.separator.num_classes, "classes": tuple(names)}
+            )
+        )
+
+
+def _thinned(mixtures: list[TestMixture], per_list: int | None) -> list[TestMixture]:
+    """At most ``per_list`` mixtures of each list, spread evenly over it."""
+    if per_list is None:
+        return mixtures
+    kept = []
+    for name in dict.fromkeys(m.list_name for m in mixtures):
+        members = [m for m in mixtures if m.list_name == name]
+        count = min(per_list, len(members))
+        kept += [members[i * len(members) // count] for i in range(count)]
+    return kept
+
+
+def _check_finite(student: Separator, task: Task, step: int, out: Path) -> None:
+    for name, value in student.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise NumericalError(
+                f"'{name}' is not finite after task {task.index} step {step}; the last good checkpoint is in "
+                f"{out / 'state'}: lower the learning rate or set train.gradient_clip, then start again"
+            )
+
+
+def _format(terms: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in terms.items())
+
+
+def _difference(mine: Any, theirs: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first key at which two plain values differ, with both values."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in [*mine, *(k for k in theirs if k not in mine)]:
+            if found := _difference(mine.get(key), theirs.get(key), f"{path}.{key}" if path else str(key)):
+                return found
+        return None
+    return None if mine == theirs else (path, mine, theirs)

@@ -1,0 +1,47 @@
+"""Progress bars: one look for every long command."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+__all__ = ["Progress", "progress_bar"]
+
+
+class Progress:
+    """Bars of one long piece of work. Does nothing when made without a display."""
+
+    def __init__(self, display: object = None) -> None:
+        self._display = display
+
+    def add(self, label: str, total: int | None, done: int = 0) -> int:
+        if self._display is None:
+            return 0
+        return int(self._display.add_task(label, total=total, completed=done, note=""))  # type: ignore[attr-defined]
+
+    def advance(self, bar: int, amount: int = 1, note: str | None = None) -> None:
+        if self._display is not None:
+            fields = {} if note is None else {"note": note}
+            self._display.update(bar, advance=amount, **fields)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def progress_bar(enabled: bool = True) -> Iterator[Progress]:
+    """A live display on standard error with elapsed and remaining time; plain silence when not ``enabled``."""
+    if not enabled:
+        yield Progress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Display
+
+    with Display(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    ) as display:
+        yield Progress(display)
