@@ -1,0 +1,585 @@
+"""A store: one folder with a manifest, audio, pictures and stored features of many clips, read by streaming.
+
+Layout::
+
+    manifest.json            what is there, with sizes and SHA-256 hashes
+    audio/ID.wav             PCM 16 bit, mono, at the store's rate
+    object/ID.npy            uint8 [n, 3, H, W], ``object_rate_hz`` pictures a second
+    motion/ID.npy            uint8 [m, c, h, w], ``motion_rate_hz`` pictures a second
+    features/NAME/ID.npy     float [n, D] (object) or [D, T] (motion)
+
+The manifest is written last, so a folder without one is unfinished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+import wave
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avsep.data.visualfile import VisualTimeline
+from avsep.errors import ConfigError, DataError, UnknownNameError, near_matches
+from avsep.io import FolderLock, atomic_path, read_json, sha256_file, write_json
+from avsep.types import VisualSource
+
+__all__ = ["SPLITS", "STORE_VERSION", "Clip", "Store", "StoreWriter", "add_features"]
+
+STORE_VERSION = 1
+SPLITS = ("train", "val", "test")
+_FORMAT = "avsep-store"
+_JOURNAL = ".journal"
+_OPEN_MAPS = 64  # memory maps kept open per process; each holds a file descriptor
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One recording: ``samples`` long at the store's rate; ``index`` is its place in the manifest, its video id."""
+
+    id: str
+    class_name: str
+    split: str
+    samples: int
+    index: int
+
+
+class Store:
+    """A store opened for reading. Cheap to open and to pickle; reads touch only the bytes that are asked for.
+
+    Attributes: ``path``; ``manifest``, the parsed file; ``classes`` in task order; ``clips`` in manifest order;
+    ``sample_rate_hz``; ``object_rate_hz``; ``motion_rate_hz``.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.sample_rate_hz: int = manifest["sample_rate_hz"]
+        self.object_rate_hz: float = manifest["object_rate_hz"]
+        self.motion_rate_hz: float = manifest["motion_rate_hz"]
+        self.classes: tuple[str, ...] = tuple(manifest["classes"])
+        self.clips: tuple[Clip, ...] = tuple(
+            Clip(entry["id"], entry["class"], entry["split"], entry["samples"], index)
+            for index, entry in enumerate(manifest["clips"])
+        )
+        self._maps: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = False) -> Store:
+        """Open the store in folder ``path``.
+
+        Sizes are always checked; ``verify=True`` also reads every file and compares its hash and rate. Raises
+        :class:`DataError` for a folder without a manifest, an unknown version, a missing or damaged file.
+        """
+        path = Path(path)
+        if not (path / "manifest.json").is_file():
+            state = "an unfinished store: run the same" if (path / _JOURNAL).is_dir() else "not a store: run"
+            raise DataError(f"{path} is {state} avsep data synth {path}, or give the folder of one")
+        try:
+            manifest = read_json(path / "manifest.json")
+        except ConfigError as error:
+            raise DataError(str(error)) from None
+        _check_manifest(path, manifest)
+        store = cls(path, manifest)
+        store._check_files(verify)
+        return store
+
+    def _check_files(self, verify: bool) -> None:
+        for entry in self.manifest["clips"]:
+            for kind, record in entry["files"].items():
+                file = self.path / record["path"]
+                try:
+                    size = file.stat().st_size
+                except FileNotFoundError:
+                    raise DataError(
+                        f"{file} is missing ({kind} of clip '{entry['id']}'): make the store again"
+                    ) from None
+                if size != record["bytes"]:
+                    raise DataError(
+                        f"{file} has {size} bytes instead of {record['bytes']}: it is truncated or was replaced; "
+                        f"make the store again"
+                    )
+                if verify and sha256_file(file) != record["sha256"]:
+                    raise DataError(
+                        f"{file} does not match its hash in the manifest: it is damaged; make the store again"
+                    )
+        if verify:
+            for clip in self.clips:
+                self.read_audio(clip, 0, 0)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over ids, classes, splits, lengths, rates and the hashes of audio and pictures, in manifest order.
+
+        Stored features are left out: they are derived, and adding some changes no mixture and no protocol. See
+        :meth:`feature_hash`.
+        """
+        clips = [
+            [e["id"], e["class"], e["split"], e["samples"]]
+            + [[kind, e["files"][kind]["sha256"]] for kind in ("audio", "object", "motion") if kind in e["files"]]
+            for e in self.manifest["clips"]
+        ]
+        rates = [self.sample_rate_hz, self.object_rate_hz, self.motion_rate_hz]
+        return _digest([_FORMAT, STORE_VERSION, rates, list(self.classes), clips])
+
+    def feature_hash(self, name: str) -> str:
+        """SHA-256 over the hashes of one kind of stored features, in manifest order."""
+        self._feature(name)
+        return _digest([name, [e["files"][f"features/{name}"]["sha256"] for e in self.manifest["clips"]]])
+
+    @property
+    def features(self) -> dict[str, dict[str, Any]]:
+        """Stored features by name: ``{"role": ..., "dim": D, "steps": T or None}``."""
+        return self.manifest["features"]
+
+    def _feature(self, name: str) -> dict[str, Any]:
+        if name not in self.features:
+            raise UnknownNameError(f"{self.path} has no features '{name}': {near_matches(name, self.features)}")
+        return self.features[name]
+
+    def require_rate(self, sample_rate_hz: int) -> None:
+        """Raise :class:`DataError` unless the store's audio has this rate."""
+        if sample_rate_hz != self.sample_rate_hz:
+            raise DataError(
+                f"{self.path} holds audio at {self.sample_rate_hz} Hz, but the separator works at {sample_rate_hz} Hz: "
+                f"make the store at that rate, or set front_end.sample_rate_hz={self.sample_rate_hz}"
+            )
+
+    def select(self, *, classes: Sequence[str] | None = None, split: str | None = None) -> list[Clip]:
+        """The clips of some classes and of one split, in manifest order (None: all)."""
+        if split is not None and split not in SPLITS:
+            raise UnknownNameError(f"no split '{split}': known: {', '.join(SPLITS)}")
+        for name in classes or ():
+            if name not in self.classes:
+                raise UnknownNameError(f"no class '{name}' in {self.path}: {near_matches(name, self.classes)}")
+        wanted = None if classes is None else set(classes)
+        return [
+            c for c in self.clips if (wanted is None or c.class_name in wanted) and (split is None or c.split == split)
+        ]
+
+    def clip(self, clip_id: str) -> Clip:
+        """The clip with this id."""
+        return self.clips_by_id([clip_id])[0]
+
+    def clips_by_id(self, ids: Sequence[str]) -> list[Clip]:
+        """The clips with these ids, in the order of ``ids``."""
+        known = {c.id: c for c in self.clips}
+        for clip_id in ids:
+            if clip_id not in known:
+                raise UnknownNameError(f"no clip '{clip_id}' in {self.path}: {near_matches(clip_id, known)}")
+        return [known[clip_id] for clip_id in ids]
+
+    def file(self, clip: Clip, kind: str) -> Path | None:
+        """The path of one of a clip's files (``audio``, ``object``, ``motion``, ``features/NAME``), or None."""
+        record = self.manifest["clips"][clip.index]["files"].get(kind)
+        return None if record is None else self.path / record["path"]
+
+    def read_audio(self, clip: Clip, start: int = 0, samples: int | None = None, *, tile: bool = False) -> np.ndarray:
+        """Read float32 [samples] from sample ``start`` on (default: to the clip's end), ±1 full scale.
+
+        Outside the clip there is silence; with ``tile=True`` the clip repeats instead. Only the samples asked for are
+        read.
+        """
+        samples = clip.samples - start if samples is None else samples
+        if samples < 0:
+            raise DataError(f"clip '{clip.id}': cannot read {samples} samples")
+        out = np.zeros(samples, np.float32)
+        if tile and clip.samples and not 0 <= start <= clip.samples - samples:
+            whole = self._pcm(clip, 0, clip.samples)
+            out[:] = np.take(whole, np.arange(start, start + samples), mode="wrap")
+            return out
+        low, high = max(start, 0), min(start + samples, clip.samples)
+        if high > low:
+            out[low - start : high - start] = self._pcm(clip, low, high - low)
+        elif samples == 0:
+            self._pcm(clip, 0, 0)
+        return out
+
+    def _pcm(self, clip: Clip, start: int, samples: int) -> np.ndarray:
+        file = self.file(clip, "audio")
+        if file is None:
+            raise DataError(f"clip '{clip.id}' of {self.path} has no audio: this store holds features only")
+        try:
+            with wave.open(str(file), "rb") as audio:
+                form = (audio.getframerate(), audio.getnchannels(), audio.getsampwidth(), audio.getnframes())
+                if form != (self.sample_rate_hz, 1, 2, clip.samples):
+                    raise DataError(
+                        f"{file} is {form[0]} Hz, {form[1]} channels, {8 * form[2]} bit, {form[3]} samples; the manifest "
+                        f"says {self.sample_rate_hz} Hz, 1 channel, 16 bit, {clip.samples} samples"
+                    )
+                audio.setpos(start)
+                data = audio.readframes(samples)
+        except FileNotFoundError:
+            raise DataError(f"{file} is missing: make the store again") from None
+        except (wave.Error, EOFError) as error:
+            raise DataError(f"{file} is not a readable WAV file ({error}): make the store again") from None
+        pcm = np.frombuffer(data, "<i2")
+        if len(pcm) != samples:
+            raise DataError(f"{file} ends early: make the store again")
+        return pcm.astype(np.float32) / np.float32(32768)
+
+    def _map(self, file: Path) -> np.ndarray:
+        with self._lock:
+            if file in self._maps:
+                self._maps.move_to_end(file)
+                return self._maps[file]
+            try:
+                array = np.load(file, mmap_mode="r", allow_pickle=False)
+            except FileNotFoundError:
+                raise DataError(f"{file} is missing: make the store again") from None
+            except (ValueError, EOFError) as error:
+                raise DataError(f"{file} is not a readable array ({error}): make the store again") from None
+            self._maps[file] = array
+            while len(self._maps) > _OPEN_MAPS:
+                self._maps.popitem(last=False)
+            return array
+
+    def timeline(self, clip: Clip) -> VisualTimeline:
+        """All that the store has to see of a clip, as memory maps."""
+        return self._timeline(clip, [k for k in self.manifest["clips"][clip.index]["files"] if k != "audio"])
+
+    def _timeline(self, clip: Clip, kinds: Iterable[str]) -> VisualTimeline:
+        arrays: dict[str, np.ndarray] = {}
+        for kind in kinds:
+            file = self.file(clip, kind)
+            if file is not None:
+                arrays[kind] = self._map(file)
+        return VisualTimeline(
+            object=arrays.get("object"),
+            motion=arrays.get("motion"),
+            object_rate_hz=self.object_rate_hz,
+            motion_rate_hz=self.motion_rate_hz,
+            features={k.removeprefix("features/"): a for k, a in arrays.items() if k.startswith("features/")},
+            where=f"clip '{clip.id}' of {self.path}",
+        )
+
+    def read_visual(self, clip: Clip, source: VisualSource, *, centre_s: float, duration_s: float) -> np.ndarray:
+        """What ``source`` asks for around ``centre_s``; shapes as :meth:`VisualTimeline.read`."""
+        kind = source.role if source.kind == "frames" else f"features/{source.name}"
+        if source.kind == "features" and source.name in self.features:
+            role = self.features[source.name]["role"]
+            if role != source.role:
+                raise DataError(f"features '{source.name}' of {self.path} describe the {role}, not the {source.role}")
+        if self.file(clip, kind) is None:
+            return self.timeline(clip).read(source, centre_s, duration_s)  # raises, naming what there is
+        return self._timeline(clip, [kind]).read(source, centre_s, duration_s)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"], state["manifest"])  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}, {len(self.clips)} clips, {len(self.classes)} classes)"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check_manifest(path: Path, manifest: Any) -> None:
+    where = path / "manifest.json"
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise DataError(f"{where} is not the manifest of a store")
+    if manifest.get("version") != STORE_VERSION:
+        raise DataError(
+            f"{where}: store version {manifest.get('version')!r} is not {STORE_VERSION}, the one known here: update avsep "
+            f"or make the store again"
+        )
+    for key in ("sample_rate_hz", "object_rate_hz", "motion_rate_hz"):
+        value = manifest.get(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise DataError(f"{where}: {key} = {value!r} is not a rate")
+    if not isinstance(manifest["sample_rate_hz"], int):
+        raise DataError(f"{where}: sample_rate_hz = {manifest['sample_rate_hz']!r} is not a whole number")
+    try:
+        classes, clips, features = manifest["classes"], manifest["clips"], manifest["features"]
+        ids = [entry["id"] for entry in clips]
+        for name, count in [*Counter(classes).items(), *Counter(ids).items()]:
+            if count > 1:
+                raise DataError(f"{where}: '{name}' comes {count} times; ids and class names must be unique")
+        for entry in clips:
+            if entry["class"] not in classes:
+                raise DataError(
+                    f"{where}: clip '{entry['id']}' is of class '{entry['class']}', which is not in the list"
+                )
+            if entry["split"] not in SPLITS:
+                raise DataError(
+                    f"{where}: clip '{entry['id']}' is in split '{entry['split']}'; known: {', '.join(SPLITS)}"
+                )
+            if not isinstance(entry["samples"], int) or entry["samples"] < 0:
+                raise DataError(f"{where}: clip '{entry['id']}' has {entry['samples']!r} samples")
+            for kind, record in entry["files"].items():
+                relative = Path(record["path"])
+                if relative.is_absolute() or ".." in relative.parts:
+                    raise DataError(f"{where}: clip '{entry['id']}' names a file outside the store: {record['path']}")
+                if not isinstance(record["bytes"], int) or not isinstance(record["sha256"], str):
+                    raise DataError(f"{where}: clip '{entry['id']}': damaged record of its {kind}")
+        for name, feature in features.items():
+            if feature["role"] not in ("object", "motion") or not isinstance(feature["dim"], int):
+                raise DataError(f"{where}: damaged record of features '{name}'")
+            for entry in clips:
+                if f"features/{name}" not in entry["files"]:
+                    raise DataError(f"{where}: clip '{entry['id']}' lacks the features '{name}'")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where} is damaged: {type(error).__name__} {error}") from None
+
+
+def _record(root: Path, relative: str) -> dict[str, Any]:
+    file = root / relative
+    return {"path": relative, "sha256": sha256_file(file), "bytes": file.stat().st_size}
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+
+
+class StoreWriter:
+    """Write a store clip by clip. A killed run is continued by the same call and ends byte for byte the same.
+
+    Finished clips are noted in a journal folder, which goes when the manifest is written. ``origin`` is plain data that
+    says how the store is made; a folder begun or finished with another origin is refused. ``write_clip`` may be called
+    in several processes for different clips (each with its own writer made by :meth:`worker`); ``finish`` by one.
+
+    Use as a context manager: it holds the folder's lock.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        classes: Sequence[str],
+        sample_rate_hz: int,
+        object_rate_hz: float = 1.0,
+        motion_rate_hz: float = 8.0,
+        origin: Mapping[str, Any],
+        licence: str = "",
+    ) -> None:
+        self.path = Path(path)
+        self.header: dict[str, Any] = {
+            "format": _FORMAT,
+            "version": STORE_VERSION,
+            "sample_rate_hz": sample_rate_hz,
+            "object_rate_hz": object_rate_hz,
+            "motion_rate_hz": motion_rate_hz,
+            "classes": list(classes),
+            "origin": json.loads(json.dumps(dict(origin))),
+            "licence": licence,
+        }
+        self._folder_lock: FolderLock | None = None
+
+    @classmethod
+    def worker(cls, path: str | Path, sample_rate_hz: int) -> StoreWriter:
+        """A writer for ``write_clip`` in another process, while the first one holds the lock."""
+        return cls(path, classes=(), sample_rate_hz=sample_rate_hz, origin={})
+
+    def __enter__(self) -> StoreWriter:
+        if self.path.exists() and not self.path.is_dir():
+            raise DataError(f"{self.path} is a file: choose another folder")
+        strange = [p.name for p in self.path.iterdir() if p.name != ".lock"] if self.path.is_dir() else []
+        begun = (self.path / _JOURNAL).is_dir() or (self.path / "manifest.json").is_file()
+        if strange and not begun:
+            raise DataError(
+                f"{self.path} is not empty and not a store (it holds '{strange[0]}'): choose another folder"
+            )
+        self._folder_lock = FolderLock(self.path).__enter__()
+        try:
+            self._begin()
+        except BaseException:
+            self._folder_lock.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._folder_lock is not None:
+            self._folder_lock.__exit__(*error)
+            self._folder_lock = None
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "manifest.json").is_file()
+
+    def _begin(self) -> None:
+        header_file = self.path / _JOURNAL / "header.json"
+        found = None
+        if self.finished:
+            found = {k: v for k, v in read_json(self.path / "manifest.json").items() if k in self.header}
+        elif header_file.is_file():
+            found = read_json(header_file)
+        if found is not None and found != self.header:
+            differs = sorted(k for k in self.header if found.get(k) != self.header[k])
+            raise DataError(
+                f"{self.path} holds a store made with other settings ({_difference(found, self.header, differs)}): "
+                f"choose another folder, or make it anew with --force"
+            )
+        if self.finished:
+            shutil.rmtree(self.path / _JOURNAL, ignore_errors=True)
+            return
+        write_json(header_file, self.header)
+        for folder in ("audio", "object", "motion", "features", _JOURNAL):
+            for leftover in (self.path / folder).rglob(".*"):  # temporary files of a killed run
+                if leftover.is_file():
+                    leftover.unlink(missing_ok=True)
+
+    def is_done(self, clip_id: str) -> bool:
+        """Whether the journal has the clip and its files are whole."""
+        try:
+            entry = read_json(self.path / _JOURNAL / f"{clip_id}.json")
+            return all(_record(self.path, r["path"]) == r for r in entry["files"].values())
+        except (ConfigError, OSError, KeyError, TypeError):
+            return False
+
+    def write_clip(
+        self,
+        clip_id: str,
+        class_name: str,
+        split: str,
+        audio: np.ndarray,
+        *,
+        object_frames: np.ndarray | None = None,
+        motion_frames: np.ndarray | None = None,
+    ) -> None:
+        """Write one clip's files and note it in the journal.
+
+        ``audio`` [L] int16, or float in ±1 (clipped); ``object_frames`` uint8 [n, 3, H, W]; ``motion_frames`` uint8
+        [m, c, h, w]. Raises :class:`DataError` for an unknown split, an id that cannot be a file name, or non-finite
+        samples.
+        """
+        if not clip_id or clip_id.startswith(".") or any(c in clip_id for c in "/\\:"):
+            raise DataError(f"'{clip_id}' cannot be a clip's id: it must serve as a file name")
+        if split not in SPLITS:
+            raise DataError(f"clip '{clip_id}': no split '{split}'; known: {', '.join(SPLITS)}")
+        if audio.ndim != 1:
+            raise DataError(f"clip '{clip_id}': audio of shape {list(audio.shape)} is not mono")
+        if audio.dtype != np.int16:
+            if not np.isfinite(audio).all():
+                raise DataError(f"clip '{clip_id}': NaN or infinite samples")
+            audio = np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
+        files = {}
+        with atomic_path(self.path / f"audio/{clip_id}.wav") as temporary, wave.open(str(temporary), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(self.header["sample_rate_hz"])
+            file.writeframes(audio.astype("<i2").tobytes())
+        files["audio"] = _record(self.path, f"audio/{clip_id}.wav")
+        for kind, frames in (("object", object_frames), ("motion", motion_frames)):
+            if frames is None:
+                continue
+            if frames.dtype != np.uint8 or frames.ndim != 4 or not frames.size:
+                raise DataError(
+                    f"clip '{clip_id}': {kind} frames are {frames.dtype} {list(frames.shape)}, not uint8 [n, c, h, w]"
+                )
+            _save_array(self.path / f"{kind}/{clip_id}.npy", frames)
+            files[kind] = _record(self.path, f"{kind}/{clip_id}.npy")
+        entry = {"id": clip_id, "class": class_name, "split": split, "samples": len(audio), "files": files}
+        write_json(self.path / _JOURNAL / f"{clip_id}.json", entry)
+
+    def finish(self, order: Sequence[str]) -> Store:
+        """Write the manifest with the clips in this order; everything else of the run is then removed."""
+        clips = []
+        for clip_id in order:
+            try:
+                clips.append(read_json(self.path / _JOURNAL / f"{clip_id}.json"))
+            except ConfigError:
+                raise DataError(f"{self.path}: clip '{clip_id}' was not written") from None
+        shapes = {}
+        for kind in ("object", "motion"):
+            files = [c["files"][kind]["path"] for c in clips if kind in c["files"]]
+            found = {tuple(np.load(self.path / f, mmap_mode="r", allow_pickle=False).shape[1:]) for f in files}
+            if len(found) > 1:
+                raise DataError(f"{self.path}: the {kind} frames have different shapes: {sorted(found)}")
+            shapes[kind] = list(found.pop()) if found else None
+        manifest = {
+            **self.header,
+            "object_shape": shapes["object"],
+            "motion_shape": shapes["motion"],
+            "features": {},
+            "clips": clips,
+        }
+        _check_manifest(self.path, manifest)
+        write_json(self.path / "manifest.json", manifest)
+        shutil.rmtree(self.path / _JOURNAL, ignore_errors=True)
+        return Store.open(self.path)
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """The first differing values, looking one level into mappings."""
+    parts = []
+    for key in keys:
+        old, new = found.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            inner = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+            parts += [f"{k}: {_short(old.get(k))}, now {_short(new.get(k))}" for k in inner]
+        else:
+            parts.append(f"{key}: {_short(old)}, now {_short(new)}")
+    return "; ".join(parts[:3])
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def add_features(
+    store: Store, name: str, role: str, features: Callable[[Clip], np.ndarray] | Iterable[tuple[str, np.ndarray]]
+) -> Store:
+    """Add stored features to every clip: object features [n, D] or motion features [D, T] a clip.
+
+    ``features`` is a function of a clip, called for the clips that lack their file (so a killed run continues), or an
+    iterable of (clip id, array). The manifest is rewritten last. Raises :class:`DataError` for differing widths,
+    non-finite values, or a clip left out. Returns the store opened anew.
+    """
+    if role not in ("object", "motion"):
+        raise DataError(f"features describe the object or the motion, not '{role}'")
+    if not name or any(c in name for c in "/\\:.") or name in store.features:
+        raise DataError(f"'{name}' cannot be the name of new features: it is taken, empty, or holds one of / \\ : .")
+    with FolderLock(store.path):
+        folder = store.path / "features" / name
+        widths: set[tuple[int, int | None]] = set()
+
+        def keep(clip_id: str, array: np.ndarray) -> None:
+            array = np.asarray(array)
+            if array.ndim != 2 or not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
+                raise DataError(
+                    f"features '{name}' of clip '{clip_id}': {array.dtype} {list(array.shape)} is not a finite matrix"
+                )
+            widths.add((array.shape[1], None) if role == "object" else (array.shape[0], array.shape[1]))
+            if len(widths) > 1:
+                raise DataError(
+                    f"features '{name}': clip '{clip_id}' differs in shape from those before: {sorted(widths, key=str)}"
+                )
+
+        if callable(features):
+            for clip in store.clips:
+                file = folder / f"{clip.id}.npy"
+                array = np.load(file, allow_pickle=False) if file.is_file() else features(clip)
+                keep(clip.id, array)
+                if not file.is_file():
+                    _save_array(file, array)
+        else:
+            known = {c.id for c in store.clips}
+            for clip_id, array in features:
+                if clip_id not in known:
+                    raise DataError(f"features '{name}' name clip '{clip_id}', which {store.path} does not have")
+                keep(clip_id, array)
+                _save_array(folder / f"{clip_id}.npy", array)
+        manifest = json.loads(json.dumps(store.manifest))
+        for entry in manifest["clips"]:
+            relative = f"features/{name}/{entry['id']}.npy"
+            if not (store.path / relative).is_file():
+                raise DataError(f"features '{name}': nothing was given for clip '{entry['id']}'")
+            entry["files"][f"features/{name}"] = _record(store.path, relative)
+        dim, steps = widths.pop()
+        manifest["features"][name] = {"role": role, "dim": dim, "steps": steps}
+        write_json(store.path / "manifest.json", manifest)
+    return Store.open(store.path)
