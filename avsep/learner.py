@@ -7,7 +7,6 @@ reported, ``evaluation.json`` and ``report.html``.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import tempfile
 import time
@@ -31,6 +30,7 @@ from avsep.errors import CheckpointError, ConfigError, NumericalError, RunError
 from avsep.io import FolderLock, read_json, read_yaml, write_json, write_yaml
 from avsep.progress import Progress, progress_bar
 from avsep.registry import MEMORIES, STRATEGIES
+from avsep.seeding import seeded
 from avsep.separator import Separator, build_from_spec, load_separator, save_separator
 from avsep.spec import ComponentRef, OptimizerSpec, RunSpec, TrainSpec, validated
 from avsep.strategies.base import Step, Strategy
@@ -186,11 +186,7 @@ class ContinualLearner:
                 f"the separator has {spec.num_classes} class slots but the first task only {len(first.classes)} classes: "
                 f"build it with num_classes={len(first.classes)}"
             )
-        if spec.front_end.sample_rate_hz != stream.store.sample_rate_hz:
-            raise ConfigError(
-                f"the separator works at {spec.front_end.sample_rate_hz} Hz but the store holds "
-                f"{stream.store.sample_rate_hz} Hz: prepare the store at the separator's rate"
-            )
+        stream.store.require_rate(spec.front_end.sample_rate_hz)
         if stream.protocol.clip_samples != spec.front_end.clip_samples:
             raise ConfigError(
                 f"the stream's test mixtures are {stream.protocol.clip_samples} samples long but the separator's clips "
@@ -315,10 +311,10 @@ class ContinualLearner:
         seen = tuple(task.seen)
         if self.strategy.restarts and task.index > 0:
             fresh = spec.model_copy(update={"num_classes": len(seen), "classes": seen})
-            with _seeded(self.train.seed, task.index):
+            with seeded(self.train.seed, task.index):
                 self.separator = build_from_spec(fresh)
         elif spec.num_classes < len(seen) or spec.classes != seen:
-            with _seeded(self.train.seed, task.index):
+            with seeded(self.train.seed, task.index):
                 self.separator.grow(len(seen), classes=seen)
         self.separator.to(self.fabric.device)
 
@@ -504,17 +500,9 @@ def _precision(precision: str, accelerator: str) -> Any:
     return "32-true"
 
 
-@contextlib.contextmanager
-def _seeded(seed: int, task: int) -> Iterator[None]:
-    """The global generators seeded from (seed, task) inside, and as they were outside."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(int(np.random.SeedSequence([seed, task]).generate_state(1)[0]))
-        yield
-
-
 def _seeded_build(spec: RunSpec, task: int) -> Separator:
     names = spec.tasks[0] if spec.tasks else spec.separator.classes
-    with _seeded(spec.train.seed, task):
+    with seeded(spec.train.seed, task):
         return build_from_spec(
             spec.separator.model_copy(
                 update={"num_classes": len(names) or spec.separator.num_classes, "classes": tuple(names)}

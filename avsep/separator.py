@@ -24,6 +24,7 @@ from avsep.dsp import FrontEnd
 from avsep.errors import CheckpointError, ConfigError, RunError, UnknownNameError, near_matches
 from avsep.io import atomic_path, read_yaml, write_yaml
 from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS, REGISTRIES, VISUAL_ENCODERS, ComponentSpec
+from avsep.seeding import seeded
 from avsep.spec import FrontEndSpec, SeparatorSpec, load_preset, validated
 from avsep.types import MaskOutput, Spectrograms, VisualFeatures, VisualSource
 
@@ -280,6 +281,7 @@ def build_separator(
     mask_decoder: Any = _UNSET,
     classes: Sequence[str] = (),
     front_end: FrontEndSpec | dict[str, Any] | None = None,
+    seed: int | None = None,
 ) -> Separator:
     """Build a separator from a preset, from named parts, or from a preset with some parts exchanged.
 
@@ -292,6 +294,7 @@ def build_separator(
         mask_decoder: as above.
         classes: class names in slot order.
         front_end: settings of the front end (:class:`avsep.spec.FrontEndSpec`) that replace the preset's one by one.
+        seed: of the first weights, which then do not depend on the global random state, nor change it.
 
     Raises:
         ConfigError: for a wrong name, parameter or combination, before anything is built.
@@ -320,7 +323,8 @@ def build_separator(
         data["front_end"] = {**(data.get("front_end") or {}), **settings}
     data.update(num_classes=num_classes, classes=tuple(classes))
     where = "build_separator" if preset is None else f"preset '{preset}'"
-    return build_from_spec(validated(SeparatorSpec, data, where))
+    with seeded(seed):
+        return build_from_spec(validated(SeparatorSpec, data, where))
 
 
 def list_components(kind: str | None = None) -> list[ComponentSpec]:

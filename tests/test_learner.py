@@ -1,0 +1,263 @@
+"""The task loop: growth, memory, resume, guards."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN, tiny_learner, tiny_run_spec
+from safetensors.torch import load_file
+
+import avsep
+from avsep.data.tasks import task_stream
+from avsep.errors import AvsepError, CheckpointError, ConfigError, DataError, NumericalError, RunError, UnknownNameError
+from avsep.learner import ContinualLearner, learning_rate_factor
+from avsep.spec import OptimizerSpec
+
+CLIP = TINY_FRONT_END["clip_samples"]
+
+
+def _stream(store, tasks=TINY_TASKS):
+    return task_stream(store, tasks, clip_samples=CLIP)
+
+
+def _weights(run, task):
+    return load_file(run / "tasks" / f"{task:02d}" / "separator" / "model.safetensors")
+
+
+def _equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def _rows(path):
+    with open(path, newline="") as file:
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in csv.DictReader(file)]
+
+
+def test_a_run_folder_has_what_it_should(tone_run):
+    records = [json.loads((tone_run / "tasks" / t / "task.json").read_text()) for t in ("00", "01")]
+    assert [r["classes"] for r in records] == TINY_TASKS
+    assert records[0]["steps"] == 6
+    # one exemplar of each class of the first task, none is chosen after the last
+    assert {k: len(v) for k, v in records[1]["exemplars"].items()} == {"ding": 1, "hum": 1}
+    assert all(i.startswith(f"{k}-train") for k, v in records[1]["exemplars"].items() for i in v)
+    first, last = avsep.load_separator(tone_run, task=0), avsep.load_separator(tone_run)
+    assert first.classes == ("ding", "hum")
+    assert last.classes == ("ding", "hum", "peep", "whirr")
+    rows = _rows(tone_run / "logs" / "train.csv")
+    assert len(rows) == 12
+    assert all(float(r["separation"]) > 0 and float(r["instance"]) > 0 and float(r["class"]) > 0 for r in rows)
+    assert all(r.get("mask", "") == "" for r in rows if r["task"] == "0")
+    assert any(float(r["mask"] or 0) > 0 for r in rows if r["task"] == "1")
+    assert (tone_run / "protocol.json").is_file()
+    assert yaml.safe_load((tone_run / "run.yaml").read_text())["strategy"]["name"] == "contavsep"
+
+
+def test_training_changes_every_part_and_keeps_the_store_small(tone_run):
+    first, last = _weights(tone_run, 0), _weights(tone_run, 1)
+    for part in ("audio_encoder", "object_encoder", "motion_encoder", "mask_decoder"):
+        changed = [
+            k for k in first if k.startswith(part) and first[k].shape == last[k].shape and not torch.equal(first[k], last[k])
+        ]
+        assert changed, part
+
+
+def test_resume_after_kills_gives_the_uninterrupted_result(tone_run, tone_store, tmp_path):
+    """A process that dies without warning at several steps of both tasks, resumed each time."""
+    run = tmp_path / "run"
+    script = tmp_path / "victim.py"
+    script.write_text(
+        "import os, sys\n"
+        "sys.path.insert(0, sys.argv[4])\n"
+        "from conftest import *\n"
+        "from avsep.data.tasks import task_stream\n"
+        "from avsep.learner import ContinualLearner\n"
+        "die_after = int(sys.argv[3])\n"
+        "step = ContinualLearner._step\n"
+        "count = 0\n"
+        "def counted(self, *args):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    if count > die_after:\n"
+        "        os._exit(9)\n"
+        "    return step(self, *args)\n"
+        "ContinualLearner._step = counted\n"
+        "stream = task_stream(sys.argv[1], TINY_TASKS, clip_samples=TINY_FRONT_END['clip_samples'])\n"
+        "from pathlib import Path\n"
+        "tiny_learner().fit(stream, sys.argv[2], resume=Path(sys.argv[2], 'run.yaml').exists(), progress=False)\n"
+    )
+    codes = []
+    # die before the first step, in mid-epoch between checkpoints, at the end of a task, in the second task; then finish
+    for die_after in (0, 3, 4, 3, 100):
+        command = [sys.executable, str(script), str(tone_store), str(run), str(die_after), str(script.parents[0])]
+        command[-1] = str(__import__("pathlib").Path(__file__).parent)
+        codes.append(subprocess.run(command, capture_output=True, timeout=240).returncode)
+    assert codes == [9, 9, 9, 9, 0]
+    for task in (0, 1):
+        assert _equal(_weights(run, task), _weights(tone_run, task))
+    assert _rows(run / "logs" / "train.csv") == _rows(tone_run / "logs" / "train.csv")
+    assert _rows(run / "logs" / "validation.csv") == _rows(tone_run / "logs" / "validation.csv")
+
+
+def test_resuming_a_finished_run_changes_nothing(tone_run, tone_store, tmp_path):
+    run = shutil.copytree(tone_run, tmp_path / "run")
+    tiny_learner().fit(_stream(tone_store), run, resume=True, progress=False)
+    assert _equal(_weights(run, 1), _weights(tone_run, 1))
+
+
+def test_composed_in_three_lines_gives_what_the_spec_gives(tone_run, tone_store, tmp_path):
+    separator = avsep.build_separator(
+        **{k: TINY_SEPARATOR[k] for k in TINY_SEPARATOR if k != "front_end"},
+        front_end=TINY_FRONT_END,
+        classes=TINY_TASKS[0],
+        seed=1234,
+    )
+    learner = avsep.ContinualLearner(separator, strategy="contavsep", memory=("random_per_class", {"per_class": 1}), train=TINY_TRAIN)
+    learner.fit(_stream(tone_store), tmp_path / "run", progress=False)
+    assert _equal(_weights(tmp_path / "run", 1), _weights(tone_run, 1))
+
+
+@pytest.mark.parametrize("strategy", ["finetune", "joint"])
+def test_other_strategies_learn_both_tasks(strategy, tone_store, tmp_path):
+    learner = tiny_learner(strategy, "none", epochs=1)
+    records = learner.fit(_stream(tone_store), tmp_path / "run", progress=False)
+    assert [r["strategy"] for r in records] == [strategy] * 2
+    assert learner.separator.classes == tuple(TINY_TASKS[0] + TINY_TASKS[1])
+    assert all(r["exemplars"] == {} for r in records)
+    clips = {c for e in (0, 1) for m in _drawn(learner, _stream(tone_store), 1, e) for c in m}
+    assert {c.split("-")[0] for c in clips} == (set(TINY_TASKS[1]) if strategy == "finetune" else {"ding", "hum", "peep", "whirr"})
+
+
+def _drawn(learner, stream, task, epoch):
+    data = learner._epoch(stream, stream.tasks[task], epoch)
+    return [[s.clip.id for s in data[i]] for i in range(len(data))]
+
+
+def test_joint_starts_from_fresh_weights(tone_store, tmp_path):
+    learner = tiny_learner("joint", "none", epochs=1, steps_per_epoch=1)
+    before = {}
+    original = ContinualLearner._optimizers
+
+    def spy(self, student):
+        before[student.num_classes] = student.audio_encoder.state_dict()["downconv1.weight"].clone()
+        return original(self, student)
+
+    ContinualLearner._optimizers = spy
+    try:
+        learner.fit(_stream(tone_store), tmp_path / "run", progress=False)
+    finally:
+        ContinualLearner._optimizers = original
+    trained = _weights(tmp_path / "run", 0)["audio_encoder.downconv1.weight"]
+    assert not torch.equal(before[4], trained)
+    assert not torch.equal(before[4], before[2])
+
+
+def test_reader_processes_do_not_change_the_result(tone_run, tone_store, tmp_path):
+    learner = ContinualLearner.from_spec(tiny_run_spec(), accelerator="cpu", workers=1)
+    learner.fit(_stream(tone_store), tmp_path / "run", progress=False)
+    assert _equal(_weights(tmp_path / "run", 1), _weights(tone_run, 1))
+
+
+def test_nan_stops_with_step_clips_and_checkpoint(tone_store, tmp_path):
+    learner = tiny_learner("finetune", "none")
+    original = learner.strategy.loss
+    calls = []
+
+    def broken(student, teacher, step):
+        calls.append(step.batch.clips)
+        terms = original(student, teacher, step)
+        return {**terms, "separation": terms["separation"] * float("nan")} if len(calls) == 4 else terms
+
+    learner.strategy.loss = broken
+    with pytest.raises(NumericalError) as caught:
+        learner.fit(_stream(tone_store), tmp_path / "run", progress=False)
+    message = str(caught.value)
+    assert "task 0 step 3" in message
+    assert "+".join(calls[-1][0]) in message
+    assert str(tmp_path / "run" / "state") in message
+    # the checkpoint before is good: resumed with the fault gone, the run is the one that never failed
+    tiny_learner("finetune", "none").fit(_stream(tone_store), tmp_path / "run", resume=True, progress=False)
+    tiny_learner("finetune", "none").fit(_stream(tone_store), tmp_path / "whole", progress=False)
+    assert _equal(_weights(tmp_path / "run", 1), _weights(tmp_path / "whole", 1))
+
+
+def test_another_spec_is_refused(tone_run, tone_store, tmp_path):
+    run = shutil.copytree(tone_run, tmp_path / "run")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(CheckpointError, match=r"train\.batch_size was 2, now 3"):
+        tiny_learner(batch_size=3).fit(_stream(tone_store), run, resume=True, progress=False)
+    with pytest.raises(CheckpointError, match=r"strategy\.name was 'contavsep', now 'finetune'"):
+        tiny_learner("finetune").fit(_stream(tone_store), run, resume=True, progress=False)
+    with pytest.raises(RunError, match="holds a run already"):
+        tiny_learner().fit(_stream(tone_store), run, progress=False)
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def test_a_damaged_checkpoint_is_named(tone_run, tone_store, tmp_path):
+    run = shutil.copytree(tone_run, tmp_path / "run")
+    file = next((run / "state").rglob("student.safetensors"))
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match=r"student\.safetensors"):
+        tiny_learner().fit(_stream(tone_store), run, resume=True, progress=False)
+
+
+def test_two_writers_of_one_run(tone_store, tmp_path):
+    from avsep.io import FolderLock
+
+    with FolderLock(tmp_path / "run"), pytest.raises(RunError, match="being written by another process"):
+        tiny_learner().fit(_stream(tone_store), tmp_path / "run", progress=False)
+
+
+def test_wrong_inputs_fail_before_training(tone_store, tmp_path):
+    stream = _stream(tone_store)
+    with pytest.raises(ConfigError, match="memory of 5 clips per class is larger than class 'ding', which has 3"):
+        tiny_learner(memory={"name": "random_per_class", "params": {"per_class": 5}}).fit(stream, tmp_path / "a")
+    with pytest.raises(UnknownNameError, match="no strategy named 'contavsepp': did you mean 'contavsep'"):
+        tiny_learner("contavsepp")
+    with pytest.raises(ConfigError, match="test mixtures are 65535 samples long"):
+        tiny_learner().fit(task_stream(tone_store, TINY_TASKS), tmp_path / "b")
+    with pytest.raises(AvsepError, match="no class 'gong'"):
+        _stream(tone_store, [["ding", "gong"]])
+    with pytest.raises(ConfigError, match="larger than the epoch's 24 mixtures"):
+        tiny_learner(batch_size=25).fit(stream, tmp_path / "c", progress=False)
+    with pytest.raises(RunError, match="nothing to resume"):
+        tiny_learner().fit(stream, tmp_path / "d", resume=True)
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match=r"thesis\.txt"):
+        tiny_learner().fit(stream, tmp_path / "e")
+    slots = avsep.build_separator(
+        **{k: v for k, v in TINY_SEPARATOR.items() if k != "front_end"}, front_end=TINY_FRONT_END, num_classes=3
+    )
+    with pytest.raises(ConfigError, match="3 class slots but the first task only 2 classes"):
+        ContinualLearner(slots, train=TINY_TRAIN).fit(stream)
+    needs = avsep.build_separator(
+        **{**{k: v for k, v in TINY_SEPARATOR.items() if k != "front_end"}, "object_encoder": ("precomputed", {"features": "clip", "dim": 8})},
+        front_end=TINY_FRONT_END,
+        num_classes=2,
+    )
+    with pytest.raises(DataError, match="clip"):
+        ContinualLearner(needs, train=TINY_TRAIN).fit(stream)
+
+
+def test_learning_rate_schedules():
+    step = OptimizerSpec(schedule="step", milestones=(31, 51), gamma=0.1)
+    found = [learning_rate_factor(step, step=0, epoch=e, total_steps=1) for e in (0, 30, 31, 50, 51, 99)]
+    assert found == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    total = 40
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([parameter], lr=2e-3)
+    oracle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=total, cycle_momentum=False)
+    cycle = OptimizerSpec(schedule="one_cycle", lr=2e-3)
+    for i in range(total):
+        factor = learning_rate_factor(cycle, step=i, epoch=0, total_steps=total)
+        assert 2e-3 * factor == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12)
+        optimizer.step()
+        if i + 1 < total:
+            oracle.step()
