@@ -196,8 +196,12 @@ def load_components() -> None:
     if _loaded:
         return
     _loaded = True  # before the imports, which may look names up themselves
-    for module in _BUILTIN:
-        importlib.import_module(module)
+    try:
+        for module in _BUILTIN:
+            importlib.import_module(module)
+    except BaseException:
+        _loaded = False
+        raise
     for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:
             loaded = entry.load()
