@@ -212,8 +212,8 @@ class Store:
                 form = (audio.getframerate(), audio.getnchannels(), audio.getsampwidth(), audio.getnframes())
                 if form != (self.sample_rate_hz, 1, 2, clip.samples):
                     raise DataError(
-                        f"{file} is {form[0]} Hz, {form[1]} channels, {8 * form[2]} bit, {form[3]} samples; the manifest "
-                        f"says {self.sample_rate_hz} Hz, 1 channel, 16 bit, {clip.samples} samples"
+                        f"{file} is {form[0]} Hz, {form[1]} channels, {8 * form[2]} bit, {form[3]} samples; the "
+                        f"manifest says {self.sample_rate_hz} Hz, 1 channel, 16 bit, {clip.samples} samples"
                     )
                 audio.setpos(start)
                 data = audio.readframes(samples)
@@ -292,8 +292,8 @@ def _check_manifest(path: Path, manifest: Any) -> None:
         raise DataError(f"{where} is not the manifest of a store")
     if manifest.get("version") != STORE_VERSION:
         raise DataError(
-            f"{where}: store version {manifest.get('version')!r} is not {STORE_VERSION}, the one known here: update avsep "
-            f"or make the store again"
+            f"{where}: store version {manifest.get('version')!r} is not {STORE_VERSION}, the one known here: update "
+            f"avsep or make the store again"
         )
     for key in ("sample_rate_hz", "object_rate_hz", "motion_rate_hz"):
         value = manifest.get(key)
