@@ -1,0 +1,260 @@
+"""Checkpoints of the published iQuery and ContAV-Sep code, read into a separator.
+
+The published code keeps two files, the U-Net (``net_sound``) and the transformer (``maskformer``). Every one of its
+decoder layers owns three attentions and four norms but calls only some of them; the tensors that are never called are
+dropped and named (at the published size with 5 classes 30 tensors, 1,318,400 parameters).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avsep.decoders import QueryTransformer
+from avsep.encoders import UNet7
+from avsep.errors import CheckpointError
+from avsep.separator import Separator, build_separator
+
+__all__ = ["PublishedCheckpoint", "convert_published", "load_published", "read_published"]
+
+
+@dataclass(frozen=True)
+class PublishedCheckpoint:
+    """A converted checkpoint.
+
+    ``state`` has the names of :class:`avsep.separator.Separator`; ``dropped`` the published tensors that are never
+    called; ``sizes`` what the tensors' shapes tell of the network.
+    """
+
+    state: dict[str, Tensor]
+    dropped: tuple[str, ...]
+    sizes: dict[str, int]
+
+
+_BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_AFFINE = ("weight", "bias")
+# tensors of nn.MultiheadAttention -> ours
+_ATTENTION = {
+    "in_proj_weight": "in_weight",
+    "in_proj_bias": "in_bias",
+    "out_proj.weight": "out.weight",
+    "out_proj.bias": "out.bias",
+}
+
+
+def _sound_names() -> dict[str, str]:
+    modules = {"bn0": "input_norm"}
+    modules |= {f"downnorm{k}": f"down_norm.{k - 2}" for k in range(2, 7)}
+    modules |= {f"upnorm{k}": f"up_norm.{7 - k}" for k in range(2, 8)}
+    names = {f"{old}.{t}": f"{new}.{t}" for old, new in modules.items() for t in _BATCH_NORM}
+    for k in range(1, 8):
+        names[f"downconv{k}.weight"] = f"down.{k - 1}.weight"
+        names[f"upconv{k}.weight"] = f"up.{7 - k}.weight"
+    return names
+
+
+def _feedforward(old: str, new: str) -> dict[str, str]:
+    return {f"{old}.linear{i}.{t}": f"{new}.feedforward.linear{i}.{t}" for i in (1, 2) for t in _AFFINE}
+
+
+def _attention(old: str, new: str) -> dict[str, str]:
+    return {f"{old}.{a}": f"{new}.{b}" for a, b in _ATTENTION.items()}
+
+
+def _norm(old: str, new: str) -> dict[str, str]:
+    return {f"{old}.{t}": f"{new}.{t}" for t in _AFFINE}
+
+
+def _predictor_names(encoder_layers: int, layers: int) -> tuple[dict[str, str], list[str]]:
+    """Published name -> ours, and the published names that are never called."""
+    names = {"query_embed.weight": "class_queries"}
+    names |= _norm("down", "motion_proj") | _norm("objproj", "object_proj")
+    names |= _norm("transformer.decoder.norm", "norm")
+    for i in range(3):
+        names |= _norm(f"mask_embed.layers.{i}", f"head.{2 * i}")
+    for i in range(encoder_layers):
+        old, new = f"transformer.encoder.layers.{i}", f"encoder.{i}"
+        names |= _attention(f"{old}.self_attn", f"{new}.self_attention")
+        names |= _norm(f"{old}.norm1", f"{new}.self_norm") | _feedforward(old, new)
+        names |= _norm(f"{old}.norm2", f"{new}.feedforward_norm")
+    dead: list[str] = []
+    for i in range(layers):
+        old = f"transformer.decoder.layers.{i}"
+        motion = (f"{old}.cross_attn_motion", f"{old}.norm4")
+        slots, audio = (f"{old}.self_attn", f"{old}.norm1"), (f"{old}.multihead_attn", f"{old}.norm2")
+        new = "motion_layer" if i == 0 else f"layers.{i - 1}"
+        if i == 0:
+            calls = {"motion": motion}
+            idle = (slots, audio)
+        else:
+            calls = {"self": slots, "audio": audio}
+            idle = (motion,)
+        for name, (attention, norm) in calls.items():
+            names |= _attention(attention, f"{new}.{name}_attention") | _norm(norm, f"{new}.{name}_norm")
+        names |= _feedforward(old, new) | _norm(f"{old}.norm3", f"{new}.feedforward_norm")
+        for attention, norm in idle:
+            dead += [*_attention(attention, ""), *_norm(norm, "")]
+    return names, dead
+
+
+def _plain(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
+    """Without the prefix that data-parallel training leaves; every value a tensor."""
+    plain = {str(name).removeprefix("module."): value for name, value in state.items()}
+    for name, value in plain.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{what} checkpoint: '{name}' is a {type(value).__name__}, not a tensor")
+    return plain
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    return 1 + max((int(m[1]) for m in (re.match(pattern, name) for name in state) if m), default=-1)
+
+
+def _translate(
+    state: dict[str, Tensor], names: dict[str, str], dead: Sequence[str], what: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    for name in names:
+        # old PyTorch did not count batches; the counter is not used in the computation
+        if name.endswith(".num_batches_tracked"):
+            state.setdefault(name, torch.tensor(0))
+    if unknown := sorted(state.keys() - names.keys() - set(dead)):
+        raise CheckpointError(
+            f"{what} checkpoint: {len(unknown)} tensors are not part of the published network, among them "
+            f"'{unknown[0]}': give the two files in the order net_sound, maskformer"
+        )
+    if missing := sorted(names.keys() - state.keys()):
+        raise CheckpointError(f"{what} checkpoint: {len(missing)} tensors are missing, among them '{missing[0]}'")
+    translated = {}
+    for old, new in names.items():
+        value = state[old]
+        # a convolution with kernel 1 is our linear map
+        translated[new] = value.squeeze(-1) if value.ndim == 3 and value.shape[-1] == 1 else value
+    return translated, [name for name in dead if name in state]
+
+
+def convert_published(sound_state: Mapping[str, Any], predictor_state: Mapping[str, Any]) -> PublishedCheckpoint:
+    """Translate the published state dicts of the U-Net (net_sound) and the transformer (maskformer).
+
+    A ``module.`` prefix is taken off.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, unknown or of the wrong shape.
+    """
+    sound = _plain(sound_state, "net_sound")
+    predictor = _plain(predictor_state, "maskformer")
+    encoder_layers = _count(predictor, r"transformer\.encoder\.layers\.(\d+)\.")
+    layers = _count(predictor, r"transformer\.decoder\.layers\.(\d+)\.")
+    audio, _ = _translate(sound, _sound_names(), (), "net_sound")
+    names, dead = _predictor_names(encoder_layers, layers)
+    decoder, dropped = _translate(predictor, names, dead, "maskformer")
+    try:
+        sizes = {
+            "base_channels": audio["down.0.weight"].shape[0],
+            "mask_channels": audio["up.6.weight"].shape[0],
+            "num_classes": decoder["class_queries"].shape[0],
+            "dim": decoder["class_queries"].shape[1],
+            "object_dim": decoder["object_proj.weight"].shape[1],
+            "motion_dim": decoder["motion_proj.weight"].shape[1],
+            "feedforward": decoder["motion_layer.feedforward.linear1.weight"].shape[0],
+            "encoder_layers": encoder_layers,
+            "layers": layers,
+        }
+    except (KeyError, IndexError):
+        raise CheckpointError("maskformer checkpoint: it has no decoder layers, or a tensor is a scalar") from None
+    state: dict[str, Tensor] = {}
+    with torch.device("meta"):  # shapes only
+        encoder = UNet7(base_channels=sizes["base_channels"], mask_channels=sizes["mask_channels"])
+        transformer = QueryTransformer(
+            **{key: value for key, value in sizes.items() if key != "base_channels"},
+            latent_channels=encoder.latent_channels,
+            heads=1,
+        )
+    for prefix, module, translated in (("audio_encoder", encoder, audio), ("mask_decoder", transformer, decoder)):
+        expected = module.state_dict()
+        if extra := sorted(expected.keys() - translated.keys()):
+            raise CheckpointError(
+                f"published checkpoint: the transformer's width {sizes['dim']} is not the latent's "
+                f"{encoder.latent_channels}, which needs '{extra[0]}'"
+            )
+        for name, value in translated.items():
+            if value.shape != expected[name].shape:
+                raise CheckpointError(
+                    f"published checkpoint: '{name}' has the shape {list(value.shape)}, the network's other tensors "
+                    f"ask for {list(expected[name].shape)}"
+                )
+            state[f"{prefix}.{name}"] = value
+    return PublishedCheckpoint(state, tuple(dropped), sizes)
+
+
+def read_published(sound: str | os.PathLike[str], predictor: str | os.PathLike[str]) -> PublishedCheckpoint:
+    """Read and convert the two published files; nothing in them is executed.
+
+    Raises:
+        CheckpointError: when a file is missing, damaged, holds anything but tensors, or does not fit.
+    """
+    return convert_published(_read(Path(sound)), _read(Path(predictor)))
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no such file: {path}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise CheckpointError(
+            f"{path} is not a file of PyTorch tensors, or is damaged ({type(error).__name__}: {reason})"
+        ) from None
+    # some training scripts wrap the tensors once
+    if isinstance(state, Mapping):
+        for key in ("state_dict", "model"):
+            if isinstance(state.get(key), Mapping):
+                state = state[key]
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(f"{path} holds no state dict, but a {type(state).__name__}")
+    return state
+
+
+def load_published(
+    sound: str | os.PathLike[str],
+    predictor: str | os.PathLike[str],
+    *,
+    classes: Sequence[str] = (),
+    heads: int = 8,
+    object_features: str = "clip_vit_b32",
+    motion_features: str = "videomae_base",
+) -> Separator:
+    """A separator, in eval mode, with the weights of the two published files.
+
+    Args:
+        sound, predictor: the files of the U-Net and of the transformer.
+        classes: class names in slot order, if known.
+        heads: attention heads, the one size that the tensors do not tell.
+        object_features, motion_features: names under which a store keeps the features the network was trained on.
+    """
+    converted = read_published(sound, predictor)
+    sizes = converted.sizes
+    decoder = {key: sizes[key] for key in ("dim", "feedforward", "encoder_layers", "layers")}
+    separator = build_separator(
+        num_classes=sizes["num_classes"],
+        classes=classes,
+        audio_encoder=("unet7", {key: sizes[key] for key in ("base_channels", "mask_channels")}),
+        object_encoder=("precomputed", {"features": object_features, "dim": sizes["object_dim"]}),
+        motion_encoder=("precomputed", {"features": motion_features, "dim": sizes["motion_dim"]}),
+        mask_decoder=("query_transformer", {**decoder, "heads": heads}),
+    )
+    # Strict but for the front end, which has no trained tensors.
+    own = {name for name in separator.state_dict() if not name.startswith("front_end.")}
+    if own != converted.state.keys():
+        raise CheckpointError(f"published checkpoint: {sorted(own ^ converted.state.keys())[0]!r} does not fit")
+    separator.load_state_dict(converted.state, strict=False)
+    return separator.eval()
