@@ -144,7 +144,7 @@ _PAINT: dict[str, tuple[float, float, float, float, float]] = {
     "banjo": (0.08, 0.03, 0.15, 0.95, 0.07),
     "cello": (0.03, 0.02, 0.85, 0.48, 0.07),
     "electric_bass": (0.70, 0.12, 0.80, 0.70, 0.10),
-    "erhu": (0.01, 0.02, 0.70, 0.30, 0.25),
+    "erhu": (0.01, 0.02, 0.70, 0.30, 0.20),
     "guzheng": (0.07, 0.02, 0.60, 0.62, 0.14),
     "pipa": (0.09, 0.02, 0.60, 0.75, 0.03),
     "trumpet": (0.14, 0.02, 0.75, 0.95, 0.13),
@@ -239,12 +239,12 @@ def _person(c: _Canvas, look: Look, x: float = 0.0, y: float = -0.55) -> None:
     """Head and shoulders, behind the instrument."""
     c.polygon(
         (
-            (x - 0.5, 1.1),
+            (x - 0.56, 1.7),
             (x - 0.42, y + 0.34),
             (x - 0.12, y + 0.2),
             (x + 0.12, y + 0.2),
             (x + 0.42, y + 0.34),
-            (x + 0.5, 1.1),
+            (x + 0.56, 1.7),
         ),
         look.clothes,
     )

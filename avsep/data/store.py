@@ -31,7 +31,7 @@ from avsep.errors import ConfigError, DataError, UnknownNameError, near_matches
 from avsep.io import FolderLock, atomic_path, read_json, sha256_file, write_json
 from avsep.types import VisualSource
 
-__all__ = ["SPLITS", "STORE_VERSION", "Clip", "Store", "StoreWriter", "add_features"]
+__all__ = ["SPLITS", "STORE_VERSION", "Clip", "Store", "StoreWriter", "add_features", "remove_store"]
 
 STORE_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -583,3 +583,21 @@ def add_features(
         manifest["features"][name] = {"role": role, "dim": dim, "steps": steps}
         write_json(store.path / "manifest.json", manifest)
     return Store.open(store.path)
+
+
+def remove_store(path: str | Path) -> None:
+    """Delete a store or what there is of an unfinished one; any other folder is refused, and a missing one is fine."""
+    path = Path(path)
+    if not path.exists():
+        return
+    begun = path / _JOURNAL / "header.json"
+    manifest = path / "manifest.json"
+    file = manifest if manifest.is_file() else begun
+    found = read_json(file) if file.is_file() else None
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        raise DataError(f"{path} is not a store, so it is not deleted: choose another folder")
+    with FolderLock(path):
+        # only what a store consists of: anything else in the folder is not ours to delete
+        manifest.unlink(missing_ok=True)
+        for folder in ("audio", "object", "motion", "features", _JOURNAL):
+            shutil.rmtree(path / folder, ignore_errors=True)

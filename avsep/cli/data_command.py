@@ -1,0 +1,203 @@
+"""``avsep data``: make, check and look at stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from avsep.data.checking import StoreCheck
+    from avsep.data.store import Store
+
+app = typer.Typer(help="Make the offline benchmark; check and look at stores.", no_args_is_help=True)
+
+_StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder.")]
+
+
+@app.command("synth")
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to make the store in.")],
+    size: Annotated[str, typer.Option("--size", help="tiny, small or full.")] = "tiny",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed gives other phrases and pictures.")] = 0,
+    bank: Annotated[
+        list[Path] | None, typer.Option("--bank", help="SoundFont (.sf2); repeat for several [one that is found].")
+    ] = None,
+    holdout_bank: Annotated[
+        Path | None, typer.Option("--holdout-bank", help="SoundFont that plays the test split only.")
+    ] = None,
+    classes: Annotated[str | None, typer.Option("--classes", help="Classes to make, such as flute,piano.")] = None,
+    clips: Annotated[
+        str | None, typer.Option("--clips", help="Clips a class for train,val,test, such as 14,3,4.")
+    ] = None,
+    clip_s: Annotated[float | None, typer.Option("--clip-s", help="Seconds of a clip.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes [one a CPU core].")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Delete the store that is there and begin anew.")] = False,
+) -> None:
+    """Make the offline benchmark from sampled instruments and drawn players. Continues a killed run."""
+    from rich.console import Console
+
+    from avsep.data.synthesis import synthesise
+
+    store = synthesise(
+        out,
+        size=size,
+        classes=None if classes is None else _names(classes),
+        seed=seed,
+        banks=bank,
+        holdout_bank=holdout_bank,
+        workers=workers,
+        clips_per_class=None if clips is None else _counts(clips),
+        clip_s=clip_s,
+        force=force,
+    )
+    Console().print(f"{store.path}: {_extent(store)}", highlight=False)
+    Console().print(f"content hash {store.content_hash}", highlight=False)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _counts(text: str) -> tuple[int, int, int]:
+    from avsep.errors import ConfigError
+
+    try:
+        train, val, test = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--clips {text}: give three whole numbers, for train, val and test, such as 14,3,4"
+        ) from None
+    return train, val, test
+
+
+def _extent(store: Store) -> str:
+    minutes = sum(c.samples for c in store.clips) / store.sample_rate_hz / 60
+    size = sum(r["bytes"] for e in store.manifest["clips"] for r in e["files"].values())
+    return f"{len(store.clips)} clips of {len(store.classes)} classes, {minutes:.1f} minutes, {size / 1e6:.0f} MB"
+
+
+@app.command("check")
+def check(store: _StoreArgument) -> None:
+    """Read a whole store: hashes, levels, what is there for each class and split, feature statistics."""
+    from rich.console import Console
+
+    from avsep.data.checking import check_store
+    from avsep.errors import DataError
+    from avsep.progress import progress_bar
+
+    with progress_bar() as bars:
+        result = check_store(store, bars)
+    console = Console()
+    _print_check(console, result)
+    for problem in result.problems:
+        console.print(f"[yellow]warning[/] {problem}", highlight=False)
+    silent = [p for p in result.problems if "is silent" in p]
+    if silent:
+        raise DataError(
+            f"{len(silent)} clips of {store} are silent; training on them would teach nothing: leave them out"
+        )
+    console.print("every file matches its hash")
+
+
+def _print_check(console: object, result: StoreCheck) -> None:
+    from rich.table import Table
+
+    table = Table("class", "split", "clips", "minutes", "dB: min", "median", "max", "beside audio")
+    for name, splits in result.classes.items():
+        for split, summary in splits.items():
+            levels = sorted(summary.levels_db)
+            loud = [f"{levels[i]:.1f}" for i in (0, len(levels) // 2, -1)] if levels else ["-"] * 3
+            kinds = "\n".join(
+                k if n == summary.clips else f"{k} ({n})" for k, n in summary.kinds.items() if k != "audio"
+            )
+            table.add_row(name, split, str(summary.clips), f"{summary.seconds / 60:.1f}", *loud, kinds)
+    console.print(table)  # type: ignore[attr-defined]
+    if result.features:
+        features = Table("features", "role", "width", "mean", "std", "norm", "constant dimensions")
+        for name, f in result.features.items():
+            numbers = [f"{x:.4g}" for x in (f.mean, f.std, f.norm)]
+            features.add_row(name, f.role, str(f.dim), *numbers, str(f.dead))
+        console.print(features)  # type: ignore[attr-defined]
+
+
+@app.command("info")
+def info(store: _StoreArgument) -> None:
+    """What a store holds and where it comes from."""
+    from avsep.data.store import SPLITS, Store
+
+    opened = Store.open(store)
+    manifest = opened.manifest
+    lines = [
+        ("store", str(opened.path)),
+        ("extent", _extent(opened)),
+        ("clips", ", ".join(f"{split} {len(opened.select(split=split))}" for split in SPLITS)),
+        ("classes", ", ".join(opened.classes)),
+        ("audio", f"{opened.sample_rate_hz} Hz"),
+    ]
+    for kind, rate in (("object", opened.object_rate_hz), ("motion", opened.motion_rate_hz)):
+        shape = manifest.get(f"{kind}_shape")
+        lines.append((f"{kind} pictures", f"{shape} at {rate:g} a second" if shape else "none"))
+    lines += [("features", f"{n}: {r['role']}, {r['dim']} wide") for n, r in opened.features.items()]
+    for key, value in manifest.get("origin", {}).items():
+        if key in ("banks", "test_banks"):
+            value = ", ".join(f"{bank['name']} (SHA-256 {bank['sha256'][:12]}...)" for bank in value)
+        lines.append((key.replace("_", " "), str(value)))
+    lines += [("licence", str(manifest.get("licence", ""))), ("content hash", opened.content_hash)]
+    for name, text in lines:
+        typer.echo(f"{name:18} {text}")
+
+
+@app.command("banks")
+def banks() -> None:
+    """List the SoundFont banks that are found on this machine; the first is the one that synth uses."""
+    from avsep.data.synthesis import NO_BANK, find_banks
+    from avsep.errors import DataError
+
+    found = find_banks()
+    if not found:
+        raise DataError(NO_BANK)
+    for path in found:
+        typer.echo(f"{path} ({path.stat().st_size / 1e6:.0f} MB)")
+
+
+@app.command("sheet")
+def sheet(
+    store: _StoreArgument,
+    out: Annotated[Path, typer.Option("--out", help="Picture to write.")] = Path("contact.png"),
+    per_class: Annotated[int, typer.Option("--per-class", min=1, max=20, help="Clips shown of each class.")] = 6,
+) -> None:
+    """Write a contact sheet of a store's pictures."""
+    from avsep.data.checking import contact_sheet
+    from avsep.data.store import Store
+
+    typer.echo(contact_sheet(Store.open(store), out, per_class))
+
+
+@app.command("features")
+def features(
+    store: _StoreArgument,
+    clips: Annotated[str, typer.Option("--clips", help="Ids of clips, one a class, such as flute-test-000,...")],
+    out: Annotated[Path, typer.Option("--out", help="File to write (.npz).")] = Path("features.npz"),
+) -> None:
+    """Write clips' pictures and features to a file for ``avsep separate --features``."""
+    from avsep.data.store import Store
+    from avsep.data.visualfile import timelines_of, write_visual_file
+
+    write_visual_file(out, timelines_of(Store.open(store), _names(clips)))
+    typer.echo(out)
+
+
+@app.command("mix")
+def mix(
+    store: _StoreArgument,
+    clips: Annotated[str, typer.Option("--clips", help="Ids of two or more clips of different classes.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for duet.wav, features.npz and references/.")],
+) -> None:
+    """Mix clips of a store to one recording, with the pictures and the references beside it."""
+    from avsep.data.store import Store
+    from avsep.data.synthesis import write_duet
+
+    for path in write_duet(Store.open(store), _names(clips), out).values():
+        typer.echo(path)
