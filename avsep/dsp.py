@@ -1,0 +1,149 @@
+"""The front end: STFT, log-frequency warp, ratio masks and their inverses, as one module built from a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from avsep import kernels
+from avsep.errors import ConfigError
+from avsep.spec import FrontEndSpec
+from avsep.types import Spectrograms
+
+__all__ = ["FrontEnd"]
+
+
+class FrontEnd(nn.Module):
+    """Waveforms to spectrograms and mask logits to waveforms, with the settings of a :class:`FrontEndSpec`.
+
+    It has no parameters and nothing of it is stored in a checkpoint; its constants move with the module. Dimensions:
+    B mixtures, N sources, L samples, F log-frequency rows, T frames, ``bins`` = n_fft/2 + 1.
+
+    References:
+        Zhao et al., The Sound of Pixels, ECCV 2018; Chen et al., iQuery, CVPR 2023.
+    """
+
+    window: Tensor
+    log_low: Tensor
+    log_high: Tensor
+    log_fraction: Tensor
+    linear_low: Tensor
+    linear_high: Tensor
+    linear_fraction: Tensor
+    log_grid: Tensor
+    linear_grid: Tensor
+
+    def __init__(self, spec: FrontEndSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        tables = kernels.make_tables(spec.n_fft, spec.log_rows)
+        constants = {
+            "window": tables.window,
+            "log_low": tables.to_log.low,
+            "log_high": tables.to_log.high,
+            "log_fraction": tables.to_log.fraction,
+            "linear_low": tables.to_linear.low,
+            "linear_high": tables.to_linear.high,
+            "linear_fraction": tables.to_linear.fraction,
+            "log_grid": tables.log_grid,
+            "linear_grid": tables.linear_grid,
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+
+    @property
+    def tables(self) -> kernels.StftTables:
+        return kernels.StftTables(
+            self.window,
+            kernels.Interpolation(self.log_low, self.log_high, self.log_fraction),
+            kernels.Interpolation(self.linear_low, self.linear_high, self.linear_fraction),
+            self.log_grid,
+            self.linear_grid,
+        )
+
+    @torch.no_grad()
+    def analyse(self, sources: Tensor, *, backend: str = "auto") -> Spectrograms:
+        """Everything training needs of N sources, whose sum is the mixture; no gradient.
+
+        Args:
+            sources: [B, N, L], N = 1 for a mixture alone; any L that is long enough for one frame.
+            backend: of the kernels, ``auto``, ``torch`` or ``triton``.
+
+        Raises:
+            ConfigError: for a wrong shape or type, or signals too short.
+        """
+        try:
+            network_input, weight, ratio, mixture = kernels.analyse(
+                sources,
+                hop=self.spec.hop,
+                align_corners=self.spec.align_corners,
+                padding=self.spec.padding,
+                tables=self.tables,
+                backend=backend,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return Spectrograms(network_input=network_input, weight=weight, ratio=ratio, mixture=mixture)
+
+    def synthesise(
+        self,
+        logits: Tensor,
+        mixture_stft: Tensor,
+        length: int | None = None,
+        *,
+        clip: bool = True,
+        backend: str = "auto",
+    ) -> Tensor:
+        """Waveforms of N masks with the mixture's phase.
+
+        Args:
+            logits: [B, N, F, T], before the sigmoid.
+            mixture_stft: complex [B, bins, T], as :meth:`analyse` gives it.
+            length: samples of the result, at most T hop - 1; (T - 1) hop when None (65,280 for the published 256
+                frames).
+            clip: limit the result to ±1, as published. Switch it off for losses on waveforms.
+            backend: of the kernels, ``auto``, ``torch`` or ``triton``.
+
+        Returns:
+            [B, N, length].
+
+        Raises:
+            ConfigError: for shapes or a length that do not fit.
+        """
+        try:
+            waveforms = kernels.synthesise(
+                logits,
+                mixture_stft,
+                hop=self.spec.hop,
+                length=length,
+                align_corners=self.spec.align_corners,
+                tables=self.tables,
+                backend=backend,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return waveforms.clamp(-1.0, 1.0) if clip else waveforms
+
+    def stft(self, signal: Tensor) -> Tensor:
+        """[..., L] -> complex [..., bins, T], T = 1 + L // hop."""
+        return kernels.stft(signal, hop=self.spec.hop, window=self.window.to(signal.dtype), padding=self.spec.padding)
+
+    def istft(self, spectrum: Tensor, length: int | None = None) -> Tensor:
+        """Complex [..., bins, T] -> [..., length], by default (T - 1) hop samples."""
+        window = self.window.to(spectrum.real.dtype)
+        return kernels.istft(spectrum, hop=self.spec.hop, window=window, length=length)
+
+    def warp(self, x: Tensor) -> Tensor:
+        """Linear to log frequency: [..., bins, T] -> [..., F, T]."""
+        return self._reshaped(kernels.warp, x)
+
+    def unwarp(self, x: Tensor) -> Tensor:
+        """Log to linear frequency: [..., F, T] -> [..., bins, T]."""
+        return self._reshaped(kernels.unwarp, x)
+
+    def _reshaped(self, function: Callable[..., Tensor], x: Tensor) -> Tensor:
+        flat = x.reshape(1, -1, *x.shape[-2:])  # [1, M, rows, T]
+        out = function(flat, self.tables, align_corners=self.spec.align_corners)
+        return out.reshape(*x.shape[:-2], *out.shape[-2:])

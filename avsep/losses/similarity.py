@@ -1,0 +1,117 @@
+"""CrossSDC: contrastive losses between the modalities of new and old slots, seen by student and teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from avsep.errors import ConfigError
+from avsep.kernels import similarity_distillation
+
+__all__ = ["CrossSDC", "cross_sdc"]
+
+MODALITIES = ("audio", "motion", "object")
+
+
+def cross_sdc(
+    student: Mapping[str, Tensor],
+    class_ids: Tensor,
+    instance_ids: Tensor,
+    *,
+    teacher: Mapping[str, Tensor] | None = None,
+    teacher_rows_index: Tensor | None = None,
+    temperature: float = 0.05,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """CrossSDC's instance and class term, not weighted.
+
+    The rows are all n slots by the student, followed by the old slots by the teacher. Without a teacher, or with no old
+    slot, they are the student's alone.
+
+    Args:
+        student: embeddings [n, D] of ``audio`` and of ``motion``, ``object`` or both.
+        class_ids: [n] int64.
+        instance_ids: [n] int64, equal where two slots come from the same video.
+        teacher: embeddings [m, D] of the old slots, of the same modalities; they get no gradient.
+        teacher_rows_index: [m] int64, which of the n slots those are.
+        temperature: above 0.
+        backend: of the kernel.
+
+    Returns:
+        (instance term, class term), scalars.
+
+    Raises:
+        ConfigError: for fewer than two modalities, or a teacher that does not fit the student.
+
+    References:
+        Pian et al., Continual Audio-Visual Sound Separation, NeurIPS 2024.
+    """
+    names = [name for name in MODALITIES if name in student]
+    if unknown := sorted(set(student) - set(names)):
+        raise ConfigError(f"CrossSDC knows no modality '{unknown[0]}': {', '.join(MODALITIES)}")
+    if len(names) < 2:
+        raise ConfigError(
+            f"CrossSDC compares modalities and needs two or more, got {', '.join(names) or 'none'}: add a visual "
+            "encoder, or set weight_instance and weight_class to 0"
+        )
+    rows = [student[name] for name in names]
+    teacher_rows = None
+    if teacher is not None:
+        rows, teacher_rows = _append(rows, names, teacher, teacher_rows_index)
+        index = teacher_rows_index
+        class_ids = torch.cat((class_ids, class_ids[index]))
+        instance_ids = torch.cat((instance_ids, instance_ids[index]))
+    result = similarity_distillation(
+        rows, instance_ids, class_ids, temperature=temperature, teacher_rows=teacher_rows, backend=backend
+    )
+    return result.instance, result.class_
+
+
+def _append(
+    rows: list[Tensor], names: list[str], teacher: Mapping[str, Tensor], index: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """The student's rows followed by the teacher's, and which of them are the teacher's."""
+    if set(teacher) != set(names):
+        raise ConfigError(
+            f"the teacher has the modalities {', '.join(sorted(teacher)) or '(none)'}, the student "
+            f"{', '.join(sorted(names))}: they must be the same"
+        )
+    if index is None:
+        raise ConfigError("CrossSDC got teacher embeddings without teacher_rows_index, which says whose they are")
+    n = rows[0].shape[0]
+    for name in names:
+        if teacher[name].shape[0] != index.shape[0]:
+            raise ConfigError(
+                f"the teacher's {name} embeddings have {teacher[name].shape[0]} rows for {index.shape[0]} indices"
+            )
+    joined = [torch.cat((row, teacher[name].detach())) for row, name in zip(rows, names, strict=True)]
+    return joined, torch.arange(n + index.shape[0], device=index.device) >= n
+
+
+class CrossSDC(nn.Module):
+    """:func:`cross_sdc` at a fixed temperature."""
+
+    def __init__(self, *, temperature: float = 0.05, backend: str = "auto") -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.backend = backend
+
+    def forward(
+        self,
+        student: Mapping[str, Tensor],
+        class_ids: Tensor,
+        instance_ids: Tensor,
+        teacher: Mapping[str, Tensor] | None = None,
+        teacher_rows_index: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return cross_sdc(
+            student,
+            class_ids,
+            instance_ids,
+            teacher=teacher,
+            teacher_rows_index=teacher_rows_index,
+            temperature=self.temperature,
+            backend=self.backend,
+        )

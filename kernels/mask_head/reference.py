@@ -1,0 +1,26 @@
+"""The mask head (iQuery) and the weighted L1 between masks (Sound of Pixels), written as the equations say."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["mask_head_reference", "mask_l1_reference"]
+
+
+def mask_head_reference(embedding: Tensor, mask_features: Tensor) -> Tensor:
+    """logit_n(f, t) = sum_c embedding_nc features_c(f, t): [B, N, C], [B, C, F, T] -> [B, N, F, T]."""
+    return torch.einsum("bnc,bcft->bnft", embedding, mask_features)
+
+
+def mask_l1_reference(
+    logits: Tensor, target: Tensor, weight: Tensor, *, slots: Tensor | None = None, target_is_logits: bool = False
+) -> Tensor:
+    """Mean of w |sigmoid(logits) - target| over the pixels of the chosen slots, one slot at a time."""
+    losses = []
+    for b in range(logits.shape[0]):
+        for n in range(logits.shape[1]):
+            if slots is None or slots[b, n]:
+                wanted = torch.sigmoid(target[b, n]) if target_is_logits else target[b, n]
+                losses.append((weight[b, 0] * (torch.sigmoid(logits[b, n]) - wanted).abs()).mean())
+    return torch.stack(losses).mean() if losses else logits.sum() * 0.0
