@@ -1,0 +1,164 @@
+"""Measures of continual learning from the task matrix R, where R[t, j] is the score on task j after learning task t.
+
+``matrix`` is [T, T]; entries above the diagonal (tasks not yet learned) are NaN and are never read. Higher is better.
+Sources: average and backward transfer, Lopez-Paz and Ranzato, NeurIPS 2017, equations 2 and 3 (the average here is over
+the tasks seen); forgetting and intransigence, Chaudhry et al., ECCV 2018, section 3.2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = [
+    "ContinualScores",
+    "Interval",
+    "average",
+    "backward_transfer",
+    "continual_scores",
+    "forgetting",
+    "forgetting_per_task",
+    "intransigence",
+    "mean_average",
+    "paired_bootstrap",
+]
+
+
+def _matrix(matrix: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(matrix, dtype=np.float64)
+    if array.ndim != 2 or array.shape[0] != array.shape[1] or not array.size:
+        raise ValueError(f"the task matrix must be square [T, T], got {array.shape}")
+    return array
+
+
+def average(matrix: ArrayLike) -> NDArray[np.float64]:
+    """[T]: A_t = mean of R[t, j] over j <= t."""
+    array = _matrix(matrix)
+    return np.array([array[t, : t + 1].mean() for t in range(len(array))])
+
+
+def mean_average(matrix: ArrayLike) -> float:
+    """The mean of A_t over all steps."""
+    return float(average(matrix).mean())
+
+
+def forgetting_per_task(matrix: ArrayLike) -> NDArray[np.float64]:
+    """[T - 1]: for each earlier task j, max over j <= l < T-1 of R[l, j], less R[T-1, j]."""
+    array = _matrix(matrix)
+    last = len(array) - 1
+    return np.array([array[j:last, j].max() - array[last, j] for j in range(last)])
+
+
+def forgetting(matrix: ArrayLike) -> float:
+    """Mean of :func:`forgetting_per_task`; NaN with one task. Negative when old tasks improved."""
+    lost = forgetting_per_task(matrix)
+    return float(lost.mean()) if lost.size else math.nan
+
+
+def backward_transfer(matrix: ArrayLike) -> float:
+    """Mean over j < T-1 of R[T-1, j] - R[j, j]; NaN with one task. Negative when old tasks got worse."""
+    array = _matrix(matrix)
+    last = len(array) - 1
+    return float(np.mean([array[last, j] - array[j, j] for j in range(last)])) if last else math.nan
+
+
+def intransigence(matrix: ArrayLike, joint: ArrayLike) -> NDArray[np.float64]:
+    """[T]: R_joint[t, t] - R[t, t], what learning step by step costs on the newest task. ``joint`` is [T, T]."""
+    array, upper = _matrix(matrix), _matrix(joint)
+    if array.shape != upper.shape:
+        raise ValueError(f"the matrices have different shapes: {array.shape} and {upper.shape}")
+    return np.diag(upper) - np.diag(array)
+
+
+@dataclass(frozen=True)
+class ContinualScores:
+    """All measures of one matrix; ``intransigence`` is None without a joint run."""
+
+    average: tuple[float, ...]
+    mean_average: float
+    forgetting: float
+    forgetting_per_task: tuple[float, ...]
+    backward_transfer: float
+    intransigence: tuple[float, ...] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data; NaN becomes None."""
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return None if value is None or math.isnan(value) else value
+
+
+def continual_scores(matrix: ArrayLike, joint: ArrayLike | None = None) -> ContinualScores:
+    """Every measure of ``matrix`` [T, T] at once."""
+    return ContinualScores(
+        average=tuple(average(matrix).tolist()),
+        mean_average=mean_average(matrix),
+        forgetting=forgetting(matrix),
+        forgetting_per_task=tuple(forgetting_per_task(matrix).tolist()),
+        backward_transfer=backward_transfer(matrix),
+        intransigence=None if joint is None else tuple(intransigence(matrix, joint).tolist()),
+    )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with the bounds of its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(
+    scores: ArrayLike,
+    baseline: ArrayLike | None = None,
+    *,
+    groups: ArrayLike | None = None,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of mean(scores - baseline), resampling what was scored for both together.
+
+    ``scores`` and ``baseline`` [n] are two systems' scores of the same things in the same order (no baseline: zero).
+    ``groups`` [n] names the mixture each score comes from; whole mixtures are then resampled, for the sources of a
+    mixture share their fate. Pairs with a NaN on either side are left out. Source: Efron and Tibshirani, An
+    Introduction to the Bootstrap, 1993, chapter 13. Raises ValueError when the lengths differ or nothing is left.
+    """
+    difference = np.asarray(scores, dtype=np.float64)
+    if difference.ndim != 1:
+        raise ValueError(f"scores must be a list of numbers, got shape {difference.shape}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    if baseline is not None:
+        other = np.asarray(baseline, dtype=np.float64)
+        if other.shape != difference.shape:
+            raise ValueError(f"{len(difference)} scores cannot be paired with {other.size}")
+        difference = difference - other
+    names = np.arange(len(difference)) if groups is None else np.asarray(groups)
+    if len(names) != len(difference):
+        raise ValueError(f"{len(difference)} scores but {len(names)} group names")
+    kept = np.isfinite(difference)
+    if not kept.any():
+        raise ValueError("no pair of finite scores to resample")
+    difference = difference[kept]
+    _, members = np.unique(names[kept], return_inverse=True)
+    sums = np.bincount(members, weights=difference)
+    counts = np.bincount(members)
+    rng = np.random.Generator(np.random.Philox(seed))
+    means = np.empty(resamples)
+    step = max(1, 2_000_000 // len(sums))  # a bounded index matrix
+    for first in range(0, resamples, step):
+        drawn = rng.integers(len(sums), size=(min(step, resamples - first), len(sums)))
+        means[first : first + step] = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(difference.mean()), float(low), float(high))
