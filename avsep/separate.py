@@ -1,0 +1,438 @@
+"""Separate recordings of any length, rate and channel count with a trained separator.
+
+A recording is mixed to mono, brought to the separator's rate and fed as it is, without any change of level: training
+mixtures are sums of N sources scaled by 1/N, so a recording at an ordinary level lies within what was trained on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avsep.audio import SUBTYPES, level_db, read_audio, resample, to_mono, write_audio
+from avsep.chunking import plan_chunks, separate_long
+from avsep.data.visualfile import VisualTimeline
+from avsep.errors import AudioError, ConfigError, DataError, NumericalError, UnknownNameError, near_matches
+from avsep.separator import Separator
+from avsep.spec import FrontEndSpec
+from avsep.types import VisualFeatures, VisualSource
+
+__all__ = [
+    "SeparatedFile",
+    "class_ids_of",
+    "count_chunks",
+    "output_paths",
+    "pick_device",
+    "read_mixture",
+    "separate_audio",
+    "separate_file",
+    "separate_files",
+]
+
+Audio = NDArray[np.float32]
+
+# Below this peak (-100 dB of full scale) a recording is silent: 16-bit noise lies above it.
+SILENT_PEAK = 1e-5
+
+
+@dataclass(frozen=True)
+class SeparatedFile:
+    """What :func:`separate_file` wrote.
+
+    ``files`` by class name, in the order asked for; ``levels_db`` the root-mean-square levels by class, and of
+    ``residual`` and ``mixture``; ``clipped`` the number of samples beyond full scale in all files together.
+    """
+
+    source: Path
+    files: dict[str, Path]
+    residual: Path
+    rate_hz: int
+    seconds: float
+    levels_db: dict[str, float]
+    clipped: int
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """A device by name; ``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: a device that does not exist here.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, available in there.items() if available))
+    kind = name.partition(":")[0]
+    if kind not in there:
+        raise ConfigError(f"unknown device '{name}': auto, cpu, cuda or mps")
+    if not there[kind]:
+        raise ConfigError(f"this machine has no {kind} device that PyTorch can use: --device cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device '{name}': auto, cpu, cuda or mps") from None
+
+
+def class_ids_of(separator: Separator, classes: Sequence[str]) -> list[int]:
+    """Slots of class names.
+
+    Raises:
+        UnknownNameError: a class the separator has not learned.
+        ConfigError: no class, a class twice, or a separator without class names.
+    """
+    if not classes:
+        raise ConfigError("no classes given: name the sounding objects, such as --classes flute,piano")
+    if not separator.classes:
+        raise ConfigError("this separator has no class names: build or save it with classes=(...)")
+    for name in classes:
+        if name not in separator.classes:
+            raise UnknownNameError(
+                f"the separator has not learned class '{name}': {near_matches(name, separator.classes)}"
+            )
+    if repeated := sorted({name for name in classes if list(classes).count(name) > 1}):
+        raise ConfigError(f"class '{repeated[0]}' is given twice: every class is separated once")
+    return [separator.classes.index(name) for name in classes]
+
+
+def read_mixture(path: str | os.PathLike[str], rate_hz: int) -> tuple[Audio, Audio, int]:
+    """Read a recording: mono [L'] at its own rate, mono [L] at ``rate_hz``, and its own rate in Hz.
+
+    Raises:
+        AudioError: the file cannot be used (:func:`avsep.audio.read_audio`) or is silent.
+    """
+    audio, own_rate_hz = read_audio(path)
+    mono = to_mono(audio)
+    if float(np.abs(mono).max()) < SILENT_PEAK:
+        mixed = "" if audio.shape[0] == 1 else f" when its {audio.shape[0]} channels are mixed to mono"
+        raise AudioError(f"{path} is silent{mixed}: there is nothing to separate")
+    return mono, resample(mono, own_rate_hz, rate_hz), own_rate_hz
+
+
+def count_chunks(samples: int, spec: FrontEndSpec, context_s: float | None = None) -> int:
+    """Chunks that :func:`separate_audio` cuts a recording of ``samples`` (at the separator's rate) into."""
+    return len(
+        plan_chunks(
+            samples,
+            clip_samples=spec.clip_samples,
+            context_samples=_context(spec, context_s),
+            align_samples=spec.hop,
+        )
+    )
+
+
+def _context(spec: FrontEndSpec, context_s: float | None) -> int:
+    if context_s is None:
+        return spec.clip_samples // 8
+    if not 0 <= context_s <= spec.clip_s / 4:
+        raise ConfigError(
+            f"context {context_s} s must lie between 0 and a quarter of a chunk ({spec.clip_s / 4:.2f} s)"
+        )
+    return int(context_s * spec.sample_rate_hz)
+
+
+def _read_checked(timeline: VisualTimeline, source: VisualSource, centre_s: float, duration_s: float) -> Tensor:
+    array = timeline.read(source, centre_s=centre_s, duration_s=duration_s)
+    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        raise DataError(f"{timeline.where}: the {source.role} features hold NaN or infinite values: extract them again")
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _encode(
+    separator: Separator, timelines: Sequence[VisualTimeline], starts: Sequence[int], samples: int
+) -> VisualFeatures:
+    """The visual features of b chunks and N sources: object [b, N, Do], motion [b, N, Dm, Tm].
+
+    The object is looked up at the middle of what the chunk holds of the recording, motion over the whole chunk. Each
+    source is encoded on its own, since pictures of different files may differ in size and rate; motion sequences of
+    different lengths are filled up and masked.
+    """
+    spec = separator.spec.front_end
+    device = next(separator.parameters()).device
+    encoded: list[VisualFeatures] = []
+    for timeline in timelines:
+        inputs: dict[str, Tensor] = {}
+        for source in separator.visual_sources():
+            rows = []
+            for start in starts:
+                length = spec.clip_samples
+                if source.role == "object":
+                    length = min(length, samples - start)
+                centre_s = (start + length // 2) / spec.sample_rate_hz
+                rows.append(_read_checked(timeline, source, centre_s, spec.clip_s))
+            inputs[source.role] = torch.stack(rows)[:, None].to(device)  # [b, 1, ...]
+        encoded.append(separator.encode_visual(inputs.get("object"), inputs.get("motion")))
+    objects = [v.object for v in encoded if v.object is not None]
+    motions = [v.motion for v in encoded if v.motion is not None]
+    motion = mask = None
+    if motions:
+        steps = [m.shape[-1] for m in motions]
+        motion = torch.cat([torch.nn.functional.pad(m, (0, max(steps) - m.shape[-1])) for m in motions], dim=1)
+        if len(set(steps)) > 1:
+            valid = torch.arange(max(steps), device=device) < torch.tensor(steps, device=device)[:, None]  # [N, Tm]
+            mask = valid.expand(len(starts), -1, -1)
+    return VisualFeatures(object=torch.cat(objects, dim=1) if objects else None, motion=motion, motion_mask=mask)
+
+
+def _timelines(
+    separator: Separator, timelines: Mapping[str, VisualTimeline], classes: Sequence[str]
+) -> list[VisualTimeline]:
+    """The timelines of ``classes``, each read once for what the separator wants, so that mistakes show at once."""
+    sources = separator.visual_sources()
+    if not sources:
+        return [VisualTimeline()] * len(classes)
+    spec = separator.spec.front_end
+    found = []
+    for name in classes:
+        if name not in timelines:
+            has = ", ".join(sorted(timelines)) or "none"
+            raise DataError(f"there are no pictures or features of class '{name}': there are those of {has}")
+        for source in sources:
+            _read_checked(timelines[name], source, spec.clip_s / 2, spec.clip_s)
+        found.append(timelines[name])
+    return found
+
+
+def separate_audio(
+    separator: Separator,
+    mixture: Audio,
+    timelines: Mapping[str, VisualTimeline],
+    classes: Sequence[str],
+    *,
+    batch: int = 4,
+    context_s: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Audio:
+    """Separate a mono mixture [L] at the separator's rate into [N, L], one row a class, in the order of ``classes``.
+
+    Runs on the separator's device, in evaluation mode (its mode is restored), ``batch`` chunks at a time.
+
+    Args:
+        timelines: pictures or features by class name, on the recording's time axis.
+        context_s: seconds thrown away on each side of a chunk; an eighth of the chunk when None.
+        progress: called with (chunks done, chunks in all).
+
+    Raises:
+        ConfigError, UnknownNameError: classes, as :func:`class_ids_of`.
+        DataError: a class without pictures, or with pictures that the separator's encoders do not take.
+        NumericalError: the separator answers NaN or infinite.
+    """
+    ids = class_ids_of(separator, classes)
+    lines = _timelines(separator, timelines, classes)
+    spec = separator.spec.front_end
+    device = next(separator.parameters()).device
+    total = int(mixture.shape[0])
+
+    def run(chunks: Audio, starts: Sequence[int]) -> Audio:
+        visual = _encode(separator, lines, starts, total)
+        class_ids = torch.tensor(ids).expand(len(starts), -1)  # [b, N]
+        estimates = separator.separate(torch.from_numpy(chunks).to(device), visual, class_ids).float().cpu().numpy()
+        if not np.isfinite(estimates).all():
+            raise NumericalError(
+                f"the separator answers NaN or infinite samples near {starts[0] / spec.sample_rate_hz:.1f} s: its "
+                "weights are damaged, or its training diverged"
+            )
+        return estimates
+
+    training = separator.training
+    separator.eval()
+    try:
+        with torch.inference_mode():
+            return separate_long(
+                run,
+                mixture,
+                clip_samples=spec.clip_samples,
+                context_samples=_context(spec, context_s),
+                align_samples=spec.hop,
+                batch=batch,
+                progress=progress,
+            )
+    finally:
+        separator.train(training)
+
+
+def _output_rate(rate: str | int, model_hz: int, input_hz: int) -> int:
+    if rate == "model":
+        return model_hz
+    if rate == "input":
+        return input_hz
+    try:
+        hertz = int(rate)
+    except ValueError:
+        hertz = 0
+    if not 1000 <= hertz <= 768000:
+        raise ConfigError(f"rate {rate!r} must be 'model', 'input' or a number of Hz from 1000 to 768000")
+    return hertz
+
+
+def _file_name(name: str) -> str:
+    """A class name as a part of a file name: what a file system may refuse becomes ``-``."""
+    return re.sub(r'[<>:"/\\|?*\s\x00-\x1f]+', "-", name).strip(".") or "class"
+
+
+def output_paths(audio_path: Path, classes: Sequence[str], out_dir: Path) -> list[Path]:
+    """``<stem>_<class>.wav`` for each class, then ``<stem>_residual.wav``."""
+    return [out_dir / f"{audio_path.stem}_{_file_name(name)}.wav" for name in (*classes, "residual")]
+
+
+def separate_files(
+    separator: Separator,
+    audio_paths: Sequence[str | os.PathLike[str]],
+    timelines: Mapping[str, VisualTimeline],
+    classes: Sequence[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    rate: str | int = "model",
+    subtype: str = "PCM_16",
+    overwrite: bool = False,
+    batch: int = 4,
+    context_s: float | None = None,
+    progress: Callable[[Path, int, int], None] | None = None,
+) -> list[SeparatedFile]:
+    """Separate audio files and write one mono WAV per class and the residual of each.
+
+    Everything is checked before the first chunk is separated, and the files appear together at the end: a mistake or a
+    kill leaves ``out_dir`` as it was. The residual is the mono mixture minus the sum of the sources, at the output's
+    rate, so that all files of a recording add up to it; at the input's rate it also holds what lies above the
+    separator's band. Integer samples beyond full scale are clipped and counted.
+
+    Args:
+        audio_paths: files in any format of libsndfile, any rate and channel count.
+        timelines: pictures or features by class (:func:`avsep.data.visualfile.read_visual_file`), for all the files.
+        out_dir: made when it is not there.
+        rate: of the files written: ``model`` (the separator's), ``input`` (each file's own) or a number of Hz.
+        subtype: ``PCM_16``, ``PCM_24`` or ``FLOAT``.
+        overwrite: replace files that are there; otherwise that is refused.
+        progress: called with (file, chunks done, chunks in all).
+
+    Raises:
+        AudioError, ConfigError, DataError, UnknownNameError, NumericalError: one line each; nothing is written then.
+    """
+    paths = [Path(p) for p in audio_paths]
+    out = Path(out_dir)
+    spec = separator.spec.front_end
+    if not paths:
+        raise ConfigError("no audio files given")
+    if subtype not in SUBTYPES:
+        raise ConfigError(f"unknown sample format '{subtype}': one of {', '.join(SUBTYPES)}")
+    _output_rate(rate, spec.sample_rate_hz, spec.sample_rate_hz)
+    class_ids_of(separator, classes)
+    _timelines(separator, timelines, classes)
+    targets = [output_paths(path, classes, out) for path in paths]
+    _check_targets(paths, targets, out, overwrite)
+    for path in paths:
+        read_mixture(path, spec.sample_rate_hz)
+
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    done = False
+    staging = Path(tempfile.mkdtemp(prefix=".separating-", dir=out))
+    try:
+        results = []
+        for number, (path, names) in enumerate(zip(paths, targets, strict=True)):
+            folder = staging / str(number)
+            folder.mkdir()
+            own, mixture, own_hz = read_mixture(path, spec.sample_rate_hz)
+            rate_hz = _output_rate(rate, spec.sample_rate_hz, own_hz)
+            sources = separate_audio(
+                separator,
+                mixture,
+                timelines,
+                classes,
+                batch=batch,
+                context_s=context_s,
+                progress=None if progress is None else lambda at, of, path=path: progress(path, at, of),  # type: ignore[misc]
+            )
+            sources = resample(sources, spec.sample_rate_hz, rate_hz)  # [N, L'']
+            whole = own if rate_hz == own_hz else resample(own, own_hz, rate_hz)
+            length = whole.shape[0]  # rounding twice may differ by a sample or two
+            sources = np.pad(sources[:, :length], ((0, 0), (0, max(length - sources.shape[1], 0))))
+            residual = whole - sources.sum(axis=0)
+            clipped = 0
+            for name, signal in zip(names, (*sources, residual), strict=True):
+                clipped += write_audio(folder / name.name, signal, rate_hz, subtype)
+            results.append(
+                SeparatedFile(
+                    source=path,
+                    files=dict(zip(classes, names[:-1], strict=True)),
+                    residual=names[-1],
+                    rate_hz=rate_hz,
+                    seconds=length / rate_hz,
+                    levels_db={
+                        "mixture": level_db(whole),
+                        **{name: level_db(signal) for name, signal in zip(classes, sources, strict=True)},
+                        "residual": level_db(residual),
+                    },
+                    clipped=clipped,
+                )
+            )
+        for number, names in enumerate(targets):
+            for name in names:
+                os.replace(staging / str(number) / name.name, name)
+        done = True
+        return results
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if made and not done and not any(out.iterdir()):
+            out.rmdir()
+
+
+def separate_file(
+    separator: Separator,
+    audio_path: str | os.PathLike[str],
+    timelines: Mapping[str, VisualTimeline],
+    classes: Sequence[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    rate: str | int = "model",
+    subtype: str = "PCM_16",
+    overwrite: bool = False,
+    batch: int = 4,
+    context_s: float | None = None,
+    progress: Callable[[Path, int, int], None] | None = None,
+) -> SeparatedFile:
+    """Separate one audio file: :func:`separate_files` of one."""
+    (result,) = separate_files(
+        separator,
+        [audio_path],
+        timelines,
+        classes,
+        out_dir,
+        rate=rate,
+        subtype=subtype,
+        overwrite=overwrite,
+        batch=batch,
+        context_s=context_s,
+        progress=progress,
+    )
+    return result
+
+
+def _check_targets(paths: Sequence[Path], targets: Sequence[Sequence[Path]], out: Path, overwrite: bool) -> None:
+    """Refuse names that collide with each other, with an input or, unless ``overwrite``, with what is there."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: give a folder for the separated files")
+    inputs = {path.resolve() for path in paths}
+    seen: set[Path] = set()
+    for path, names in zip(paths, targets, strict=True):
+        for name in names:
+            if name in seen:
+                raise ConfigError(
+                    f"two results would be named {name.name}: separate files of one name (and a class named "
+                    "'residual') into different folders"
+                )
+            seen.add(name)
+            if name.resolve() in inputs:
+                raise ConfigError(f"separating {path} would replace the input {name}: choose another folder")
+            if name.is_dir():
+                raise ConfigError(f"{name} is a folder: choose another output folder")
+            if name.exists() and not overwrite:
+                raise ConfigError(f"{name} is there already: choose another folder, or --overwrite")

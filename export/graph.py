@@ -1,0 +1,218 @@
+"""The exported computation: one real-valued graph from waveform to waveforms.
+
+ONNX has no usable inverse STFT and TensorRT 10.3 neither STFT nor complex numbers, so both transforms are convolutions
+with fixed bases. In polyphase form: the padded signal is cut into blocks of one hop, and a frame is a convolution over
+the few blocks that its window covers. The log-frequency warp, being linear and fixed, is a matrix along frequency (and,
+for the published ``align_corners=False``, another along time).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from avsep.encoders.unet7 import UpConv, folded_kernel
+from avsep.spec import FrontEndSpec
+from avsep.types import VisualFeatures
+
+if TYPE_CHECKING:
+    from avsep.separator import Separator
+
+__all__ = ["PolyphaseSTFT", "WaveformSeparator", "warp_matrices"]
+
+Matrix = NDArray[np.float64]
+
+
+def _angles(n_fft: int) -> Matrix:
+    """2 pi k n / n_fft as [k, n]; the product is reduced modulo n_fft as integers, so that no digit is lost."""
+    k = np.arange(n_fft // 2 + 1, dtype=np.int64)[:, None]
+    n = np.arange(n_fft, dtype=np.int64)[None, :]
+    return 2 * np.pi * ((k * n) % n_fft) / n_fft
+
+
+def _hann(n_fft: int) -> Matrix:
+    """The periodic Hann window."""
+    return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
+
+
+class PolyphaseSTFT(nn.Module):
+    """Centred STFT with a periodic Hann window and its inverse, for one fixed length, without complex numbers.
+
+    Equal to ``torch.stft`` and ``torch.istft`` (both ``center=True``) up to rounding. The window is filled up with
+    zeros to whole hops; bases are made in float64.
+
+    Args:
+        samples: length L of the signals.
+        n_fft: window and transform length, even.
+        hop: frame advance, at most ``n_fft // 2``.
+        padding: what lies beyond the ends, ``zeros`` or ``reflect``.
+    """
+
+    analysis_basis: Tensor
+    synthesis_basis: Tensor
+    inverse_envelope: Tensor
+
+    def __init__(self, samples: int, n_fft: int, hop: int, padding: str = "zeros") -> None:
+        super().__init__()
+        self.samples, self.n_fft, self.hop, self.padding = samples, n_fft, hop, padding
+        self.bins = n_fft // 2 + 1
+        self.frames = 1 + samples // hop
+        self.taps = -(-n_fft // hop)
+        filled = self.taps * hop
+        window = _hann(n_fft)
+        angles = _angles(n_fft)
+        analysis = np.zeros((2 * self.bins, filled))
+        analysis[:, :n_fft] = np.concatenate([np.cos(angles), -np.sin(angles)]) * window
+        # [2F, taps * hop] -> [2F, taps, hop] -> [2F, hop, taps], a Conv1d over blocks
+        self.register_buffer(
+            "analysis_basis",
+            torch.from_numpy(analysis.reshape(2 * self.bins, self.taps, hop).transpose(0, 2, 1).copy()).float(),
+            persistent=False,
+        )
+        # The inverse of a real signal's spectrum: bins between the first and the last stand for two each.
+        weight = np.full((self.bins, 1), 2.0 / n_fft)
+        weight[[0, -1]] = 1.0 / n_fft
+        synthesis = np.zeros((filled, 2 * self.bins))
+        synthesis[:n_fft] = (np.concatenate([weight * np.cos(angles), -weight * np.sin(angles)]) * window).T
+        synthesis[:, [self.bins, 2 * self.bins - 1]] = 0  # the imaginary parts there are ignored, as in irfft
+        self.register_buffer("synthesis_basis", torch.from_numpy(synthesis[:, :, None]).float(), persistent=False)
+        envelope = np.zeros((self.frames + self.taps - 1) * hop)
+        for frame in range(self.frames):
+            envelope[frame * hop : frame * hop + n_fft] += window**2
+        kept = envelope[n_fft // 2 : n_fft // 2 + samples]
+        self.register_buffer(
+            "inverse_envelope", torch.from_numpy(1 / np.maximum(kept, 1e-11)).float(), persistent=False
+        )
+
+    def analyse(self, signal: Tensor) -> Tensor:
+        """[B, L] -> [B, 2F, T], the real parts of the F bins, then the imaginary parts."""
+        left = self.n_fft // 2
+        right = (self.frames + self.taps - 1) * self.hop - left - self.samples  # positive for hop <= n_fft / 2
+        if self.padding == "reflect":
+            mirrored = min(right, left)
+            signal = F.pad(signal[:, None], (left, mirrored), mode="reflect")[:, 0]
+            left, right = 0, right - mirrored
+        signal = F.pad(signal, (left, right))
+        blocks = signal.unflatten(1, (-1, self.hop)).transpose(1, 2)  # [B, hop, T + taps - 1]
+        return F.conv1d(blocks, self.analysis_basis)
+
+    def synthesise(self, spectrum: Tensor) -> Tensor:
+        """[B, 2F, T] -> [B, L]"""
+        pieces = F.conv1d(spectrum, self.synthesis_basis)  # [B, taps * hop, T], windowed frames
+        total = F.pad(pieces[:, : self.hop], (0, self.taps - 1))
+        for tap in range(1, self.taps):  # the tap-th hop of frame t lies in block t + tap
+            piece = pieces[:, tap * self.hop : (tap + 1) * self.hop]
+            total = total + F.pad(piece, (tap, self.taps - 1 - tap))
+        signal = total.transpose(1, 2).flatten(1)  # [B, (T + taps - 1) * hop]
+        begin = self.n_fft // 2
+        return signal[:, begin : begin + self.samples] * self.inverse_envelope
+
+
+def _interpolation(coordinates: Matrix, size: int, align_corners: bool, border: bool) -> Matrix:
+    """Linear interpolation at normalised coordinates, as ``grid_sample`` does it: a matrix [len(coordinates), size]."""
+    if align_corners:
+        position = (coordinates + 1) / 2 * (size - 1)
+    else:
+        position = ((coordinates + 1) * size - 1) / 2
+    if border:
+        position = np.clip(position, 0, size - 1)
+    low = np.floor(position).astype(np.int64)
+    fraction = position - low
+    matrix = np.zeros((len(coordinates), size))
+    rows = np.arange(len(coordinates))
+    for index, share in ((low, 1 - fraction), (low + 1, fraction)):
+        inside = (index >= 0) & (index < size)
+        matrix[rows[inside], index[inside]] += share[inside]
+    return matrix
+
+
+def warp_matrices(spec: FrontEndSpec) -> tuple[Matrix, Matrix, Matrix | None]:
+    """The log-frequency warp as matrices: warp [F', F], unwarp [F, F'] and, unless it is the identity, time [T, T].
+
+    A magnitude X [F, T] becomes ``warp @ X @ time.T``, a mask M [F', T] becomes ``unwarp @ M @ time.T``.
+    """
+    bins, rows, frames = spec.n_fft // 2 + 1, spec.log_rows, spec.frames
+    border = spec.align_corners  # the published form reads zeros beyond the border
+    y = np.linspace(-1, 1, rows)
+    warp = _interpolation((21 ** ((y + 1) / 2) - 11) / 10, bins, spec.align_corners, border)
+    y = np.linspace(-1, 1, bins)
+    unwarp = _interpolation(2 * np.log(10 * y + 11) / np.log(21) - 1, rows, spec.align_corners, border)
+    if spec.align_corners:
+        return warp, unwarp, None
+    return warp, unwarp, _interpolation(np.linspace(-1, 1, frames), frames, False, False)
+
+
+def _constant_weights(module: nn.Module) -> None:
+    """Replace, in place, layers that compute their weights in each call by layers that hold the computed ones.
+
+    Runtimes would compute them once at best; TensorRT wants the kernel of a transposed convolution as a constant.
+    """
+    for name, child in list(module.named_children()):
+        if isinstance(child, UpConv) and child.fold:
+            kernel = folded_kernel(child.weight.detach())  # [in, out, 4, 4]
+            layer = nn.ConvTranspose2d(*kernel.shape[:2], 4, stride=2, padding=1, bias=False)
+            layer.weight = nn.Parameter(kernel, requires_grad=False)
+            setattr(module, name, layer)
+        else:
+            _constant_weights(child)
+
+
+class WaveformSeparator(nn.Module):
+    """A separator as one function of plain tensors, for a fixed length: what is exported. It holds a copy.
+
+    Shapes:
+        mixture [B, L]; object_features [B, N, Do] and motion_features [B, N, Dm, Tm], the outputs of the visual
+        encoders, each only where the separator has that encoder; class_ids int64 [B, N] -> sources [B, N, L].
+    """
+
+    warp: Tensor
+    unwarp: Tensor
+    time: Tensor | None
+
+    def __init__(self, separator: Separator) -> None:
+        super().__init__()
+        spec = separator.spec.front_end
+        self.separator = copy.deepcopy(separator)
+        _constant_weights(self.separator)
+        self.has_object = separator.object_encoder is not None
+        self.has_motion = separator.motion_encoder is not None
+        self.stft = PolyphaseSTFT(spec.clip_samples, spec.n_fft, spec.hop, spec.padding)
+        warp, unwarp, time = warp_matrices(spec)
+        self.register_buffer("warp", torch.from_numpy(warp).float(), persistent=False)
+        self.register_buffer("unwarp", torch.from_numpy(unwarp).float(), persistent=False)
+        self.register_buffer(
+            "time", None if time is None else torch.from_numpy(time.T.copy()).float(), persistent=False
+        )
+
+    def forward(self, mixture: Tensor, *features: Tensor) -> Tensor:
+        """The features are those of :meth:`input_names`, in that order."""
+        given = dict(zip(self.input_names()[1:], features, strict=True))
+        class_ids = given["class_ids"]
+        spectrum = self.stft.analyse(mixture)  # [B, 2F, T]
+        real, imaginary = spectrum[:, : self.stft.bins], spectrum[:, self.stft.bins :]
+        magnitude = (real * real + imaginary * imaginary).sqrt() + 1e-10
+        warped = self._along_time(torch.matmul(self.warp, magnitude))  # [B, F', T]
+        visual = VisualFeatures(object=given.get("object_features"), motion=given.get("motion_features"))
+        logits = self.separator(torch.log1p(warped)[:, None], visual, class_ids).logits  # [B, N, F', T]
+        mask = self._along_time(torch.matmul(self.unwarp, torch.sigmoid(logits)))  # [B, N, F, T]
+        # The mixture's phase: real and imaginary part scaled alike.
+        estimate = torch.cat((mask * real[:, None], mask * imaginary[:, None]), dim=2)  # [B, N, 2F, T]
+        waveforms = self.stft.synthesise(estimate.flatten(0, 1))  # [B * N, L]
+        return waveforms.unflatten(0, (mixture.shape[0], class_ids.shape[1])).clamp(-1.0, 1.0)
+
+    def _along_time(self, x: Tensor) -> Tensor:
+        return x if self.time is None else torch.matmul(x, self.time)
+
+    def input_names(self) -> tuple[str, ...]:
+        names = ["mixture"]
+        if self.has_object:
+            names.append("object_features")
+        if self.has_motion:
+            names.append("motion_features")
+        return (*names, "class_ids")
