@@ -351,6 +351,8 @@ def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None
         AvsepError: when the disk is full; what was there is unchanged.
     """
     target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise RunError(f"{target} is a file: a separator is saved as a folder, choose another name")
     spec = separator.spec.model_dump(mode="json")
     header = {"format": _FORMAT, "spec": json.dumps(spec, sort_keys=True)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in separator.state_dict().items()}
@@ -358,8 +360,6 @@ def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None
         with atomic_path(target / WEIGHTS_FILE) as temporary:
             temporary.write_bytes(safetensors_bytes(tensors, header))
         return
-    if target.exists() and not target.is_dir():
-        raise RunError(f"{target} is a file: a separator is saved as a folder, choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     # The pair changes together: write both beside the target before touching it.
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
