@@ -435,7 +435,7 @@ class ContinualLearner:
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.train.seed, task.index, 2**31 + 1])))
         last = task.index == len(stream) - 1
         chosen = {} if last or self.strategy.uses_all_data else self.memory.select(candidates, rng)
-        self.exemplars = {**self.exemplars, **chosen}
+        self.exemplars = {**self.exemplars, **{name: ids for name, ids in chosen.items() if ids}}
         write_json(
             folder / "task.json",
             {

@@ -9,7 +9,9 @@ import typer
 
 
 def command(
-    store: Annotated[Path | None, typer.Argument(help="Store folder (with --resume: the run's own when omitted).")] = None,
+    store: Annotated[
+        Path | None, typer.Argument(help="Store folder (with --resume: the run's own when omitted).")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Run folder to write.")] = Path("runs/run"),
     preset: Annotated[
         str | None, typer.Option("--preset", help="Preset name or YAML file (see: avsep list presets) [iquery_small].")
@@ -17,7 +19,8 @@ def command(
     strategy: Annotated[str | None, typer.Option("--strategy", help="See: avsep list strategies [contavsep].")] = None,
     memory: Annotated[str | None, typer.Option("--memory", help="See: avsep list memories [random_per_class].")] = None,
     tasks: Annotated[
-        str | None, typer.Option("--tasks", help='Classes of each task: "flute,piano;cello,tuba" [the store\'s, by five].')
+        str | None,
+        typer.Option("--tasks", help='Classes of each task: "flute,piano;cello,tuba" [the store\'s, by five].'),
     ] = None,
     classes_per_task: Annotated[
         int | None, typer.Option("--classes-per-task", min=1, help="Cut the store's classes into tasks of this size.")
@@ -45,7 +48,9 @@ def command(
         spec = read_run_spec(out)
         data = spec.model_dump(mode="json")
         if preset is not None and preset != spec.preset:
-            raise ConfigError(f"{out} was started with preset '{spec.preset}', not '{preset}': leave --preset out to resume")
+            raise ConfigError(
+                f"{out} was started with preset '{spec.preset}', not '{preset}': leave --preset out to resume"
+            )
         store = store or Path(spec.store)
     else:
         preset = preset or "iquery_small"
