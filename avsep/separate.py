@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avsep.audio import SUBTYPES, level_db, read_audio, resample, to_mono, write_audio
-from avsep.chunking import plan_chunks, separate_long
+from avsep.chunking import default_context, separate_long
 from avsep.data.visualfile import VisualTimeline
 from avsep.errors import AudioError, ConfigError, DataError, NumericalError, UnknownNameError, near_matches
 from avsep.separator import Separator
@@ -30,7 +30,6 @@ from avsep.types import VisualFeatures, VisualSource
 __all__ = [
     "SeparatedFile",
     "class_ids_of",
-    "count_chunks",
     "output_paths",
     "pick_device",
     "read_mixture",
@@ -117,21 +116,9 @@ def read_mixture(path: str | os.PathLike[str], rate_hz: int) -> tuple[Audio, Aud
     return mono, resample(mono, own_rate_hz, rate_hz), own_rate_hz
 
 
-def count_chunks(samples: int, spec: FrontEndSpec, context_s: float | None = None) -> int:
-    """Chunks that :func:`separate_audio` cuts a recording of ``samples`` (at the separator's rate) into."""
-    return len(
-        plan_chunks(
-            samples,
-            clip_samples=spec.clip_samples,
-            context_samples=_context(spec, context_s),
-            align_samples=spec.hop,
-        )
-    )
-
-
 def _context(spec: FrontEndSpec, context_s: float | None) -> int:
     if context_s is None:
-        return spec.clip_samples // 8
+        return default_context(spec.clip_samples)
     if not 0 <= context_s <= spec.clip_s / 4:
         raise ConfigError(
             f"context {context_s} s must lie between 0 and a quarter of a chunk ({spec.clip_s / 4:.2f} s)"

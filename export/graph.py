@@ -156,7 +156,7 @@ def _constant_weights(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         if isinstance(child, UpConv) and child.fold:
             kernel = folded_kernel(child.weight.detach())  # [in, out, 4, 4]
-            layer = nn.ConvTranspose2d(*kernel.shape[:2], 4, stride=2, padding=1, bias=False)
+            layer = nn.ConvTranspose2d(kernel.shape[0], kernel.shape[1], 4, stride=2, padding=1, bias=False)
             layer.weight = nn.Parameter(kernel, requires_grad=False)
             setattr(module, name, layer)
         else:
