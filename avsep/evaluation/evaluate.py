@@ -22,7 +22,7 @@ from torch import Tensor
 from avsep.data.mixing import load_mixtures
 from avsep.data.protocol import Protocol, TestMixture
 from avsep.data.store import Store
-from avsep.errors import AvsepError, DataError, NumericalError, RunError
+from avsep.errors import AvsepError, ConfigError, DataError, NumericalError, RunError
 from avsep.evaluation.bss import SILENCE, bss_eval, si_sdr
 from avsep.evaluation.continual import continual_scores
 from avsep.io import read_json, sha256_file, write_json
@@ -41,6 +41,8 @@ __all__ = [
     "evaluate_separator",
     "finished_tasks",
     "mean_sdr",
+    "open_run_store",
+    "pick_device",
     "rows_of",
     "summarise",
     "task_matrix",
@@ -344,6 +346,17 @@ def finished_tasks(run: str | Path) -> list[int]:
     return found
 
 
+def pick_device(name: str) -> str:
+    """``auto``: CUDA where there is one, else the CPU; anything else as torch names it. Raises ConfigError."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"no device '{name}' here: choose auto or cpu") from None
+    return name
+
+
 def _separator_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in ("separator.yaml", "model.safetensors"):
@@ -353,7 +366,8 @@ def _separator_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _open_store(run: Path, store: Store | str | Path | None, protocol: Protocol) -> Store:
+def open_run_store(run: Path, store: Store | str | Path | None, protocol: Protocol) -> Store:
+    """The run's store, or ``store`` in its place; raises :class:`DataError` when it is not the one trained on."""
     from avsep.learner import read_run_spec
 
     spec = read_run_spec(run)
@@ -423,7 +437,7 @@ def evaluate_run(
         if task not in finished:
             raise RunError(f"task {task} of {run} is not finished; finished: {', '.join(map(str, finished))}")
     protocol = Protocol.load(run / "protocol.json")
-    opened = _open_store(run, store, protocol)
+    opened = open_run_store(run, store, protocol)
     task_of = {name: index for index, names in enumerate(protocol.tasks) for name in names}
     identity = {
         "format": "avsep-evaluation",

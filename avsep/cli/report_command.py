@@ -1,0 +1,39 @@
+"""``avsep report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Run folder, as avsep train writes it.", show_default=False)],
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option("--compare", help="Another run on the same tasks, shown beside it (repeatable)."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The page to write [RUN/report.html].")] = None,
+    mixtures: Annotated[int, typer.Option("--mixtures", min=0, help="Test mixtures to hear.")] = 12,
+    store: Annotated[Path | None, typer.Option("--store", help="Store folder [the run's own].")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
+) -> None:
+    """Write one HTML page of a run: scores, curves, and test mixtures to hear and to see."""
+    from avsep.evaluation.evaluate import pick_device
+    from avsep.evaluation.report import write_report
+    from avsep.progress import progress_bar
+
+    with progress_bar() as bars:
+        state: dict[str, int] = {}
+
+        def show(done: int, total: int) -> None:
+            if not state:
+                state.update(bar=bars.add("separating", total=total), done=0)
+            bars.advance(state["bar"], done - state["done"])
+            state["done"] = done
+
+        page = write_report(
+            run, out, mixtures=mixtures, compare=compare, store=store, device=pick_device(device), progress=show
+        )
+    typer.echo(f"report written to {page} ({page.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,680 @@
+"""One HTML page a run that needs no network: scores, curves, and test mixtures to hear and to see.
+
+Gathering (:func:`gather`, which runs separators) and rendering (:func:`render_report`, which only formats) are apart.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import math
+import wave
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from avsep.errors import AvsepError, MissingExtraError, RunError
+from avsep.io import read_json, write_text
+
+if TYPE_CHECKING:
+    from avsep.data.protocol import TestMixture
+    from avsep.data.store import Store
+    from avsep.evaluation.evaluate import Kept, MixtureScore
+
+__all__ = [
+    "MixtureView",
+    "ReportContext",
+    "RunView",
+    "SeparatedView",
+    "Series",
+    "SignalView",
+    "SourceView",
+    "gather",
+    "pick_mixtures",
+    "render_report",
+    "write_report",
+]
+
+PAGE_BYTES = 24 * 10**6
+"""Fewer mixtures are shown where a page would become larger than this."""
+
+_POINTS = 240  # of a curve; more cannot be told apart at the size it is drawn
+_RANGE_DB = 70.0  # of a spectrogram
+_LOWEST_HZ = 50.0
+_ROWS = 160  # of a spectrogram picture
+_COLOURS = 6  # --c0 .. --c5 in the template
+
+
+# --- what the page shows ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named curve."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One run: its name, settings, classes by task, the content of its ``evaluation.json`` (or None) and its curves.
+
+    ``losses`` over the step of the whole run, ``validation`` SDR in dB, ``boundaries`` the steps where a task ended.
+    """
+
+    name: str
+    folder: str
+    settings: Mapping[str, str]
+    tasks: Sequence[Sequence[str]]
+    evaluation: Mapping[str, Any] | None = None
+    losses: Sequence[Series] = ()
+    validation: Series | None = None
+    boundaries: Sequence[float] = ()
+    finished: int = 1
+
+
+@dataclass(frozen=True)
+class SignalView:
+    """A signal [L] in ±1 to hear and to see."""
+
+    audio: np.ndarray
+    label: str
+
+
+@dataclass(frozen=True)
+class SeparatedView:
+    """What one run made of one source: estimate [L], predicted mask [F, T] (low frequency first), scores in dB."""
+
+    run: str
+    signal: SignalView
+    mask: np.ndarray | None
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class SourceView:
+    """One source: the truth, its ideal mask [F, T], pictures [K, 3, H, W] uint8 and what every run made of it.
+
+    ``mixture_sdr``: the SDR in dB of the mixture itself taken as the estimate.
+    """
+
+    class_name: str
+    task: int
+    reference: SignalView
+    ideal_mask: np.ndarray | None
+    pictures: np.ndarray | None
+    separated: Sequence[SeparatedView]
+    mixture_sdr: float | None = None
+
+
+@dataclass(frozen=True)
+class MixtureView:
+    """One mixture with its sources. ``note`` says why it is worth hearing."""
+
+    title: str
+    note: str
+    mixture: SignalView
+    sources: Sequence[SourceView]
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class ReportContext:
+    """Everything on the page; the first run is the one the report is about."""
+
+    title: str
+    runs: Sequence[RunView]
+    mixtures: Sequence[MixtureView]
+    sample_rate_hz: int
+    left_out: int = 0
+    protocol: str = ""
+    store: str = ""
+    version: str = ""
+
+
+# --- rendering --------------------------------------------------------------------------------------------------------
+
+
+def _dependencies() -> tuple[Any, Any, Any]:
+    """jinja2, matplotlib and Pillow's Image (which matplotlib brings)."""
+    try:
+        import jinja2
+    except ImportError:
+        raise MissingExtraError("Jinja2", "report", "the report page") from None
+    try:
+        import matplotlib
+        from PIL import Image
+    except ImportError:
+        raise MissingExtraError("matplotlib", "report", "the report page") from None
+    return jinja2, matplotlib, Image
+
+
+def render_report(context: ReportContext) -> str:
+    """The page as one HTML text. Raises MissingExtraError without Jinja2 or matplotlib."""
+    jinja2, _, _ = _dependencies()
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    draw = _Drawing(context.sample_rate_hz)
+    environment.globals.update(
+        audio=draw.audio,
+        spectrogram=draw.spectrogram,
+        mask=draw.mask,
+        picture=draw.picture,
+        line_chart=lambda *a, **k: jinja2.utils.markupsafe.Markup(line_chart(*a, **k)),
+        summary=_run_summary,
+        db=_db,
+        signed=_signed,
+        shade=_shade,
+        bar=_bar,
+        validation_lines=_validation_lines,
+        gain=_common_gain,
+        seconds=lambda signal: len(signal.audio) / context.sample_rate_hz,
+    )
+    environment.filters["pretty"] = _pretty
+    template = resources.files("avsep.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    return str(environment.from_string(template).render(page=context, matrices=_matrices(context.runs)))
+
+
+class _Drawing:
+    """Signals and arrays as ``data:`` addresses."""
+
+    def __init__(self, sample_rate_hz: int) -> None:
+        _, matplotlib, self._image = _dependencies()
+        self.rate_hz = sample_rate_hz
+        self._palettes = {
+            name: (np.asarray(matplotlib.colormaps[name](np.arange(256)))[:, :3] * 255).round().astype(np.uint8)
+            for name in ("magma", "viridis")
+        }
+
+    def audio(self, signal: SignalView, gain: float) -> str:
+        """16-bit WAV."""
+        pcm = np.round(np.clip(signal.audio * gain, -1, 1) * 32767).astype("<i2")
+        buffer = io.BytesIO()
+        with wave.open(buffer, "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(self.rate_hz)
+            file.writeframes(pcm.tobytes())
+        return _data("audio/wav", buffer.getvalue())
+
+    def spectrogram(self, signal: SignalView, gain: float) -> str:
+        """Log-frequency magnitude in dB below a full-scale sine, after ``gain``."""
+        level = _log_spectrogram(signal.audio * gain, self.rate_hz)
+        return self._png(np.clip(1 + level / _RANGE_DB, 0, 1), "magma")
+
+    def mask(self, mask: np.ndarray) -> str:
+        return self._png(np.clip(mask, 0, 1), "viridis")
+
+    def picture(self, frame: np.ndarray) -> str:
+        """uint8 [3, H, W] or [1, H, W]"""
+        pixels = np.moveaxis(frame, 0, -1)
+        pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+        buffer = io.BytesIO()
+        self._image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "JPEG", quality=85)
+        return _data("image/jpeg", buffer.getvalue())
+
+    def _png(self, values: np.ndarray, palette: str) -> str:
+        """[rows from low to high, columns] in 0..1, drawn with the low rows at the bottom, as an indexed PNG."""
+        # 64 levels are beyond what the eye tells apart here, and compress to half
+        levels = (np.round(values[::-1] * 63) * (255 / 63)).astype(np.uint8)
+        image = self._image.fromarray(np.ascontiguousarray(levels)).convert("P")
+        image.putpalette(self._palettes[palette].tobytes())
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", optimize=True)
+        return _data("image/png", buffer.getvalue())
+
+
+def _data(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _log_spectrogram(signal: np.ndarray, rate_hz: int, size: int = 1024, hop: int = 256) -> np.ndarray:
+    """[_ROWS, T] in dB below a full-scale sine, rows from ``_LOWEST_HZ`` to half the rate in even steps of pitch."""
+    padded = np.pad(np.asarray(signal, np.float64), size // 2)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
+    window = np.hanning(size)
+    magnitude = np.abs(np.fft.rfft(frames * window, axis=1)).T / (window.sum() / 2)  # [size / 2 + 1, T]
+    low = min(_LOWEST_HZ, rate_hz / 8)
+    wanted = np.geomspace(low, rate_hz / 2, _ROWS) * size / rate_hz
+    lower = np.minimum(wanted.astype(int), len(magnitude) - 2)
+    share = (wanted - lower)[:, None]
+    rows = magnitude[lower] * (1 - share) + magnitude[lower + 1] * share
+    return 20 * np.log10(np.maximum(rows, 1e-10))
+
+
+def _common_gain(view: MixtureView) -> float:
+    """One volume for all players of a mixture: its loudest signal at 0.9."""
+    signals = [view.mixture.audio, *(s.reference.audio for s in view.sources)]
+    peak = max((float(np.abs(s).max()) if len(s) else 0.0) for s in signals)
+    return 0.9 / peak if peak > 0 else 1.0
+
+
+def _pretty(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _db(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.1f}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:+.1f}".replace("-", "−")
+
+
+def _run_summary(run: RunView) -> dict[str, float | None]:
+    """The figures of a run's card: after the last scored task."""
+    evaluation = run.evaluation
+    if not evaluation or not evaluation.get("after"):
+        return {}
+    last = evaluation["after"][-1]["all"]
+    mean = last["mean"]
+    continual = evaluation.get("continual", {}).get("sdr", {})
+    return {
+        "average": (continual.get("average") or [None])[-1],
+        "forgetting": continual.get("forgetting"),
+        "bwt": continual.get("backward_transfer"),
+        **{m: mean.get(m) for m in ("sdr", "sir", "sar", "sdri", "si_sdr")},
+        **{k: last.get(k) for k in ("scored", "skipped", "degenerate")},
+    }
+
+
+def _matrices(runs: Sequence[RunView]) -> dict[str, float]:
+    """The range of all matrices, so that one colour means one value in each of them."""
+    values = [
+        v
+        for run in runs
+        for line in ((run.evaluation or {}).get("matrices", {}).get("sdr") or [])
+        for v in line
+        if v is not None
+    ]
+    return {"low": min(values), "high": max(values)} if values else {"low": 0.0, "high": 1.0}
+
+
+def _shade(value: float | None, low: float, high: float) -> int:
+    """Percentage of the accent colour behind a cell."""
+    if value is None:
+        return 0
+    return round(6 + 54 * (value - low) / (high - low)) if high > low else 30
+
+
+def _bar(value: float | None, key: str, runs: Sequence[RunView]) -> float:
+    """Length of a bar in per cent of the longest among the runs; nothing for values of 0 and less."""
+    longest = max((v for v in (_run_summary(run).get(key) for run in runs) if v is not None), default=0.0)
+    return round(100 * value / longest, 2) if value is not None and value > 0 else 0.0
+
+
+def _validation_lines(runs: Sequence[RunView]) -> list[Series]:
+    """One a run, in their order, so that the colours stay the runs'."""
+    return [Series(run.name, *((run.validation.x, run.validation.y) if run.validation else ((), ()))) for run in runs]
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    boundaries: Sequence[float] = (),
+    markers: bool = False,
+) -> str:
+    """A line chart as SVG text that takes its colours from the page's style sheet."""
+    from html import escape
+
+    from matplotlib.ticker import MaxNLocator
+
+    width, height, left, right, top, bottom = 560, 250, 52, 14, 14, 40
+    points = [(x, y) for s in series for x, y in zip(s.x, s.y, strict=True) if math.isfinite(y)]
+    if not points:
+        return ""
+    x_low, x_high = min(p[0] for p in points), max([p[0] for p in points] + list(boundaries))
+    y_low, y_high = min(p[1] for p in points), max(p[1] for p in points)
+    if x_high == x_low:
+        x_low, x_high = x_low - 1, x_high + 1
+    pad = (y_high - y_low) * 0.06 or 1.0
+    y_low, y_high = y_low - pad, y_high + pad
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = left + (x - x_low) / (x_high - x_low) * (width - left - right)
+        down = height - bottom - (y - y_low) / (y_high - y_low) * (height - top - bottom)
+        return round(across, 1), round(down, 1)
+
+    out = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
+    for tick in MaxNLocator(5).tick_values(y_low, y_high):
+        if y_low <= tick <= y_high:
+            y = place(x_low, tick)[1]
+            out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y}" y2="{y}"/>')
+            out.append(f'<text class="tick" x="{left - 7}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
+    for tick in MaxNLocator(6, integer=True).tick_values(x_low, x_high):
+        if x_low <= tick <= x_high:
+            x = place(tick, y_low)[0]
+            out.append(f'<text class="tick" x="{x}" y="{height - bottom + 17}" text-anchor="middle">{tick:g}</text>')
+    previous = x_low
+    for number, boundary in enumerate(boundaries):
+        x = place(boundary, y_low)[0]
+        middle = (place(previous, y_low)[0] + x) / 2
+        out.append(f'<text class="tick" x="{middle:.1f}" y="{top + 2}" text-anchor="middle">task {number + 1}</text>')
+        if number < len(boundaries) - 1:
+            out.append(f'<line class="boundary" x1="{x}" x2="{x}" y1="{top}" y2="{height - bottom}"/>')
+        previous = boundary
+    for number, s in enumerate(series):
+        path = " ".join("{},{}".format(*place(x, y)) for x, y in zip(s.x, s.y, strict=True) if math.isfinite(y))
+        style = f"stroke:var(--c{number % _COLOURS})"
+        out.append(
+            f'<polyline class="curve" style="{style}" points="{path}"><title>{escape(s.name)}</title></polyline>'
+        )
+        if markers:
+            fill = f"fill:var(--c{number % _COLOURS})"
+            for x, y in zip(s.x, s.y, strict=True):
+                if math.isfinite(y):
+                    spot = place(x, y)
+                    label = escape(f"{s.name}: {y:.2f} at {x:g}")
+                    out.append(
+                        f'<circle style="{fill}" cx="{spot[0]}" cy="{spot[1]}" r="3.5"><title>{label}</title></circle>'
+                    )
+    across, down = (left + width - right) / 2, (top + height - bottom) / 2
+    out.append(f'<text class="axis" x="{across}" y="{height - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    turned = f"translate(13 {down}) rotate(-90)"
+    out.append(f'<text class="axis" transform="{turned}" text-anchor="middle">{escape(y_label)}</text></svg>')
+    return "".join(out)
+
+
+# --- gathering --------------------------------------------------------------------------------------------------------
+
+
+def pick_mixtures(mixtures: Sequence[TestMixture], count: int) -> list[TestMixture]:
+    """``count`` mixtures spread over the lists and, within a list, over its length: by place, never by score.
+
+    Degenerate ones are left out.
+    """
+    lists: dict[str, list[TestMixture]] = {}
+    for mixture in mixtures:
+        if not mixture.degenerate:
+            lists.setdefault(mixture.list_name, []).append(mixture)
+    shares = dict.fromkeys(lists, 0)
+    while sum(shares.values()) < min(count, sum(map(len, lists.values()))):
+        open_ = [name for name in lists if shares[name] < len(lists[name])]
+        shares[min(open_, key=lambda name: shares[name])] += 1
+    picked = []
+    for name, share in shares.items():
+        places = np.linspace(0, len(lists[name]) - 1, share).round().astype(int) if share else []
+        picked += [lists[name][i] for i in places]
+    return picked
+
+
+def write_report(
+    run_folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    mixtures: int = 12,
+    compare: Sequence[str | Path] | None = None,
+    store: Store | str | Path | None = None,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write the page of a run, beside those of the ``compare`` runs where given, and return its path.
+
+    ``out`` is ``report.html`` in the run folder by default; ``mixtures`` the number of test mixtures to hear; ``store``
+    replaces the run's own; ``progress`` is called with (mixtures separated, mixtures to separate over all runs).
+
+    Raises:
+        RunError: a folder is not a run, has no finished task, or the runs were tested on different mixtures.
+        DataError: the store is not the runs'.
+        MissingExtraError: Jinja2 or matplotlib is not installed.
+    """
+    _dependencies()
+    target = Path(out) if out is not None else Path(run_folder) / "report.html"
+    if target.is_dir():
+        raise AvsepError(f"{target} is a folder: name the page, for example {target / 'report.html'}")
+    context = gather([run_folder, *(compare or ())], mixtures=mixtures, store=store, device=device, progress=progress)
+    write_text(target, render_report(context))
+    return target
+
+
+def gather(
+    runs: Sequence[str | Path],
+    *,
+    mixtures: int = 12,
+    store: Store | str | Path | None = None,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> ReportContext:
+    """Read the runs and separate the page's test mixtures with each run's last separator; raises as write_report."""
+    import avsep
+    from avsep.data.protocol import Protocol
+    from avsep.evaluation.evaluate import evaluate_separator, finished_tasks, open_run_store
+    from avsep.separator import load_separator
+
+    if mixtures < 0:
+        raise AvsepError(f"the number of mixtures cannot be {mixtures}")
+    folders = [Path(r) for r in runs]
+    finished = {folder: finished_tasks(folder) for folder in folders}
+    protocols = [Protocol.load(folder / "protocol.json") for folder in folders]
+    protocol = protocols[0]
+    for folder, other in zip(folders, protocols, strict=True):
+        if other.hash != protocol.hash:
+            raise RunError(
+                f"{folder} cannot be compared with {folders[0]}: they were tested on different mixtures (their stores, "
+                "tasks or protocols differ)"
+            )
+    opened = open_run_store(folders[0], store, protocol)
+    known = min(tasks[-1] for tasks in finished.values())
+    task_of = {name: index for index, names in enumerate(protocol.tasks) for name in names}
+
+    fitting = _fitting(protocol.clip_samples, max(len(m.clips) for m in protocol.mixtures), len(folders))
+    chosen = pick_mixtures(protocol.at(known), min(mixtures, fitting))
+    names = _run_names(folders)
+    scored: list[list[MixtureScore]] = []
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, len(chosen) * len(folders))
+
+    rate_hz = opened.sample_rate_hz
+    for folder in folders:
+        separator = load_separator(folder, task=finished[folder][-1])
+        everything = range(len(chosen))
+        scored.append(
+            evaluate_separator(
+                separator, opened, chosen, device=device, progress=advance, keep=everything, task_of=task_of
+            )
+        )
+    views = [
+        _mixture_view(number, [scores[number] for scores in scored], names, opened, known)
+        for number in range(len(chosen))
+    ]
+    run_views = [_run_view(f, n, len(finished[f])) for f, n in zip(folders, names, strict=True)]
+    return ReportContext(
+        title=names[0] if len(names) == 1 else f"{names[0]} against {', '.join(names[1:])}",
+        runs=run_views,
+        mixtures=views,
+        sample_rate_hz=rate_hz,
+        left_out=max(0, min(mixtures, len(protocol.at(known))) - len(chosen)) if fitting < mixtures else 0,
+        protocol=f"{protocol.name} ({protocol.hash[:12]})",
+        store=f"{opened.path.name} ({protocol.store_hash[:12]})",
+        version=avsep.__version__,
+    )
+
+
+def _fitting(samples: int, sources: int, runs: int) -> int:
+    """How many mixtures fit in ``PAGE_BYTES``: sounds are exact, pictures an upper estimate."""
+    signals = 1 + sources * (1 + runs)
+    sounds = signals * (44 + 2 * samples) * 4 / 3
+    pictures = (signals + sources * (1 + runs)) * 40_000 + sources * 3 * 12_000
+    return max(1, int((PAGE_BYTES - 500_000) // (sounds + pictures)))
+
+
+def _run_names(folders: Sequence[Path]) -> list[str]:
+    from avsep.learner import read_run_spec
+
+    specs = [read_run_spec(folder) for folder in folders]
+    names = [
+        spec.strategy.name + ("" if spec.memory.name == "none" else f" + {spec.memory.name}").replace("_", " ")
+        for spec in specs
+    ]
+    return [
+        f"{name} ({folder.name})" if names.count(name) > 1 else name
+        for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def _run_view(folder: Path, name: str, finished: int) -> RunView:
+    from avsep.learner import read_run_spec
+
+    spec = read_run_spec(folder)
+    evaluation = None
+    if (folder / "evaluation.json").is_file():
+        evaluation = read_json(folder / "evaluation.json")
+    separator = spec.separator
+    parts = {
+        "strategy": _component(spec.strategy),
+        "memory": _component(spec.memory),
+        "preset": spec.preset or "none",
+        "audio encoder": _component(separator.audio_encoder),
+        "object encoder": _component(separator.object_encoder),
+        "motion encoder": _component(separator.motion_encoder),
+        "mask decoder": _component(separator.mask_decoder),
+        "training": f"{spec.train.epochs} epochs, batches of {spec.train.batch_size}, seed {spec.train.seed}",
+        "test protocol": spec.protocol,
+    }
+    losses, validation, boundaries = _curves(folder / "logs")
+    return RunView(
+        name=name,
+        folder=folder.name,
+        settings=parts,
+        tasks=spec.tasks,
+        evaluation=evaluation,
+        losses=losses,
+        validation=validation,
+        boundaries=boundaries,
+        finished=finished,
+    )
+
+
+def _component(ref: Any) -> str:
+    if ref is None:
+        return "none"
+    inside = ", ".join(f"{key} {value}" for key, value in ref.params.items())
+    return ref.name + (f" ({inside})" if inside else "")
+
+
+def _curves(logs: Path) -> tuple[list[Series], Series | None, list[float]]:
+    """Loss terms and validation over the step of the whole run, from the learner's logs; rows cut short are skipped."""
+    train = _read_log(logs / "train.csv")
+    offsets: dict[int, float] = {}
+    boundaries = []
+    total = 0.0
+    for task in sorted({int(r["task"]) for r in train}):
+        offsets[task] = total
+        total += max(r["step"] for r in train if int(r["task"]) == task)
+        boundaries.append(total)
+    terms = [c for c in (train[0] if train else {}) if c not in {"task", "epoch", "step", "lr", "seconds"}]
+    for row in train[1:]:
+        terms += [c for c in row if c not in terms and c not in {"task", "epoch", "step", "lr", "seconds"}]
+    if len(terms) == 2:  # the loss and its only term are the same curve
+        terms = ["loss"]
+    losses = []
+    for term in terms:
+        rows = [r for r in train if math.isfinite(r.get(term, math.nan))]
+        x = np.array([offsets[int(r["task"])] + r["step"] for r in rows])
+        y = np.array([r[term] for r in rows])
+        if len(x):
+            blocks = np.array_split(np.arange(len(x)), min(_POINTS, len(x)))
+            losses.append(Series(term, [float(x[b].mean()) for b in blocks], [float(y[b].mean()) for b in blocks]))
+    checks = [r for r in _read_log(logs / "validation.csv") if int(r["task"]) in offsets and "sdr_db" in r]
+    validation = None
+    if checks:
+        x_values = [offsets[int(r["task"])] + r["step"] for r in checks]
+        validation = Series("validation SDR", x_values, [r["sdr_db"] for r in checks])
+    return losses, validation, boundaries
+
+
+def _read_log(path: Path) -> list[dict[str, float]]:
+    if not path.is_file():
+        return []
+    rows = []
+    with open(path, encoding="utf-8", newline="") as file:
+        for record in csv.DictReader(file):
+            try:
+                row = {k: float(v) for k, v in record.items() if k is not None and v not in ("", None)}
+            except ValueError:
+                continue  # the line a kill cut short
+            if "task" in row and "step" in row:
+                rows.append(row)
+    return rows
+
+
+def _mixture_view(
+    number: int, scores: Sequence[MixtureScore], names: Sequence[str], store: Store, known: int
+) -> MixtureView:
+    first = scores[0]
+    kept = first.kept
+    assert kept is not None
+    sources = []
+    for n, source in enumerate(first.sources):
+        separated = []
+        for name, score in zip(names, scores, strict=True):
+            own = score.kept
+            assert own is not None
+            result = score.sources[n]
+            separated.append(
+                SeparatedView(
+                    run=name,
+                    signal=SignalView(own.estimates[n], f"{_pretty(source.class_name)}, separated by {name}"),
+                    mask=own.masks[n],
+                    scores={m: getattr(result, m) for m in ("sdr", "sdri", "sir", "sar", "si_sdr")},
+                )
+            )
+        sources.append(
+            SourceView(
+                class_name=source.class_name,
+                task=source.task,
+                reference=SignalView(kept.references[n], f"{_pretty(source.class_name)}, as recorded"),
+                ideal_mask=kept.ratios[n],
+                pictures=_pictures(kept, n, first, store),
+                separated=separated,
+                mixture_sdr=source.sdr_mixture,
+            )
+        )
+    title = " + ".join(_pretty(s.class_name) for s in sources)
+    return MixtureView(
+        title=title,
+        note=_note([s.task for s in sources], known),
+        mixture=SignalView(kept.mixture, f"mixture of {title}"),
+        sources=sources,
+        warning="" if all(s.status == "ok" for s in scores) else "A signal here is silent, so it has no score.",
+    )
+
+
+def _note(tasks: Sequence[int], known: int) -> str:
+    if known == 0:
+        return "All were learned in the only task so far."
+    if max(tasks) < known:
+        return "Old instruments: learned earlier and not trained on as a task since. This is where forgetting is heard."
+    if min(tasks) == known:
+        return "New instruments: those of the last task."
+    return "An old instrument with a new one, a pair that no task's own training data held."
+
+
+def _pictures(kept: Kept, source: int, score: MixtureScore, store: Store) -> np.ndarray | None:
+    """The object pictures the separator saw; where it saw stored features, the store's pictures of that moment."""
+    seen = kept.object
+    if seen is not None and seen.dtype == np.uint8 and seen.ndim == 5:  # [N, K, 3, H, W]
+        return seen[source][:3]
+    clip = store.clip(score.mixture.clips[source])
+    frames = store.timeline(clip).object
+    if frames is None or not len(frames):
+        return None
+    centre = (score.mixture.starts[source] + len(kept.mixture) / 2) / store.sample_rate_hz
+    place = int(np.clip(round(centre * store.object_rate_hz - 0.5), 0, len(frames) - 1))
+    return np.asarray(frames[max(0, place - 1) : place + 2])
