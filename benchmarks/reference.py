@@ -182,7 +182,7 @@ class PublishedPredictor(nn.Module):
         slots = []
         for b in range(batch):
             slot = torch.zeros_like(queries[:, b])
-            slot[labels[b].item()] = objects[b]
+            slot[int(labels[b].item())] = objects[b]
             slots.append(slot)
         target = torch.stack(slots, dim=1)
 
@@ -198,8 +198,8 @@ class PublishedPredictor(nn.Module):
         masks = torch.einsum("lbqc,bchw->lbqhw", x, mask_features)  # every layer, every query
         picked, embeddings = [], []
         for b in range(batch):
-            picked.append(masks[-1][b, labels[b].item()])
-            embeddings.append(hidden[-1][b, labels[b].item()])
+            picked.append(masks[-1][b, int(labels[b].item())])
+            embeddings.append(hidden[-1][b, int(labels[b].item())])
         return torch.stack(picked), torch.stack(embeddings), objects, motion_embedding
 
 

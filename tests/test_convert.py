@@ -10,6 +10,7 @@ import torch
 from avsep.benchmarks.reference import PublishedPredictor, PublishedSeparator, PublishedUNet
 from avsep.convert import convert_published, load_published, read_published
 from avsep.errors import CheckpointError
+from avsep.separator import build_separator
 
 SIZES = {"object_dim": 6, "motion_dim": 5, "dim": 16, "heads": 4, "feedforward": 20, "mask_channels": 3}
 
@@ -137,3 +138,73 @@ def test_files_that_are_not_tensors_are_refused(tmp_path, capsys):
     torch.save([1, 2], good)
     with pytest.raises(CheckpointError, match="holds no state dict"):
         read_published(good, good)
+
+
+@pytest.mark.parametrize("memory", ["some", "none"])
+def test_the_library_trains_as_the_literal_step(published, memory):
+    """One step of ContAV-Sep: the library's savings change neither the loss terms nor the updated weights."""
+    from avsep.benchmarks.reference import LiteralBatch, literal_training_step
+    from avsep.strategies import ContAVSep
+    from avsep.strategies.base import Step
+    from avsep.types import Batch, Spectrograms
+
+    torch.manual_seed(2)
+    old_classes, classes, batch, sources = 4, 6, 4, 2
+    teacher = published.double()
+    student = teacher.grown(classes).double().train()
+    class_ids = torch.tensor([[0, 5], [4, 5], [4, 2], [1, 2]])
+    if memory == "none":
+        class_ids = torch.tensor([[5, 5], [4, 5], [4, 4], [4, 5]])
+    video_ids = torch.tensor([[0, 1], [2, 1], [3, 4], [5, 4]])
+    objects = torch.randn(batch, sources, 3, 6, dtype=torch.float64)
+    motion = torch.randn(batch, sources, 5, 8, dtype=torch.float64)
+    x, weight = (torch.rand(batch, 1, 128, 128, dtype=torch.float64) for _ in range(2))
+    ratio = torch.rand(batch, sources, 128, 128, dtype=torch.float64)
+
+    def ours(network):
+        sizes = {key: SIZES[key] for key in ("dim", "heads", "feedforward")}
+        separator = build_separator(
+            num_classes=network.predictor.query_embed.num_embeddings,
+            audio_encoder=("unet7", {"base_channels": 4, "mask_channels": 3}),
+            object_encoder=("precomputed", {"features": "o", "dim": 6}),
+            motion_encoder=("precomputed", {"features": "m", "dim": 5}),
+            mask_decoder=("query_transformer", sizes),
+        ).double()
+        separator.load_state_dict(convert(network))
+        return separator
+
+    def convert(network):
+        converted = convert_published(network.sound.state_dict(), network.predictor.state_dict())
+        return {name: value.clone() for name, value in converted.state.items()}
+
+    mine, my_teacher = ours(student).train(), ours(teacher).eval()
+    optimizer = torch.optim.SGD([p for group in mine.parameter_groups().values() for p in group], lr=0.1)
+    visual = mine.encode_visual(objects, motion)
+    audio = mine.audio_encoder(x)
+    terms = ContAVSep().loss(
+        mine,
+        my_teacher,
+        Step(
+            batch=Batch(torch.zeros(0), class_ids, video_ids, class_ids < old_classes, objects, motion),
+            spectrograms=Spectrograms(x, weight, ratio, torch.zeros(0)),
+            audio=audio,
+            visual=visual,
+            output=mine.mask_decoder(audio, visual, class_ids),
+            num_old=old_classes,
+        ),
+    )
+    total = sum(terms.values())
+    total.backward()
+    optimizer.step()
+
+    literal = LiteralBatch(x, weight, ratio, objects.amax(dim=2), motion, class_ids, video_ids, class_ids < old_classes)
+    expected = literal_training_step(student, teacher, literal, [torch.optim.SGD(student.parameters(), lr=0.1)])
+    assert expected["instance"] > 0.1
+    assert (expected["distillation"] > 0) == (memory == "some")
+    assert total.item() == pytest.approx(expected["loss"], rel=1e-5)
+    assert terms["class"].item() == pytest.approx(0.3 * expected["class"], rel=1e-5)
+    if memory == "some":
+        assert terms["mask"].item() == pytest.approx(0.3 * expected["distillation"], rel=1e-5)
+    updated, state = convert(student), mine.state_dict()
+    for name, value in updated.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6, msg=name)
