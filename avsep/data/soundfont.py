@@ -137,19 +137,19 @@ class SoundFont:
             raise DataError(f"{self.path} is not a SoundFont 2 bank (it does not begin with RIFF ... sfbk)")
         found: dict[str, np.ndarray] = {}
 
-        def walk(low: int, high: int) -> None:
+        def walk(low: int, high: int, top: bool) -> None:
             while low + 8 <= high:
                 name = data[low : low + 4].tobytes()
                 size = int.from_bytes(data[low + 4 : low + 8].tobytes(), "little")
                 if low + 8 + size > high:
                     raise self._bad(f"chunk {_text(name)!r} ends {low + 8 + size - high} bytes beyond its parent")
-                if name == b"LIST":
-                    walk(low + 12, low + 8 + size)
+                if name == b"LIST" and top:
+                    walk(low + 12, low + 8 + size, False)
                 else:
                     found.setdefault(_text(name), data[low + 8 : low + 8 + size])
                 low += 8 + size + size % 2
 
-        walk(12, len(data))
+        walk(12, len(data), True)
         need = ("smpl", "phdr", "pbag", "pgen", "inst", "ibag", "igen", "shdr")
         lacking = [name for name in need if name not in found]
         if lacking:
@@ -262,7 +262,9 @@ class SoundFont:
         velocity = region.value(_FIXED_VELOCITY) if region.value(_FIXED_VELOCITY) > 0 else note.velocity
         root = region.value(_ROOT) if region.value(_ROOT) >= 0 else sample.root
         cents = (key - root) * region.value(_SCALE) + 100 * region.value(_COARSE) + region.value(_FINE)
-        step = 2.0 ** ((cents + sample.correction_cents) / 1200) * sample.rate_hz / rate_hz
+        # no instrument is tuned by more than ten octaves: a damaged bank must not overflow
+        cents = min(max(cents + sample.correction_cents, -12000), 12000)
+        step = 2.0 ** (cents / 1200) * sample.rate_hz / rate_hz
 
         # addresses within the sample data
         start = sample.start + region.value(_START) + 32768 * region.value(_START_COARSE)
@@ -322,8 +324,8 @@ class SoundFont:
         """Volume envelope: linear attack, then straight lines in dB down to the sustain level and in the release."""
         t = np.arange(total) / rate_hz
         delay, attack = region.seconds(_DELAY), region.seconds(_ATTACK)
-        hold = region.seconds(_HOLD) * 2.0 ** ((60 - key) * region.value(_KEY_TO_HOLD) / 1200)
-        decay = region.seconds(_DECAY) * 2.0 ** ((60 - key) * region.value(_KEY_TO_DECAY) / 1200)
+        hold = region.seconds(_HOLD) * _by_key(key, region.value(_KEY_TO_HOLD))
+        decay = region.seconds(_DECAY) * _by_key(key, region.value(_KEY_TO_DECAY))
         sustain_db = min(max(region.value(_SUSTAIN) / 10, 0.0), 100.0)
         top = delay + attack
         level_db = np.minimum(np.maximum(t - top - hold, 0.0) * 100 / max(decay, 1e-4), sustain_db)
@@ -355,6 +357,11 @@ def _text(name: bytes) -> str:
 
 def _range(value: int | None) -> tuple[int, int]:
     return (0, 127) if value is None else (value & 0xFF, value >> 8)
+
+
+def _by_key(key: int, cents_per_key: int) -> float:
+    """Factor on a duration for a key's distance from key 60; the specification's range is ±1200 cents a key."""
+    return 2.0 ** ((60 - key) * min(max(cents_per_key, -1200), 1200) / 1200)
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:

@@ -139,9 +139,10 @@ def read_visual_file(path: str | Path) -> dict[str, VisualTimeline]:
         )
     arrays: dict[str, np.ndarray] = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise DataError(f"{path} holds one bare array, not a visual file (.npz with CLASS/object, ...)")
+        opened = np.load(path, allow_pickle=False)
+        if isinstance(opened, np.ndarray):
+            raise DataError(f"{path} holds one bare array, not a visual file (.npz with CLASS/object, ...)")
+        with opened as archive:
             for key in archive.files:
                 arrays[key] = archive[key]
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
