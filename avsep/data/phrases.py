@@ -96,6 +96,7 @@ def compose(player: Instrument, duration_s: float, rng: np.random.Generator) -> 
     """A phrase of ``duration_s`` seconds for an instrument, in order of onset. All chance comes from ``rng``."""
     beat_s = 60 / rng.uniform(72, 144)
     notes = _drums(duration_s, beat_s, rng) if player.play == "drums" else _melody(player, duration_s, beat_s, rng)
+    notes = [n for n in notes if n.onset_s < duration_s]
     return tuple(sorted(notes, key=lambda n: (n.onset_s, n.key)))
 
 
