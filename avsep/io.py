@@ -16,7 +16,17 @@ import yaml
 
 from avsep.errors import AvsepError, ConfigError, RunError
 
-__all__ = ["FolderLock", "atomic_path", "read_json", "read_yaml", "sha256_file", "write_json", "write_text", "write_yaml"]
+__all__ = [
+    "FolderLock",
+    "atomic_path",
+    "made_folder",
+    "read_json",
+    "read_yaml",
+    "sha256_file",
+    "write_json",
+    "write_text",
+    "write_yaml",
+]
 
 
 @contextlib.contextmanager
@@ -49,6 +59,21 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def made_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a folder with its parents where it is missing; on any error those just made, if empty, are removed again."""
+    folder = Path(path)
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        for made in missing:  # innermost first; one that meanwhile holds something stays, and so do those around it
+            with contextlib.suppress(OSError):
+                made.rmdir()
         raise
 
 
@@ -109,7 +134,7 @@ class FolderLock:
 
     def __enter__(self) -> FolderLock:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.folder / ".lock", "a+")  # noqa: SIM115  (held open on purpose)
+        self._file = open(self.folder / ".lock", "a+")  # held open on purpose
         try:
             _lock(self._file)
         except OSError:

@@ -6,6 +6,7 @@ mixtures are sums of N sources scaled by 1/N, so a recording at an ordinary leve
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from avsep.audio import SUBTYPES, level_db, read_audio, resample, to_mono, write
 from avsep.chunking import default_context, separate_long
 from avsep.data.visualfile import VisualTimeline
 from avsep.errors import AudioError, ConfigError, DataError, NumericalError, UnknownNameError, near_matches
+from avsep.io import made_folder
 from avsep.separator import Separator
 from avsep.spec import FrontEndSpec
 from avsep.types import VisualFeatures, VisualSource
@@ -318,58 +320,52 @@ def separate_files(
     for path in paths:
         read_mixture(path, spec.sample_rate_hz)
 
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    done = False
-    staging = Path(tempfile.mkdtemp(prefix=".separating-", dir=out))
-    try:
-        results = []
-        for number, (path, names) in enumerate(zip(paths, targets, strict=True)):
-            folder = staging / str(number)
-            folder.mkdir()
-            own, mixture, own_hz = read_mixture(path, spec.sample_rate_hz)
-            rate_hz = _output_rate(rate, spec.sample_rate_hz, own_hz)
-            sources = separate_audio(
-                separator,
-                mixture,
-                timelines,
-                classes,
-                batch=batch,
-                context_s=context_s,
-                progress=None if progress is None else lambda at, of, path=path: progress(path, at, of),  # type: ignore[misc]
-            )
-            sources = resample(sources, spec.sample_rate_hz, rate_hz)  # [N, L'']
-            whole = own if rate_hz == own_hz else resample(own, own_hz, rate_hz)
-            length = whole.shape[0]  # rounding twice may differ by a sample or two
-            sources = np.pad(sources[:, :length], ((0, 0), (0, max(length - sources.shape[1], 0))))
-            residual = whole - sources.sum(axis=0)
-            clipped = 0
-            for name, signal in zip(names, (*sources, residual), strict=True):
-                clipped += write_audio(folder / name.name, signal, rate_hz, subtype)
-            results.append(
-                SeparatedFile(
-                    source=path,
-                    files=dict(zip(classes, names[:-1], strict=True)),
-                    residual=names[-1],
-                    rate_hz=rate_hz,
-                    seconds=length / rate_hz,
-                    levels_db={
-                        "mixture": level_db(whole),
-                        **{name: level_db(signal) for name, signal in zip(classes, sources, strict=True)},
-                        "residual": level_db(residual),
-                    },
-                    clipped=clipped,
+    with made_folder(out):
+        staging = Path(tempfile.mkdtemp(prefix=".separating-", dir=out))
+        try:
+            results = []
+            for number, (path, names) in enumerate(zip(paths, targets, strict=True)):
+                folder = staging / str(number)
+                folder.mkdir()
+                own, mixture, own_hz = read_mixture(path, spec.sample_rate_hz)
+                sources = separate_audio(
+                    separator,
+                    mixture,
+                    timelines,
+                    classes,
+                    batch=batch,
+                    context_s=context_s,
+                    progress=None if progress is None else functools.partial(progress, path),
                 )
-            )
-        for number, names in enumerate(targets):
-            for name in names:
-                os.replace(staging / str(number) / name.name, name)
-        done = True
-        return results
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if made and not done and not any(out.iterdir()):
-            out.rmdir()
+                rate_hz = _output_rate(rate, spec.sample_rate_hz, own_hz)
+                whole = resample(own, own_hz, rate_hz)  # [L'], straight from its own rate
+                sources = _fit(resample(sources, spec.sample_rate_hz, rate_hz), len(whole))  # [N, L']
+                signals = {**dict(zip(classes, sources, strict=True)), "residual": whole - sources.sum(axis=0)}
+                clipped = 0
+                for name, signal in zip(names, signals.values(), strict=True):
+                    clipped += write_audio(folder / name.name, signal, rate_hz, subtype)
+                results.append(
+                    SeparatedFile(
+                        source=path,
+                        files=dict(zip(classes, names[:-1], strict=True)),
+                        residual=names[-1],
+                        rate_hz=rate_hz,
+                        seconds=len(whole) / rate_hz,
+                        levels_db={k: level_db(v) for k, v in {"mixture": whole, **signals}.items()},
+                        clipped=clipped,
+                    )
+                )
+            for number, names in enumerate(targets):
+                for name in names:
+                    os.replace(staging / str(number) / name.name, name)
+            return results
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _fit(audio: Audio, length: int) -> Audio:
+    """[N, L'] cut or filled up to ``length``: a length that was rounded twice may be off by a sample or two."""
+    return np.pad(audio[:, :length], ((0, 0), (0, max(length - audio.shape[1], 0))))
 
 
 def separate_file(

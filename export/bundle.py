@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from avsep.errors import ConfigError, ExportError, RunError
 from avsep.export.parity import Parity, compare, run_onnx
 from avsep.export.plan import ExportPlan, TensorSpec, tensor_specs
-from avsep.io import read_json, sha256_file, write_json
+from avsep.io import made_folder, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
     from avsep.separator import Separator
@@ -114,50 +114,50 @@ def export_separator(
     tensors = {name: torch.from_numpy(array) for name, array in golden.items()}
     reference = _reference(separator, tensors)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        staging.chmod(target.parent.stat().st_mode & 0o777)  # mkdtemp makes it private
-        operators = write_onnx(WaveformSeparator(separator), tensors, output.name, staging / GRAPH, plan.opset)
-        estimate, provider, seconds = run_onnx(staging / GRAPH, golden)
-        parity = Parity(*compare(estimate, reference), provider=provider, seconds=seconds)
-        if not parity.max_error <= plan.tolerance:
-            raise ExportError(
-                f"the graph differs from PyTorch by {parity.max_error:.2e} ({parity.error_db:.0f} dB), more than the "
-                f"tolerance {plan.tolerance:.0e}: nothing was written"
-            )
-        with open(staging / GOLDEN, "wb") as file:
-            np.savez_compressed(file, **golden, **{output.name: reference})  # type: ignore[arg-type]
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "made_from": made_from,
-            "separator": separator.spec.model_dump(mode="json"),
-            "classes": list(separator.classes),
-            "sample_rate_hz": front_end.sample_rate_hz,
-            "transform": {
-                "n_fft": front_end.n_fft,
-                "hop": front_end.hop,
-                "window": "hann, periodic",
-                "padding": front_end.padding,
-                "log_rows": front_end.log_rows,
-                "frames": front_end.frames,
-                "align_corners": front_end.align_corners,
-            },
-            "inputs": [asdict(spec) for spec in inputs],
-            "outputs": [asdict(output)],
-            "visual_sources": [asdict(source) for source in separator.visual_sources()],
-            "plan": plan.to_dict(),
-            "opset": plan.opset,
-            "operators": operators,
-            "parity": parity.to_dict(),
-            "made_with": {"avsep": avsep.__version__, "python": platform.python_version(), **_versions()},
-            "files": {f.name: sha256_file(f) for f in sorted(staging.iterdir())},
-        }
-        write_json(staging / MANIFEST, manifest)
-        _replace(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with made_folder(target.parent):
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            staging.chmod(target.parent.stat().st_mode & 0o777)  # mkdtemp makes it private
+            operators = write_onnx(WaveformSeparator(separator), tensors, output.name, staging / GRAPH, plan.opset)
+            estimate, provider, seconds = run_onnx(staging / GRAPH, golden)
+            parity = Parity(*compare(estimate, reference), provider=provider, seconds=seconds)
+            if not parity.max_error <= plan.tolerance:
+                raise ExportError(
+                    f"the graph differs from PyTorch by {parity.max_error:.2e} ({parity.error_db:.0f} dB), more than "
+                    f"the tolerance {plan.tolerance:.0e}: nothing was written"
+                )
+            with open(staging / GOLDEN, "wb") as file:
+                np.savez_compressed(file, **golden, **{output.name: reference})  # type: ignore[arg-type]
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "made_from": made_from,
+                "separator": separator.spec.model_dump(mode="json"),
+                "classes": list(separator.classes),
+                "sample_rate_hz": front_end.sample_rate_hz,
+                "transform": {
+                    "n_fft": front_end.n_fft,
+                    "hop": front_end.hop,
+                    "window": "hann, periodic",
+                    "padding": front_end.padding,
+                    "log_rows": front_end.log_rows,
+                    "frames": front_end.frames,
+                    "align_corners": front_end.align_corners,
+                },
+                "inputs": [asdict(spec) for spec in inputs],
+                "outputs": [asdict(output)],
+                "visual_sources": [asdict(source) for source in separator.visual_sources()],
+                "plan": plan.to_dict(),
+                "opset": plan.opset,
+                "operators": operators,
+                "parity": parity.to_dict(),
+                "made_with": {"avsep": avsep.__version__, "python": platform.python_version(), **_versions()},
+                "files": {f.name: sha256_file(f) for f in sorted(staging.iterdir())},
+            }
+            write_json(staging / MANIFEST, manifest)
+            _replace(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return Bundle(target, manifest, parity)
 
 

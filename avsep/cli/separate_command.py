@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,7 @@ def command(
     from avsep.audio import read_audio
     from avsep.data.visualfile import read_visual_file
     from avsep.errors import ConfigError
-    from avsep.progress import progress_bar
+    from avsep.progress import Progress, progress_bar
     from avsep.separate import class_ids_of, pick_device, separate_files
     from avsep.separator import load_separator
 
@@ -50,14 +51,17 @@ def command(
         raise ConfigError("this separator looks at pictures: give --features FILE.npz (see: avsep data features)")
     timelines = {} if features is None else read_visual_file(features)
 
-    with progress_bar() as bars:
+    with contextlib.ExitStack() as stack:
+        display: list[Progress] = []  # opened by the first chunk, so that a mistake found before is one line alone
         bar_of: dict[Path, int] = {}
         shown: dict[Path, int] = {}
 
         def progress(path: Path, done: int, total: int) -> None:
+            if not display:
+                display.append(stack.enter_context(progress_bar()))
             if path not in bar_of:
-                bar_of[path] = bars.add(f"separating {path.name}", total)
-            bars.advance(bar_of[path], done - shown.get(path, 0))
+                bar_of[path] = display[0].add(f"separating {path.name}", total)
+            display[0].advance(bar_of[path], done - shown.get(path, 0))
             shown[path] = done
 
         results = separate_files(
