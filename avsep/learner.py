@@ -7,6 +7,7 @@ reported, ``evaluation.json`` and ``report.html``.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 import time
@@ -137,7 +138,7 @@ class ContinualLearner:
         out: str | Path | None = None,
         *,
         resume: bool = False,
-        progress: bool = True,
+        progress: bool | Progress = True,
         preset: str = "",
     ) -> list[dict[str, Any]]:
         """Learn every task of ``stream`` and return one record a task.
@@ -145,6 +146,8 @@ class ContinualLearner:
         Args:
             out: the run folder; a temporary one, removed at the end, when omitted.
             resume: go on from the folder's last checkpoint. On the CPU the result is the one an uninterrupted run gives.
+            progress: show a bar on standard error, or report to the given :class:`~avsep.progress.Progress`.
+            preset: the preset's name, for the record.
 
         Raises:
             RunError: the folder holds another run, or is being written by another process.
@@ -156,7 +159,9 @@ class ContinualLearner:
                 return self._fit(stream, Path(folder), False, progress, preset)
         return self._fit(stream, Path(out), resume, progress, preset)
 
-    def _fit(self, stream: TaskStream, out: Path, resume: bool, progress: bool, preset: str) -> list[dict[str, Any]]:
+    def _fit(
+        self, stream: TaskStream, out: Path, resume: bool, progress: bool | Progress, preset: str
+    ) -> list[dict[str, Any]]:
         self._check(stream)
         spec = RunSpec(
             separator=self.separator.spec,
@@ -225,7 +230,9 @@ class ContinualLearner:
 
     # ------------------------------------------------------------------ one task
 
-    def _learn(self, task: Task, stream: TaskStream, out: Path, state: dict[str, Any] | None, progress: bool) -> None:
+    def _learn(
+        self, task: Task, stream: TaskStream, out: Path, state: dict[str, Any] | None, progress: bool | Progress
+    ) -> None:
         self._prepare_student(task)
         student = self.separator
         if state:
@@ -275,7 +282,7 @@ class ContinualLearner:
         epoch_data = self._epoch(stream, task, 0)
         total = epoch_data.steps * spec.epochs
         label = f"task {task.index + 1}/{len(stream)} {self._strategy_ref.name}"
-        with progress_bar(enabled=progress and self.fabric.is_global_zero) as bars:
+        with contextlib.nullcontext(progress) if isinstance(progress, Progress) else progress_bar(progress) as bars:
             bar = bars.add(label, total=total, done=record.step)
             while record.epoch < spec.epochs:
                 epoch_data = self._epoch(stream, task, record.epoch)
@@ -489,7 +496,11 @@ def _best_note(record: _Progress) -> str:
 def _ref(value: _Component, where: str) -> ComponentRef:
     if isinstance(value, ComponentRef):
         return value
-    return validated(ComponentRef, {"name": value} if isinstance(value, str) else dict(zip(("name", "params"), value, strict=False)), where)
+    return validated(
+        ComponentRef,
+        {"name": value} if isinstance(value, str) else dict(zip(("name", "params"), value, strict=False)),
+        where,
+    )
 
 
 def _precision(precision: str, accelerator: str) -> Any:

@@ -24,6 +24,11 @@ class Progress:
             fields = {} if note is None else {"note": note}
             self._display.update(bar, advance=amount, **fields)  # type: ignore[attr-defined]
 
+    def update(self, bar: int, done: int, total: int) -> None:
+        """Set how far a bar is, for work that counts for itself."""
+        if self._display is not None:
+            self._display.update(bar, completed=done, total=total)  # type: ignore[attr-defined]
+
 
 @contextlib.contextmanager
 def progress_bar(enabled: bool = True) -> Iterator[Progress]:

@@ -95,7 +95,9 @@ class FrontEndSpec(_Model):
         if self.n_fft % 2:
             raise ValueError(f"n_fft must be even, got {self.n_fft}")
         if self.hop * 2 > self.n_fft:
-            raise ValueError(f"hop {self.hop} is too long for n_fft {self.n_fft}: the inverse needs at least half overlap")
+            raise ValueError(
+                f"hop {self.hop} is too long for n_fft {self.n_fft}: the inverse needs at least half overlap"
+            )
         return self
 
     @property
@@ -153,8 +155,11 @@ class SeparatorSpec(_Model):
         decoder = MASK_DECODERS.get(self.mask_decoder.name)
         if missing := sorted(decoder.needs - provided):
             way_out = " and ".join(
-                f"add an {m}_encoder" if m == "object" else f"add a {m}_encoder" if m == "motion" else f"choose an "
-                f"audio encoder that gives {m}"
+                f"add an {m}_encoder"
+                if m == "object"
+                else f"add a {m}_encoder"
+                if m == "motion"
+                else f"choose an audio encoder that gives {m}"
                 for m in missing
             )
             raise ConfigError(f"mask decoder '{decoder.name}' needs {' and '.join(missing)} features: {way_out}")

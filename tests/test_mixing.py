@@ -97,7 +97,9 @@ def test_published_oversampling():
     for task, (current, kept) in enumerate(zip(per_task, memory, strict=True)):
         clips = [Clip(f"c{i}", "a", "train", RATE, i) for i in range(current)]
         kept_clips = [Clip(f"m{i}", "b", "train", RATE, 1000 + i) for i in range(kept)]
-        data = TrainingMixtures(None, clips, kept_clips, TrainSpec(), FRONT_END, (), {"a": 0, "b": 1}, task=task, epoch=0)
+        data = TrainingMixtures(
+            None, clips, kept_clips, TrainSpec(), FRONT_END, (), {"a": 0, "b": 1}, task=task, epoch=0
+        )
         found.append(len(data.list))
         shares.append(float(np.mean(data.list >= current)))
         assert data.steps == len(data.list) // 32

@@ -38,7 +38,11 @@ class _Clips:
 def protocols():
     store = _Clips(CLASSES)
     tasks = make_tasks(split_classes(CLASSES, 5))
-    return store, tasks, {n: build_protocol(n, store, tasks, split="test", clip_samples=LENGTH) for n in ("fixed", "paper")}
+    return (
+        store,
+        tasks,
+        {n: build_protocol(n, store, tasks, split="test", clip_samples=LENGTH) for n in ("fixed", "paper")},
+    )
 
 
 def test_paper_pairs_are_the_published_ones(protocols):
@@ -52,7 +56,11 @@ def test_paper_pairs_are_the_published_ones(protocols):
     counts = [Counter(m.degenerate for m in made["paper"].at(t)) for t in range(4)]
     assert [c["self"] for c in counts] == [0, 1, 1, 1]
     assert [c["same_class"] for c in counts] == [8, 4, 5, 5]
-    assert [next(i for i, m in enumerate(made["paper"].at(t)) if m.degenerate == "self") for t in (1, 2, 3)] == [35, 21, 21]
+    assert [next(i for i, m in enumerate(made["paper"].at(t)) if m.degenerate == "self") for t in (1, 2, 3)] == [
+        35,
+        21,
+        21,
+    ]
 
 
 def test_paper_cross_task_counts(protocols):

@@ -93,7 +93,9 @@ class Protocol:
             raise DataError(f"{path} is not a protocol file")
         stated = data.pop("hash", None)
         if data.get("version") != PROTOCOL_VERSION:
-            raise DataError(f"{path}: protocol version {data.get('version')} is not {PROTOCOL_VERSION}, the one known here")
+            raise DataError(
+                f"{path}: protocol version {data.get('version')} is not {PROTOCOL_VERSION}, the one known here"
+            )
         try:
             protocol = cls(
                 **{

@@ -78,7 +78,9 @@ def task_stream(
         for name in task.classes:
             for split in ("train", "val", "test"):
                 if not store.select(classes=[name], split=split):
-                    raise DataError(f"class '{name}' has no {split} clip in {store.path}: leave it out of the tasks or add some")
+                    raise DataError(
+                        f"class '{name}' has no {split} clip in {store.path}: leave it out of the tasks or add some"
+                    )
     return TaskStream(
         store=store,
         tasks=made,

@@ -1,0 +1,277 @@
+"""``avsep demo``: the whole of avsep in a few minutes on a laptop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from avsep.errors import AvsepError
+from avsep.progress import Progress, progress_bar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PRESET = "iquery_small"
+RUNS = {"finetune": "none", "contavsep": "random_per_class"}  # strategy -> memory
+
+
+def command(
+    out: Annotated[Path, typer.Option("--out", help="Folder for data, runs, sounds and the report.")] = Path(
+        "avsep-demo"
+    ),
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of data, weights and mixtures.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; remove what an earlier demo left there.")] = False,
+) -> None:
+    """Learn new instruments without forgetting the old ones, and hear it: minutes on a CPU, no download.
+
+    Makes a small benchmark from sampled instruments, learns two tasks of three classes by fine-tuning and by ContAV-Sep,
+    scores both on held-out clips, exports ONNX, separates a duet and writes one HTML page. A demo that was stopped goes
+    on where it was.
+    """
+    from rich.console import Console
+
+    console = Console()
+    for package, extra, purpose in (
+        ("PIL", "demo", "the benchmark's pictures"),
+        ("matplotlib", "demo", "the report"),
+        ("jinja2", "demo", "the report"),
+        ("onnxruntime", "demo", "the ONNX export"),
+        ("onnxscript", "demo", "the ONNX export"),
+    ):
+        _need(package, extra, purpose)
+    _claim(out, seed, fresh)
+    started = time.perf_counter()
+
+    def section(title: str) -> None:
+        console.print(f"\n[bold]{title}[/bold] [dim]({time.perf_counter() - started:.0f} s)[/dim]")
+
+    from avsep.data.synthesis import synthesise, write_duet
+
+    section("1/5 A benchmark of six sampled instruments with moving pictures")
+    store = synthesise(out / "store", size="tiny", seed=seed)
+    half = len(store.classes) // 2
+    tasks = [list(store.classes[:half]), list(store.classes[half:])]
+    console.print(f"{len(store.clips)} clips; task 1: {', '.join(tasks[0])}; task 2: {', '.join(tasks[1])}")
+
+    section("2/5 Learning both tasks twice: fine-tuning, and ContAV-Sep with one remembered clip a class")
+    _train_both(out, tasks, seed)
+
+    section("3/5 Held-out clips")
+    runs = {strategy: out / strategy for strategy in RUNS}
+    results = _results(runs)
+    _print_scores(console, results)
+
+    section("4/5 ONNX, from waveform to waveform")
+    _export(console, runs["contavsep"], out / "exported")
+
+    section("5/5 A duet of a remembered and a new instrument, and the report")
+    test_clips = [store.select(classes=[names[0]], split="test")[0] for names in tasks]
+    duet = write_duet(store, [c.id for c in test_clips], out / "duet")
+    _separate(console, runs["contavsep"], duet, [c.class_name for c in test_clips], out / "separated")
+
+    from avsep.evaluation.report import write_report
+
+    with progress_bar() as bars:
+        bar = bars.add("report", total=None)
+        page = write_report(
+            runs["finetune"],
+            out / "report.html",
+            compare=[runs["contavsep"]],
+            progress=lambda done, total: bars.update(bar, done, total),
+        )
+    minutes = (time.perf_counter() - started) / 60
+    console.print(f"\nDone in {minutes:.1f} minutes. Listen and look: [bold]{page}[/bold]")
+
+
+def _need(package: str, extra: str, purpose: str) -> None:
+    import importlib.util
+
+    from avsep.errors import MissingExtraError
+
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(package, extra, purpose)
+
+
+def _claim(out: Path, seed: int, fresh: bool) -> None:
+    """Take the folder for a demo of this seed; refuse one that holds anything else."""
+    import shutil
+
+    from avsep.io import read_json, write_json
+
+    mark = out / "demo.json"
+    if mark.is_file():
+        found = read_json(mark).get("seed")
+        if fresh:
+            shutil.rmtree(out)
+        elif found != seed:
+            raise AvsepError(f"{out} holds a demo of seed {found}: add --fresh to replace it, or choose another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise AvsepError(f"{out} is not empty and not a demo: choose another folder with --out")
+    write_json(mark, {"seed": seed})
+
+
+# ---------------------------------------------------------------------- training, one process a strategy
+
+
+class _QueueProgress(Progress):
+    """Sends a bar's movements to the process that draws it."""
+
+    def __init__(self, name: str, messages: Any) -> None:
+        super().__init__()
+        self._name = name
+        self._messages = messages
+
+    def add(self, label: str, total: int | None, done: int = 0) -> int:
+        self._messages.put(("add", self._name, (label, total, done)))
+        return 0
+
+    def advance(self, bar: int, amount: int = 1, note: str | None = None) -> None:
+        self._messages.put(("advance", self._name, (amount, note)))
+
+    def update(self, bar: int, done: int, total: int) -> None:
+        self._messages.put(("update", self._name, (done, total)))
+
+
+def _work(strategy: str, out: str, tasks: list[list[str]], seed: int, threads: int, messages: Any) -> None:
+    """Train and evaluate one run in a process of its own."""
+    try:
+        import torch
+
+        torch.set_num_threads(threads)
+        from avsep.data.tasks import task_stream
+        from avsep.evaluation.evaluate import evaluate_run
+        from avsep.learner import ContinualLearner
+        from avsep.spec import RunSpec, load_preset, validated
+
+        preset = load_preset(PRESET)
+        spec = validated(
+            RunSpec,
+            {
+                "separator": preset["separator"],
+                "train": {**preset["train"], "seed": seed},
+                "strategy": strategy,
+                "memory": RUNS[strategy],
+                "tasks": tasks,
+                "preset": PRESET,
+            },
+            "demo",
+        )
+        stream = task_stream(Path(out) / "store", tasks, clip_samples=spec.separator.front_end.clip_samples)
+        run = Path(out) / strategy
+        shown = _QueueProgress(strategy, messages)
+        learner = ContinualLearner.from_spec(spec, accelerator="cpu")
+        learner.fit(stream, run, resume=(run / "run.yaml").is_file(), progress=shown, preset=PRESET)
+        for task in range(len(tasks)):
+            bar = shown.add(f"{strategy}: scoring after task {task + 1}", total=None)
+            evaluate_run(run, tasks=[task], progress=lambda _task, done, total: shown.update(bar, done, total))
+        messages.put(("done", strategy, None))
+    except AvsepError as error:
+        messages.put(("error", strategy, str(error)))
+    except Exception as error:
+        messages.put(("error", strategy, f"{type(error).__name__}: {error}"))
+        raise
+
+
+def _train_both(out: Path, tasks: list[list[str]], seed: int) -> None:
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    messages = context.Queue()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    threads = max(1, min(4, cores // len(RUNS)))
+    workers = {
+        name: context.Process(target=_work, args=(name, str(out), tasks, seed, threads, messages), daemon=True)
+        for name in RUNS
+    }
+    for worker in workers.values():
+        worker.start()
+    waiting = set(workers)
+    bars_of: dict[str, int] = {}
+    try:
+        with progress_bar() as bars:
+            while waiting:
+                try:
+                    kind, name, value = messages.get(timeout=1.0)
+                except queue.Empty:
+                    for name in sorted(waiting):
+                        if not workers[name].is_alive():
+                            raise AvsepError(
+                                f"training by {name} died (exit code {workers[name].exitcode}); is memory short? Run "
+                                f"avsep demo again: it goes on where it was"
+                            ) from None
+                    continue
+                if kind == "add":
+                    bars_of[name] = bars.add(value[0], total=value[1], done=value[2])
+                elif kind == "advance":
+                    bars.advance(bars_of[name], *value)
+                elif kind == "update":
+                    bars.update(bars_of[name], *value)
+                elif kind == "error":
+                    raise AvsepError(f"{name}: {value}")
+                else:
+                    waiting.discard(name)
+    finally:
+        for worker in workers.values():
+            if worker.is_alive() and waiting:
+                worker.terminate()
+            with contextlib.suppress(ValueError):
+                worker.join(10)
+
+
+# ---------------------------------------------------------------------- what came of it
+
+
+def _results(runs: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    from avsep.io import read_json
+
+    return {name: read_json(run / "evaluation.json") for name, run in runs.items()}
+
+
+def _print_scores(console: Console, results: dict[str, dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title="SDR in dB on held-out clips (mean over sources, higher is better)")
+    for heading in ("", "task 1, just learned", "task 1, after task 2", "forgotten", "task 2, just learned"):
+        table.add_column(heading, justify="right" if heading else "left")
+    rows = results["contavsep"]["after"][-1]["rows"]
+    baseline = [_mean([r["sdr_mixture"] for r in rows if r["task"] == t]) for t in (0, 1)]
+    table.add_row("unprocessed mixture", f"{baseline[0]:.2f}", f"{baseline[0]:.2f}", "", f"{baseline[1]:.2f}")
+    for name, result in results.items():
+        (first, _), (kept, new) = result["matrix"]
+        table.add_row(name, f"{first:.2f}", f"{kept:.2f}", f"{result['forgetting']:.2f}", f"{new:.2f}")
+    console.print(table)
+
+
+def _mean(values: list[float | None]) -> float:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known)
+
+
+def _export(console: Console, run: Path, out: Path) -> None:
+    from avsep.export import export_run
+
+    with progress_bar() as bars:
+        bar = bars.add("export", total=None)
+        bundles = export_run(run, out, progress=lambda done, total: bars.update(bar, done, total))
+    for bundle in bundles:
+        console.print(
+            f"{bundle.graph}: {bundle.megabytes:.1f} MB, {bundle.parity.provider} differs from PyTorch by at most "
+            f"{bundle.parity.max_error:.1e}"
+        )
+
+
+def _separate(console: Console, run: Path, duet: dict[str, Path], classes: list[str], out: Path) -> None:
+    from avsep.data.visualfile import read_visual_file
+    from avsep.separate import separate_file
+    from avsep.separator import load_separator
+
+    separated = separate_file(
+        load_separator(run), duet["duet"], read_visual_file(duet["features"]), classes, out, overwrite=True
+    )
+    console.print(f"{duet['duet']} separated into {', '.join(str(p) for p in separated.files.values())}")
