@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -372,10 +373,52 @@ def test_killed_run_continues_to_the_same_bytes(made: Path, tmp_path: Path, monk
     assert not (path / "manifest.json").exists()
     finished: list[str] = []
     make = synthesis._make_and_write
-    monkeypatch.setattr(synthesis, "_make_and_write", lambda out, clip: finished.append(clip.id) or make(out, clip))
+
+    def count(out: str, clip: synthesis._Clip) -> str:
+        finished.append(clip.id)
+        return make(out, clip)
+
+    monkeypatch.setattr(synthesis, "_make_and_write", count)
     synthesise(path, workers=1, **SMALL)  # type: ignore[arg-type]
     assert len(finished) == 6  # of eight: two were whole
     assert _contents(path) == _contents(made)
+
+
+_WORKERS = """
+import multiprocessing, sys
+from avsep.data.synthesis import synthesise
+from avsep.progress import Progress
+class Shown(Progress):
+    def advance(self, bar, amount=1, note=None):
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+if __name__ == "__main__":
+    synthesise(sys.argv[1], classes=["flute"], clips_per_class=(500, 1, 1), clip_s=2.0, workers=2, progress=Shown())
+"""
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@needs_bank
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
+def test_workers_die_with_the_process_that_started_them(tmp_path: Path) -> None:
+    script = tmp_path / "make.py"
+    script.write_text(_WORKERS)
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path / "s")], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+        parent.wait()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(_is_alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_is_alive(pid) for pid in workers)
 
 
 def test_finished_store_is_opened_and_others_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -158,6 +160,19 @@ def _bank(path: str) -> SoundFont:
     return _opened[path]
 
 
+def _die_with_parent() -> None:
+    """End this worker when the process that started it is killed; it would otherwise wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+
+
 def _make_and_write(out: str, clip: _Clip) -> str:
     audio, pictures, motion = make_clip(clip, [_bank(p) for p in clip.banks])
     writer = StoreWriter.worker(out, SAMPLE_RATE_HZ)
@@ -291,7 +306,9 @@ def _run(out: str, todo: Sequence[_Clip], total: int, workers: int, bars: Progre
             bars.advance(bar)
         return
     # spawn, not fork: the caller may hold threads (torch), which a fork would leave locked
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_die_with_parent
+    ) as pool:
         futures = [pool.submit(_make_and_write, out, clip) for clip in todo]
         try:
             for future in as_completed(futures):
