@@ -47,7 +47,7 @@ def command(
             sources=sources,
             tolerance=tolerance,
             motion_steps=motion_steps,
-            progress=lambda done, total: bars.advance(bar),
+            progress=lambda done, total: bars.update(bar, done, total),
         )
     table = Table(title=f"exported to {out}")
     table.add_column("file", overflow="fold")

@@ -54,15 +54,13 @@ def command(
     with contextlib.ExitStack() as stack:
         display: list[Progress] = []  # opened by the first chunk, so that a mistake found before is one line alone
         bar_of: dict[Path, int] = {}
-        shown: dict[Path, int] = {}
 
         def progress(path: Path, done: int, total: int) -> None:
             if not display:
                 display.append(stack.enter_context(progress_bar()))
             if path not in bar_of:
                 bar_of[path] = display[0].add(f"separating {path.name}", total)
-            display[0].advance(bar_of[path], done - shown.get(path, 0))
-            shown[path] = done
+            display[0].update(bar_of[path], done, total)
 
         results = separate_files(
             separator,
