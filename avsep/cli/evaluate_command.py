@@ -50,13 +50,14 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
     names = {"sdr": "SDR", "sir": "SIR", "sar": "SAR", "sdri": "SDRi", "si_sdr": "SI-SDR"}
     matrix = result.get("matrix")
     if matrix is not None:
-        table = Table(title="Mean SDR in dB on each task's test mixtures")
+        console.print("Mean SDR in dB on each task's test mixtures")
+        table = Table()
         table.add_column("after task", justify="right")
         for j in range(len(matrix)):
             table.add_column(f"task {j}", justify="right")
         table.add_column("average", justify="right", style="bold")
         for t, line in enumerate(matrix):
-            table.add_row(str(t), *["" if v is None else f"{v:.2f}" for v in line], _number(result["average"][t]))
+            table.add_row(str(t), *[_number(v) for v in line], _number(result["average"][t]))
         console.print(table)
         console.print(f"forgetting {_number(result['forgetting'])} dB, backward transfer {_number(result['bwt'])} dB")
     table = Table(title=f"Scores in dB by list of test mixtures (protocol {result['protocol']})")
@@ -83,4 +84,4 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    return "" if value is None else f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no minus before a zero

@@ -262,11 +262,15 @@ def _pretty(name: str) -> str:
 
 
 def _db(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.1f}"
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{round(value, 1) + 0.0:.1f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
 def _signed(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:+.1f}".replace("-", "−")
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 def _run_summary(run: RunView) -> dict[str, float | None]:
@@ -306,8 +310,8 @@ def _shade(value: float | None, low: float, high: float) -> int:
 
 
 def _bar(value: float | None, key: str, runs: Sequence[RunView]) -> float:
-    """Length of a bar in per cent of the longest among the runs; nothing for values of 0 and less."""
-    longest = max((v for v in (_run_summary(run).get(key) for run in runs) if v is not None), default=0.0)
+    """Length of a bar in per cent of the longest among the runs, or of 1 dB; nothing for values of 0 and less."""
+    longest = max([1.0, *(v for v in (_run_summary(run).get(key) for run in runs) if v is not None)])
     return round(100 * value / longest, 2) if value is not None and value > 0 else 0.0
 
 
