@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from avsep import kernels
 from avsep.errors import ConfigError
+from avsep.kernels import Interpolation, StftTables, analyse, istft, make_tables, stft, synthesise, unwarp, warp
 from avsep.spec import FrontEndSpec
 from avsep.types import Spectrograms
 
@@ -38,7 +38,7 @@ class FrontEnd(nn.Module):
     def __init__(self, spec: FrontEndSpec) -> None:
         super().__init__()
         self.spec = spec
-        tables = kernels.make_tables(spec.n_fft, spec.log_rows)
+        tables = make_tables(spec.n_fft, spec.log_rows)
         constants = {
             "window": tables.window,
             "log_low": tables.to_log.low,
@@ -54,11 +54,11 @@ class FrontEnd(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     @property
-    def tables(self) -> kernels.StftTables:
-        return kernels.StftTables(
+    def tables(self) -> StftTables:
+        return StftTables(
             self.window,
-            kernels.Interpolation(self.log_low, self.log_high, self.log_fraction),
-            kernels.Interpolation(self.linear_low, self.linear_high, self.linear_fraction),
+            Interpolation(self.log_low, self.log_high, self.log_fraction),
+            Interpolation(self.linear_low, self.linear_high, self.linear_fraction),
             self.log_grid,
             self.linear_grid,
         )
@@ -75,7 +75,7 @@ class FrontEnd(nn.Module):
             ConfigError: for a wrong shape or type, or signals too short.
         """
         try:
-            network_input, weight, ratio, mixture = kernels.analyse(
+            network_input, weight, ratio, mixture = analyse(
                 sources,
                 hop=self.spec.hop,
                 align_corners=self.spec.align_corners,
@@ -113,7 +113,7 @@ class FrontEnd(nn.Module):
             ConfigError: for shapes or a length that do not fit.
         """
         try:
-            waveforms = kernels.synthesise(
+            waveforms = synthesise(
                 logits,
                 mixture_stft,
                 hop=self.spec.hop,
@@ -128,20 +128,20 @@ class FrontEnd(nn.Module):
 
     def stft(self, signal: Tensor) -> Tensor:
         """[..., L] -> complex [..., bins, T], T = 1 + L // hop."""
-        return kernels.stft(signal, hop=self.spec.hop, window=self.window.to(signal.dtype), padding=self.spec.padding)
+        return stft(signal, hop=self.spec.hop, window=self.window.to(signal.dtype), padding=self.spec.padding)
 
     def istft(self, spectrum: Tensor, length: int | None = None) -> Tensor:
         """Complex [..., bins, T] -> [..., length], by default (T - 1) hop samples."""
         window = self.window.to(spectrum.real.dtype)
-        return kernels.istft(spectrum, hop=self.spec.hop, window=window, length=length)
+        return istft(spectrum, hop=self.spec.hop, window=window, length=length)
 
     def warp(self, x: Tensor) -> Tensor:
         """Linear to log frequency: [..., bins, T] -> [..., F, T]."""
-        return self._reshaped(kernels.warp, x)
+        return self._reshaped(warp, x)
 
     def unwarp(self, x: Tensor) -> Tensor:
         """Log to linear frequency: [..., F, T] -> [..., bins, T]."""
-        return self._reshaped(kernels.unwarp, x)
+        return self._reshaped(unwarp, x)
 
     def _reshaped(self, function: Callable[..., Tensor], x: Tensor) -> Tensor:
         flat = x.reshape(1, -1, *x.shape[-2:])  # [1, M, rows, T]
