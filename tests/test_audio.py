@@ -17,8 +17,7 @@ def tone(seconds=0.5, rate_hz=11025, frequency_hz=440.0):
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.aiff"])
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_formats_and_channels(tmp_path, name, channels):
-    if name == "a.mp3" and channels > 2:
-        pytest.skip("MP3 holds two channels")
+    channels = min(channels, 2) if name == "a.mp3" else channels  # MP3 holds no more
     audio = np.stack([tone(frequency_hz=220 * (c + 1)) for c in range(channels)])
     soundfile.write(tmp_path / name, audio.T, 11025)
     got, rate_hz = read_audio(tmp_path / name)
