@@ -109,7 +109,7 @@ def bss_eval(
     With ``mixture`` [B, L] the SDR of the mixture as the estimate of each source is given too, at little extra cost.
     Equal to ``mir_eval.separation.bss_eval_sources(..., compute_permutation=False)``, but for the clipping to
     ±:data:`LIMIT_DB` and the defined outcomes of :class:`BssResult` for silence and duplicate references. The inputs
-    may have any real dtype and be on any device; the computation is float64 on the CPU or on a CUDA device.
+    may have any real dtype; the computation is float64 on their device (tuned and tested on the CPU).
 
     Raises :class:`~avsep.errors.NumericalError`, naming the signal, for a NaN or an infinity;
     :class:`~avsep.errors.DataError`, naming the pair, for duplicate references with ``duplicates="raise"``; ValueError

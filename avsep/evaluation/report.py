@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 import math
 import wave
 from collections.abc import Callable, Mapping, Sequence
@@ -242,11 +243,15 @@ def _log_spectrogram(signal: np.ndarray, rate_hz: int, size: int = 1024, hop: in
     frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
     window = np.hanning(size)
     magnitude = np.abs(np.fft.rfft(frames * window, axis=1)).T / (window.sum() / 2)  # [size / 2 + 1, T]
-    low = min(_LOWEST_HZ, rate_hz / 8)
-    wanted = np.geomspace(low, rate_hz / 2, _ROWS) * size / rate_hz
-    lower = np.minimum(wanted.astype(int), len(magnitude) - 2)
-    share = (wanted - lower)[:, None]
-    rows = magnitude[lower] * (1 - share) + magnitude[lower + 1] * share
+    edges = np.geomspace(min(_LOWEST_HZ, rate_hz / 8), rate_hz / 2, _ROWS + 1) * size / rate_hz  # in bins
+    rows = np.empty((_ROWS, magnitude.shape[1]))
+    for row, (low, high) in enumerate(itertools.pairwise(edges)):
+        if high - low < 1:  # between bins: interpolate
+            middle = (low + high) / 2
+            lower = min(int(middle), len(magnitude) - 2)
+            rows[row] = magnitude[lower] + (middle - lower) * (magnitude[lower + 1] - magnitude[lower])
+        else:  # several bins: the loudest, so that no partial falls between rows
+            rows[row] = magnitude[int(low) : int(np.ceil(high)) + 1].max(axis=0)
     return 20 * np.log10(np.maximum(rows, 1e-10))
 
 
