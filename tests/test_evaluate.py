@@ -278,7 +278,7 @@ def test_command_prints_the_matrix_and_the_counts(run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     command(run, store=None, task=None, batch_size=4, device="cpu")
     shown = capsys.readouterr().out
-    for text in ("after task", "average", "forgetting", "SI-SDR", "skipped", "degenerate", "cross", "evaluation.json"):
+    for text in ("after task", "average", "forgetting", "SI-SDR", "skipped", "degen.", "cross", "evaluation.json"):
         assert text in shown
     with pytest.raises(RunError):
         command(run / "tasks", store=None, task=None, batch_size=4, device="cpu")

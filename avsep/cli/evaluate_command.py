@@ -43,6 +43,7 @@ def command(
 
 def print_evaluation(console: Console, result: dict[str, Any]) -> None:
     """The matrix and the summaries of an ``evaluation.json`` as tables."""
+    from rich import box
     from rich.table import Table
 
     from avsep.evaluation.evaluate import METRICS
@@ -51,7 +52,7 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
     matrix = result.get("matrix")
     if matrix is not None:
         console.print("Mean SDR in dB on each task's test mixtures")
-        table = Table()
+        table = Table(box=box.SIMPLE_HEAD)
         table.add_column("after task", justify="right")
         for j in range(len(matrix)):
             table.add_column(f"task {j}", justify="right")
@@ -60,14 +61,15 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
             table.add_row(str(t), *[_number(v) for v in line], _number(result["average"][t]))
         console.print(table)
         console.print(f"forgetting {_number(result['forgetting'])} dB, backward transfer {_number(result['bwt'])} dB")
-    table = Table(title=f"Scores in dB by list of test mixtures (protocol {result['protocol']})")
-    for heading in ("after task", "list", *[names[m] for m in METRICS], "scored", "skipped", "degenerate"):
-        table.add_column(heading, justify="left" if heading == "list" else "right")
+    console.print(f"Scores in dB by list of test mixtures (protocol {result['protocol']})")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
+    for heading in ("after", "list", *[names[m] for m in METRICS], "scored", "skipped", "degen."):
+        table.add_column(heading, justify="left" if heading == "list" else "right", no_wrap=True)
     for step in result["after"]:
         lists = {**step["lists"], **({"all": step["all"]} if len(step["lists"]) > 1 else {})}
         for place, (name, summary) in enumerate(lists.items()):
             table.add_row(
-                str(step["task"]) if place == 0 else "",
+                f"task {step['task']}" if place == 0 else "",
                 name,
                 *[_number(summary["mean"][m]) for m in METRICS],
                 *[str(summary[k]) for k in ("scored", "skipped", "degenerate")],
