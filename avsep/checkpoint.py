@@ -33,7 +33,7 @@ __all__ = [
 
 
 def flatten_state(value: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
-    """Split nested dicts, lists and tuples into tensors by path and a JSON skeleton with ``{"$tensor": path}`` in it."""
+    """Split nested dicts, lists and tuples into tensors by path and a JSON skeleton that names those paths."""
     if isinstance(value, Tensor):
         return {prefix: value}, {"$tensor": prefix}
     if isinstance(value, dict):

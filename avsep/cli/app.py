@@ -7,7 +7,7 @@ import importlib
 import typer
 
 # command -> module with a function `command`, or with a typer group `app`
-COMMANDS = ("demo", "list", "data", "train", "evaluate", "report", "separate", "export", "bench")
+COMMANDS = ("demo", "list", "data", "train", "evaluate", "report", "separate", "export")
 
 
 def build_app() -> typer.Typer:

@@ -30,9 +30,9 @@ def command(
 ) -> None:
     """Learn new instruments without forgetting the old ones, and hear it: minutes on a CPU, no download.
 
-    Makes a small benchmark from sampled instruments, learns two tasks of three classes by fine-tuning and by ContAV-Sep,
-    scores both on held-out clips, exports ONNX, separates a duet and writes one HTML page. A demo that was stopped goes
-    on where it was.
+    Makes a small benchmark from sampled instruments, learns two tasks of three classes by fine-tuning and by
+    ContAV-Sep, scores both on held-out clips, exports ONNX, separates a duet and writes one HTML page. A demo that was
+    stopped goes on where it was.
     """
     from rich.console import Console
 
@@ -168,8 +168,8 @@ def _work(strategy: str, out: str, tasks: list[list[str]], seed: int, threads: i
         learner = ContinualLearner.from_spec(spec, accelerator="cpu")
         learner.fit(stream, run, resume=(run / "run.yaml").is_file(), progress=shown, preset=PRESET)
         for task in range(len(tasks)):
-            bar = shown.add(f"{strategy}: scoring after task {task + 1}", total=None)
-            evaluate_run(run, tasks=[task], progress=lambda _task, done, total: shown.update(bar, done, total))
+            shown.add(f"{strategy}: scoring after task {task + 1}", total=None)
+            evaluate_run(run, tasks=[task], progress=lambda _task, done, total: shown.update(0, done, total))
         messages.put(("done", strategy, None))
     except AvsepError as error:
         messages.put(("error", strategy, str(error)))
