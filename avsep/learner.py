@@ -145,7 +145,7 @@ class ContinualLearner:
 
         Args:
             out: the run folder; a temporary one, removed at the end, when omitted.
-            resume: go on from the folder's last checkpoint. On the CPU the result is the one an uninterrupted run gives.
+            resume: go on from the folder's last checkpoint; on the CPU the result is an uninterrupted run's.
             progress: show a bar on standard error, or report to the given :class:`~avsep.progress.Progress`.
             preset: the preset's name, for the record.
 
@@ -169,7 +169,7 @@ class ContinualLearner:
             memory=self._memory_ref,
             train=self.train,
             tasks=tuple(t.classes for t in stream.tasks),
-            protocol=stream.protocol.name,  # type: ignore[arg-type]
+            protocol=stream.protocol.name,
             store=str(Path(stream.store.path).resolve()),
             store_hash=stream.store.content_hash,
             preset=preset,
@@ -188,7 +188,8 @@ class ContinualLearner:
         spec = self.separator.spec
         if spec.num_classes > len(first.classes):
             raise ConfigError(
-                f"the separator has {spec.num_classes} class slots but the first task only {len(first.classes)} classes: "
+                f"the separator has {spec.num_classes} class slots but the first task only {len(first.classes)} "
+                f"classes: "
                 f"build it with num_classes={len(first.classes)}"
             )
         stream.store.require_rate(spec.front_end.sample_rate_hz)
@@ -405,8 +406,8 @@ class ContinualLearner:
         if not all(map(math.isfinite, values)):
             raise NumericalError(
                 f"the loss is not finite at task {task.index} step {record.step} ({_format(named)}); the batch: "
-                f"{', '.join('+'.join(clips) for clips in batch.clips)}; the last good checkpoint is in {out / 'state'}: "
-                f"look at those clips or lower the learning rate, then resume"
+                f"{', '.join('+'.join(clips) for clips in batch.clips)}; the last good checkpoint is in "
+                f"{out / 'state'}: look at those clips or lower the learning rate, then resume"
             )
         self.fabric.backward(loss)
         for optimizer in optimizers.values():

@@ -117,7 +117,7 @@ class SeparatorSpec(_Model):
     mask_decoder: ComponentRef
     object_encoder: ComponentRef | None = None
     motion_encoder: ComponentRef | None = None
-    front_end: FrontEndSpec = Field(default_factory=FrontEndSpec)
+    front_end: FrontEndSpec = Field(default_factory=lambda: FrontEndSpec())
     num_classes: int = Field(1, ge=1)
     classes: tuple[str, ...] = ()
 
@@ -193,9 +193,9 @@ class TrainSpec(_Model):
     validation_pairs: int | None = Field(None, ge=1, description="validation mixtures per task; all when unset")
     checkpoint_every: int = Field(200, ge=1, description="steps between resume checkpoints")
     gradient_clip: float | None = Field(None, gt=0)
-    audio: OptimizerSpec = Field(default_factory=OptimizerSpec)
-    visual: OptimizerSpec = Field(default_factory=OptimizerSpec)
-    decoder: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    audio: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec())
+    visual: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec())
+    decoder: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec())
 
     @field_validator("gain")
     @classmethod
@@ -217,7 +217,7 @@ class RunSpec(_Model):
     separator: SeparatorSpec
     strategy: ComponentRef
     memory: ComponentRef = Field(default_factory=lambda: ComponentRef(name="none"))
-    train: TrainSpec = Field(default_factory=TrainSpec)
+    train: TrainSpec = Field(default_factory=lambda: TrainSpec())
     tasks: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_task_lists)] = ()
     protocol: Literal["fixed", "paper"] = "fixed"
     store: str = ""

@@ -92,11 +92,16 @@ def test_log_drops_what_came_after_the_checkpoint_and_cut_lines(tmp_path):
 def test_atomic_write_keeps_the_old_file_on_any_error(tmp_path):
     target = tmp_path / "a.json"
     write_json(target, {"a": 1})
-    with pytest.raises(RuntimeError, match="stop"), atomic_path(target) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("stop")
-    with pytest.raises(AvsepError, match=r"no space left to write .*a\.json"), atomic_path(target) as temporary:
-        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write_half(error):
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half(RuntimeError("stop"))
+    with pytest.raises(AvsepError, match=r"no space left to write .*a\.json"):
+        write_half(OSError(errno.ENOSPC, "No space left on device"))
     assert read_json(target) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(ValueError, match="Out of range float"):

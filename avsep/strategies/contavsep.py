@@ -90,7 +90,7 @@ class ContAVSep(Strategy):
 
     @torch.no_grad()
     def _teach(self, teacher: Separator, step: Step, mixtures: Tensor) -> tuple[MaskOutput, Tensor]:
-        """The teacher's output for the mixtures that own an old slot. Its new slots are meaningless: never read them."""
+        """The teacher's output for the mixtures that own an old slot. Its new slots mean nothing: never read them."""
         if self.teacher_batch_norm == "train":
             teacher.train()
             mixtures = torch.arange(len(step.is_old), device=mixtures.device)
