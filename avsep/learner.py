@@ -28,26 +28,19 @@ from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip
 from avsep.data.tasks import TaskStream
 from avsep.errors import CheckpointError, ConfigError, NumericalError, RunError
-from avsep.io import FolderLock, read_json, read_yaml, write_json, write_yaml
+from avsep.io import FolderLock, read_json, write_json, write_yaml
 from avsep.progress import Progress, progress_bar
 from avsep.registry import MEMORIES, STRATEGIES
+from avsep.runs import read_run_spec, separator_folder
 from avsep.seeding import seeded
 from avsep.separator import Separator, build_from_spec, load_separator, save_separator
 from avsep.spec import ComponentRef, OptimizerSpec, RunSpec, TrainSpec, validated
 from avsep.strategies.base import Step, Strategy
 from avsep.types import Batch, Task, move_to
 
-__all__ = ["ContinualLearner", "learning_rate_factor", "read_run_spec"]
+__all__ = ["ContinualLearner", "learning_rate_factor"]
 
 _Component = str | tuple[str, dict[str, Any]] | ComponentRef
-
-
-def read_run_spec(run: str | Path) -> RunSpec:
-    """The spec of a run folder; raises :class:`RunError` where the folder is not one."""
-    path = Path(run) / "run.yaml"
-    if not path.is_file():
-        raise RunError(f"{run} is not a run folder: it has no run.yaml (see: avsep train --help)")
-    return validated(RunSpec, read_yaml(path), str(path))
 
 
 def learning_rate_factor(spec: OptimizerSpec, *, step: int, epoch: int, total_steps: int) -> float:
@@ -282,7 +275,7 @@ class ContinualLearner:
         spec = self.train
         epoch_data = self._epoch(stream, task, 0)
         total = epoch_data.steps * spec.epochs
-        label = f"task {task.index + 1}/{len(stream)} {self._strategy_ref.name}"
+        label = f"{self._strategy_ref.name} {task.index + 1}/{len(stream)}"
         with contextlib.nullcontext(progress) if isinstance(progress, Progress) else progress_bar(progress) as bars:
             bar = bars.add(label, total=total, done=record.step)
             while record.epoch < spec.epochs:
@@ -437,15 +430,15 @@ class ContinualLearner:
         student = self.separator
         self.strategy.after_task(student, task)
         student.eval()
-        folder = out / "tasks" / f"{task.index:02d}"
-        save_separator(student, folder / "separator")
+        target = separator_folder(out, task.index)
+        save_separator(student, target)
         candidates = {name: [c.id for c in self._clips(stream, [name])] for name in task.classes}
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.train.seed, task.index, 2**31 + 1])))
         last = task.index == len(stream) - 1
         chosen = {} if last or self.strategy.uses_all_data else self.memory.select(candidates, rng)
         self.exemplars = {**self.exemplars, **{name: ids for name, ids in chosen.items() if ids}}
         write_json(
-            folder / "task.json",
+            target.with_name("task.json"),
             {
                 "index": task.index,
                 "classes": list(task.classes),
@@ -491,7 +484,7 @@ class _Progress:
 
 
 def _best_note(record: _Progress) -> str:
-    return "" if record.best_sdr_db is None else f", best validation {record.best_sdr_db:.1f} dB"
+    return "" if record.best_sdr_db is None else f", best {record.best_sdr_db:.1f} dB"
 
 
 def _ref(value: _Component, where: str) -> ComponentRef:

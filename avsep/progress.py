@@ -17,6 +17,7 @@ class Progress:
     def add(self, label: str, total: int | None, done: int = 0) -> int:
         if self._display is None:
             return 0
+        self._display.start()  # type: ignore[attr-defined]  # does nothing the second time
         return int(self._display.add_task(label, total=total, completed=done, note=""))  # type: ignore[attr-defined]
 
     def advance(self, bar: int, amount: int = 1, note: str | None = None) -> None:
@@ -32,21 +33,27 @@ class Progress:
 
 @contextlib.contextmanager
 def progress_bar(enabled: bool = True) -> Iterator[Progress]:
-    """A live display on standard error with elapsed and remaining time; plain silence when not ``enabled``."""
+    """A live display on standard error with elapsed and remaining time; plain silence when not ``enabled``.
+
+    It appears with the first bar, so that a mistake found before is one line alone.
+    """
     if not enabled:
         yield Progress()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Display
 
-    with Display(
+    display = Display(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=18),  # all columns together fit into 80 characters
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
-    ) as display:
+    )
+    try:
         yield Progress(display)
+    finally:
+        if display.live.is_started:
+            display.stop()

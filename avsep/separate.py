@@ -33,7 +33,6 @@ __all__ = [
     "SeparatedFile",
     "class_ids_of",
     "output_paths",
-    "pick_device",
     "read_mixture",
     "separate_audio",
     "separate_file",
@@ -61,26 +60,6 @@ class SeparatedFile:
     seconds: float
     levels_db: dict[str, float]
     clipped: int
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """A device by name; ``auto`` takes CUDA, then MPS, then the CPU.
-
-    Raises:
-        ConfigError: a device that does not exist here.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, available in there.items() if available))
-    kind = name.partition(":")[0]
-    if kind not in there:
-        raise ConfigError(f"unknown device '{name}': auto, cpu, cuda or mps")
-    if not there[kind]:
-        raise ConfigError(f"this machine has no {kind} device that PyTorch can use: --device cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"unknown device '{name}': auto, cpu, cuda or mps") from None
 
 
 def class_ids_of(separator: Separator, classes: Sequence[str]) -> list[int]:

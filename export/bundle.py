@@ -23,11 +23,12 @@ from avsep.errors import ConfigError, ExportError, RunError
 from avsep.export.parity import Parity, compare, run_onnx
 from avsep.export.plan import ExportPlan, TensorSpec, tensor_specs
 from avsep.io import made_folder, read_json, sha256_file, write_json
+from avsep.runs import finished_tasks
 
 if TYPE_CHECKING:
     from avsep.separator import Separator
 
-__all__ = ["FORMAT", "Bundle", "export_run", "export_separator", "finished_tasks", "golden_inputs", "verify_bundle"]
+__all__ = ["FORMAT", "Bundle", "export_run", "export_separator", "golden_inputs", "verify_bundle"]
 
 FORMAT = "avsep-bundle"
 VERSION = 1
@@ -258,25 +259,6 @@ def verify_bundle(folder: str | os.PathLike[str], tolerance: float | None = None
             f"than {limit:.0e}, on {provider}"
         )
     return Bundle(path, manifest, parity)
-
-
-def finished_tasks(run: str | os.PathLike[str]) -> list[int]:
-    """The finished tasks of a run.
-
-    Raises:
-        RunError: the folder is not a run, or none of its tasks is finished.
-    """
-    path = Path(run)
-    if not (path / "tasks").is_dir():
-        raise RunError(f"{path} is not a run: it has no folder tasks (avsep train makes runs)")
-    found = sorted(
-        int(entry.name)
-        for entry in (path / "tasks").iterdir()
-        if entry.name.isdigit() and (entry / "task.json").is_file() and (entry / "separator").is_dir()
-    )
-    if not found:
-        raise RunError(f"{path} has no finished task yet: train it further (avsep train --resume)")
-    return found
 
 
 def export_run(

@@ -23,13 +23,13 @@ from avsep.evaluation.evaluate import (
     METRICS,
     evaluate_run,
     evaluate_separator,
-    finished_tasks,
     mean_sdr,
     rows_of,
     summarise,
     task_matrix,
 )
 from avsep.io import read_json
+from avsep.runs import finished_tasks
 from avsep.separator import load_separator
 
 

@@ -324,6 +324,8 @@ def test_plans_that_make_no_sense(values):
 def fake_run(folder, tasks=2):
     """A run folder as the learner leaves it; the last task is not finished."""
     names = ("flute", "piano", "cello")
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text("stands in for a run's spec\n")
     for task in range(tasks + 1):
         home = folder / "tasks" / f"{task:02d}"
         save_separator(tiny(motion=None, layers=1, classes=names[: task + 1]), home / "separator")

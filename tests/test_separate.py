@@ -10,8 +10,9 @@ import torch
 from avsep.audio import read_audio
 from avsep.cli.separate_command import command
 from avsep.data.visualfile import VisualTimeline, write_visual_file
+from avsep.devices import pick_device
 from avsep.errors import AudioError, AvsepError, ConfigError, DataError, NumericalError, UnknownNameError
-from avsep.separate import pick_device, read_mixture, separate_audio, separate_file, separate_files
+from avsep.separate import read_mixture, separate_audio, separate_file, separate_files
 from avsep.separator import build_separator, save_separator
 
 CLASSES = ("flute", "piano", "acoustic guitar")

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 # command -> module with a function `command`, or with a typer group `app`
 COMMANDS = ("demo", "list", "data", "train", "evaluate", "report", "separate", "export")
 
 
+class Interrupted(BaseException):
+    """Ctrl-C, with how to go on, if the command knows. Not a KeyboardInterrupt, which typer ends with ``Aborted!``."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(*stop.args) from None
+
+
 def build_app() -> typer.Typer:
     app = typer.Typer(
         name="avsep",
+        cls=_Commands,
         help="Continual audio-visual sound separation: compose, train task after task, evaluate, separate, export.",
         no_args_is_help=True,
         add_completion=False,

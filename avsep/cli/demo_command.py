@@ -168,7 +168,7 @@ def _work(strategy: str, out: str, tasks: list[list[str]], seed: int, threads: i
         learner = ContinualLearner.from_spec(spec, accelerator="cpu")
         learner.fit(stream, run, resume=(run / "run.yaml").is_file(), progress=shown, preset=PRESET)
         for task in range(len(tasks)):
-            shown.add(f"{strategy}: scoring after task {task + 1}", total=None)
+            shown.add(f"{strategy} test {task + 1}/{len(tasks)}", total=None)
             evaluate_run(run, tasks=[task], progress=lambda _task, done, total: shown.update(0, done, total))
         messages.put(("done", strategy, None))
     except AvsepError as error:
@@ -236,12 +236,12 @@ def _results(runs: dict[str, Path]) -> dict[str, dict[str, Any]]:
 def _print_scores(console: Console, results: dict[str, dict[str, Any]]) -> None:
     from rich.table import Table
 
-    table = Table(title="SDR in dB on held-out clips (mean over sources, higher is better)")
-    for heading in ("", "task 1, just learned", "task 1, after task 2", "forgotten", "task 2, just learned"):
+    table = Table(title="SDR in dB on held-out clips, mean over sources: higher is better")
+    for heading in ("", "task 1 learned", "after task 2", "forgotten", "task 2 learned"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = results["contavsep"]["after"][-1]["rows"]
     baseline = [_mean([r["sdr_mixture"] for r in rows if r["task"] == t]) for t in (0, 1)]
-    table.add_row("unprocessed mixture", f"{baseline[0]:.2f}", f"{baseline[0]:.2f}", "", f"{baseline[1]:.2f}")
+    table.add_row("mixture as it is", f"{baseline[0]:.2f}", f"{baseline[0]:.2f}", "", f"{baseline[1]:.2f}")
     for name, result in results.items():
         (first, _), (kept, new) = result["matrix"]
         table.add_row(name, f"{first:.2f}", f"{kept:.2f}", f"{result['forgetting']:.2f}", f"{new:.2f}")

@@ -23,7 +23,8 @@ def command(
     """Score a run: SDR, SIR, SAR, SDRi and SI-SDR after every task, average and forgetting."""
     from rich.console import Console
 
-    from avsep.evaluation.evaluate import evaluate_run, pick_device
+    from avsep.devices import pick_device
+    from avsep.evaluation.evaluate import evaluate_run
     from avsep.progress import progress_bar
 
     with progress_bar() as bars:

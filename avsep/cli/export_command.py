@@ -33,8 +33,8 @@ def command(
     from rich.table import Table
 
     from avsep.export import export_run
-    from avsep.export.bundle import finished_tasks
     from avsep.progress import progress_bar
+    from avsep.runs import finished_tasks
 
     count = len(set(task)) if task else len(finished_tasks(run))
     with progress_bar() as bars:

@@ -37,9 +37,10 @@ def command(
 
     from avsep.audio import read_audio
     from avsep.data.visualfile import read_visual_file
+    from avsep.devices import pick_device
     from avsep.errors import ConfigError
     from avsep.progress import Progress, progress_bar
-    from avsep.separate import class_ids_of, pick_device, separate_files
+    from avsep.separate import class_ids_of, separate_files
     from avsep.separator import load_separator
 
     names = [name.strip() for name in classes.split(",") if name.strip()]

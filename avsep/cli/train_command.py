@@ -41,7 +41,8 @@ def command(
     from avsep.data.store import Store
     from avsep.data.tasks import task_stream
     from avsep.errors import ConfigError
-    from avsep.learner import ContinualLearner, read_run_spec
+    from avsep.learner import ContinualLearner
+    from avsep.runs import read_run_spec
     from avsep.spec import RunSpec, apply_settings, load_preset, validated
 
     if resume:

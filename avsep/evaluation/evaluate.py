@@ -22,10 +22,11 @@ from torch import Tensor
 from avsep.data.mixing import load_mixtures
 from avsep.data.protocol import Protocol, TestMixture
 from avsep.data.store import Store
-from avsep.errors import AvsepError, ConfigError, DataError, NumericalError, RunError
+from avsep.errors import AvsepError, DataError, NumericalError, RunError
 from avsep.evaluation.bss import SILENCE, bss_eval, si_sdr
 from avsep.evaluation.continual import continual_scores
 from avsep.io import read_json, sha256_file, write_json
+from avsep.runs import finished_tasks, read_run_spec, separator_folder
 from avsep.types import Batch, move_to
 
 if TYPE_CHECKING:
@@ -39,10 +40,8 @@ __all__ = [
     "SourceScore",
     "evaluate_run",
     "evaluate_separator",
-    "finished_tasks",
     "mean_sdr",
     "open_run_store",
-    "pick_device",
     "rows_of",
     "summarise",
     "task_matrix",
@@ -331,32 +330,6 @@ def task_matrix(rows_after: Sequence[Sequence[Mapping[str, Any]]], metric: str =
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def finished_tasks(run: str | Path) -> list[int]:
-    """Indices of the run's finished tasks. Raises :class:`RunError` when there is none, or the folder is not a run."""
-    run = Path(run)
-    if not (run / "run.yaml").is_file():
-        raise RunError(f"{run} is not a run folder: it has no run.yaml (see: avsep train --help)")
-    found = sorted(
-        int(p.parent.name)
-        for p in run.glob("tasks/*/task.json")
-        if p.parent.name.isdigit() and (p.parent / "separator").is_dir()
-    )
-    if not found:
-        raise RunError(f"{run} has no finished task yet: let avsep train go on (--resume), then evaluate")
-    return found
-
-
-def pick_device(name: str) -> str:
-    """``auto``: CUDA where there is one, else the CPU; anything else as torch names it. Raises ConfigError."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise ConfigError(f"no device '{name}' here: choose auto or cpu") from None
-    return name
-
-
 def _separator_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in ("separator.yaml", "model.safetensors"):
@@ -368,8 +341,6 @@ def _separator_hash(folder: Path) -> str:
 
 def open_run_store(run: Path, store: Store | str | Path | None, protocol: Protocol) -> Store:
     """The run's store, or ``store`` in its place; raises :class:`DataError` when it is not the one trained on."""
-    from avsep.learner import read_run_spec
-
     spec = read_run_spec(run)
     if not isinstance(store, Store):
         where = store or spec.store
@@ -448,7 +419,7 @@ def evaluate_run(
     }
     path = run / "evaluation.json"
     steps = {t: step for t, step in _previous(path, identity).items() if t in finished}
-    hashes = {t: _separator_hash(run / "tasks" / f"{t:02d}" / "separator") for t in finished}
+    hashes = {t: _separator_hash(separator_folder(run, t)) for t in finished}
     steps = {t: step for t, step in steps.items() if step.get("separator") == hashes[t]}
 
     result = _assemble(identity, steps, protocol)

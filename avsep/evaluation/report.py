@@ -21,8 +21,11 @@ import numpy as np
 
 from avsep.errors import AvsepError, MissingExtraError, RunError
 from avsep.io import read_json, write_text
+from avsep.runs import finished_tasks, read_run_spec
 
 if TYPE_CHECKING:
+    import torch
+
     from avsep.data.protocol import TestMixture
     from avsep.data.store import Store
     from avsep.evaluation.evaluate import Kept, MixtureScore
@@ -425,7 +428,7 @@ def write_report(
     mixtures: int = 12,
     compare: Sequence[str | Path] | None = None,
     store: Store | str | Path | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write the page of a run, beside those of the ``compare`` runs where given, and return its path.
@@ -452,13 +455,13 @@ def gather(
     *,
     mixtures: int = 12,
     store: Store | str | Path | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> ReportContext:
     """Read the runs and separate the page's test mixtures with each run's last separator; raises as write_report."""
     import avsep
     from avsep.data.protocol import Protocol
-    from avsep.evaluation.evaluate import evaluate_separator, finished_tasks, open_run_store
+    from avsep.evaluation.evaluate import evaluate_separator, open_run_store
     from avsep.separator import load_separator
 
     if mixtures < 0:
@@ -524,8 +527,6 @@ def _fitting(samples: int, sources: int, runs: int) -> int:
 
 
 def _run_names(folders: Sequence[Path]) -> list[str]:
-    from avsep.learner import read_run_spec
-
     specs = [read_run_spec(folder) for folder in folders]
     names = [
         spec.strategy.name + ("" if spec.memory.name == "none" else f" + {spec.memory.name}").replace("_", " ")
@@ -538,8 +539,6 @@ def _run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _run_view(folder: Path, name: str, finished: int) -> RunView:
-    from avsep.learner import read_run_spec
-
     spec = read_run_spec(folder)
     evaluation = None
     if (folder / "evaluation.json").is_file():
