@@ -17,7 +17,6 @@ from avsep.progress import Progress, progress_bar
 if TYPE_CHECKING:
     from rich.console import Console
 
-PRESET = "iquery_small"
 RUNS = {"finetune": "none", "contavsep": "random_per_class"}  # strategy -> memory
 
 
@@ -27,6 +26,8 @@ def command(
     ),
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of data, weights and mixtures.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; remove what an earlier demo left there.")] = False,
+    preset: Annotated[str, typer.Option("--preset", hidden=True)] = "iquery_small",
+    clips: Annotated[tuple[int, int, int], typer.Option("--clips", hidden=True)] = (14, 3, 4),
 ) -> None:
     """Learn new instruments without forgetting the old ones, and hear it: minutes on a CPU, no download.
 
@@ -54,13 +55,13 @@ def command(
     from avsep.data.synthesis import synthesise, write_duet
 
     section("1/5 A benchmark of six sampled instruments with moving pictures")
-    store = synthesise(out / "store", size="tiny", seed=seed)
+    store = synthesise(out / "store", size="tiny", seed=seed, clips_per_class=clips)
     half = len(store.classes) // 2
     tasks = [list(store.classes[:half]), list(store.classes[half:])]
     console.print(f"{len(store.clips)} clips; task 1: {', '.join(tasks[0])}; task 2: {', '.join(tasks[1])}")
 
     section("2/5 Learning both tasks twice: fine-tuning, and ContAV-Sep with one remembered clip a class")
-    _train_both(out, tasks, seed)
+    _train_both(out, preset, tasks, seed)
 
     section("3/5 Held-out clips")
     runs = {strategy: out / strategy for strategy in RUNS}
@@ -138,7 +139,7 @@ class _QueueProgress(Progress):
         self._messages.put(("update", self._name, (done, total)))
 
 
-def _work(strategy: str, out: str, tasks: list[list[str]], seed: int, threads: int, messages: Any) -> None:
+def _work(strategy: str, out: str, name: str, tasks: list[list[str]], seed: int, threads: int, messages: Any) -> None:
     """Train and evaluate one run in a process of its own."""
     try:
         import torch
@@ -149,7 +150,7 @@ def _work(strategy: str, out: str, tasks: list[list[str]], seed: int, threads: i
         from avsep.learner import ContinualLearner
         from avsep.spec import RunSpec, load_preset, validated
 
-        preset = load_preset(PRESET)
+        preset = load_preset(name)
         spec = validated(
             RunSpec,
             {
@@ -158,7 +159,7 @@ def _work(strategy: str, out: str, tasks: list[list[str]], seed: int, threads: i
                 "strategy": strategy,
                 "memory": RUNS[strategy],
                 "tasks": tasks,
-                "preset": PRESET,
+                "preset": name,
             },
             "demo",
         )
@@ -166,7 +167,7 @@ def _work(strategy: str, out: str, tasks: list[list[str]], seed: int, threads: i
         run = Path(out) / strategy
         shown = _QueueProgress(strategy, messages)
         learner = ContinualLearner.from_spec(spec, accelerator="cpu")
-        learner.fit(stream, run, resume=(run / "run.yaml").is_file(), progress=shown, preset=PRESET)
+        learner.fit(stream, run, resume=(run / "run.yaml").is_file(), progress=shown, preset=name)
         for task in range(len(tasks)):
             shown.add(f"{strategy} test {task + 1}/{len(tasks)}", total=None)
             evaluate_run(run, tasks=[task], progress=lambda _task, done, total: shown.update(0, done, total))
@@ -178,7 +179,7 @@ def _work(strategy: str, out: str, tasks: list[list[str]], seed: int, threads: i
         raise
 
 
-def _train_both(out: Path, tasks: list[list[str]], seed: int) -> None:
+def _train_both(out: Path, preset: str, tasks: list[list[str]], seed: int) -> None:
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
@@ -186,7 +187,7 @@ def _train_both(out: Path, tasks: list[list[str]], seed: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     threads = max(1, min(4, cores // len(RUNS)))
     workers = {
-        name: context.Process(target=_work, args=(name, str(out), tasks, seed, threads, messages), daemon=True)
+        name: context.Process(target=_work, args=(name, str(out), preset, tasks, seed, threads, messages), daemon=True)
         for name in RUNS
     }
     for worker in workers.values():
@@ -240,7 +241,7 @@ def _print_scores(console: Console, results: dict[str, dict[str, Any]]) -> None:
     for heading in ("", "task 1 learned", "after task 2", "forgotten", "task 2 learned"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = results["contavsep"]["after"][-1]["rows"]
-    baseline = [_mean([r["sdr_mixture"] for r in rows if r["task"] == t]) for t in (0, 1)]
+    baseline = [_mean([r["sdr_mixture"] for r in rows if r["list"] == f"task-{t}"]) for t in (0, 1)]
     table.add_row("mixture as it is", f"{baseline[0]:.2f}", f"{baseline[0]:.2f}", "", f"{baseline[1]:.2f}")
     for name, result in results.items():
         (first, _), (kept, new) = result["matrix"]

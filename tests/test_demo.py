@@ -1,0 +1,86 @@
+"""The demo, at a fraction of its size, and at full size behind the slow marker."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import yaml
+from conftest import TINY_SEPARATOR, TINY_TRAIN
+
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+pytest.importorskip("onnxruntime")
+
+
+def _demo(*arguments, timeout=280):
+    return subprocess.run(
+        [sys.executable, "-m", "avsep", "demo", *map(str, arguments)], capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    home = tmp_path_factory.mktemp("demo")
+    (home / "tiny.yaml").write_text(yaml.safe_dump({"separator": TINY_SEPARATOR, "train": TINY_TRAIN}))
+    arguments = ("--out", home / "demo", "--preset", home / "tiny.yaml", "--clips", "2", "1", "2")
+    return home / "demo", arguments, _demo(*arguments)
+
+
+def test_it_leaves_what_it_says(small):
+    out, _, done = small
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert str(out / "report.html") in done.stdout.replace("\n", "")
+    assert (out / "report.html").stat().st_size > 100_000
+    for name in ("duet_accordion.wav", "duet_flute.wav", "duet_residual.wav"):
+        audio, rate = soundfile.read(out / "separated" / name)
+        assert (len(audio), rate) == (8 * 11025, 11025)
+    assert {p.name for p in (out / "exported").iterdir()} == {"task-00", "task-01"}
+    for run in ("finetune", "contavsep"):
+        matrix = json.loads((out / run / "evaluation.json").read_text())["matrix"]
+        (first, _), (kept, new) = matrix
+        # the table shows what was measured
+        row = next(line for line in done.stdout.splitlines() if re.match(rf"│ {run}\b", line))
+        assert [float(x) for x in re.findall(r"-?\d+\.\d+", row)] == pytest.approx(
+            [first, kept, first - kept, new], abs=0.0051
+        )
+
+
+def test_a_second_call_goes_on_and_another_seed_is_refused(small):
+    out, arguments, _ = small
+    before = {p: p.stat().st_mtime_ns for p in (out / "store").rglob("*.wav")}
+    again = _demo(*arguments)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert before == {p: p.stat().st_mtime_ns for p in (out / "store").rglob("*.wav")}
+    other = _demo(*arguments, "--seed", 5)
+    assert other.returncode == 2
+    assert "holds a demo of seed 0: add --fresh" in other.stderr
+
+
+def test_it_takes_no_folder_that_is_not_its_own(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    refused = _demo("--out", tmp_path, "--fresh")
+    assert refused.returncode == 2
+    assert "is not empty and not a demo" in refused.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_contavsep_forgets_less_for_every_seed(seed, tmp_path):
+    done = _demo("--out", tmp_path / "demo", "--seed", seed, timeout=1400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = {
+        run: json.loads(Path(tmp_path, "demo", run, "evaluation.json").read_text()) for run in ("finetune", "contavsep")
+    }
+    assert results["contavsep"]["forgetting"] < results["finetune"]["forgetting"] - 3
+    for result in results.values():
+        rows = [r for r in result["after"][1]["rows"] if r["list"] == "task-1"]
+        baseline = sum(r["sdr_mixture"] for r in rows) / len(rows)
+        assert result["matrix"][1][1] > baseline
