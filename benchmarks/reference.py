@@ -281,7 +281,7 @@ def literal_training_step(
             modality.append(embedding[new, n])
         video_ids.append(batch.video_ids[new, n])
         class_ids.append(batch.class_ids[new, n])
-        is_teacher.append(torch.zeros(int(new.sum()), dtype=torch.bool))
+        is_teacher.append(torch.zeros(int(new.sum()), dtype=torch.bool, device=new.device))
     for n in range(sources):
         old = batch.is_memory[:, n]
         if not old.any():
@@ -295,7 +295,7 @@ def literal_training_step(
                 modality.append(row.detach() if teaches else row)
             video_ids.append(batch.video_ids[old, n])
             class_ids.append(batch.class_ids[old, n])
-            is_teacher.append(torch.full((int(old.sum()),), teaches))
+            is_teacher.append(torch.full((int(old.sum()),), teaches, device=old.device))
     contrast = similarity_distillation_reference(
         [torch.cat(rows) for rows in modalities],
         torch.cat(video_ids),

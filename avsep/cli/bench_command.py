@@ -1,0 +1,131 @@
+"""``avsep bench``: the library against the way it is usually done, side by side in one run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from avsep.benchmarks.measure import Case
+
+app = typer.Typer(
+    help="Compare the library's speed with a baseline's, in one run, after checking that both compute the same.",
+    no_args_is_help=True,
+)
+
+_Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed calls of each variant.")]
+_Out = Annotated[Path, typer.Option("--out", help="CSV file to append the results to.")]
+_Plot = Annotated[Path | None, typer.Option("--plot", help="Picture to draw (.png, .svg, .pdf) [none].")]
+_Preset = Annotated[str, typer.Option("--preset", help="iquery, or a YAML file of the same kind.")]
+_Batch = Annotated[int, typer.Option("--batch", min=1, help="Mixtures of two sources in a step.")]
+_Classes = Annotated[int, typer.Option("--classes", min=2, help="Classes seen so far; the last five are new.")]
+_Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+_Store = Annotated[Path | None, typer.Argument(metavar="[STORE]", help="A store's folder [a temporary one, of noise].")]
+
+_OUT = Path("benchmarks-results.csv")
+
+
+@app.command("train")
+def train(
+    preset: _Preset = "iquery",
+    batch: _Batch = 4,
+    classes: _Classes = 10,
+    memory_share: Annotated[
+        float | None,
+        typer.Option("--memory-share", min=0, max=1, help="Share of exemplar slots [as published for --classes]."),
+    ] = None,
+    device: _Device = "cpu",
+    repeats: _Repeats = 5,
+    out: _Out = _OUT,
+    plot: _Plot = None,
+) -> None:
+    """A ContAV-Sep training step, and its U-Net alone, against the literal published form."""
+    _run(_train(preset, batch, classes, memory_share, device), repeats, out, plot)
+
+
+@app.command("data")
+def data(
+    store: _Store = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Mixtures of two slots in a batch.")] = 8,
+    mixtures: Annotated[int, typer.Option("--mixtures", min=1, help="Mixtures read in one pass.")] = 64,
+    clip_s: Annotated[float, typer.Option("--clip-s", min=0.1, help="Seconds of a temporary store's clips.")] = 20.0,
+    repeats: _Repeats = 9,
+    out: _Out = _OUT,
+    plot: _Plot = None,
+) -> None:
+    """Reading training mixtures, against loading whole files, with no and with one reader process."""
+    _run(_data(store, batch, mixtures, clip_s), repeats, out, plot)
+
+
+@app.command("metrics")
+def metrics(
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Mixtures.")] = 4,
+    sources: Annotated[int, typer.Option("--sources", min=2, help="Sources of each.")] = 2,
+    length: Annotated[int, typer.Option("--length", min=2048, help="Samples of each.")] = 65280,
+    repeats: _Repeats = 9,
+    out: _Out = _OUT,
+    plot: _Plot = None,
+) -> None:
+    """SDR, SIR and SAR, against mir_eval."""
+    _run(_metrics(batch, sources, length), repeats, out, plot)
+
+
+@app.command("all")
+def everything(
+    store: _Store = None,
+    preset: _Preset = "iquery",
+    batch: _Batch = 4,
+    classes: _Classes = 10,
+    device: _Device = "cpu",
+    repeats: _Repeats = 5,
+    out: _Out = _OUT,
+    plot: _Plot = None,
+) -> None:
+    """Data, metrics and train, one after the other."""
+
+    def cases() -> Iterator[Case]:
+        yield from _data(store, 8, 64, 20.0)
+        yield from _metrics(4, 2, 65280)
+        yield from _train(preset, batch, classes, None, device)
+
+    _run(cases(), repeats, out, plot)
+
+
+def _train(preset: str, batch: int, classes: int, memory_share: float | None, device: str) -> Iterator[Case]:
+    from avsep.benchmarks.cases import train_cases
+    from avsep.devices import pick_device
+
+    chosen = pick_device(device)
+    yield from train_cases(preset, batch=batch, classes=classes, memory_share=memory_share, device=str(chosen))
+
+
+def _data(store: Path | None, batch: int, mixtures: int, clip_s: float) -> Iterator[Case]:
+    import tempfile
+
+    from avsep.benchmarks.cases import data_cases, temporary_store
+    from avsep.data.store import Store
+
+    with contextlib.ExitStack() as stack:
+        if store is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-bench-"))
+            opened = temporary_store(Path(folder) / "store", clip_s=clip_s)
+        else:
+            opened = Store.open(store)
+        yield from data_cases(opened, batch=batch, mixtures=mixtures)
+
+
+def _metrics(batch: int, sources: int, length: int) -> Iterator[Case]:
+    from avsep.benchmarks.cases import metrics_cases
+
+    yield from metrics_cases(batch=batch, sources=sources, length=length)
+
+
+def _run(cases: Iterator[Case], repeats: int, out: Path, plot: Path | None) -> None:
+    from avsep.benchmarks.run import run_cases
+
+    run_cases(cases, repeats=repeats, out=out, plot=plot)
+    typer.echo(f"\nresults appended to {out}" + ("" if plot is None else f", drawn in {plot}"))

@@ -1,0 +1,612 @@
+"""What is compared: the library against the way it is usually done. Each function gives one :class:`Case` or several.
+
+Cases are made one at a time (the functions are generators where they give several), so that the large ones do not hold
+each other's memory.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from avsep.benchmarks.measure import Case, agree, version_of
+from avsep.benchmarks.reference import (
+    LiteralBatch,
+    PublishedPredictor,
+    PublishedSeparator,
+    PublishedUNet,
+    literal_training_step,
+)
+from avsep.convert import convert_published
+from avsep.data.mixing import Slot, TrainingMixtures, collate
+from avsep.data.store import Clip, Store, StoreWriter
+from avsep.data.visualfile import VisualTimeline
+from avsep.encoders import UNet7
+from avsep.errors import ConfigError, DataError, MissingExtraError
+from avsep.evaluation.bss import BssResult, bss_eval
+from avsep.registry import REGISTRIES
+from avsep.seeding import seeded
+from avsep.separator import Separator, build_from_spec
+from avsep.spec import ComponentRef, FrontEndSpec, OptimizerSpec, SeparatorSpec, TrainSpec, load_preset, validated
+from avsep.strategies import ContAVSep, Step
+from avsep.types import Batch, Spectrograms, VisualSource
+
+__all__ = ["data_cases", "memory_slots", "metrics_cases", "temporary_store", "train_cases"]
+
+LOSS_TOLERANCE = 1e-4
+"""Relative, of every loss term."""
+
+GRADIENT_TOLERANCE = 1e-2
+"""Relative, of the gradient of every parameter; see :func:`_gradient_error`. At the paper's size the rounding of float32
+alone makes 3e-3 in the U-Net's first layers, through ReLUs that fall to the other side of zero; in float64, at a small
+size, a test of the checkpoint converter holds the two steps together to 1e-4."""
+
+OUTPUT_TOLERANCE = 1e-3
+"""Relative in the L2 norm, of the U-Net's outputs."""
+
+SCORE_TOLERANCE_DB = 1e-3
+
+MEMORY_SHARES = {10: 0.328, 15: 0.450, 20: 0.599}
+"""Probability that a training slot is an exemplar, by the number of classes seen: the published sampler with one
+exemplar a class on MUSIC-21 (each current clip 40 times in the list, each exemplar 800 times)."""
+
+_NEW_CLASSES = 5  # of a task, as published
+_MOTION_STEPS = 8  # of the published motion features
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train_cases(
+    preset: str = "iquery",
+    *,
+    batch: int = 4,
+    classes: int = 10,
+    memory_share: float | None = None,
+    device: str = "cpu",
+) -> Iterator[Case]:
+    """The training step of ContAV-Sep from its second task on, and the U-Net alone, against their published forms.
+
+    Args:
+        preset: a preset (name or YAML file) of the published kind: ``unet7``, two ``precomputed`` encoders,
+            ``query_transformer``.
+        batch: mixtures, of two sources each.
+        classes: seen so far, the last five (half of them, if that is less) being new.
+        memory_share: of the slots, exemplars of old classes; by default :data:`MEMORY_SHARES`.
+        device: cpu or cuda.
+    """
+    yield _step_case(preset, batch, classes, memory_share, device)
+    yield _unet_case(preset, batch, device)
+
+
+@dataclass
+class _Pair:
+    """The published network and the library's, of equal sizes and weights."""
+
+    literal: PublishedSeparator
+    ours: Separator
+
+
+def _published_sizes(preset: str) -> tuple[SeparatorSpec, dict[str, int]]:
+    """The preset's spec, and the sizes that the published network takes. Raises ConfigError for another network."""
+    spec = validated(SeparatorSpec, load_preset(preset)["separator"], preset)
+    spec.check()
+    kinds = {
+        "audio_encoder": ("audio_encoders", "unet7"),
+        "object_encoder": ("visual_encoders", "precomputed"),
+        "motion_encoder": ("visual_encoders", "precomputed"),
+        "mask_decoder": ("mask_decoders", "query_transformer"),
+    }
+    sizes: dict[str, dict[str, Any]] = {}
+    for role, (registry, name) in kinds.items():
+        ref: ComponentRef | None = getattr(spec, role)
+        if ref is None or ref.name != name:
+            raise ConfigError(
+                f"preset '{preset}' has the {role} {ref.name if ref else 'none'}, but the published network, which "
+                f"this compares with, has {name}: take the preset iquery, or one of its kind"
+            )
+        defaults = {p.name: p.default for p in REGISTRIES[registry].get(name).settings}
+        sizes[role] = {**defaults, **ref.params}
+    decoder, audio = sizes["mask_decoder"], sizes["audio_encoder"]
+    if decoder["encoder_layers"] != 1 or decoder["dim"] != 4 * audio["base_channels"]:
+        raise ConfigError(
+            f"preset '{preset}' has {decoder['encoder_layers']} encoder layers of width {decoder['dim']}; the "
+            f"published network has one, as wide as the latent ({4 * audio['base_channels']})"
+        )
+    return spec, {
+        "base_channels": audio["base_channels"],
+        "mask_channels": audio["mask_channels"],
+        "object_dim": sizes["object_encoder"]["dim"],
+        "motion_dim": sizes["motion_encoder"]["dim"],
+        **{key: decoder[key] for key in ("dim", "heads", "feedforward", "layers")},
+    }
+
+
+def _published(sizes: dict[str, int], classes: int) -> PublishedSeparator:
+    rest = {key: value for key, value in sizes.items() if key != "base_channels"}
+    sound = PublishedUNet(sizes["base_channels"], sizes["mask_channels"])
+    return PublishedSeparator(sound, PublishedPredictor(num_classes=classes, **rest))
+
+
+def _pair(literal: PublishedSeparator, spec: SeparatorSpec, device: str) -> _Pair:
+    classes = literal.predictor.query_embed.num_embeddings
+    ours = build_from_spec(spec.model_copy(update={"num_classes": classes, "classes": ()}))
+    state = _translated(literal)
+    own = {name for name in ours.state_dict() if not name.startswith("front_end.")}
+    assert own == state.keys(), sorted(own ^ state.keys())
+    ours.load_state_dict(state, strict=False)
+    return _Pair(literal.to(device), ours.to(device))
+
+
+def _translated(literal: PublishedSeparator, *, gradients: bool = False) -> dict[str, Tensor]:
+    """The published network's state, or its parameters' gradients, under the library's names (copies)."""
+
+    def state(module: nn.Module) -> dict[str, Tensor]:
+        found = {name: value.detach() for name, value in module.state_dict().items()}
+        if gradients:
+            for name, parameter in module.named_parameters():
+                found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return found
+
+    return {
+        name: value.clone()
+        for name, value in convert_published(state(literal.sound), state(literal.predictor)).state.items()
+    }
+
+
+def memory_slots(batch: int, sources: int, share: float) -> Tensor:
+    """[B, N] bool: which slots are exemplars, when each is with probability ``share``.
+
+    As many slots, in as many mixtures, as there are on average (rounded): the teacher's work depends on both.
+    """
+    slots = min(batch * sources, max(1, round(share * batch * sources)))
+    mixtures = min(slots, max(math.ceil(slots / sources), round((1 - (1 - share) ** sources) * batch)))
+    found = torch.zeros(batch, sources, dtype=torch.bool)
+    for number in range(slots):  # one in each of the mixtures, then a second one, ...
+        found[number % mixtures, number // mixtures] = True
+    return found
+
+
+def _step_case(preset: str, batch: int, classes: int, memory_share: float | None, device: str) -> Case:
+    if batch < 1 or classes < 2:
+        raise ConfigError(f"a step after the first task needs a batch and two classes or more, got {batch}, {classes}")
+    share = memory_share if memory_share is not None else MEMORY_SHARES.get(classes, MEMORY_SHARES[10])
+    if not 0 < share <= 1:
+        raise ConfigError(f"memory share {share} is not between 0 and 1")
+    spec, sizes = _published_sizes(preset)
+    old = classes - min(_NEW_CLASSES, classes // 2)
+    sources = 2
+    with seeded(0):
+        literal_teacher = _published(sizes, old)
+        student = _pair(literal_teacher.grown(classes), spec, device)
+        teacher = _pair(literal_teacher, spec, device)
+        literal, mixtures, spectrograms = _step_inputs(student.ours, batch, sources, old, classes, share, device)
+    for module in (student.literal, student.ours):
+        module.train()
+    # As the library's default, so that both teachers say the same; the published one kept batch statistics.
+    for module in (teacher.literal, teacher.ours):
+        module.eval()
+    teacher.ours.requires_grad_(False)  # the published teacher is not frozen: its gradients are thrown away afterwards
+
+    train = validated(TrainSpec, load_preset(preset).get("train", {}), preset)
+    literal_optimizers = [
+        _optimizer(train.audio, student.literal.sound.parameters()),
+        _optimizer(train.decoder, student.literal.predictor.parameters()),
+    ]
+    groups = student.ours.parameter_groups()
+    our_optimizers = [_optimizer(train.audio, groups["audio"]), _optimizer(train.decoder, groups["decoder"])]
+    strategy = ContAVSep()
+
+    def run_literal(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, float]:
+        terms = literal_training_step(student.literal, teacher.literal, literal, optimizers)
+        return {
+            "separation": terms["separation"],
+            "instance": 0.1 * terms["instance"],
+            "class": 0.3 * terms["class"],
+            "mask": 0.3 * terms["distillation"],
+        }
+
+    def run_ours(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, float]:
+        return _library_step(student.ours, teacher.ours, strategy, mixtures, spectrograms, old, optimizers)
+
+    def check() -> str:
+        theirs, mine = run_literal(()), run_ours(())  # gradients only
+        if theirs.keys() != mine.keys():
+            raise AssertionError(f"terms {sorted(theirs)} and {sorted(mine)}")
+        losses = max(abs(mine[k] - theirs[k]) / max(abs(theirs[k]), 1e-6) for k in theirs)
+        said = [agree("loss terms", losses, LOSS_TOLERANCE)]
+        expected = _translated(student.literal, gradients=True)
+        error = _gradient_error({n: p.grad for n, p in student.ours.named_parameters()}, expected)
+        said.append(agree("gradients", error, GRADIENT_TOLERANCE))
+        for module in (student.literal, student.ours):
+            module.zero_grad()
+        return "; ".join(said)
+
+    return Case(
+        name="train step",
+        title="one ContAV-Sep training step from analysed mixtures on: forward, losses with the teacher, backward, "
+        "optimisers",
+        variants={"literal": lambda: run_literal(literal_optimizers), "avsep": lambda: run_ours(our_optimizers)},
+        check=check,
+        item="step",
+        items=1,
+        settings=f"{Path(preset).stem}, batch {batch}, {classes} classes, "
+        f"{int(mixtures.is_memory.sum())} of {batch * sources} slots memory in "
+        f"{int(mixtures.is_memory.any(dim=1).sum())} mixtures",
+        device=device,
+    )
+
+
+def _step_inputs(
+    ours: Separator, batch: int, sources: int, old: int, classes: int, share: float, device: str
+) -> tuple[LiteralBatch, Batch, Spectrograms]:
+    """The same mixtures of noise for both; new slots are of new classes, memory slots of old ones."""
+    spec = ours.spec.front_end
+    is_memory = memory_slots(batch, sources, share)
+    class_ids = torch.where(
+        is_memory, torch.randint(0, old, (batch, sources)), torch.randint(old, classes, (batch, sources))
+    )
+    # an exemplar is the one video of its class, other slots are of as many videos as there are slots
+    video_ids = torch.where(is_memory, class_ids, classes + torch.arange(batch * sources).view(batch, sources))
+    envelope = torch.rand(batch, sources, 1) * torch.linspace(0.2, 1, spec.clip_samples)
+    audio = (0.1 * envelope * torch.randn(batch, sources, spec.clip_samples)).to(device)
+    objects_width, motion_width = (s.dim for s in ours.visual_sources())
+    mixtures = Batch(
+        sources=audio,
+        class_ids=class_ids.to(device),
+        video_ids=video_ids.to(device),
+        is_memory=is_memory.to(device),
+        object=torch.randn(batch, sources, 3, objects_width, device=device),  # K = 3 pictures
+        motion=torch.randn(batch, sources, motion_width, _MOTION_STEPS, device=device),
+    )
+    assert mixtures.object is not None
+    assert mixtures.motion is not None
+    with torch.no_grad():
+        analysed = ours.analyse(audio)
+    literal = LiteralBatch(
+        network_input=analysed.network_input,
+        weight=analysed.weight,
+        ratio=analysed.ratio,
+        objects=mixtures.object.amax(dim=2),
+        motion=mixtures.motion,
+        class_ids=mixtures.class_ids,
+        video_ids=mixtures.video_ids,
+        is_memory=mixtures.is_memory,
+    )
+    return literal, mixtures, analysed
+
+
+def _library_step(
+    student: Separator,
+    teacher: Separator,
+    strategy: ContAVSep,
+    batch: Batch,
+    spectrograms: Spectrograms,
+    num_old: int,
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> dict[str, float]:
+    """What the learner does in a step once the mixtures are analysed; without optimisers the gradients stay."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    visual = student.encode_visual(batch.object, batch.motion, batch.motion_mask)
+    audio = student.audio_encoder(spectrograms.network_input)
+    output = student.mask_decoder(audio, visual, batch.class_ids)
+    terms = strategy.loss(student, teacher, Step(batch, spectrograms, audio, visual, output, num_old))
+    torch.stack(list(terms.values())).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return {name: term.item() for name, term in terms.items()}
+
+
+def _optimizer(spec: OptimizerSpec, parameters: Any) -> torch.optim.Optimizer:
+    kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
+
+
+def _gradient_error(found: dict[str, Tensor | None], expected: dict[str, Tensor]) -> float:
+    """The largest |g - g'| / (|g'| + |G'| / 1000) over parameters (L2 norms; G' all expected gradients together).
+
+    The second part of the denominator is for gradients that are zero but for rounding, such as those of the keys'
+    biases, which a softmax does not feel.
+    """
+    names = [name for name in found if name in expected]
+    whole = torch.stack([torch.linalg.vector_norm(expected[n].double()) for n in names]).norm()
+    worst = 0.0
+    for name in names:
+        gradient = found[name]
+        if gradient is None:
+            gradient = torch.zeros_like(expected[name])
+        distance = torch.linalg.vector_norm(gradient.double() - expected[name].double())
+        error = (distance / (torch.linalg.vector_norm(expected[name].double()) + whole / 1000)).item()
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+def _unet_case(preset: str, batch: int, device: str) -> Case:
+    spec, sizes = _published_sizes(preset)
+    with seeded(0):
+        published = _published(sizes, 2)
+        rows, frames = spec.front_end.log_rows, spec.front_end.frames
+        x = torch.rand(batch, 1, rows, frames, device=device) * 2
+        upstream = [
+            torch.randn(batch, sizes["mask_channels"], rows, frames, device=device),
+            torch.randn(batch, 4 * sizes["base_channels"], rows // 8, frames // 8, device=device),
+        ]
+    weights = {
+        name.removeprefix("audio_encoder."): value
+        for name, value in _translated(published).items()
+        if name.startswith("audio_encoder.")
+    }
+    modules: dict[str, nn.Module] = {"literal": published.sound.to(device)}
+    for name, fold in (("avsep", True), ("avsep, plain upsampling", False)):
+        modules[name] = UNet7(
+            base_channels=sizes["base_channels"], mask_channels=sizes["mask_channels"], fold_upsampling=fold
+        )
+        modules[name].load_state_dict(weights)
+        modules[name].to(device)
+
+    def step(module: nn.Module) -> list[Tensor]:
+        module.zero_grad()
+        found = module(x)
+        outputs = list(found) if isinstance(found, tuple) else [found.mask_features, found.latent]
+        torch.autograd.backward(outputs, upstream)
+        return [o.detach() for o in outputs]
+
+    def check() -> str:
+        theirs = step(modules["literal"])
+        expected = {
+            name.removeprefix("audio_encoder."): value for name, value in _translated(published, gradients=True).items()
+        }
+        outputs, gradients = 0.0, 0.0
+        for name in ("avsep", "avsep, plain upsampling"):
+            mine = step(modules[name])
+            outputs = max(outputs, *[_relative(m, t) for m, t in zip(mine, theirs, strict=True)])
+            gradients = max(
+                gradients, _gradient_error({n: p.grad for n, p in modules[name].named_parameters()}, expected)
+            )
+        for module in modules.values():
+            module.zero_grad()
+        return "; ".join(
+            (agree("outputs", outputs, OUTPUT_TOLERANCE), agree("gradients", gradients, GRADIENT_TOLERANCE))
+        )
+
+    def timed(name: str) -> Callable[[], object]:
+        return lambda: step(modules[name])
+
+    return Case(
+        name="unet",
+        title="the U-Net alone, forward and backward",
+        variants={name: timed(name) for name in modules},
+        check=check,
+        item="spectrogram",
+        items=batch,
+        settings=f"{Path(preset).stem}, batch {batch}",
+        device=device,
+    )
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    error = (torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected)).item()
+    return error if math.isfinite(error) else math.inf
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def metrics_cases(*, batch: int = 4, sources: int = 2, length: int = 65280) -> Iterator[Case]:
+    """SDR, SIR and SAR of a batch of mixtures, against mir_eval's.
+
+    Raises:
+        MissingExtraError: mir_eval is not installed, or is a version without ``mir_eval.separation``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            from mir_eval import separation
+    except ImportError:
+        raise MissingExtraError("mir_eval below 0.9", "dev", "comparing the metrics") from None
+    rng = np.random.default_rng(0)
+    references = np.stack([_chords(rng, sources, length) for _ in range(batch)])
+    estimates = references + 0.3 * np.roll(references, 1, axis=1) + 1e-3 * rng.standard_normal(references.shape)
+    both = torch.from_numpy(references), torch.from_numpy(estimates)
+
+    def baseline() -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # announces that version 0.9 removes it
+            return np.stack(
+                [
+                    np.stack(separation.bss_eval_sources(r, e, compute_permutation=False)[:3])
+                    for r, e in zip(references, estimates, strict=True)
+                ]
+            )  # [B, 3, N]
+
+    def ours() -> BssResult:
+        return bss_eval(*both)
+
+    def check() -> str:
+        result = ours()
+        found = torch.stack([result.sdr, result.sir, result.sar], dim=1).numpy()
+        return agree("SDR, SIR and SAR in dB", float(np.abs(found - baseline()).max()), SCORE_TOLERANCE_DB)
+
+    yield Case(
+        name="metrics",
+        title="SDR, SIR and SAR by BSS-eval with 512 taps",
+        variants={"mir_eval": baseline, "avsep": ours},
+        check=check,
+        item="mixture",
+        items=batch,
+        settings=f"batch {batch}, {sources} sources, {length} samples",
+        versions={"mir_eval": version_of("mir_eval")},
+    )
+
+
+def _chords(rng: np.random.Generator, sources: int, length: int, rate_hz: int = 11025) -> np.ndarray:
+    """[N, L]: plucked tones with five harmonics over a floor of noise."""
+    time_s = np.arange(length) / rate_hz
+    notes = [
+        sum(np.sin(2 * np.pi * pitch * h * time_s + rng.uniform(0, 6)) / h for h in range(1, 6))
+        for pitch in rng.uniform(110, 880, sources)
+    ]
+    return np.stack(notes) * 0.1 * np.exp(-((time_s * 2) % 1) * 3) + 1e-4 * rng.standard_normal((sources, length))
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def data_cases(
+    store: Store,
+    *,
+    batch: int = 8,
+    mixtures: int = 64,
+    workers: Sequence[int] = (0, 1),
+    front_end: FrontEndSpec | None = None,
+) -> Iterator[Case]:
+    """Training mixtures read from a store, against reading every file of a clip whole and cutting it afterwards.
+
+    Both draw the same crops and make the same batches. ``front_end`` gives the crop's length (its rate is the store's).
+    """
+    front_end = front_end or FrontEndSpec(sample_rate_hz=store.sample_rate_hz)
+    store.require_rate(front_end.sample_rate_hz)
+    clips = store.select(split="train")
+    if not clips:
+        raise DataError(f"{store.path} has no training clips: give another store")
+    if not 1 <= batch <= mixtures:
+        raise ConfigError(f"{mixtures} mixtures cannot be read in batches of {batch}")
+    visual_sources = _visual_sources(store)
+    steps = mixtures // batch
+    train = TrainSpec(batch_size=batch, current_repeats=math.ceil(mixtures / len(clips)), steps_per_epoch=steps)
+
+    def dataset(of: Store) -> TrainingMixtures:
+        numbers = {name: number for number, name in enumerate(of.classes)}
+        return TrainingMixtures(of, clips, [], train, front_end, visual_sources, numbers, task=0, epoch=0)
+
+    readers = {"whole files": dataset(_WholeFileStore(store.path, store.manifest)), "avsep": dataset(store)}
+    slots = steps * batch * train.sources
+    kinds = " and ".join(f"{s.role} {s.kind}" for s in visual_sources)
+    seconds = sum(c.samples for c in clips) / len(clips) / store.sample_rate_hz
+
+    for count in workers:
+        loaders = {name: _loader(data, batch, count) for name, data in readers.items()}
+        yield Case(
+            name=f"data, {count} workers" if count != 1 else "data, 1 worker",
+            title="training mixtures read and collated; every file was read before, so it is in the system's cache",
+            variants={name: _passer(loader) for name, loader in loaders.items()},
+            check=_batches_check(loaders),
+            item="slot",
+            items=slots,
+            in_process=count == 0,
+            settings=f"batch {batch}, {steps * batch} mixtures, audio, {kinds}, clips of {seconds:.1f} s on average, "
+            f"crops of {front_end.clip_s:.1f} s",
+        )
+
+
+def _visual_sources(store: Store) -> list[VisualSource]:
+    """Pictures where the store has them, else its first features."""
+    sources = []
+    for role, frames in (("object", 3), ("motion", 0)):
+        if store.manifest.get(f"{role}_shape"):
+            sources.append(VisualSource(role=role, kind="frames", frames=frames))
+            continue
+        for name, record in store.features.items():
+            if record["role"] == role:
+                sources.append(VisualSource(role, "features", name=name, dim=record["dim"], frames=frames))
+                break
+    return sources
+
+
+def _loader(data: TrainingMixtures, batch: int, workers: int) -> DataLoader[Any]:
+    # the worker stays between passes, so that a pass does not count its start
+    return DataLoader(data, batch_size=batch, collate_fn=_collate, num_workers=workers, persistent_workers=workers > 0)
+
+
+def _collate(mixtures: Sequence[Sequence[Slot]]) -> Batch:
+    return collate(mixtures)
+
+
+def _passer(loader: DataLoader[Any]) -> Callable[[], object]:
+    def one_pass() -> int:
+        return sum(len(batch.sources) for batch in loader)
+
+    return one_pass
+
+
+def _batches_check(loaders: dict[str, DataLoader[Any]]) -> Callable[[], str]:
+    def check() -> str:
+        worst = 0.0
+        for one, other in zip(*loaders.values(), strict=True):
+            for field in ("sources", "object", "motion", "class_ids", "video_ids"):
+                a, b = getattr(one, field), getattr(other, field)
+                if (a is None) != (b is None) or (a is not None and a.shape != b.shape):
+                    worst = math.inf
+                elif a is not None:
+                    worst = max(worst, (a.double() - b.double()).abs().max().item())
+        return agree("batches", worst, 0.0)
+
+    return check
+
+
+class _WholeFileStore(Store):
+    """Reads as people do at first: the whole WAV by soundfile, whole arrays by np.load, cut afterwards."""
+
+    def read_audio(self, clip: Clip, start: int = 0, samples: int | None = None, *, tile: bool = False) -> np.ndarray:
+        import soundfile
+
+        whole, _ = soundfile.read(str(self.file(clip, "audio")), dtype="float32")
+        samples = clip.samples - start if samples is None else samples
+        if tile:
+            return np.take(whole, np.arange(start, start + samples), mode="wrap")
+        out = np.zeros(samples, np.float32)
+        cut = whole[max(start, 0) : max(start + samples, 0)]
+        out[max(-start, 0) : max(-start, 0) + len(cut)] = cut
+        return out
+
+    def read_visual(self, clip: Clip, source: VisualSource, *, centre_s: float, duration_s: float) -> np.ndarray:
+        kind = source.role if source.kind == "frames" else f"features/{source.name}"
+        file = self.file(clip, kind)
+        assert file is not None
+        whole = np.load(file, allow_pickle=False)
+        timeline = VisualTimeline(
+            object=whole if kind == "object" else None,
+            motion=whole if kind == "motion" else None,
+            object_rate_hz=self.object_rate_hz,
+            motion_rate_hz=self.motion_rate_hz,
+            features={source.name: whole},
+        )
+        return timeline.read(source, centre_s, duration_s)
+
+
+def temporary_store(
+    folder: str | Path,
+    *,
+    clips: int = 12,
+    clip_s: float = 20.0,
+    object_size: int = 112,
+    motion_size: int = 48,
+    sample_rate_hz: int = 11025,
+) -> Store:
+    """A store of noise with clips and pictures as large as those of the offline benchmark (its full size)."""
+    rng = np.random.default_rng(0)
+    ids = [f"noise-{number:03d}" for number in range(clips)]
+    origin = {"generator": "avsep bench data", "clips": clips, "clip_s": clip_s}
+    with StoreWriter(folder, classes=["a", "b"], sample_rate_hz=sample_rate_hz, origin=origin) as writer:
+        for number, clip_id in enumerate(ids):
+            writer.write_clip(
+                clip_id,
+                "ab"[number % 2],
+                "train",
+                rng.integers(-8000, 8000, max(1, int(clip_s * sample_rate_hz)), dtype=np.int16),
+                object_frames=rng.integers(0, 256, (max(1, int(clip_s)), 3, object_size, object_size), dtype=np.uint8),
+                motion_frames=rng.integers(
+                    0, 256, (max(1, int(clip_s * 8)), 1, motion_size, motion_size), dtype=np.uint8
+                ),
+            )
+        return writer.finish(ids)

@@ -1,0 +1,45 @@
+"""A picture of benchmark rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from avsep.io import atomic_path
+
+__all__ = ["plot_rows"]
+
+
+def plot_rows(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """One panel a case: a bar a variant, as long as its median, with the 20 and 80 percentiles; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    cases: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    bars = [len(variants) for variants in cases.values()]
+    figure = Figure(figsize=(8, 0.9 * len(cases) + 0.42 * sum(bars) + 0.4), layout="constrained")
+    panels = figure.subplots(len(cases), 1, squeeze=False, height_ratios=[n + 1.2 for n in bars])[:, 0]
+    for panel, (name, variants) in zip(panels, cases.items(), strict=True):
+        medians = [float(v["median_ms"]) for v in variants]
+        below = [float(v["median_ms"]) - float(v["p20_ms"]) for v in variants]
+        above = [float(v["p80_ms"]) - float(v["median_ms"]) for v in variants]
+        places = range(len(variants))
+        panel.barh(places, medians, xerr=[below, above], color=["0.7"] + ["tab:blue"] * (len(variants) - 1), capsize=3)
+        reach = max(m + a for m, a in zip(medians, above, strict=True))
+        for place, variant, end in zip(
+            places, variants, (m + a for m, a in zip(medians, above, strict=True)), strict=True
+        ):
+            label = f"{float(variant['median_ms']):,.1f} ms, {float(variant['ratio']):.2f}x"
+            panel.text(end + 0.015 * reach, place, label, va="center", fontsize=8)
+        panel.set_yticks(list(places), [v["variant"] for v in variants])
+        panel.invert_yaxis()
+        panel.set_xlim(0, 1.3 * reach)
+        panel.set_title(f"{name} ({variants[0]['settings']})", fontsize=8, loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("ms, median with 20 and 80 percentiles")
+    first = rows[0]
+    figure.suptitle(f"{first['device']}, {first['threads']} threads, torch {first['torch']}", fontsize=9)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)

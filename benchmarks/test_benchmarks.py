@@ -1,0 +1,49 @@
+"""The cases of ``avsep bench`` under pytest-benchmark: ``python -m pytest benchmarks --benchmark-only``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from avsep.benchmarks import cases
+from avsep.benchmarks.measure import Case
+from avsep.errors import MissingExtraError
+
+# case -> (its variants, repeats, the function that gives the cases of its group)
+KNOWN: dict[str, tuple[tuple[str, ...], int, Callable[[Any], Iterator[Case]]]] = {
+    "data, 0 workers": (("whole files", "avsep"), 9, lambda folder: _data(folder)),
+    "data, 1 worker": (("whole files", "avsep"), 9, lambda folder: _data(folder)),
+    "metrics": (("mir_eval", "avsep"), 5, lambda _: cases.metrics_cases()),
+    "train step": (("literal", "avsep"), 3, lambda _: cases.train_cases()),
+    "unet": (("literal", "avsep", "avsep, plain upsampling"), 3, lambda _: cases.train_cases()),
+}
+
+
+def _data(folder: Any) -> Iterator[Case]:
+    yield from cases.data_cases(cases.temporary_store(folder / "store"))
+
+
+@pytest.fixture(scope="module", params=list(KNOWN))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A case whose variants were found to agree; one that fails its check has no speed."""
+    try:
+        found = next(c for c in KNOWN[request.param][2](tmp_path_factory.mktemp("bench")) if c.name == request.param)
+    except MissingExtraError as error:
+        pytest.skip(str(error))
+    found.check()
+    return found
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", range(max(len(variants) for variants, _, _ in KNOWN.values())))
+def test_speed(case: Case, number: int, benchmark: Any) -> None:
+    variants, repeats, _ = KNOWN[case.name]
+    assert tuple(case.variants) == variants
+    if number >= len(variants):
+        pytest.skip(f"'{case.name}' has {len(variants)} variants")
+    benchmark.group = case.name
+    benchmark.name = variants[number]
+    benchmark.extra_info.update(settings=case.settings, items=case.items, item=case.item)
+    benchmark.pedantic(case.variants[variants[number]], rounds=repeats, iterations=1, warmup_rounds=1)
