@@ -48,8 +48,8 @@ LOSS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-2
 """Relative, of the gradient of every parameter; see :func:`_gradient_error`.
 
-At the paper's size float32's rounding alone makes 3e-3 in the U-Net's first layers, through ReLUs that fall to the other
-side of zero; in float64, at a small size, a test of the checkpoint converter holds the two steps together to 1e-4.
+At the paper's size float32's rounding alone makes 3e-3 in the U-Net's first layers, through ReLUs that fall to the
+other side of zero; in float64, at a small size, a test of the converter holds the two steps together to 1e-4.
 """
 
 OUTPUT_TOLERANCE = 1e-3
