@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +72,63 @@ def test_it_takes_no_folder_that_is_not_its_own(tmp_path):
     assert refused.returncode == 2
     assert "is not empty and not a demo" in refused.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_fresh_removes_what_the_demo_made_and_nothing_else(tmp_path):
+    from avsep.cli.demo_command import _claim
+
+    _claim(tmp_path, 0, fresh=False)
+    for name in ("store/manifest.json", "contavsep/run.yaml", "report.html", "thesis.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    _claim(tmp_path, 3, fresh=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo.json", "thesis.txt"]
+    assert json.loads((tmp_path / "demo.json").read_text()) == {"seed": 3}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of a process group")
+@pytest.mark.parametrize("kill", [True, False], ids=["kill", "ctrl-c"])
+def test_training_ends_with_the_demo(kill, tmp_path):
+    """A killed demo leaves no process that holds its runs; Ctrl-C ends in one line."""
+    from avsep.errors import RunError
+    from avsep.io import FolderLock
+
+    endless = {**TINY_TRAIN, "epochs": 10_000}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"separator": TINY_SEPARATOR, "train": endless}))
+    out = tmp_path / "demo"
+    command = [sys.executable, "-m", "avsep", "demo", "--out", out, "--preset", tmp_path / "tiny.yaml"]
+    runs = [out / "finetune", out / "contavsep"]
+    with open(tmp_path / "stderr", "w") as stderr:
+        demo = subprocess.Popen(
+            [*map(str, command), "--clips", "2", "1", "2"],
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not all((run / "logs" / "train.csv").is_file() for run in runs) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if kill:
+            demo.kill()
+        else:
+            os.killpg(demo.pid, signal.SIGINT)
+        demo.wait(60)
+        deadline = time.monotonic() + 20
+        free = []
+        while len(free) < 2 and time.monotonic() < deadline:
+            free = []
+            for run in runs:
+                with contextlib.suppress(RunError), FolderLock(run):
+                    free.append(run)
+            time.sleep(0.1)
+        assert free == runs
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(demo.pid, signal.SIGKILL)
+    if not kill:
+        assert demo.returncode == 130
+        assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
 @pytest.mark.slow

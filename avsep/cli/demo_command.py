@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 RUNS = {"finetune": "none", "contavsep": "random_per_class"}  # strategy -> memory
+_OWN = ("store", *RUNS, "exported", "duet", "separated", "report.html", "demo.json")  # demo.json marks the rest: last
 
 
 def command(
@@ -109,7 +110,11 @@ def _claim(out: Path, seed: int, fresh: bool) -> None:
     if mark.is_file():
         found = read_json(mark).get("seed")
         if fresh:
-            shutil.rmtree(out)
+            for name in _OWN:  # what people keep beside it is theirs
+                if (out / name).is_dir():
+                    shutil.rmtree(out / name)
+                else:
+                    (out / name).unlink(missing_ok=True)
         elif found != seed:
             raise AvsepError(f"{out} holds a demo of seed {found}: add --fresh to replace it, or choose another --out")
     elif out.exists() and any(out.iterdir()):
@@ -141,6 +146,12 @@ class _QueueProgress(Progress):
 
 def _work(strategy: str, out: str, name: str, tasks: list[list[str]], seed: int, threads: int, messages: Any) -> None:
     """Train and evaluate one run in a process of its own."""
+    import signal
+
+    from avsep.data.synthesis import _die_with_parent
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that draws ends this one
+    _die_with_parent()  # else it would train on unseen, and hold the run's lock, after a kill
     try:
         import torch
 
