@@ -103,6 +103,10 @@ def test_stft_is_torchs_and_linear():
     torch.testing.assert_close(kernels.analyse(x, **SMALL).mixture_stft, kernels.stft(x.sum(1), hop=16, window=window))
     for length in (1, 43 * 16, 700):
         torch.testing.assert_close(kernels.istft(got, hop=16, window=window, length=length), x[..., :length])
+    # one signal alone, without any dimension before its samples
+    alone = kernels.stft(x[0, 0], hop=16, window=window)
+    torch.testing.assert_close(alone, got[0, 0])
+    torch.testing.assert_close(kernels.istft(alone, hop=16, window=window, length=700), x[0, 0])
 
 
 def test_constants_in_double_precision():

@@ -120,7 +120,7 @@ def stft(signal: Tensor, *, hop: int, window: Tensor, padding: str = "zeros") ->
         pad_mode=_PADDINGS[padding],
         return_complex=True,
     )
-    return spectrum.unflatten(0, tuple(signal.shape[:-1])) if signal.ndim != 2 else spectrum
+    return spectrum.reshape(*signal.shape[:-1], *spectrum.shape[1:])  # [..., n_fft/2+1, T]
 
 
 def istft(spectrum: Tensor, *, hop: int, window: Tensor, length: int | None = None) -> Tensor:
@@ -135,8 +135,9 @@ def istft(spectrum: Tensor, *, hop: int, window: Tensor, length: int | None = No
     if not 1 <= length < frames * hop:
         raise ValueError(f"length {length} does not fit {frames} frames at hop {hop}: choose 1 to {frames * hop - 1}")
     n_fft = window.shape[0]
-    signal = torch.istft(spectrum.flatten(0, -3), n_fft, hop, window=window, center=True, length=length)
-    return signal.unflatten(0, tuple(spectrum.shape[:-2]))
+    flat = spectrum.reshape(-1, *spectrum.shape[-2:])
+    signal = torch.istft(flat, n_fft, hop, window=window, center=True, length=length)
+    return signal.reshape(*spectrum.shape[:-2], length)
 
 
 def warp(x: Tensor, tables: StftTables, *, align_corners: bool = True) -> Tensor:
