@@ -165,13 +165,16 @@ def convert_published(sound_state: Mapping[str, Any], predictor_state: Mapping[s
     except (KeyError, IndexError):
         raise CheckpointError("maskformer checkpoint: it has no decoder layers, or a tensor is a scalar") from None
     state: dict[str, Tensor] = {}
-    with torch.device("meta"):  # shapes only
-        encoder = UNet7(base_channels=sizes["base_channels"], mask_channels=sizes["mask_channels"])
-        transformer = QueryTransformer(
-            **{key: value for key, value in sizes.items() if key != "base_channels"},
-            latent_channels=encoder.latent_channels,
-            heads=1,
-        )
+    try:
+        with torch.device("meta"):  # shapes only
+            encoder = UNet7(base_channels=sizes["base_channels"], mask_channels=sizes["mask_channels"])
+            transformer = QueryTransformer(
+                **{key: value for key, value in sizes.items() if key != "base_channels"},
+                latent_channels=encoder.latent_channels,
+                heads=1,
+            )
+    except ValueError as error:  # tensors of sizes that no network has
+        raise CheckpointError(f"published checkpoint: {error}") from None
     for prefix, module, translated in (("audio_encoder", encoder, audio), ("mask_decoder", transformer, decoder)):
         expected = module.state_dict()
         if extra := sorted(expected.keys() - translated.keys()):

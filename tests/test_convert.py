@@ -100,6 +100,10 @@ def test_a_missing_counter_is_filled_in(published):
         (lambda s, p: s.update({"bn0.weight": 3.0}), "'bn0.weight' is a float"),
         (lambda s, p: s.update({"downconv2.weight": torch.ones(3, 3)}), r"'down.1.weight' has the shape \[3, 3\]"),
         (lambda s, p: p.update({"objproj.weight": torch.ones(16)}), "no decoder layers, or a tensor is a scalar"),
+        (
+            lambda s, p: [p.pop(name) for name in list(p) if re.search(r"decoder\.layers\.[1-9]", name)],
+            "published checkpoint: layers must be at least 2, got 1",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(published, spoil, message):
