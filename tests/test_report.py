@@ -278,6 +278,30 @@ def test_a_run_and_its_comparison_on_one_page(scored_run, tmp_path):
     assert write_report(scored_run, mixtures=1) == scored_run / "report.html"
 
 
+@pytest.mark.parametrize("what", ["weights", "tasks", "mixtures"])
+def test_scores_of_something_else_are_not_shown(scored_run, tmp_path, what):
+    run = shutil.copytree(scored_run, tmp_path / "run")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    if what == "weights":  # trained again since
+        evaluation["after"][-1]["separator"] = "0" * 64
+    elif what == "tasks":  # trained further since
+        evaluation["after"].pop()
+    else:
+        evaluation["protocol_hash"] = "0" * 64
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = write_report(run, tmp_path / "page.html", mixtures=0).read_text(encoding="utf-8")
+    assert "avsep evaluate run" in text
+    assert "mean SDR over tasks" not in text
+    assert "mean SDR over tasks" in write_report(scored_run, tmp_path / "page.html", mixtures=0).read_text("utf-8")
+
+
+def test_a_protocol_without_mixtures_has_a_page(scored_run, tmp_path):
+    run = shutil.copytree(scored_run, tmp_path / "run")
+    protocol = Protocol.load(run / "protocol.json")
+    Protocol(**{**vars(protocol), "mixtures": ()}).save(run / "protocol.json")
+    assert ">Listen<" not in write_report(run, tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_runs_tested_on_different_mixtures_are_not_compared(scored_run, tmp_path):
     other = shutil.copytree(scored_run, tmp_path / "second")
     protocol = Protocol.load(other / "protocol.json")
@@ -325,6 +349,7 @@ addEventListener("load", async () => {
     seek: sound.currentTime / sound.duration,
     pictures: [...document.images].filter((i) => !i.naturalWidth).length,
     wider: document.documentElement.scrollWidth - innerWidth,
+    bars: [...document.querySelectorAll(".bars .track")].map((b) => b.clientWidth / b.closest(".card").clientWidth),
   };
   const note = document.createElement("pre");
   note.id = "probe";
@@ -359,3 +384,5 @@ def test_page_in_chromium(tmp_path, width):
     assert found["durations"] == pytest.approx([4096 / RATE] * 7, abs=0.01)
     assert found["seek"] == pytest.approx(0.5, abs=0.02)
     assert found["wider"] <= 0
+    assert len(found["bars"]) == 4
+    assert min(found["bars"]) > 0.4  # long enough to compare, also on a narrow screen

@@ -38,6 +38,7 @@ __all__ = [
     "Kept",
     "MixtureScore",
     "SourceScore",
+    "current_evaluation",
     "evaluate_run",
     "evaluate_separator",
     "mean_sdr",
@@ -374,6 +375,21 @@ def _previous(path: Path, identity: Mapping[str, Any]) -> dict[int, dict[str, An
         return {int(step["task"]): step for step in data["after"]}
     except (KeyError, TypeError, ValueError):
         return {}
+
+
+def current_evaluation(run_folder: str | Path) -> dict[str, Any] | None:
+    """What the run's ``evaluation.json`` holds; None where there is none, or where it is of other mixtures, of an
+    earlier task than the last finished one, or of weights that are no longer there."""
+    run = Path(run_folder)
+    path = run / "evaluation.json"
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    last = finished_tasks(run)[-1]
+    steps = _previous(path, {"protocol_hash": Protocol.load(run / "protocol.json").hash})
+    if last not in steps or steps[last].get("separator") != _separator_hash(separator_folder(run, last)):
+        return None
+    return result
 
 
 def evaluate_run(

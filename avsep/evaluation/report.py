@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avsep.errors import AvsepError, MissingExtraError, RunError
-from avsep.io import read_json, write_text
+from avsep.io import write_text
 from avsep.runs import finished_tasks, read_run_spec
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ class Series:
 
 @dataclass(frozen=True)
 class RunView:
-    """One run: its name, settings, classes by task, the content of its ``evaluation.json`` (or None) and its curves.
+    """One run: its name, settings, classes by task, the content of its ``evaluation.json`` (None where there is none of
+    its last task as it is now) and its curves.
 
     ``losses`` over the step of the whole run, ``validation`` SDR in dB, ``boundaries`` the steps where a task ended.
     """
@@ -480,7 +481,7 @@ def gather(
     known = min(tasks[-1] for tasks in finished.values())
     task_of = {name: index for index, names in enumerate(protocol.tasks) for name in names}
 
-    fitting = _fitting(protocol.clip_samples, max(len(m.clips) for m in protocol.mixtures), len(folders))
+    fitting = _fitting(protocol.clip_samples, max((len(m.clips) for m in protocol.mixtures), default=2), len(folders))
     chosen = pick_mixtures(protocol.at(known), min(mixtures, fitting))
     names = _run_names(folders)
     scored: list[list[MixtureScore]] = []
@@ -539,10 +540,9 @@ def _run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _run_view(folder: Path, name: str, finished: int) -> RunView:
+    from avsep.evaluation.evaluate import current_evaluation
+
     spec = read_run_spec(folder)
-    evaluation = None
-    if (folder / "evaluation.json").is_file():
-        evaluation = read_json(folder / "evaluation.json")
     separator = spec.separator
     parts = {
         "strategy": _component(spec.strategy),
@@ -561,7 +561,7 @@ def _run_view(folder: Path, name: str, finished: int) -> RunView:
         folder=folder.name,
         settings=parts,
         tasks=spec.tasks,
-        evaluation=evaluation,
+        evaluation=current_evaluation(folder),
         losses=losses,
         validation=validation,
         boundaries=boundaries,
