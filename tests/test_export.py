@@ -127,6 +127,17 @@ def test_the_graph_module_equals_the_separator(front_end, motion):
     assert (got - expected).abs().max() < 1e-4
 
 
+def test_the_graph_module_clips_as_the_separator():
+    separator = tiny(motion=None)
+    inputs = inputs_of(separator)
+    inputs["mixture"] = 20 * inputs["mixture"]
+    expected = separate(separator, inputs)
+    assert expected.abs().max() == 1
+    with torch.inference_mode():
+        got = WaveformSeparator(separator)(*inputs.values())
+    assert (got - expected).abs().max() < 1e-3
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     separator = tiny()
