@@ -236,7 +236,12 @@ def _visual_inputs(batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor |
 
 
 def rows_of(scores: Iterable[MixtureScore]) -> list[dict[str, Any]]:
-    """One plain row a source, as ``evaluation.json`` holds them: NaN becomes None; ``mixture`` numbers the mixtures."""
+    """One plain row a source, as ``evaluation.json`` holds them; scores in dB, NaN becomes None.
+
+    ``list``, ``mixture`` (its number among those scored together), ``source`` (its place in the mixture), ``clip``,
+    ``class``, ``task`` (the class's), ``status`` and ``ill_conditioned`` (:class:`MixtureScore`), ``degenerate``
+    (:class:`~avsep.data.protocol.TestMixture`), the ``METRICS`` and ``sdr_mixture``, the mixture's own SDR.
+    """
     rows = []
     for number, score in enumerate(scores):
         for place, source in enumerate(score.sources):
@@ -406,11 +411,13 @@ def evaluate_run(
     Writes ``evaluation.json`` after each task and returns what it holds; a task whose separator has not changed since
     is not scored again. ``progress`` is called with (task, mixtures done, mixtures in all) of that task.
 
-    The result: ``version``, ``protocol``, ``protocol_hash``, ``store_hash``; ``after``, one entry a scored task with
-    its ``task``, ``separator`` hash, ``lists`` (summary by list name), ``all`` (summary over all lists), ``by_task``
-    (summary by the sources' task over all lists) and ``rows``; and, when no task up to the last scored one is missing,
-    ``matrices`` by metric and ``continual``, the measures of each matrix (:mod:`avsep.evaluation.continual`), with the
-    SDR's once more as ``matrix``, ``average`` (by task), ``forgetting`` and ``bwt``.
+    The result: ``format`` (``avsep-evaluation``), ``version``, ``protocol``, ``protocol_hash``, ``store_hash``;
+    ``tasks``, the class names of each; ``after``, one entry a scored task with
+    its ``task``, ``separator`` hash, ``lists`` (:func:`summarise` by list name), ``all`` (over all lists), ``by_task``
+    (by the sources' task over all lists) and ``rows`` (:func:`rows_of`); and, when no task up to the last scored one is
+    missing, ``matrices`` by metric (:func:`task_matrix`) and ``continual``, the measures of each matrix
+    (:class:`avsep.evaluation.continual.ContinualScores`), with the SDR's once more as ``matrix``, ``average`` (by
+    task), ``forgetting`` and ``bwt``.
 
     Raises:
         RunError: not a run folder, no finished task, or a task that is not finished.
