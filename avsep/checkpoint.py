@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from avsep.errors import AvsepError, CheckpointError
+from avsep.errors import AvsepError, CheckpointError, ConfigError
 from avsep.io import read_json, sha256_file, write_json
 
 __all__ = [
@@ -123,11 +123,11 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     pointer = folder / "latest.json"
     if not pointer.exists():
         return None
-    latest = read_json(pointer)
     try:
+        latest = read_json(pointer)
         target, hashes = folder / str(latest["checkpoint"]), dict(latest["sha256"])
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{pointer} is damaged: remove {folder} to start the task again") from None
+    except (ConfigError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{pointer} is damaged: remove {folder} to start over") from None
     for name, stated in hashes.items():
         if not (target / name).is_file():
             raise CheckpointError(f"checkpoint file is missing: {target / name}; remove {folder} to start over")

@@ -52,7 +52,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise AvsepError(
                 f"no space left to write {target}: free some and run again (what was there is unchanged)"
             ) from error
@@ -64,8 +64,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def made_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Make a folder with its parents where it is missing; on any error those just made, if empty, are removed again."""
+    """Make a folder with its parents where it is missing; on any error those just made, if empty, are removed again.
+
+    Raises :class:`ConfigError` where a file is in the way.
+    """
     folder = Path(path)
+    _refuse_file(folder)
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -75,6 +79,12 @@ def made_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 made.rmdir()
         raise
+
+
+def _refuse_file(folder: Path) -> None:
+    for place in (folder, *folder.parents):
+        if place.is_file():
+            raise ConfigError(f"{place} is a file, where a folder is needed: choose another name")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -125,7 +135,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 class FolderLock:
     """Hold a folder for one writing process; the lock dies with the process, so a kill leaves nothing to clean up.
 
-    Raises :class:`RunError` at once when another process holds it.
+    Raises :class:`RunError` at once when another process holds it, :class:`ConfigError` where a file is in the way.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -133,6 +143,7 @@ class FolderLock:
         self._file: Any = None
 
     def __enter__(self) -> FolderLock:
+        _refuse_file(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = open(self.folder / ".lock", "a+")  # held open on purpose
         try:

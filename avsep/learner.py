@@ -27,6 +27,7 @@ from avsep.data.mixing import TrainingMixtures, collate
 from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip
 from avsep.data.tasks import TaskStream
+from avsep.devices import pick_device
 from avsep.errors import CheckpointError, ConfigError, NumericalError, RunError
 from avsep.io import FolderLock, read_json, write_json, write_yaml
 from avsep.progress import Progress, progress_bar
@@ -113,6 +114,10 @@ class ContinualLearner:
         self.train = train if isinstance(train, TrainSpec) else validated(TrainSpec, train or {}, "train")
         self.exemplars: dict[str, list[str]] = {}
         precision = self.train.precision
+        if accelerator != "auto" and pick_device(accelerator).type != accelerator:
+            raise ConfigError(
+                f"training takes no number of a device ('{accelerator}'): choose one with CUDA_VISIBLE_DEVICES"
+            )
         self.fabric = Fabric(accelerator=accelerator, devices=1, precision=_precision(precision, accelerator))
         self.workers = workers if workers is not None else (0 if self.fabric.device.type == "cpu" else 4)
 
@@ -156,6 +161,7 @@ class ContinualLearner:
         self, stream: TaskStream, out: Path, resume: bool, progress: bool | Progress, preset: str
     ) -> list[dict[str, Any]]:
         self._check(stream)
+        self._check_folder(out, resume)
         spec = RunSpec(
             separator=self.separator.spec,
             strategy=self._strategy_ref,
@@ -182,8 +188,7 @@ class ContinualLearner:
         if spec.num_classes > len(first.classes):
             raise ConfigError(
                 f"the separator has {spec.num_classes} class slots but the first task only {len(first.classes)} "
-                f"classes: "
-                f"build it with num_classes={len(first.classes)}"
+                f"classes: build it with num_classes={len(first.classes)}"
             )
         stream.store.require_rate(spec.front_end.sample_rate_hz)
         if stream.protocol.clip_samples != spec.front_end.clip_samples:
@@ -196,21 +201,33 @@ class ContinualLearner:
         clip = stream.train_clips(first)[0]
         for source in self.separator.visual_sources():  # a missing feature or a wrong width shows here, not in an hour
             stream.store.read_visual(clip, source, centre_s=0.0, duration_s=spec.front_end.clip_s)
+        remembered: dict[str, list[str]] = {}
+        for task in stream.tasks:  # likewise a batch or partners that some task has too few clips for
+            self._epoch(stream, task, 0, remembered)
+            remembered |= self._exemplars(stream, task, np.random.default_rng(0))
+
+    @staticmethod
+    def _check_folder(out: Path, resume: bool) -> None:
+        """Refuse a folder that is not this run's, and leave nothing in it."""
+        if (out / "run.yaml").is_file():
+            if not resume:
+                raise RunError(f"{out} holds a run already: resume it with --resume, or choose another folder")
+            return
+        if resume:
+            raise RunError(f"nothing to resume in {out}: it has no run.yaml; start it without --resume")
+        foreign = [p.name for p in out.iterdir() if p.name != ".lock"] if out.is_dir() else []
+        if foreign:
+            raise RunError(f"{out} is not empty and not a run folder (it has {foreign[0]}): choose another folder")
 
     @staticmethod
     def _clips(stream: TaskStream, classes: Sequence[str]) -> list[Clip]:
         return stream.store.select(classes=list(classes), split="train")
 
     def _open_run(self, out: Path, spec: RunSpec, resume: bool) -> dict[str, Any] | None:
-        if not (out / "run.yaml").exists():
-            if resume:
-                raise RunError(f"nothing to resume in {out}: it has no run.yaml; start it without --resume")
-            if foreign := [p.name for p in out.iterdir() if p.name != ".lock"]:
-                raise RunError(f"{out} is not empty and not a run folder (it has {foreign[0]}): choose another folder")
+        self._check_folder(out, resume)  # once more: another process may have been there before the lock was ours
+        if not resume:
             write_yaml(out / "run.yaml", spec.model_dump(mode="json"))
             return None
-        if not resume:
-            raise RunError(f"{out} holds a run already: resume it with --resume, or choose another folder")
         stored = read_run_spec(out)
         # where the store lies may change between machines; what it holds may not
         mine, theirs = (s.model_dump(mode="json", exclude={"store", "preset"}) for s in (spec, stored))
@@ -342,9 +359,12 @@ class ContinualLearner:
             raise ConfigError("nothing to train: every part of the separator is frozen")
         return made
 
-    def _epoch(self, stream: TaskStream, task: Task, epoch: int) -> TrainingMixtures:
+    def _epoch(
+        self, stream: TaskStream, task: Task, epoch: int, exemplars: dict[str, list[str]] | None = None
+    ) -> TrainingMixtures:
         everything = self.strategy.uses_all_data
-        ids = [] if everything else [i for name in task.old for i in self.exemplars.get(name, ())]
+        exemplars = self.exemplars if exemplars is None else exemplars
+        ids = [] if everything else [i for name in task.old for i in exemplars.get(name, ())]
         return TrainingMixtures(
             stream.store,
             stream.train_clips(task, all_seen=everything),
@@ -432,11 +452,8 @@ class ContinualLearner:
         student.eval()
         target = separator_folder(out, task.index)
         save_separator(student, target)
-        candidates = {name: [c.id for c in self._clips(stream, [name])] for name in task.classes}
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.train.seed, task.index, 2**31 + 1])))
-        last = task.index == len(stream) - 1
-        chosen = {} if last or self.strategy.uses_all_data else self.memory.select(candidates, rng)
-        self.exemplars = {**self.exemplars, **{name: ids for name, ids in chosen.items() if ids}}
+        self.exemplars = {**self.exemplars, **self._exemplars(stream, task, rng)}
         write_json(
             target.with_name("task.json"),
             {
@@ -453,6 +470,13 @@ class ContinualLearner:
                 "seconds": round(record.seconds, 1),
             },
         )
+
+    def _exemplars(self, stream: TaskStream, task: Task, rng: np.random.Generator) -> dict[str, list[str]]:
+        """What the memory keeps of a task; nothing after the last one."""
+        if task.index == len(stream) - 1 or self.strategy.uses_all_data:
+            return {}
+        candidates = {name: [c.id for c in self._clips(stream, [name])] for name in task.classes}
+        return {name: ids for name, ids in self.memory.select(candidates, rng).items() if ids}
 
     def _tensorboard(self, logs: Path) -> Any:
         """A function (name, value, step) that logs to TensorBoard where it is installed, else does nothing."""

@@ -35,7 +35,7 @@ class Progress:
 def progress_bar(enabled: bool = True) -> Iterator[Progress]:
     """A live display on standard error with elapsed and remaining time; plain silence when not ``enabled``.
 
-    It appears with the first bar, so that a mistake found before is one line alone.
+    It appears with the first bar and goes when there is an error, so that a mistake is one line alone.
     """
     if not enabled:
         yield Progress()
@@ -54,6 +54,9 @@ def progress_bar(enabled: bool = True) -> Iterator[Progress]:
     )
     try:
         yield Progress(display)
+    except BaseException:
+        display.live.transient = True
+        raise
     finally:
         if display.live.is_started:
             display.stop()

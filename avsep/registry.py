@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import numbers
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -79,16 +80,28 @@ class ComponentSpec:
         return tuple(p for p in self.parameters if not p.wiring)
 
     def check(self, params: dict[str, Any]) -> None:
-        """Raise if ``params`` has a name this component does not take, or lacks one it must have."""
+        """Raise if ``params`` has a name or a kind of value this component does not take, or lacks one it must have."""
         settings = {p.name: p for p in self.settings}
-        for name in params:
+        for name, value in params.items():
             if name not in settings:
                 raise UnknownNameError(
                     f"{self.kind} '{self.name}' has no parameter '{name}': {near_matches(name, settings)}"
                 )
+            if not _fits(value, kind := settings[name].annotation):
+                raise ConfigError(f"{self.kind} '{self.name}': {name} = {value!r} is not of the kind {kind}")
         for parameter in settings.values():
             if parameter.required and parameter.name not in params:
                 raise ConfigError(f"{self.kind} '{self.name}' needs the parameter '{parameter.name}'")
+
+
+# A bool is an int to Python, and a slip to people.
+_PLAIN_KINDS = {"int": numbers.Integral, "float": numbers.Real, "str": str, "bool": bool}
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a value is of a plain kind; of any other annotation the component itself must judge."""
+    kind = _PLAIN_KINDS.get(annotation)
+    return kind is None or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool))
 
 
 def _first_line(factory: Callable[..., Any]) -> str:
@@ -170,7 +183,7 @@ class Registry:
         takes = {p.name for p in spec.parameters if p.wiring}
         try:
             return spec.factory(**params, **{k: v for k, v in wiring.items() if k in takes})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:  # also torch's own
             raise ConfigError(f"{self.kind} '{name}': {error}") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from avsep.errors import RunError
+from avsep.errors import ConfigError, RunError
 from avsep.io import read_yaml
 from avsep.spec import RunSpec, validated
 
@@ -17,7 +17,10 @@ def read_run_spec(run: str | Path) -> RunSpec:
     path = Path(run) / "run.yaml"
     if not path.is_file():
         raise RunError(f"{run} is not a run folder: it has no run.yaml (see: avsep train --help)")
-    return validated(RunSpec, read_yaml(path), str(path))
+    try:
+        return validated(RunSpec, read_yaml(path), str(path))
+    except ConfigError as error:
+        raise RunError(f"{error}; restore the file, or start another run") from None
 
 
 def separator_folder(run: str | Path, task: int) -> Path:

@@ -413,13 +413,13 @@ def _separator_folder(path: Path, task: int | None) -> Path:
             raise CheckpointError(f"{path} is one separator, not a run, so it has no task {task}: leave the task out")
         return path
     tasks = path / "tasks"
-    if not tasks.is_dir():
+    if not tasks.is_dir() and not (path / "run.yaml").is_file():
         raise CheckpointError(
             f"{path} is neither a separator ({SPEC_FILE} and {WEIGHTS_FILE}) nor a run (tasks/00/separator)"
         )
     finished = {
         int(entry.name): entry / "separator"
-        for entry in sorted(tasks.iterdir())
+        for entry in sorted(tasks.glob("*"))
         if entry.name.isdigit() and (entry / "task.json").is_file() and (entry / "separator" / WEIGHTS_FILE).is_file()
     }
     if not finished:

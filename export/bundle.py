@@ -125,7 +125,7 @@ def export_separator(
             if not parity.max_error <= plan.tolerance:
                 raise ExportError(
                     f"the graph differs from PyTorch by {parity.max_error:.2e} ({parity.error_db:.0f} dB), more than "
-                    f"the tolerance {plan.tolerance:.0e}: nothing was written"
+                    f"the tolerance {plan.tolerance:.0e} (--tolerance): nothing was written"
                 )
             with open(staging / GOLDEN, "wb") as file:
                 np.savez_compressed(file, **golden, **{output.name: reference})  # type: ignore[arg-type]

@@ -81,7 +81,11 @@ def command(
     )
     spec = preliminary.model_copy(update={"tasks": tuple(t.classes for t in stream.tasks)})
     learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers)
-    records = learner.fit(stream, out, resume=resume, preset=spec.preset)
+    try:
+        records = learner.fit(stream, out, resume=resume, preset=spec.preset)
+    except KeyboardInterrupt:
+        way_on = f"go on with: avsep train --out {out} --resume" if (out / "run.yaml").is_file() else ""
+        raise KeyboardInterrupt(way_on) from None
 
     from rich.console import Console
     from rich.table import Table
@@ -105,4 +109,5 @@ def command(
 
 def _tasks(text: str) -> list[list[str]]:
     """``a,b;c,d`` as lists of names."""
-    return [[name.strip() for name in part.split(",") if name.strip()] for part in text.split(";") if part.strip()]
+    parts = text.strip().removesuffix(";").split(";")
+    return [[name.strip() for name in part.split(",") if name.strip()] for part in parts]

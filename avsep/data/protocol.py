@@ -88,9 +88,13 @@ class Protocol:
 
     @classmethod
     def load(cls, path: str | Path) -> Protocol:
-        data = read_json(path)
+        again = "avsep train --resume writes it again"
+        try:
+            data = read_json(path)
+        except ConfigError as error:
+            raise DataError(f"{error} ({again})") from None
         if not isinstance(data, dict) or data.pop("format", None) != "avsep-protocol":
-            raise DataError(f"{path} is not a protocol file")
+            raise DataError(f"{path} is not a protocol file ({again})")
         stated = data.pop("hash", None)
         if data.get("version") != PROTOCOL_VERSION:
             raise DataError(
@@ -105,9 +109,9 @@ class Protocol:
                 }
             )
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: damaged protocol file ({error})") from None
+            raise DataError(f"{path}: damaged protocol file, {type(error).__name__} {error} ({again})") from None
         if protocol.hash != stated:
-            raise DataError(f"{path}: its content does not match its hash; it was edited or damaged")
+            raise DataError(f"{path}: its content does not match its hash; it was edited or damaged ({again})")
         return protocol
 
 

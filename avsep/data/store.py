@@ -81,12 +81,16 @@ class Store:
         """
         path = Path(path)
         if not (path / "manifest.json").is_file():
-            state = "an unfinished store: run the same" if (path / _JOURNAL).is_dir() else "not a store: run"
-            raise DataError(f"{path} is {state} avsep data synth {path}, or give the folder of one")
+            if (path / _JOURNAL).is_dir():
+                raise DataError(f"{path} is an unfinished store: run the same avsep data synth {path} again")
+            way_out = "give the folder of one, or make one with avsep data synth FOLDER"
+            if not path.exists():
+                raise DataError(f"there is no store {path}: {way_out}")
+            raise DataError(f"{path} is not a store (it has no manifest.json): {way_out}")
         try:
             manifest = read_json(path / "manifest.json")
         except ConfigError as error:
-            raise DataError(str(error)) from None
+            raise DataError(f"{error} Make the store again") from None
         _check_manifest(path, manifest)
         store = cls(path, manifest)
         store._check_files(verify)
@@ -267,7 +271,10 @@ class Store:
         if source.kind == "features" and source.name in self.features:
             role = self.features[source.name]["role"]
             if role != source.role:
-                raise DataError(f"features '{source.name}' of {self.path} describe the {role}, not the {source.role}")
+                raise DataError(
+                    f"features '{source.name}' of {self.path} describe the {role}, not the {source.role}: use them in "
+                    f"the {role}_encoder"
+                )
         if self.file(clip, kind) is None:
             return self.timeline(clip).read(source, centre_s, duration_s)  # raises, naming what there is
         return self._timeline(clip, [kind]).read(source, centre_s, duration_s)
@@ -289,7 +296,7 @@ def _digest(value: Any) -> str:
 def _check_manifest(path: Path, manifest: Any) -> None:
     where = path / "manifest.json"
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise DataError(f"{where} is not the manifest of a store")
+        raise DataError(f"{where} is not the manifest of a store: give the folder of one")
     if manifest.get("version") != STORE_VERSION:
         raise DataError(
             f"{where}: store version {manifest.get('version')!r} is not {STORE_VERSION}, the one known here: update "
@@ -298,7 +305,7 @@ def _check_manifest(path: Path, manifest: Any) -> None:
     for key in ("sample_rate_hz", "object_rate_hz", "motion_rate_hz"):
         value = manifest.get(key)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise DataError(f"{where}: {key} = {value!r} is not a rate")
+            raise DataError(f"{where}: {key} = {value!r} is not a rate: make the store again")
     if not isinstance(manifest["sample_rate_hz"], int):
         raise DataError(f"{where}: sample_rate_hz = {manifest['sample_rate_hz']!r} is not a whole number")
     try:
@@ -331,7 +338,7 @@ def _check_manifest(path: Path, manifest: Any) -> None:
                 if f"features/{name}" not in entry["files"]:
                     raise DataError(f"{where}: clip '{entry['id']}' lacks the features '{name}'")
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is damaged: {type(error).__name__} {error}") from None
+        raise DataError(f"{where} is damaged: {type(error).__name__} {error}; make the store again") from None
 
 
 def _record(root: Path, relative: str) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def synthesise(
     for name in names:
         instrument(name)
         if names.count(name) > 1:
-            raise ConfigError(f"class '{name}' comes twice")
+            raise ConfigError(f"class '{name}' comes twice: name it once")
     names.sort(key=CLASSES.index)  # the paper's task order
     counts = tuple(clips_per_class or chosen.clips_per_class)
     duration_s = chosen.clip_s if clip_s is None else float(clip_s)
@@ -293,7 +293,7 @@ def _choose_banks(
     test = [Path(holdout)] if holdout else main
     for path in (*main, *test):
         if not path.is_file():
-            raise DataError(f"no such SoundFont: {path}")
+            raise DataError(f"no such SoundFont: {path} (those found here: avsep data banks)")
     return tuple(str(p) for p in main), tuple(str(p) for p in test)
 
 
@@ -334,7 +334,9 @@ def write_duet(store: Store, clip_ids: Sequence[str], out_dir: str | Path) -> di
 
     clips = store.clips_by_id(clip_ids)
     if len(clips) < 2:
-        raise DataError("a duet needs at least two clips")
+        raise DataError(
+            f"a duet needs at least two clips, of different classes; given: {', '.join(clip_ids) or 'none'}"
+        )
     timelines = timelines_of(store, clip_ids)
     out = Path(out_dir)
     length = min(c.samples for c in clips)

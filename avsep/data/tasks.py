@@ -24,7 +24,7 @@ def make_tasks(lists: Sequence[Sequence[str]]) -> tuple[Task, ...]:
         if isinstance(names, str):
             raise ConfigError(f"task {index} is the text {names!r}: a task is a list of class names")
         if not names:
-            raise ConfigError(f"task {index} has no classes")
+            raise ConfigError(f"task {index} has no classes: give each task at least one")
         for name in names:
             if name in seen or list(names).count(name) > 1:
                 raise ConfigError(f"task {index} repeats class '{name}': every class is learned in one task only")
@@ -36,7 +36,10 @@ def make_tasks(lists: Sequence[Sequence[str]]) -> tuple[Task, ...]:
 def split_classes(classes: Sequence[str], per_task: int) -> list[list[str]]:
     """Cut classes, in their order, into tasks of ``per_task``; a remainder that does not fill a task is refused."""
     if per_task < 1 or len(classes) % per_task:
-        raise ConfigError(f"{len(classes)} classes do not divide into tasks of {per_task}")
+        raise ConfigError(
+            f"{len(classes)} classes do not divide into tasks of {per_task}: choose another size, or name each task's "
+            f"classes"
+        )
     return [list(classes[i : i + per_task]) for i in range(0, len(classes), per_task)]
 
 

@@ -145,8 +145,10 @@ def read_visual_file(path: str | Path) -> dict[str, VisualTimeline]:
         with opened as archive:
             for key in archive.files:
                 arrays[key] = archive[key]
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a readable visual file (.npz): {error}") from None
+    except ValueError:  # NumPy's own words advise to load it unsafely
+        raise DataError(f"{path} is not a readable visual file: it is no .npz, or holds pickled objects") from None
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is not a readable visual file (.npz): {error}; write it again") from None
     found: dict[str, dict[str, Any]] = {}
     for key, array in arrays.items():
         name, _, rest = key.partition("/")
