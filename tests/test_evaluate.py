@@ -280,5 +280,8 @@ def test_command_prints_the_matrix_and_the_counts(run, capsys, monkeypatch):
     shown = capsys.readouterr().out
     for text in ("after task", "average", "forgetting", "SI-SDR", "skipped", "degen.", "cross", "evaluation.json"):
         assert text in shown
+    (run / "tasks" / "01" / "task.json").unlink()  # one task alone: nothing can be forgotten yet
+    command(run, store=None, task=None, batch_size=4, device="cpu")
+    assert "forgetting" not in capsys.readouterr().out
     with pytest.raises(RunError):
         command(run / "tasks", store=None, task=None, batch_size=4, device="cpu")

@@ -61,7 +61,10 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
         for t, line in enumerate(matrix):
             table.add_row(str(t), *[_number(v) for v in line], _number(result["average"][t]))
         console.print(table)
-        console.print(f"forgetting {_number(result['forgetting'])} dB, backward transfer {_number(result['bwt'])} dB")
+        if result["forgetting"] is not None:  # there is none after one task alone
+            console.print(
+                f"forgetting {_number(result['forgetting'])} dB, backward transfer {_number(result['bwt'])} dB"
+            )
     console.print(f"Scores in dB by list of test mixtures (protocol {result['protocol']})")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
     for heading in ("after", "list", *[names[m] for m in METRICS], "scored", "skipped", "degen."):
