@@ -187,7 +187,7 @@ class TrainSpec(_Model):
     memory_repeats: int = Field(800, ge=1, description="times each exemplar stands in an epoch's list")
     partner: Literal["any", "different_class"] = "any"
     gain: tuple[float, float] = (0.5, 1.5)
-    seed: int = 1234
+    seed: int = Field(1234, ge=0)
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
     validate_every: int = Field(1, ge=1, description="epochs between validations")
     validation_pairs: int | None = Field(None, ge=1, description="validation mixtures per task; all when unset")
@@ -245,6 +245,10 @@ def load_preset(name: str) -> dict[str, Any]:
     data = read_yaml(path)
     if not isinstance(data, dict) or "separator" not in data:
         raise ConfigError(f"{path} is not a preset: it has no 'separator'")
+    known = ("summary", "source", "separator", "train")
+    for key in data:
+        if key not in known:
+            raise UnknownNameError(f"{path}: unknown key '{key}': {near_matches(str(key), known)}")
     return data
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from avsep.errors import ConfigError, UnknownNameError
 from avsep.registry import REGISTRIES, VISUAL_ENCODERS, Registry
+from avsep.spec import TrainSpec, load_preset, validated
 
 
 @pytest.fixture
@@ -182,3 +183,18 @@ def test_list_shows_every_component_and_preset(capsys, monkeypatch):
     assert "unet7" not in only
     with pytest.raises(UnknownNameError, match="did you mean 'presets'"):
         invoke("preset", capsys=capsys)
+
+
+def test_a_preset_takes_no_unknown_key(tmp_path):
+    # a strategy in a preset would otherwise be left out in silence
+    path = tmp_path / "mine.yaml"
+    path.write_text("separator: {audio_encoder: unet7, mask_decoder: query_transformer}\nstrategy: finetune\n")
+    with pytest.raises(
+        UnknownNameError, match=r"mine\.yaml: unknown key 'strategy'.*separator, source, summary, train"
+    ):
+        load_preset(str(path))
+
+
+def test_a_seed_below_zero_is_refused():
+    with pytest.raises(ConfigError, match=r"seed = -1: .*greater than or equal to 0"):
+        validated(TrainSpec, {"seed": -1}, "train")
