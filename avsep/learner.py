@@ -72,7 +72,10 @@ class _TrainingStep(nn.Module):
         self.student = student
         self.strategy = strategy
 
-    def forward(self, batch: Batch, teacher: Separator | None, num_old: int) -> dict[str, Tensor]:
+    def forward(self, fields: dict[str, Any], teacher: Separator | None, num_old: int) -> dict[str, Tensor]:
+        """``fields`` are those of a :class:`Batch`; in mixed precision Fabric takes apart what it is given, and it
+        refuses frozen dataclasses."""
+        batch = Batch(**fields)
         student = self.student
         spectrograms = student.analyse(batch.sources)
         visual = student.encode_visual(batch.object, batch.motion, batch.motion_mask)
@@ -196,6 +199,12 @@ class ContinualLearner:
                 f"the stream's test mixtures are {stream.protocol.clip_samples} samples long but the separator's clips "
                 f"{spec.front_end.clip_samples}: pass clip_samples={spec.front_end.clip_samples} to task_stream"
             )
+        for mixtures in (stream.validation.at(0), stream.protocol.at(0)):
+            if not mixtures:
+                raise ConfigError(
+                    f"the first task, {', '.join(first.classes)}, has no mixture to be validated or tested on: these "
+                    "pair different classes, so give it two or more"
+                )
         for task in stream.tasks[:-1]:
             self.memory.check({name: len(self._clips(stream, [name])) for name in task.classes})
         clip = stream.train_clips(first)[0]
@@ -412,7 +421,7 @@ class ContinualLearner:
                 group["lr"] = spec.lr * factor
             rate = rate or spec.lr * factor
             optimizer.zero_grad()
-        terms: dict[str, Tensor] = module(batch, teacher, len(task.old))
+        terms: dict[str, Tensor] = module(dict(vars(batch)), teacher, len(task.old))
         loss = torch.stack([t.float() for t in terms.values()]).sum()
         values = [float(v) for v in torch.stack([t.detach().float() for t in terms.values()]).tolist()]
         named = dict(zip(terms, values, strict=True))

@@ -145,6 +145,23 @@ def _drawn(learner, stream, task, epoch):
     return [[s.clip.id for s in data[i]] for i in range(len(data))]
 
 
+def test_it_learns_in_mixed_precision(tone_run, tone_store, tmp_path):
+    learner = tiny_learner(precision="bf16-mixed")
+    seen = []
+    learner.separator.mask_decoder.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.logits.dtype)
+    )
+    learner.fit(_stream(tone_store), tmp_path / "run", progress=False)
+    assert torch.bfloat16 in seen
+    state = _weights(tmp_path / "run", 1)
+    assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float32}
+    mixed, full = (_rows(run / "logs" / "train.csv") for run in (tmp_path / "run", tone_run))
+    assert "mask" in mixed[-1]  # a teacher took part
+    # the first step sees the same weights and mixtures
+    assert float(mixed[0]["separation"]) == pytest.approx(float(full[0]["separation"]), rel=0.02)
+    assert mixed[0]["separation"] != full[0]["separation"]
+
+
 def test_joint_starts_from_fresh_weights(tone_store, tmp_path):
     learner = tiny_learner("joint", "none", epochs=1, steps_per_epoch=1)
     before = {}
@@ -232,6 +249,11 @@ def test_wrong_inputs_fail_before_training(tone_store, tmp_path):
         _stream(tone_store, [["ding", "gong"]])
     with pytest.raises(ConfigError, match="larger than the epoch's 24 mixtures"):
         tiny_learner(batch_size=25).fit(stream, tmp_path / "c", progress=False)
+    alone = tiny_run_spec().separator.model_copy(update={"num_classes": 1})
+    with pytest.raises(ConfigError, match="the first task, ding, has no mixture"):
+        ContinualLearner(avsep.separator.build_from_spec(alone), train=TINY_TRAIN).fit(
+            _stream(tone_store, [["ding"], ["hum"]])
+        )
     with pytest.raises(RunError, match="nothing to resume"):
         tiny_learner().fit(stream, tmp_path / "d", resume=True)
     (tmp_path / "e").mkdir()
