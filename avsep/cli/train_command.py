@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -71,11 +72,10 @@ def command(
     opened = Store.open(store)
     if tasks is not None and classes_per_task is not None:
         raise ConfigError("give --tasks or --classes-per-task, not both")
-    lists = _tasks(tasks) if tasks is not None else classes_per_task
-    if lists is None and resume:
-        lists = data["tasks"]
-    preliminary = validated(RunSpec, {**data, "tasks": []}, "run")
+    lists: Sequence[Sequence[str]] | int | None = _tasks(tasks) if tasks is not None else classes_per_task
+    preliminary = validated(RunSpec, data, "run")
     preliminary.check()
+    lists = lists if lists is not None else preliminary.tasks or None
     stream = task_stream(
         opened, lists, protocol=preliminary.protocol, clip_samples=preliminary.separator.front_end.clip_samples
     )
