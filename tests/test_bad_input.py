@@ -395,7 +395,7 @@ CASES = [
     case("tasks of a wrong kind", _set("tasks=3"), "tasks", "3"),
     case("class in two tasks, set", lambda d: d.train("--set", "tasks=[[ding,hum],[hum]]", tasks=None), "'hum'",
          "one task"),
-    case("first task of one class", lambda d: d.train(tasks="ding;hum,peep"), "task 0", "'ding'", "at least two"),
+    case("first task of one class", lambda d: d.train(tasks="ding;hum,peep"), "first task, ding", "two or more"),
     case("seed below nothing", lambda d: d.train("--seed", "-1"), "seed", "-1"),
     case("partners that a task lacks", lambda d: d.train(*DIFFERENT, "--memory", "none", tasks="ding,hum;peep"),
          "task 1",
