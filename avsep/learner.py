@@ -11,7 +11,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip
 from avsep.data.tasks import TaskStream
 from avsep.devices import pick_device
-from avsep.errors import CheckpointError, ConfigError, NumericalError, RunError
+from avsep.errors import AvsepError, CheckpointError, ConfigError, NumericalError, RunError
 from avsep.io import FolderLock, read_json, write_json, write_yaml
 from avsep.progress import Progress, progress_bar
 from avsep.registry import MEMORIES, STRATEGIES
@@ -64,6 +64,16 @@ def learning_rate_factor(spec: OptimizerSpec, *, step: int, epoch: int, total_st
     return cosine(1.0, 1 / 250_000, min(1.0, (step - peak) / max(total_steps - 1 - peak, 1)))
 
 
+class _Inputs:
+    """What a training step takes. A plain object, since Fabric looks into containers, and would cast the waveforms and
+    the stored features to half precision before the STFT (it cannot do even that to a frozen dataclass)."""
+
+    def __init__(self, batch: Batch, teacher: Separator | None, num_old: int) -> None:
+        self.batch = batch
+        self.teacher = teacher
+        self.num_old = num_old
+
+
 class _TrainingStep(nn.Module):
     """Forward pass and loss as one module, so that mixed precision wraps both."""
 
@@ -72,17 +82,14 @@ class _TrainingStep(nn.Module):
         self.student = student
         self.strategy = strategy
 
-    def forward(self, fields: dict[str, Any], teacher: Separator | None, num_old: int) -> dict[str, Tensor]:
-        """``fields`` are those of a :class:`Batch`; in mixed precision Fabric takes apart what it is given, and it
-        refuses frozen dataclasses."""
-        batch = Batch(**fields)
-        student = self.student
+    def forward(self, inputs: _Inputs) -> dict[str, Tensor]:
+        student, batch = self.student, inputs.batch
         spectrograms = student.analyse(batch.sources)
         visual = student.encode_visual(batch.object, batch.motion, batch.motion_mask)
         audio = student.audio_encoder(spectrograms.network_input)
         output = student.mask_decoder(audio, visual, batch.class_ids)
-        step = Step(batch, spectrograms, audio, visual, output, num_old)
-        return self.strategy.loss(student, teacher, step)
+        step = Step(batch, spectrograms, audio, visual, output, inputs.num_old)
+        return self.strategy.loss(student, inputs.teacher, step)
 
 
 class ContinualLearner:
@@ -266,11 +273,14 @@ class ContinualLearner:
         roles = list(optimizers)
         setup = self.fabric.setup(_TrainingStep(student, self.strategy), *optimizers.values())
         module, ready = setup[0], dict(zip(roles, setup[1:], strict=True))
+        precision = self.fabric.strategy.precision
         if state:
             for role, optimizer in ready.items():
                 if role in state["optimizers"]:
                     optimizer.load_state_dict(state["optimizers"][role])
             set_rng_state(state["random"])
+            if state.get("precision"):
+                precision.load_state_dict(state["precision"])
         record = _Progress(**state["progress"]["record"]) if state else _Progress()
         best: dict[str, Tensor] | None = state.get("best") or None if state else None
         started = time.perf_counter() - record.seconds
@@ -278,7 +288,6 @@ class ContinualLearner:
         logs = out / "logs"
         train_log = CsvLog(logs / "train.csv", until=(task.index, record.step))
         validation_log = CsvLog(logs / "validation.csv", until=(task.index, record.step))
-        board = self._tensorboard(logs)
 
         def checkpoint() -> None:
             _check_finite(student, task, record.step, out)
@@ -292,6 +301,7 @@ class ContinualLearner:
                     "optimizers": {role: o.state_dict() for role, o in ready.items()},
                     "strategy": self.strategy.state_dict(),
                     "random": rng_state(),
+                    "precision": precision.state_dict(),
                     "progress": {"task": task.index, "exemplars": self.exemplars, "record": vars(record)},
                 },
             )
@@ -302,7 +312,10 @@ class ContinualLearner:
         epoch_data = self._epoch(stream, task, 0)
         total = epoch_data.steps * spec.epochs
         label = f"{self._strategy_ref.name} {task.index + 1}/{len(stream)}"
-        with contextlib.nullcontext(progress) if isinstance(progress, Progress) else progress_bar(progress) as bars:
+        with (
+            contextlib.nullcontext(progress) if isinstance(progress, Progress) else progress_bar(progress) as bars,
+            _tensorboard(logs / "tensorboard" / f"task-{task.index:02d}", record.step) as board,
+        ):
             bar = bars.add(label, total=total, done=record.step)
             while record.epoch < spec.epochs:
                 epoch_data = self._epoch(stream, task, record.epoch)
@@ -314,7 +327,7 @@ class ContinualLearner:
                     row = {"task": task.index, "epoch": record.epoch, "step": record.step, "loss": loss, **terms}
                     train_log.write({**row, "lr": rate, "seconds": time.perf_counter() - started})
                     for name, value in {"loss": loss, **terms}.items():
-                        board(f"task{task.index}/{name}", value, record.step)
+                        board(name, value, record.step)
                     bars.advance(bar, note=f"loss {loss:.3f}" + _best_note(record))
                     if record.step % spec.checkpoint_every == 0 and record.step % epoch_data.steps:
                         checkpoint()
@@ -324,7 +337,7 @@ class ContinualLearner:
                     validation_log.write(
                         {"task": task.index, "epoch": record.epoch, "step": record.step, "sdr_db": score}
                     )
-                    board(f"task{task.index}/validation_sdr_db", score, record.step)
+                    board("validation_sdr_db", score, record.step)
                     if record.best_sdr_db is None or score > record.best_sdr_db:
                         record.best_sdr_db, record.best_epoch, record.best_step = score, record.epoch, record.step
                         best = {k: v.detach().to("cpu", copy=True) for k, v in student.state_dict().items()}
@@ -397,7 +410,18 @@ class ContinualLearner:
             pin_memory=self.fabric.device.type == "cuda",
             generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
         )
-        for batch in loader:
+        batches = iter(loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except AvsepError as error:
+                # from a reader process it comes with that process's traceback around it
+                if not str(error).startswith("Caught "):
+                    raise
+                kind = type(error)
+                raise kind(str(error).rstrip().splitlines()[-1].partition(f"{kind.__name__}: ")[2]) from None
             yield move_to(batch, self.fabric.device, non_blocking=True)
 
     def _step(
@@ -421,7 +445,7 @@ class ContinualLearner:
                 group["lr"] = spec.lr * factor
             rate = rate or spec.lr * factor
             optimizer.zero_grad()
-        terms: dict[str, Tensor] = module(dict(vars(batch)), teacher, len(task.old))
+        terms: dict[str, Tensor] = module(_Inputs(batch, teacher, len(task.old)))
         loss = torch.stack([t.float() for t in terms.values()]).sum()
         values = [float(v) for v in torch.stack([t.detach().float() for t in terms.values()]).tolist()]
         named = dict(zip(terms, values, strict=True))
@@ -432,10 +456,17 @@ class ContinualLearner:
                 f"{out / 'state'}: look at those clips or lower the learning rate, then resume"
             )
         self.fabric.backward(loss)
-        for optimizer in optimizers.values():
-            if self.train.gradient_clip is not None:
-                self.fabric.clip_gradients(module, optimizer, max_norm=self.train.gradient_clip)
-            optimizer.step()
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)  # of 16-mixed
+        if (limit := self.train.gradient_clip) is not None:
+            for optimizer in optimizers.values():  # one not finite: the scaler skips, or the next loss tells
+                self.fabric.clip_gradients(module, optimizer, max_norm=limit, error_if_nonfinite=False)
+        if scaler is None:
+            for optimizer in optimizers.values():
+                optimizer.step()
+        else:  # one update a step: Fabric's own follows each optimizer, and the next one would unscale by another scale
+            for optimizer in optimizers.values():
+                scaler.step(optimizer.optimizer)
+            scaler.update()
         return named, rate
 
     # ------------------------------------------------------------------ after
@@ -487,14 +518,6 @@ class ContinualLearner:
         candidates = {name: [c.id for c in self._clips(stream, [name])] for name in task.classes}
         return {name: ids for name, ids in self.memory.select(candidates, rng).items() if ids}
 
-    def _tensorboard(self, logs: Path) -> Any:
-        """A function (name, value, step) that logs to TensorBoard where it is installed, else does nothing."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return lambda *_: None
-        return SummaryWriter(str(logs / "tensorboard")).add_scalar
-
 
 class _Progress:
     """Where a task stands."""
@@ -514,6 +537,21 @@ class _Progress:
         self.best_epoch = best_epoch
         self.best_step = best_step
         self.seconds = seconds  # spent on the task, in all sessions, up to the last checkpoint
+
+
+@contextlib.contextmanager
+def _tensorboard(folder: Path, step: int) -> Iterator[Callable[[str, float, int], Any]]:
+    """A function (name, value, step) that logs to TensorBoard where it is installed, else does nothing.
+
+    Steps after ``step``, which a run wrote after the checkpoint it now resumes from, are struck out.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        yield lambda *_: None
+        return
+    with SummaryWriter(str(folder), purge_step=step + 1) as writer:
+        yield writer.add_scalar
 
 
 def _best_note(record: _Progress) -> str:

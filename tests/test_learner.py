@@ -12,6 +12,8 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN, tiny_learner, tiny_run_spec
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from safetensors.torch import load_file
 
 import avsep
@@ -275,6 +277,94 @@ def test_wrong_inputs_fail_before_training(tone_store, tmp_path):
     )
     with pytest.raises(DataError, match="clip"):
         ContinualLearner(needs, train=TINY_TRAIN).fit(stream)
+
+
+def test_mixed_precision_analyses_the_very_waveforms(tone_store, tmp_path):
+    seen = {}
+    for precision in ("32-true", "bf16-mixed"):
+        learner = tiny_learner("finetune", "none", precision=precision, epochs=1, steps_per_epoch=1, gradient_clip=10.0)
+        loss, steps = learner.strategy.loss, seen.setdefault(precision, [])
+        learner.strategy.loss = lambda student, teacher, step, loss=loss, steps=steps: (
+            steps.append(step) or loss(student, teacher, step)
+        )
+        learner.fit(_stream(tone_store), tmp_path / precision, progress=False)
+    full, mixed = seen["32-true"][0], seen["bf16-mixed"][0]
+    assert torch.equal(mixed.batch.sources, full.batch.sources)  # cast to bfloat16 they would be 50 dB coarser
+    assert torch.equal(mixed.spectrograms.ratio, full.spectrograms.ratio)
+    assert mixed.output.logits.dtype == torch.bfloat16
+
+
+def test_the_loss_scale_moves_once_a_step_and_survives_a_resume(tone_store, tmp_path, monkeypatch):
+    def learner():
+        made = tiny_learner("finetune", "none", epochs=1, gradient_clip=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        made.fabric = Fabric(accelerator="cpu", devices=1, plugins=MixedPrecision("16-mixed", "cpu", scaler))
+        return made, scaler
+
+    stream = _stream(tone_store)
+    whole, scaler = learner()
+    whole.fit(stream, tmp_path / "whole", progress=False)
+    assert len(whole._optimizers(whole.separator)) == 3
+    assert scaler.state_dict()["_growth_tracker"] == 6  # two tasks of three steps
+
+    broken, _ = learner()
+    step, calls = ContinualLearner._step, []
+
+    def dies(self, *args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(ContinualLearner, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit(stream, tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    resumed, scaler = learner()
+    resumed.fit(stream, tmp_path / "run", resume=True, progress=False)
+    assert scaler.state_dict()["_growth_tracker"] == 6
+    assert _equal(_weights(tmp_path / "run", 1), _weights(tmp_path / "whole", 1))
+
+
+def test_tensorboard_has_every_step_once_also_after_a_resume(tone_store, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    step, calls = ContinualLearner._step, []
+
+    def dies(self, *args):
+        calls.append(args)
+        if len(calls) == 6:  # steps 1 and 2 of the second task are done again
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    settings = {"epochs": 1, "checkpoint_every": 1000}
+    monkeypatch.setattr(ContinualLearner, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_learner("finetune", "none", **settings).fit(_stream(tone_store), tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    learner = tiny_learner("finetune", "none", **settings)
+    learner.fit(_stream(tone_store), tmp_path / "run", resume=True, progress=False)
+    for task in (0, 1):
+        events = EventAccumulator(str(tmp_path / "run" / "logs" / "tensorboard" / f"task-{task:02d}")).Reload()
+        assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
+        assert [e.step for e in events.Scalars("validation_sdr_db")] == [3]
+        rows = [r for r in _rows(tmp_path / "run" / "logs" / "train.csv") if r["task"] == str(task)]
+        assert [e.value for e in events.Scalars("loss")] == pytest.approx([float(r["loss"]) for r in rows], rel=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_clip_that_went_missing_is_one_line(workers, tone_store, tmp_path):
+    store = shutil.copytree(tone_store, tmp_path / "store")
+    stream = _stream(store)
+    for audio in (store / "audio").glob("*-train-*.wav"):
+        audio.unlink()
+    learner = ContinualLearner.from_spec(tiny_run_spec(), accelerator="cpu", workers=workers)
+    with pytest.raises(DataError) as caught:
+        learner.fit(stream, tmp_path / "run", progress=False)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(store / "audio"))
+    assert "is missing" in str(caught.value)
 
 
 def test_learning_rate_schedules():
