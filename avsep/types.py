@@ -92,6 +92,11 @@ class Batch:
     motion_mask: Tensor | None = None
     clips: tuple[tuple[str, ...], ...] = ()
 
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory, which a GPU reads without waiting; PyTorch's DataLoader calls it."""
+        pinned = {f.name: v.pin_memory() for f in fields(self) if hasattr(v := getattr(self, f.name), "pin_memory")}
+        return replace(self, **pinned)
+
     @property
     def mixture(self) -> Tensor:
         """[B, L]"""

@@ -68,6 +68,18 @@ def test_batch_is_scaled_by_the_number_of_sources(store):
     assert batch.motion.shape[:2] == (2, 3)
 
 
+def test_a_batch_is_pinned_whole(store, monkeypatch):
+    slots = [load_slot(store, store.clip(i), 0, FRONT_END, SOURCES, 0) for i in ("ding-train-0", "hum-train-0")]
+    batch = collate([slots])
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
+    copy = torch.utils.data._utils.pin_memory.pin_memory(batch)  # what a DataLoader does
+    assert len(pinned) == 6
+    assert copy.sources is not batch.sources
+    assert torch.equal(copy.sources, batch.sources)
+    assert copy.clips == batch.clips
+
+
 def test_items_depend_on_nothing_but_their_number(store):
     first, second = _epoch(store), _epoch(store)
     backwards = {i: first[i] for i in reversed(range(len(first)))}
