@@ -367,6 +367,17 @@ def test_a_clip_that_went_missing_is_one_line(workers, tone_store, tmp_path):
     assert "is missing" in str(caught.value)
 
 
+@pytest.mark.parametrize("setting", ["tasks=[[ding],[hum]]", "separator.num_classes=9", "store=elsewhere"])
+def test_a_setting_that_would_do_nothing_is_refused(setting, tone_store, tmp_path, capsys):
+    from avsep.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["train", str(tone_store), "--out", str(tmp_path / "run"), "--set", setting])
+    assert stop.value.code == 2
+    assert f"--set {setting} would have no effect" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_learning_rate_schedules():
     step = OptimizerSpec(schedule="step", milestones=(31, 51), gamma=0.1)
     found = [learning_rate_factor(step, step=0, epoch=e, total_steps=1) for e in (0, 30, 31, 50, 51, 99)]

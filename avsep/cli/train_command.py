@@ -8,6 +8,15 @@ from typing import Annotated
 
 import typer
 
+# settings of a run.yaml that are derived -> what they are derived from
+_ELSEWHERE = {
+    "tasks": 'give the tasks as --tasks "a,b;c,d" or --classes-per-task N',
+    "separator.classes": 'the classes come from --tasks "a,b;c,d"',
+    "separator.num_classes": 'the number of classes comes from --tasks "a,b;c,d"',
+    "store": "give the store's folder as the argument STORE",
+    "store_hash": "it is computed from the store",
+}
+
 
 def command(
     store: Annotated[
@@ -67,6 +76,9 @@ def command(
         data["memory"]["name"] = memory
     if protocol is not None or not resume:
         data["protocol"] = protocol or "fixed"
+    for setting in settings or ():
+        if way := _ELSEWHERE.get(setting.partition("=")[0]):
+            raise ConfigError(f"--set {setting} would have no effect: {way}")
     apply_settings(data, [*(settings or []), *([f"train.seed={seed}"] if seed is not None else [])])
 
     opened = Store.open(store)

@@ -65,7 +65,10 @@ class VisualTimeline:
         if source.kind != "features":
             raise DataError(f"a visual source is of kind frames or features, not '{source.kind}'")
         if source.name not in self.features:
-            raise DataError(f"{self.where} has no features '{source.name}'; it has {self._has()}")
+            raise DataError(
+                f"{self.where} has no features '{source.name}'; it has {self._has()}: add them (avsep.data.store."
+                f"add_features), or use a separator whose {source.role}_encoder takes what there is"
+            )
         array = self.features[source.name]
         width = array.shape[1] if source.role == "object" else array.shape[0]
         if source.dim and width != source.dim:
