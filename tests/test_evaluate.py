@@ -152,6 +152,7 @@ def test_pairs_of_a_clip_with_itself_are_kept_out_of_the_means(tone_run, store, 
     scores = evaluate_separator(separator, store, [fair, doubled])
     assert [s.status for s in scores] == ["ok", "degenerate"]
     assert [s.counted for s in scores] == [True, False]
+    assert not replace(scores[0], mixture=replace(fair, degenerate="same_class")).counted
     summary = summarise(rows_of(scores))
     assert (summary["mixtures"], summary["scored"], summary["degenerate"], summary["skipped"]) == (2, 1, 1, 0)
     fair_sdr = np.mean([s.sdr for s in scores[0].sources])

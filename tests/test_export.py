@@ -168,6 +168,8 @@ def test_bundle_holds_what_its_manifest_says(bundle):
 
 def test_graph_has_plain_operators_and_constant_kernels(bundle):
     operators = check_graph(bundle.graph, 18)
+    with pytest.raises(ExportError, match="opset 18, 17 was asked for"):
+        check_graph(bundle.graph, 17)
     assert not {"STFT", "DFT", "Attention", "GridSample", "Loop", "If", "Scan"} & operators.keys()
     model = onnx.load(str(bundle.graph))
     constants = {i.name for i in model.graph.initializer}
@@ -220,6 +222,10 @@ def test_verify_finds_every_damage(bundle, tmp_path):
         "version": (lambda f: forge(f, version=99), "version 1"),
         "hashes": (lambda f: forge(f, files={}), "no hash"),
         "plan": (lambda f: forge(f, plan=None), "damaged"),
+        "hash": (
+            lambda f: forge(f, files={"separator.onnx": "0" * 64, "golden.npz": "0" * 64}),
+            "is not the file that was exported",
+        ),
         "path": (
             lambda f: forge(f, files={"../separator.onnx": "0", "separator.onnx": "0", "golden.npz": "0"}),
             "no hash|SHA",

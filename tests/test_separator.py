@@ -341,6 +341,14 @@ def test_a_run_gives_its_last_finished_task(tmp_path):
         load_separator(tmp_path)
 
 
+def test_a_seed_decides_the_first_weights_and_nothing_else():
+    before = torch.get_rng_state()
+    one, other, third = (build_separator(num_classes=2, object_encoder="frame_cnn", **SMALL, seed=s) for s in (7, 7, 8))
+    assert torch.equal(before, torch.get_rng_state())
+    assert same(one, other)
+    assert not same(one, third)
+
+
 def test_list_components():
     kinds = {spec.kind for spec in list_components()}
     assert {"audio encoder", "visual encoder", "mask decoder"} <= kinds
