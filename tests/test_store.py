@@ -247,7 +247,7 @@ def test_features_of_differing_width_or_missing_clips_are_refused(copy: Path) ->
 
 def test_not_a_store(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(DataError, match="(is not a|there is no) store .*avsep data synth"):
+        with pytest.raises(DataError, match=r"(is not a|there is no) store .*avsep data synth"):
             Store.open(path)
 
 
