@@ -41,7 +41,7 @@ def flatten_state(value: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]
         pairs = []
         for key, item in value.items():
             found, skeleton = flatten_state(item, f"{prefix}.{key}" if prefix else str(key))
-            tensors |= found
+            _join(tensors, found)
             pairs.append([key, skeleton])
         return tensors, {"$dict": pairs}  # pairs keep integer keys, which JSON objects cannot
     if isinstance(value, (list, tuple)):
@@ -49,12 +49,18 @@ def flatten_state(value: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]
         items = []
         for number, item in enumerate(value):
             found, skeleton = flatten_state(item, f"{prefix}.{number}" if prefix else str(number))
-            tensors |= found
+            _join(tensors, found)
             items.append(skeleton)
         return tensors, {"$list": items}
     if value is None or isinstance(value, (bool, int, float, str)):
         return {}, value
     raise TypeError(f"{prefix or 'state'}: a {type(value).__name__} cannot be stored in a checkpoint")
+
+
+def _join(tensors: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    if twice := tensors.keys() & found.keys():
+        raise ValueError(f"two tensors of the state share the path '{min(twice)}': rename one of their keys")
+    tensors |= found
 
 
 def unflatten_state(tensors: dict[str, Tensor], skeleton: Any) -> Any:
@@ -72,8 +78,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors to ``path`` (inside a folder that is not yet visible). Shared storage is written out."""
     try:
         save_file({k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}, path)
+        with open(path, "rb+") as file:  # before the pointer to it moves: it must outlive a power cut too
+            os.fsync(file.fileno())
     except SafetensorError as error:  # a full disk surfaces here, not as OSError
-        raise AvsepError(f"cannot write {path.name}: {error}; what was there before is unchanged") from None
+        raise AvsepError(
+            f"cannot write {path.name} in {path.parent.parent} ({error}): if no space is left, free some, then go on "
+            f"with --resume; what was there before is unchanged"
+        ) from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -102,8 +104,8 @@ class ContinualLearner:
         memory: likewise from :data:`~avsep.registry.MEMORIES`.
         train: a :class:`~avsep.spec.TrainSpec` or its plain data; the published settings when omitted.
         accelerator: Lightning Fabric's: ``auto``, ``cpu``, ``cuda``, ``mps``.
-        workers: reader processes; by default none on a CPU, where they would compete with training, else 4. The
-            result does not depend on it.
+        workers: reader processes; by default none on a CPU, where they would compete with training, and where they
+            cannot be forked (they would import the caller's script again), else 4. The result does not depend on it.
     """
 
     def __init__(
@@ -129,7 +131,8 @@ class ContinualLearner:
                 f"training takes no number of a device ('{accelerator}'): choose one with CUDA_VISIBLE_DEVICES"
             )
         self.fabric = Fabric(accelerator=accelerator, devices=1, precision=_precision(precision, accelerator))
-        self.workers = workers if workers is not None else (0 if self.fabric.device.type == "cpu" else 4)
+        forks = multiprocessing.get_start_method() == "fork"
+        self.workers = workers if workers is not None else (4 if forks and self.fabric.device.type != "cpu" else 0)
 
     @classmethod
     def from_spec(cls, spec: RunSpec, **kwargs: Any) -> ContinualLearner:
@@ -244,6 +247,8 @@ class ContinualLearner:
         if not resume:
             write_yaml(out / "run.yaml", spec.model_dump(mode="json"))
             return None
+        for leftover in out.glob("tasks/*/.separator-*"):  # of a kill while a separator was being written
+            shutil.rmtree(leftover, ignore_errors=True)
         stored = read_run_spec(out)
         # where the store lies may change between machines; what it holds may not
         mine, theirs = (s.model_dump(mode="json", exclude={"store", "preset"}) for s in (spec, stored))
@@ -453,7 +458,8 @@ class ContinualLearner:
             raise NumericalError(
                 f"the loss is not finite at task {task.index} step {record.step} ({_format(named)}); the batch: "
                 f"{', '.join('+'.join(clips) for clips in batch.clips)}; the last good checkpoint is in "
-                f"{out / 'state'}: look at those clips or lower the learning rate, then resume"
+                f"{out / 'state'}: look at those clips (and the batch before, whose gradient may have broken the "
+                f"weights) or lower the learning rate, then resume"
             )
         self.fabric.backward(loss)
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)  # of 16-mixed

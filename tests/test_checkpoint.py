@@ -32,6 +32,8 @@ def test_nested_state_round_trip():
     assert torch.equal(back["student"]["weight"], _state()["student"]["weight"])
     with pytest.raises(TypeError, match="a set cannot be stored"):
         flatten_state({"a": {1, 2}})
+    with pytest.raises(ValueError, match=r"share the path 'a\.b'"):
+        flatten_state({"a": {"b": torch.ones(1)}, "a.b": torch.zeros(1)})
 
 
 def test_latest_wins_and_older_ones_go(tmp_path):

@@ -62,7 +62,10 @@ def command(
     console.print(f"{len(store.clips)} clips; task 1: {', '.join(tasks[0])}; task 2: {', '.join(tasks[1])}")
 
     section("2/5 Learning both tasks twice: fine-tuning, and ContAV-Sep with one remembered clip a class")
-    _train_both(out, preset, tasks, seed)
+    try:
+        _train_both(out, preset, tasks, seed)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on with: avsep demo --out {out} --seed {seed}") from None
 
     section("3/5 Held-out clips")
     runs = {strategy: out / strategy for strategy in RUNS}

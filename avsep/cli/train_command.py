@@ -50,7 +50,7 @@ def command(
     """Learn a store's classes task after task."""
     from avsep.data.store import Store
     from avsep.data.tasks import task_stream
-    from avsep.errors import ConfigError
+    from avsep.errors import CheckpointError, ConfigError
     from avsep.learner import ContinualLearner
     from avsep.runs import read_run_spec
     from avsep.spec import RunSpec, apply_settings, load_preset, validated
@@ -70,10 +70,13 @@ def command(
         data["strategy"], data["memory"] = strategy or "contavsep", memory or "random_per_class"
     if store is None:
         raise ConfigError("no store given: avsep train STORE --out RUN (make one with: avsep data synth STORE)")
-    if resume and strategy:
-        data["strategy"]["name"] = strategy
-    if resume and memory:
-        data["memory"]["name"] = memory
+    if resume:
+        for what, asked in (("strategy", strategy), ("memory", memory)):
+            if asked is not None and asked != data[what]["name"]:
+                raise CheckpointError(
+                    f"{out} was started with another spec: {what} was '{data[what]['name']}', now '{asked}'; resume "
+                    f"without --{what}, or choose another folder"
+                )
     if protocol is not None or not resume:
         data["protocol"] = protocol or "fixed"
     for setting in settings or ():

@@ -52,11 +52,7 @@ def load_slot(
     length = front_end.clip_samples
     if clip.samples == 0:
         raise DataError(f"clip '{clip.id}' has no samples: run avsep data check on the store")
-    if clip.samples >= length:
-        audio = store.read_audio(clip, start, length - 1)
-    else:
-        whole = store.read_audio(clip, 0, clip.samples)
-        audio = np.take(whole, np.arange(start, start + length - 1), mode="wrap")
+    audio = store.read_audio(clip, start, length - 1, tile=clip.samples < length)
     audio = np.clip(audio * np.float32(gain), -1.0, 1.0)
     audio = np.concatenate([audio, np.zeros(1, np.float32)])
     if not np.isfinite(audio).all():

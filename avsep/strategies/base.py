@@ -50,7 +50,10 @@ class Strategy:
     restarts = False
 
     def before_task(self, student: Separator, teacher: Separator | None, task: Task) -> None:
-        """Called after the student has grown and before the optimisers are made."""
+        """Called when a task starts, after the student has grown and before the optimisers are made.
+
+        A resume within the task does not call it again: what it prepares belongs into :meth:`state_dict`.
+        """
 
     def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
         """Named scalar terms, already weighted; their sum is what is minimised."""
