@@ -106,7 +106,7 @@ def write_audio(path: str | os.PathLike[str], audio: Audio, rate_hz: int, subtyp
         The number of samples that were clipped.
 
     Raises:
-        AudioError: the audio is empty, not finite or of a wrong shape.
+        AudioError: the audio is empty, not finite or of a wrong shape, or the disk is full.
         ConfigError: unknown subtype, or one that the suffix's format cannot hold.
     """
     import soundfile
@@ -130,7 +130,12 @@ def write_audio(path: str | os.PathLike[str], audio: Audio, rate_hz: int, subtyp
         clipped = int((np.abs(audio) > 1).sum())
         audio = np.clip(audio, np.float32(-1), top)
     with atomic_path(file) as temporary:
-        soundfile.write(temporary, audio.T, rate_hz, format=format_name, subtype=subtype)
+        try:
+            soundfile.write(temporary, audio.T, rate_hz, format=format_name, subtype=subtype)
+        except soundfile.LibsndfileError as error:  # it keeps the system's reason to itself
+            raise AudioError(
+                f"cannot write {file} ({error.error_string.rstrip('.')}): if no space is left, free some and run again"
+            ) from None
     return clipped
 
 

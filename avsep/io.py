@@ -52,7 +52,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # NumPy has no errno for an array cut short, only the words "N requested and M written"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "requested and" in str(error)):
             raise AvsepError(
                 f"no space left to write {target}: free some and run again (what was there is unchanged)"
             ) from error

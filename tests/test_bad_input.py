@@ -7,7 +7,9 @@ a way out, and the folder holds byte for byte what it held before.
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,8 +23,10 @@ import soundfile
 import torch
 import yaml
 from conftest import RATE, TINY_SEPARATOR, TINY_TRAIN
+from safetensors.torch import load_file
 
 from avsep.cli import main
+from avsep.data.synthesis import find_banks
 
 TASKS = "ding,hum;peep,whirr"
 EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -599,3 +603,135 @@ def test_one_line_and_nothing_lost(bad: Case, desk: Desk, capfd):
     after = contents(desk.path)
     assert sorted(after) == sorted(before)
     assert after == before
+
+
+# ---------------------------------------------------------------------- a full disk
+
+
+class SmallDisk:
+    """A disk to fill: a tmpfs where mounting is allowed, else a folder and a limit on the size of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(path)]
+        try:
+            self.mounted = subprocess.run(command, capture_output=True).returncode == 0
+        except FileNotFoundError:
+            self.mounted = False
+
+    def leave(self, kilobytes: int | None) -> None:
+        """Leave so much room (None: as much as is wanted)."""
+        if self.mounted:
+            found = os.statvfs(self.path)
+            used = (found.f_blocks - found.f_bfree) * found.f_frsize
+            size = 256 << 20 if kilobytes is None else used + kilobytes * 1024
+            subprocess.run(["mount", "-o", f"remount,size={size}", str(self.path)], check=True)
+        else:
+            resource = pytest.importorskip("resource")
+            limit = resource.RLIM_INFINITY if kilobytes is None else min(kilobytes, 8) * 1024
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    def close(self) -> None:
+        if self.mounted:
+            subprocess.run(["umount", "-l", str(self.path)], check=True)
+        else:
+            self.leave(None)
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[SmallDisk]:
+    made = SmallDisk(tmp_path / "disk")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def refused_for_space(argv: list, disk: SmallDisk, capfd) -> None:
+    capfd.readouterr()
+    code = run(argv)
+    told = capfd.readouterr().err
+    lines = lines_of(told)
+    assert (len(lines), code) == (1, 2), told
+    assert lines[0].startswith("avsep: ")
+    if disk.mounted:
+        assert "space" in lines[0]
+        assert "free some" in lines[0]
+
+
+def _log(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_training_survives_a_full_disk(desk, disk, capfd):
+    """Filled at several moments, it stops in one line each time, and ends as if nothing had been."""
+    out = disk.path / "run"
+    refused = 0
+    for kilobytes in (4, 64, 900, 1500, 2200, 3000, None):
+        disk.leave(kilobytes)
+        argv = ["train", "--out", out, "--resume"] if (out / "run.yaml").is_file() else desk.train("--out", out)
+        if kilobytes is None:
+            assert run(argv) == 0, capfd.readouterr().err
+        else:
+            refused_for_space(argv, disk, capfd)
+            refused += 1
+    assert refused == 6
+    for task in ("00", "01"):
+        name = f"tasks/{task}/separator/model.safetensors"
+        mine, whole = load_file(out / name), load_file(desk.tone_run / name)
+        assert all(torch.equal(mine[k], whole[k]) for k in whole)
+    for name in ("train.csv", "validation.csv"):
+        assert _log(out / "logs" / name) == _log(desk.tone_run / "logs" / name)
+
+
+ROOM = {  # command -> the kilobytes left for it
+    "separate": (8, lambda d, out: d.separate(None, "--out", out)),
+    "separate the second file": (28, lambda d, out: d.separate(None, "--out", out)),
+    "export": (200, lambda d, out: ["export", d.tone_run, "--task", "0", "--out", out]),
+    "report": (8, lambda d, out: ["report", d.tone_run, "--mixtures", "1", "--out", out / "page.html"]),
+    "features": (4, lambda d, out: ["data", "features", d.tone_store, "--clips", "hum-test-0", "--out", out / "f.npz"]),
+    "mix": (48, lambda d, out: ["data", "mix", d.tone_store, "--clips", "hum-test-0,ding-test-0", "--out", out]),
+    "sheet": (4, lambda d, out: ["data", "sheet", d.tone_store, "--out", out / "sheet.png"]),
+}
+
+
+@pytest.mark.parametrize("name", ROOM)
+def test_a_full_disk_leaves_nothing_half_written(name, desk, disk, capfd):
+    for package in {"export": EXPORT_PACKAGES, "report": ("jinja2", "matplotlib"), "sheet": ("PIL",)}.get(name, ()):
+        pytest.importorskip(package)
+    kilobytes, command = ROOM[name]
+    out = disk.path / "out"
+    argv = command(desk, out)
+    disk.leave(kilobytes)
+    refused_for_space(argv, disk, capfd)
+    assert [p for p in disk.path.rglob("*") if p.is_file()] == []
+    if name not in ("report", "features", "sheet"):
+        assert not out.exists()
+    disk.leave(None)
+    assert run(argv) == 0
+    assert [p for p in disk.path.rglob("*") if p.is_file()]
+
+
+def test_an_evaluation_on_a_full_disk_leaves_the_run_as_it_was(desk, disk, capfd):
+    folder = shutil.copytree(desk.tone_run, disk.path / "run")
+    (folder / "evaluation.json").write_text("of yesterday")
+    before = contents(folder)
+    disk.leave(4)
+    refused_for_space(["evaluate", folder], disk, capfd)
+    assert contents(folder) == before
+
+
+@pytest.mark.skipif(not find_banks(), reason="no SoundFont bank here")
+def test_a_store_goes_on_after_a_full_disk(tmp_path, disk, capfd):
+    options = ["--classes", "flute,piano", "--clips", "1,1,1", "--clip-s", "1", "--workers", "1"]
+    assert run(["data", "synth", tmp_path / "whole", *options]) == 0
+    disk.leave(100)
+    if disk.mounted:
+        refused_for_space(["data", "synth", disk.path / "store", *options], disk, capfd)
+        disk.leave(70)
+        refused_for_space(["data", "synth", disk.path / "store", *options], disk, capfd)
+    disk.leave(None)
+    assert run(["data", "synth", disk.path / "store", *options]) == 0
+    assert contents(disk.path / "store") == contents(tmp_path / "whole")

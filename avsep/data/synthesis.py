@@ -12,7 +12,9 @@ import importlib.util
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,13 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
+from avsep.audio import write_audio
 from avsep.data.phrases import CLASSES, Instrument, compose, instrument
 from avsep.data.pictures import look_of, motion_frames, object_frames
 from avsep.data.soundfont import Note, SoundFont
 from avsep.data.store import SPLITS, Store, StoreWriter, remove_store
 from avsep.data.visualfile import timelines_of, write_visual_file
 from avsep.errors import AvsepError, ConfigError, DataError, UnknownNameError
-from avsep.io import atomic_path, sha256_file
+from avsep.io import made_folder, sha256_file
 from avsep.progress import Progress, progress_bar
 
 __all__ = ["SIZES", "TINY_CLASSES", "Size", "find_banks", "synthesise", "write_duet"]
@@ -330,8 +333,6 @@ def write_duet(store: Store, clip_ids: Sequence[str], out_dir: str | Path) -> di
     (each source as it is in the mixture); the duet is as long as its shortest clip. Returns the paths by name:
     ``duet``, ``features`` and each class.
     """
-    import soundfile
-
     clips = store.clips_by_id(clip_ids)
     if len(clips) < 2:
         raise DataError(
@@ -341,13 +342,17 @@ def write_duet(store: Store, clip_ids: Sequence[str], out_dir: str | Path) -> di
     out = Path(out_dir)
     length = min(c.samples for c in clips)
     sources = [store.read_audio(c, 0, length) / np.float32(len(clips)) for c in clips]
-    paths = {c.class_name: out / "references" / f"{c.class_name}.wav" for c in clips}
-    for clip, source in zip(clips, sources, strict=True):
-        with atomic_path(paths[clip.class_name]) as temporary:
-            soundfile.write(temporary, source, store.sample_rate_hz, subtype="PCM_16")
-    paths["duet"] = out / "duet.wav"
-    with atomic_path(paths["duet"]) as temporary:
-        soundfile.write(temporary, np.sum(sources, axis=0), store.sample_rate_hz, subtype="PCM_16")
-    paths["features"] = out / "features.npz"
-    write_visual_file(paths["features"], timelines)
-    return paths
+    names = {c.class_name: f"references/{c.class_name}.wav" for c in clips}
+    names |= {"duet": "duet.wav", "features": "features.npz"}
+    with made_folder(out):
+        staging = Path(tempfile.mkdtemp(prefix=".mixing-", dir=out))  # all of it appears, or nothing
+        try:
+            for name, sound in zip(names, [*sources, np.sum(sources, axis=0)], strict=False):
+                write_audio(staging / names[name], sound, store.sample_rate_hz)
+            write_visual_file(staging / names["features"], timelines)
+            (out / "references").mkdir(exist_ok=True)
+            for name in names.values():
+                os.replace(staging / name, out / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return {key: out / name for key, name in names.items()}
