@@ -94,9 +94,9 @@ class FrontEndSpec(_Model):
     def _consistent(self) -> FrontEndSpec:
         if self.n_fft % 2:
             raise ValueError(f"n_fft must be even, got {self.n_fft}")
-        if self.hop * 2 > self.n_fft:
+        if self.hop * 2 >= self.n_fft:
             raise ValueError(
-                f"hop {self.hop} is too long for n_fft {self.n_fft}: the inverse needs at least half overlap"
+                f"hop {self.hop} is too long for n_fft {self.n_fft}: the inverse needs more than half overlap"
             )
         return self
 

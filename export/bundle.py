@@ -74,7 +74,9 @@ def golden_inputs(
                         row += 0.2 / harmonic * tone
             inputs[spec.name] = (mixture / max(1.0, float(np.abs(mixture).max()))).astype(np.float32)
         elif spec.name == "class_ids":
-            inputs[spec.name] = (np.arange(spec.shape[0] * spec.shape[1]) % num_classes).reshape(spec.shape)
+            inputs[spec.name] = (np.arange(spec.shape[0] * spec.shape[1], dtype=np.int64) % num_classes).reshape(
+                spec.shape
+            )
         else:
             inputs[spec.name] = rng.standard_normal(spec.shape).astype(np.float32)
     return inputs
