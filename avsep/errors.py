@@ -63,7 +63,11 @@ class MissingExtraError(AvsepError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f'{purpose} needs {package}, which is not installed: pip install "avsep[{extra}]"')
+        super().__init__(package, extra, purpose)  # all three, or it could not come back from another process
+
+    def __str__(self) -> str:
+        package, extra, purpose = self.args
+        return f'{purpose} needs {package}, which is not installed: pip install "avsep[{extra}]"'
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:

@@ -40,18 +40,21 @@ def synth(
 
     from avsep.data.synthesis import synthesise
 
-    store = synthesise(
-        out,
-        size=size,
-        classes=None if classes is None else _names(classes),
-        seed=seed,
-        banks=bank,
-        holdout_bank=holdout_bank,
-        workers=workers,
-        clips_per_class=None if clips is None else _counts(clips),
-        clip_s=clip_s,
-        force=force,
-    )
+    try:
+        store = synthesise(
+            out,
+            size=size,
+            classes=None if classes is None else _names(classes),
+            seed=seed,
+            banks=bank,
+            holdout_bank=holdout_bank,
+            workers=workers,
+            clips_per_class=None if clips is None else _counts(clips),
+            clip_s=clip_s,
+            force=force,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on where it was") from None
     Console().print(f"{store.path}: {_extent(store)}", highlight=False)
     Console().print(f"content hash {store.content_hash}", highlight=False)
 
