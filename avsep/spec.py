@@ -241,7 +241,10 @@ def load_preset(name: str) -> dict[str, Any]:
     if path.suffix not in {".yaml", ".yml"}:
         path = PRESETS / f"{name}.yaml"
         if not path.is_file():
-            raise UnknownNameError(f"no preset named '{name}': {near_matches(name, list_presets())} (see: avsep list)")
+            raise UnknownNameError(
+                f"no preset named '{name}': {near_matches(name, list_presets())} (see: avsep list presets; a file of "
+                f"one's own ends in .yaml)"
+            )
     data = read_yaml(path)
     if not isinstance(data, dict) or "separator" not in data:
         raise ConfigError(f"{path} is not a preset: it has no 'separator'")

@@ -158,7 +158,8 @@ def test_data_commands(tmp_path, capsys):
     assert "every file matches its hash" in capsys.readouterr().out
     assert run("data", "banks") == 0
     assert str(find_banks()[0]) in capsys.readouterr().out
-    assert run("data", "sheet", store, "--out", tmp_path / "sheet.png") == 0
+    assert run("data", "sheet", store, "--out", tmp_path / "sheet") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'sheet.png'}\n"
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 
     clips = "flute-test-000,drum-test-001"

@@ -151,7 +151,8 @@ def contact_sheet(store: Store, out: str | Path, per_class: int = 6, tile: int =
             for column, picture in enumerate(motion[len(motion) // 2 :][:motions]):
                 sheet.paste(_tile(picture, tile), ((per_class + column) * tile, top + label))
     target = Path(out)
-    with atomic_path(target if target.suffix else target.with_suffix(".png")) as temporary:
+    target = target if target.suffix else target.with_suffix(".png")
+    with atomic_path(target) as temporary:
         try:
             sheet.save(temporary)
         except ValueError:

@@ -225,7 +225,9 @@ def synthesise(
     if not names:
         raise ConfigError(f"no classes: name some of {', '.join(CLASSES)}")
     if len(counts) != 3 or min(counts) < 0 or sum(counts) < 1:
-        raise ConfigError(f"clips_per_class = {counts}: give three numbers, for train, val and test")
+        raise ConfigError(
+            f"clips_per_class = {counts}: give three numbers from 0 on, not all 0, for train, val and test"
+        )
     if not 0.5 <= duration_s <= 3600:
         raise ConfigError(f"clip_s = {duration_s:g}: a clip has 0.5 to 3600 seconds")
     if seed < 0:

@@ -112,6 +112,8 @@ def write_visual_file(path: str | Path, timelines: Mapping[str, VisualTimeline])
     Keys: ``CLASS/object``, ``CLASS/motion``, ``CLASS/object_rate_hz``, ``CLASS/motion_rate_hz`` and
     ``CLASS/features/NAME``.
     """
+    if not timelines:
+        raise DataError(f"{path}: there is no clip to write pictures or features of: name at least one")
     arrays: dict[str, Any] = {}
     for name, timeline in timelines.items():
         if not name or "/" in name:
