@@ -256,7 +256,7 @@ def _print_scores(console: Console, results: dict[str, dict[str, Any]]) -> None:
         table.add_column(heading, justify="right" if heading else "left")
     rows = results["contavsep"]["after"][-1]["rows"]
     baseline = [_mean([r["sdr_mixture"] for r in rows if r["list"] == f"task-{t}"]) for t in (0, 1)]
-    table.add_row("mixture as it is", f"{baseline[0]:.2f}", f"{baseline[0]:.2f}", "", f"{baseline[1]:.2f}")
+    table.add_row("mixture", f"{baseline[0]:.2f}", f"{baseline[0]:.2f}", "", f"{baseline[1]:.2f}")
     for name, result in results.items():
         (first, _), (kept, new) = result["matrix"]
         table.add_row(name, f"{first:.2f}", f"{kept:.2f}", f"{result['forgetting']:.2f}", f"{new:.2f}")
