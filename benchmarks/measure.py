@@ -38,6 +38,7 @@ __all__ = [
     "peak_memory_bytes",
 ]
 
+PAUSE_S = 0.3  # before each timed call
 COLUMNS = (
     "case",
     "variant",
@@ -137,6 +138,9 @@ def interleaved(
             gc.collect()
             for name, function in variants.items():
                 _synchronise(device)
+                # The threads of the library before (OpenBLAS's, under mir_eval) spin on for a while after its call and
+                # would be charged to this one.
+                time.sleep(PAUSE_S)
                 start = time.perf_counter()
                 function()
                 _synchronise(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def plot_rows(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         panel.set_yticks(list(places), [v["variant"] for v in variants])
         panel.invert_yaxis()
         panel.set_xlim(0, 1.3 * reach)
-        panel.set_title(f"{name} ({variants[0]['settings']})", fontsize=8, loc="left")
+        title = textwrap.fill(f"{name} ({variants[0]['settings']})", 100)
+        panel.set_title(title, fontsize=8, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("ms, median with 20 and 80 percentiles")
     first = rows[0]
