@@ -138,12 +138,16 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
         latest = read_json(pointer)
         target, hashes = folder / str(latest["checkpoint"]), dict(latest["sha256"])
     except (ConfigError, KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{pointer} is damaged: remove {folder} to start over") from None
+        raise CheckpointError(f"{pointer} is damaged: remove {folder} to go on from the last finished task") from None
     for name, stated in hashes.items():
         if not (target / name).is_file():
-            raise CheckpointError(f"checkpoint file is missing: {target / name}; remove {folder} to start over")
+            raise CheckpointError(
+                f"checkpoint file is missing: {target / name}; remove {folder} to go on from the last finished task"
+            )
         if sha256_file(target / name) != stated:
-            raise CheckpointError(f"checkpoint file is damaged: {target / name}; remove {folder} to start over")
+            raise CheckpointError(
+                f"checkpoint file is damaged: {target / name}; remove {folder} to go on from the last finished task"
+            )
     skeletons = read_json(target / "state.json")
     found = {}
     for stem, skeleton in skeletons.items():

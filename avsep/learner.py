@@ -189,11 +189,30 @@ class ContinualLearner:
         with FolderLock(out):
             state = self._open_run(out, spec, resume)
             stream.protocol.save(out / "protocol.json")
-            first = int(state["progress"]["task"]) if state else 0
+            first = int(state["progress"]["task"]) if state else self._restore(stream, out)
             for task in stream.tasks[first:]:
                 self._learn(task, stream, out, state, progress)
                 state = None
         return [read_json(out / "tasks" / f"{t.index:02d}" / "task.json") for t in stream.tasks]
+
+    def _restore(self, stream: TaskStream, out: Path) -> int:
+        """Stand where the last finished task ended, without a checkpoint; returns the number of finished tasks.
+
+        A task begins from the separator that the one before left, so this is where a run goes on whose ``state`` was
+        lost. A strategy that keeps more than that between tasks cannot.
+        """
+        done = 0
+        while done < len(stream) and separator_folder(out, done).with_name("task.json").is_file():
+            done += 1
+        if done:
+            if type(self.strategy).state_dict is not Strategy.state_dict:
+                raise CheckpointError(
+                    f"{out / 'state'} is gone, and with it what strategy '{self._strategy_ref.name}' keeps between "
+                    f"tasks: remove {out} and start the run again"
+                )
+            self.separator = load_separator(out, task=done - 1)
+            self.exemplars = read_json(separator_folder(out, done - 1).with_name("task.json"))["exemplars"]
+        return done
 
     def _check(self, stream: TaskStream) -> None:
         first = stream.tasks[0]

@@ -232,6 +232,32 @@ def test_a_damaged_checkpoint_is_named(tone_run, tone_store, tmp_path):
         tiny_learner().fit(_stream(tone_store), run, resume=True, progress=False)
 
 
+def test_a_lost_checkpoint_costs_the_unfinished_task_only(tone_run, tone_store, tmp_path):
+    run = shutil.copytree(tone_run, tmp_path / "run")
+    shutil.rmtree(run / "state")
+    shutil.rmtree(run / "tasks" / "01")
+    first = (run / "tasks" / "00" / "separator" / "model.safetensors").stat().st_mtime_ns
+    records = tiny_learner().fit(_stream(tone_store), run, resume=True, progress=False)
+    assert (run / "tasks" / "00" / "separator" / "model.safetensors").stat().st_mtime_ns == first
+    assert _equal(_weights(run, 1), _weights(tone_run, 1))
+    assert records[1]["exemplars"] == json.loads((tone_run / "tasks" / "01" / "task.json").read_text())["exemplars"]
+    assert _rows(run / "logs" / "train.csv") == _rows(tone_run / "logs" / "train.csv")
+
+
+def test_a_strategy_with_a_state_of_its_own_does_not_go_on_without_it(tone_run, tone_store, tmp_path):
+    run = shutil.copytree(tone_run, tmp_path / "run")
+    shutil.rmtree(run / "state")
+    learner = tiny_learner()
+
+    class Keeping(type(learner.strategy)):
+        def state_dict(self):
+            return {"fisher": torch.ones(1)}
+
+    learner.strategy.__class__ = Keeping
+    with pytest.raises(CheckpointError, match="state is gone, and with it what strategy 'contavsep' keeps"):
+        learner.fit(_stream(tone_store), run, resume=True, progress=False)
+
+
 def test_two_writers_of_one_run(tone_store, tmp_path):
     from avsep.io import FolderLock
 
