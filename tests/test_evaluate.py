@@ -252,7 +252,7 @@ def test_an_unfinished_run_is_scored_as_far_as_it_goes(run):
         evaluate_run(run)
 
 
-def test_paper_protocol_is_scored_on_its_own_lists(tone_store, run, store):
+def test_paper_protocol_is_scored_on_its_own_lists(tone_store, run, store, capsys):
     stream = task_stream(tone_store, TINY_TASKS, protocol="paper", clip_samples=TINY_FRONT_END["clip_samples"])
     stream.protocol.save(run / "protocol.json")
     result = evaluate_run(run)
@@ -260,6 +260,11 @@ def test_paper_protocol_is_scored_on_its_own_lists(tone_store, run, store):
     degenerate = sum(bool(m.degenerate) for m in stream.protocol.at(1))
     assert degenerate > 0
     assert result["after"][1]["all"]["degenerate"] == degenerate
+    command(run, store=None, task=None, batch_size=4, device="cpu")
+    shown = capsys.readouterr().out
+    released = result["after"][1]["all"]["with_degenerate"]["mean"]["sdr"]
+    assert any("with degen." in line and f"{released:.2f}" in line for line in shown.splitlines())
+    assert released != pytest.approx(result["after"][1]["all"]["mean"]["sdr"], abs=1e-3)
 
 
 def test_mistakes_are_one_clear_line(run, tmp_path):

@@ -77,8 +77,11 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
                 name,
                 *[_number(summary["mean"][m]) for m in METRICS],
                 *[str(summary[k]) for k in ("scored", "skipped", "degenerate")],
-                end_section=place == len(lists) - 1,
             )
+            if summary["degenerate"]:  # as the published numbers are made
+                means = summary["with_degenerate"]["mean"]
+                table.add_row("", "with degen.", *[_number(means[m]) for m in METRICS], "", "", "")
+        table.add_section()
     console.print(table)
     last = result["after"][-1]["all"]
     if last["skipped"]:
@@ -86,7 +89,10 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
             f"{last['skipped']} mixtures were skipped: a signal is silent ({last['silent_estimates']} estimates)"
         )
     if last["degenerate"]:
-        console.print(f"{last['degenerate']} mixtures of a clip with itself or its own class are in no mean")
+        console.print(
+            f"{last['degenerate']} mixtures of a clip with itself or its own class count in the rows 'with degen.' "
+            f"only, as in the published numbers"
+        )
 
 
 def _number(value: float | None) -> str:
