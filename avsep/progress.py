@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 __all__ = ["Progress", "progress_bar"]
 
 
 class Progress:
-    """Bars of one long piece of work. Does nothing when made without a display."""
+    """Bars of one long piece of work. Does nothing when made without a display (rich's)."""
 
-    def __init__(self, display: object = None) -> None:
+    def __init__(self, display: Any = None) -> None:
         self._display = display
 
     def add(self, label: str, total: int | None, done: int = 0) -> int:
         if self._display is None:
             return 0
-        self._display.start()  # type: ignore[attr-defined]  # does nothing the second time
-        return int(self._display.add_task(label, total=total, completed=done, note=""))  # type: ignore[attr-defined]
+        self._display.start()  # does nothing the second time
+        return int(self._display.add_task(label, total=total, completed=done, note=""))
 
     def advance(self, bar: int, amount: int = 1, note: str | None = None) -> None:
         if self._display is not None:
             fields = {} if note is None else {"note": note}
-            self._display.update(bar, advance=amount, **fields)  # type: ignore[attr-defined]
+            self._display.update(bar, advance=amount, **fields)
 
     def update(self, bar: int, done: int, total: int) -> None:
         """Set how far a bar is, for work that counts for itself."""
         if self._display is not None:
-            self._display.update(bar, completed=done, total=total)  # type: ignore[attr-defined]
+            self._display.update(bar, completed=done, total=total)
 
 
 @contextlib.contextmanager

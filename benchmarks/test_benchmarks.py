@@ -25,7 +25,10 @@ def _data(folder: Any) -> Iterator[Case]:
     yield from cases.data_cases(cases.temporary_store(folder / "store"))
 
 
-@pytest.fixture(scope="module", params=list(KNOWN))
+SPEEDS = [(name, number) for name, (variants, _, _) in KNOWN.items() for number in range(len(variants))]
+
+
+@pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A case whose variants were found to agree; one that fails its check has no speed."""
     try:
@@ -37,12 +40,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", range(max(len(variants) for variants, _, _ in KNOWN.values())))
+@pytest.mark.parametrize(("case", "number"), SPEEDS, indirect=["case"], ids=[f"{n}-{k}" for n, k in SPEEDS])
 def test_speed(case: Case, number: int, benchmark: Any) -> None:
     variants, repeats, _ = KNOWN[case.name]
     assert tuple(case.variants) == variants
-    if number >= len(variants):
-        pytest.skip(f"'{case.name}' has {len(variants)} variants")
     benchmark.group = case.name
     benchmark.name = variants[number]
     benchmark.extra_info.update(settings=case.settings, items=case.items, item=case.item)

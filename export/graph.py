@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from avsep.encoders.unet7 import UpConv, folded_kernel
+from avsep.kernels.stft_masking.reference import hann_window, linear_frequency_grid, log_frequency_grid
 from avsep.spec import FrontEndSpec
 from avsep.types import VisualFeatures
 
@@ -34,11 +35,6 @@ def _angles(n_fft: int) -> Matrix:
     k = np.arange(n_fft // 2 + 1, dtype=np.int64)[:, None]
     n = np.arange(n_fft, dtype=np.int64)[None, :]
     return 2 * np.pi * ((k * n) % n_fft) / n_fft
-
-
-def _hann(n_fft: int) -> Matrix:
-    """The periodic Hann window."""
-    return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
 
 
 class PolyphaseSTFT(nn.Module):
@@ -65,7 +61,7 @@ class PolyphaseSTFT(nn.Module):
         self.frames = 1 + samples // hop
         self.taps = -(-n_fft // hop)
         filled = self.taps * hop
-        window = _hann(n_fft)
+        window = hann_window(n_fft).numpy()
         angles = _angles(n_fft)
         analysis = np.zeros((2 * self.bins, filled))
         analysis[:, :n_fft] = np.concatenate([np.cos(angles), -np.sin(angles)]) * window
@@ -139,10 +135,8 @@ def warp_matrices(spec: FrontEndSpec) -> tuple[Matrix, Matrix, Matrix | None]:
     """
     bins, rows, frames = spec.n_fft // 2 + 1, spec.log_rows, spec.frames
     border = spec.align_corners  # the published form reads zeros beyond the border
-    y = np.linspace(-1, 1, rows)
-    warp = _interpolation((21 ** ((y + 1) / 2) - 11) / 10, bins, spec.align_corners, border)
-    y = np.linspace(-1, 1, bins)
-    unwarp = _interpolation(2 * np.log(10 * y + 11) / np.log(21) - 1, rows, spec.align_corners, border)
+    warp = _interpolation(log_frequency_grid(rows).numpy(), bins, spec.align_corners, border)
+    unwarp = _interpolation(linear_frequency_grid(bins).numpy(), rows, spec.align_corners, border)
     if spec.align_corners:
         return warp, unwarp, None
     return warp, unwarp, _interpolation(np.linspace(-1, 1, frames), frames, False, False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -180,3 +182,17 @@ def test_wrong_input():
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_the_grids_invert_each_other_and_span_the_spectrum():
+    rows = reference.log_frequency_grid(256)
+    assert rows[0] == -1
+    assert rows[-1] == 1
+    middle = reference.log_frequency_grid(3)[1]
+    assert float((middle + 1) / 2) == pytest.approx((21**0.5 - 1) / 20)
+    back = 2 * torch.log(10 * rows + 11) / math.log(21) - 1
+    torch.testing.assert_close(back, torch.linspace(-1, 1, 256, dtype=torch.float64))
+    bins = reference.linear_frequency_grid(512)
+    assert bins[0] == pytest.approx(-1)
+    assert bins[-1] == pytest.approx(1)
+    torch.testing.assert_close((21 ** ((bins + 1) / 2) - 11) / 10, torch.linspace(-1, 1, 512, dtype=torch.float64))

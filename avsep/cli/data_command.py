@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from avsep.data.checking import StoreCheck
     from avsep.data.store import Store
 
@@ -104,7 +106,7 @@ def check(store: _StoreArgument) -> None:
     console.print("every file matches its hash")
 
 
-def _print_check(console: object, result: StoreCheck) -> None:
+def _print_check(console: Console, result: StoreCheck) -> None:
     from rich.table import Table
 
     table = Table("class", "split", "clips", "minutes", "dB: min", "median", "max", "beside audio")
@@ -116,13 +118,13 @@ def _print_check(console: object, result: StoreCheck) -> None:
                 k if n == summary.clips else f"{k} ({n})" for k, n in summary.kinds.items() if k != "audio"
             )
             table.add_row(name, split, str(summary.clips), f"{summary.seconds / 60:.1f}", *loud, kinds)
-    console.print(table)  # type: ignore[attr-defined]
+    console.print(table)
     if result.features:
         features = Table("features", "role", "width", "mean", "std", "norm", "constant dimensions")
         for name, f in result.features.items():
             numbers = [f"{x:.4g}" for x in (f.mean, f.std, f.norm)]
             features.add_row(name, f.role, str(f.dim), *numbers, str(f.dead))
-        console.print(features)  # type: ignore[attr-defined]
+        console.print(features)
 
 
 @app.command("info")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avsep.kernels._backend import choose_backend
+from avsep.kernels.stft_masking.reference import hann_window, linear_frequency_grid, log_frequency_grid
 
 __all__ = [
     "Analysis",
@@ -73,11 +73,8 @@ def make_tables(
     if n_fft < 2 or n_fft % 2 or log_rows < 1:
         raise ValueError(f"n_fft must be even and positive and log_rows positive, got {n_fft} and {log_rows}")
     bins = n_fft // 2 + 1
-    window = 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(n_fft, dtype=torch.float64) / n_fft)
-    y = torch.linspace(-1, 1, log_rows, dtype=torch.float64)
-    log_grid = (21 ** ((y + 1) / 2) - 11) / 10
-    y = torch.linspace(-1, 1, bins, dtype=torch.float64)
-    linear_grid = 2 * torch.log(10 * y + 11) / math.log(21) - 1
+    window = hann_window(n_fft)
+    log_grid, linear_grid = log_frequency_grid(log_rows), linear_frequency_grid(bins)
     to_log = _interpolation(log_grid, bins)
     to_linear = _interpolation(linear_grid, log_rows)
     return StftTables(

@@ -6,6 +6,7 @@ The oracle of the tests; use it in float64. It transforms the mixture itself rat
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,16 +35,31 @@ def _sample(x: Tensor, y: Tensor, align_corners: bool) -> Tensor:
     )
 
 
+def log_frequency_grid(log_rows: int, *, dtype: torch.dtype = torch.float64, device: Any = None) -> Tensor:
+    """g(y) = (21^((y+1)/2) - 11) / 10 at linspace(-1, 1, log_rows): where each log-frequency row reads the spectrum."""
+    y = torch.linspace(-1, 1, log_rows, dtype=dtype, device=device)
+    return (21 ** ((y + 1) / 2) - 11) / 10
+
+
+def linear_frequency_grid(bins: int, *, dtype: torch.dtype = torch.float64, device: Any = None) -> Tensor:
+    """The inverse, 2 log_21(10 y + 11) - 1 at linspace(-1, 1, bins): where each bin reads the log-frequency rows."""
+    y = torch.linspace(-1, 1, bins, dtype=dtype, device=device)
+    return 2 * torch.log(10 * y + 11) / math.log(21) - 1
+
+
+def hann_window(n_fft: int, *, dtype: torch.dtype = torch.float64, device: Any = None) -> Tensor:
+    """The periodic Hann window [n_fft]."""
+    return 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(n_fft, dtype=dtype, device=device) / n_fft)
+
+
 def warp_reference(x: Tensor, log_rows: int, align_corners: bool = True) -> Tensor:
-    """Linear to log frequency: row y of linspace(-1, 1, log_rows) reads g(y) = (21^((y+1)/2) - 11) / 10."""
-    y = torch.linspace(-1, 1, log_rows, dtype=x.dtype, device=x.device)
-    return _sample(x, (21 ** ((y + 1) / 2) - 11) / 10, align_corners)
+    """Linear to log frequency: x [B, N, bins, T] read at :func:`log_frequency_grid`."""
+    return _sample(x, log_frequency_grid(log_rows, dtype=x.dtype, device=x.device), align_corners)
 
 
 def unwarp_reference(x: Tensor, bins: int, align_corners: bool = True) -> Tensor:
-    """Log to linear frequency: row y of linspace(-1, 1, bins) reads 2 log_21(10 y + 11) - 1."""
-    y = torch.linspace(-1, 1, bins, dtype=x.dtype, device=x.device)
-    return _sample(x, 2 * torch.log(10 * y + 11) / math.log(21) - 1, align_corners)
+    """Log to linear frequency: x [B, N, log_rows, T] read at :func:`linear_frequency_grid`."""
+    return _sample(x, linear_frequency_grid(bins, dtype=x.dtype, device=x.device), align_corners)
 
 
 def stft_reference(signal: Tensor, n_fft: int, hop: int, padding: str = "zeros") -> Tensor:
@@ -51,14 +67,14 @@ def stft_reference(signal: Tensor, n_fft: int, hop: int, padding: str = "zeros")
     leading, samples = signal.shape[:-1], signal.shape[-1]
     flat = signal.reshape(1, -1, samples)
     flat = F.pad(flat, (n_fft // 2, n_fft // 2), mode="reflect" if padding == "reflect" else "constant")
-    window = 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(n_fft, dtype=signal.dtype) / n_fft)
+    window = hann_window(n_fft, dtype=signal.dtype)
     frames = flat.unfold(2, n_fft, hop)[0] * window  # [M, T, n_fft]
     return torch.fft.rfft(frames).transpose(1, 2).reshape(*leading, n_fft // 2 + 1, -1)
 
 
 def istft_reference(spectrum: Tensor, n_fft: int, hop: int, length: int) -> Tensor:
     """Windowed overlap-add divided by the sum of the squared windows: [..., n_fft/2+1, T] -> [..., length]."""
-    window = 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(n_fft, dtype=spectrum.real.dtype) / n_fft)
+    window = hann_window(n_fft, dtype=spectrum.real.dtype)
     pieces = torch.fft.irfft(spectrum.transpose(-1, -2), n=n_fft) * window  # [..., T, n_fft]
     frames = pieces.shape[-2]
     total = pieces.new_zeros(*pieces.shape[:-2], n_fft + hop * (frames - 1))
