@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import avsep
 from avsep.data.tasks import task_stream
 from avsep.errors import AvsepError, CheckpointError, ConfigError, DataError, NumericalError, RunError, UnknownNameError
-from avsep.learner import ContinualLearner, learning_rate_factor
+from avsep.learner import ContinualLearner, _thinned, learning_rate_factor
 from avsep.spec import OptimizerSpec
 
 CLIP = TINY_FRONT_END["clip_samples"]
@@ -212,6 +212,41 @@ def test_nan_stops_with_step_clips_and_checkpoint(tone_store, tmp_path):
     assert _equal(_weights(tmp_path / "run", 1), _weights(tmp_path / "whole", 1))
 
 
+def test_a_strategy_gets_the_task_before_as_a_frozen_teacher(tone_store, tmp_path):
+    learner = tiny_learner("finetune", "none", epochs=1)
+    learner.strategy.needs_teacher = True
+    original = learner.strategy.loss
+    taught = []
+
+    def spy(student, teacher, step):
+        if teacher is not None:
+            assert teacher is not student
+            assert not any(m.training for m in teacher.modules())
+            assert not any(p.requires_grad for p in teacher.parameters())
+            taught.append({k: v.clone() for k, v in teacher.state_dict().items()})
+        return original(student, teacher, step)
+
+    learner.strategy.loss = spy
+    learner.fit(_stream(tone_store), tmp_path / "run", progress=False)
+    assert len(taught) == 3  # the steps of the second task, and none of the first
+    assert all(_equal(t, _weights(tmp_path / "run", 0)) for t in taught)
+
+
+def test_the_best_validation_is_kept_and_the_first_of_equals(tone_store, tmp_path, monkeypatch):
+    scores = iter([1.0, 3.0, 3.0, 2.0, 4.0, 1.0, 2.0, 3.0])
+    seen = []
+
+    def validate(self, *_):
+        seen.append({k: v.clone() for k, v in self.separator.state_dict().items()})
+        return next(scores)
+
+    monkeypatch.setattr(ContinualLearner, "_validate", validate)
+    records = tiny_learner("finetune", "none", epochs=4).fit(_stream(tone_store), tmp_path / "run", progress=False)
+    assert [(r["best_epoch"], r["best_step"], r["validation_sdr_db"]) for r in records] == [(2, 6, 3.0), (1, 3, 4.0)]
+    assert _equal(_weights(tmp_path / "run", 0), seen[1])
+    assert _equal(_weights(tmp_path / "run", 1), seen[4])
+
+
 def test_another_spec_is_refused(tone_run, tone_store, tmp_path):
     run = shutil.copytree(tone_run, tmp_path / "run")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
@@ -402,6 +437,49 @@ def test_a_setting_that_would_do_nothing_is_refused(setting, tone_store, tmp_pat
     assert stop.value.code == 2
     assert f"--set {setting} would have no effect" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_gradients_are_clipped(tone_store, tmp_path):
+    """Adam's steps are of the learning rate's size, whatever the gradient's, until its eps of 1e-8 outweighs it."""
+    largest = {}
+    for name, limit in (("free", None), ("clipped", 1e-10)):
+        learner = tiny_learner("finetune", "none", epochs=1, steps_per_epoch=1, gradient_clip=limit)
+        before = {k: v.detach().clone() for k, v in learner.separator.audio_encoder.named_parameters()}
+        learner.fit(_stream(tone_store, [["ding", "hum"]]), tmp_path / name, progress=False)
+        after = dict(learner.separator.audio_encoder.named_parameters())
+        largest[name] = max(float((after[k].detach() - before[k]).abs().max()) for k in before)
+    rate = TINY_TRAIN["audio"]["lr"]
+    assert largest["free"] == pytest.approx(rate, rel=0.05)
+    assert largest["clipped"] < 0.05 * rate
+
+
+def test_each_part_has_the_optimiser_it_was_given():
+    roles = {
+        "audio": {"name": "adam", "lr": 1e-3, "weight_decay": 0.0},
+        "visual": {"name": "adam", "lr": 2e-3, "weight_decay": 0.1},
+        "decoder": {"name": "adamw", "lr": 3e-3, "weight_decay": 0.2},
+    }
+    learner = tiny_learner(**roles)
+    made = learner._optimizers(learner.separator)
+    parts = learner.separator.parameter_groups()
+    for role, wanted in roles.items():
+        (group,) = made[role].param_groups
+        assert type(made[role]).__name__.lower() == wanted["name"]
+        assert (group["lr"], group["weight_decay"]) == (wanted["lr"], wanted["weight_decay"])
+        assert {id(p) for p in group["params"]} == {id(p) for p in parts[role]}
+
+
+def test_fewer_validation_pairs_are_spread_over_each_list(tone_store):
+    mixtures = _stream(tone_store).validation.at(1)
+    lists = {name: [m for m in mixtures if m.list_name == name] for name in ("task-0", "task-1", "cross")}
+    kept = _thinned(mixtures, 2)
+    assert kept == [m for name in dict.fromkeys(m.list_name for m in mixtures) for m in _spread(lists[name])]
+    assert _thinned(mixtures, None) == mixtures
+    assert _thinned(mixtures, 10**6) == mixtures
+
+
+def _spread(members):
+    return [members[0], members[len(members) // 2]]
 
 
 def test_learning_rate_schedules():
