@@ -279,6 +279,17 @@ def test_a_lost_checkpoint_costs_the_unfinished_task_only(tone_run, tone_store, 
     assert _rows(run / "logs" / "train.csv") == _rows(tone_run / "logs" / "train.csv")
 
 
+def test_a_lost_checkpoint_goes_on_from_the_latest_of_several_tasks(tone_store, tmp_path):
+    stream = _stream(tone_store, [["ding", "hum"], ["peep"], ["whirr"]])
+    tiny_learner(epochs=1).fit(stream, tmp_path / "whole", progress=False)
+    run = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(run / "state")
+    shutil.rmtree(run / "tasks" / "02")
+    records = tiny_learner(epochs=1).fit(stream, run, resume=True, progress=False)
+    assert set(records[2]["exemplars"]) == {"ding", "hum", "peep"}
+    assert _equal(_weights(run, 2), _weights(tmp_path / "whole", 2))
+
+
 def test_a_strategy_with_a_state_of_its_own_does_not_go_on_without_it(tone_run, tone_store, tmp_path):
     run = shutil.copytree(tone_run, tmp_path / "run")
     shutil.rmtree(run / "state")
