@@ -34,6 +34,8 @@ class FrontEnd(nn.Module):
     linear_fraction: Tensor
     log_grid: Tensor
     linear_grid: Tensor
+    log_taps: Tensor
+    linear_taps: Tensor
 
     def __init__(self, spec: FrontEndSpec) -> None:
         super().__init__()
@@ -49,6 +51,8 @@ class FrontEnd(nn.Module):
             "linear_fraction": tables.to_linear.fraction,
             "log_grid": tables.log_grid,
             "linear_grid": tables.linear_grid,
+            "log_taps": tables.log_taps,
+            "linear_taps": tables.linear_taps,
         }
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
@@ -61,6 +65,8 @@ class FrontEnd(nn.Module):
             Interpolation(self.linear_low, self.linear_high, self.linear_fraction),
             self.log_grid,
             self.linear_grid,
+            self.log_taps,
+            self.linear_taps,
         )
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Frozen containers that flow between the components.
+"""Containers that flow between the components; none is changed once it is made.
 
 Dimensions: B batch, N sources, L samples, C channels, F frequency rows, T time frames, K object frames, D features.
 """
@@ -49,14 +49,53 @@ class VisualSource:
     frames: int = 0
 
 
-@dataclass(frozen=True)
 class MaskOutput:
-    """Mask ``logits`` [B, N, F, T] on the log-frequency grid and the embeddings [B, N, D] that CrossSDC compares."""
+    """What a mask decoder gives: the masks' logits and the embeddings [B, N, D] that CrossSDC compares.
 
-    logits: Tensor
-    audio: Tensor
-    object: Tensor | None = None
-    motion: Tensor | None = None
+    The ``logits`` [B, N, F, T] on the log-frequency grid are given as they are, or as the factors of a product over
+    channels, ``embedding`` [B, N, C] and ``mask_features`` [B, C, F, T]. Then they are formed when first asked for,
+    and a loss that is computed from the factors (:func:`avsep.losses.mask_losses`) never forms them.
+
+    Raises:
+        ValueError: when there are neither logits nor both factors.
+    """
+
+    __slots__ = ("_logits", "audio", "embedding", "mask_features", "motion", "object")
+
+    def __init__(
+        self,
+        *,
+        audio: Tensor,
+        object: Tensor | None = None,
+        motion: Tensor | None = None,
+        logits: Tensor | None = None,
+        embedding: Tensor | None = None,
+        mask_features: Tensor | None = None,
+    ) -> None:
+        if logits is None and (embedding is None or mask_features is None):
+            raise ValueError("a MaskOutput needs logits, or embedding and mask_features")
+        self.audio = audio
+        self.object = object
+        self.motion = motion
+        self.embedding = embedding
+        self.mask_features = mask_features
+        self._logits = logits
+
+    @property
+    def logits(self) -> Tensor:
+        """[B, N, F, T], before the sigmoid."""
+        if self._logits is not None:
+            return self._logits
+        from avsep.kernels import mask_head
+
+        assert self.embedding is not None
+        assert self.mask_features is not None
+        # the cast is autocast's, for who asks outside the decoder's autocast
+        logits = mask_head(self.embedding, self.mask_features.to(self.embedding.dtype))
+        # formed under no_grad they would be of no use to a loss that comes later
+        if logits.requires_grad or not (self.embedding.requires_grad or self.mask_features.requires_grad):
+            self._logits = logits
+        return logits
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Operations with one formula each: a literal reference, a fast form, and one public keyword function.
 
-``similarity_distillation``, ``analyse``, ``synthesise``, ``mask_head`` and ``mask_l1`` take ``backend="auto"``,
-``"torch"`` or ``"triton"``; the environment variable ``AVSEP_KERNELS`` decides where the argument says ``"auto"``.
-Each folder holds ``reference.py`` (the oracle of every test), ``op.py`` (what people call) and ``README.md`` (maths).
+``similarity_distillation``, ``analyse``, ``synthesise``, ``mask_head``, ``mask_head_losses`` and ``mask_l1`` take
+``backend="auto"``, ``"torch"`` or ``"triton"``; the environment variable ``AVSEP_KERNELS`` decides where the argument
+says ``"auto"``. Each folder holds ``reference.py`` (the oracle of every test), ``op.py`` (what people call) and
+``README.md`` (maths).
 """
 
 from avsep.kernels._backend import available_backends, choose_backend
-from avsep.kernels.mask_head.op import mask_head, mask_l1
+from avsep.kernels.mask_head.op import MaskLosses, MaskTeacher, mask_head, mask_head_losses, mask_l1
 from avsep.kernels.similarity_distillation.op import SimilarityDistillation, similarity_distillation
 from avsep.kernels.stft_masking.op import (
     Analysis,
@@ -24,6 +25,8 @@ from avsep.kernels.stft_masking.op import (
 __all__ = [
     "Analysis",
     "Interpolation",
+    "MaskLosses",
+    "MaskTeacher",
     "SimilarityDistillation",
     "StftTables",
     "analyse",
@@ -32,6 +35,7 @@ __all__ = [
     "istft",
     "make_tables",
     "mask_head",
+    "mask_head_losses",
     "mask_l1",
     "similarity_distillation",
     "stft",

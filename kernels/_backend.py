@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 from avsep.errors import ConfigError, near_matches
 
-__all__ = ["BACKENDS", "VARIABLE", "available_backends", "choose_backend"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BACKENDS", "OPERATIONS", "VARIABLE", "available_backends", "choose_backend", "interpreting"]
 
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "AVSEP_KERNELS"
+OPERATIONS = ("similarity_distillation", "stft_masking", "mask_head")
 
-# Operation -> the size from which "auto" prefers Triton, None where there is no Triton kernel. The size is what the
-# operation's cost grows with: rows n for similarity_distillation, elements for the others.
+# Operation -> the size from which "auto" takes Triton on an NVIDIA GPU, None where PyTorch always stays: because
+# Triton lost, or because it has not been measured on a GPU. The size is what the operation's cost grows with: rows n
+# for similarity_distillation, elements for the others. `benchmarks/gpu_suite.sh` measures what belongs here.
 _TRITON_FROM: dict[str, int | None] = {
     "similarity_distillation": None,
     "stft_masking": None,
@@ -20,13 +28,26 @@ _TRITON_FROM: dict[str, int | None] = {
 }
 
 
-def available_backends(op: str) -> tuple[str, ...]:
-    """The backends that an operation has, ``torch`` first."""
-    _check_op(op)
-    return ("torch",) if _TRITON_FROM[op] is None else ("torch", "triton")
+def interpreting() -> bool:
+    """True where Triton runs kernels on the CPU, slowly and for checking: ``TRITON_INTERPRET=1``."""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
 
 
-def choose_backend(requested: str, op: str, size: int) -> str:
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+# Known when this module is imported, so that code compiled with torch.compile need not look for a package.
+_HAS_TRITON = _has_triton()
+
+
+def available_backends(device: torch.device | str = "cuda") -> tuple[str, ...]:
+    """The backends that run on tensors of ``device``, ``torch`` first."""
+    return ("torch",) if _why_no_triton(device) else ("torch", "triton")
+
+
+def choose_backend(requested: str, op: str, size: int, device: torch.device | str) -> str:
     """Resolve ``auto``, ``torch`` or ``triton`` to the backend that runs, ``torch`` or ``triton``.
 
     An explicit argument wins over ``AVSEP_KERNELS``, which wins over the table. What was asked for explicitly is never
@@ -36,24 +57,39 @@ def choose_backend(requested: str, op: str, size: int) -> str:
         requested: the ``backend`` argument of the operation.
         op: the operation's name, such as ``similarity_distillation``.
         size: the problem's size, in the unit of the table above.
+        device: of the tensors.
 
     Raises:
-        ConfigError: for a name that is no backend, or a backend that this operation does not have.
+        ConfigError: for a name that is no backend, or Triton where it cannot run.
     """
-    _check_op(op)
+    if op not in _TRITON_FROM:
+        raise ConfigError(f"no operation named '{op}': {near_matches(op, _TRITON_FROM)}")
     origin = f"backend={requested!r}"
     if requested == "auto" and (value := os.environ.get(VARIABLE, "")):
         requested, origin = value, f"{VARIABLE}={value}"
     if requested not in BACKENDS:
         raise ConfigError(f"{origin} is no backend: {near_matches(str(requested), BACKENDS)}")
-    smallest = _TRITON_FROM[op]
-    if requested == "triton" and smallest is None:
-        raise ConfigError(f"{origin}: {op} has no Triton kernel in this version: use 'auto' or 'torch'")
+    if requested == "triton" and (reason := _why_no_triton(device)):
+        raise ConfigError(f"{origin}: {reason}; or use 'torch'")
     if requested == "auto":
-        return "torch" if smallest is None or size < smallest else "triton"
+        smallest = _TRITON_FROM[op]
+        fast = _device_type(device) == "cuda" and not _why_no_triton(device)
+        return "triton" if fast and smallest is not None and size >= smallest else "torch"
     return requested
 
 
-def _check_op(op: str) -> None:
-    if op not in _TRITON_FROM:
-        raise ConfigError(f"no operation named '{op}': {near_matches(op, _TRITON_FROM)}")
+def _device_type(device: torch.device | str) -> str:
+    return device.partition(":")[0] if isinstance(device, str) else device.type
+
+
+def _why_no_triton(device: torch.device | str) -> str:
+    """What keeps Triton from running on tensors of ``device``, with the way out; empty where it runs."""
+    if not _HAS_TRITON:
+        return "the package triton is not installed: pip install 'avsep[gpu]'"
+    kind = _device_type(device)
+    if kind != "cuda" and not (kind == "cpu" and interpreting()):
+        return (
+            f"Triton kernels run on NVIDIA GPUs and the tensors are on {kind}: move them to cuda, or set "
+            "TRITON_INTERPRET=1 before Python starts to run them on the CPU for checking (slowly)"
+        )
+    return ""

@@ -8,40 +8,70 @@ from avsep.errors import ConfigError
 from avsep.kernels import _backend
 
 
-def test_torch_is_the_choice_while_there_is_no_triton_kernel(monkeypatch):
+@pytest.fixture
+def plain(monkeypatch):
+    """As on a machine with Triton, without any variable set."""
     monkeypatch.delenv(_backend.VARIABLE, raising=False)
-    for op in ("similarity_distillation", "stft_masking", "mask_head"):
-        if "triton" not in kernels.available_backends(op):
-            assert kernels.choose_backend("auto", op, 1 << 30) == "torch"
-            with pytest.raises(ConfigError, match=f"{op} has no Triton kernel"):
-                kernels.choose_backend("triton", op, 1)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_backend, "_HAS_TRITON", True)
+    return monkeypatch
 
 
-def test_the_table_decides_by_size(monkeypatch):
-    monkeypatch.delenv(_backend.VARIABLE, raising=False)
-    monkeypatch.setitem(_backend._TRITON_FROM, "mask_head", 100)
-    assert kernels.choose_backend("auto", "mask_head", 99) == "torch"
-    assert kernels.choose_backend("auto", "mask_head", 100) == "triton"
-    assert kernels.choose_backend("triton", "mask_head", 1) == "triton"
-    assert kernels.available_backends("mask_head") == ("torch", "triton")
+def test_the_table_decides_by_size_on_a_gpu(plain):
+    plain.setitem(_backend._TRITON_FROM, "mask_head", 100)
+    assert kernels.choose_backend("auto", "mask_head", 99, "cuda") == "torch"
+    assert kernels.choose_backend("auto", "mask_head", 100, "cuda:1") == "triton"
+    assert kernels.choose_backend("auto", "mask_head", 100, torch.device("cuda", 1)) == "triton"
+    assert kernels.choose_backend("auto", "mask_head", 100, "cpu") == "torch"
+    assert kernels.choose_backend("triton", "mask_head", 1, "cuda") == "triton"
+    plain.setitem(_backend._TRITON_FROM, "mask_head", None)
+    assert kernels.choose_backend("auto", "mask_head", 1 << 40, "cuda") == "torch"
 
 
-def test_the_argument_wins_over_the_variable(monkeypatch):
-    monkeypatch.setitem(_backend._TRITON_FROM, "mask_head", 0)
-    monkeypatch.setenv(_backend.VARIABLE, "torch")
-    assert kernels.choose_backend("auto", "mask_head", 5) == "torch"
-    assert kernels.choose_backend("triton", "mask_head", 5) == "triton"
+def test_every_operation_has_its_place_in_the_table():
+    assert set(_backend._TRITON_FROM) == set(_backend.OPERATIONS)
 
 
-def test_wrong_names_are_named(monkeypatch):
-    monkeypatch.delenv(_backend.VARIABLE, raising=False)
+def test_auto_never_interprets(plain):
+    """The interpreter is for checking: only who asks for Triton gets it."""
+    plain.setenv("TRITON_INTERPRET", "1")
+    plain.setitem(_backend._TRITON_FROM, "mask_head", 0)
+    assert kernels.choose_backend("auto", "mask_head", 5, "cpu") == "torch"
+    assert kernels.choose_backend("triton", "mask_head", 5, "cpu") == "triton"
+    assert kernels.available_backends("cpu") == ("torch", "triton")
+
+
+def test_triton_where_it_cannot_run_is_refused(plain):
+    assert kernels.available_backends("cpu") == ("torch",)
+    assert kernels.available_backends("cuda") == ("torch", "triton")
+    with pytest.raises(
+        ConfigError, match="backend='triton': Triton kernels run on NVIDIA GPUs and the tensors are on cpu"
+    ):
+        kernels.choose_backend("triton", "mask_head", 1, "cpu")
+    plain.setenv(_backend.VARIABLE, "triton")
+    with pytest.raises(ConfigError, match=r"AVSEP_KERNELS=triton: Triton kernels run on NVIDIA GPUs.*or use 'torch'"):
+        kernels.choose_backend("auto", "mask_head", 1, "cpu")
+    plain.setattr(_backend, "_HAS_TRITON", False)
+    assert kernels.available_backends("cuda") == ("torch",)
+    with pytest.raises(ConfigError, match="the package triton is not installed"):
+        kernels.choose_backend("auto", "mask_head", 1, "cuda")
+
+
+def test_the_argument_wins_over_the_variable(plain):
+    plain.setitem(_backend._TRITON_FROM, "mask_head", 0)
+    plain.setenv(_backend.VARIABLE, "torch")
+    assert kernels.choose_backend("auto", "mask_head", 5, "cuda") == "torch"
+    assert kernels.choose_backend("triton", "mask_head", 5, "cuda") == "triton"
+
+
+def test_wrong_names_are_named(plain):
     with pytest.raises(ConfigError, match=r"backend='tritn' is no backend: did you mean 'triton'\?"):
-        kernels.choose_backend("tritn", "mask_head", 1)
+        kernels.choose_backend("tritn", "mask_head", 1, "cpu")
     with pytest.raises(ConfigError, match=r"no operation named 'mask_heat': did you mean 'mask_head'\?"):
-        kernels.choose_backend("auto", "mask_heat", 1)
-    monkeypatch.setenv(_backend.VARIABLE, "cuda")
+        kernels.choose_backend("auto", "mask_heat", 1, "cpu")
+    plain.setenv(_backend.VARIABLE, "cuda")
     with pytest.raises(ConfigError, match="AVSEP_KERNELS=cuda is no backend"):
-        kernels.choose_backend("auto", "mask_head", 1)
+        kernels.choose_backend("auto", "mask_head", 1, "cpu")
 
 
 def test_every_operation_listens_to_the_variable(monkeypatch):

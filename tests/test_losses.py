@@ -7,7 +7,8 @@ import torch
 
 from avsep.errors import ConfigError
 from avsep.kernels.similarity_distillation.reference import similarity_distillation_reference
-from avsep.losses import CrossSDC, cross_sdc, mask_distillation, separation_loss
+from avsep.losses import CrossSDC, cross_sdc, mask_distillation, mask_losses, separation_loss
+from avsep.types import MaskOutput, Spectrograms
 
 CLASSES = torch.tensor([5, 0, 6, 1, 0, 7])  # classes below 5 are old
 VIDEOS = torch.tensor([11, 3, 12, 4, 3, 11])
@@ -24,27 +25,75 @@ def embeddings(n, seed, names=NAMES):
     return {name: random(n, 8, seed=seed + k).requires_grad_() for k, name in enumerate(names)}
 
 
-def test_separation_loss():
-    logits, ratio, weight = random(3, 2, 4, 5), random(3, 2, 4, 5, seed=1).abs(), random(3, 1, 4, 5, seed=2).abs()
-    want = 0.5 * sum((weight[:, 0] * (logits[:, n].sigmoid() - ratio[:, n]).abs()).mean() for n in range(2))
-    torch.testing.assert_close(separation_loss(logits, ratio, weight), want)
+def masks(batch=3, seed=0):
+    """Masks of a decoder that gives logits, and of one that gives their factors; two sources, 4 x 5 pixels."""
+    embedding, features = random(batch, 2, 6, seed=seed), random(batch, 6, 4, 5, seed=seed + 1)
+    audio = torch.zeros(batch, 2, 8)
+    factors = MaskOutput(audio=audio, embedding=embedding.requires_grad_(), mask_features=features.requires_grad_())
+    return MaskOutput(audio=audio, logits=factors.logits.detach().requires_grad_()), factors
 
 
-def test_mask_distillation_is_normalised_by_the_old_slots():
-    logits, teacher = random(3, 2, 4, 5).requires_grad_(), random(3, 2, 4, 5, seed=1).requires_grad_()
-    weight = random(3, 1, 4, 5, seed=2).abs()
+def analysis(batch=3):
+    weight = random(batch, 1, 4, 5, seed=2).abs()
+    return Spectrograms(weight, weight, random(batch, 2, 4, 5, seed=3).abs(), torch.zeros(batch, 6, 5))
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_separation_loss(kind):
+    output, spectrograms = masks()[kind], analysis()
+    mask, ratio, weight = output.logits.sigmoid(), spectrograms.ratio, spectrograms.weight[:, 0]
+    each = [(weight * (mask[:, n] - ratio[:, n]).abs()).mean(dim=(1, 2)) for n in range(2)]
+    torch.testing.assert_close(separation_loss(output, spectrograms), 0.5 * (each[0] + each[1]).mean())
+    slots = torch.tensor([[True, False], [False, False], [True, True]])
+    chosen = (each[0][0] + each[0][2] + each[1][2]) / 3
+    torch.testing.assert_close(separation_loss(output, spectrograms, slots=slots), chosen)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_mask_distillation_is_normalised_by_the_old_slots(kind):
+    output, taught, spectrograms = masks()[kind], masks(seed=7)[1 - kind], analysis()
     slots = CLASSES.view(3, 2) < 5
-    got = mask_distillation(logits, teacher, weight, slots=slots)
+    got = mask_distillation(output, taught, spectrograms, slots=slots)
+    mask, target = output.logits.sigmoid(), taught.logits.sigmoid()
     want = sum(
-        (weight[b, 0] * (logits[b, n].sigmoid() - teacher[b, n].sigmoid()).abs()).mean()
-        for b, n in ((0, 1), (1, 1), (2, 0))
+        (spectrograms.weight[b, 0] * (mask[b, n] - target[b, n]).abs()).mean() for b, n in ((0, 1), (1, 1), (2, 0))
     )
     torch.testing.assert_close(got, want / 3)
+    (gradient,) = torch.autograd.grad(got, output.logits, retain_graph=True)
+    assert gradient[~slots].abs().max() == 0
+    assert gradient[slots].abs().min() > 0
     got.backward()
-    assert teacher.grad is None
-    assert logits.grad[~slots].abs().max() == 0
-    assert logits.grad[slots].abs().min() > 0
-    assert mask_distillation(logits, teacher, weight, slots=torch.zeros_like(slots)).item() == 0
+    leaves = [taught.logits] if taught.embedding is None else [taught.embedding, taught.mask_features]
+    assert all(t.grad is None for t in leaves)
+    assert mask_distillation(output, taught, spectrograms, slots=torch.zeros_like(slots)).item() == 0
+
+
+def test_both_mask_losses_in_one_call():
+    output, spectrograms = masks()[1], analysis()
+    taught, mixtures, slots = masks(batch=2, seed=7)[1], torch.tensor([2, 0]), CLASSES.view(3, 2) < 5
+    got = mask_losses(output, spectrograms, taught=taught, mixtures=mixtures, slots=slots)
+    assert got.separation.item() == separation_loss(output, spectrograms).item()
+    mask, target = output.logits.sigmoid(), taught.logits.sigmoid()
+    want = sum(
+        (spectrograms.weight[b, 0] * (mask[b, n] - target[m, n]).abs()).mean() for b, m, n in ((2, 0, 0), (0, 1, 1))
+    )
+    torch.testing.assert_close(got.distillation, want / 2)
+    alone = mask_distillation(output, taught, spectrograms, mixtures=mixtures, slots=slots)
+    assert got.distillation.item() == alone.item()
+    whole = mask_losses(output, spectrograms, taught=masks(seed=7)[1])
+    assert whole.distillation.item() == mask_distillation(output, masks(seed=7)[1], spectrograms).item() > 0
+    assert mask_losses(output, spectrograms).distillation.item() == 0
+
+
+def test_logits_are_formed_once_and_not_lost_to_a_look_without_gradients():
+    factors = masks()[1]
+    output = MaskOutput(audio=factors.audio, embedding=factors.embedding, mask_features=factors.mask_features)
+    with torch.no_grad():
+        assert not output.logits.requires_grad
+    assert output.logits.requires_grad
+    assert output.logits is output.logits
+    with pytest.raises(ValueError, match="logits, or embedding and mask_features"):
+        MaskOutput(audio=torch.zeros(1, 2, 3), embedding=torch.zeros(1, 2, 3))
 
 
 @pytest.mark.parametrize("names", [NAMES, ("audio", "object"), ("motion", "audio")])

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avsep.errors import ConfigError
-from avsep.kernels import mask_head
 from avsep.registry import MASK_DECODERS
 from avsep.types import AudioFeatures, MaskOutput, VisualFeatures
 
@@ -264,8 +263,13 @@ class QueryTransformer(nn.Module):
         own_queries = queries[class_ids][:, :, None, :]  # [B, N, 1, D]
         slot = self.layers[-1](slots.gather(2, own), own_queries, slots, queries, key, memory)
         embedding = self.norm(slot.squeeze(2))  # f_a [B, N, D]
-        logits = mask_head(self.head(embedding), audio.mask_features)
-        return MaskOutput(logits=logits, audio=embedding, object=object_embedding, motion=motion_embedding)
+        return MaskOutput(
+            audio=embedding,
+            object=object_embedding,
+            motion=motion_embedding,
+            embedding=self.head(embedding),
+            mask_features=audio.mask_features,
+        )
 
     def _look_at_motion(self, slots: Tensor, visual: VisualFeatures) -> tuple[Tensor, Tensor]:
         """Layer 0: slots [B, N, Q, D] -> the same after motion attention, and f_m [B, N, D]."""

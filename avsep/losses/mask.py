@@ -1,47 +1,123 @@
-"""Weighted L1 between masks: against the ratio masks (separation), and against a teacher's masks (distillation)."""
+"""Weighted L1 between masks: against the ratio masks (separation), and against a teacher's masks (distillation).
+
+Each function takes what a mask decoder gave. Where that is the factors of the logits and the kernel takes them, the
+losses are computed from those in one pass; else from ``output.logits``, which both losses share.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from avsep.kernels import mask_l1
+from avsep.kernels import MaskLosses, MaskTeacher, mask_head_losses, mask_l1
+from avsep.kernels.mask_head.op import runs_fused
+from avsep.types import MaskOutput, Spectrograms
 
-__all__ = ["mask_distillation", "separation_loss"]
+__all__ = ["mask_distillation", "mask_losses", "separation_loss"]
+
+
+def mask_losses(
+    output: MaskOutput,
+    spectrograms: Spectrograms,
+    *,
+    taught: MaskOutput | None = None,
+    mixtures: Tensor | None = None,
+    slots: Tensor | None = None,
+    backend: str = "auto",
+) -> MaskLosses:
+    """:func:`separation_loss` and :func:`mask_distillation` from one pass over the mask features.
+
+    Args:
+        output: the student's masks of B mixtures with N sources.
+        spectrograms: the mixtures' analysis.
+        taught: the teacher's masks; without them the distillation is 0.
+        mixtures: int64 [M], the mixtures that ``taught`` is about, each at most once; the whole batch when None.
+        slots: [B, N] bool, the slots that count in the distillation (those of earlier tasks); all slots of
+            ``mixtures`` when None.
+        backend: of the kernel.
+
+    Returns:
+        ``(separation, distillation)``, scalars. The teacher gets no gradient.
+    """
+    student = _factors(output)
+    teacher = None if taught is None else _factors(taught)
+    whole = taught is None or teacher is not None
+    if student is None or not whole or not runs_fused(*student, *(teacher or ()), backend=backend):
+        separation = mask_l1(output.logits, spectrograms.ratio, spectrograms.weight, backend=backend)
+        if taught is None:
+            return MaskLosses(separation, torch.zeros_like(separation))
+        return MaskLosses(separation, _distillation(output, taught, spectrograms, mixtures, slots, backend))
+    target = None
+    if teacher is not None:
+        rows = torch.arange(len(teacher[0]), device=teacher[0].device) if mixtures is None else mixtures
+        target = MaskTeacher(*teacher, rows)
+    return mask_head_losses(
+        *student, spectrograms.ratio, spectrograms.weight, teacher=target, slots=slots, backend=backend
+    )
 
 
 def separation_loss(
-    logits: Tensor, ratio: Tensor, weight: Tensor, *, slots: Tensor | None = None, backend: str = "auto"
+    output: MaskOutput, spectrograms: Spectrograms, *, slots: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
     """L_sep = (1/N) sum_n mean(w |sigmoid(logits_n) - M_n|).
 
     Args:
-        logits: [B, N, F, T].
-        ratio: [B, N, F, T], ratio masks.
-        weight: [B, 1, F, T].
+        output: the masks of B mixtures with N sources.
+        spectrograms: the mixtures' analysis: ratio masks M and weight w.
         slots: [B, N] bool, the slots that count; all when None.
         backend: of the kernel.
 
     References:
         Zhao et al., The Sound of Pixels, ECCV 2018; Pian et al., ContAV-Sep, NeurIPS 2024 (half the sum for N = 2).
     """
-    return mask_l1(logits, ratio, weight, slots=slots, backend=backend)
+    if slots is None:
+        return mask_losses(output, spectrograms, backend=backend).separation
+    return mask_l1(output.logits, spectrograms.ratio, spectrograms.weight, slots=slots, backend=backend)
 
 
 def mask_distillation(
-    logits: Tensor, teacher_logits: Tensor, weight: Tensor, *, slots: Tensor | None = None, backend: str = "auto"
+    output: MaskOutput,
+    taught: MaskOutput,
+    spectrograms: Spectrograms,
+    *,
+    mixtures: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """L_dist: the mean over the chosen slots and their pixels of w |student's mask - teacher's mask|.
 
-    The teacher gets no gradient. With no slot chosen it is 0.
+    The teacher gets no gradient. With no slot chosen it is 0. With :func:`separation_loss` beside it,
+    :func:`mask_losses` gives both for the price of one.
 
     Args:
-        logits: [B, N, F, T], the student's.
-        teacher_logits: [B, N, F, T].
-        weight: [B, 1, F, T].
-        slots: [B, N] bool, the slots that count (those of earlier tasks); all when None.
-        backend: of the kernel.
+        output: the student's masks of B mixtures with N sources.
+        taught: the teacher's masks.
+        spectrograms: the mixtures' analysis: weight w.
+        mixtures: int64 [M], the mixtures that ``taught`` is about, each at most once; the whole batch when None.
+        slots: [B, N] bool, the slots that count (those of earlier tasks); all slots of ``mixtures`` when None.
 
     References:
         Pian et al., ContAV-Sep, NeurIPS 2024; normalised by the number of memory slots.
     """
-    return mask_l1(logits, teacher_logits.detach(), weight, slots=slots, target_is_logits=True, backend=backend)
+    return _distillation(output, taught, spectrograms, mixtures, slots, "auto")
+
+
+def _distillation(
+    output: MaskOutput,
+    taught: MaskOutput,
+    spectrograms: Spectrograms,
+    mixtures: Tensor | None,
+    slots: Tensor | None,
+    backend: str,
+) -> Tensor:
+    logits, weight = output.logits, spectrograms.weight
+    if mixtures is not None:
+        logits, weight = logits[mixtures], weight[mixtures]
+        slots = None if slots is None else slots[mixtures]
+    return mask_l1(logits, taught.logits.detach(), weight, slots=slots, target_is_logits=True, backend=backend)
+
+
+def _factors(output: MaskOutput) -> tuple[Tensor, Tensor] | None:
+    """Embedding [B, N, C] and mask features [B, C, F, T] of one type, where the decoder gave them."""
+    if output.embedding is None or output.mask_features is None:
+        return None
+    return output.embedding, output.mask_features.to(output.embedding.dtype)

@@ -57,7 +57,7 @@ class Strategy:
 
     def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
         """Named scalar terms, already weighted; their sum is what is minimised."""
-        return {"separation": separation_loss(step.output.logits, step.spectrograms.ratio, step.spectrograms.weight)}
+        return {"separation": separation_loss(step.output, step.spectrograms)}
 
     def after_task(self, student: Separator, task: Task) -> None:
         """Called with the task's selected weights, before they are stored."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from avsep.losses import cross_sdc, mask_distillation
+from avsep.losses import cross_sdc, mask_losses
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy
 from avsep.types import MaskOutput
@@ -67,12 +67,21 @@ class ContAVSep(Strategy):
         self.teacher_batch_norm = teacher_batch_norm
 
     def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
-        terms = super().loss(student, teacher, step)
         contrast = self.weight_instance > 0 or self.weight_class > 0
         taught: MaskOutput | None = None
-        mixtures = torch.nonzero(step.is_old.any(dim=1)).squeeze(1)  # those that own an old slot
-        if teacher is not None and len(mixtures) and (contrast or self.weight_mask > 0):
-            taught, mixtures = self._teach(teacher, step, mixtures)
+        mixtures: Tensor | None = None
+        if teacher is not None and (contrast or self.weight_mask > 0):
+            mixtures = torch.nonzero(step.is_old.any(dim=1)).squeeze(1)  # those that own an old slot
+            if len(mixtures):
+                taught, mixtures = self._teach(teacher, step, mixtures)
+        losses = mask_losses(
+            step.output,
+            step.spectrograms,
+            taught=taught if self.weight_mask > 0 else None,
+            mixtures=mixtures,
+            slots=step.is_old,
+        )
+        terms = {"separation": losses.separation}
         if contrast:
             instance, class_ = self._contrast(step, taught, mixtures)
             if self.weight_instance > 0:
@@ -80,12 +89,7 @@ class ContAVSep(Strategy):
             if self.weight_class > 0:
                 terms["class"] = self.weight_class * class_
         if taught is not None and self.weight_mask > 0:
-            terms["mask"] = self.weight_mask * mask_distillation(
-                step.output.logits[mixtures],
-                taught.logits,
-                step.spectrograms.weight[mixtures],
-                slots=step.is_old[mixtures],
-            )
+            terms["mask"] = self.weight_mask * losses.distillation
         return terms
 
     @torch.no_grad()
@@ -106,10 +110,10 @@ class ContAVSep(Strategy):
         class_ids = batch.class_ids[mixtures].where(step.is_old[mixtures], 0)
         return teacher(step.spectrograms.network_input[mixtures], visual, class_ids), mixtures
 
-    def _contrast(self, step: Step, taught: MaskOutput | None, mixtures: Tensor) -> tuple[Tensor, Tensor]:
+    def _contrast(self, step: Step, taught: MaskOutput | None, mixtures: Tensor | None) -> tuple[Tensor, Tensor]:
         student = _embeddings(step.output)  # [B N, D] each
         teacher_embeddings, rows = None, None
-        if taught is not None:
+        if taught is not None and mixtures is not None:
             n = step.is_old.shape[1]
             slots = torch.nonzero(step.is_old[mixtures].flatten()).squeeze(1)  # old slots among the taught ones
             teacher_embeddings = {name: value[slots] for name, value in _embeddings(taught).items()}

@@ -2,48 +2,132 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from avsep.kernels._backend import choose_backend
+from avsep.errors import ConfigError
+from avsep.kernels._backend import VARIABLE, choose_backend
 
-__all__ = ["mask_head", "mask_l1"]
+__all__ = ["MaskLosses", "MaskTeacher", "least_bytes", "mask_head", "mask_head_losses", "mask_l1", "runs_fused"]
+
+_MOST_SOURCES, _MOST_CHANNELS = 8, 128  # of the Triton kernels; beyond them everything runs in PyTorch
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class MaskLosses(NamedTuple):
+    """Scalars: the loss against the ratio masks, and that against a teacher's masks (0 without a teacher)."""
+
+    separation: Tensor
+    distillation: Tensor
+
+
+class MaskTeacher(NamedTuple):
+    """What another model made of M <= B of the mixtures.
+
+    ``embedding`` [M, N, C]; ``mask_features`` [M, C, F, T]; ``mixtures`` int64 [M], their places in the batch, each at
+    most once.
+    """
+
+    embedding: Tensor
+    mask_features: Tensor
+    mixtures: Tensor
 
 
 def mask_head(embedding: Tensor, mask_features: Tensor, *, backend: str = "auto") -> Tensor:
     """Mask logits of N sources: logit_n(f, t) = sum_c embedding_nc features_c(f, t).
 
-    One batched product, so that the features are read once for all sources. Under autocast it runs in the autocast
-    type, as a matrix product does.
+    The features are read once for all sources. Under autocast both are cast to the autocast type, as a matrix product
+    casts them.
 
     Args:
         embedding: [B, N, C].
-        mask_features: [B, C, F, T].
-        backend: ``auto``, ``torch`` or ``triton``.
+        mask_features: [B, C, F, T], of the same type; contiguous or channels last (others are copied by the kernel).
+        backend: ``auto``, ``torch`` or ``triton``. With more than 8 sources or 128 channels PyTorch runs on each.
 
     Returns:
         Logits [B, N, F, T].
 
     Raises:
-        ValueError: for shapes that do not fit together.
-        ConfigError: for a backend that does not exist.
+        ValueError: for shapes, types or devices that do not fit together.
+        ConfigError: for a backend that does not exist or cannot run here, or float64 in Triton.
 
     References:
         Chen et al., iQuery, CVPR 2023.
     """
-    if (
-        embedding.ndim != 3
-        or mask_features.ndim != 4
-        or embedding.shape[0] != mask_features.shape[0]
-        or embedding.shape[2] != mask_features.shape[1]
-    ):
-        raise ValueError(
-            "mask_head takes embedding [B, N, C] and mask_features [B, C, F, T], got "
-            f"{list(embedding.shape)} and {list(mask_features.shape)}"
-        )
-    choose_backend(backend, "mask_head", mask_features.numel())
+    _check_head(embedding, mask_features)
+    if runs_fused(embedding, mask_features, backend=backend):
+        return torch.ops.avsep.mask_head(*_autocast(embedding, mask_features))
     # [B, N, C] x [B, C, F*T] -> [B, N, F*T] -> [B, N, F, T]
     return torch.bmm(embedding, mask_features.flatten(2)).unflatten(2, tuple(mask_features.shape[2:]))
+
+
+def mask_head_losses(
+    embedding: Tensor,
+    mask_features: Tensor,
+    ratio: Tensor,
+    weight: Tensor,
+    *,
+    teacher: MaskTeacher | None = None,
+    slots: Tensor | None = None,
+    backend: str = "auto",
+) -> MaskLosses:
+    """The mask head with its weighted L1 losses: :func:`mask_l1` of :func:`mask_head`, against both targets at once.
+
+    In Triton logits and masks never exist in memory, and gradients are formed by recomputing them. The losses are
+    computed in fp32 (float64 for float64 features), also under autocast. Only ``embedding`` and ``mask_features`` get
+    a gradient.
+
+    Args:
+        embedding: [B, N, C].
+        mask_features: [B, C, F, T], of the same type; contiguous or channels last (others are copied by the kernel).
+        ratio: [B, N, F, T], ratio masks.
+        weight: [B, 1, F, T], shared by the sources of a mixture.
+        teacher: what another model made of some of the mixtures; its masks are the target of the distillation.
+        slots: [B, N] bool, which slots of the teacher's mixtures count in the distillation; all when None.
+        backend: ``auto``, ``torch`` or ``triton``. With more than 8 sources or 128 channels PyTorch runs on each.
+
+    Returns:
+        ``separation``, the mean of w |mask - ratio|, and ``distillation``, the mean of w |mask - teacher's mask| over
+        the chosen slots and their pixels, 0 when none is chosen.
+
+    Raises:
+        ValueError: for shapes, types or devices that do not fit together, or an empty batch.
+        ConfigError: for a backend that does not exist or cannot run here, or float64 in Triton.
+    """
+    _check_head(embedding, mask_features)
+    _check_masks(embedding, mask_features, ratio, weight, slots)
+    if teacher is not None:
+        teacher = MaskTeacher(*teacher)
+        _check_teacher(embedding, mask_features, teacher)
+        if len(teacher.mixtures) == 0:
+            teacher = None
+    ratio, weight = ratio.detach(), weight.detach()
+    parts = (embedding, mask_features, *(() if teacher is None else teacher[:2]))
+    if runs_fused(*parts, backend=backend):
+        embedding, mask_features = _autocast(embedding, mask_features)
+        taught: tuple[Tensor | None, ...] = (None, None, None)
+        if teacher is not None:
+            taught = (*_autocast(teacher.embedding.detach(), teacher.mask_features.detach()), teacher.mixtures)
+        losses = torch.ops.avsep.mask_head_losses(embedding, mask_features, ratio, weight, *taught, slots)
+        return MaskLosses(losses[0], losses[1])
+    logits = mask_head(embedding, mask_features, backend="torch")
+    separation = mask_l1(logits, ratio, weight, backend="torch")
+    if teacher is None:
+        return MaskLosses(separation, torch.zeros_like(separation))
+    rows = teacher.mixtures
+    target = mask_head(teacher.embedding.detach(), teacher.mask_features.detach(), backend="torch")
+    distillation = mask_l1(
+        logits[rows],
+        target,
+        weight[rows],
+        slots=None if slots is None else slots[rows],
+        target_is_logits=True,
+        backend="torch",
+    )
+    return MaskLosses(separation, distillation)
 
 
 def mask_l1(
@@ -67,7 +151,7 @@ def mask_l1(
         weight: [B, 1, F, T], shared by the sources of a mixture.
         slots: [B, N] bool, the slots that count; all when None.
         target_is_logits: True where the target is another model's logits (mask distillation).
-        backend: ``auto``, ``torch`` or ``triton``.
+        backend: ``auto``, ``torch`` or ``triton``; from logits, PyTorch computes it on each.
 
     Returns:
         A scalar.
@@ -76,8 +160,8 @@ def mask_l1(
         ValueError: for shapes that do not fit together, or an empty batch.
         ConfigError: for a backend that does not exist.
     """
-    _check(logits, target, weight, slots)
-    choose_backend(backend, "mask_head", logits.numel())
+    _check_l1(logits, target, weight, slots)
+    choose_backend(backend, "mask_head", logits.numel(), logits.device)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     with torch.autocast(logits.device.type, enabled=False):
         wanted = target.to(dtype)
@@ -90,7 +174,148 @@ def mask_l1(
         return torch.where(slots, per_slot, 0.0).sum() / slots.sum().clamp_min(1)
 
 
-def _check(logits: Tensor, target: Tensor, weight: Tensor, slots: Tensor | None) -> None:
+def runs_fused(embedding: Tensor, mask_features: Tensor, *teacher: Tensor, backend: str = "auto") -> bool:
+    """True where these tensors go to the Triton kernels.
+
+    Raises:
+        ConfigError: for a backend that does not exist or cannot run here, or float64 where Triton was asked for.
+    """
+    if choose_backend(backend, "mask_head", mask_features.numel(), mask_features.device) == "torch":
+        return False
+    if embedding.ndim != 3 or mask_features.ndim != 4:
+        return False  # the checks of the PyTorch path say what is wrong
+    channels, rows, frames = mask_features.shape[1:]
+    sources = embedding.shape[1]
+    if torch.compiler.is_exporting() or mask_features.numel() == 0 or embedding.numel() == 0:
+        return False
+    if sources > _MOST_SOURCES or channels > _MOST_CHANNELS or max(channels, sources) * rows * frames >= 2**31:
+        return False
+    for tensor in (embedding, mask_features, *teacher):
+        if tensor.dtype not in _TRITON_DTYPES:
+            if backend == "triton" or (backend == "auto" and os.environ.get(VARIABLE) == "triton"):
+                raise ConfigError(
+                    f"mask_head in Triton takes float32, float16 and bfloat16, got {tensor.dtype}: use backend='torch'"
+                )
+            return False
+    return True
+
+
+def _autocast(embedding: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast as autocast would for a matrix product; nothing to do where the layers before ran under it."""
+    kind = mask_features.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        return embedding.to(dtype), mask_features.to(dtype)
+    return embedding, mask_features
+
+
+def least_bytes(
+    batch: int,
+    sources: int,
+    channels: int,
+    rows: int,
+    frames: int,
+    *,
+    element_size: int = 4,
+    taught: int = 0,
+    teacher_element_size: int | None = None,
+) -> tuple[int, int]:
+    """The least bytes that :func:`mask_head_losses` can move, (forward, backward).
+
+    Forward reads the features, the ratio masks and the weight (fp32), and ``taught`` mixtures' features of the
+    teacher. Backward recomputes: it reads the same again but the teacher's, of which one byte a mask pixel is kept,
+    and writes the features' gradient. Embeddings are too small to count.
+    """
+    pixels = rows * frames
+    inputs = batch * pixels * (channels * element_size + 4 * sources + 4)
+    teacher_size = element_size if teacher_element_size is None else teacher_element_size
+    signs = taught * sources * pixels
+    forward = inputs + taught * channels * pixels * teacher_size + signs
+    return forward, inputs + signs + batch * channels * pixels * element_size
+
+
+def _check_head(embedding: Tensor, mask_features: Tensor) -> None:
+    if (
+        embedding.ndim != 3
+        or mask_features.ndim != 4
+        or embedding.shape[0] != mask_features.shape[0]
+        or embedding.shape[2] != mask_features.shape[1]
+    ):
+        raise ValueError(
+            "mask_head takes embedding [B, N, C] and mask_features [B, C, F, T], got "
+            f"{list(embedding.shape)} and {list(mask_features.shape)}"
+        )
+    kind = mask_features.device.type
+    if not (embedding.dtype == mask_features.dtype or torch.is_autocast_enabled(kind)):
+        raise ValueError(
+            f"mask_head takes embedding and mask_features of one type, got {embedding.dtype} and {mask_features.dtype}"
+        )
+    if not (embedding.is_floating_point() and mask_features.is_floating_point()):
+        raise ValueError(f"mask_head takes floating point tensors, got {embedding.dtype} and {mask_features.dtype}")
+    _check_devices(mask_features, embedding=embedding)
+
+
+def _check_devices(features: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != features.device:
+            raise ValueError(f"mask_features are on {features.device} and {name} on {tensor.device}: move one of them")
+
+
+def _check_masks(embedding: Tensor, mask_features: Tensor, ratio: Tensor, weight: Tensor, slots: Tensor | None) -> None:
+    batch, sources, rows, frames = embedding.shape[0], embedding.shape[1], *mask_features.shape[2:]
+    if batch * sources * rows * frames == 0 or embedding.shape[2] == 0:
+        raise ValueError(
+            f"mask_head_losses got an empty batch: embedding {list(embedding.shape)}, mask_features "
+            f"{list(mask_features.shape)}"
+        )
+    if ratio.shape != (batch, sources, rows, frames):
+        raise ValueError(f"ratio must have the shape [{batch}, {sources}, {rows}, {frames}], got {list(ratio.shape)}")
+    _check_weight(weight, batch, rows, frames)
+    _check_slots(slots, batch, sources)
+    _check_devices(mask_features, ratio=ratio, weight=weight, slots=slots)
+
+
+def _check_weight(weight: Tensor, batch: int, rows: int, frames: int) -> None:
+    if weight.shape != (batch, 1, rows, frames):
+        raise ValueError(f"weight must have the shape [{batch}, 1, {rows}, {frames}], got {list(weight.shape)}")
+
+
+def _check_slots(slots: Tensor | None, batch: int, sources: int) -> None:
+    if slots is not None and (slots.shape != (batch, sources) or slots.dtype != torch.bool):
+        raise ValueError(f"slots must be bool of shape [{batch}, {sources}], got {slots.dtype} {list(slots.shape)}")
+
+
+def _check_teacher(embedding: Tensor, mask_features: Tensor, teacher: MaskTeacher) -> None:
+    taught = len(teacher.mixtures)
+    if (
+        teacher.mixtures.ndim != 1
+        or teacher.embedding.shape != (taught, *embedding.shape[1:])
+        or teacher.mask_features.shape != (taught, *mask_features.shape[1:])
+    ):
+        raise ValueError(
+            f"a teacher of M mixtures has embedding [M, {embedding.shape[1]}, {embedding.shape[2]}], mask_features "
+            f"[M, {', '.join(map(str, mask_features.shape[1:]))}] and mixtures [M], got "
+            f"{list(teacher.embedding.shape)}, {list(teacher.mask_features.shape)} and {list(teacher.mixtures.shape)}"
+        )
+    if teacher.mixtures.dtype != torch.int64:
+        raise ValueError(f"the teacher's mixtures must be int64, got {teacher.mixtures.dtype}")
+    if taught:
+        _check_head(teacher.embedding, teacher.mask_features)
+        _check_devices(mask_features, teacher=teacher.mask_features, mixtures=teacher.mixtures)
+    # Values are looked at where it costs nothing.
+    if taught > len(embedding):
+        raise ValueError(f"a teacher of {taught} mixtures knows more than the batch's {len(embedding)}")
+    if taught and teacher.mixtures.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(teacher.mixtures.min()), int(teacher.mixtures.max())
+        if low < 0 or high >= len(embedding):
+            raise ValueError(
+                f"the teacher's mixture {low if low < 0 else high} is none of the batch's {len(embedding)} (from 0)"
+            )
+        if len(torch.unique(teacher.mixtures)) < taught:
+            raise ValueError(f"the teacher's mixtures {teacher.mixtures.tolist()} name one twice: each counts once")
+
+
+def _check_l1(logits: Tensor, target: Tensor, weight: Tensor, slots: Tensor | None) -> None:
     if logits.ndim != 4 or logits.shape != target.shape:
         raise ValueError(
             f"mask_l1 takes logits and target [B, N, F, T], got {list(logits.shape)} and {list(target.shape)}"
@@ -98,7 +323,186 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor, slots: Tensor | None)
     batch, sources, rows, frames = logits.shape
     if logits.numel() == 0:
         raise ValueError(f"mask_l1 got empty masks {list(logits.shape)}")
-    if weight.shape != (batch, 1, rows, frames):
-        raise ValueError(f"weight must have the shape [{batch}, 1, {rows}, {frames}], got {list(weight.shape)}")
-    if slots is not None and (slots.shape != (batch, sources) or slots.dtype != torch.bool):
-        raise ValueError(f"slots must be bool of shape [{batch}, {sources}], got {slots.dtype} {list(slots.shape)}")
+    _check_weight(weight, batch, rows, frames)
+    _check_slots(slots, batch, sources)
+
+
+# The Triton path as operators of PyTorch: forward, backward, and what shapes they give.
+
+
+def _dense(features: Tensor) -> Tensor:
+    """As it is where contiguous or channels last, which the kernels read as they lie; else a contiguous copy."""
+    if features.is_contiguous() or features.is_contiguous(memory_format=torch.channels_last):
+        return features
+    return features.contiguous()
+
+
+@torch.library.custom_op(
+    "avsep::mask_head", mutates_args=(), schema="(Tensor embedding, Tensor mask_features) -> Tensor"
+)
+def _head(embedding: Tensor, mask_features: Tensor) -> Tensor:
+    from avsep.kernels.mask_head import triton_kernel
+
+    return triton_kernel.head(embedding.contiguous(), _dense(mask_features))
+
+
+@_head.register_fake
+def _(embedding: Tensor, mask_features: Tensor) -> Tensor:
+    return embedding.new_empty((*embedding.shape[:2], *mask_features.shape[2:]))
+
+
+@torch.library.custom_op(
+    "avsep::mask_head_backward",
+    mutates_args=(),
+    schema="(Tensor upstream, Tensor embedding, Tensor mask_features, bool with_features) -> (Tensor, Tensor)",
+)
+def _head_backward(
+    upstream: Tensor, embedding: Tensor, mask_features: Tensor, with_features: bool
+) -> tuple[Tensor, Tensor]:
+    from avsep.kernels.mask_head import triton_kernel
+
+    return triton_kernel.head_backward(
+        upstream.contiguous(), embedding.contiguous(), _dense(mask_features), with_features
+    )
+
+
+def _fake_gradients(embedding: Tensor, mask_features: Tensor, with_features: bool) -> tuple[Tensor, Tensor]:
+    gradient = torch.empty_like(_dense(mask_features)) if with_features else mask_features.new_empty(0)
+    return torch.empty_like(embedding, memory_format=torch.contiguous_format), gradient
+
+
+@_head_backward.register_fake
+def _(upstream: Tensor, embedding: Tensor, mask_features: Tensor, with_features: bool) -> tuple[Tensor, Tensor]:
+    return _fake_gradients(embedding, mask_features, with_features)
+
+
+def _keep_head(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_head(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None]:
+    with_features = ctx.needs_input_grad[1]
+    embedding, features = torch.ops.avsep.mask_head_backward(upstream, *ctx.saved_tensors, with_features)
+    return embedding, features if with_features else None
+
+
+_head.register_autograd(_differentiate_head, setup_context=_keep_head)
+
+
+@torch.library.custom_op(
+    "avsep::mask_head_losses",
+    mutates_args=(),
+    schema="(Tensor embedding, Tensor mask_features, Tensor ratio, Tensor weight, Tensor? teacher_embedding, "
+    "Tensor? teacher_features, Tensor? mixtures, Tensor? slots) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _losses(
+    embedding: Tensor,
+    mask_features: Tensor,
+    ratio: Tensor,
+    weight: Tensor,
+    teacher_embedding: Tensor | None,
+    teacher_features: Tensor | None,
+    mixtures: Tensor | None,
+    slots: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from avsep.kernels.mask_head import triton_kernel
+
+    return triton_kernel.losses(
+        embedding.contiguous(),
+        _dense(mask_features),
+        ratio.contiguous(),
+        weight.contiguous(),
+        None if teacher_embedding is None else teacher_embedding.contiguous(),
+        None if teacher_features is None else _dense(teacher_features),
+        None if mixtures is None else mixtures.contiguous(),
+        None if slots is None or mixtures is None else slots.contiguous(),
+    )
+
+
+@_losses.register_fake
+def _(
+    embedding: Tensor,
+    mask_features: Tensor,
+    ratio: Tensor,
+    weight: Tensor,
+    teacher_embedding: Tensor | None,
+    teacher_features: Tensor | None,
+    mixtures: Tensor | None,
+    slots: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    one, two, three = (mask_features.new_empty((), dtype=torch.float32) for _ in range(3))
+    taught = 0 if mixtures is None else mixtures.shape[0]
+    return one, two, three, ratio.new_empty((taught, *ratio.shape[1:]), dtype=torch.int8)
+
+
+@torch.library.custom_op(
+    "avsep::mask_head_losses_backward",
+    mutates_args=(),
+    schema="(Tensor? separation_gradient, Tensor? distillation_gradient, Tensor embedding, Tensor mask_features, "
+    "Tensor ratio, Tensor weight, Tensor? mixtures, Tensor slot_scale, Tensor signs, bool with_features) "
+    "-> (Tensor, Tensor)",
+)
+def _losses_backward(
+    separation_gradient: Tensor | None,
+    distillation_gradient: Tensor | None,
+    embedding: Tensor,
+    mask_features: Tensor,
+    ratio: Tensor,
+    weight: Tensor,
+    mixtures: Tensor | None,
+    slot_scale: Tensor,
+    signs: Tensor,
+    with_features: bool,
+) -> tuple[Tensor, Tensor]:
+    from avsep.kernels.mask_head import triton_kernel
+
+    return triton_kernel.losses_backward(
+        separation_gradient,
+        distillation_gradient,
+        embedding.contiguous(),
+        _dense(mask_features),
+        ratio.contiguous(),
+        weight.contiguous(),
+        None if mixtures is None else mixtures.contiguous(),
+        slot_scale,
+        signs,
+        with_features,
+    )
+
+
+@_losses_backward.register_fake
+def _(
+    separation_gradient: Tensor | None,
+    distillation_gradient: Tensor | None,
+    embedding: Tensor,
+    mask_features: Tensor,
+    ratio: Tensor,
+    weight: Tensor,
+    mixtures: Tensor | None,
+    slot_scale: Tensor,
+    signs: Tensor,
+    with_features: bool,
+) -> tuple[Tensor, Tensor]:
+    return _fake_gradients(embedding, mask_features, with_features)
+
+
+def _keep_losses(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    embedding, features, ratio, weight, _, _, mixtures, _ = inputs
+    ctx.save_for_backward(embedding, features, ratio, weight, mixtures, *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_losses(
+    ctx: Any, separation: Tensor | None, distillation: Tensor | None, *unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if separation is None and distillation is None:
+        return (None,) * 8
+    with_features = ctx.needs_input_grad[1]
+    embedding, features = torch.ops.avsep.mask_head_losses_backward(
+        separation, distillation, *ctx.saved_tensors, with_features
+    )
+    return embedding, features if with_features else None, *(None,) * 6
+
+
+_losses.register_autograd(_differentiate_losses, setup_context=_keep_losses)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["mask_head_reference", "mask_l1_reference"]
+__all__ = ["mask_head_losses_reference", "mask_head_reference", "mask_l1_reference"]
 
 
 def mask_head_reference(embedding: Tensor, mask_features: Tensor) -> Tensor:
@@ -24,3 +24,25 @@ def mask_l1_reference(
                 wanted = torch.sigmoid(target[b, n]) if target_is_logits else target[b, n]
                 losses.append((weight[b, 0] * (torch.sigmoid(logits[b, n]) - wanted).abs()).mean())
     return torch.stack(losses).mean() if losses else logits.sum() * 0.0
+
+
+def mask_head_losses_reference(
+    embedding: Tensor,
+    mask_features: Tensor,
+    ratio: Tensor,
+    weight: Tensor,
+    *,
+    teacher: tuple[Tensor, Tensor, Tensor] | None = None,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(separation, distillation) through logits and masks; ``teacher`` is (embedding, mask_features, mixtures)."""
+    logits = mask_head_reference(embedding, mask_features)
+    separation = mask_l1_reference(logits, ratio, weight)
+    if teacher is None:
+        return separation, torch.zeros_like(separation)
+    target = mask_head_reference(teacher[0].detach(), teacher[1].detach())
+    rows = teacher[2]
+    distillation = mask_l1_reference(
+        logits[rows], target, weight[rows], slots=None if slots is None else slots[rows], target_is_logits=True
+    )
+    return separation, distillation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avsep.kernels._backend import choose_backend
+from avsep.errors import ConfigError
+from avsep.kernels._backend import VARIABLE, choose_backend
 
 __all__ = ["SimilarityDistillation", "similarity_distillation"]
 
@@ -71,14 +73,22 @@ def similarity_distillation(
 
     Raises:
         ValueError: for wrong shapes, types, devices, an empty batch, too few modalities or a temperature not above 0.
-        ConfigError: for a backend that does not exist.
+        ConfigError: for a backend that does not exist or cannot run here, or float64 in Triton.
 
     References:
         Pian et al., Continual Audio-Visual Sound Separation, NeurIPS 2024. Pian et al., Audio-Visual Class-Incremental
         Learning, ICCV 2023 (``symmetric=False``, ``average_class=False``).
     """
     _check(modalities, instance_ids, class_ids, temperature, teacher_rows, include_self, unimodal)
-    choose_backend(backend, "similarity_distillation", modalities[0].shape[0])
+    if _takes_triton(backend, modalities):
+        options = (temperature, weight_instance, weight_class, symmetric, include_self, average_class, unimodal)
+        if torch.compiler.is_compiling():
+            found = torch.ops.avsep.similarity_distillation(
+                list(modalities), instance_ids, class_ids, teacher_rows, *options
+            )
+        else:
+            found = _Triton.apply(instance_ids, class_ids, teacher_rows, options, *modalities)
+        return SimilarityDistillation(*found[:3])
     with torch.autocast(modalities[0].device.type, enabled=False):
         instance, class_ = _terms(
             _stack_rows(modalities, teacher_rows),
@@ -252,3 +262,211 @@ def _check(
             )
         if teacher_rows.device != first.device:
             raise ValueError(f"teacher_rows must be on {first.device}, got {teacher_rows.device}")
+
+
+# The Triton path. What is compiled sees an operator of PyTorch; eager mode, where the operator's own machinery would
+# cost more than the kernels at the paper's size, goes straight to the launchers.
+
+_TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Up to here a launch saved is worth more than the work that programs do over again.
+_DIRECT_ROWS = 512
+_DIRECT_WIDTH = 256
+_DIRECT_MODALITIES = 3
+_SHORT_CODE_ROWS = 1 << 16
+
+
+def _takes_triton(backend: str, modalities: Sequence[Tensor]) -> bool:
+    first = modalities[0]
+    if choose_backend(backend, "similarity_distillation", first.shape[0], first.device) == "torch":
+        return False
+    for m in modalities:
+        if m.dtype not in _TRITON_TYPES:
+            if backend == "triton" or (backend == "auto" and os.environ.get(VARIABLE) == "triton"):
+                raise ConfigError(
+                    "similarity_distillation in Triton takes float32, float16 and bfloat16, got "
+                    f"{m.dtype}: use backend='torch'"
+                )
+            return False
+    return not torch.compiler.is_exporting()
+
+
+def code_words(modalities: Sequence[Tensor]) -> int:
+    """0 where every program of the Triton path scales and compares the few rows it reads itself; where they are
+    prepared by kernels of their own, how many 32-bit words hold a row's two ids."""
+    first = modalities[0]
+    n = first.shape[0]
+    alike = all(m.shape[1] == first.shape[1] and m.dtype == first.dtype for m in modalities)
+    # at width 1 Triton would make constants of the strides
+    if alike and n <= _DIRECT_ROWS and 1 < first.shape[1] <= _DIRECT_WIDTH and len(modalities) <= _DIRECT_MODALITIES:
+        return 0
+    return 1 if n <= _SHORT_CODE_ROWS else 2
+
+
+def stats_size(modalities: Sequence[Tensor], symmetric: bool, unimodal: bool) -> int:
+    """How many fp32 values the Triton path keeps for its backward pass.
+
+    For every row its ids where they are prepared, the log-sum-exps of all directions, the numbers of its positives and
+    the sums of their scores, by instance and by class; and two numbers for all rows.
+    """
+    count = len(modalities)
+    pairs = count if unimodal else count * (count - 1) // 2
+    directions = 2 * pairs if symmetric and not unimodal else pairs
+    return (code_words(modalities) + directions + 2 + 2 * pairs) * modalities[0].shape[0] + 2
+
+
+def _forward(
+    modalities: Sequence[Tensor], instance_ids: Tensor, class_ids: Tensor, options: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from avsep.kernels.similarity_distillation import triton_kernel
+
+    return triton_kernel.forward(modalities, instance_ids, class_ids, triton_kernel.Options(*options))
+
+
+def _backward(
+    gradients: Sequence[Tensor | None],
+    modalities: Sequence[Tensor],
+    instance_ids: Tensor,
+    class_ids: Tensor,
+    teacher_rows: Tensor | None,
+    stats: Tensor,
+    options: tuple[Any, ...],
+) -> list[Tensor]:
+    from avsep.kernels.similarity_distillation import triton_kernel
+
+    if None in gradients:
+        zero = torch.zeros((), dtype=torch.float32, device=stats.device)
+        gradients = [zero if g is None else g for g in gradients]
+    return triton_kernel.backward(
+        gradients, modalities, instance_ids, class_ids, teacher_rows, stats, triton_kernel.Options(*options)
+    )
+
+
+class _Triton(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        instance_ids: Tensor,
+        class_ids: Tensor,
+        teacher_rows: Tensor | None,
+        options: tuple[Any, ...],
+        *modalities: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        instance, class_, total, stats = _forward(modalities, instance_ids, class_ids, options)
+        ctx.save_for_backward(instance_ids, class_ids, teacher_rows, stats, *modalities)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return instance, class_, total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        instance_ids, class_ids, teacher_rows, stats, *modalities = ctx.saved_tensors
+        found = _backward(gradients, modalities, instance_ids, class_ids, teacher_rows, stats, ctx.options)
+        return (None, None, None, None, *found)
+
+
+_OPTIONS = (
+    "float temperature, float weight_instance, float weight_class, bool symmetric, bool include_self, "
+    "bool average_class, bool unimodal"
+)
+_INPUTS = "Tensor[] modalities, Tensor instance_ids, Tensor class_ids, Tensor? teacher_rows"
+
+
+@torch.library.custom_op(
+    "avsep::similarity_distillation",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _operator(
+    modalities: list[Tensor],
+    instance_ids: Tensor,
+    class_ids: Tensor,
+    teacher_rows: Tensor | None,
+    temperature: float,
+    weight_instance: float,
+    weight_class: float,
+    symmetric: bool,
+    include_self: bool,
+    average_class: bool,
+    unimodal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Instance term, class term, weighted sum, and the row statistics that backward needs."""
+    options = (temperature, weight_instance, weight_class, symmetric, include_self, average_class, unimodal)
+    return _forward(modalities, instance_ids, class_ids, options)
+
+
+@_operator.register_fake
+def _(
+    modalities: list[Tensor],
+    instance_ids: Tensor,
+    class_ids: Tensor,
+    teacher_rows: Tensor | None,
+    temperature: float,
+    weight_instance: float,
+    weight_class: float,
+    symmetric: bool,
+    include_self: bool,
+    average_class: bool,
+    unimodal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first = modalities[0]
+    terms = [first.new_empty((), dtype=torch.float32) for _ in range(3)]
+    stats = first.new_empty(stats_size(modalities, symmetric, unimodal), dtype=torch.float32)
+    return terms[0], terms[1], terms[2], stats
+
+
+@torch.library.custom_op(
+    "avsep::similarity_distillation_backward",
+    mutates_args=(),
+    schema="(Tensor instance_gradient, Tensor class_gradient, Tensor total_gradient, "
+    f"{_INPUTS}, Tensor stats, {_OPTIONS}) -> Tensor[]",
+)
+def _backward_operator(
+    instance_gradient: Tensor,
+    class_gradient: Tensor,
+    total_gradient: Tensor,
+    modalities: list[Tensor],
+    instance_ids: Tensor,
+    class_ids: Tensor,
+    teacher_rows: Tensor | None,
+    stats: Tensor,
+    temperature: float,
+    weight_instance: float,
+    weight_class: float,
+    symmetric: bool,
+    include_self: bool,
+    average_class: bool,
+    unimodal: bool,
+) -> list[Tensor]:
+    options = (temperature, weight_instance, weight_class, symmetric, include_self, average_class, unimodal)
+    gradients = (instance_gradient, class_gradient, total_gradient)
+    return _backward(gradients, modalities, instance_ids, class_ids, teacher_rows, stats, options)
+
+
+@_backward_operator.register_fake
+def _(
+    instance_gradient: Tensor,
+    class_gradient: Tensor,
+    total_gradient: Tensor,
+    modalities: list[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    return [m.new_empty(m.shape) for m in modalities]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    modalities, instance_ids, class_ids, teacher_rows, *options = inputs
+    ctx.save_for_backward(instance_ids, class_ids, teacher_rows, output[3], *modalities)
+    ctx.options = options
+
+
+def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    instance_ids, class_ids, teacher_rows, stats, *modalities = ctx.saved_tensors
+    scalars = [stats.new_zeros(()) if g is None else g for g in gradients[:3]]
+    found = torch.ops.avsep.similarity_distillation_backward(
+        *scalars, modalities, instance_ids, class_ids, teacher_rows, stats, *ctx.options
+    )
+    return (found, *[None] * (3 + len(ctx.options)))
+
+
+_operator.register_autograd(_differentiate, setup_context=_keep)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avsep.kernels._backend import choose_backend
+from avsep.errors import ConfigError
+from avsep.kernels._backend import VARIABLE, choose_backend
 from avsep.kernels.stft_masking.reference import hann_window, linear_frequency_grid, log_frequency_grid
 
 __all__ = [
@@ -25,6 +30,7 @@ __all__ = [
 ]
 
 _PADDINGS = {"zeros": "constant", "reflect": "reflect"}
+_TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
 
 
 class Interpolation(NamedTuple):
@@ -39,7 +45,8 @@ class StftTables(NamedTuple):
     """Constants of one front end: ``window`` [n_fft]; the warp to log frequency and back.
 
     The interpolations serve ``align_corners=True``; the normalised row coordinates ``log_grid`` [log_rows] and
-    ``linear_grid`` [n_fft/2+1] the published ``False``.
+    ``linear_grid`` [n_fft/2+1] the published ``False``. ``log_taps`` and ``linear_taps`` hold the same for the Triton
+    kernels, as :func:`make_taps` packs it: int32 [2, ..], first as published, then with corners aligned.
     """
 
     window: Tensor
@@ -47,6 +54,8 @@ class StftTables(NamedTuple):
     to_linear: Interpolation
     log_grid: Tensor
     linear_grid: Tensor
+    log_taps: Tensor | None = None
+    linear_taps: Tensor | None = None
 
 
 class Analysis(NamedTuple):
@@ -83,7 +92,53 @@ def make_tables(
         Interpolation(to_linear.low.to(device), to_linear.high.to(device), to_linear.fraction.to(device, dtype)),
         log_grid.to(device, dtype),
         linear_grid.to(device, dtype),
+        make_taps(log_grid, bins).to(device),
+        make_taps(linear_grid, log_rows).to(device),
     )
+
+
+def make_taps(grid: Tensor, size: int) -> Tensor:
+    """How R rows are read from ``size`` rows at the normalised coordinates ``grid`` [R], float64 and not decreasing.
+
+    Returns:
+        int32 [2, 2 R + size + 1 and up to three zeros]: for ``align_corners`` False and True the vector ``[low (R) |
+        fraction, fp32 bits (R) | first (size + 1)]``; the zeros make both begin at a multiple of 16 bytes. Row r is
+        (1 - fraction) x[low] + fraction x[low + 1], rows outside 0..size-1 being zeros; ``first[s]`` counts the rows
+        with low < s.
+    """
+    taps: list[Tensor] = []
+    for position in (((grid + 1) * size - 1) / 2, ((grid + 1) / 2 * (size - 1)).clamp(0, size - 1)):
+        low = position.floor()
+        if len(taps) == 1:
+            low = low.clamp(max=max(size - 2, 0))
+        fraction = (position - low).float().view(torch.int32)
+        first = torch.searchsorted(low, torch.arange(size + 1, dtype=low.dtype, device=low.device))
+        filled = low.new_zeros(-(2 * len(low) + size + 1) % 4, dtype=torch.int32)
+        taps.append(torch.cat((low.int(), fraction, first.int(), filled)))
+    return torch.stack(taps)
+
+
+@functools.lru_cache(maxsize=16)
+def _tables_once(n_fft: int, log_rows: int, device: torch.device, dtype: torch.dtype) -> StftTables:
+    with torch.inference_mode(False):  # tables made in inference mode could not serve a gradient later
+        return make_tables(n_fft, log_rows, device=device, dtype=dtype)
+
+
+def _tables_for(like: Tensor, n_fft: int, log_rows: int, dtype: torch.dtype) -> StftTables:
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
+        return make_tables(n_fft, log_rows, device=like.device, dtype=dtype)  # part of the graph, or fake
+    return _tables_once(n_fft, log_rows, like.device, dtype)
+
+
+def _taps(tables: StftTables, which: str, align_corners: bool) -> Tensor:
+    """The vector of one direction and convention; made here for tables that came without."""
+    if which == "log":
+        both, grid, size = tables.log_taps, tables.log_grid, tables.linear_grid.shape[0]
+    else:
+        both, grid, size = tables.linear_taps, tables.linear_grid, tables.log_grid.shape[0]
+    if both is None:
+        both = make_taps(grid.double(), size)
+    return both[int(align_corners)]
 
 
 def _interpolation(grid: Tensor, size: int) -> Interpolation:
@@ -100,14 +155,8 @@ def stft(signal: Tensor, *, hop: int, window: Tensor, padding: str = "zeros") ->
         ValueError: for an unknown padding, or a signal too short to be reflected.
     """
     n_fft = window.shape[0]
-    if padding not in _PADDINGS:
-        raise ValueError(f"padding must be 'zeros' or 'reflect', got {padding!r}")
     samples = signal.shape[-1]
-    if samples < 1 or (padding == "reflect" and samples <= n_fft // 2):
-        raise ValueError(
-            f"a signal of {samples} samples is too short for n_fft {n_fft} with padding {padding!r}: at least "
-            f"{n_fft // 2 + 1 if padding == 'reflect' else 1} are needed"
-        )
+    _check_signal(samples, n_fft, hop, padding)
     spectrum = torch.stft(
         signal.reshape(-1, samples),
         n_fft,
@@ -120,21 +169,50 @@ def stft(signal: Tensor, *, hop: int, window: Tensor, padding: str = "zeros") ->
     return spectrum.reshape(*signal.shape[:-1], *spectrum.shape[1:])  # [..., n_fft/2+1, T]
 
 
+def _check_signal(samples: int, n_fft: int, hop: int, padding: str) -> None:
+    if padding not in _PADDINGS:
+        raise ValueError(f"padding must be 'zeros' or 'reflect', got {padding!r}")
+    if hop < 1:
+        raise ValueError(f"hop must be at least 1, got {hop}")
+    if samples < 1 or (padding == "reflect" and samples <= n_fft // 2):
+        raise ValueError(
+            f"a signal of {samples} samples is too short for n_fft {n_fft} with padding {padding!r}: at least "
+            f"{n_fft // 2 + 1 if padding == 'reflect' else 1} are needed"
+        )
+
+
 def istft(spectrum: Tensor, *, hop: int, window: Tensor, length: int | None = None) -> Tensor:
     """Inverse of :func:`stft`: complex [..., n_fft/2+1, T] -> [..., length], by default (T - 1) hop samples.
 
     Raises:
-        ValueError: for a length that a signal of T frames cannot have (1 to T hop - 1).
+        ValueError: for a length that a signal of T frames cannot have (1 to T hop - 1), or a hop whose frames do not
+            overlap enough to be inverted.
     """
-    frames = spectrum.shape[-1]
+    n_fft = window.shape[0]
+    length = _check_length(length, spectrum.shape[-1], n_fft, hop)
+    flat = spectrum.reshape(-1, *spectrum.shape[-2:])
+    signal = torch.istft(flat, n_fft, hop, window=window, center=True, length=length)
+    return signal.reshape(*spectrum.shape[:-2], length)
+
+
+def _check_length(length: int | None, frames: int, n_fft: int, hop: int) -> int:
+    if hop < 1 or (2 * hop > n_fft and _smallest_envelope(n_fft, hop) <= 1e-11):
+        raise ValueError(
+            f"hop {hop} does not suit n_fft {n_fft}: between two frames the squared windows add up to nothing; "
+            f"choose 1 to {n_fft // 2}"
+        )
     if length is None:
         length = (frames - 1) * hop
     if not 1 <= length < frames * hop:
         raise ValueError(f"length {length} does not fit {frames} frames at hop {hop}: choose 1 to {frames * hop - 1}")
-    n_fft = window.shape[0]
-    flat = spectrum.reshape(-1, *spectrum.shape[-2:])
-    signal = torch.istft(flat, n_fft, hop, window=window, center=True, length=length)
-    return signal.reshape(*spectrum.shape[:-2], length)
+    return length
+
+
+@functools.lru_cache(maxsize=64)
+def _smallest_envelope(n_fft: int, hop: int) -> float:
+    """Smallest sum of squared Hann windows over a sample, for a hop of more than half a window."""
+    squares = [math.sin(math.pi * k / n_fft) ** 4 for k in range(n_fft)] + [0.0] * hop
+    return min(squares[k] + squares[k + hop] for k in range(min(hop, n_fft)))
 
 
 def warp(x: Tensor, tables: StftTables, *, align_corners: bool = True) -> Tensor:
@@ -156,6 +234,31 @@ def _resample(x: Tensor, rows: Interpolation, grid: Tensor, align_corners: bool)
     y = grid.to(x.dtype)
     full = torch.stack((time.expand(len(y), -1), y[:, None].expand(-1, len(time))), dim=2)  # [R, T, 2]
     return F.grid_sample(x, full.expand(x.shape[0], -1, -1, -1), padding_mode="zeros", align_corners=False)
+
+
+# More than so many frames over one sample and the overlap-add, which unrolls over them, takes minutes to compile.
+_MOST_OVERLAP = 16
+
+
+def _takes_triton(backend: str, x: Tensor, dtypes: tuple[torch.dtype, ...], overlap: int = 1) -> bool:
+    """Whether the Triton kernels run; they compute in fp32 alone. ``overlap``: frames over one sample."""
+    if choose_backend(backend, "stft_masking", x.numel(), x.device) != "triton":
+        return False
+    named = "triton" in (backend, os.environ.get(VARIABLE, "") if backend == "auto" else "")
+    if overlap > _MOST_OVERLAP:
+        if named:
+            raise ConfigError(
+                f"the Triton overlap-add takes up to {_MOST_OVERLAP} frames over one sample, and n_fft / hop makes "
+                f"{overlap}: choose a longer hop, or use backend='torch'"
+            )
+        return False
+    suits = all(dtype in _TRITON_TYPES for dtype in dtypes)
+    if not suits and named:
+        raise ConfigError(
+            "the Triton kernels of stft_masking compute in fp32, from fp32, fp16, bf16 and complex64, got "
+            f"{' and '.join(map(str, dtypes))}: convert the input, or use backend='torch'"
+        )
+    return suits
 
 
 def _sum_sources(spectra: Tensor) -> Tensor:
@@ -201,8 +304,8 @@ def analyse(
         backend: ``auto``, ``torch`` or ``triton``.
 
     Raises:
-        ValueError: for a wrong shape, an empty batch, or a signal too short.
-        ConfigError: for a backend that does not exist.
+        ValueError: for a wrong shape, type or device, an empty batch, or a signal too short.
+        ConfigError: for a backend that does not exist or cannot run, or float64 sources with ``triton``.
 
     References:
         Zhao et al., The Sound of Pixels, ECCV 2018; Chen et al., iQuery, CVPR 2023.
@@ -211,20 +314,34 @@ def analyse(
         raise ValueError(f"analyse takes sources [B, N, L] with B and N at least 1, got {list(sources.shape)}")
     if not sources.is_floating_point():
         raise ValueError(f"sources must be floating point, got {sources.dtype}")
-    choose_backend(backend, "stft_masking", sources.numel())
+    use_triton = _takes_triton(backend, sources, (sources.dtype,))
     dtype = torch.float64 if sources.dtype == torch.float64 else torch.float32
     if tables is None:
-        tables = make_tables(n_fft, log_rows, device=sources.device, dtype=dtype)
+        tables = _tables_for(sources, n_fft, log_rows, dtype)
+    _check_device("sources", sources, tables)
+    _check_signal(sources.shape[2], tables.window.shape[0], hop, padding)
+    if use_triton:
+        taps, rows = _taps(tables, "log", align_corners), tables.log_grid.shape[0]
+        window = tables.window.to(torch.float32)
+        return Analysis(*_triton_analyse(sources, window, taps, hop, rows, align_corners, padding == "reflect"))
     with torch.autocast(sources.device.type, enabled=False):
         spectra = stft(sources.to(dtype), hop=hop, window=tables.window.to(dtype), padding=padding)
-        mixture = _sum_sources(spectra)
-        magnitudes = torch.cat(
-            ((_magnitude(mixture) + 1e-10)[:, None], _magnitude(spectra)), dim=1
-        )  # [B, 1+N, bins, T]
-        warped = warp(magnitudes, tables, align_corners=align_corners)
-        network_input = torch.log1p(warped[:, :1])
-        ratio = (warped[:, 1:] / warped[:, :1]).clamp(0, 5)
-        return Analysis(network_input, network_input.clamp(1e-3, 10), ratio, mixture)
+        return _from_spectra(spectra, functools.partial(warp, tables=tables, align_corners=align_corners))
+
+
+def _from_spectra(spectra: Tensor, to_log: Callable[[Tensor], Tensor]) -> Analysis:
+    """The sources' spectra, complex [B, N, bins, T], to what :func:`analyse` returns."""
+    mixture = _sum_sources(spectra)
+    magnitudes = torch.cat(((_magnitude(mixture) + 1e-10)[:, None], _magnitude(spectra)), dim=1)  # [B, 1+N, bins, T]
+    warped = to_log(magnitudes)
+    network_input = torch.log1p(warped[:, :1])
+    ratio = (warped[:, 1:] / warped[:, :1]).clamp(0, 5)
+    return Analysis(network_input, network_input.clamp(1e-3, 10), ratio, mixture)
+
+
+def _check_device(name: str, x: Tensor, tables: StftTables) -> None:
+    if x.device != tables.window.device:
+        raise ValueError(f"{name} are on {x.device} and the tables on {tables.window.device}: move one to the other")
 
 
 def synthesise(
@@ -256,8 +373,9 @@ def synthesise(
         [B, N, length].
 
     Raises:
-        ValueError: for shapes that do not fit together, an empty batch, or a length that T frames cannot give.
-        ConfigError: for a backend that does not exist.
+        ValueError: for shapes, types or devices that do not fit together, an empty batch, a hop that cannot be
+            inverted, or a length that T frames cannot give.
+        ConfigError: for a backend that does not exist or cannot run, or double precision with ``triton``.
     """
     bins = n_fft // 2 + 1 if tables is None else tables.linear_grid.shape[0]
     if logits.ndim != 4 or logits.numel() == 0:
@@ -270,12 +388,170 @@ def synthesise(
         )
     if tables is not None and tables.log_grid.shape[0] != logits.shape[2]:
         raise ValueError(f"logits have {logits.shape[2]} rows, the tables {tables.log_grid.shape[0]}")
-    choose_backend(backend, "stft_masking", logits.numel())
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    if logits.device != mixture_stft.device:
+        raise ValueError(f"logits are on {logits.device} and mixture_stft on {mixture_stft.device}: move one")
+    overlap = -(-2 * (bins - 1) // max(hop, 1))
+    use_triton = _takes_triton(backend, logits, (logits.dtype, mixture_stft.dtype), overlap)
     dtype = torch.float64 if mixture_stft.dtype == torch.complex128 else torch.float32
     if tables is None:
-        tables = make_tables(n_fft, logits.shape[2], device=logits.device, dtype=dtype)
+        tables = _tables_for(logits, n_fft, logits.shape[2], dtype)
+    _check_device("logits", logits, tables)
+    length = _check_length(length, logits.shape[3], tables.window.shape[0], hop)
+    if use_triton:
+        taps = _taps(tables, "linear", align_corners)
+        window = tables.window.to(torch.float32)
+        return _triton_synthesise(logits, mixture_stft, window, taps, hop, length, align_corners)
     with torch.autocast(logits.device.type, enabled=False):
         masks = unwarp(torch.sigmoid(logits.to(dtype)), tables, align_corners=align_corners)  # [B, N, bins, T]
         # Frame by frame, the order in which the inverse FFT reads: [B, N, T, bins]
         estimate = masks.transpose(2, 3).contiguous() * mixture_stft.transpose(1, 2)[:, None]
         return istft(estimate.transpose(2, 3), hop=hop, window=tables.window.to(dtype), length=length)
+
+
+# ---------------------------------------------------------------- the Triton path as operators
+
+
+@torch.library.custom_op("avsep::stft_analyse", mutates_args=())
+def _triton_analyse(
+    sources: Tensor, window: Tensor, taps: Tensor, hop: int, log_rows: int, align_corners: bool, reflect: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from avsep.kernels.stft_masking import triton_kernel
+
+    frames = 1 + sources.shape[2] // hop
+    pieces = triton_kernel.frame(sources, window, hop=hop, frames=frames, reflect=reflect)
+    network_input, weight, ratio, mixture = triton_kernel.fused_analysis(
+        torch.fft.rfft(pieces), taps, log_rows=log_rows, align_corners=align_corners
+    )
+    return network_input, weight, ratio, mixture.transpose(1, 2)
+
+
+@_triton_analyse.register_fake
+def _(
+    sources: Tensor, window: Tensor, taps: Tensor, hop: int, log_rows: int, align_corners: bool, reflect: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, count, samples = sources.shape
+    frames = 1 + samples // hop
+    planes = [sources.new_empty((batch, n, log_rows, frames), dtype=torch.float32) for n in (1, 1, count)]
+    mixture = sources.new_empty((batch, frames, window.shape[0] // 2 + 1), dtype=torch.complex64)
+    return planes[0], planes[1], planes[2], mixture.transpose(1, 2)
+
+
+def _analyse_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    sources, window, taps, ctx.hop, ctx.log_rows, ctx.align_corners, reflect = inputs
+    ctx.padding = "reflect" if reflect else "zeros"
+    ctx.save_for_backward(sources, window, taps)
+
+
+def _analyse_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    """Once more through PyTorch: training has no use for this gradient, so it has no kernels of its own."""
+    sources, window, taps = ctx.saved_tensors
+    bins = window.shape[0] // 2 + 1
+    with torch.enable_grad(), torch.autocast(sources.device.type, enabled=False):
+        x = sources.detach().float().requires_grad_()
+        spectra = stft(x, hop=ctx.hop, window=window, padding=ctx.padding)
+        outputs = _from_spectra(spectra, lambda m: _read_taps(m, taps, ctx.log_rows, bins, ctx.align_corners))
+        (gradient,) = torch.autograd.grad(outputs, x, gradients)
+    return gradient.to(sources.dtype), None, None, None, None, None, None
+
+
+def _read_taps(x: Tensor, taps: Tensor, rows: int, size: int, align_corners: bool) -> Tensor:
+    """[.., size, T] -> [.., rows, T] by the vector of :func:`make_taps`, as the kernels read it."""
+    low, fraction = taps[:rows].long(), taps[rows : 2 * rows].view(torch.float32)[:, None]
+    x = F.pad(x, (0, 0, 1, 1))
+    x = torch.lerp(x.index_select(-2, low + 1), x.index_select(-2, low + 2), fraction)
+    if align_corners:
+        return x
+    frames = x.shape[-1]
+    t = torch.arange(frames, device=x.device)
+    later = 2 * t > frames - 1
+    u = t / max(frames - 1, 1)
+    x = F.pad(x, (1, 1))
+    first = torch.where(later, t, t - 1)
+    return torch.lerp(
+        x.index_select(-1, first + 1), x.index_select(-1, first + 2), torch.where(later, u - 0.5, u + 0.5).to(x.dtype)
+    )
+
+
+_triton_analyse.register_autograd(_analyse_backward, setup_context=_analyse_context)
+
+
+@torch.library.custom_op("avsep::stft_synthesise", mutates_args=())
+def _triton_synthesise(
+    logits: Tensor, mixture_stft: Tensor, window: Tensor, taps: Tensor, hop: int, length: int, align_corners: bool
+) -> Tensor:
+    from avsep.kernels.stft_masking import triton_kernel
+
+    hartley = triton_kernel.fused_masking(logits.contiguous(), mixture_stft, taps, align_corners=align_corners)
+    return triton_kernel.overlap_add(torch.fft.rfft(hartley), window, hop=hop, length=length)
+
+
+@_triton_synthesise.register_fake
+def _(
+    logits: Tensor, mixture_stft: Tensor, window: Tensor, taps: Tensor, hop: int, length: int, align_corners: bool
+) -> Tensor:
+    return logits.new_empty((logits.shape[0], logits.shape[1], length), dtype=torch.float32)
+
+
+@torch.library.custom_op("avsep::stft_synthesise_backward", mutates_args=())
+def _triton_synthesise_backward(
+    gradient: Tensor,
+    logits: Tensor,
+    mixture_stft: Tensor,
+    window: Tensor,
+    taps: Tensor,
+    hop: int,
+    align_corners: bool,
+    of_logits: bool,
+    of_mixture: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the logits and of the mixture's STFT; an empty tensor for one that is not wanted."""
+    from avsep.kernels.stft_masking import triton_kernel
+
+    pieces = triton_kernel.overlap_add_backward(gradient, window, hop=hop, frames=logits.shape[3])
+    spectra = torch.fft.rfft(pieces)
+    logits = logits.contiguous()
+    if of_logits:
+        grad_logits = triton_kernel.logits_gradient(spectra, mixture_stft, logits, taps, align_corners=align_corners)
+    else:
+        grad_logits = logits.new_empty(0)
+    if not of_mixture:
+        return grad_logits, mixture_stft.new_empty(0)
+    grad_mixture = triton_kernel.mixture_gradient(spectra, logits, taps, align_corners=align_corners)
+    return grad_logits, grad_mixture.transpose(1, 2)
+
+
+@_triton_synthesise_backward.register_fake
+def _(
+    gradient: Tensor,
+    logits: Tensor,
+    mixture_stft: Tensor,
+    window: Tensor,
+    taps: Tensor,
+    hop: int,
+    align_corners: bool,
+    of_logits: bool,
+    of_mixture: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, bins, frames = mixture_stft.shape
+    return (
+        logits.new_empty(logits.shape if of_logits else (0,)),
+        mixture_stft.new_empty((batch, frames, bins)).transpose(1, 2) if of_mixture else mixture_stft.new_empty(0),
+    )
+
+
+def _synthesise_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, mixture_stft, window, taps, ctx.hop, _, ctx.align_corners = inputs
+    ctx.save_for_backward(logits, mixture_stft, window, taps)
+
+
+def _synthesise_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    grad_logits, grad_mixture = _triton_synthesise_backward(
+        gradient, *ctx.saved_tensors, ctx.hop, ctx.align_corners, *wanted
+    )
+    return (grad_logits if wanted[0] else None, grad_mixture if wanted[1] else None, None, None, None, None, None)
+
+
+_triton_synthesise.register_autograd(_synthesise_backward, setup_context=_synthesise_context)

@@ -1,0 +1,1229 @@
+"""Cross-modal similarity distillation in Triton: jit functions and their launchers.
+
+A score is never kept: a program owns a block of rows of one modality, walks over the rows of another and forms the
+scores of one tile at a time. Products run on the tensor cores in half precision without losing fp32's accuracy. An
+fp32 row is brought to the length 1024 and split into two halves, hi + lo, which hold 22 bits of each value; of the four
+products of two such rows the smallest, lo lo, is left out. A row in half precision is scaled by a power of two, which
+is exact, to a length in (512, 1024]; what is left of its length is a factor r in fp32: normalised row = hi r.
+
+Few rows (``direct``) are scaled and split by every program that reads them, which saves a launch; many rows
+(``prepared``) once, by a kernel of their own, into padded memory that needs no masks.
+
+All scores are held in units of log 2, so that exp2 takes them as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from avsep.kernels._triton import AotCase, launch, next_power_of_2, torch_to_triton
+from avsep.kernels.similarity_distillation.op import code_words, stats_size
+
+__all__ = ["aot_cases", "backward", "forward"]
+
+# The buffer that forward leaves for backward has rows [n]: where rows are prepared, their ids in one or two words; the
+# log-sum-exps of every direction; the number of positives of every row, by instance and by class; the sums of the
+# positives' scores of every pair of modalities, by instance and by class. Behind them, how many rows have a positive
+# by instance and by class. ``stats`` in the kernels begins with the log-sum-exps.
+
+
+@triton.jit
+def _inverse_length(square):
+    """1 / length of rows from their squared length; 0 for a length up to 1e-12, which counts as zero as in PyTorch."""
+    known = square > 1e-24
+    return tl.where(known, tl.div_rn(1.0, tl.sqrt_rn(tl.where(known, square, 1.0))), 0.0)
+
+
+@triton.jit
+def _scaling(inverse, LOW: tl.constexpr):
+    """Inverse lengths -> what rows are multiplied with before they are rounded to halves, and the factor r that makes
+    them rows of length 1 (not read if LOW)."""
+    if LOW:
+        return inverse * 1024.0, inverse
+    power = (inverse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 1024.0
+    known = power > 0.0
+    return power, tl.where(known, tl.div_rn(inverse, tl.where(known, power, 1.0)), 0.0)
+
+
+@triton.jit
+def _halves(x, LOW: tl.constexpr):
+    """Rows [R, D] in fp32 -> hi, lo [R, D] fp16, r [R], which is 0 for a row of zeros."""
+    multiplier, factor = _scaling(_inverse_length(tl.sum(x * x, axis=1)), LOW)
+    scaled = x * multiplier[:, None]
+    hi = scaled.to(tl.float16)
+    if LOW:
+        lo = (scaled - hi.to(tl.float32)).to(tl.float16)
+    else:
+        lo = hi  # not read
+    return hi, lo, factor
+
+
+@triton.jit
+def _scores(products, factor, v_factor, scale, LOW: tl.constexpr):
+    """Products of halves -> (scores but for the factors of the columns, scores), in units of log 2."""
+    if LOW:
+        scores = products * (scale / 1048576.0)
+        return scores, scores
+    products = products * (factor * scale)[:, None]
+    return products, products * v_factor[None, :]
+
+
+@triton.jit
+def _product(a, a_low, b, b_low, accumulator, LOW_A: tl.constexpr, LOW_B: tl.constexpr):
+    """accumulator + a b, in an order in which b and b_low need not be in registers at the same time."""
+    if LOW_A:
+        accumulator = tl.dot(a_low, b, accumulator)
+    accumulator = tl.dot(a, b, accumulator)
+    if LOW_B:
+        accumulator = tl.dot(a, b_low, accumulator)
+    return accumulator
+
+
+@triton.jit
+def _choose(i, a, b, c):
+    chosen = a
+    if i == 1:
+        chosen = b
+    if i == 2:
+        chosen = c
+    return chosen
+
+
+@triton.jit
+def _read_ids(instance_ids, class_ids, rows, n, PREPARED: tl.constexpr):
+    """Ids of rows: instance and class, or, prepared, the code of both (twice)."""
+    instance = tl.load(instance_ids + rows, mask=rows < n, other=0)
+    if PREPARED:
+        class_ = instance
+    else:
+        class_ = tl.load(class_ids + rows, mask=rows < n, other=0)
+    return instance, class_
+
+
+@triton.jit
+def _same(instance, class_, other_instance, other_class, PREPARED: tl.constexpr):
+    """Ids of rows [R] and of columns [C] -> whether they are of one instance, of one class [R, C]."""
+    if PREPARED:
+        half: tl.constexpr = instance.dtype.primitive_bitwidth // 2
+        mask: tl.constexpr = (1 << half) - 1
+        difference = instance[:, None] ^ other_instance[None, :]
+        same_instance = (difference >> half) == 0
+        same_class = (difference & mask) == 0
+    else:
+        same_instance = instance[:, None] == other_instance[None, :]
+        same_class = class_[:, None] == other_class[None, :]
+    return same_instance, same_class
+
+
+@triton.jit
+def _compared(direction, M: tl.constexpr, UNIMODAL: tl.constexpr):
+    """Direction -> (modality of the rows, modality of the columns): first all pairs i < j, then the same the other way
+    round; (i, i) if unimodal."""
+    if UNIMODAL:
+        i = direction
+        j = direction
+    else:
+        pairs: tl.constexpr = M * (M - 1) // 2
+        turned = direction >= pairs
+        pair = tl.where(turned, direction - pairs, direction)
+        low = pair * 0
+        for k in tl.static_range(1, M):
+            low = tl.where(pair >= k * (2 * M - k - 1) // 2, k, low)
+        high = pair - low * (2 * M - low - 1) // 2 + low + 1
+        i = tl.where(turned, high, low)
+        j = tl.where(turned, low, high)
+    return i, j
+
+
+@triton.jit
+def _read_rows(x, stride, start, n, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [BLOCK, BLOCK_D] in fp32, the first of which is row ``start`` and lies at x; zeros beyond n and D."""
+    r = tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(
+        x + (r[:, None] * stride + d[None, :]), mask=(start + r < n)[:, None] & (d < D)[None, :], other=0.0
+    ).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["n", "padded"])
+def _prepare_kernel(
+    x,  # [n, D], rows ``stride`` apart
+    halves,  # [1 or 2, padded, WIDTH] fp16: hi, lo
+    scales,  # [2, padded] fp32: r, 1 / length
+    n,
+    stride,
+    padded,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """Scale and split the rows of one modality; what lies beyond n and D becomes zero."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    square = tl.zeros((BLOCK,), tl.float32)
+    x += rows.to(tl.int64)[:, None] * stride
+    for start in range(0, WIDTH, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        value = tl.load(x + d[None, :], mask=(rows < n)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        square += tl.sum(value * value, axis=1)
+    inverse = _inverse_length(square)
+    multiplier, factor = _scaling(inverse, LOW)
+    tl.store(scales + rows, factor)
+    tl.store(scales + padded + rows, inverse)
+    halves += rows.to(tl.int64)[:, None] * WIDTH
+    for start in range(0, WIDTH, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        value = tl.load(x + d[None, :], mask=(rows < n)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        scaled = value * multiplier[:, None]
+        hi = scaled.to(tl.float16)
+        tl.store(halves + d[None, :], hi)
+        if LOW:
+            low_plane = halves + padded.to(tl.int64) * WIDTH
+            tl.store(low_plane + d[None, :], (scaled - hi.to(tl.float32)).to(tl.float16))
+
+
+@triton.jit
+def _count_pass(instance_ids, class_ids, counts, rows, n, BLOCK_N: tl.constexpr, INCLUDE_SELF: tl.constexpr):
+    """The number of positives of every row, by instance and by class."""
+    instance = tl.load(instance_ids + rows, mask=rows < n, other=0)
+    class_ = tl.load(class_ids + rows, mask=rows < n, other=0)
+    same_instance = tl.zeros_like(rows)
+    same_class = tl.zeros_like(rows)
+    for start in range(0, n, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        allowed = (columns < n)[None, :]
+        if not INCLUDE_SELF:
+            allowed = allowed & (rows[:, None] != columns[None, :])
+        other_instance = tl.load(instance_ids + columns, mask=columns < n, other=0)
+        other_class = tl.load(class_ids + columns, mask=columns < n, other=0)
+        same_instance += tl.sum((allowed & (instance[:, None] == other_instance[None, :])).to(tl.int32), axis=1)
+        same_class += tl.sum((allowed & (class_[:, None] == other_class[None, :])).to(tl.int32), axis=1)
+    tl.store(counts + rows, same_instance.to(tl.float32), mask=rows < n)
+    tl.store(counts + n + rows, same_class.to(tl.float32), mask=rows < n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _identify_kernel(
+    instance_ids,
+    class_ids,
+    codes,  # [n] int32 or int64, written
+    counts,  # [2, n] fp32, written
+    n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INCLUDE_SELF: tl.constexpr,
+):
+    """The number of positives of every row, and its ids in one number that is cheap to compare: the first row of the
+    same instance in the upper half of the bits and the first of the same class in the lower."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    _count_pass(instance_ids, class_ids, counts, rows, n, BLOCK_N, INCLUDE_SELF)
+    instance = tl.load(instance_ids + rows, mask=rows < n, other=0)
+    class_ = tl.load(class_ids + rows, mask=rows < n, other=0)
+    first_instance = rows
+    first_class = rows
+    for start in range(0, n, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        other_instance = tl.load(instance_ids + columns, mask=columns < n, other=0)
+        other_class = tl.load(class_ids + columns, mask=columns < n, other=0)
+        inside = (columns < n)[None, :]
+        found = tl.where(inside & (instance[:, None] == other_instance[None, :]), columns[None, :], rows[:, None])
+        first_instance = tl.minimum(first_instance, tl.min(found, axis=1))
+        found = tl.where(inside & (class_[:, None] == other_class[None, :]), columns[None, :], rows[:, None])
+        first_class = tl.minimum(first_class, tl.min(found, axis=1))
+    half: tl.constexpr = codes.dtype.element_ty.primitive_bitwidth // 2
+    code = (first_instance.to(codes.dtype.element_ty) << half) | first_class.to(codes.dtype.element_ty)
+    tl.store(codes + rows, code, mask=rows < n)
+
+
+@triton.jit
+def _rows_pass(
+    u,
+    v,
+    u_stride,
+    v_stride,
+    u_scales,
+    v_scales,
+    instance_ids,
+    class_ids,
+    lse,
+    positives_instance,
+    positives_class,
+    first_row,
+    n,
+    padded,
+    scale,
+    bound,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PREPARED: tl.constexpr,
+    LOW: tl.constexpr,
+    ONLINE: tl.constexpr,
+    INCLUDE_SELF: tl.constexpr,
+    POSITIVES: tl.constexpr,
+):
+    """One direction: the log-sum-exp of every row, and, if POSITIVES, the sums of its positives' scores."""
+    rows = first_row + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_D)
+    u_tile = tl.arange(0, BLOCK_M)[:, None] * WIDTH + k[None, :]
+    v_tile = tl.arange(0, BLOCK_N)[:, None] * WIDTH + k[None, :]
+    low_plane = padded.to(tl.int64) * WIDTH
+    if PREPARED:
+        u += first_row.to(tl.int64) * WIDTH
+        factor = tl.load(u_scales + rows)
+    else:
+        u += first_row.to(tl.int64) * u_stride
+        uh, ul, factor = _halves(_read_rows(u, u_stride, first_row, n, D, BLOCK_M, BLOCK_D), LOW)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -1e30, tl.float32)
+    if POSITIVES:
+        instance, class_ = _read_ids(instance_ids, class_ids, rows, n, PREPARED)
+        sum_instance = tl.zeros((BLOCK_M,), tl.float32)
+        sum_class = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, n, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if PREPARED:
+            for d in range(0, WIDTH, BLOCK_D):
+                uh = tl.load(u + d + u_tile)
+                vh = tl.load(v + d + v_tile)
+                if LOW:
+                    ul = tl.load(u + low_plane + d + u_tile)
+                    vl = tl.load(v + low_plane + d + v_tile)
+                    scores = _product(uh, ul, tl.trans(vh), tl.trans(vl), scores, LOW, LOW)
+                else:
+                    scores = tl.dot(uh, tl.trans(vh), scores)
+            v_factor = tl.load(v_scales + columns)
+            v += BLOCK_N * WIDTH
+        else:
+            vh, vl, v_factor = _halves(_read_rows(v, v_stride, start, n, D, BLOCK_N, BLOCK_D), LOW)
+            scores = _product(uh, ul, tl.trans(vh), tl.trans(vl), scores, LOW, LOW)
+            v += BLOCK_N * v_stride
+        _, scores = _scores(scores, factor, v_factor, scale, LOW)
+        # columns beyond n have scores of 0; what is taken off them lets nothing through the exponential
+        outside = tl.where(columns < n, 0.0, float("inf"))
+        if ONLINE:
+            allowed = scores - outside[None, :]
+            if not INCLUDE_SELF:
+                allowed = tl.where(rows[:, None] == columns[None, :], -float("inf"), allowed)
+            higher = tl.maximum(top, tl.max(allowed, axis=1))
+            total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(allowed - higher[:, None]), axis=1)
+            top = higher
+        else:
+            # no score exceeds the bound, and none is so far below it that its exponential would vanish
+            value = tl.exp2(scores - (bound + outside)[None, :])
+            if not INCLUDE_SELF:
+                value = tl.where(rows[:, None] == columns[None, :], 0.0, value)
+            total += tl.sum(value, axis=1)
+        if POSITIVES:
+            other_instance, other_class = _read_ids(instance_ids, class_ids, columns, n, PREPARED)
+            same_instance, same_class = _same(instance, class_, other_instance, other_class, PREPARED)
+            if not INCLUDE_SELF:
+                scores = tl.where(rows[:, None] == columns[None, :], 0.0, scores)
+            sum_instance += tl.sum(tl.where(same_instance, scores, 0.0), axis=1)
+            sum_class += tl.sum(tl.where(same_class, scores, 0.0), axis=1)
+    if not ONLINE:
+        top = tl.zeros((BLOCK_M,), tl.float32) + bound
+    # a row of which nothing is left (n = 1 without itself) has no weight; NaN goes on
+    tl.store(lse + rows, tl.where(total == 0.0, 0.0, top + tl.log2(total)), mask=rows < n)
+    if POSITIVES:
+        tl.store(positives_instance + rows, sum_instance, mask=rows < n)
+        tl.store(positives_class + rows, sum_class, mask=rows < n)
+
+
+@triton.jit(do_not_specialize=["n", "padded"])
+def _forward_kernel(
+    x0,  # direct: up to three modalities [n, D], rows ``stride`` apart; prepared: x0 holds the halves of all
+    x1,
+    x2,
+    stride0,
+    stride1,
+    stride2,
+    scales,  # prepared: [M, 2, padded] fp32
+    instance_ids,  # [n]
+    class_ids,  # [n]
+    stats,  # fp32, written: all but the last two numbers
+    n,
+    padded,
+    scale,  # log2(e) / temperature
+    bound,  # no score is above it
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PREPARED: tl.constexpr,
+    LOW: tl.constexpr,
+    ONLINE: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    INCLUDE_SELF: tl.constexpr,
+    UNIMODAL: tl.constexpr,
+):
+    """Grid (blocks of rows, directions), and, direct, one more: programs that count positives."""
+    pairs: tl.constexpr = M if UNIMODAL else M * (M - 1) // 2
+    directions: tl.constexpr = 2 * pairs if SYMMETRIC and not UNIMODAL else pairs
+    first_row = tl.program_id(0) * BLOCK_M
+    direction = tl.program_id(1)
+    counts = stats + directions * n
+    if direction == directions:
+        if not PREPARED:
+            rows = first_row + tl.arange(0, BLOCK_M)
+            _count_pass(instance_ids, class_ids, counts, rows, n, BLOCK_N, INCLUDE_SELF)
+    else:
+        i, j = _compared(direction, M, UNIMODAL)
+        if PREPARED:
+            plane = padded.to(tl.int64) * WIDTH * (2 if LOW else 1)
+            u = x0 + i * plane
+            v = x0 + j * plane
+            u_stride = stride0
+            v_stride = stride0
+        else:
+            u = _choose(i, x0, x1, x2)
+            v = _choose(j, x0, x1, x2)
+            u_stride = _choose(i, stride0, stride1, stride2)
+            v_stride = _choose(j, stride0, stride1, stride2)
+        u_scales = scales + i * 2 * padded
+        v_scales = scales + j * 2 * padded
+        lse = stats + direction * n
+        sums = counts + (2 + direction) * n
+        # the sums of S and of its transpose are the same: the first direction of a pair forms them
+        if direction < pairs:
+            _rows_pass(
+                u,
+                v,
+                u_stride,
+                v_stride,
+                u_scales,
+                v_scales,
+                instance_ids,
+                class_ids,
+                lse,
+                sums,
+                sums + pairs * n,
+                first_row,
+                n,
+                padded,
+                scale,
+                bound,
+                D,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                WIDTH,
+                PREPARED,
+                LOW,
+                ONLINE,
+                INCLUDE_SELF,
+                True,
+            )
+        else:
+            _rows_pass(
+                u,
+                v,
+                u_stride,
+                v_stride,
+                u_scales,
+                v_scales,
+                instance_ids,
+                class_ids,
+                lse,
+                sums,
+                sums,
+                first_row,
+                n,
+                padded,
+                scale,
+                bound,
+                D,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                WIDTH,
+                PREPARED,
+                LOW,
+                ONLINE,
+                INCLUDE_SELF,
+                False,
+            )
+
+
+@triton.jit(do_not_specialize=["n"])
+def _reduce_kernel(
+    stats,
+    instance_out,
+    class_out,
+    total_out,
+    n,
+    weight_instance,
+    weight_class,
+    PAIRS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The two terms and their weighted sum, by one program, so that the order of the sum is always the same."""
+    lane = tl.arange(0, BLOCK)
+    counts = stats + DIRECTIONS * n
+    sums = counts + 2 * n
+    sum_instance = tl.zeros((BLOCK,), tl.float32)
+    sum_class = tl.zeros((BLOCK,), tl.float32)
+    kept_instance = tl.zeros((BLOCK,), tl.float32)
+    kept_class = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        rows = start + lane
+        inside = rows < n
+        count_instance = tl.load(counts + rows, mask=inside, other=0.0)
+        count_class = tl.load(counts + n + rows, mask=inside, other=0.0)
+        lse = tl.zeros((BLOCK,), tl.float32)
+        for d in tl.static_range(DIRECTIONS):
+            lse += tl.load(stats + d * n + rows, mask=inside, other=0.0)
+        score_instance = tl.zeros((BLOCK,), tl.float32)
+        score_class = tl.zeros((BLOCK,), tl.float32)
+        for p in tl.static_range(PAIRS):
+            score_instance += tl.load(sums + p * n + rows, mask=inside, other=0.0)
+            score_class += tl.load(sums + (PAIRS + p) * n + rows, mask=inside, other=0.0)
+        lse = lse / DIRECTIONS
+        score_instance = score_instance / PAIRS
+        score_class = score_class / PAIRS
+        has = count_instance > 0.0
+        kept_instance += tl.where(has, 1.0, 0.0)
+        sum_instance += tl.where(has, lse - score_instance / tl.maximum(count_instance, 1.0), 0.0)
+        has = count_class > 0.0
+        kept_class += tl.where(has, 1.0, 0.0)
+        if AVERAGE:
+            sum_class += tl.where(has, lse - score_class / tl.maximum(count_class, 1.0), 0.0)
+        else:
+            sum_class += count_class * lse - score_class
+    rows_instance = tl.sum(kept_instance, axis=0)
+    rows_class = tl.sum(kept_class, axis=0)
+    rest = counts + (2 + 2 * PAIRS) * n
+    tl.store(rest, rows_instance)
+    tl.store(rest + 1, rows_class)
+    ln2: tl.constexpr = 0.6931471805599453
+    instance = ln2 * tl.sum(sum_instance, axis=0) / tl.maximum(rows_instance, 1.0)
+    class_ = ln2 * tl.sum(sum_class, axis=0)
+    if AVERAGE:
+        class_ = class_ / tl.maximum(rows_class, 1.0)
+    else:
+        size = n.to(tl.float32)
+        class_ = class_ / size / size
+    tl.store(instance_out, instance)
+    tl.store(class_out, class_)
+    tl.store(total_out, weight_instance * instance + weight_class * class_)
+
+
+@triton.jit
+def _weights(count, rows_with_positives, n, AVERAGE: tl.constexpr):
+    """Of a row's log-sum-exp and of one of its positives in a term: [R] twice."""
+    if AVERAGE:
+        of_row = tl.where(count > 0.0, 1.0 / tl.maximum(rows_with_positives, 1.0), 0.0)
+        of_positive = of_row / tl.maximum(count, 1.0)
+    else:
+        of_positive = count * 0.0 + 1.0 / n / n
+        of_row = count * of_positive
+    return of_row, of_positive
+
+
+@triton.jit
+def _upstream(
+    instance_gradient,
+    class_gradient,
+    total_gradient,
+    weight_instance,
+    weight_class,
+    rows_instance,
+    rows_class,
+    size,
+    directions,
+    AVERAGE: tl.constexpr,
+):
+    """The gradients of the two terms, for one direction, and a bound on what they make of the gradient of a score."""
+    upstream = tl.load(total_gradient)
+    of_instance = (tl.load(instance_gradient) + weight_instance * upstream) / directions
+    of_class = (tl.load(class_gradient) + weight_class * upstream) / directions
+    largest = tl.abs(of_instance) / tl.maximum(rows_instance, 1.0)
+    if AVERAGE:
+        largest += tl.abs(of_class) / tl.maximum(rows_class, 1.0)
+    else:
+        largest += tl.abs(of_class) / size
+    return of_instance, of_class, tl.maximum(largest, 1e-30)
+
+
+@triton.jit(do_not_specialize=["n", "padded", "width", "first"])
+def _backward_kernel(
+    x0,  # as in forward
+    x1,
+    x2,
+    stride0,
+    stride1,
+    stride2,
+    scales,
+    instance_ids,
+    class_ids,
+    teacher_rows,  # [n], not 0 for a teacher's row; read if TEACHER
+    stats,
+    instance_gradient,  # upstream, scalars in fp32
+    class_gradient,
+    total_gradient,
+    out0,  # gradients [n, D] of the modalities ``first``, ``first`` + 1 and ``first`` + 2
+    out1,
+    out2,
+    n,
+    padded,
+    width,  # WIDTH: as a constant the loop over it would be unrolled, its addresses kept in registers
+    first,
+    scale,
+    inverse_temperature,
+    weight_instance,
+    weight_class,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PREPARED: tl.constexpr,
+    LOW: tl.constexpr,
+    TEACHER: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    INCLUDE_SELF: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    UNIMODAL: tl.constexpr,
+):
+    """Grid (blocks of rows, modalities, spans of BLOCK_D features): the gradient of a block of rows of one modality."""
+    pairs: tl.constexpr = M if UNIMODAL else M * (M - 1) // 2
+    directions: tl.constexpr = 2 * pairs if SYMMETRIC and not UNIMODAL else pairs
+    # of the gradients of the scores, so that they fill the range of fp16
+    GAIN: tl.constexpr = 4096.0
+    first_row = tl.program_id(0) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    i = first + tl.program_id(1)
+    span = tl.program_id(2) * BLOCK_D
+    k = tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_D)
+    u_tile = tl.arange(0, BLOCK_M)[:, None] * WIDTH + k[None, :]
+    v_tile = tl.arange(0, BLOCK_N)[:, None] * WIDTH + k[None, :]
+    v_part = tl.arange(0, BLOCK_N)[:, None] * WIDTH + d[None, :]
+    size = n.to(tl.float32)
+    low_plane = padded.to(tl.int64) * WIDTH
+    plane = low_plane * (2 if LOW else 1)
+    if PREPARED:
+        u = x0 + i * plane + first_row.to(tl.int64) * WIDTH
+        factor = tl.load(scales + i * 2 * padded + rows)
+    else:
+        u = _choose(i, x0, x1, x2)
+        u_stride = _choose(i, stride0, stride1, stride2)
+        u += first_row.to(tl.int64) * u_stride
+        uh, ul, factor = _halves(_read_rows(u, u_stride, first_row, n, D, BLOCK_M, BLOCK_D), LOW)
+
+    # the gradients of the two terms; a common factor is taken out of everything and put back at the end
+    counts = stats + directions * n
+    rest = counts + (2 + 2 * pairs) * n
+    rows_instance = tl.load(rest)
+    rows_class = tl.load(rest + 1)
+    gradient_instance, gradient_class, largest = _upstream(
+        instance_gradient,
+        class_gradient,
+        total_gradient,
+        weight_instance,
+        weight_class,
+        rows_instance,
+        rows_class,
+        size,
+        directions,
+        AVERAGE,
+    )
+    gradient_instance = gradient_instance / largest
+    gradient_class = gradient_class / largest
+
+    uniform: tl.constexpr = AVERAGE and INCLUDE_SELF  # whether all rows' log-sum-exps have the same weight
+    weight = (gradient_instance + gradient_class) / size
+    count_instance = tl.load(counts + rows, mask=rows < n, other=0.0)
+    count_class = tl.load(counts + n + rows, mask=rows < n, other=0.0)
+    row_instance, positive_instance = _weights(count_instance, rows_instance, size, True)
+    row_class, positive_class = _weights(count_class, rows_class, size, AVERAGE)
+    row_weight = gradient_instance * row_instance + gradient_class * row_class
+    both: tl.constexpr = 2.0 if SYMMETRIC or UNIMODAL else 1.0
+    positive_instance = positive_instance * gradient_instance * both
+    positive_class = positive_class * gradient_class * both
+    instance, class_ = _read_ids(instance_ids, class_ids, rows, n, PREPARED)
+
+    end = n
+    if TEACHER:
+        teacher = tl.load(teacher_rows + rows, mask=rows < n, other=1)
+        if tl.sum((teacher == 0).to(tl.int32), axis=0) == 0:
+            end = n * 0  # nothing here has a gradient
+
+    gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    along = tl.zeros((BLOCK_M,), tl.float32)  # the part of the gradient along the row itself
+    for partner in range(1 if UNIMODAL else M - 1):
+        row_end = n
+        column_end = n
+        if UNIMODAL:
+            j = i
+            row_direction = i
+            column_direction = i
+        else:
+            j = partner + (partner >= i).to(tl.int32)
+            low = tl.minimum(i, j)
+            pair = low * (2 * M - low - 1) // 2 + tl.maximum(i, j) - low - 1
+            if SYMMETRIC:
+                row_direction = tl.where(i < j, pair, pair + pairs)
+                column_direction = tl.where(i < j, pair + pairs, pair)
+            else:
+                row_direction = pair
+                column_direction = pair
+                row_end = tl.where(i < j, n, 0)
+                column_end = n - row_end
+        # a direction that does not exist has an infinite log-sum-exp: nothing comes through the exponential
+        row_lse = tl.load(stats + row_direction * n + rows, mask=rows < row_end, other=float("inf"))
+        if PREPARED:
+            v = x0 + j * plane
+            v_stride = stride0
+        else:
+            v = _choose(j, x0, x1, x2)
+            v_stride = _choose(j, stride0, stride1, stride2)
+        for start in range(0, end, BLOCK_N):
+            columns = start + tl.arange(0, BLOCK_N)
+            scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            if PREPARED:
+                for step in range(0, width, BLOCK_K):
+                    uh = tl.load(u + step + u_tile)
+                    vh = tl.load(v + step + v_tile)
+                    if LOW:
+                        ul = tl.load(u + low_plane + step + u_tile)
+                        vl = tl.load(v + low_plane + step + v_tile)
+                        scores = _product(uh, ul, tl.trans(vh), tl.trans(vl), scores, LOW, LOW)
+                    else:
+                        scores = tl.dot(uh, tl.trans(vh), scores)
+                v_factor = tl.load(scales + j * 2 * padded + columns)
+            else:
+                vh, vl, v_factor = _halves(_read_rows(v, v_stride, start, n, D, BLOCK_N, BLOCK_D), LOW)
+                scores = _product(uh, ul, tl.trans(vh), tl.trans(vl), scores, LOW, LOW)
+            products, scores = _scores(scores, factor, v_factor, scale, LOW)
+            inside = columns < n
+            column_lse = tl.load(stats + column_direction * n + columns, mask=columns < column_end, other=float("inf"))
+            change = tl.exp2(scores - row_lse[:, None])
+            from_columns = tl.exp2(scores - column_lse[None, :])
+            if uniform:
+                change = (change + from_columns) * weight
+            else:
+                other = tl.load(counts + columns, mask=inside, other=0.0)
+                of_instance = _weights(other, rows_instance, size, True)[0]
+                other = tl.load(counts + n + columns, mask=inside, other=0.0)
+                of_class = _weights(other, rows_class, size, AVERAGE)[0]
+                column_weight = gradient_instance * of_instance + gradient_class * of_class
+                change = change * row_weight[:, None] + from_columns * column_weight[None, :]
+            other_instance, other_class = _read_ids(instance_ids, class_ids, columns, n, PREPARED)
+            same_instance, same_class = _same(instance, class_, other_instance, other_class, PREPARED)
+            change -= tl.where(same_instance, positive_instance[:, None], 0.0)
+            change -= tl.where(same_class, positive_class[:, None], 0.0)
+            allowed = inside[None, :]
+            if not INCLUDE_SELF:
+                allowed = allowed & (rows[:, None] != columns[None, :])
+            change = tl.where(allowed, change, 0.0)
+            if LOW:
+                change = change * GAIN
+            else:
+                change = change * (v_factor * (1024.0 * GAIN))[None, :]
+            hi = change.to(tl.float16)
+            lo = (change - hi.to(tl.float32)).to(tl.float16)
+            # from the halves, since ptxas then needs fewer registers
+            along += tl.sum((hi.to(tl.float32) + lo.to(tl.float32)) * products, axis=1)
+            # Tensor cores round sums towards zero, which over thousands of tiles would add up: a tile's product is
+            # formed on its own. (Were it one dot and not two or three, Triton would fold the addition into it.)
+            if PREPARED:
+                vh = tl.load(v + span + v_part)
+                if LOW:
+                    vl = tl.load(v + low_plane + span + v_part)
+                else:
+                    vl = vh
+                v += BLOCK_N * WIDTH
+            else:
+                v += BLOCK_N * v_stride
+            gradient += _product(hi, lo, vh, vl, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), True, LOW)
+
+    gain = inverse_temperature / (1024.0 * GAIN)
+    projection = along * (0.6931471805599453 / gain / GAIN)  # scores are in units of log 2
+    if not LOW:
+        projection = projection * (1.0 / 1024.0)
+    out = _choose(i - first, out0, out1, out2)
+    if PREPARED:
+        inverse = tl.load(scales + (i * 2 + 1) * padded + rows)
+        u_part = tl.arange(0, BLOCK_M)[:, None] * WIDTH + d[None, :]
+        unit = tl.load(u + span + u_part).to(tl.float32)
+        if LOW:
+            unit = (unit + tl.load(u + low_plane + span + u_part).to(tl.float32)) * (1.0 / 1024.0)
+        else:
+            unit = unit * tl.load(scales + i * 2 * padded + rows)[:, None]
+    else:
+        unit = _read_rows(u, u_stride, first_row, n, D, BLOCK_M, BLOCK_D)
+        inverse = _inverse_length(tl.sum(unit * unit, axis=1))
+        unit = unit * inverse[:, None]
+    # through the normalisation: (g - (g x^) x^) / |x|
+    gradient = (gradient - projection[:, None] * unit) * (inverse * (largest * gain))[:, None]
+    if TEACHER:
+        teacher = tl.load(teacher_rows + rows, mask=rows < n, other=1) != 0
+        gradient = tl.where(teacher[:, None], 0.0, gradient)
+    out += first_row.to(tl.int64) * D + span
+    tl.store(
+        out + (tl.arange(0, BLOCK_M)[:, None] * D + d[None, :]),
+        gradient.to(out0.dtype.element_ty),
+        mask=(rows < n)[:, None] & (span + d < D)[None, :],
+    )
+
+
+class Options(NamedTuple):
+    """How the operation is asked to compute; the same for both directions of differentiation."""
+
+    temperature: float
+    weight_instance: float
+    weight_class: float
+    symmetric: bool
+    include_self: bool
+    average_class: bool
+    unimodal: bool
+
+
+class Tiles(NamedTuple):
+    """A kernel's blocks: ``rows`` of one modality against ``columns`` rows of the other, ``step`` features at a time;
+    in backward a program owns the gradient of ``span`` features."""
+
+    rows: int
+    columns: int
+    step: int
+    num_warps: int
+    num_stages: int
+    span: int = 0
+
+
+class Plan(NamedTuple):
+    """What follows from sizes, types and GPU alone."""
+
+    prepared: bool
+    low: bool  # whether rows are split into two halves
+    width: int  # D filled up
+    forward: Tiles
+    backward: Tiles
+
+
+_PADDING = 128  # prepared memory has a multiple of as many rows
+_PREPARE_ROWS = 16
+_IDENTIFY = (64, 32)
+_REDUCE_ROWS = 1024
+# Up to here scores stay far enough above their bound for their exponentials to be summed without a running maximum.
+_LARGEST_INVERSE_TEMPERATURE = 40.0
+
+
+@functools.lru_cache(maxsize=64)
+def plan(prepared: bool, width: int, low: bool, capability: int) -> Plan:
+    """Blocks for modalities of up to ``width`` features on a GPU of this compute capability (90 for 9.0)."""
+    if not prepared:
+        width = max(16, next_power_of_2(width))
+        if capability < 80:  # 64 KiB of shared memory a program
+            return Plan(False, low, width, Tiles(16, 16, width, 8, 1), Tiles(16, 16, width, 8, 1, width))
+        return Plan(False, low, width, Tiles(16, 32, width, 4, 1), Tiles(16, 32, width, 8, 1, width))
+    width = 64 if width <= 64 else 128 * -(-width // 128)
+    if capability < 80:  # no asynchronous copies
+        return Plan(True, low, width, Tiles(64, 64, 32, 8, 1), Tiles(64, 32, 32, 8, 1, 64))
+    # From here on no kernel spills registers. Hopper's and Blackwell's tensor cores read their operands from shared
+    # memory, of which there are 227 KiB, others from registers, and have 99 KiB or more.
+    if 90 <= capability < 100:
+        return Plan(True, low, width, Tiles(128, 128, 64, 8, 3), Tiles(128, 64, 64, 8, 3, min(128, width)))
+    if 100 <= capability < 120:
+        # 64 columns in backward want more tensor memory than there is, for which Triton 3.6 leaves nothing but a trap
+        return Plan(True, low, width, Tiles(128, 64, 64, 8, 3), Tiles(128, 32, 64, 8, 3, min(128, width)))
+    return Plan(True, low, width, Tiles(128, 128, 32 if low else 64, 8, 3), Tiles(128, 64, 32, 8, 3, 64))
+
+
+@functools.lru_cache(maxsize=16)
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _plan(modalities: Sequence[Tensor], words: int) -> Plan:
+    width = max([m.shape[1] for m in modalities])
+    low = torch.float32 in [m.dtype for m in modalities]
+    return plan(words > 0, width, low, _capability(modalities[0].device))
+
+
+def _pairs(count: int, options: Options) -> tuple[int, int]:
+    """Pairs of modalities, and directions."""
+    pairs = count if options.unimodal else count * (count - 1) // 2
+    return pairs, 2 * pairs if options.symmetric and not options.unimodal else pairs
+
+
+def _prepare(modalities: Sequence[Tensor], chosen: Plan) -> tuple[Tensor, Tensor, int]:
+    """Scaled and split rows [M, 1 or 2, padded, width] fp16, their factors and inverse lengths [M, 2, padded] fp32."""
+    first = modalities[0]
+    n, count = first.shape[0], len(modalities)
+    padded = -(-n // _PADDING) * _PADDING
+    halves = torch.empty(
+        (count, 2 if chosen.low else 1, padded, chosen.width), dtype=torch.float16, device=first.device
+    )
+    scales = torch.empty((count, 2, padded), dtype=torch.float32, device=first.device)
+    for i, m in enumerate(modalities):
+        launch(
+            _prepare_kernel,
+            (padded // _PREPARE_ROWS,),
+            m,
+            halves[i],
+            scales[i],
+            n,
+            m.stride(0),
+            padded,
+            D=m.shape[1],
+            WIDTH=chosen.width,
+            BLOCK=_PREPARE_ROWS,
+            BLOCK_D=min(128, chosen.width),
+            LOW=chosen.low,
+            num_warps=4,
+            num_stages=1,
+        )
+    return halves, scales, padded
+
+
+def _sources(modalities: Sequence[Tensor], chosen: Plan) -> tuple[tuple[Any, ...], Tensor, int]:
+    """What the kernels read the rows from: three tensors and their strides, factors, and rows in padded memory."""
+    if chosen.prepared:
+        halves, scales, padded = _prepare(modalities, chosen)
+        return (halves, halves, halves, 0, 0, 0), scales, padded
+    a, b, c = modalities[0], modalities[min(1, len(modalities) - 1)], modalities[-1]
+    return (a, b, c, a.stride(0), b.stride(0), c.stride(0)), a, 0
+
+
+def _split(kept: Tensor, n: int, words: int) -> tuple[Tensor, Tensor]:
+    """What is kept for backward -> the ids' codes [n], which are integers, and the statistics proper."""
+    codes = kept[: words * n].view(torch.int64 if words == 2 else torch.int32)
+    return codes, kept[words * n :]
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """As it is where a row's values lie side by side, however far apart rows are; else a contiguous copy."""
+    return x if x.stride(1) == 1 and x.stride(0) != 1 else x.contiguous()
+
+
+def forward(
+    modalities: Sequence[Tensor], instance_ids: Tensor, class_ids: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Instance term, class term and weighted sum (fp32 scalars), and what backward needs of it (fp32 or int32)."""
+    modalities = [_rows_contiguous(m) for m in modalities]
+    instance_ids, class_ids = instance_ids.contiguous(), class_ids.contiguous()
+    first = modalities[0]
+    n, count, device = first.shape[0], len(modalities), first.device
+    words = code_words(modalities)
+    chosen = _plan(modalities, words)
+    pairs, directions = _pairs(count, options)
+    size = stats_size(modalities, options.symmetric, options.unimodal)
+    kept = stats = torch.empty(size, dtype=torch.float32, device=device)
+    sources, scales, padded = _sources(modalities, chosen)
+    if chosen.prepared:
+        codes, stats = _split(kept, n, words)
+        launch(
+            _identify_kernel,
+            (triton.cdiv(n, _IDENTIFY[0]),),
+            instance_ids,
+            class_ids,
+            codes,
+            stats[directions * n :],
+            n,
+            BLOCK_M=_IDENTIFY[0],
+            BLOCK_N=_IDENTIFY[1],
+            INCLUDE_SELF=options.include_self,
+            num_warps=4,
+            num_stages=1,
+        )
+        instance_ids = class_ids = codes
+    tiles = chosen.forward
+    launch(
+        _forward_kernel,
+        (triton.cdiv(n, tiles.rows), directions + (0 if chosen.prepared else 1)),
+        *sources,
+        scales,
+        instance_ids,
+        class_ids,
+        stats,
+        n,
+        padded,
+        1.4426950408889634 / options.temperature,
+        1.4426950408889634 / options.temperature * (1 + 1e-5),
+        M=count,
+        D=first.shape[1],
+        BLOCK_M=tiles.rows,
+        BLOCK_N=tiles.columns,
+        BLOCK_D=tiles.step,
+        WIDTH=chosen.width,
+        PREPARED=chosen.prepared,
+        LOW=chosen.low,
+        ONLINE=1 / options.temperature > _LARGEST_INVERSE_TEMPERATURE,
+        SYMMETRIC=options.symmetric,
+        INCLUDE_SELF=options.include_self,
+        UNIMODAL=options.unimodal,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    instance = torch.empty((), dtype=torch.float32, device=device)
+    class_ = torch.empty((), dtype=torch.float32, device=device)
+    total = torch.empty((), dtype=torch.float32, device=device)
+    launch(
+        _reduce_kernel,
+        (1,),
+        stats,
+        instance,
+        class_,
+        total,
+        n,
+        options.weight_instance,
+        options.weight_class,
+        PAIRS=pairs,
+        DIRECTIONS=directions,
+        AVERAGE=options.average_class,
+        BLOCK=_REDUCE_ROWS if n > 256 else 256,
+        num_warps=4,
+        num_stages=1,
+    )
+    return instance, class_, total, kept
+
+
+def backward(
+    gradients: Sequence[Tensor],
+    modalities: Sequence[Tensor],
+    instance_ids: Tensor,
+    class_ids: Tensor,
+    teacher_rows: Tensor | None,
+    kept: Tensor,
+    options: Options,
+) -> list[Tensor]:
+    """Gradients of the modalities from those of the three scalars."""
+    out = [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in modalities]
+    modalities = [_rows_contiguous(m) for m in modalities]
+    instance_ids, class_ids = instance_ids.contiguous(), class_ids.contiguous()
+    n, count = modalities[0].shape[0], len(modalities)
+    words = code_words(modalities)
+    chosen = _plan(modalities, words)
+    sources, scales, padded = _sources(modalities, chosen)
+    stats = kept
+    if chosen.prepared:
+        codes, stats = _split(kept, n, words)
+        instance_ids = class_ids = codes
+    tiles = chosen.backward
+    # one launch, unless the modalities' gradients cannot be told apart by three pointers of one type
+    alike = len({(m.dtype, m.shape[1]) for m in modalities}) == 1
+    group = count if alike and count <= 3 else 1
+    for first in range(0, count, group):
+        last = min(first + group, count) - 1
+        launch(
+            _backward_kernel,
+            (
+                triton.cdiv(n, tiles.rows),
+                group,
+                triton.cdiv(modalities[first].shape[1], tiles.span) or 1,
+            ),
+            *sources,
+            scales,
+            instance_ids,
+            class_ids,
+            instance_ids if teacher_rows is None else teacher_rows.contiguous(),
+            stats,
+            *gradients,
+            out[first],
+            out[min(first + 1, last)],
+            out[last],
+            n,
+            padded,
+            chosen.width,
+            first,
+            1.4426950408889634 / options.temperature,
+            1.0 / options.temperature,
+            options.weight_instance,
+            options.weight_class,
+            M=count,
+            D=modalities[first].shape[1],
+            BLOCK_M=tiles.rows,
+            BLOCK_N=tiles.columns,
+            BLOCK_K=tiles.step,
+            BLOCK_D=tiles.span,
+            WIDTH=chosen.width,
+            PREPARED=chosen.prepared,
+            LOW=chosen.low,
+            TEACHER=teacher_rows is not None,
+            SYMMETRIC=options.symmetric,
+            INCLUDE_SELF=options.include_self,
+            AVERAGE=options.average_class,
+            UNIMODAL=options.unimodal,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+    return out
+
+
+_ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 120)
+_POINTERS = {"scales": "*fp32", "instance_ids": "*i64", "class_ids": "*i64", "stats": "*fp32"}
+
+
+def aot_cases() -> list[AotCase]:
+    """Every kernel as it is launched at the paper's size and at large ones, for each GPU's own blocks."""
+    cases: list[AotCase] = []
+    shared = {"SYMMETRIC": True, "INCLUDE_SELF": True, "UNIMODAL": False}
+    variants: list[tuple[str, dict[str, Any]]] = [
+        ("", {}),
+        (" without self", {"INCLUDE_SELF": False, "AVERAGE": False}),
+        (" unimodal", {"INCLUDE_SELF": False, "UNIMODAL": True}),
+        (" cold", {"ONLINE": True}),
+    ]
+    for n, width, count, dtypes in (
+        (128, 256, 3, (torch.float32, torch.float16, torch.bfloat16)),
+        (128, 64, 2, (torch.float32,)),
+        (32768, 64, 3, (torch.float32,)),
+        (32768, 256, 3, (torch.float32, torch.float16)),
+        (32768, 512, 3, (torch.float32,)),
+    ):
+        for dtype in dtypes:
+            plans: dict[Plan, list[int]] = {}
+            for architecture in _ARCHITECTURES:
+                found = plan(n > 512, width, dtype == torch.float32, architecture)
+                plans.setdefault(found, []).append(architecture)
+            for chosen, architectures in plans.items():
+                for name, changes in variants if width == 256 and dtype == torch.float32 else variants[:1]:
+                    settings = f"n {n}, D {width}, M {count}, {torch_to_triton(dtype)}{name}"
+                    constants = {**shared, "M": count, "D": width, **changes}
+                    cases += _main_cases(chosen, dtype, constants, settings, tuple(architectures))
+            if chosen.prepared:
+                cases.append(_prepare_case(width, dtype, chosen))
+    cases += _small_cases()
+    return cases
+
+
+def _main_cases(
+    chosen: Plan, dtype: torch.dtype, constants: dict[str, Any], settings: str, architectures: tuple[int, ...]
+) -> list[AotCase]:
+    """The forward and the backward kernel."""
+    kind = "fp16" if chosen.prepared else torch_to_triton(dtype)
+    sources = {f"x{i}": f"*{kind}" for i in range(3)}
+    strides = {f"stride{i}": "i32" for i in range(3)}
+    pointers = dict(_POINTERS)
+    if chosen.prepared:
+        pointers |= {"instance_ids": "*i32", "class_ids": "*i32"}
+    average, online = constants.pop("AVERAGE", True), constants.pop("ONLINE", False)
+    aligned = (*sources, *strides, "scales", "stats", *(() if chosen.prepared else ("instance_ids", "class_ids")))
+    common = {**constants, "WIDTH": chosen.width, "PREPARED": chosen.prepared, "LOW": chosen.low}
+    if len(architectures) < len(_ARCHITECTURES):
+        settings += ", sm " + " ".join(map(str, architectures))
+    f, b = chosen.forward, chosen.backward
+    return [
+        AotCase(
+            "forward",
+            _forward_kernel,
+            {**sources, **strides, **pointers, "n": "i32", "padded": "i32", "scale": "fp32", "bound": "fp32"},
+            {**common, "BLOCK_M": f.rows, "BLOCK_N": f.columns, "BLOCK_D": f.step, "ONLINE": online},
+            aligned,
+            f.num_warps,
+            f.num_stages,
+            settings,
+            architectures,
+        ),
+        AotCase(
+            "backward",
+            _backward_kernel,
+            {
+                **sources,
+                **strides,
+                **pointers,
+                "teacher_rows": "*i1",
+                **{f"{name}_gradient": "*fp32" for name in ("instance", "class", "total")},
+                **{f"out{i}": f"*{torch_to_triton(dtype)}" for i in range(3)},
+                **dict.fromkeys(("n", "padded", "width", "first"), "i32"),
+                **dict.fromkeys(("scale", "inverse_temperature", "weight_instance", "weight_class"), "fp32"),
+            },
+            {
+                **common,
+                "BLOCK_M": b.rows,
+                "BLOCK_N": b.columns,
+                "BLOCK_K": b.step,
+                "BLOCK_D": b.span,
+                "TEACHER": True,
+                "AVERAGE": average,
+            },
+            (*aligned, "teacher_rows", "out0", "out1", "out2"),
+            b.num_warps,
+            b.num_stages,
+            settings,
+            architectures,
+        ),
+    ]
+
+
+def _prepare_case(width: int, dtype: torch.dtype, chosen: Plan) -> AotCase:
+    return AotCase(
+        "prepare",
+        _prepare_kernel,
+        {
+            "x": f"*{torch_to_triton(dtype)}",
+            "halves": "*fp16",
+            "scales": "*fp32",
+            **dict.fromkeys(("n", "stride", "padded"), "i32"),
+        },
+        {
+            "D": width,
+            "WIDTH": chosen.width,
+            "BLOCK": _PREPARE_ROWS,
+            "BLOCK_D": min(128, chosen.width),
+            "LOW": chosen.low,
+        },
+        ("x", "halves", "scales", "stride"),
+        4,
+        1,
+        f"D {width}, {torch_to_triton(dtype)}",
+    )
+
+
+def _small_cases() -> list[AotCase]:
+    """The kernels that see ids and statistics alone."""
+    cases = [
+        AotCase(
+            "identify",
+            _identify_kernel,
+            {"instance_ids": "*i64", "class_ids": "*i64", "codes": code, "counts": "*fp32", "n": "i32"},
+            {"BLOCK_M": _IDENTIFY[0], "BLOCK_N": _IDENTIFY[1], "INCLUDE_SELF": include_self},
+            ("instance_ids", "class_ids"),
+            4,
+            1,
+            f"{code[1:]} codes" + ("" if include_self else " without self"),
+        )
+        for code, include_self in (("*i32", True), ("*i64", False))
+    ]
+    for pairs, directions, average, block in ((3, 6, True, 256), (3, 6, True, _REDUCE_ROWS), (1, 1, False, 256)):
+        cases.append(
+            AotCase(
+                "reduce",
+                _reduce_kernel,
+                {
+                    "stats": "*fp32",
+                    **{f"{name}_out": "*fp32" for name in ("instance", "class", "total")},
+                    "n": "i32",
+                    "weight_instance": "fp32",
+                    "weight_class": "fp32",
+                },
+                {"PAIRS": pairs, "DIRECTIONS": directions, "AVERAGE": average, "BLOCK": block},
+                ("stats",),
+                4,
+                1,
+                f"{directions} directions, blocks of {block}" + ("" if average else ", unnormalised"),
+            )
+        )
+    return cases
