@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from avsep.errors import AvsepError, ConfigError, RunError
 
 __all__ = [
@@ -99,6 +97,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_yaml(path: str | os.PathLike[str], value: Any) -> None:
+    import yaml  # here, so that what writes no YAML (the kernels' benchmarks) needs no PyYAML
+
     write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
 
@@ -119,6 +119,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
+    import yaml
+
     try:
         return yaml.safe_load(_read(Path(path)))
     except yaml.YAMLError as error:

@@ -2,6 +2,9 @@
 
 A recording is mixed to mono, brought to the separator's rate and fed as it is, without any change of level: training
 mixtures are sums of N sources scaled by 1/N, so a recording at an ordinary level lies within what was trained on.
+
+torch is loaded by what runs a separator in PyTorch; reading, writing and checking is shared with the runtime of
+exported bundles, which has none.
 """
 
 from __future__ import annotations
@@ -14,29 +17,35 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from avsep.audio import SUBTYPES, level_db, read_audio, resample, to_mono, write_audio
 from avsep.chunking import default_context, separate_long
 from avsep.data.visualfile import VisualTimeline
 from avsep.errors import AudioError, ConfigError, DataError, NumericalError, UnknownNameError, near_matches
 from avsep.io import made_folder
-from avsep.separator import Separator
-from avsep.spec import FrontEndSpec
 from avsep.types import VisualFeatures, VisualSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from avsep.separator import Separator
+    from avsep.spec import FrontEndSpec
 
 __all__ = [
     "SeparatedFile",
+    "check_targets",
     "class_ids_of",
     "output_paths",
     "read_mixture",
     "separate_audio",
     "separate_file",
     "separate_files",
+    "separate_recordings",
+    "slots_of",
 ]
 
 Audio = NDArray[np.float32]
@@ -69,18 +78,21 @@ def class_ids_of(separator: Separator, classes: Sequence[str]) -> list[int]:
         UnknownNameError: a class the separator has not learned.
         ConfigError: no class, a class twice, or a separator without class names.
     """
+    return slots_of(separator.classes, classes)
+
+
+def slots_of(known: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Slots of class names among the ``known`` ones; raises as :func:`class_ids_of`."""
     if not classes:
         raise ConfigError("no classes given: name the sounding objects, such as --classes flute,piano")
-    if not separator.classes:
+    if not known:
         raise ConfigError("this separator has no class names: build or save it with classes=(...)")
     for name in classes:
-        if name not in separator.classes:
-            raise UnknownNameError(
-                f"the separator has not learned class '{name}': {near_matches(name, separator.classes)}"
-            )
+        if name not in known:
+            raise UnknownNameError(f"the separator has not learned class '{name}': {near_matches(name, known)}")
     if repeated := sorted({name for name in classes if list(classes).count(name) > 1}):
         raise ConfigError(f"class '{repeated[0]}' is given twice: every class is separated once")
-    return [separator.classes.index(name) for name in classes]
+    return [list(known).index(name) for name in classes]
 
 
 def read_mixture(path: str | os.PathLike[str], rate_hz: int) -> tuple[Audio, Audio, int]:
@@ -107,11 +119,11 @@ def _context(spec: FrontEndSpec, context_s: float | None) -> int:
     return int(context_s * spec.sample_rate_hz)
 
 
-def _read_checked(timeline: VisualTimeline, source: VisualSource, centre_s: float, duration_s: float) -> Tensor:
+def _read_checked(timeline: VisualTimeline, source: VisualSource, centre_s: float, duration_s: float) -> NDArray[Any]:
     array = timeline.read(source, centre_s=centre_s, duration_s=duration_s)
     if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
         raise DataError(f"{timeline.where}: the {source.role} features hold NaN or infinite values: extract them again")
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return np.ascontiguousarray(array)
 
 
 def _encode(
@@ -123,6 +135,8 @@ def _encode(
     source is encoded on its own, since pictures of different files may differ in size and rate; motion sequences of
     different lengths are filled up and masked.
     """
+    import torch
+
     spec = separator.spec.front_end
     device = next(separator.parameters()).device
     encoded: list[VisualFeatures] = []
@@ -135,7 +149,7 @@ def _encode(
                 if source.role == "object":
                     length = min(length, samples - start)
                 centre_s = (start + length // 2) / spec.sample_rate_hz
-                rows.append(_read_checked(timeline, source, centre_s, spec.clip_s))
+                rows.append(torch.from_numpy(_read_checked(timeline, source, centre_s, spec.clip_s)))
             inputs[source.role] = torch.stack(rows)[:, None].to(device)  # [b, 1, ...]
         encoded.append(separator.encode_visual(inputs.get("object"), inputs.get("motion")))
     objects = [v.object for v in encoded if v.object is not None]
@@ -193,6 +207,8 @@ def separate_audio(
         DataError: a class without pictures, or with pictures that the separator's encoders do not take.
         NumericalError: the separator answers NaN or infinite.
     """
+    import torch
+
     ids = class_ids_of(separator, classes)
     lines = _timelines(separator, timelines, classes)
     spec = separator.spec.front_end
@@ -284,20 +300,58 @@ def separate_files(
     Raises:
         AudioError, ConfigError, DataError, UnknownNameError, NumericalError: one line each; nothing is written then.
     """
+    class_ids_of(separator, classes)
+    _timelines(separator, timelines, classes)
+
+    def run(mixture: Audio, report: Callable[[int, int], None] | None) -> Audio:
+        return separate_audio(separator, mixture, timelines, classes, batch=batch, context_s=context_s, progress=report)
+
+    return separate_recordings(
+        run,
+        audio_paths,
+        classes,
+        out_dir,
+        sample_rate_hz=separator.spec.front_end.sample_rate_hz,
+        rate=rate,
+        subtype=subtype,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def separate_recordings(
+    separate: Callable[[Audio, Callable[[int, int], None] | None], Audio],
+    audio_paths: Sequence[str | os.PathLike[str]],
+    classes: Sequence[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    sample_rate_hz: int,
+    rate: str | int = "model",
+    subtype: str = "PCM_16",
+    overwrite: bool = False,
+    progress: Callable[[Path, int, int], None] | None = None,
+) -> list[SeparatedFile]:
+    """What :func:`separate_files` does around the separator, which may be of any kind.
+
+    Args:
+        separate: called with a mixture [L] at ``sample_rate_hz`` and a function to report (chunks done, chunks in all)
+            to, or None; gives [N, L], a row for each of ``classes``.
+        sample_rate_hz: the separator's.
+
+    Raises:
+        AudioError, ConfigError: one line each; nothing is written then. And whatever ``separate`` raises.
+    """
     paths = [Path(p) for p in audio_paths]
     out = Path(out_dir)
-    spec = separator.spec.front_end
     if not paths:
         raise ConfigError("no audio files given")
     if subtype not in SUBTYPES:
         raise ConfigError(f"unknown sample format '{subtype}': one of {', '.join(SUBTYPES)}")
-    _output_rate(rate, spec.sample_rate_hz, spec.sample_rate_hz)
-    class_ids_of(separator, classes)
-    _timelines(separator, timelines, classes)
+    _output_rate(rate, sample_rate_hz, sample_rate_hz)
     targets = [output_paths(path, classes, out) for path in paths]
-    _check_targets(paths, targets, out, overwrite)
+    check_targets(paths, targets, out, overwrite)
     for path in paths:
-        read_mixture(path, spec.sample_rate_hz)
+        read_mixture(path, sample_rate_hz)
 
     with made_folder(out):
         staging = Path(tempfile.mkdtemp(prefix=".separating-", dir=out))
@@ -306,19 +360,11 @@ def separate_files(
             for number, (path, names) in enumerate(zip(paths, targets, strict=True)):
                 folder = staging / str(number)
                 folder.mkdir()
-                own, mixture, own_hz = read_mixture(path, spec.sample_rate_hz)
-                sources = separate_audio(
-                    separator,
-                    mixture,
-                    timelines,
-                    classes,
-                    batch=batch,
-                    context_s=context_s,
-                    progress=None if progress is None else functools.partial(progress, path),
-                )
-                rate_hz = _output_rate(rate, spec.sample_rate_hz, own_hz)
+                own, mixture, own_hz = read_mixture(path, sample_rate_hz)
+                sources = separate(mixture, None if progress is None else functools.partial(progress, path))
+                rate_hz = _output_rate(rate, sample_rate_hz, own_hz)
                 whole = resample(own, own_hz, rate_hz)  # [L'], straight from its own rate
-                sources = _fit(resample(sources, spec.sample_rate_hz, rate_hz), len(whole))  # [N, L']
+                sources = _fit(resample(sources, sample_rate_hz, rate_hz), len(whole))  # [N, L']
                 signals = {**dict(zip(classes, sources, strict=True)), "residual": whole - sources.sum(axis=0)}
                 clipped = 0
                 for name, signal in zip(names, signals.values(), strict=True):
@@ -378,7 +424,7 @@ def separate_file(
     return result
 
 
-def _check_targets(paths: Sequence[Path], targets: Sequence[Sequence[Path]], out: Path, overwrite: bool) -> None:
+def check_targets(paths: Sequence[Path], targets: Sequence[Sequence[Path]], out: Path, overwrite: bool) -> None:
     """Refuse names that collide with each other, with an input or, unless ``overwrite``, with what is there."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: give a folder for the separated files")

@@ -132,7 +132,7 @@ class Separator(nn.Module):
         )
 
     def forward(self, network_input: Tensor, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
-        """Mask logits for the asked classes.
+        """Masks for the asked classes.
 
         Args:
             network_input: [B, 1, F, T], as :meth:`analyse` gives it.
@@ -164,8 +164,8 @@ class Separator(nn.Module):
                 "overlapping chunks by avsep.chunking.separate_long"
             )
         spectrograms = self.analyse(mixture[:, None, :])
-        output = self(spectrograms.network_input, visual, class_ids)
-        return self.front_end.synthesise(output.logits, spectrograms.mixture, length=length)
+        logits = self(spectrograms.network_input, visual, class_ids).logits
+        return self.front_end.synthesise(logits, spectrograms.mixture, length=length)
 
     def grow(self, num_classes: int, classes: Sequence[str] | None = None) -> None:
         """Make room for more classes; what is known of the old ones stays.

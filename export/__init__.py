@@ -1,4 +1,4 @@
-"""From a trained separator to a verified ONNX bundle.
+"""From a trained separator to a verified ONNX bundle, and back to sound on any device.
 
 Light: torch, onnx and onnxruntime are loaded when a function is called that needs them.
 """
@@ -9,21 +9,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avsep.export.bundle import Bundle, export_run, export_separator, verify_bundle
+    from avsep.export.bundle import export, export_run
+    from avsep.export.bundle_reader import Bundle, open_bundle
     from avsep.export.parity import Parity
     from avsep.export.plan import ExportPlan
+    from avsep.export.verify import Verification, verify_bundle
 
 # public name -> module that defines it
 _PUBLIC = {
-    "Bundle": "avsep.export.bundle",
+    "Bundle": "avsep.export.bundle_reader",
     "ExportPlan": "avsep.export.plan",
     "Parity": "avsep.export.parity",
+    "Verification": "avsep.export.verify",
+    "export": "avsep.export.bundle",
     "export_run": "avsep.export.bundle",
-    "export_separator": "avsep.export.bundle",
-    "verify_bundle": "avsep.export.bundle",
+    "open_bundle": "avsep.export.bundle_reader",
+    "verify_bundle": "avsep.export.verify",
 }
 
-__all__ = ["Bundle", "ExportPlan", "Parity", "export_run", "export_separator", "verify_bundle"]
+__all__ = ["Bundle", "ExportPlan", "Parity", "Verification", "export", "export_run", "open_bundle", "verify_bundle"]
 
 
 def __getattr__(name: str) -> Any:

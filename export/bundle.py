@@ -1,178 +1,167 @@
-"""A bundle: a folder with the graph, its manifest and golden inputs and outputs, whole and verified or not there.
+"""Making a bundle: the graphs of a separator, checked against PyTorch, with all that a device needs to trust them.
 
-``separator.onnx`` the graph; ``golden.npz`` inputs by name and the output that PyTorch gave; ``manifest.json`` what the
-graph is (spec, classes, rate, shapes), how it was made, the SHA-256 of the other files and the measured parity.
+A folder or one tar: the graphs, golden inputs and outputs of each, ``manifest.json`` (``manifest.schema.json`` beside
+it), a README for the device, ``build_engine.py`` and the licence. It is whole and checked, or not there.
 """
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import shutil
-import tempfile
-import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from avsep.errors import ConfigError, ExportError, RunError
-from avsep.export.parity import Parity, compare, run_onnx
-from avsep.export.plan import ExportPlan, TensorSpec, tensor_specs
-from avsep.io import made_folder, read_json, sha256_file, write_json
+from avsep.errors import ConfigError, DataError, ExportError, RunError
+from avsep.export.bundle_reader import BUILD_SCRIPT, FORMAT, MANIFEST, VERSION, Bundle, open_bundle
+from avsep.export.packing import check_target, staged, write_arrays
+from avsep.export.plan import ExportPlan
+from avsep.export.schema import SCHEMA_FILE, schema_text
+from avsep.io import sha256_file, write_json, write_text
 from avsep.runs import finished_tasks
 
 if TYPE_CHECKING:
+    from avsep.export.graphs import GraphFile, Progress
     from avsep.separator import Separator
+    from avsep.types import Batch
 
-__all__ = ["FORMAT", "Bundle", "export_run", "export_separator", "golden_inputs", "verify_bundle"]
-
-FORMAT = "avsep-bundle"
-VERSION = 1
-GRAPH, GOLDEN, MANIFEST = "separator.onnx", "golden.npz", "manifest.json"
-
-Array = NDArray[Any]
+__all__ = ["export", "export_run"]
 
 
-@dataclass(frozen=True)
-class Bundle:
-    """A bundle on disk: its folder, what its manifest says, and the parity that was measured."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    parity: Parity
-
-    @property
-    def graph(self) -> Path:
-        return self.folder / GRAPH
-
-    @property
-    def megabytes(self) -> float:
-        """Size of all files in MB (10^6 bytes)."""
-        return sum(f.stat().st_size for f in self.folder.iterdir()) / 1e6
-
-
-def golden_inputs(
-    specs: Sequence[TensorSpec], num_classes: int, sample_rate_hz: int, seed: int = 0
-) -> dict[str, Array]:
-    """Inputs to compare with: chords of decaying tones in a little noise, features from N(0, 1), class ids in turn."""
-    rng = np.random.default_rng(seed)
-    inputs: dict[str, Array] = {}
-    for spec in specs:
-        if spec.name == "mixture":
-            time_s = np.arange(spec.shape[1]) / sample_rate_hz
-            mixture = 0.002 * rng.standard_normal(spec.shape)
-            for row in mixture:
-                for _ in range(12):
-                    start_s, pitch_hz = rng.uniform(0, time_s[-1]), 110 * 2 ** rng.uniform(0, 3)
-                    age_s = np.maximum(time_s - start_s, 0)
-                    for harmonic in range(1, 7):
-                        tone = np.sin(2 * np.pi * harmonic * pitch_hz * age_s) * np.exp(-2.0 * age_s)
-                        row += 0.2 / harmonic * tone
-            inputs[spec.name] = (mixture / max(1.0, float(np.abs(mixture).max()))).astype(np.float32)
-        elif spec.name == "class_ids":
-            inputs[spec.name] = (np.arange(spec.shape[0] * spec.shape[1], dtype=np.int64) % num_classes).reshape(
-                spec.shape
-            )
-        else:
-            inputs[spec.name] = rng.standard_normal(spec.shape).astype(np.float32)
-    return inputs
-
-
-def export_separator(
-    separator: Separator, out: str | os.PathLike[str], plan: ExportPlan | None = None, *, made_from: str = ""
+def export(
+    separator: Separator,
+    plan: ExportPlan | None = None,
+    out: str | os.PathLike[str] = "bundle",
+    *,
+    made_from: str = "",
+    weights_licence: str = "",
+    held_out: Iterable[Batch] | None = None,
+    calibration: Iterable[Batch] | None = None,
+    progress: Progress | None = None,
 ) -> Bundle:
-    """Export a separator as a bundle in the folder ``out``, verified in ONNX Runtime against PyTorch.
+    """Export a separator as a bundle at ``out``: a folder, or one tar where the name ends in ``.tar``.
 
-    The folder appears only when everything holds. A bundle that is already there is replaced; anything else is refused.
+    Every graph is run in ONNX Runtime and compared with PyTorch. The bundle appears only when everything holds; one
+    that is already there is replaced, anything else is refused.
 
     Args:
         separator: it is exported on the CPU in evaluation mode, and left as it was.
         made_from: where the separator comes from, noted in the manifest.
+        weights_licence: under which licence the weights may be passed on, noted in the manifest.
+        held_out: mixtures that the separator was not trained on, for the quality gate; without them it is measured on
+            synthetic ones, and the manifest says so.
+        calibration: training mixtures that the ranges of an INT8 graph are measured on.
+        progress: called with (what is being done, steps done, steps in all).
 
     Raises:
-        ExportError: the separator cannot be exported, or the graph's output differs by more than the tolerance.
-        ConfigError: ``out`` is something else than a bundle.
+        ExportError: the separator cannot be exported, its output differs by more than the tolerance, or its scores
+            drift by more than the gate lets pass.
+        ConfigError: ``out`` is something else than a bundle, or lies inside a run.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
     import copy
 
-    import torch
-
-    import avsep
-    from avsep.export.graph import WaveformSeparator
-    from avsep.export.onnx import require_onnx, write_onnx
+    from avsep.export.graph import with_length
+    from avsep.export.onnx import require_onnx
 
     plan = plan or ExportPlan()
     require_onnx()
-    target = Path(out)
-    _check_target(target)
-    separator = copy.deepcopy(separator).cpu().float().eval().requires_grad_(False)
-    inputs, output = tensor_specs(separator, plan)
+    from avsep.export.graphs import write_graphs  # after that, since it imports what may be missing
+
+    target = check_target(out)
+    licence, script = _licence_text(), _build_script()
+    fresh = copy.deepcopy(separator).cpu().float().eval().requires_grad_(False)
+    fresh = with_length(fresh, plan.length_s)
+    with staged(target) as folder:
+        made = write_graphs(fresh, plan, folder, held_out, calibration, progress)
+        for graph in made:
+            write_arrays(folder / graph.golden_file, graph.golden)
+        write_text(folder / SCHEMA_FILE, schema_text())
+        write_text(folder / "LICENSE", licence)
+        shutil.copyfile(script, folder / BUILD_SCRIPT)
+        manifest = _manifest(fresh, plan, made, target, made_from, weights_licence)
+        write_text(folder / "README.md", _device_readme(manifest))
+        manifest["files"] = {f.name: sha256_file(f) for f in sorted(folder.iterdir())}
+        write_json(folder / MANIFEST, manifest)
+        open_bundle(folder)  # it must be what its readers take, before anything is replaced by it
+    return open_bundle(target, hashes=False)
+
+
+def _device_readme(manifest: Mapping[str, Any]) -> str:
+    from avsep.export.device_readme import device_readme
+
+    return device_readme(manifest)
+
+
+def _manifest(
+    separator: Separator,
+    plan: ExportPlan,
+    made: Sequence[GraphFile],
+    target: Path,
+    made_from: str,
+    weights_licence: str,
+) -> dict[str, Any]:
+    """All of the manifest but the hashes."""
+    import avsep
+    from avsep.chunking import default_context
+
     front_end = separator.spec.front_end
-    golden = golden_inputs(inputs, separator.spec.num_classes, front_end.sample_rate_hz, plan.seed)
-    tensors = {name: torch.from_numpy(array) for name, array in golden.items()}
-    reference = _reference(separator, tensors)
-
-    with made_folder(target.parent):
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            staging.chmod(target.parent.stat().st_mode & 0o777)  # mkdtemp makes it private
-            operators = write_onnx(WaveformSeparator(separator), tensors, output.name, staging / GRAPH, plan.opset)
-            estimate, provider, seconds = run_onnx(staging / GRAPH, golden)
-            parity = Parity(*compare(estimate, reference), provider=provider, seconds=seconds)
-            if not parity.max_error <= plan.tolerance:
-                raise ExportError(
-                    f"the graph differs from PyTorch by {parity.max_error:.2e} ({parity.error_db:.0f} dB), more than "
-                    f"the tolerance {plan.tolerance:.0e} (--tolerance): nothing was written"
-                )
-            with open(staging / GOLDEN, "wb") as file:
-                np.savez_compressed(file, **golden, **{output.name: reference})  # type: ignore[arg-type]
-            manifest = {
-                "format": FORMAT,
-                "version": VERSION,
-                "made_from": made_from,
-                "separator": separator.spec.model_dump(mode="json"),
-                "classes": list(separator.classes),
-                "sample_rate_hz": front_end.sample_rate_hz,
-                "transform": {
-                    "n_fft": front_end.n_fft,
-                    "hop": front_end.hop,
-                    "window": "hann, periodic",
-                    "padding": front_end.padding,
-                    "log_rows": front_end.log_rows,
-                    "frames": front_end.frames,
-                    "align_corners": front_end.align_corners,
-                },
-                "inputs": [asdict(spec) for spec in inputs],
-                "outputs": [asdict(output)],
-                "visual_sources": [asdict(source) for source in separator.visual_sources()],
-                "plan": plan.to_dict(),
-                "opset": plan.opset,
-                "operators": operators,
-                "parity": parity.to_dict(),
-                "made_with": {"avsep": avsep.__version__, "python": platform.python_version(), **_versions()},
-                "files": {f.name: sha256_file(f) for f in sorted(staging.iterdir())},
+    context = default_context(front_end.clip_samples)
+    steps = {spec.name: spec.shape[-1] for graph in made for spec in graph.inputs if spec.name == "motion_features"}
+    encoders = {graph.kind: graph.file for graph in made}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": target.name.removesuffix(".tar"),
+        "made_from": made_from,
+        "created": _now(),
+        "licence": "MIT",
+        "weights_licence": weights_licence,
+        "separator": separator.spec.model_dump(mode="json"),
+        "classes": list(separator.classes),
+        "sample_rate_hz": front_end.sample_rate_hz,
+        "transform": {
+            "n_fft": front_end.n_fft,
+            "hop": front_end.hop,
+            "window": "hann, periodic",
+            "padding": front_end.padding,
+            "log_rows": front_end.log_rows,
+            "frames": front_end.frames,
+            "align_corners": front_end.align_corners,
+            "clip_samples": front_end.clip_samples,
+        },
+        "chunking": {
+            "clip_samples": front_end.clip_samples,
+            "context_samples": context,
+            "crossfade_samples": context // 16,  # as avsep.chunking.separate_long chooses it
+            "align_samples": front_end.hop,
+        },
+        "visual": [
+            {
+                **asdict(source),
+                "graph": encoders.get(f"{source.role}_encoder"),
+                "steps": steps.get("motion_features") if source.role == "motion" else None,
             }
-            write_json(staging / MANIFEST, manifest)
-            _replace(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    return Bundle(target, manifest, parity)
+            for source in separator.visual_sources()
+        ],
+        "graphs": [graph.to_dict() for graph in made],
+        "plan": plan.to_dict(),
+        "made_with": {"avsep": avsep.__version__, "python": platform.python_version(), **_versions()},
+        "files": {},
+    }
 
 
-def _reference(separator: Separator, inputs: dict[str, Any]) -> Array:
-    """What PyTorch answers, by the path that training and evaluation use."""
-    import torch
-
-    from avsep.types import VisualFeatures
-
-    visual = VisualFeatures(object=inputs.get("object_features"), motion=inputs.get("motion_features"))
-    with torch.inference_mode():
-        return separator.separate(inputs["mixture"], visual, inputs["class_ids"]).numpy()
+def _now() -> str:
+    """UTC, or the moment that SOURCE_DATE_EPOCH names (reproducible-builds.org)."""
+    stated = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if stated.isdigit():
+        moment = datetime.datetime.fromtimestamp(int(stated), datetime.timezone.utc)
+    else:
+        moment = datetime.datetime.now(datetime.timezone.utc)
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _versions() -> dict[str, str]:
@@ -187,118 +176,127 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _check_target(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ConfigError(f"{target} is a file: give a folder for the bundle")
-    entries = list(target.iterdir())
-    if entries and not (target / MANIFEST).is_file():
-        raise ConfigError(f"{target} holds other files and no bundle: choose another folder")
-    if entries and read_json(target / MANIFEST).get("format") != FORMAT:
-        raise ConfigError(f"{target / MANIFEST} is not of a bundle: choose another folder")
+def _licence_text() -> str:
+    """avsep's licence: of the installed package, or of the tree that it runs from."""
+    from importlib.metadata import PackageNotFoundError, distribution
 
+    import avsep
 
-def _replace(staging: Path, target: Path) -> None:
-    """Put the finished folder in the target's place; an older bundle is moved aside first and removed last."""
-    if not target.exists():
-        os.replace(staging, target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    old = aside / target.name
-    os.replace(target, old)
+    tree = Path(avsep.__file__).resolve().parents[1] / "LICENSE"
+    if tree.is_file() and (tree.parent / "pyproject.toml").is_file():
+        return tree.read_text(encoding="utf-8")
     try:
-        os.replace(staging, target)
-    except OSError:
-        os.replace(old, target)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        text = distribution("avsep").read_text("licenses/LICENSE")
+    except PackageNotFoundError:
+        text = None
+    if not text:
+        raise ExportError("avsep's licence is not beside its code: install avsep again (pip install avsep)")
+    return text
 
 
-def verify_bundle(folder: str | os.PathLike[str], tolerance: float | None = None) -> Bundle:
-    """Check a bundle's hashes and run its golden inputs in ONNX Runtime.
-
-    Args:
-        tolerance: largest absolute difference; the manifest's when None.
-
-    Raises:
-        ExportError: a file is missing, changed or truncated, or the output differs; names the file.
-    """
-    path = Path(folder)
-    if not (path / MANIFEST).is_file():
-        raise ExportError(f"{path} is not a bundle: it has no {MANIFEST}")
-    try:
-        manifest = read_json(path / MANIFEST)
-    except ConfigError as error:
-        raise ExportError(str(error)) from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise ExportError(f"{path / MANIFEST} is not of a bundle of version {VERSION}")
-    try:
-        hashes = {str(name): str(stated) for name, stated in manifest["files"].items()}
-        output_name = str(manifest["outputs"][0]["name"])
-        limit = float(manifest["plan"]["tolerance"]) if tolerance is None else tolerance
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ExportError(f"{path / MANIFEST} is damaged: {type(error).__name__} at {error}") from None
-    for name in {GRAPH, GOLDEN} | hashes.keys():
-        if name not in hashes or Path(name).name != name:
-            raise ExportError(f"{path / MANIFEST} is damaged: it has no hash of a file {name}")
-        if not (path / name).is_file():
-            raise ExportError(f"{path} lacks the file {name}: copy the bundle again")
-        if sha256_file(path / name) != hashes[name]:
-            raise ExportError(f"{path / name} is not the file that was exported (its SHA-256 differs): copy it again")
-    try:
-        with np.load(path / GOLDEN, allow_pickle=False) as archive:
-            golden = {name: archive[name] for name in archive.files}
-        reference = golden.pop(output_name)
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ExportError(f"{path / GOLDEN} cannot be read: {error}") from None
-    estimate, provider, seconds = run_onnx(path / GRAPH, golden)
-    parity = Parity(*compare(estimate, reference), provider=provider, seconds=seconds)
-    if not parity.max_error <= limit:
-        raise ExportError(
-            f"{path / GRAPH} differs from its golden output by {parity.max_error:.2e} ({parity.error_db:.0f} dB), more "
-            f"than {limit:.0e}, on {provider}"
-        )
-    return Bundle(path, manifest, parity)
+def _build_script() -> Path:
+    script = Path(__file__).parent / "tensorrt.py"
+    if not script.is_file():
+        raise ExportError(f"{script} is missing: install avsep again (pip install avsep)")
+    return script
 
 
 def export_run(
     run: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    tasks: Sequence[int] | None = None,
-    batch: int = 1,
-    sources: int = 2,
-    tolerance: float = 1e-3,
-    motion_steps: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    tasks: int | Sequence[int] | None = None,
+    plan: ExportPlan | None = None,
+    store: str | os.PathLike[str] | None = None,
+    weights_licence: str = "",
+    tar: bool = False,
+    progress: Progress | None = None,
 ) -> list[Bundle]:
-    """Export the separator of each finished task of a run (or of ``tasks``) into ``out/task-TT``.
+    """Export separators of a run, gated on held-out mixtures of its store.
+
+    Where the store is gone, an fp32 graph is gated on synthetic mixtures (its manifest says so); other precisions are
+    refused, unless the plan allows drift.
 
     Args:
-        progress: called with (bundles done, bundles in all).
+        tasks: one task's number: ``out`` is its bundle (a tar where it ends in ``.tar``). Several, or None for all
+            finished ones: ``out`` is a folder for ``task-00``, ``task-01``, ...
+        store: the run's store, where it is not in the place that the run names.
+        tar: write several bundles as tars: ``task-00.tar``, ``task-01.tar``, ...
+        weights_licence: as for :func:`export`.
+        progress: called with (what is being done, steps done, steps in all).
 
     Raises:
         RunError, CheckpointError: not a run, or a task that is not finished.
-        ExportError, ConfigError, MissingExtraError: as :func:`export_separator`.
+        DataError: ``store`` is not the run's; or there is none, for a precision other than fp32.
+        ExportError, ConfigError, MissingExtraError: as :func:`export`.
     """
     from avsep.export.onnx import require_onnx
-    from avsep.separator import load_separator
 
-    plan = ExportPlan(batch=batch, sources=sources, tolerance=tolerance, motion_steps=motion_steps)
     require_onnx()
+    plan = plan or ExportPlan()
     finished = finished_tasks(run)
-    chosen = finished if tasks is None else list(dict.fromkeys(tasks))
-    for task in chosen:
+    if isinstance(tasks, int):
+        places = {tasks: Path(out)}
+    else:
+        chosen = finished if tasks is None else list(dict.fromkeys(tasks))
+        places = {task: Path(out) / f"task-{task:02d}{'.tar' if tar else ''}" for task in chosen}
+        if places and Path(out).suffix == ".tar":
+            raise ConfigError(f"{out} is one tar, and holds one bundle: name one task, or a folder for tars (--tar)")
+    for task, place in places.items():
         if task not in finished:
             raise RunError(f"{run} has no finished task {task}: it has {', '.join(map(str, finished))}")
-        _check_target(Path(out) / f"task-{task:02d}")
+        check_target(place)
     bundles = []
-    for done, task in enumerate(chosen):
-        separator = load_separator(run, task)
-        made_from = f"{Path(run).name}, task {task}"
-        bundles.append(export_separator(separator, Path(out) / f"task-{task:02d}", plan, made_from=made_from))
-        if progress is not None:
-            progress(done + 1, len(chosen))
+    for done, (task, place) in enumerate(places.items()):
+
+        def tell(label: str, step: int, steps: int, task: int = task, done: int = done) -> None:
+            if progress is not None:
+                progress(f"task {task}: {label}", done * steps + step, len(places) * steps)
+
+        bundles.append(_export_task(Path(run), task, place, plan, store, weights_licence, tell))
     return bundles
+
+
+def _export_task(
+    run: Path,
+    task: int,
+    place: Path,
+    plan: ExportPlan,
+    store: str | os.PathLike[str] | None,
+    weights_licence: str,
+    progress: Progress,
+) -> Bundle:
+    from avsep.export.gate import calibration_batches, held_out_batches
+    from avsep.export.graph import with_length
+    from avsep.separator import load_separator
+
+    separator = load_separator(run, task)
+    front_end = with_length(separator, plan.length_s).spec.front_end
+    where = None if store is None else Path(store)
+    held_out = None
+    try:
+        held_out = held_out_batches(run, task, front_end, store=where)
+    except (ConfigError, DataError, RunError) as error:  # the store or the run's own files are gone
+        if store is not None or not (plan.precision == ("fp32",) or plan.allow_drift):
+            raise DataError(
+                f"{error}; the gate of {', '.join(plan.precision)} needs the run's held-out mixtures"
+            ) from None
+    encoder = separator.motion_encoder
+    if held_out and encoder is not None and plan.motion_steps is None and not hasattr(encoder, "steps"):
+        # stored features come in their own length, which is the data's and not the separator's
+        steps = {int(batch.motion.shape[-1]) for batch in held_out if batch.motion is not None}
+        if len(steps) == 1:
+            plan = replace(plan, motion_steps=steps.pop())
+    calibration = None
+    if "int8" in plan.precision:
+        calibration = calibration_batches(run, task, front_end, count=plan.calibration, store=where)
+    return export(
+        separator,
+        plan,
+        place,
+        made_from=f"{run.resolve().name}, task {task}",
+        weights_licence=weights_licence,
+        held_out=held_out,
+        calibration=calibration,
+        progress=progress,
+    )

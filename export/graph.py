@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from avsep.encoders.unet7 import UpConv, folded_kernel
+from avsep.errors import ExportError
 from avsep.kernels.stft_masking.reference import hann_window, linear_frequency_grid, log_frequency_grid
 from avsep.spec import FrontEndSpec
 from avsep.types import VisualFeatures
@@ -25,7 +26,7 @@ from avsep.types import VisualFeatures
 if TYPE_CHECKING:
     from avsep.separator import Separator
 
-__all__ = ["PolyphaseSTFT", "WaveformSeparator", "warp_matrices"]
+__all__ = ["PolyphaseSTFT", "SpectralSeparator", "WaveformSeparator", "warp_matrices", "with_length"]
 
 Matrix = NDArray[np.float64]
 
@@ -157,56 +158,159 @@ def _constant_weights(module: nn.Module) -> None:
             _constant_weights(child)
 
 
-class WaveformSeparator(nn.Module):
-    """A separator as one function of plain tensors, for a fixed length: what is exported. It holds a copy.
+def _mix_rows(x: Tensor, kernel: Tensor) -> Tensor:
+    """The matrix ``kernel`` [rows', rows, 1, 1] times x: [M, rows, T] -> [M, rows', T]"""
+    return F.conv2d(x.unsqueeze(2), kernel).squeeze(2)
 
-    Shapes:
-        mixture [B, L]; object_features [B, N, Do] and motion_features [B, N, Dm, Tm], the outputs of the visual
-        encoders, each only where the separator has that encoder; class_ids int64 [B, N] -> sources [B, N, L].
+
+class _Logits(nn.Module):
+    """A separator up to its logits [B, N, F', T], which a decoder may leave to be formed outside of its own forward.
+
+    As one module, so that all of the network stands in one scope of the graph, which half precision goes by.
     """
+
+    def __init__(self, network: Separator) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, network_input: Tensor, visual: VisualFeatures, class_ids: Tensor) -> Tensor:
+        return self.network(network_input, visual, class_ids).logits
+
+
+class _MaskedSeparator(nn.Module):
+    """What both forms of the graph share: a copy of the separator, and masks [B, N, bins, T] from a spectrum."""
 
     warp: Tensor
     unwarp: Tensor
     time: Tensor | None
+    first_input = ""
 
-    def __init__(self, separator: Separator) -> None:
+    def __init__(self, separator: Separator, *, motion_mask: bool = False) -> None:
         super().__init__()
         spec = separator.spec.front_end
-        self.separator = copy.deepcopy(separator)
+        self.separator = _Logits(copy.deepcopy(separator))
         _constant_weights(self.separator)
         self.has_object = separator.object_encoder is not None
         self.has_motion = separator.motion_encoder is not None
-        self.stft = PolyphaseSTFT(spec.clip_samples, spec.n_fft, spec.hop, spec.padding)
-        warp, unwarp, time = warp_matrices(spec)
-        self.register_buffer("warp", torch.from_numpy(warp).float(), persistent=False)
-        self.register_buffer("unwarp", torch.from_numpy(unwarp).float(), persistent=False)
-        self.register_buffer(
-            "time", None if time is None else torch.from_numpy(time.T.copy()).float(), persistent=False
-        )
+        self.motion_mask = motion_mask
+        # As kernels [out, in, 1, 1] of convolutions whose channels are the rows: TensorRT-RTX has no matrix product in
+        # fp32 for Turing, and cannot fuse a one-dimensional convolution with the sum of the logarithm after it.
+        for name, matrix in zip(("warp", "unwarp", "time"), warp_matrices(spec), strict=True):
+            kernel = None if matrix is None else torch.from_numpy(matrix[:, :, None, None].copy()).float()
+            self.register_buffer(name, kernel, persistent=False)
 
-    def forward(self, mixture: Tensor, *features: Tensor) -> Tensor:
-        """The features are those of :meth:`input_names`, in that order."""
+    def masks(self, real: Tensor, imaginary: Tensor, features: tuple[Tensor, ...]) -> Tensor:
+        """real and imaginary [B, bins, T] of the mixture -> [B, N, bins, T]"""
         given = dict(zip(self.input_names()[1:], features, strict=True))
-        class_ids = given["class_ids"]
-        spectrum = self.stft.analyse(mixture)  # [B, 2F, T]
-        real, imaginary = spectrum[:, : self.stft.bins], spectrum[:, self.stft.bins :]
         magnitude = (real * real + imaginary * imaginary).sqrt() + 1e-10
-        warped = self._along_time(torch.matmul(self.warp, magnitude))  # [B, F', T]
-        visual = VisualFeatures(object=given.get("object_features"), motion=given.get("motion_features"))
-        logits = self.separator(torch.log1p(warped)[:, None], visual, class_ids).logits  # [B, N, F', T]
-        mask = self._along_time(torch.matmul(self.unwarp, torch.sigmoid(logits)))  # [B, N, F, T]
-        # The mixture's phase: real and imaginary part scaled alike.
-        estimate = torch.cat((mask * real[:, None], mask * imaginary[:, None]), dim=2)  # [B, N, 2F, T]
-        waveforms = self.stft.synthesise(estimate.flatten(0, 1))  # [B * N, L]
-        return waveforms.unflatten(0, (mixture.shape[0], class_ids.shape[1])).clamp(-1.0, 1.0)
+        warped = self._along_time(_mix_rows(magnitude, self.warp))  # [B, F', T]
+        visual = VisualFeatures(
+            object=given.get("object_features"),
+            motion=given.get("motion_features"),
+            motion_mask=given.get("motion_mask"),
+        )
+        logits = self.separator(torch.log1p(warped)[:, None], visual, given["class_ids"])  # [B, N, F', T]
+        masks = _mix_rows(torch.sigmoid(logits).flatten(0, 1), self.unwarp)  # [B * N, bins, T]
+        return self._along_time(masks).unflatten(0, tuple(logits.shape[:2]))
 
     def _along_time(self, x: Tensor) -> Tensor:
-        return x if self.time is None else torch.matmul(x, self.time)
+        """[M, rows, T] -> the same shape"""
+        return x if self.time is None else _mix_rows(x.transpose(1, 2), self.time).transpose(1, 2)
 
     def input_names(self) -> tuple[str, ...]:
-        names = ["mixture"]
+        names = [self.first_input]
         if self.has_object:
             names.append("object_features")
         if self.has_motion:
             names.append("motion_features")
+            if self.motion_mask:
+                names.append("motion_mask")
         return (*names, "class_ids")
+
+
+class WaveformSeparator(_MaskedSeparator):
+    """A separator as one function of plain tensors, for a fixed length: what is exported. It holds a copy.
+
+    Shapes:
+        mixture [B, L]; object_features [B, N, Do] and motion_features [B, N, Dm, Tm], the outputs of the visual
+        encoders, each only where the separator has that encoder; with ``motion_mask`` a bool [B, N, Tm] (True =
+        valid); class_ids int64 [B, N] -> sources [B, N, L].
+    """
+
+    first_input = "mixture"
+
+    def __init__(self, separator: Separator, *, motion_mask: bool = False) -> None:
+        super().__init__(separator, motion_mask=motion_mask)
+        spec = separator.spec.front_end
+        self.stft = PolyphaseSTFT(spec.clip_samples, spec.n_fft, spec.hop, spec.padding)
+
+    def forward(self, mixture: Tensor, *features: Tensor) -> Tensor:
+        """The features are those of :meth:`input_names`, in that order."""
+        spectrum = self.stft.analyse(mixture)  # [B, 2F, T]
+        real, imaginary = spectrum[:, : self.stft.bins], spectrum[:, self.stft.bins :]
+        mask = self.masks(real, imaginary, features)  # [B, N, F, T]
+        # The mixture's phase: real and imaginary part scaled alike.
+        estimate = torch.cat((mask * real[:, None], mask * imaginary[:, None]), dim=2)  # [B, N, 2F, T]
+        waveforms = self.stft.synthesise(estimate.flatten(0, 1))  # [B * N, L]
+        return waveforms.unflatten(0, (mixture.shape[0], mask.shape[1])).clamp(-1.0, 1.0)
+
+
+class SpectralSeparator(_MaskedSeparator):
+    """The same without the transforms, which are left to the caller (:mod:`avsep.export.transforms`). It holds a copy.
+
+    Shapes:
+        spectrum [B, 2, bins, T], the mixture's real and imaginary part; the others as in :class:`WaveformSeparator`
+        -> estimate [B, N, 2, bins, T], whose inverse transform is to be limited to +-1.
+    """
+
+    first_input = "spectrum"
+
+    def forward(self, spectrum: Tensor, *features: Tensor) -> Tensor:
+        """The features are those of :meth:`input_names`, in that order."""
+        mask = self.masks(spectrum[:, 0], spectrum[:, 1], features)  # [B, N, bins, T]
+        return mask[:, :, None] * spectrum[:, None]
+
+
+def with_length(separator: Separator, length_s: float | None) -> Separator:
+    """The separator for chunks of another length: the same modules, another front end. Itself where nothing changes.
+
+    A length within half a millisecond of the trained clip's is the clip's.
+
+    Raises:
+        ExportError: the audio encoder cannot take so many frames; names the nearest lengths that it can.
+    """
+    from avsep.registry import AUDIO_ENCODERS
+    from avsep.separator import Separator as _Separator
+    from avsep.spec import SeparatorSpec, validated
+
+    front_end = separator.spec.front_end
+    if length_s is None or abs(length_s - front_end.clip_s) < 5e-4:
+        return separator
+    rate, hop = front_end.sample_rate_hz, front_end.hop
+    samples = round(length_s * rate)
+    frames = 1 + samples // hop
+    name = separator.spec.audio_encoder.name
+    multiple = int(getattr(AUDIO_ENCODERS.get(name).factory, "size_multiple", 1))
+    if frames % multiple or samples < 1:
+        # T frames are given by (T - 1) hop to T hop - 1 samples; the longest of them is named
+        below, above = frames // multiple * multiple, (frames // multiple + 1) * multiple
+        near = " or ".join(f"{(f * hop - 1) / rate:.3f}" for f in (below, above) if f)
+        raise ExportError(
+            f"length_s {length_s:g} gives {frames} time frames, and audio encoder '{name}' takes multiples of "
+            f"{multiple}: the nearest are {near} s"
+        )
+    if front_end.padding == "reflect" and samples <= front_end.n_fft // 2:
+        raise ExportError(
+            f"length_s {length_s:g} is too short to be reflected: at least {front_end.n_fft / rate:.3f} s"
+        )
+    data = separator.spec.model_dump()
+    data["front_end"]["clip_samples"] = samples
+    spec = validated(SeparatorSpec, data, "length_s")
+    made = _Separator(
+        spec,
+        separator.audio_encoder,
+        separator.mask_decoder,
+        separator.object_encoder,
+        separator.motion_encoder,
+    )
+    return made.train(separator.training)

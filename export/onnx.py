@@ -5,28 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from avsep.errors import ExportError, MissingExtraError
+from avsep.export.operators import audit
 
 __all__ = ["check_graph", "require_onnx", "write_onnx"]
 
 # A protobuf holds at most 2 GiB; larger weights go into a file beside it.
 _PROTOBUF_LIMIT = 2**31 - 2**24
-
-# Operators that ONNX Runtime runs slowly or TensorRT 10.3 (JetPack 6) does not take. The graph is written without
-# them; one of them in it means that a component brought it in.
-_REFUSED = {
-    "Attention": "it builds in TensorRT in half precision only",
-    "DFT": "TensorRT has it from 11.2",
-    "STFT": "TensorRT has it from 10.5, and ONNX Runtime runs it slowly",
-}
 
 
 def require_onnx() -> None:
@@ -39,9 +30,19 @@ def require_onnx() -> None:
 
 
 def write_onnx(
-    module: nn.Module, inputs: Mapping[str, Tensor], output: str, path: Path, opset: int = 18
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    output: str,
+    path: Path,
+    opset: int = 18,
+    *,
+    open_axes: Mapping[str, Mapping[int, str]] | None = None,
 ) -> dict[str, int]:
-    """Trace ``module`` with ``inputs`` (in the order of its arguments, all shapes fixed), write it and check it.
+    """Trace ``module`` with ``inputs`` (in the order of its arguments), write it and check it.
+
+    Args:
+        open_axes: for each input the axes whose size stays open, with their names; None: all shapes are fixed. An open
+            axis must be at least 2 in ``inputs``, since a size of 1 is taken for a constant; the graph takes 1 as well.
 
     Returns:
         How often each operator stands in the graph.
@@ -51,6 +52,10 @@ def write_onnx(
         MissingExtraError: onnx is not installed.
     """
     require_onnx()
+    dynamic = None
+    if open_axes and any(open_axes.values()):
+        first, *rest = (dict(open_axes.get(name, {})) for name in inputs)
+        dynamic = (first, tuple(rest)) if rest else (first,)  # the modules take one tensor, or one and any number more
     weights = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
     try:
         with _quiet():
@@ -61,6 +66,7 @@ def write_onnx(
                 opset_version=opset,
                 input_names=list(inputs),
                 output_names=[output],
+                dynamic_shapes=dynamic,
                 external_data=False,
                 verbose=False,
             )
@@ -96,7 +102,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_graph(path: Path, opset: int) -> dict[str, int]:
-    """Checker with full check, strict shape inference, and the operators.
+    """Checker with full check, strict shape inference, and the audit of the operators (:mod:`avsep.export.operators`).
 
     Returns:
         How often each operator stands in the graph.
@@ -109,32 +115,10 @@ def check_graph(path: Path, opset: int) -> dict[str, int]:
     try:
         onnx.checker.check_model(str(path), full_check=True)
         model = onnx.load(str(path), load_external_data=False)
-        onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+        model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the graph is not valid ONNX: {_first_line(error)}") from None
     version = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if version > opset:
         raise ExportError(f"the graph uses opset {version}, {opset} was asked for")
-    counts: Counter[str] = Counter()
-    for node in _nodes(model.graph):
-        if node.domain not in ("", "ai.onnx"):
-            raise ExportError(f"node '{node.name}' is {node.domain}.{node.op_type}, which is not standard ONNX")
-        if node.op_type in _REFUSED:
-            raise ExportError(f"node '{node.name}' is a {node.op_type}: {_REFUSED[node.op_type]}")
-        counts[node.op_type] += 1
-    complex_types = {onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128}
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
-        if value.type.tensor_type.elem_type in complex_types:
-            raise ExportError(f"value '{value.name}' is complex, which TensorRT has no type for")
-    return dict(sorted(counts.items()))
-
-
-def _nodes(graph: Any) -> Iterator[Any]:
-    """All nodes, those of subgraphs included."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _nodes(attribute.g)
-            for inner in attribute.graphs:
-                yield from _nodes(inner)
+    return audit(model)

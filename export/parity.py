@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from avsep.errors import ExportError, MissingExtraError
 
-__all__ = ["Parity", "compare", "run_onnx"]
+__all__ = ["Parity", "compare", "open_session", "run_onnx"]
 
 Array = NDArray[Any]
 
@@ -54,13 +54,11 @@ def compare(estimate: Array, reference: Array) -> tuple[float, float]:
     return float(np.abs(difference).max(initial=0.0)), error_db
 
 
-def run_onnx(
-    path: Path, inputs: Mapping[str, Array], providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0
-) -> tuple[Array, str, float]:
-    """Run a graph of one output in ONNX Runtime. Returns the output, the provider that really ran and the seconds.
+def open_session(path: Path, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0) -> tuple[Any, str]:
+    """Load a graph in ONNX Runtime. Returns the session and the provider that will really run it.
 
     Raises:
-        ExportError: the file cannot be loaded, does not take the inputs, or another provider ran than was asked for.
+        ExportError: the file cannot be loaded, or another provider would run than was asked for.
         MissingExtraError: onnxruntime is not installed.
     """
     try:
@@ -75,13 +73,27 @@ def run_onnx(
     options.intra_op_num_threads = threads
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-        got = session.get_providers()[0]  # it falls back in silence where a provider cannot load
-        if got != providers[0]:
-            raise ExportError(f"ONNX Runtime runs {got} instead of {providers[0]}: its libraries or device are missing")
+    except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
+        raise ExportError(f"ONNX Runtime cannot run {Path(path).name}: {' '.join(str(error).split())[:300]}") from None
+    got = session.get_providers()[0]  # it falls back in silence where a provider cannot load
+    if got != providers[0]:
+        raise ExportError(f"ONNX Runtime runs {got} instead of {providers[0]}: its libraries or device are missing")
+    return session, got
+
+
+def run_onnx(
+    path: Path, inputs: Mapping[str, Array], providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0
+) -> tuple[Array, str, float]:
+    """Run a graph of one output in ONNX Runtime. Returns the output, the provider that really ran and the seconds.
+
+    Raises:
+        ExportError: the file cannot be loaded, does not take the inputs, or another provider ran than was asked for.
+        MissingExtraError: onnxruntime is not installed.
+    """
+    session, got = open_session(path, providers, threads)
+    try:
         start = time.perf_counter()
         (output,) = session.run(None, dict(inputs))
         return np.asarray(output), got, time.perf_counter() - start
-    except ExportError:
-        raise
-    except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
+    except Exception as error:  # as above
         raise ExportError(f"ONNX Runtime cannot run {Path(path).name}: {' '.join(str(error).split())[:300]}") from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from avsep.errors import ConfigError
@@ -10,38 +11,94 @@ from avsep.errors import ConfigError
 if TYPE_CHECKING:
     from avsep.separator import Separator
 
-__all__ = ["ExportPlan", "TensorSpec", "tensor_specs"]
+__all__ = ["PRECISIONS", "ExportPlan", "TensorSpec", "profiles", "tensor_specs"]
 
 # The oldest operator set that torch.onnx writes without converting, and the newest before scaled dot-product attention
 # becomes one operator, which TensorRT takes only in half precision.
 OPSETS = (18, 20)
+PRECISIONS = ("fp32", "fp16", "int8")
+# Motion steps of stored features where neither the plan nor the encoder says: VideoMAE's.
+_MOTION_STEPS = 8
+# Largest absolute difference from PyTorch in a sample that an fp32 graph may have.
+_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Fixed shapes of the graph and the precision that it must reach.
+    """The graphs to write, their shapes, and the quality that they must reach.
 
-    ``batch`` mixtures at once, ``sources`` N in each; ``motion_steps`` Tm of the motion features (None: as the motion
-    encoder gives them, and 8 for stored ones, which VideoMAE's are); ``opset`` of ONNX; ``tolerance`` the largest
-    absolute difference from PyTorch in a sample; ``seed`` of the golden inputs.
+    Attributes:
+        batch: mixtures at once, B.
+        sources: sources in each, N.
+        length_s: seconds of a chunk; None for the clip that the separator was trained on.
+        dynamic: leave B and N open in the graph (``batch`` and ``sources`` are then what an engine is tuned for); the
+            length always is fixed.
+        spectral: leave both transforms out of the graph: the mixture's spectrum in, the estimates' spectra out.
+        precision: one graph each, of ``fp32``, ``fp16`` (mixed) and ``int8`` (mixed).
+        motion_steps: Tm of the motion features; None: as the motion encoder gives them, and 8 for stored ones.
+        motion_mask: give the graph an input that says which motion steps are valid, for videos of different lengths.
+        motion_frames: pictures of one chunk that the motion encoder's graph takes; None: 8 a second.
+        frame_size: height and width of the pictures that the encoders' graphs take; None: the encoder's own size.
+        opset: of ONNX, 18 to 20.
+        tolerance: largest absolute difference from PyTorch in a sample; None: 1e-3 for fp32, while the others are
+            measured and left to the gate.
+        seed: of the golden inputs.
+        calibration: training mixtures that the ranges of INT8 are measured on.
+        gate_db: largest drift of SDR, SIR or SAR in any source, in dB.
+        allow_drift: write a graph that drifts by more; its manifest says so.
+        max_batch, max_sources: upper ends of the optimisation profile of a dynamic graph.
     """
 
     batch: int = 1
     sources: int = 2
+    length_s: float | None = None
+    dynamic: bool = False
+    spectral: bool = False
+    precision: tuple[str, ...] = ("fp32",)
     motion_steps: int | None = None
+    motion_mask: bool = False
+    motion_frames: int | None = None
+    frame_size: tuple[int, int] | None = None
     opset: int = 18
-    tolerance: float = 1e-3
+    tolerance: float | None = None
     seed: int = 0
+    calibration: int = 64
+    gate_db: float = 0.1
+    allow_drift: bool = False
+    max_batch: int = 8
+    max_sources: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("batch", "sources", "motion_steps"):
+        for name in ("batch", "sources", "motion_steps", "motion_frames", "calibration", "max_batch", "max_sources"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        for name in ("length_s", "tolerance", "gate_db"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name} must be positive, got {value}")
         if not OPSETS[0] <= self.opset <= OPSETS[1]:
             raise ConfigError(f"opset must lie between {OPSETS[0]} and {OPSETS[1]}, got {self.opset}")
-        if not self.tolerance > 0:
-            raise ConfigError(f"tolerance must be positive, got {self.tolerance}")
+        precision = (self.precision,) if isinstance(self.precision, str) else tuple(self.precision)
+        object.__setattr__(self, "precision", precision)
+        for name in precision:
+            if name not in PRECISIONS:
+                raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got '{name}'")
+        if not precision or len(set(precision)) < len(precision):
+            raise ConfigError(f"precision must name one or more of {', '.join(PRECISIONS)}, each once")
+        if self.frame_size is not None:
+            object.__setattr__(self, "frame_size", tuple(self.frame_size))
+            if len(self.frame_size) != 2 or min(self.frame_size) < 1:
+                raise ConfigError(f"frame_size must be a height and a width in pixels, got {list(self.frame_size)}")
+        if self.dynamic:
+            for name in ("batch", "sources"):
+                value, largest = getattr(self, name), getattr(self, f"max_{name}")
+                if value > largest:
+                    raise ConfigError(f"{name} {value} is above max_{name} {largest}: raise max_{name}")
+
+    def tolerance_of(self, precision: str) -> float | None:
+        """The tolerance that a graph is held to; None where the gate decides."""
+        return _TOLERANCE if self.tolerance is None and precision == "fp32" else self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,24 +106,72 @@ class ExportPlan:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, element type and shape of an input or output of a graph."""
+    """Name, element type and shape of an input or output of a graph.
+
+    ``shape`` is what the graph is traced and measured with; ``open_axes`` names the axes that stay open in it.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    open_axes: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def declared(self) -> tuple[int | str, ...]:
+        """The shape as the graph declares it, with a name for each open axis."""
+        return tuple(self.open_axes.get(axis, size) for axis, size in enumerate(self.shape))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.declared)}
 
 
 def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSpec, ...], TensorSpec]:
-    """The graph's inputs, in order, and its output."""
+    """The inputs of the separator's graph, in order, and its output. The separator has the plan's length already."""
     batch, sources = plan.batch, plan.sources
-    length = separator.spec.front_end.clip_samples
-    inputs = [TensorSpec("mixture", "float32", (batch, length))]
+    front_end = separator.spec.front_end
+    mixture_axes = {0: "batch"} if plan.dynamic else {}
+    source_axes = {0: "batch", 1: "sources"} if plan.dynamic else {}
+    bins, frames = front_end.n_fft // 2 + 1, front_end.frames
+    if plan.spectral:
+        inputs = [TensorSpec("spectrum", "float32", (batch, 2, bins, frames), mixture_axes)]
+        output = TensorSpec("estimate", "float32", (batch, sources, 2, bins, frames), source_axes)
+    else:
+        length = front_end.clip_samples
+        inputs = [TensorSpec("mixture", "float32", (batch, length), mixture_axes)]
+        output = TensorSpec("sources", "float32", (batch, sources, length), source_axes)
     if separator.object_encoder is not None:
         width = int(separator.object_encoder.dim)  # type: ignore[arg-type]
-        inputs.append(TensorSpec("object_features", "float32", (batch, sources, width)))
+        inputs.append(TensorSpec("object_features", "float32", (batch, sources, width), source_axes))
     if separator.motion_encoder is not None:
         encoder = separator.motion_encoder
-        steps = plan.motion_steps or int(getattr(encoder, "steps", 8))
-        inputs.append(TensorSpec("motion_features", "float32", (batch, sources, int(encoder.dim), steps)))  # type: ignore[arg-type]
-    inputs.append(TensorSpec("class_ids", "int64", (batch, sources)))
-    return tuple(inputs), TensorSpec("sources", "float32", (batch, sources, length))
+        steps = plan.motion_steps or int(getattr(encoder, "steps", _MOTION_STEPS))
+        shape = (batch, sources, int(encoder.dim), steps)  # type: ignore[arg-type]
+        inputs.append(TensorSpec("motion_features", "float32", shape, source_axes))
+        if plan.motion_mask:
+            inputs.append(TensorSpec("motion_mask", "bool", (batch, sources, steps), source_axes))
+    elif plan.motion_mask:
+        raise ConfigError("motion_mask asks for a mask of motion steps, but this separator has no motion encoder")
+    inputs.append(TensorSpec("class_ids", "int64", (batch, sources), source_axes))
+    return tuple(inputs), output
+
+
+def profiles(specs: Sequence[TensorSpec], plan: ExportPlan) -> list[dict[str, dict[str, list[int]]]]:
+    """Optimisation profiles of a graph: for each input the least, the usual and the largest shape; none if all is
+    fixed."""
+    if not any(spec.open_axes for spec in specs):
+        return []
+    largest = {"batch": plan.max_batch, "sources": plan.max_sources}
+
+    def shape(spec: TensorSpec, sizes: dict[str, int]) -> list[int]:
+        return [sizes.get(spec.open_axes.get(axis, ""), size) for axis, size in enumerate(spec.shape)]
+
+    return [
+        {
+            spec.name: {
+                "min": shape(spec, dict.fromkeys(largest, 1)),
+                "opt": shape(spec, {}),
+                "max": shape(spec, largest),
+            }
+            for spec in specs
+        }
+    ]

@@ -1,0 +1,119 @@
+"""The README of a bundle, with the bundle's own facts: what someone on the device needs who never saw avsep."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["device_readme", "trtexec_line"]
+
+# Megabytes that trtexec's builder may use for trying out kernels: fits the smallest Orin.
+_WORKSPACE_MIB = 1024
+_WHAT = {
+    "separator": "waveforms from the mixture",
+    "spectral": "spectra from the mixture's spectrum (transforms outside, for DLA)",
+    "object_encoder": "object features from pictures",
+    "motion_encoder": "motion features from pictures",
+}
+
+
+def device_readme(manifest: Mapping[str, Any]) -> str:
+    """The text in Markdown. ``manifest`` needs no hashes yet."""
+    graphs: Sequence[Mapping[str, Any]] = manifest["graphs"]
+    main = next((g for g in graphs if g["kind"] in ("separator", "spectral")), graphs[0])
+    rate, chunking = manifest["sample_rate_hz"], manifest["chunking"]
+    roles = [source["role"] for source in manifest["visual"]]
+    facts = [
+        f"- made from: {manifest['made_from'] or 'not stated'}, {manifest['created']}, by avsep "
+        f"{manifest['made_with'].get('avsep', '')}",
+        f"- sample rate: {rate} Hz, mono; a call takes {chunking['clip_samples']} samples "
+        f"({chunking['clip_samples'] / rate:.3f} s)",
+    ]
+    for source in manifest["visual"]:
+        told = f"stored features '{source['name']}'" if source["kind"] == "features" else "pictures"
+        computed = f", computed by `{source['graph']}`" if source["graph"] else ", which come from outside"
+        facts.append(f"- {source['role']} features: from {told}{computed}")
+    template = (Path(__file__).parent / "device_readme.md").read_text(encoding="utf-8")
+    return string.Template(template).substitute(
+        name=manifest["name"],
+        what_it_sees=f", {' and '.join(roles)} features of each source" if roles else "",
+        facts="\n".join(facts),
+        graphs="\n".join(_row(graph) for graph in graphs),
+        measured_on=main["parity"]["provider"],
+        feeding=_feeding(main, manifest),
+        example_features="{" + ", ".join(f'"{role}": ...' for role in roles) + "}",
+        example_classes=",".join(manifest["classes"][:2]) or "0,1",
+        classes=_classes(manifest["classes"]),
+        golden=main["golden"],
+        output=main["outputs"][0]["name"],
+        graph=main["file"],
+        tolerance=f"{main['tolerance']:g}",
+        least_tensorrt=", ".join(f"`{g['file']}` {g['least_tensorrt']}" for g in graphs),
+        trtexec_10="\n".join(trtexec_line(g, 10) for g in graphs),
+        trtexec_11="\n".join(trtexec_line(g, 11) for g in graphs),
+        trtexec_rtx="\n".join(trtexec_line(g, "rtx") for g in graphs),
+        context_s=f"{chunking['context_samples'] / rate:.2f}",
+        weights_licence=manifest["weights_licence"] or "not stated; ask whoever trained them before passing them on",
+    )
+
+
+def _tensor(tensor: Mapping[str, Any]) -> str:
+    return f"{tensor['name']} {tensor['dtype']} [{', '.join(map(str, tensor['shape']))}]"
+
+
+def _row(graph: Mapping[str, Any]) -> str:
+    inputs, outputs = ("<br>".join(_tensor(t) for t in graph[side]) for side in ("inputs", "outputs"))
+    gate = "not measured"
+    if graph["gate"] is not None:
+        drift = graph["gate"]["max_drift_db"]
+        gate = ", ".join(f"{drift[key]:.3f}" for key in ("sdr", "sir", "sar")) + " dB"
+        gate += f" on {graph['gate']['mixtures']} {graph['gate']['on']} mixtures"
+        if graph["gate"]["overridden"]:
+            gate += f", above the limit of {graph['gate']['limit_db']:g} dB and let pass by whoever exported it"
+    error = f"{graph['parity']['max_error']:.1e} ({graph['parity']['error_db']:.0f} dB)"
+    what = _WHAT[graph["kind"]]
+    return f"| `{graph['file']}` | {what} | {graph['precision']} | {inputs} | {outputs} | {error} | {gate} |"
+
+
+def _feeding(main: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    lines = ["Every input as the network wants it:", ""]
+    names = {tensor["name"] for tensor in main["inputs"]}
+    if "mixture" in names:
+        lines.append("- `mixture`: mono samples, full scale 1, as recorded: no change of level is needed")
+    if "spectrum" in names:
+        t = manifest["transform"]
+        lines.append(
+            f"- `spectrum`: real and imaginary part of the centred STFT (n_fft {t['n_fft']}, hop {t['hop']}, "
+            f"{t['window']} window, {t['padding']} beyond the ends); the estimate is transformed back and limited to ±1"
+        )
+    for role in ("object", "motion"):
+        if f"{role}_features" in names:
+            lines.append(f"- `{role}_features`: one set a source, in the order of the class ids")
+    if "motion_mask" in names:
+        lines.append("- `motion_mask`: which steps of the motion features are valid")
+    lines.append("- `class_ids`: one number a source, from the list below")
+    return "\n".join(lines)
+
+
+def _classes(names: Sequence[str]) -> str:
+    if not names:
+        return "- not named: numbers as in training"
+    return "\n".join(f"- {index}: {name}" for index, name in enumerate(names))
+
+
+def trtexec_line(graph: Mapping[str, Any], version: int | str) -> str:
+    """The command that builds a graph's engine with trtexec of TensorRT 10 or 11, or of TensorRT-RTX (``"rtx"``)."""
+    stem = graph["file"].removesuffix(".onnx")
+    program = "tensorrt_rtx" if version == "rtx" else "trtexec"
+    parts = [program, f"--onnx={graph['file']}", f"--saveEngine={stem}.plan", "--skipInference"]
+    if version == 10:
+        parts.append("--stronglyTyped")  # always on from 11, and in TensorRT-RTX
+    if version != "rtx":
+        parts += ["--noTF32", f"--memPoolSize=workspace:{_WORKSPACE_MIB}M", f"--timingCacheFile={stem}.timing"]
+    for profile in graph["profiles"][:1]:
+        for bound in ("min", "opt", "max"):
+            shapes = ",".join(f"{name}:{'x'.join(map(str, sizes[bound]))}" for name, sizes in profile.items())
+            parts.append(f"--{bound}Shapes={shapes}")
+    return " ".join(parts)

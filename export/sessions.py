@@ -1,0 +1,207 @@
+"""Running a bundle's graphs: what all ways have in common, ONNX Runtime, and the choice among the ways.
+
+NumPy and the standard library; onnxruntime and TensorRT are imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avsep.errors import AvsepError, ExportError, UnknownNameError, near_matches
+from avsep.export.bundle_reader import Bundle, Graph
+
+__all__ = ["ONNX_PROVIDERS", "PROVIDERS", "Engine", "OnnxSession", "open_session", "output_shapes"]
+
+Array = NDArray[Any]
+
+# what may be asked for -> ONNX Runtime's name of it
+ONNX_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
+ENGINES = ("tensorrt", "tensorrt-rtx")
+PROVIDERS = ("auto", *ONNX_PROVIDERS, *ENGINES)
+
+# Shapes for which buffers are kept; a stream and whole files use one or two.
+_MOST_SHAPES = 4
+
+
+class Engine(Protocol):
+    """A graph, ready to run. ``provider`` is what really runs it."""
+
+    provider: str
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Outputs by name. They may lie in buffers that the next call overwrites.
+
+        Raises :class:`ExportError` where it does not take the inputs.
+        """
+        ...
+
+
+def output_shapes(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """The shape of each output by name: open dimensions have the sizes that they have in the inputs."""
+    sizes: dict[str, int] = {}
+    for tensor in graph.inputs:
+        for declared, size in zip(tensor.shape, inputs[tensor.name].shape, strict=True):
+            if isinstance(declared, str):
+                sizes[declared] = size
+    return {
+        tensor.name: tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+        for tensor in graph.outputs
+    }
+
+
+class OnnxSession:
+    """A graph in ONNX Runtime, with buffers that are bound once for each shape and used again.
+
+    Args:
+        bundle, graph: what to run.
+        provider: a key of :data:`ONNX_PROVIDERS`.
+        threads: of one operator; 0 leaves it to ONNX Runtime.
+        fall_back: go on where another provider ran than the one asked for, which ``provider`` tells.
+
+    Raises:
+        ExportError: onnxruntime is missing, the provider cannot run here, or the graph is damaged.
+    """
+
+    def __init__(
+        self, bundle: Bundle, graph: Graph, provider: str = "cpu", threads: int = 0, *, fall_back: bool = False
+    ) -> None:
+        ort = _onnxruntime()
+        wanted = ONNX_PROVIDERS[provider]
+        available = ort.get_available_providers()
+        if wanted not in available and not fall_back:
+            raise ExportError(
+                f"this ONNX Runtime has no {wanted}: it has {', '.join(available)}; --provider cpu runs everywhere"
+            )
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # what matters is raised
+        options.intra_op_num_threads = threads
+        self._where = f"{bundle.path}: {graph.file}"
+        data = bundle.read(graph.file)
+        try:
+            self._session = ort.InferenceSession(
+                data, options, providers=[wanted] if wanted in available else ["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
+            raise ExportError(f"ONNX Runtime cannot load {self._where} ({_reason(error)}): export it again") from None
+        self._session.disable_fallback()  # a failing call is an error, not a slow answer
+        self.provider: str = self._session.get_providers()[0]  # it falls back in silence where one cannot load
+        if self.provider != wanted and not fall_back:
+            raise ExportError(
+                f"ONNX Runtime runs {self.provider} instead of {wanted}, whose libraries or device are missing: "
+                "install them, or --provider cpu"
+            )
+        self.graph = graph
+        self._ort = ort
+        self._device = "cpu" if self.provider == ONNX_PROVIDERS["cpu"] else "cuda"
+        self._bound: dict[tuple[tuple[int, ...], ...], _Buffers] = {}
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """See :class:`Engine`. The outputs on the CPU lie in buffers that the next call overwrites."""
+        key = tuple(inputs[tensor.name].shape for tensor in self.graph.inputs)
+        with self._lock:
+            buffers = self._bound.get(key)
+            try:
+                if buffers is None:
+                    buffers = _Buffers(self._ort, self._session, self.graph, inputs, self._device)
+                    while len(self._bound) >= _MOST_SHAPES:
+                        self._bound.pop(next(iter(self._bound)))
+                    self._bound[key] = buffers
+                return buffers.run(inputs)
+            except AvsepError:
+                raise
+            except Exception as error:
+                raise ExportError(f"ONNX Runtime cannot run {self._where} ({_reason(error)})") from None
+
+
+class _Buffers:
+    """Inputs and outputs of one set of shapes, bound to a session. On a GPU they lie in its memory."""
+
+    def __init__(self, ort: Any, session: Any, graph: Graph, inputs: Mapping[str, Array], device: str) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._host: dict[str, Array] = {}  # on the CPU the values are views of these
+        self._values: dict[str, Any] = {}
+        self._outputs = tuple(tensor.name for tensor in graph.outputs)
+        shapes = {tensor.name: inputs[tensor.name].shape for tensor in graph.inputs}
+        for tensor in (*graph.inputs, *graph.outputs):
+            shape = shapes.get(tensor.name) or output_shapes(graph, inputs)[tensor.name]
+            if device == "cpu":
+                self._host[tensor.name] = np.zeros(shape, dtype=tensor.dtype)
+                value = ort.OrtValue.ortvalue_from_numpy(self._host[tensor.name])
+            else:
+                value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(tensor.dtype), device, 0)
+            self._values[tensor.name] = value
+            bind = self._binding.bind_ortvalue_output if tensor in graph.outputs else self._binding.bind_ortvalue_input
+            bind(tensor.name, value)
+        self._inputs = tuple(shapes)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        for name in self._inputs:
+            if name in self._host:
+                self._host[name][...] = inputs[name]
+            else:
+                self._values[name].update_inplace(np.ascontiguousarray(inputs[name]))
+        self._session.run_with_iobinding(self._binding)
+        return {name: self._host[name] if name in self._host else self._values[name].numpy() for name in self._outputs}
+
+
+def open_session(
+    bundle: Bundle, graphs: Sequence[Graph], provider: str = "auto", threads: int = 0
+) -> tuple[list[Engine], tuple[str, ...]]:
+    """Make graphs ready, all in the same way.
+
+    ``auto`` takes engines that were built here, CUDA, or the CPU, in this order.
+
+    Returns:
+        An engine for each graph, and for each way that ``auto`` passed over the reason in a line.
+
+    Raises:
+        UnknownNameError: an unknown provider.
+        ExportError: the provider does not run here; another one never runs in its place.
+    """
+    if provider not in PROVIDERS:
+        raise UnknownNameError(f"unknown provider '{provider}': {near_matches(provider, PROVIDERS)}")
+    if provider != "auto":
+        return _opened(bundle, graphs, provider, threads), ()
+    passed_over: list[str] = []
+    for candidate in (*ENGINES, "cuda", "cpu"):
+        try:
+            return _opened(bundle, graphs, candidate, threads), tuple(passed_over)
+        except ExportError as error:
+            if candidate == "cpu":
+                raise
+            passed_over.append(f"{candidate}: {error}")
+    raise AssertionError("unreachable: the last candidate returns or raises")
+
+
+def _opened(bundle: Bundle, graphs: Sequence[Graph], provider: str, threads: int) -> list[Engine]:
+    if provider in ONNX_PROVIDERS:
+        return [OnnxSession(bundle, graph, provider, threads) for graph in graphs]
+    from avsep.export.engine import open_engine
+
+    return [open_engine(bundle, graph, provider) for graph in graphs]
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ExportError(
+            "nothing here runs ONNX graphs: pip install onnxruntime (on an NVIDIA GPU onnxruntime-gpu), or build an "
+            "engine with the bundle's build_engine.py and choose --provider tensorrt"
+        ) from None
+    return onnxruntime
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
