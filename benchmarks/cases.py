@@ -40,7 +40,7 @@ from avsep.spec import ComponentRef, FrontEndSpec, OptimizerSpec, SeparatorSpec,
 from avsep.strategies import ContAVSep, Step
 from avsep.types import Batch, Spectrograms, VisualSource
 
-__all__ = ["data_cases", "memory_slots", "metrics_cases", "temporary_store", "train_cases"]
+__all__ = ["data_cases", "memory_slots", "metrics_cases", "temporary_store", "train_cases", "unet_case"]
 
 LOSS_TOLERANCE = 1e-4
 """Relative, of every loss term."""
@@ -87,7 +87,7 @@ def train_cases(
         device: cpu or cuda.
     """
     yield _step_case(preset, batch, classes, memory_share, device)
-    yield _unet_case(preset, batch, device)
+    yield unet_case(preset, batch, device)
 
 
 @dataclass
@@ -333,7 +333,8 @@ def _gradient_error(found: dict[str, Tensor | None], expected: dict[str, Tensor]
     return worst
 
 
-def _unet_case(preset: str, batch: int, device: str) -> Case:
+def unet_case(preset: str = "iquery", batch: int = 4, device: str = "cpu") -> Case:
+    """The U-Net with and without identity 1, against its published form: forward and backward."""
     spec, sizes = _published_sizes(preset)
     with seeded(0):
         published = _published(sizes, 2)

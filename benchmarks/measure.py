@@ -33,9 +33,13 @@ __all__ = [
     "Timing",
     "agree",
     "append_rows",
+    "check_results",
+    "elapsed_s",
+    "environment",
     "interleaved",
     "measure_case",
     "peak_memory_bytes",
+    "system_load",
 ]
 
 PAUSE_S = 0.3  # before each timed call
@@ -123,10 +127,15 @@ def interleaved(
     *,
     device: str = "cpu",
     done: Callable[[], None] | None = None,
+    iterations: Mapping[str, int] | None = None,
+    pause_s: float = PAUSE_S,
+    queued: bool = False,
 ) -> dict[str, Timing]:
     """Time the variants in turn (A, B, A, B, ...), so that what else the machine does meets them alike.
 
-    ``done`` is called after each. The first call of a variant is timed too: call each once before.
+    ``done`` is called after each. The first call of a variant is timed too: call each once before. ``iterations`` by
+    name: so many calls one after another are one repeat, which is their mean (1 where it is not given). ``queued`` as
+    in :func:`elapsed_s`.
     """
     if repeats < 1:
         raise ConfigError(f"repeats must be at least 1, got {repeats}")
@@ -140,17 +149,48 @@ def interleaved(
                 _synchronise(device)
                 # The threads of the library before (OpenBLAS's, under mir_eval) spin on for a while after its call and
                 # would be charged to this one.
-                time.sleep(PAUSE_S)
-                start = time.perf_counter()
-                function()
-                _synchronise(device)
-                times[name].append(time.perf_counter() - start)
+                if pause_s:
+                    time.sleep(pause_s)
+                calls = 1 if iterations is None else iterations.get(name, 1)
+                times[name].append(elapsed_s(function, device, calls, queued=queued))
                 if done is not None:
                     done()
     finally:
         if collecting:
             gc.enable()
     return {name: Timing(tuple(values)) for name, values in times.items()}
+
+
+_QUEUED_CYCLES = 100_000_000  # of a GPU's clock: some 50 ms, in which hundreds of calls are issued
+_QUEUED_CALLS = 300  # a GPU's queue holds about a thousand launches before it makes Python wait
+
+
+def elapsed_s(
+    function: Callable[[], object], device: str = "cpu", iterations: int = 1, *, queued: bool = False
+) -> float:
+    """Seconds a call when it is called ``iterations`` times one after another; on a GPU by its own events.
+
+    The calls are issued without waiting in between, so on a GPU a call costs the longer of its issue by Python and its
+    work, as it does in a training step. With ``queued`` (a GPU alone) they are issued while the GPU is kept busy,
+    before its clock starts: then a call costs its work.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if queued:
+            iterations = min(iterations, _QUEUED_CALLS)
+            torch.cuda._sleep(_QUEUED_CYCLES)
+        start.record()
+        for _ in range(iterations):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / iterations
+    begin = time.perf_counter()
+    for _ in range(iterations):
+        function()
+    return (time.perf_counter() - begin) / iterations
 
 
 def measure_case(case: Case, repeats: int, progress: Progress | None = None) -> list[dict[str, Any]]:
@@ -160,7 +200,7 @@ def measure_case(case: Case, repeats: int, progress: Progress | None = None) -> 
     """
     progress = progress or Progress()
     bar = progress.add(case.name, total=1 + len(case.variants) * (1 + repeats))
-    load = _load()
+    load = system_load()
     try:
         found = case.check()
     except CheckFailed as error:
@@ -179,7 +219,7 @@ def measure_case(case: Case, repeats: int, progress: Progress | None = None) -> 
         "settings": case.settings,
         "check": found,
         "load": load,
-        **_environment(case.device),
+        **environment(case.device),
     }
     if case.versions:
         shared["settings"] += "".join(f", {name} {version}" for name, version in case.versions.items())
@@ -250,27 +290,27 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def append_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows to a CSV file with the columns :data:`COLUMNS`, which is made where it is missing.
+def append_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
+    """Append rows to a CSV file with these columns, which is made where it is missing.
 
     Raises :class:`ConfigError` when the file there has other columns.
     """
     path = Path(path)
     before = ""
     if path.exists():
-        check_results(path)
+        check_results(path, columns)
         before = path.read_text(encoding="utf-8")
         before += "" if before.endswith("\n") else "\n"
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     if not before:
         writer.writeheader()
     writer.writerows(rows)
     write_text(path, before + buffer.getvalue())
 
 
-def check_results(path: str | Path) -> None:
-    """Raise :class:`ConfigError` unless ``path`` is missing or a CSV file with the columns :data:`COLUMNS`."""
+def check_results(path: str | Path, columns: Sequence[str] = COLUMNS) -> None:
+    """Raise :class:`ConfigError` unless ``path`` is missing or a CSV file with these columns."""
     path = Path(path)
     if not path.exists():
         return
@@ -279,14 +319,15 @@ def check_results(path: str | Path) -> None:
             found = next(csv.reader(file), [])
     except (UnicodeDecodeError, IsADirectoryError, csv.Error):
         found = []
-    if found != list(COLUMNS):
+    if found != list(columns):
         raise ConfigError(f"{path} is not a file of benchmark results (its columns are others): choose another --out")
 
 
 # --- where and with what ----------------------------------------------------------------------------------------------
 
 
-def _environment(device: str) -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
+    """The columns of a row that say where and with what it was measured."""
     import torch
 
     import avsep
@@ -319,7 +360,8 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def _load() -> float | str:
+def system_load() -> float | str:
+    """The machine's load average of the last minute; empty where it is not known."""
     try:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):
@@ -327,15 +369,19 @@ def _load() -> float | str:
 
 
 def _commit() -> str:
-    """The commit of the source tree that this file is in, ``-dirty`` when tracked files differ from it; or unknown."""
+    """The commit of the source tree that this file is in, ``-dirty`` when tracked files differ from it.
+
+    Where there is no such tree, what the variable ``AVSEP_COMMIT`` says, or unknown.
+    """
+    elsewhere = os.environ.get("AVSEP_COMMIT") or "unknown"
     root = Path(__file__).resolve().parents[1]
     try:
         top = _git(root, "rev-parse", "--show-toplevel")
         if Path(top).resolve() != root:  # installed somewhere inside another repository
-            return "unknown"
+            return elsewhere
         return _git(root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return elsewhere
 
 
 def _git(folder: Path, *arguments: str) -> str:

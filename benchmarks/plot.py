@@ -32,7 +32,9 @@ def plot_rows(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         for place, variant, end in zip(
             places, variants, (m + a for m, a in zip(medians, above, strict=True)), strict=True
         ):
-            label = f"{float(variant['median_ms']):,.1f} ms, {float(variant['ratio']):.2f}x"
+            median = float(variant["median_ms"])
+            label = f"{median:,.1f} ms" if median >= 10 else f"{median:.3g} ms"
+            label += f", {float(variant['ratio']):.2f}x"
             panel.text(end + 0.015 * reach, place, label, va="center", fontsize=8)
         panel.set_yticks(list(places), [v["variant"] for v in variants])
         panel.invert_yaxis()

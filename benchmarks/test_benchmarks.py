@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from avsep.benchmarks import cases
+from avsep.benchmarks.kernel_cases import KernelCase, Variant, kernel_cases
+from avsep.benchmarks.kernels import calls_of, check_case
 from avsep.benchmarks.measure import Case
 from avsep.errors import MissingExtraError
 
@@ -48,3 +52,39 @@ def test_speed(case: Case, number: int, benchmark: Any) -> None:
     benchmark.name = variants[number]
     benchmark.extra_info.update(settings=case.settings, items=case.items, item=case.item)
     benchmark.pedantic(case.variants[variants[number]], rounds=repeats, iterations=1, warmup_rounds=1)
+
+
+# --- the kernels: AVSEP_BENCH_SIZES and AVSEP_BENCH_DEVICE choose other sizes and the GPU -----------------------------
+
+SIZES = os.environ.get("AVSEP_BENCH_SIZES", "paper")
+DEVICE = os.environ.get("AVSEP_BENCH_DEVICE", "cpu")
+
+
+def _kernel_variants() -> list[tuple[str, str]]:
+    return [(c.name, v.name) for c in kernel_cases(sizes=SIZES, device=DEVICE) for v in c.variants]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("way", ["forward", "total"])
+@pytest.mark.parametrize(("case_name", "variant_name"), _kernel_variants())
+def test_kernel_speed(case_name: str, variant_name: str, way: str, benchmark: Any) -> None:
+    """One that cannot run here is skipped; one that fails its check has no speed. Total is forward and backward."""
+    case: KernelCase = next(c for c in kernel_cases(sizes=SIZES, device=DEVICE) if c.name == case_name)
+    variant: Variant = next(v for v in case.variants if v.name == variant_name)
+    if variant.unavailable or not variant.timed:
+        pytest.skip(variant.unavailable or variant.note)
+    if way == "total" and not case.leaves:
+        pytest.skip("has no gradient")
+    found = check_case(case, variant)
+    forward, total = calls_of(case, variant)
+    function = forward if way == "forward" else total
+    benchmark.group = f"{case.name}, {way}"
+    benchmark.name = variant.name
+    benchmark.extra_info.update(settings=case.settings, check=found)
+
+    def settled() -> None:
+        function()
+        if DEVICE.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(settled, rounds=10, iterations=1, warmup_rounds=2)

@@ -10,6 +10,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pytest
+import torch
+
+# Without a GPU the Triton kernels run under Triton's interpreter, which must be known before Triton is imported. What
+# does not ask for Triton by name is not touched by it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 RATE = 11025
 TONES_HZ = {"ding": 330.0, "hum": 520.0, "peep": 830.0, "whirr": 1310.0}
@@ -107,3 +113,33 @@ def tiny_learner(strategy="contavsep", memory="random_per_class", **train):
     from avsep.learner import ContinualLearner
 
     return ContinualLearner.from_spec(tiny_run_spec(strategy, memory, **train), accelerator="cpu")
+
+
+BUNDLE_CLASSES = ("flute", "piano", "cello")
+
+
+def bundle_separator():
+    """A separator with stored object features, small enough to be exported in a few seconds; all weights random."""
+    from avsep.separator import build_separator
+
+    torch.manual_seed(0)
+    separator = build_separator(
+        audio_encoder=("unet7", {"base_channels": 4, "mask_channels": 4}),
+        object_encoder=("precomputed", {"features": "clip", "dim": 8}),
+        mask_decoder=("query_transformer", {"dim": 16, "heads": 2, "feedforward": 16, "layers": 1}),
+        classes=BUNDLE_CLASSES,
+        front_end=TINY_FRONT_END,
+    )
+    with torch.no_grad():
+        separator.mask_decoder.head[-1].weight.mul_(10)  # so that the masks vary
+    return separator.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of :func:`bundle_separator`, as a folder. Read only: copy it before changing it."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    from avsep.export import export
+
+    return export(bundle_separator(), None, tmp_path_factory.mktemp("bundles") / "tiny", made_from="a test").path

@@ -319,7 +319,7 @@ def _seen(write: Callable[[Desk], object]) -> Callable[[Desk], list]:
 
 
 def _export(*more: object) -> Callable[[Desk], list]:
-    return lambda d: ["export", d.tone_run, "--out", d.path / "new", *more]
+    return lambda d: ["export", d.tone_run, "--all-tasks", "--out", d.path / "new", *more]
 
 
 def _evaluate(d: Desk) -> list:
@@ -502,7 +502,8 @@ CASES = [
     case("separate by a run without a task", _no_task_yet(_separate_run(lambda d: d.run)), "no finished task",
          "--resume"),
     case("evaluate a task that is not there", lambda d: ["evaluate", d.tone_run, "--task", "7"], "7", "0, 1"),
-    case("export a task that is not there", _export("--task", "7"), "7", "0, 1"),
+    case("export a task that is not there", lambda d: ["export", d.tone_run, "--task", "7", "--out", "new"], "7",
+         "0, 1"),
     case("separate by a task that is not there", lambda d: d.separate(None, "--task", "7"), "7", "0, 1"),
     case("run being written", _held_run, "run", "another process", "another folder"),
     case("run that is there", lambda d: d.train("--out", d.run), "run", "--resume", "another folder"),
@@ -511,7 +512,8 @@ CASES = [
     case("file to train in", lambda d: d.train("--out", d.preset), "tiny.yaml", "folder"),
     case("folder below a file to train in", lambda d: d.train("--out", d.preset / "new"), "tiny.yaml"),
     case("folder with other things to export to",
-         lambda d: ["export", d.tone_run, "--out", [(_foreign(d) / "task-00").mkdir(), _foreign_in(d, "task-00")][1]],
+         lambda d: ["export", d.tone_run, "--all-tasks", "--out",
+                    [(_foreign(d) / "task-00").mkdir(), _foreign_in(d, "task-00")][1]],
          "task-00", "another folder"),
     case("file to export to", lambda d: ["export", d.tone_run, "--out", d.preset], "tiny.yaml", "folder"),
     case("file to separate into", lambda d: d.separate(None, "--out", d.preset), "tiny.yaml", "folder"),

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from avsep.chunking import default_context, plan_chunks, separate_long
+from avsep.chunking import LongStream, default_context, plan_chunks, separate_long
 from avsep.errors import ConfigError
 
 CLIP, CONTEXT = 400, 64
@@ -142,3 +142,57 @@ def test_empty_recording_and_wrong_shapes_are_refused():
 
 def test_default_context_is_an_eighth():
     assert default_context(65535) == 8191
+
+
+def wobble(chunks, starts):
+    """Two sources that depend on where in the chunk a sample lies and on the chunk: every seam shows."""
+    position = np.arange(chunks.shape[1], dtype=np.float32) / chunks.shape[1]
+    tilt = np.asarray([1 + 0.1 * np.sin(start) for start in starts], dtype=np.float32)[:, None]
+    return np.stack([chunks * position * tilt, chunks * (1 - position) + tilt], axis=1)
+
+
+@pytest.mark.parametrize("block", [1, 37, 400, 5000])
+@pytest.mark.parametrize(("align", "fade"), [(1, None), (16, 0), (16, 64), (24, 31)])
+def test_a_stream_gives_the_samples_of_the_whole(block, align, fade):
+    """Bit for bit, in time, whatever the blocks: also where the last chunk lies close behind the one before."""
+    options = {"clip_samples": CLIP, "context_samples": CONTEXT, "crossfade_samples": fade, "align_samples": align}
+    for total in boundary_lengths() if block != 1 else (3 * CLIP + 17,):
+        mixture = np.random.default_rng(total).standard_normal(total).astype(np.float32)
+        stream = LongStream(wobble, 2, **options)
+        parts, latest = [], 0
+        for first in range(0, total, block):
+            for sample in range(first, min(first + block, total)):  # what a sample waits for is the end of its block
+                latest = max(latest, sample - stream.emitted_samples)
+            parts.append(stream.push(mixture[first : first + block]))
+        if block == 1:
+            assert latest < stream.latency_samples
+        assert stream.emitted_samples == sum(p.shape[1] for p in parts) <= total
+        parts.append(stream.flush())
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1), separate_long(wobble, mixture, **options))
+
+
+def test_a_stream_holds_no_more_than_two_chunks_and_gives_out_early():
+    stream = LongStream(wobble, 2, clip_samples=CLIP, context_samples=CONTEXT)
+    held = stream._buffer
+    waiting = []
+    for _ in range(3000):
+        stream.push(np.ones(7, dtype=np.float32))
+        waiting.append(stream.received_samples - stream.emitted_samples)
+    assert stream._buffer is held
+    assert held.shape[0] <= 2 * CLIP
+    assert max(waiting) < CLIP + 7
+    assert max(waiting[200:]) <= CLIP - CONTEXT + 7 + 4  # after the first chunk
+
+
+def test_a_stream_is_used_once_and_takes_blocks():
+    stream = LongStream(identity, 2, clip_samples=CLIP, context_samples=CONTEXT)
+    with pytest.raises(ConfigError, match=r"blocks \[l\]"):
+        stream.push(np.zeros((2, 5), dtype=np.float32))
+    assert stream.push(np.zeros(0, dtype=np.float32)).shape == (2, 0)
+    assert stream.flush().shape == (2, 0)
+    with pytest.raises(ConfigError, match="was flushed"):
+        stream.push(np.zeros(5, dtype=np.float32))
+    with pytest.raises(ConfigError, match="was flushed"):
+        stream.flush()
+    with pytest.raises(ConfigError, match="2 sources instead of 3"):
+        LongStream(identity, 3, clip_samples=CLIP, context_samples=CONTEXT).push(np.zeros(CLIP, dtype=np.float32))

@@ -264,15 +264,54 @@ def test_separate_a_long_stereo_recording(tone_store, tone_run, tiny, capsys):
     np.testing.assert_allclose(total, (left + right) / 2, atol=1e-4)
 
 
-def test_export_writes_bundles_that_verify(tone_run, tiny, capsys):
+@pytest.fixture
+def can_export():
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    from avsep.export import verify_bundle
 
-    assert run("export", tone_run, "--task", "1", "--out", "exported") == 0
-    assert "task-01/separator.onnx" in capsys.readouterr().out
-    assert [p.name for p in (tiny / "exported").iterdir()] == ["task-01"]
-    assert verify_bundle(tiny / "exported" / "task-01").parity.max_error < 1e-3
+
+def test_export_makes_bundles_that_verify(can_export, tone_run, tiny, capsys):
+    assert run("export", tone_run, "--out", "last", "--precision", "fp32", "--precision", "fp16") == 0
+    shown = capsys.readouterr()
+    for file in ("separator.onnx", "separator.fp16.onnx", "object_encoder.onnx", "motion_encoder.onnx"):
+        assert f"last/{file}" in shown.out
+    assert "next: avsep export verify last" in shown.out
+    assert "synthetic" not in shown.err
+    manifest = json.loads((tiny / "last" / "manifest.json").read_text())
+    assert manifest["made_from"] == "run, task 1"
+    assert manifest["classes"] == ["ding", "hum", "peep", "whirr"]
+    assert [v["graph"] for v in manifest["visual"]] == ["object_encoder.onnx", "motion_encoder.onnx"]
+    gates = [graph["gate"] for graph in manifest["graphs"] if graph["kind"] == "separator"]
+    assert [gate["on"] for gate in gates] == ["held-out", "held-out"]
+    assert all(gate["passed"] and gate["mixtures"] > 4 and max(gate["max_drift_db"].values()) < 0.1 for gate in gates)
+
+    assert run("export", "verify", "last") == 0
+    shown = capsys.readouterr().out
+    assert "every graph ran on CPUExecutionProvider within its tolerance" in shown
+    assert run("export", "info", "last") == 0
+    shown = capsys.readouterr().out
+    for fact in ("ding, hum, peep, whirr", "11025 Hz", "mixture float32 [1, 8191]", "computed by object_encoder.onnx"):
+        assert fact in shown
+    assert run("export", "build", "last", "--target", "onnxruntime") == 0
+    assert "every graph ran on CPUExecutionProvider" in capsys.readouterr().out
+
+
+def test_the_schema_is_printed(capsys):
+    from avsep.export.schema import load_schema
+
+    assert run("export", "schema") == 0
+    assert json.loads(capsys.readouterr().out) == load_schema()
+
+
+def test_a_run_may_be_called_as_a_subcommand(tiny, capsys):
+    """`avsep export run --out b` with a run folder called run, and `avsep export verify --out b` with one called so."""
+    for name in ("run", "verify"):
+        (tiny / name).mkdir()
+        (tiny / name / "run.yaml").write_text("a run\n")
+        assert run("export", name, "--out", "b") == 2
+        assert f"{name} has no finished task yet" in capsys.readouterr().err
+    assert run("export", "run", "--help") == 0
+    assert "RUN" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- Ctrl-C

@@ -1,9 +1,7 @@
-"""The exported graph: exact transforms, standard operators, parity with PyTorch; bundles that are whole or absent."""
+"""The exported graph: exact transforms, standard operators, parity with PyTorch."""
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
 
@@ -11,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from avsep.errors import AvsepError, ConfigError, ExportError, MissingExtraError, RunError
-from avsep.export import ExportPlan, export_run, export_separator, verify_bundle
-from avsep.export.bundle import golden_inputs
+from avsep.errors import ConfigError, ExportError, MissingExtraError
+from avsep.export import ExportPlan, export
+from avsep.export.golden import golden_inputs
 from avsep.export.graph import PolyphaseSTFT, WaveformSeparator, warp_matrices
 from avsep.export.onnx import check_graph, write_onnx
 from avsep.export.parity import compare, run_onnx
-from avsep.separator import build_separator, save_separator
+from avsep.separator import build_separator
 from avsep.types import VisualFeatures
 
 onnx = pytest.importorskip("onnx")
@@ -139,39 +137,18 @@ def test_the_graph_module_clips_as_the_separator():
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    separator = tiny()
-    separator.train()
-    made = export_separator(separator, tmp_path_factory.mktemp("export") / "task-00", made_from="a test")
-    assert separator.training  # left as it was
-    return made
+def graph(tmp_path_factory):
+    """The graph of :func:`tiny`."""
+    place = tmp_path_factory.mktemp("export") / "task-00"
+    return export(tiny(), ExportPlan(), place).path / "separator.onnx"
 
 
-def test_bundle_holds_what_its_manifest_says(bundle):
-    assert sorted(f.name for f in bundle.folder.iterdir()) == ["golden.npz", "manifest.json", "separator.onnx"]
-    assert [f.name for f in bundle.folder.parent.iterdir()] == ["task-00"]
-    manifest = json.loads((bundle.folder / "manifest.json").read_text())
-    assert manifest["classes"] == ["flute", "piano", "cello"]
-    assert manifest["sample_rate_hz"] == 11025
-    assert [(i["name"], i["shape"]) for i in manifest["inputs"]] == [
-        ("mixture", [1, 32767]),
-        ("object_features", [1, 2, 16]),
-        ("motion_features", [1, 2, 12, 5]),
-        ("class_ids", [1, 2]),
-    ]
-    assert manifest["outputs"] == [{"name": "sources", "dtype": "float32", "shape": [1, 2, 32767]}]
-    assert manifest["parity"]["provider"] == "CPUExecutionProvider"
-    assert manifest["parity"]["max_error"] < 1e-3
-    assert set(manifest["files"]) == {"golden.npz", "separator.onnx"}
-    assert manifest["opset"] <= 20
-
-
-def test_graph_has_plain_operators_and_constant_kernels(bundle):
-    operators = check_graph(bundle.graph, 18)
+def test_graph_has_plain_operators_and_constant_kernels(graph):
+    operators = check_graph(graph, 18)
     with pytest.raises(ExportError, match="opset 18, 17 was asked for"):
-        check_graph(bundle.graph, 17)
+        check_graph(graph, 17)
     assert not {"STFT", "DFT", "Attention", "GridSample", "Loop", "If", "Scan"} & operators.keys()
-    model = onnx.load(str(bundle.graph))
+    model = onnx.load(str(graph))
     constants = {i.name for i in model.graph.initializer}
     transposed = [n for n in model.graph.node if n.op_type == "ConvTranspose"]
     assert len(transposed) == 7
@@ -179,106 +156,23 @@ def test_graph_has_plain_operators_and_constant_kernels(bundle):
     assert [i.name for i in model.graph.input] == ["mixture", "object_features", "motion_features", "class_ids"]
 
 
-def test_graph_answers_as_pytorch_on_other_inputs(bundle):
+def test_graph_answers_as_pytorch_on_other_inputs(graph):
     separator = tiny()
     for seed, ids in ((1, [[2, 0]]), (2, [[1, 1]])):
         inputs = {**inputs_of(separator, seed=seed), "class_ids": torch.tensor(ids)}
-        got, provider, _ = run_onnx(bundle.graph, {k: v.numpy() for k, v in inputs.items()})
+        got, provider, _ = run_onnx(graph, {k: v.numpy() for k, v in inputs.items()})
         error, error_db = compare(got, separate(separator, inputs).numpy())
         assert provider == "CPUExecutionProvider"
         assert error < 1e-4
         assert error_db < -80
 
 
-def test_golden_mixture_is_worth_comparing_with(bundle):
-    with np.load(bundle.folder / "golden.npz", allow_pickle=False) as golden:
-        assert 0.01 < golden["mixture"].std() < 0.5
-        assert np.abs(golden["mixture"]).max() <= 1
-        assert golden["sources"].std() > 0.01
-
-
-def test_verify_finds_every_damage(bundle, tmp_path):
-    assert verify_bundle(bundle.folder).parity.max_error < 1e-3
-
-    def damaged(name, change):
-        folder = tmp_path / name
-        shutil.copytree(bundle.folder, folder)
-        change(folder)
-        return folder
-
-    def truncate(file):
-        file.write_bytes(file.read_bytes()[:-100])
-
-    def forge(folder, **values):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps({**manifest, **values}))
-
-    cases = {
-        "graph": (lambda f: truncate(f / "separator.onnx"), "separator.onnx"),
-        "golden": (lambda f: truncate(f / "golden.npz"), "golden.npz"),
-        "gone": (lambda f: (f / "separator.onnx").unlink(), "lacks the file separator.onnx"),
-        "manifest": (lambda f: truncate(f / "manifest.json"), "manifest.json"),
-        "bare": (lambda f: (f / "manifest.json").unlink(), "not a bundle"),
-        "version": (lambda f: forge(f, version=99), "version 1"),
-        "hashes": (lambda f: forge(f, files={}), "no hash"),
-        "plan": (lambda f: forge(f, plan=None), "damaged"),
-        "hash": (
-            lambda f: forge(f, files={"separator.onnx": "0" * 64, "golden.npz": "0" * 64}),
-            "is not the file that was exported",
-        ),
-        "path": (
-            lambda f: forge(f, files={"../separator.onnx": "0", "separator.onnx": "0", "golden.npz": "0"}),
-            "no hash|SHA",
-        ),
-    }
-    for name, (change, fragment) in cases.items():
-        with pytest.raises(ExportError, match=fragment) as caught:
-            verify_bundle(damaged(name, change))
-        assert "\n" not in str(caught.value)
-
-
-def test_verify_runs_the_graph(bundle, tmp_path):
-    """Hashes alone do not pass a bundle: a golden output that the graph does not give is found."""
-    from avsep.io import sha256_file
-
-    folder = tmp_path / "forged"
-    shutil.copytree(bundle.folder, folder)
-    with np.load(folder / "golden.npz", allow_pickle=False) as golden:
-        arrays = dict(golden)
-    arrays["sources"] = arrays["sources"] + 0.01
-    np.savez_compressed(folder / "golden.npz", **arrays)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["golden.npz"] = sha256_file(folder / "golden.npz")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ExportError, match="differs"):
-        verify_bundle(folder)
-
-
 def test_a_graph_that_differs_leaves_nothing_behind(tmp_path, monkeypatch):
     original = PolyphaseSTFT.synthesise
     monkeypatch.setattr(PolyphaseSTFT, "synthesise", lambda self, spectrum: 1.1 * original(self, spectrum))
     with pytest.raises(ExportError, match="differs from PyTorch"):
-        export_separator(tiny(motion=None, layers=1), tmp_path / "out" / "task-00")
+        export(tiny(motion=None, layers=1), None, tmp_path / "out" / "task-00")
     assert not (tmp_path / "out").exists()
-
-
-def test_an_older_bundle_is_replaced_and_other_folders_are_refused(bundle, tmp_path, monkeypatch):
-    target = tmp_path / "task-00"
-    shutil.copytree(bundle.folder, target)
-    (target / "manifest.json").write_text((target / "manifest.json").read_text().replace("a test", "before"))
-    export_separator(tiny(motion=None, layers=1), target, made_from="after")
-    assert json.loads((target / "manifest.json").read_text())["made_from"] == "after"
-    assert [f.name for f in tmp_path.iterdir()] == ["task-00"]
-
-    other = tmp_path / "thesis"
-    other.mkdir()
-    (other / "chapter.txt").write_text("mine")
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="no bundle"):
-        export_separator(tiny(motion=None, layers=1), other)
-    with pytest.raises(ConfigError, match="is a file"):
-        export_separator(tiny(motion=None, layers=1), tmp_path / "file")
-    assert (other / "chapter.txt").read_text() == "mine"
 
 
 class Complex(torch.nn.Module):
@@ -313,20 +207,20 @@ def test_compare_measures_and_refuses():
         compare(reference * np.nan, reference)
 
 
-def test_unavailable_provider_is_not_passed_over_in_silence(bundle, monkeypatch):
+def test_unavailable_provider_is_not_passed_over_in_silence(graph, monkeypatch):
     inputs = {k: v.numpy() for k, v in inputs_of(tiny()).items()}
     with pytest.raises(ExportError, match="no QNNExecutionProvider"):
-        run_onnx(bundle.graph, inputs, providers=("QNNExecutionProvider", "CPUExecutionProvider"))
+        run_onnx(graph, inputs, providers=("QNNExecutionProvider", "CPUExecutionProvider"))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match="onnxruntime"):
-        run_onnx(bundle.graph, inputs)
+        run_onnx(graph, inputs)
 
 
-def test_wrong_input_is_one_line(bundle):
+def test_wrong_input_is_one_line(graph):
     inputs = {k: v.numpy() for k, v in inputs_of(tiny()).items()}
     inputs["mixture"] = inputs["mixture"][:, :-1]
     with pytest.raises(ExportError, match=r"separator\.onnx") as caught:
-        run_onnx(bundle.graph, inputs)
+        run_onnx(graph, inputs)
     assert "\n" not in str(caught.value)
 
 
@@ -338,64 +232,14 @@ def test_plans_that_make_no_sense(values):
         ExportPlan(**values)
 
 
-def fake_run(folder, tasks=2):
-    """A run folder as the learner leaves it; the last task is not finished."""
-    names = ("flute", "piano", "cello")
-    folder.mkdir(parents=True)
-    (folder / "run.yaml").write_text("stands in for a run's spec\n")
-    for task in range(tasks + 1):
-        home = folder / "tasks" / f"{task:02d}"
-        save_separator(tiny(motion=None, layers=1, classes=names[: task + 1]), home / "separator")
-        if task < tasks:
-            (home / "task.json").write_text(json.dumps({"index": task}))
-    return folder
-
-
-def test_every_finished_task_of_a_run(tmp_path):
-    run = fake_run(tmp_path / "run")
-    done = []
-    bundles = export_run(run, tmp_path / "out", sources=1, progress=lambda *at: done.append(at))
-    assert [b.folder.name for b in bundles] == ["task-00", "task-01"]
-    assert [b.manifest["classes"] for b in bundles] == [["flute"], ["flute", "piano"]]
-    assert done == [(1, 2), (2, 2)]
-    before = (tmp_path / "out" / "task-00" / "separator.onnx").read_bytes()
-    export_run(run, tmp_path / "out", tasks=[1])
-    assert (tmp_path / "out" / "task-00" / "separator.onnx").read_bytes() == before
-    with pytest.raises(RunError, match=r"task 2.*0, 1"):
-        export_run(run, tmp_path / "other", tasks=[2])
-    assert not (tmp_path / "other").exists()
-
-
-def test_folders_that_are_no_runs(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "young" / "tasks" / "00").mkdir(parents=True)
-    for name in ("empty", "missing", "young"):
-        with pytest.raises(RunError, match=name):
-            export_run(tmp_path / name, tmp_path / "out")
-
-
 def test_missing_extra_is_named(tmp_path, monkeypatch):
     import importlib.util
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else found(name, *a))
     with pytest.raises(MissingExtraError, match=r"onnxscript.*avsep\[cpu\]"):
-        export_separator(tiny(motion=None, layers=1), tmp_path / "task-00")
+        export(tiny(motion=None, layers=1), None, tmp_path / "task-00")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_command_line(tmp_path, capsys):
-    from avsep.cli.export_command import command
-
-    run = fake_run(tmp_path / "run", tasks=1)
-    command(run, tmp_path / "out", sources=1)
-    shown = capsys.readouterr().out
-    assert "task-00/separator.onnx" in shown
-    assert "CPU" in shown
-    assert verify_bundle(tmp_path / "out" / "task-00").manifest["classes"] == ["flute"]
-    with pytest.raises(AvsepError):
-        command(tmp_path / "nothing", tmp_path / "out2")
-    assert not (tmp_path / "out2").exists()
 
 
 def test_import_is_light():

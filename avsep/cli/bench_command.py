@@ -27,6 +27,9 @@ _Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 _Store = Annotated[Path | None, typer.Argument(metavar="[STORE]", help="A store's folder [a temporary one, of noise].")]
 
 _OUT = Path("benchmarks-results.csv")
+_KERNELS_OUT = Path("benchmarks-kernels.csv")
+_AOT_OUT = Path("benchmarks/results/aot.csv")
+_EXPORT_OUT = Path("benchmarks-export.csv")
 
 
 @app.command("train")
@@ -74,6 +77,48 @@ def metrics(
     _run(_metrics(batch, sources, length), repeats, out, plot)
 
 
+@app.command("export")
+def export(
+    bundle: Annotated[Path, typer.Argument(help="A bundle of avsep export, folder or tar.")],
+    run: Annotated[
+        Path | None, typer.Option("--run", help="What it was made from, for PyTorch: a run or saved separator.")
+    ] = None,
+    task: Annotated[
+        int | None, typer.Option("--task", min=0, help="Separator of this task [the last finished].")
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--provider", help="cpu, cuda, onnxruntime-tensorrt, tensorrt, tensorrt-rtx; again for more [all here]."
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="Of PyTorch and ONNX Runtime [the cores].")] = 0,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile among them.")] = True,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Measure memory, each in its own process.")
+    ] = True,
+    repeats: _Repeats = 15,
+    out: Annotated[Path, typer.Option("--out", help="CSV file to append the results to.")] = _EXPORT_OUT,
+    plot: _Plot = None,
+) -> None:
+    """An exported bundle in every way that this machine can run it, and PyTorch."""
+    from avsep.benchmarks.export_cases import run as run_bundle
+
+    run_bundle(
+        bundle,
+        run=run,
+        task=task,
+        providers=provider or (),
+        threads=threads,
+        repeats=repeats,
+        compiled=compiled,
+        memory=memory,
+        out=out,
+        plot=plot,
+    )
+    typer.echo(f"\nresults appended to {out}" + ("" if plot is None else f", drawn in {plot}"))
+
+
 @app.command("all")
 def everything(
     store: _Store = None,
@@ -93,6 +138,81 @@ def everything(
         yield from _train(preset, batch, classes, None, device)
 
     _run(cases(), repeats, out, plot)
+
+
+@app.command("kernels")
+def kernels(
+    op: Annotated[
+        list[str] | None,
+        typer.Option("--op", help="similarity_distillation, stft_masking, mask_head or unet; again for more [all]."),
+    ] = None,
+    device: _Device = "cpu",
+    sizes: Annotated[str, typer.Option("--sizes", help="paper, large, all, or tiny (a quick trial).")] = "paper",
+    repeats: Annotated[
+        int | None, typer.Option("--repeats", min=1, help="Timed samples of each variant [20 on a GPU, 7 on the CPU].")
+    ] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile among the peers [on a GPU].")
+    ] = None,
+    check_only: Annotated[bool, typer.Option("--check-only", help="Compare with float64 and time nothing.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="CSV file to append the results to.")] = _KERNELS_OUT,
+    plot: _Plot = None,
+) -> None:
+    """The fused operations in every backend, with their peers and the hardware's limits."""
+    from avsep.benchmarks.kernels import run
+    from avsep.devices import pick_device
+    from avsep.progress import progress_bar
+
+    chosen = str(pick_device(device))
+    with progress_bar() as bars:
+        bar: int | None = None
+
+        def say(text: str) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = bars.add("kernels", total=None)
+            bars.advance(bar, note=text)
+
+        run(
+            op or (),
+            sizes=sizes,
+            device=chosen,
+            repeats=repeats,
+            out=out,
+            plot=plot,
+            compiled=compiled,
+            check_only=check_only,
+            write=typer.echo,
+            say=say,
+        )
+    if not check_only:
+        typer.echo(f"\nresults appended to {out}" + ("" if plot is None else f", drawn in {plot}"))
+
+
+@app.command("aot")
+def aot(
+    op: Annotated[list[str] | None, typer.Option("--op", help="Operation; again for more [all].")] = None,
+    sm: Annotated[list[int] | None, typer.Option("--sm", help="Architecture such as 90; again for more [all].")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes [as many as cores].")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Compile again what the file has.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="CSV file to write.")] = _AOT_OUT,
+) -> None:
+    """Compile every Triton kernel for GPUs that are not here: registers, spills, shared memory."""
+    from avsep.benchmarks.aot import ARCHITECTURES, compile_all, summary
+    from avsep.progress import progress_bar
+
+    with progress_bar() as bars:
+        bar: int | None = None
+
+        def done(count: int, total: int) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = bars.add("kernels compiled", total=total)
+            bars.update(bar, count, total)
+
+        rows = compile_all(out, ops=op or (), architectures=sm or ARCHITECTURES, jobs=jobs, fresh=fresh, done=done)
+    typer.echo(summary(rows))
+    typer.echo(f"written to {out}")
 
 
 def _train(preset: str, batch: int, classes: int, memory_share: float | None, device: str) -> Iterator[Case]:

@@ -273,12 +273,14 @@ def _export(console: Console, run: Path, out: Path) -> None:
 
     with progress_bar() as bars:
         bar = bars.add("export", total=None)
-        bundles = export_run(run, out, progress=lambda done, total: bars.update(bar, done, total))
+        bundles = export_run(run, out, progress=lambda _, done, total: bars.update(bar, done, total))
     for bundle in bundles:
-        console.print(
-            f"{bundle.graph}: {bundle.megabytes:.1f} MB, {bundle.parity.provider} differs from PyTorch by at most "
-            f"{bundle.parity.max_error:.1e}"
-        )
+        for graph in bundle.graphs:
+            parity, megabytes = graph.entry["parity"], bundle.size(graph.file) / 1e6
+            console.print(
+                f"{bundle.path / graph.file}: {megabytes:.1f} MB, {parity['provider']} differs from PyTorch by at most "
+                f"{parity['max_error']:.1e}"
+            )
 
 
 def _separate(console: Console, run: Path, duet: dict[str, Path], classes: list[str], out: Path) -> None:

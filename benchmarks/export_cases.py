@@ -1,0 +1,538 @@
+"""One exported bundle in every way that this machine can run it: ``avsep bench export BUNDLE [--run RUN]``.
+
+All ways get the same chunk of audio and must give the golden output within the graph's tolerance, or have no speed.
+They are timed in turn, in one run, with one number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avsep.benchmarks.measure import (
+    CheckFailed,
+    append_rows,
+    check_results,
+    environment,
+    interleaved,
+    system_load,
+    version_of,
+)
+from avsep.errors import AvsepError, ConfigError, MissingExtraError, UnknownNameError, near_matches
+from avsep.export.bundle_reader import Bundle, Graph, open_bundle
+from avsep.export.parity import compare
+from avsep.export.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, open_session
+from avsep.export.transforms import istft, stft
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from avsep.separator import Separator
+
+__all__ = ["COLUMNS", "run"]
+
+Array = NDArray[Any]
+
+COLUMNS = (
+    "case",
+    "variant",
+    "provider",
+    "precision",
+    "median_ms",
+    "p95_ms",
+    "p20_ms",
+    "p80_ms",
+    "repeats",
+    "ratio",
+    "real_time_factor",
+    "process_mb",
+    "file_mb",
+    "plan_mb",
+    "settings",
+    "check",
+    "note",
+    "device",
+    "threads",
+    "load",
+    "python",
+    "torch",
+    "onnxruntime",
+    "numpy",
+    "avsep",
+    "commit",
+    "date",
+)
+"""Of the CSV file: ``provider`` is what really ran; ``ratio`` the first variant's median over this one's;
+``real_time_factor`` seconds of computing for a second of audio, by the median; ``process_mb`` the most memory that a
+process of its own held which loads the graph and runs it once (Linux alone tells); ``file_mb`` and ``plan_mb`` the
+sizes of the graph (of PyTorch the weights) and of the engine; ``note`` why there is no speed, or what is odd."""
+
+
+@dataclass
+class _Variant:
+    """One way: ``call`` takes the chunk to waveforms, ``process`` says how to do the same in another process."""
+
+    name: str
+    provider: str
+    precision: str
+    call: Callable[[], Array]
+    tolerance: float
+    process: Sequence[str] = ()
+    file_mb: float | str = ""
+    plan_mb: float | str = ""
+    note: str = ""
+    check: str = ""
+
+
+@dataclass(frozen=True)
+class _Skipped:
+    """A way that this machine cannot go, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What all variants compute: a golden mixture [B, L] with its features, and the waveforms [B, N, L] due."""
+
+    mixture: Array
+    inputs: Mapping[str, Array]
+    expected: Array
+    seconds: float
+
+
+def run(
+    bundle: str | os.PathLike[str],
+    *,
+    run: str | os.PathLike[str] | None = None,
+    task: int | None = None,
+    providers: Sequence[str] = (),
+    threads: int = 0,
+    repeats: int = 15,
+    compiled: bool = True,
+    memory: bool = True,
+    out: str | Path | None = None,
+    plot: str | Path | None = None,
+    console: Console | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Measure, print and keep a bundle's speeds.
+
+    Args:
+        run: the run (with ``task``) or saved separator that the bundle was made from, for PyTorch's rows.
+        providers: of ONNX Runtime and engines; all that are here when empty.
+        threads: of PyTorch and of ONNX Runtime; as many as the machine has cores when 0.
+        repeats: timed calls of each variant.
+        compiled: whether torch.compile is among them; compiling takes a minute or two.
+        memory: whether to measure memory, each in a process of its own.
+        out: CSV file to append to.
+        plot: picture to draw.
+
+    Returns:
+        A row a variant with the keys of :data:`COLUMNS`; variants that did not run have a note and no numbers.
+
+    Raises:
+        ExportError: the bundle is damaged.
+        ConfigError, UnknownNameError: an unknown provider, a run of another separator, or another kind of file as
+            ``out``.
+        MissingExtraError: a plot without matplotlib.
+        CheckFailed: after all, where a variant answered something else; it has no speed.
+    """
+    from rich.console import Console
+
+    from avsep.progress import progress_bar
+
+    if out is not None:
+        check_results(out, COLUMNS)
+    if plot is not None:
+        _require_matplotlib()
+    for name in providers:
+        if name not in (*ONNX_PROVIDERS, *ENGINES):
+            raise UnknownNameError(f"unknown provider '{name}': {near_matches(name, (*ONNX_PROVIDERS, *ENGINES))}")
+    if threads < 0 or repeats < 1:
+        raise ConfigError(f"threads must not be negative and repeats at least 1, got {threads} and {repeats}")
+    threads = threads or os.cpu_count() or 1
+    console = console or Console()
+    with open_bundle(bundle) as opened, progress_bar(progress) as bars:
+        graphs = [graph for graph in opened.graphs if graph.kind in ("separator", "spectral")]
+        chunk = _chunk(opened, graphs[0])
+        bar = bars.add("loading", total=None)
+        found: list[_Variant | _Skipped] = []
+        found += _torch_variants(opened, chunk, run, task, threads, compiled)
+        found += _graph_variants(opened, graphs, chunk, providers, threads)
+        load = system_load()
+        good, refused = _checked(found, chunk, lambda name: bars.advance(bar, note=name))
+        if not good:
+            reasons = "; ".join([*(f"{s.name}: {s.reason}" for s in found if isinstance(s, _Skipped)), *refused])
+            raise CheckFailed(f"nothing here runs this bundle: {reasons}")
+        peaks: dict[str, float | str] = {}
+        for variant in good:
+            bars.advance(bar, note=f"memory of {variant.name}")
+            peaks[variant.name] = _peak_mb(variant.process) if memory else ""
+        bars.update(bar, 1, 1)
+        timed = bars.add("timing", total=len(good) * repeats)
+        timings = interleaved({v.name: v.call for v in good}, repeats, done=lambda: bars.advance(timed))
+        shared = {
+            "case": f"export {opened.name}",
+            "repeats": repeats,
+            "settings": _settings(chunk, opened),
+            "load": load,
+            "threads": threads,
+            "onnxruntime": version_of("onnxruntime").replace("unknown", version_of("onnxruntime-gpu")),
+            **{name: value for name, value in _environment().items() if name != "threads"},
+        }
+    reference = timings[good[0].name].median_ms
+    rows: list[dict[str, Any]] = []
+    for item in found:
+        if isinstance(item, _Skipped):
+            rows.append(
+                {**dict.fromkeys(COLUMNS, ""), **shared, "variant": item.name, "note": f"skipped: {item.reason}"}
+            )
+            continue
+        row = {**dict.fromkeys(COLUMNS, ""), **shared, "variant": item.name, "provider": item.provider}
+        row.update(
+            precision=item.precision, file_mb=item.file_mb, plan_mb=item.plan_mb, check=item.check, note=item.note
+        )
+        if item in good:
+            timing = timings[item.name]
+            row.update(
+                median_ms=round(timing.median_ms, 3),
+                p95_ms=round(timing.percentile_ms(95), 3),
+                p20_ms=round(timing.percentile_ms(20), 3),
+                p80_ms=round(timing.percentile_ms(80), 3),
+                ratio=round(reference / timing.median_ms, 3),
+                real_time_factor=float(f"{timing.median_ms / 1e3 / chunk.seconds:.4g}"),
+                process_mb=peaks[item.name],
+            )
+        rows.append(row)
+    if out is not None:
+        append_rows(out, rows, COLUMNS)
+    _print(console, rows)
+    if plot is not None:
+        from avsep.benchmarks.plot import plot_rows
+
+        plot_rows([row for row in rows if row["median_ms"] != ""], plot)
+    if refused:
+        raise CheckFailed("; ".join(refused))
+    return rows
+
+
+# --- what is computed -------------------------------------------------------------------------------------------------
+
+
+def _chunk(bundle: Bundle, graph: Graph) -> _Chunk:
+    inputs, outputs = bundle.golden(graph)
+    (output,) = outputs.values()
+    transform = bundle.manifest["transform"]
+    length = int(transform["clip_samples"])
+    features = {name: array for name, array in inputs.items() if name not in ("mixture", "spectrum")}
+    if graph.kind == "spectral":
+        mixture = istft(inputs["spectrum"], hop=transform["hop"], length=length)
+        expected = np.clip(istft(output, hop=transform["hop"], length=length), -1, 1)
+    else:
+        mixture, expected = inputs["mixture"], output
+    return _Chunk(mixture, features, expected, mixture.shape[0] * length / bundle.sample_rate_hz)
+
+
+def _graph_call(bundle: Bundle, graph: Graph, engine: Engine, chunk: _Chunk) -> Callable[[], Array]:
+    """Waveform to waveforms: for a spectral graph with the transforms in NumPy, as the runtime has them."""
+    transform = bundle.manifest["transform"]
+    inputs = dict(chunk.inputs)
+
+    def whole() -> Array:
+        (output,) = engine.run({"mixture": chunk.mixture, **inputs}).values()
+        return output
+
+    def spectral() -> Array:
+        spectrum = stft(chunk.mixture, n_fft=transform["n_fft"], hop=transform["hop"], padding=transform["padding"])
+        (output,) = engine.run({"spectrum": spectrum, **inputs}).values()
+        return np.clip(istft(output, hop=transform["hop"], length=chunk.mixture.shape[1]), -1, 1)
+
+    return spectral if graph.kind == "spectral" else whole
+
+
+def _graph_variants(
+    bundle: Bundle, graphs: Iterable[Graph], chunk: _Chunk, providers: Sequence[str], threads: int
+) -> list[_Variant | _Skipped]:
+    """ONNX Runtime by every provider and the engines that are here, each for every precision."""
+    found: list[_Variant | _Skipped] = []
+    try:
+        import onnxruntime
+
+        here = onnxruntime.get_available_providers()
+        providers = providers or [*(name for name, full in ONNX_PROVIDERS.items() if full in here), *ENGINES]
+    except ImportError:
+        found.append(_Skipped("ONNX Runtime", "onnxruntime is not installed"))
+        providers = [name for name in providers or ENGINES if name in ENGINES]
+    for provider in providers:
+        for graph in graphs:
+            asked = f"{'ONNX Runtime ' if provider in ONNX_PROVIDERS else ''}{provider} {graph.precision}"
+            note: str = ""
+            plan_mb: float | str = ""
+            try:
+                if provider in ONNX_PROVIDERS:
+                    session = OnnxSession(bundle, graph, provider, threads, fall_back=True)
+                    engine: Engine = session
+                    name = f"ONNX Runtime {session.provider.removesuffix('ExecutionProvider')} {graph.precision}"
+                    if session.provider != ONNX_PROVIDERS[provider]:
+                        note = f"{ONNX_PROVIDERS[provider]} was asked for and does not load here"
+                        name += f", not {provider}"
+                else:
+                    ((engine,), _) = open_session(bundle, [graph], provider, threads)
+                    name = f"{engine.provider} {graph.precision}"
+                    built = getattr(engine, "built", None)
+                    plan_mb = "" if built is None else round(built.plan.stat().st_size / 1e6, 1)
+            except AvsepError as error:
+                found.append(_Skipped(asked, str(error)))
+                continue
+            found.append(
+                _Variant(
+                    name=name,
+                    provider=engine.provider,
+                    precision=graph.precision,
+                    call=_graph_call(bundle, graph, engine, chunk),
+                    tolerance=graph.tolerance,
+                    process=("graph", str(bundle.path), graph.file, provider, str(threads)),
+                    file_mb=round(bundle.size(graph.file) / 1e6, 1),
+                    plan_mb=plan_mb,
+                    note=note,
+                )
+            )
+    return found
+
+
+def _torch_variants(
+    bundle: Bundle,
+    chunk: _Chunk,
+    run: str | os.PathLike[str] | None,
+    task: int | None,
+    threads: int,
+    compiled: bool,
+) -> list[_Variant | _Skipped]:
+    """PyTorch as it is and compiled, on the CPU and on a GPU where one is."""
+    if run is None:
+        return [_Skipped("PyTorch", "name what the bundle was made from (--run RUN)")]
+    try:
+        import torch
+    except ImportError:
+        return [_Skipped("PyTorch", "torch is not installed")]
+    torch.set_num_threads(threads)
+    separator = _separator(bundle, run, task)
+    megabytes = sum(p.numel() * p.element_size() for p in separator.parameters()) / 1e6
+    found: list[_Variant | _Skipped] = []
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        place = "" if device == "cpu" else f" {device}"
+        eager = functools.partial(_Variant, precision="fp32", tolerance=1e-3, file_mb=round(megabytes, 1))
+        process = ("torch", str(bundle.path), str(run), "" if task is None else str(task), device, str(threads))
+        call = _torch_call(separator, chunk, device, False)
+        found.append(eager(name=f"PyTorch eager{place}", provider=f"torch {device}", call=call, process=process))
+        name = f"torch.compile{place}"
+        if not compiled:
+            found.append(_Skipped(name, "left out (--no-compile)"))
+        elif device == "cpu" and not _has_compiler():
+            found.append(_Skipped(name, "there is no C++ compiler here"))
+        else:
+            call = _torch_call(separator, chunk, device, True)
+            found.append(eager(name=name, provider=f"torch {device}, compiled", call=call))
+    return found
+
+
+def _separator(bundle: Bundle, run: str | os.PathLike[str], task: int | None) -> Separator:
+    """The run's separator, for the bundle's length, held against the bundle's spec."""
+    from avsep.export.graph import with_length
+    from avsep.separator import load_separator
+
+    separator = load_separator(run, task)
+    clip = int(bundle.manifest["transform"]["clip_samples"])
+    separator = with_length(separator, clip / bundle.sample_rate_hz).eval().requires_grad_(False)
+    if separator.spec.model_dump(mode="json") != bundle.manifest["separator"]:
+        raise ConfigError(
+            f"{run} holds another separator than the bundle, which was made from {bundle.manifest['made_from'] or '?'}"
+            ": name that run and task, or leave --run out"
+        )
+    return separator
+
+
+def _torch_call(separator: Separator, chunk: _Chunk, device: str, compiled: bool) -> Callable[[], Array]:
+    import copy
+
+    import torch
+
+    from avsep.types import VisualFeatures
+
+    model = copy.deepcopy(separator).to(device)
+    given = {name: torch.from_numpy(array).to(device) for name, array in chunk.inputs.items()}
+    visual = VisualFeatures(
+        object=given.get("object_features"),
+        motion=given.get("motion_features"),
+        motion_mask=given.get("motion_mask"),
+    )
+    ids = given["class_ids"]
+    mixture = torch.from_numpy(chunk.mixture)
+
+    def separate(mixture: torch.Tensor) -> torch.Tensor:
+        return model.separate(mixture, visual, ids)
+
+    function = torch.compile(separate) if compiled else separate
+
+    def call() -> Array:
+        with torch.inference_mode():
+            return function(mixture.to(device)).cpu().numpy()
+
+    return call
+
+
+def _has_compiler() -> bool:
+    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"]
+    return any(name and shutil.which(name) for name in names)
+
+
+# --- checks, memory and what comes out --------------------------------------------------------------------------------
+
+
+def _checked(
+    found: Iterable[_Variant | _Skipped], chunk: _Chunk, say: Callable[[str], None]
+) -> tuple[list[_Variant], list[str]]:
+    """Call each variant (twice, which warms it up too); the good ones, and a line for each that answered wrongly."""
+    good: list[_Variant] = []
+    refused: list[str] = []
+    for variant in found:
+        if isinstance(variant, _Skipped):
+            continue
+        say(variant.name)
+        try:
+            answer = np.array(variant.call())
+            variant.call()
+            largest, error_db = compare(answer, chunk.expected)
+        except Exception as error:  # the compiler of torch.compile and its backends fail in many ways
+            variant.note = f"skipped: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            continue
+        variant.check = f"within {largest:.1e} of the golden output ({error_db:.0f} dB)"
+        if not largest <= variant.tolerance:
+            variant.note = f"refused: {largest:.1e} from the golden output, more than {variant.tolerance:.0e}"
+            refused.append(f"no speed is given for '{variant.name}': {variant.note.removeprefix('refused: ')}")
+            continue
+        good.append(variant)
+    return good, refused
+
+
+def _peak_mb(process: Sequence[str]) -> float | str:
+    """The most memory that a process of its own holds; empty where that is not known."""
+    if not process:
+        return ""
+    command = [sys.executable, "-m", "avsep.benchmarks.export_cases", *process]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+        return round(int(done.stdout.split()[-1]) / 1e6, 1)
+    except (subprocess.SubprocessError, OSError, ValueError, IndexError):
+        return ""
+
+
+def _in_own_process(arguments: Sequence[str]) -> None:
+    """Load what the arguments name, run it once and print the most bytes that this process held."""
+    from avsep.benchmarks.measure import _status_bytes
+
+    kind, path, *rest = arguments
+    with open_bundle(path, hashes=False) as bundle:
+        if kind == "graph":
+            file, provider, threads = rest
+            graph = next(g for g in bundle.graphs if g.file == file)
+            if provider in ONNX_PROVIDERS:
+                engine: Engine = OnnxSession(bundle, graph, provider, int(threads), fall_back=True)
+            else:
+                ((engine,), _) = open_session(bundle, [graph], provider, int(threads))
+            _graph_call(bundle, graph, engine, _chunk(bundle, graph))()
+        else:
+            import torch
+
+            run, task, device, threads = rest
+            torch.set_num_threads(int(threads))
+            separator = _separator(bundle, run, int(task) if task else None)
+            graph = next(g for g in bundle.graphs if g.kind in ("separator", "spectral"))
+            _torch_call(separator, _chunk(bundle, graph), device, False)()
+    print(_status_bytes("VmHWM"))
+
+
+def _settings(chunk: _Chunk, bundle: Bundle) -> str:
+    batch, sources, length = chunk.expected.shape
+    mixtures = "" if batch == 1 else f"{batch} mixtures of "
+    return f"{mixtures}{sources} sources, {length / bundle.sample_rate_hz:.2f} s at {bundle.sample_rate_hz} Hz"
+
+
+def _environment() -> dict[str, Any]:
+    try:
+        return environment("cpu")
+    except ImportError:  # a device has no torch
+        import avsep
+
+        return {
+            "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "python": platform.python_version(),
+            "torch": "none",
+            "numpy": np.__version__,
+            "avsep": avsep.__version__,
+            "commit": "unknown",
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+
+
+def _print(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    first = rows[0]
+    console.print(f"\n[bold]{first['case']}[/]: {first['settings']}; {first['repeats']} repeats", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("variant", overflow="fold")
+    for heading in ("ms", "95 %", "RTF", "ratio", "peak MB", "file MB", "plan MB"):
+        table.add_column(heading, justify="right")
+
+    def number(value: Any, form: str) -> str:
+        return "" if value == "" else format(value, form)
+
+    for row in rows:
+        if row["median_ms"] == "":
+            continue
+        table.add_row(
+            row["variant"],
+            number(row["median_ms"], ",.1f"),
+            number(row["p95_ms"], ",.1f"),
+            number(row["real_time_factor"], ".3g"),
+            f"{row['ratio']:.2f}x",
+            number(row["process_mb"], ",.0f"),
+            number(row["file_mb"], ",.1f"),
+            number(row["plan_mb"], ",.1f"),
+        )
+    console.print(table)
+    for row in rows:
+        if row["note"]:
+            console.print(f"{row['variant']}: {row['note']}", highlight=False, markup=False)
+    console.print(
+        f"{first['device']}, {first['threads']} threads, load {first['load']}; ms: median; RTF: seconds "
+        "of computing for one of audio; peak MB: of a process that loads it and runs once",
+        highlight=False,
+    )
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401  (looked for before minutes of measuring)
+    except ImportError:
+        raise MissingExtraError("matplotlib", "report", "the plot") from None
+
+
+if __name__ == "__main__":
+    _in_own_process(sys.argv[1:])
