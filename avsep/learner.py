@@ -32,9 +32,10 @@ from avsep.data.tasks import TaskStream
 from avsep.devices import pick_device
 from avsep.errors import AvsepError, CheckpointError, ConfigError, NumericalError, RunError
 from avsep.io import FolderLock, read_json, write_json, write_yaml
+from avsep.memory.none import NoMemory
 from avsep.progress import Progress, progress_bar
 from avsep.registry import MEMORIES, STRATEGIES
-from avsep.runs import read_run_spec, separator_folder
+from avsep.runs import finished_tasks, read_run_spec, separator_folder
 from avsep.seeding import seeded
 from avsep.separator import Separator, build_from_spec, load_separator, save_separator
 from avsep.spec import ComponentRef, OptimizerSpec, RunSpec, TrainSpec, validated
@@ -91,7 +92,9 @@ class _TrainingStep(nn.Module):
         audio = student.audio_encoder(spectrograms.network_input)
         output = student.mask_decoder(audio, visual, batch.class_ids)
         step = Step(batch, spectrograms, audio, visual, output, inputs.num_old)
-        return self.strategy.loss(student, inputs.teacher, step)
+        terms = self.strategy.loss(student, inputs.teacher, step)
+        auxiliary = getattr(student.mask_decoder, "auxiliary_losses", None)  # a decoder may bring terms of its own
+        return terms if auxiliary is None else {**terms, **auxiliary(output, spectrograms, batch.class_ids)}
 
 
 class ContinualLearner:
@@ -151,6 +154,7 @@ class ContinualLearner:
         resume: bool = False,
         progress: bool | Progress = True,
         preset: str = "",
+        first_task: str | Path | None = None,
     ) -> list[dict[str, Any]]:
         """Learn every task of ``stream`` and return one record a task.
 
@@ -159,19 +163,30 @@ class ContinualLearner:
             resume: go on from the folder's last checkpoint; on the CPU the result is an uninterrupted run's.
             progress: show a bar on standard error, or report to the given :class:`~avsep.progress.Progress`.
             preset: the preset's name, for the record.
+            first_task: another run's folder, whose finished first task is taken over instead of being trained anew.
+                That run must agree in all that decides it (:meth:`~avsep.strategies.Strategy.first_task`), and the
+                result is then the same.
 
         Raises:
             RunError: the folder holds another run, or is being written by another process.
             CheckpointError: the folder's run has another spec, or a file of it is damaged.
+            ConfigError: the stream, the strategy and the separator do not go together, or ``first_task`` is of a run
+                whose first task would be another.
             NumericalError: the loss became NaN or infinite.
         """
         if out is None:
             with tempfile.TemporaryDirectory(prefix="avsep-run-") as folder:
-                return self._fit(stream, Path(folder), False, progress, preset)
-        return self._fit(stream, Path(out), resume, progress, preset)
+                return self._fit(stream, Path(folder), False, progress, preset, first_task)
+        return self._fit(stream, Path(out), resume, progress, preset, first_task)
 
     def _fit(
-        self, stream: TaskStream, out: Path, resume: bool, progress: bool | Progress, preset: str
+        self,
+        stream: TaskStream,
+        out: Path,
+        resume: bool,
+        progress: bool | Progress,
+        preset: str,
+        first_task: str | Path | None,
     ) -> list[dict[str, Any]]:
         self._check(stream)
         self._check_folder(out, resume)
@@ -186,12 +201,18 @@ class ContinualLearner:
             store_hash=stream.store.content_hash,
             preset=preset,
         )
+        if first_task is not None:
+            self._check_first_task(Path(first_task), spec)
         with FolderLock(out):
             state = self._open_run(out, spec, resume)
             stream.protocol.save(out / "protocol.json")
             first = int(state["progress"]["task"]) if state else self._restore(stream, out)
+            if first_task is not None and not state and first == 0:
+                self._take_first_task(Path(first_task), stream, out, progress)
+                first = 1
             for task in stream.tasks[first:]:
-                self._learn(task, stream, out, state, progress)
+                with seeded(self.train.seed, task.index):  # so that what a task draws depends on nothing before it
+                    self._learn(task, stream, out, state, progress)
                 state = None
         return [read_json(out / "tasks" / f"{t.index:02d}" / "task.json") for t in stream.tasks]
 
@@ -214,8 +235,50 @@ class ContinualLearner:
             self.exemplars = read_json(separator_folder(out, done - 1).with_name("task.json"))["exemplars"]
         return done
 
+    def _check_first_task(self, other: Path, spec: RunSpec) -> None:
+        """Refuse a run whose first task is not, to the last bit, the one that would be trained here."""
+        finished_tasks(other)
+        theirs = read_run_spec(other)
+        facts: list[dict[str, Any]] = []
+        for one in (spec, theirs):
+            strategy: Strategy = STRATEGIES.create(one.strategy.name, one.strategy.params)
+            data = one.model_dump(mode="json", exclude={"store", "preset", "strategy", "memory", "protocol"})
+            data["tasks"] = data["tasks"][:1]
+            data["train"].pop("memory_repeats")  # there are no exemplars yet
+            facts.append({**data, "strategy": strategy.first_task()})
+        if difference := _difference(facts[0], facts[1]):
+            key, now, then = difference
+            raise ConfigError(
+                f"the first task of {other} is not this run's: {key} is {then!r} there, {now!r} here; leave first_task "
+                "out, or give a run that agrees"
+            )
+
+    def _take_first_task(self, other: Path, stream: TaskStream, out: Path, progress: bool | Progress) -> None:
+        """Stand where another run's first task ended, and do what this run's strategy and memory do after it."""
+        task = stream.tasks[0]
+        found = read_json(separator_folder(other, 0).with_name("task.json"))
+        record = _Progress(
+            step=found["steps"],
+            best_sdr_db=found["validation_sdr_db"],
+            best_epoch=found["best_epoch"],
+            best_step=found["best_step"],
+            seconds=found["seconds"],
+        )
+        self.separator = load_separator(other, task=0).to(self.fabric.device)
+        with (
+            seeded(self.train.seed, task.index),
+            contextlib.nullcontext(progress) if isinstance(progress, Progress) else progress_bar(progress) as bars,
+        ):
+            self._finish(task, stream, out, record, None, bars)
+
     def _check(self, stream: TaskStream) -> None:
         first = stream.tasks[0]
+        if self.strategy.needs_memory and isinstance(self.memory, NoMemory):
+            raise ConfigError(
+                f"strategy '{self._strategy_ref.name}' learns from exemplars, and the memory is "
+                f"'{self._memory_ref.name}': choose another memory (see: avsep list memories)"
+            )
+        self.strategy.check(self.separator)
         spec = self.separator.spec
         if spec.num_classes > len(first.classes):
             raise ConfigError(
@@ -366,9 +429,9 @@ class ContinualLearner:
                         record.best_sdr_db, record.best_epoch, record.best_step = score, record.epoch, record.step
                         best = {k: v.detach().to("cpu", copy=True) for k, v in student.state_dict().items()}
                 checkpoint()
-        if best is not None:
-            student.load_state_dict(best)
-        self._finish(task, stream, out, record)
+            if best is not None:
+                student.load_state_dict(best)
+            self._finish(task, stream, out, record, teacher, bars)
 
     def _prepare_student(self, task: Task) -> None:
         spec = self.separator.spec
@@ -425,10 +488,13 @@ class ContinualLearner:
 
     def _batches(self, data: TrainingMixtures, done: int) -> Iterator[Batch]:
         """The epoch's batches from the ``done``-th on, on the training device."""
-        rest = Subset(data, range(done * self.train.batch_size, len(data)))
+        size = self.train.batch_size
+        return self._read(data, range(done * size, len(data)), size)
+
+    def _read(self, data: TrainingMixtures, items: range, batch_size: int) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
-            rest,
-            batch_size=self.train.batch_size,
+            Subset(data, items),
+            batch_size=batch_size,
             collate_fn=collate,
             num_workers=self.workers,
             pin_memory=self.fabric.device.type == "cuda",
@@ -511,9 +577,19 @@ class ContinualLearner:
         )
         return mean_sdr(scores)
 
-    def _finish(self, task: Task, stream: TaskStream, out: Path, record: _Progress) -> None:
+    def _finish(
+        self,
+        task: Task,
+        stream: TaskStream,
+        out: Path,
+        record: _Progress,
+        teacher: Separator | None,
+        bars: Progress,
+    ) -> None:
         student = self.separator
-        self.strategy.after_task(student, task)
+        student.eval()
+        label = f"{self._strategy_ref.name} after task {task.index + 1}"
+        self.strategy.after_task(student, teacher, task, _TaskData(self, stream, task, bars, label))
         student.eval()
         target = separator_folder(out, task.index)
         save_separator(student, target)
@@ -542,6 +618,31 @@ class ContinualLearner:
             return {}
         candidates = {name: [c.id for c in self._clips(stream, [name])] for name in task.classes}
         return {name: ids for name, ids in self.memory.select(candidates, rng).items() if ids}
+
+
+class _TaskData:
+    """:class:`~avsep.strategies.TaskData` of the learner's stream, with a bar of its own."""
+
+    _EPOCH = 2**30  # no epoch of training
+
+    def __init__(self, learner: ContinualLearner, stream: TaskStream, task: Task, bars: Progress, label: str) -> None:
+        self._learner = learner
+        self._stream = stream
+        self._task = task
+        self._bars = bars
+        self._label = label
+
+    def batches(self, count: int, *, batch_size: int = 1) -> Iterator[Batch]:
+        bar = self._bars.add(self._label, total=count)
+        epoch = self._EPOCH
+        while count > 0:
+            data = self._learner._epoch(self._stream, self._task, epoch)
+            take = min(count, len(data))
+            for batch in self._learner._read(data, range(take), batch_size):
+                yield batch
+                self._bars.advance(bar, len(batch.sources))
+            count -= take
+            epoch += 1
 
 
 class _Progress:

@@ -17,11 +17,16 @@ __all__ = ["AudioFeatures", "Batch", "MaskOutput", "Spectrograms", "Task", "Visu
 
 @dataclass(frozen=True)
 class AudioFeatures:
-    """What an audio encoder gives: ``mask_features`` [B, C, F, T], ``latent`` [B, D, H, W] and the skip maps."""
+    """What an audio encoder gives: ``mask_features`` [B, C, F, T], ``latent`` [B, D, H, W] and the skip maps.
+
+    ``ups`` are the maps of a U-Net's way up, coarsest first, that are neither: what methods that compare feature maps
+    look at beside the others.
+    """
 
     mask_features: Tensor
     latent: Tensor
     skips: tuple[Tensor, ...] = ()
+    ups: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -508,3 +508,75 @@ def test_learning_rate_schedules():
         optimizer.step()
         if i + 1 < total:
             oracle.step()
+
+
+def test_a_first_task_taken_from_another_run_is_the_one_trained(tone_run, tone_store, tmp_path):
+    taken, whole = tmp_path / "taken", tone_run
+    learner = tiny_learner(("contavsep", {"weight_mask": 0.9}))
+    learner.fit(_stream(tone_store), tmp_path / "other", progress=False)
+    # the mask distillation does not act in the first task: the run above shares it with the ordinary one
+    records = tiny_learner().fit(_stream(tone_store), taken, progress=False, first_task=tmp_path / "other")
+    for task in (0, 1):
+        assert _equal(_weights(taken, task), _weights(whole, task))
+    assert records[0]["exemplars"] == json.loads((whole / "tasks" / "00" / "task.json").read_text())["exemplars"]
+    assert {r["task"] for r in _rows(taken / "logs" / "train.csv")} == {"1"}
+
+
+def test_a_first_task_of_another_kind_is_refused(tone_run, tone_store, tmp_path):
+    for learner, key in (
+        (tiny_learner("finetune", "none"), "strategy.weight_instance"),
+        (tiny_learner(epochs=3), "train.epochs"),
+    ):
+        with pytest.raises(ConfigError, match=f"first task .* {key} is"):
+            learner.fit(_stream(tone_store), tmp_path / "run", progress=False, first_task=tone_run)
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(RunError, match="not a run folder"):
+        tiny_learner().fit(_stream(tone_store), tmp_path / "run", progress=False, first_task=tmp_path / "nothing")
+
+
+def test_after_a_task_a_strategy_sees_its_mixtures_the_same_in_every_run(tone_store, tmp_path, monkeypatch):
+    seen = []
+
+    def after_task(self, student, teacher, task, data):
+        assert not student.training
+        assert (teacher is None) == (task.index == 0)
+        batches = list(data.batches(7, batch_size=2))
+        assert [len(b.sources) for b in batches] == [2, 2, 2, 1]
+        seen.append([clips for b in batches for clips in b.clips])
+
+    monkeypatch.setattr("avsep.strategies.contavsep.ContAVSep.after_task", after_task)
+    for name in ("one", "other"):
+        tiny_learner(epochs=1).fit(_stream(tone_store), tmp_path / name, progress=False)
+    assert seen[:2] == seen[2:]
+    assert len(set(seen[0])) > 3  # random, not one mixture again and again
+    assert any(c.split("-")[0] in TINY_TASKS[0] for clips in seen[1] for c in clips)  # exemplars take part
+
+
+def test_a_strategy_that_needs_a_memory_or_another_separator_says_so(tone_store, tmp_path, monkeypatch):
+    from avsep.strategies.contavsep import ContAVSep
+
+    monkeypatch.setattr(ContAVSep, "needs_memory", True)
+    with pytest.raises(ConfigError, match="'contavsep' learns from exemplars, and the memory is 'none'"):
+        tiny_learner("contavsep", "none").fit(_stream(tone_store), tmp_path / "run", progress=False)
+
+    def check(self, separator):
+        raise ConfigError(f"cannot use {separator.spec.mask_decoder.name}")
+
+    monkeypatch.setattr(ContAVSep, "check", check)
+    with pytest.raises(ConfigError, match="cannot use query_transformer"):
+        tiny_learner().fit(_stream(tone_store), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mask_decoder_brings_terms_of_its_own(tone_store, tmp_path, monkeypatch):
+    from avsep.decoders.query_transformer import QueryTransformer
+
+    def auxiliary_losses(self, output, spectrograms, class_ids):
+        assert class_ids.shape == output.embedding.shape[:2]
+        return {"size": 0.25 * output.embedding.square().mean()}
+
+    monkeypatch.setattr(QueryTransformer, "auxiliary_losses", auxiliary_losses, raising=False)
+    tiny_learner("finetune", "none", epochs=1).fit(_stream(tone_store), tmp_path / "run", progress=False)
+    rows = _rows(tmp_path / "run" / "logs" / "train.csv")
+    assert all(float(r["loss"]) == pytest.approx(float(r["separation"]) + float(r["size"]), rel=1e-6) for r in rows)
+    assert all(float(r["size"]) > 0 for r in rows)

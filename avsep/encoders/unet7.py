@@ -66,7 +66,8 @@ class UNet7(nn.Module):
     Shapes:
         input [B, 1, F, T] with F and T multiples of 128; ``mask_features`` [B, mask_channels, F, T];
         ``latent`` [B, 4*base_channels, F/8, T/8], after its normalisation and before the ReLU; ``skips`` the seven
-        encoder maps before their activations, from F/2 down to F/128.
+        encoder maps before their activations, from F/2 down to F/128; ``ups`` d_7 to d_2, after their normalisation and
+        before the ReLU.
     """
 
     provides = ("mask_features", "latent", "skips")
@@ -109,11 +110,10 @@ class UNet7(nn.Module):
             e = self.down[k](F.leaky_relu(skips[-1], 0.2))
             skips.append(self.down_norm[k - 1](e) if k < 6 else e)
         d = self.up_norm[0](self.up[0](F.relu(skips[6])))  # d_7
-        latent = d
+        ups = [d]
         for i in range(1, 7):
             d = self.up[i](F.relu(torch.cat((skips[6 - i], d), dim=1)))  # skip first, as published
             if i < 6:
                 d = self.up_norm[i](d)
-            if i == 3:
-                latent = d  # d_4
-        return AudioFeatures(mask_features=d, latent=latent, skips=tuple(skips))
+                ups.append(d)
+        return AudioFeatures(mask_features=d, latent=ups[3], skips=tuple(skips), ups=tuple(ups))  # latent d_4

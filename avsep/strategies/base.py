@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from avsep.losses import separation_loss
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from avsep.separator import Separator
     from avsep.types import AudioFeatures, Batch, MaskOutput, Spectrograms, Task, VisualFeatures
 
-__all__ = ["Step", "Strategy"]
+__all__ = ["Step", "Strategy", "TaskData"]
 
 
 @dataclass(frozen=True)
@@ -37,30 +39,62 @@ class Step:
         return self.batch.class_ids < self.num_old
 
 
+class TaskData(Protocol):
+    """The training mixtures of a task that has just been learned, for what a strategy computes after it."""
+
+    def batches(self, count: int, *, batch_size: int = 1) -> Iterator[Batch]:
+        """``count`` random mixtures, drawn as in training (exemplars included), on the training device.
+
+        They depend on the run's seed and the task alone, so that a resume computes the same from them.
+        """
+
+
 class Strategy:
     """Base: trains on the current task (and exemplars, if the memory gives any) with the separation loss alone.
 
     Class attributes say what the learner prepares: ``needs_teacher`` a frozen copy of the previous task's separator;
     ``uses_all_data`` the training clips of all seen classes in place of exemplars; ``restarts`` fresh weights for
-    every task.
+    every task; ``needs_memory`` refuses the memory policy ``none``.
     """
 
     needs_teacher = False
     uses_all_data = False
     restarts = False
+    needs_memory = False
+
+    def check(self, separator: Separator) -> None:
+        """Raise :class:`~avsep.errors.ConfigError` with the reason where the separator lacks what the strategy needs.
+
+        Called before anything is trained.
+        """
+
+    def first_task(self) -> dict[str, Any]:
+        """What decides how the first task is trained, as plain data; empty: the separation loss alone.
+
+        Runs that agree in this (and in everything that is not the strategy) have equal first tasks, and may share one.
+        """
+        return {}
 
     def before_task(self, student: Separator, teacher: Separator | None, task: Task) -> None:
         """Called when a task starts, after the student has grown and before the optimisers are made.
 
-        A resume within the task does not call it again: what it prepares belongs into :meth:`state_dict`.
+        A resume within the task does not call it again (what it prepares belongs into :meth:`state_dict`), and a first
+        task that was taken from another run does not call it at all.
         """
 
     def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
-        """Named scalar terms, already weighted; their sum is what is minimised."""
+        """Named scalar terms, already weighted; their sum is what is minimised.
+
+        The mask decoder's own terms (``auxiliary_losses``), where it has any, are added by the learner.
+        """
         return {"separation": separation_loss(step.output, step.spectrograms)}
 
-    def after_task(self, student: Separator, task: Task) -> None:
-        """Called with the task's selected weights, before they are stored."""
+    def after_task(self, student: Separator, teacher: Separator | None, task: Task, data: TaskData) -> None:
+        """Called with the task's selected weights, in evaluation mode, before they are stored.
+
+        It may change the student in place. A run that is killed within it, or before the next task's first checkpoint,
+        calls it again from the same weights and state.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive between tasks and across a resume: tensors and plain values, in flat form."""

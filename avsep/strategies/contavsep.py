@@ -5,7 +5,7 @@ Pian et al., Continual Audio-Visual Sound Separation, NeurIPS 2024, equations 6 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -65,6 +65,10 @@ class ContAVSep(Strategy):
         self.weight_mask = weight_mask
         self.temperature = temperature
         self.teacher_batch_norm = teacher_batch_norm
+
+    def first_task(self) -> dict[str, Any]:
+        weights = {"weight_instance": self.weight_instance, "weight_class": self.weight_class}
+        return {**weights, "temperature": self.temperature} if any(weights.values()) else {}
 
     def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
         contrast = self.weight_instance > 0 or self.weight_class > 0
