@@ -1,0 +1,93 @@
+"""Two tiny tasks for tests of strategies: a run, its weights, and the same run killed in mid-task and resumed.
+
+    whole = train(store, tmp_path / "run", "lwf", "random_per_class")
+    resumed = resume_killed(store, tmp_path / "run", "lwf", "random_per_class")
+    assert differing(weights(whole), weights(resumed)) == []
+
+A run is two tasks of three steps, with a checkpoint in the middle of each; its validation is left out.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from conftest import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
+from safetensors.torch import load_file
+from torch import Tensor
+
+import avsep.learner
+from avsep.data.tasks import task_stream
+from avsep.learner import ContinualLearner
+from avsep.spec import RunSpec, validated
+
+# Base separators by name, each small enough for a step to take a few hundredths of a second.
+SEPARATORS: dict[str, dict[str, Any]] = {
+    "iquery": TINY_SEPARATOR,
+    "iquery_object": {**TINY_SEPARATOR, "motion_encoder": None},
+}
+
+_TRAIN = {**TINY_TRAIN, "epochs": 1, "steps_per_epoch": 3, "checkpoint_every": 2}
+_MIDDLE = "task-01-step-0000002"
+
+
+def make_learner(strategy, memory="none", *, separator="iquery", **train) -> ContinualLearner:
+    """A learner over ``TINY_TASKS``. ``strategy`` and ``memory`` are names or (name, parameters)."""
+    spec = {
+        "separator": SEPARATORS[separator],
+        "strategy": strategy,
+        "memory": memory,
+        "train": {**_TRAIN, **train},
+        "tasks": TINY_TASKS,
+    }
+    learner = ContinualLearner.from_spec(validated(RunSpec, spec, "test"), accelerator="cpu")
+    learner._validate = lambda *_: 0.0
+    return learner
+
+
+def _fit(learner: ContinualLearner, store: Path, out: Path, resume: bool = False) -> None:
+    stream = task_stream(store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
+    learner.fit(stream, out, resume=resume, progress=False)
+
+
+def train(store: Path, out: Path, strategy, memory="none", *, separator="iquery", **settings) -> Path:
+    """Learn both tasks into ``out``. Beside it stays ``killed_folder(out)``, the run as a kill -9 right after the
+    checkpoint in the middle of the second task would leave it."""
+    save = avsep.learner.save_latest
+
+    def saves(folder, name, state):
+        save(folder, name, state)
+        if name == _MIDDLE:
+            shutil.copytree(out, killed_folder(out))
+
+    with mock.patch.object(avsep.learner, "save_latest", saves):
+        _fit(make_learner(strategy, memory, separator=separator, **settings), store, out)
+    assert killed_folder(out).is_dir()
+    return out
+
+
+def killed_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}-killed")
+
+
+def resume_killed(store: Path, out: Path, strategy, memory="none", *, separator="iquery", **settings) -> Path:
+    """Resume what :func:`train` left as if killed, in a new learner whose global generators stand elsewhere."""
+    torch.manual_seed(20)
+    killed = killed_folder(out)
+    assert not (killed / "tasks" / "01").exists()
+    _fit(make_learner(strategy, memory, separator=separator, **settings), store, killed, resume=True)
+    return killed
+
+
+def weights(out: Path, task: int = 1) -> dict[str, Tensor]:
+    """What a finished task left."""
+    return load_file(out / "tasks" / f"{task:02d}" / "separator" / "model.safetensors")
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that are not equal bit by bit."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
