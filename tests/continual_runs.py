@@ -4,11 +4,14 @@
     resumed = resume_killed(store, tmp_path / "run", "lwf", "random_per_class")
     assert differing(weights(whole), weights(resumed)) == []
 
-A run is two tasks of three steps, with a checkpoint in the middle of each; its validation is left out.
+A run is two tasks of three steps with a checkpoint after the second step; its validation is left out. Runs with equal
+first tasks share one, which is trained when first needed and kept beside the store.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,13 +37,14 @@ _TRAIN = {**TINY_TRAIN, "epochs": 1, "steps_per_epoch": 3, "checkpoint_every": 2
 _MIDDLE = "task-01-step-0000002"
 
 
-def make_learner(strategy, memory="none", *, separator="iquery", **train) -> ContinualLearner:
-    """A learner over ``TINY_TASKS``. ``strategy`` and ``memory`` are names or (name, parameters)."""
+def make_learner(strategy, memory="none", *, separator="iquery", **settings) -> ContinualLearner:
+    """A learner over ``TINY_TASKS``. ``strategy`` and ``memory`` are names or (name, parameters), ``separator`` one of
+    ``SEPARATORS``, ``settings`` of the training."""
     spec = {
         "separator": SEPARATORS[separator],
         "strategy": strategy,
         "memory": memory,
-        "train": {**_TRAIN, **train},
+        "train": {**_TRAIN, **settings},
         "tasks": TINY_TASKS,
     }
     learner = ContinualLearner.from_spec(validated(RunSpec, spec, "test"), accelerator="cpu")
@@ -48,9 +52,20 @@ def make_learner(strategy, memory="none", *, separator="iquery", **train) -> Con
     return learner
 
 
-def _fit(learner: ContinualLearner, store: Path, out: Path, resume: bool = False) -> None:
-    stream = task_stream(store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
-    learner.fit(stream, out, resume=resume, progress=False)
+def _fit(learner: ContinualLearner, store: Path, out: Path, tasks=TINY_TASKS, **how) -> None:
+    stream = task_stream(store, tasks, clip_samples=TINY_FRONT_END["clip_samples"])
+    learner.fit(stream, out, progress=False, **how)
+
+
+def first_task(store: Path, strategy, separator="iquery", **settings) -> Path:
+    """A run of the first task alone, as ``strategy`` trains it; trained once."""
+    learner = make_learner(strategy, separator=separator, **settings)
+    key = json.dumps([separator, learner.strategy.first_task(), learner.train.model_dump(mode="json")], sort_keys=True)
+    out = store.parent / f"first-task-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not (out / "tasks" / "00" / "task.json").exists():
+        learner.strategy.needs_memory = False  # there is nothing to remember yet
+        _fit(learner, store, out, TINY_TASKS[:1])
+    return out
 
 
 def train(store: Path, out: Path, strategy, memory="none", *, separator="iquery", **settings) -> Path:
@@ -63,8 +78,9 @@ def train(store: Path, out: Path, strategy, memory="none", *, separator="iquery"
         if name == _MIDDLE:
             shutil.copytree(out, killed_folder(out))
 
+    first = first_task(store, strategy, separator, **settings)
     with mock.patch.object(avsep.learner, "save_latest", saves):
-        _fit(make_learner(strategy, memory, separator=separator, **settings), store, out)
+        _fit(make_learner(strategy, memory, separator=separator, **settings), store, out, first_task=first)
     assert killed_folder(out).is_dir()
     return out
 
