@@ -51,6 +51,12 @@ TF32_TOLERANCE = 1e-2
 L1_GRADIENT_TOLERANCE = 5e-3
 """Of a gradient through |x|, whose sign float32 gets wrong for the few differences that are zero but for rounding."""
 
+BF16_TOLERANCE = 1e-3
+"""Of losses that average bf16's rounding over many pixels."""
+
+BF16_GRADIENT_TOLERANCE = 5e-2
+"""Of their gradients in bf16, with the signs that it gets wrong."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -621,6 +627,7 @@ def _mask_head_cases(sizes: str, device: str, compiled: bool) -> Iterator[Kernel
     for batch in _batches(sizes, device):
         largest = batch == max(_batches(sizes, device))  # compiling takes its time
         yield _mask_loss_case(batch, channels, side, device, sizes, compiled and largest)
+        yield _mask_training_case(batch, channels, side, device, sizes)
         yield _mask_logits_case(batch, channels, side, device, sizes)
 
 
@@ -716,6 +723,83 @@ def _mask_loss_case(batch: int, channels: int, side: int, device: str, sizes: st
         total_bytes=2 * read + pixels * channels,
         forward_flops=2.0 * batch * _SOURCES * channels * side * side,
         total_flops=6.0 * batch * _SOURCES * channels * side * side,
+        device=device,
+    )
+
+
+def _mask_training_case(batch: int, channels: int, side: int, device: str, sizes: str) -> KernelCase:
+    """What a step of ContAV-Sep asks for under mixed precision: features in bf16 and channels last, as the U-Net leaves
+    them, and a teacher of half of the mixtures."""
+    taught = max(1, batch // 2)
+
+    def inputs(seed: int) -> Inputs:
+        rng = torch.Generator(device=device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=rng, device=device)
+
+        def features(count: int) -> Tensor:
+            return normal(count, channels, side, side).bfloat16().contiguous(memory_format=torch.channels_last)
+
+        return {
+            "embedding": (normal(batch, _SOURCES, channels) / math.sqrt(channels)).bfloat16(),
+            "features": features(batch),
+            "teacher_embedding": (normal(taught, _SOURCES, channels) / math.sqrt(channels)).bfloat16(),
+            "teacher_features": features(taught),
+            "target": (normal(batch, _SOURCES, side, side).abs() * 0.7).clamp(0, 5),
+            "weight": normal(batch, 1, side, side).abs().clamp(1e-3, 10),
+            "mixtures": torch.randperm(batch, generator=rng, device=device)[:taught],
+            "slots": torch.arange(batch * _SOURCES, device=device).view(batch, _SOURCES) % _SOURCES == 0,
+        }
+
+    def reference(inputs: Inputs) -> Sequence[Tensor]:
+        rows, slots = inputs["mixtures"], inputs["slots"]
+        logits = mask_head_reference(inputs["embedding"], inputs["features"])
+        with torch.no_grad():
+            teacher = mask_head_reference(inputs["teacher_embedding"], inputs["teacher_features"])
+        separation = mask_l1_reference(logits, inputs["target"], inputs["weight"])
+        distillation = mask_l1_reference(
+            logits[rows], teacher, inputs["weight"][rows], slots=slots[rows], target_is_logits=True
+        )
+        return separation, distillation
+
+    def ours(inputs: Inputs, backend: str) -> Sequence[Tensor]:
+        teacher = kernels.MaskTeacher(inputs["teacher_embedding"], inputs["teacher_features"], inputs["mixtures"])
+        parts = (inputs["embedding"], inputs["features"], inputs["target"], inputs["weight"])
+        return tuple(kernels.mask_head_losses(*parts, teacher=teacher, slots=inputs["slots"], backend=backend))
+
+    pixels = float(batch * side * side)
+    features = 2.0 * pixels * channels
+    read = features * (1 + taught / batch) + 4.0 * pixels * (_SOURCES + 1)
+    return KernelCase(
+        name=f"mask_head in training batch={batch}",
+        op="mask_head",
+        title="both losses of a training step with a teacher, and both gradients",
+        size=None,  # another type and layout than the backend table's
+        settings=f"batch {batch}, teacher {taught}, {_SOURCES} sources, {channels} channels, {side} x {side}, bf16, "
+        "channels last",
+        inputs=inputs,
+        reference=reference,
+        variants=[
+            Variant(
+                "torch",
+                lambda x: ours(x, "torch"),
+                ours=True,
+                tolerance=BF16_TOLERANCE,
+                gradient_tolerance=BF16_GRADIENT_TOLERANCE,
+            ),
+            _triton(
+                lambda x: ours(x, "triton"),
+                triton_unavailable("mask_head", device, sizes),
+                tolerance=BF16_TOLERANCE,
+                gradient_tolerance=BF16_GRADIENT_TOLERANCE,
+            ),
+        ],
+        leaves=("embedding", "features"),
+        forward_bytes=read,
+        total_bytes=2 * read + features,
+        forward_flops=2.0 * pixels * _SOURCES * channels * (1 + taught / batch),
+        total_flops=2.0 * pixels * _SOURCES * channels * (2 * (1 + taught / batch) + 2),
         device=device,
     )
 
