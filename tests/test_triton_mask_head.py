@@ -439,7 +439,7 @@ def test_a_training_step_is_the_same_on_both_backends(strategy, monkeypatch):
     calls = []
     fused = triton_kernel.losses
     monkeypatch.setattr(triton_kernel, "losses", lambda *a: calls.append(len(a)) or fused(*a))
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # on a GPU: the same U-Net twice
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # the same U-Net twice
         (_, want, expected), (output, got, found) = (
             _training_step(strategy, backend, monkeypatch) for backend in ("torch", "triton")
         )
