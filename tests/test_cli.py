@@ -372,3 +372,27 @@ def test_a_missing_extra_can_come_from_a_worker():
     error = MissingExtraError("Pillow", "synth", "the benchmark")
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert 'the benchmark needs Pillow, which is not installed: pip install "avsep[synth]"' in str(error)
+
+
+def test_defaults_in_brackets_are_shown(capsys):
+    from typer.main import get_command
+
+    from avsep.cli.app import build_app
+
+    def commands(group, path):
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from commands(command, [*path, name])
+            else:
+                yield [*path, name], command
+
+    checked = 0
+    for path, command in commands(get_command(build_app()), []):
+        noted = [m for p in command.params for m in re.findall(r"\[([^\]]+)\]", getattr(p, "help", None) or "")]
+        if noted:
+            assert run(*path, "--help") == 0
+            shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+            for note in noted:
+                assert note.split()[0] in re.findall(r"\[([^\s\]]+)", shown), (path, note)
+                checked += 1
+    assert checked > 20

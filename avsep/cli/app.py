@@ -32,6 +32,7 @@ def build_app() -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",  # in rich's own markup a "[default]" in a help text would vanish
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
