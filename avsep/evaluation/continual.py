@@ -1,6 +1,7 @@
 """Measures of continual learning from the task matrix R, where R[t, j] is the score on task j after learning task t.
 
-``matrix`` is [T, T]; entries above the diagonal (tasks not yet learned) are NaN and are never read. Higher is better.
+``matrix`` is [T, T], or [..., T, T] where several are given at once; entries above the diagonal (tasks not yet learned)
+are NaN and are never read. Higher is better.
 Sources: average and backward transfer, Lopez-Paz and Ranzato, NeurIPS 2017, equations 2 and 3 (the average here is over
 the tasks seen); forgetting and intransigence, Chaudhry et al., ECCV 2018, section 3.2.
 """
@@ -8,6 +9,7 @@ the tasks seen); forgetting and intransigence, Chaudhry et al., ECCV 2018, secti
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,26 +21,29 @@ __all__ = [
     "Interval",
     "average",
     "backward_transfer",
+    "backward_transfer_per_task",
     "continual_scores",
     "forgetting",
     "forgetting_per_task",
     "intransigence",
     "mean_average",
     "paired_bootstrap",
+    "percentile_interval",
+    "resampling_weights",
 ]
 
 
 def _matrix(matrix: ArrayLike) -> NDArray[np.float64]:
     array = np.asarray(matrix, dtype=np.float64)
-    if array.ndim != 2 or array.shape[0] != array.shape[1] or not array.size:
+    if array.ndim < 2 or array.shape[-1] != array.shape[-2] or not array.size:
         raise ValueError(f"the task matrix must be square [T, T], got {array.shape}")
     return array
 
 
 def average(matrix: ArrayLike) -> NDArray[np.float64]:
-    """[T]: A_t = mean of R[t, j] over j <= t."""
+    """[..., T]: A_t = mean of R[t, j] over j <= t."""
     array = _matrix(matrix)
-    return np.array([array[t, : t + 1].mean() for t in range(len(array))])
+    return np.stack([array[..., t, : t + 1].mean(axis=-1) for t in range(array.shape[-1])], axis=-1)
 
 
 def mean_average(matrix: ArrayLike) -> float:
@@ -47,10 +52,13 @@ def mean_average(matrix: ArrayLike) -> float:
 
 
 def forgetting_per_task(matrix: ArrayLike) -> NDArray[np.float64]:
-    """[T - 1]: for each earlier task j, max over j <= l < T-1 of R[l, j], less R[T-1, j]."""
+    """[..., T - 1]: for each earlier task j, max over j <= l < T-1 of R[l, j], less R[T-1, j]."""
     array = _matrix(matrix)
-    last = len(array) - 1
-    return np.array([array[j:last, j].max() - array[last, j] for j in range(last)])
+    last = array.shape[-1] - 1
+    lost = np.empty((*array.shape[:-2], last))
+    for j in range(last):
+        lost[..., j] = array[..., j:last, j].max(axis=-1) - array[..., last, j]
+    return lost
 
 
 def forgetting(matrix: ArrayLike) -> float:
@@ -59,19 +67,25 @@ def forgetting(matrix: ArrayLike) -> float:
     return float(lost.mean()) if lost.size else math.nan
 
 
-def backward_transfer(matrix: ArrayLike) -> float:
-    """Mean over j < T-1 of R[T-1, j] - R[j, j]; NaN with one task. Negative when old tasks got worse."""
+def backward_transfer_per_task(matrix: ArrayLike) -> NDArray[np.float64]:
+    """[..., T - 1]: R[T-1, j] - R[j, j] for each earlier task j."""
     array = _matrix(matrix)
-    last = len(array) - 1
-    return float(np.mean([array[last, j] - array[j, j] for j in range(last)])) if last else math.nan
+    learned = np.diagonal(array, axis1=-2, axis2=-1)
+    return array[..., -1, :-1] - learned[..., :-1]
+
+
+def backward_transfer(matrix: ArrayLike) -> float:
+    """Mean of :func:`backward_transfer_per_task`; NaN with one task. Negative when old tasks got worse."""
+    moved = backward_transfer_per_task(matrix)
+    return float(moved.mean()) if moved.size else math.nan
 
 
 def intransigence(matrix: ArrayLike, joint: ArrayLike) -> NDArray[np.float64]:
-    """[T]: R_joint[t, t] - R[t, t], what learning step by step costs on the newest task. ``joint`` is [T, T]."""
+    """[..., T]: R_joint[t, t] - R[t, t], what learning step by step costs on the newest task."""
     array, upper = _matrix(matrix), _matrix(joint)
     if array.shape != upper.shape:
         raise ValueError(f"the matrices have different shapes: {array.shape} and {upper.shape}")
-    return np.diag(upper) - np.diag(array)
+    return np.diagonal(upper, axis1=-2, axis2=-1) - np.diagonal(array, axis1=-2, axis2=-1)
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,33 @@ class Interval:
     high: float
 
 
+def resampling_weights(sizes: Sequence[int], *, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """How often each thing is drawn when every group is resampled with replacement to its own size.
+
+    Yields blocks [r, sum of ``sizes``] of whole numbers, ``resamples`` rows in all, the groups side by side; no group
+    may be empty.
+    """
+    rng = np.random.Generator(np.random.Philox(seed))
+    step = max(1, 2_000_000 // max(1, sum(sizes)))  # a bounded block
+    for first in range(0, resamples, step):
+        rows = min(step, resamples - first)
+        groups = []
+        for size in sizes:
+            drawn = rng.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
+            groups.append(np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size))
+        yield np.concatenate(groups, axis=1).astype(np.float64)
+
+
+def percentile_interval(mean: float, resampled: ArrayLike, confidence: float) -> Interval:
+    """``mean`` with the quantiles of ``resampled`` [n] that leave out (1 - ``confidence``) / 2 on either side.
+
+    A resample in which nothing could be scored (NaN) is left out.
+    """
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(np.asarray(resampled, dtype=np.float64), [tail, 1 - tail])
+    return Interval(mean, float(low), float(high))
+
+
 def paired_bootstrap(
     scores: ArrayLike,
     baseline: ArrayLike | None = None,
@@ -153,12 +194,6 @@ def paired_bootstrap(
     _, members = np.unique(names[kept], return_inverse=True)
     sums = np.bincount(members, weights=difference)
     counts = np.bincount(members)
-    rng = np.random.Generator(np.random.Philox(seed))
-    means = np.empty(resamples)
-    step = max(1, 2_000_000 // len(sums))  # a bounded index matrix
-    for first in range(0, resamples, step):
-        drawn = rng.integers(len(sums), size=(min(step, resamples - first), len(sums)))
-        means[first : first + step] = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(difference.mean()), float(low), float(high))
+    drawn = resampling_weights([len(sums)], resamples=resamples, seed=seed)
+    means = np.concatenate([(weights @ sums) / (weights @ counts) for weights in drawn])
+    return percentile_interval(float(difference.mean()), means, confidence)

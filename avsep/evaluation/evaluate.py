@@ -41,9 +41,11 @@ __all__ = [
     "current_evaluation",
     "evaluate_run",
     "evaluate_separator",
+    "is_counted",
     "mean_sdr",
     "open_run_store",
     "rows_of",
+    "rows_of_task",
     "summarise",
     "task_matrix",
 ]
@@ -263,7 +265,8 @@ def rows_of(scores: Iterable[MixtureScore]) -> list[dict[str, Any]]:
     return rows
 
 
-def _counted(row: Mapping[str, Any]) -> bool:
+def is_counted(row: Mapping[str, Any]) -> bool:
+    """Whether a row's mixture enters the means: scored, and not a clip with itself or its own class."""
     return row["status"] == "ok" and not row["degenerate"]
 
 
@@ -287,9 +290,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def mixtures(chosen: Iterable[Mapping[str, Any]]) -> int:
         return len({r["mixture"] for r in chosen})
 
-    scored = [r for r in rows if _counted(r)]
+    scored = [r for r in rows if is_counted(r)]
     skipped = [r for r in rows if r["status"].startswith("silent")]
-    degenerate = [r for r in rows if not r["status"].startswith("silent") and not _counted(r)]
+    degenerate = [r for r in rows if not r["status"].startswith("silent") and not is_counted(r)]
     summary: dict[str, Any] = {
         "mixtures": mixtures(rows),
         "scored": mixtures(scored),
@@ -316,19 +319,24 @@ def mean_sdr(scores: Sequence[MixtureScore]) -> float:
     return float(np.mean(values))
 
 
+def rows_of_task(rows: Iterable[Mapping[str, Any]], task: int, metric: str = "sdr") -> list[Mapping[str, Any]]:
+    """The scored rows of sources of a task: those of its own list (``task-j``), which never changes with the step,
+    where there is one; else all of them."""
+    mine = [r for r in rows if r["task"] == task]
+    own = [r for r in mine if r["list"] == f"task-{task}"]
+    return [r for r in own or mine if is_counted(r) and r[metric] is not None]
+
+
 def task_matrix(rows_after: Sequence[Sequence[Mapping[str, Any]]], metric: str = "sdr") -> list[list[float | None]]:
     """R[t][j]: mean ``metric`` of task j's sources after task t, from the rows of each t.
 
-    Rows of task j's own list (``task-j``) where there is one, for it never changes with t; else all rows of sources of
-    task j. None above the diagonal, and where nothing was scored.
+    Over the rows of :func:`rows_of_task`. None above the diagonal, and where nothing was scored.
     """
     steps = len(rows_after)
     matrix: list[list[float | None]] = [[None] * steps for _ in range(steps)]
     for t, rows in enumerate(rows_after):
         for j in range(t + 1):
-            mine = [r for r in rows if r["task"] == j and _counted(r) and r[metric] is not None]
-            own = [r for r in mine if r["list"] == f"task-{j}"]
-            values = [r[metric] for r in own or mine]
+            values = [r[metric] for r in rows_of_task(rows, j, metric)]
             matrix[t][j] = float(np.mean(values)) if values else None
     return matrix
 
@@ -411,9 +419,9 @@ def evaluate_run(
     Writes ``evaluation.json`` after each task and returns what it holds; a task whose separator has not changed since
     is not scored again. ``progress`` is called with (task, mixtures done, mixtures in all) of that task.
 
-    The result: ``format`` (``avsep-evaluation``), ``version``, ``protocol``, ``protocol_hash``, ``store_hash``;
-    ``tasks``, the class names of each; ``after``, one entry a scored task with
-    its ``task``, ``separator`` hash, ``lists`` (:func:`summarise` by list name), ``all`` (over all lists), ``by_task``
+    The result: ``format`` (``avsep-evaluation``), ``version``, ``protocol``, ``protocol_version``, ``protocol_hash``,
+    ``store_hash``; ``tasks``, the class names of each; ``after``, one entry a scored task with its ``task``,
+    ``separator`` hash, ``lists`` (:func:`summarise` by list name), ``all`` (over all lists), ``by_task``
     (by the sources' task over all lists) and ``rows`` (:func:`rows_of`); and, when no task up to the last scored one is
     missing, ``matrices`` by metric (:func:`task_matrix`) and ``continual``, the measures of each matrix
     (:class:`avsep.evaluation.continual.ContinualScores`), with the SDR's once more as ``matrix``, ``average`` (by
@@ -437,6 +445,7 @@ def evaluate_run(
         "format": "avsep-evaluation",
         "version": EVALUATION_VERSION,
         "protocol": protocol.name,
+        "protocol_version": protocol.version,
         "protocol_hash": protocol.hash,
         "store_hash": opened.content_hash,
     }

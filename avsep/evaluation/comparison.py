@@ -1,0 +1,468 @@
+"""Several methods, each trained with several seeds, side by side: means, intervals and paired differences.
+
+:func:`compare` takes plain data, one :class:`Cell` a run::
+
+    compact_evaluation(evaluation) -> dict           # of evaluation.json; smaller, and enough for all below
+    Cell(method, seed, evaluation, memory_bytes=None, seconds=None, name="")  # evaluation: whole or compact
+    compare(cells, *, baseline=None, joint=(), confidence=0.95, resamples=10_000, seed=0) -> Comparison
+    Comparison.methods: tuple[MethodResult, ...]     # in the order of the cells; as_dict() is JSON
+    MethodResult.values["average" | "forgetting" | "bwt" | "sdr" | "task-0" | ...] -> Estimate (mean, low, high)
+    MethodResult.differences[...] -> Difference (mean, low, high, significant), to the baseline
+
+Intervals are percentile bootstrap intervals over seeds and test mixtures at once. The test mixtures are the same frozen
+lists for every seed and method, so seeds and mixtures are crossed: a resample draws seeds, and within each list
+mixtures, once for all methods (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1(2), 2007). Drawing other
+mixtures for each seed would count the same hard mixture as several independent ones and make the intervals too narrow.
+Differences are paired by seed and mixture. With one seed the interval covers the choice of test mixtures alone; with
+few, it still understates what another seed would change (by (S - 1) / S of the variance for S seeds).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avsep.errors import RunError, UnknownNameError, near_matches
+from avsep.evaluation.continual import (
+    Interval,
+    average,
+    backward_transfer_per_task,
+    forgetting_per_task,
+    intransigence,
+    percentile_interval,
+    resampling_weights,
+)
+from avsep.evaluation.evaluate import METRICS, is_counted, rows_of_task, summarise
+
+__all__ = [
+    "Cell",
+    "Comparison",
+    "Difference",
+    "Estimate",
+    "MethodResult",
+    "compact_evaluation",
+    "compare",
+]
+
+_Array = NDArray[np.float64]
+_COLUMNS = ("list", "mixture", "task", "status", "degenerate", "ill_conditioned", *METRICS)
+_COUNTS = ("scored", "skipped", "silent_estimates", "degenerate")
+_IDENTITY = ("protocol", "protocol_version", "protocol_hash", "store_hash", "tasks")
+
+
+def compact_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`compare` reads of an ``evaluation.json``, as plain data.
+
+    The protocol's and the store's identity, ``tasks``, ``matrices`` and ``continual`` as they are, and in ``after`` for
+    each step its ``task``, the ``counts`` of mixtures and the sources' scores as ``columns``.
+    """
+    return {
+        "format": "avsep-scores",
+        **{key: evaluation[key] for key in (*_IDENTITY, "matrices", "continual") if key in evaluation},
+        "after": [
+            {
+                "task": step["task"],
+                "counts": {k: step["all"][k] for k in ("mixtures", *_COUNTS)},
+                "columns": {key: [row[key] for row in step["rows"]] for key in _COLUMNS},
+            }
+            for step in evaluation["after"]
+        ],
+    }
+
+
+def _rows(step: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    if "rows" in step:
+        return list(step["rows"])
+    columns = step["columns"]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: ``method`` trained with ``seed``, and its scores after every task.
+
+    ``evaluation`` is the content of ``evaluation.json`` or its :func:`compact_evaluation`; ``memory_bytes`` what
+    persists between tasks, ``seconds`` the training's wall time, None where unknown; ``name`` what errors call it.
+    """
+
+    method: str
+    seed: int
+    evaluation: Mapping[str, Any]
+    memory_bytes: float | None = None
+    seconds: float | None = None
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or f"{self.method} with seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Estimate(Interval):
+    """A mean over seeds and test mixtures with its interval, and the mean of each seed."""
+
+    per_seed: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A method less the baseline, over the seeds and mixtures that both have."""
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+
+_E = TypeVar("_E", bound=Estimate)
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method over its seeds; dB, after the last task unless said otherwise.
+
+    ``values`` by name: ``average`` (A_T of the SDR matrix, each task counting alike), ``task-0`` ... (its last row),
+    ``forgetting``, ``bwt``, ``intransigence`` (mean over tasks, over the seeds that have a joint run), and ``sdr``,
+    ``sir``, ``sar``, ``sdri``, ``si_sdr`` over the sources of all scored mixtures; ``released_sdr`` ... with the
+    degenerate mixtures, where the protocol has such. What is undefined (forgetting after one task) is left out.
+    ``differences``: the same names, to the baseline; empty for the baseline itself. ``curves``: ``average`` (A_t) and
+    the metrics by step. ``matrix``: R[t][j], mean over seeds. ``counts`` of mixtures after the last task, likewise.
+    """
+
+    method: str
+    seeds: tuple[int, ...]
+    values: dict[str, Estimate]
+    differences: dict[str, Difference]
+    curves: dict[str, tuple[Estimate, ...]]
+    matrix: tuple[tuple[float | None, ...], ...]
+    counts: dict[str, float]
+    memory_bytes: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found; ``protocol`` to ``tasks`` are what all runs have in common."""
+
+    methods: tuple[MethodResult, ...]
+    baseline: str | None
+    confidence: float
+    resamples: int
+    protocol: str
+    protocol_version: int | None
+    protocol_hash: str
+    store_hash: str
+    tasks: tuple[tuple[str, ...], ...] = field(default=())
+
+    def __getitem__(self, method: str) -> MethodResult:
+        for result in self.methods:
+            if result.method == method:
+                return result
+        raise KeyError(method)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        plain: dict[str, Any] = _plain(self)
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Difference):
+        return {**{k: _plain(v) for k, v in vars(value).items()}, "significant": value.significant}
+    if isinstance(value, (Comparison, MethodResult, Estimate)):
+        return {k: _plain(v) for k, v in vars(value).items()}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def compare(
+    cells: Iterable[Cell],
+    *,
+    baseline: str | None = None,
+    joint: Iterable[Cell] = (),
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare the methods of ``cells``; deterministic.
+
+    ``baseline`` names the method that the others' differences are to; ``joint`` are runs of joint training, by whose
+    seeds intransigence is measured (they may be among ``cells`` too).
+
+    Raises:
+        RunError: no cell; a method has a seed twice; a run is not scored after every task; or the runs were tested on
+            another store, class order or protocol.
+        UnknownNameError: no method is called ``baseline``.
+    """
+    chosen, uppers = list(cells), list(joint)
+    if not chosen:
+        raise RunError("nothing to compare: give at least one evaluated run")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    for other in (*chosen[1:], *uppers):
+        _check_same(chosen[0], other)
+    for cell in (*chosen, *uppers):
+        _check_complete(cell)
+    methods = _by_method(chosen)
+    if baseline is not None and baseline not in methods:
+        raise UnknownNameError(f"no method '{baseline}' to compare with: {near_matches(baseline, methods)}")
+
+    first = chosen[0].evaluation
+    layout = _Layout(first)
+    tables = {name: {c.seed: _Table(layout, c) for c in members} for name, members in methods.items()}
+    upper = {c.seed: _Table(layout, c) for c in uppers}
+
+    def measure(weights: _Array) -> dict[tuple[str, str, str], _Array]:
+        """(method, values or differences, name) -> [r, seeds] for weights [r, mixtures]."""
+        bounds = {number: table.matrix(weights) for number, table in upper.items()}
+        known: dict[_Table, dict[str, _Array]] = {}
+
+        def of(table: _Table, number: int) -> dict[str, _Array]:
+            if table not in known:
+                known[table] = table.measures(weights, bounds.get(number))
+            return known[table]
+
+        found: dict[tuple[str, str, str], list[_Array]] = {}
+        for name, members in tables.items():
+            for number, table in members.items():
+                for key, value in of(table, number).items():
+                    found.setdefault((name, "values", key), []).append(value)
+                other = None if baseline in (None, name) else tables[str(baseline)].get(number)
+                if other is not None:
+                    mine, theirs = (of(t, number) for t in table.beside(other))
+                    for key, value in mine.items():
+                        found.setdefault((name, "differences", key), []).append(value - theirs[key])
+        return {key: np.stack(values, axis=1) for key, values in found.items()}
+
+    points = {
+        key: value[0] for key, value in measure(np.ones((1, layout.mixtures))).items() if np.isfinite(value).all()
+    }
+    draws = {
+        count: np.concatenate(list(resampling_weights([count], resamples=resamples, seed=seed + 1)))
+        for count in {len(value) for value in points.values()}
+    }
+    resampled: dict[tuple[str, str, str], list[_Array]] = {key: [] for key in points}
+    done = 0
+    for weights in resampling_weights(layout.sizes, resamples=resamples, seed=seed):
+        measured = measure(weights)
+        for key, parts in resampled.items():
+            drawn = draws[measured[key].shape[1]][done : done + len(weights)]
+            parts.append((measured[key] * drawn).sum(axis=1) / drawn.sum(axis=1))
+        done += len(weights)
+
+    def estimates(name: str, what: str, kind: type[_E]) -> dict[str, _E]:
+        made = {}
+        for (owner, part, key), value in points.items():
+            if (owner, part) == (name, what):
+                interval = percentile_interval(
+                    float(value.mean()), np.concatenate(resampled[owner, part, key]), confidence
+                )
+                made[key] = kind(**vars(interval), per_seed=tuple(value.tolist()))
+        return made
+
+    results = []
+    for name, members in methods.items():
+        values = estimates(name, "values", Estimate)
+        counts = [_counts(c.evaluation["after"][-1]) for c in members]
+        results.append(
+            MethodResult(
+                method=name,
+                seeds=tuple(c.seed for c in members),
+                values={k: v for k, v in values.items() if "@" not in k},
+                differences={k: v for k, v in estimates(name, "differences", Difference).items() if "@" not in k},
+                curves={
+                    key: tuple(values[f"{key}@{t}"] for t in range(layout.steps))
+                    for key in ("average", *METRICS)
+                    if all(f"{key}@{t}" in values for t in range(layout.steps))
+                },
+                matrix=_mean_matrix([t.matrix(np.ones((1, layout.mixtures)))[0] for t in tables[name].values()]),
+                counts={key: float(np.mean([c[key] for c in counts])) for key in counts[0]},
+                memory_bytes=_mean([c.memory_bytes for c in members]),
+                seconds=_mean([c.seconds for c in members]),
+            )
+        )
+    return Comparison(
+        methods=tuple(results),
+        baseline=baseline,
+        confidence=confidence,
+        resamples=resamples,
+        protocol=first["protocol"],
+        protocol_version=first.get("protocol_version"),
+        protocol_hash=first["protocol_hash"],
+        store_hash=first["store_hash"],
+        tasks=tuple(tuple(names) for names in first["tasks"]),
+    )
+
+
+# --- what may be compared ---------------------------------------------------------------------------------------------
+
+
+def _check_same(one: Cell, other: Cell) -> None:
+    """Raise RunError, with the reason, where two runs were not tested on the same thing."""
+    a, b = one.evaluation, other.evaluation
+    reasons = (
+        ("store_hash", "were trained on different stores", lambda e: str(e.get("store_hash"))[:12]),
+        ("tasks", "learned different classes, or in another order", lambda e: _order(e.get("tasks", ()))),
+        ("protocol", "were tested under different protocols", lambda e: str(e.get("protocol"))),
+        (
+            "protocol_version",
+            "were tested under different versions of the protocol (avsep evaluate scores a run again)",
+            lambda e: str(e.get("protocol_version")),
+        ),
+        ("protocol_hash", "were tested on different mixtures", lambda e: str(e.get("protocol_hash"))[:12]),
+    )
+    for key, reason, shown in reasons:
+        if _same(a.get(key)) != _same(b.get(key)):
+            raise RunError(f"{one} and {other} cannot be compared: they {reason} ({shown(a)} and {shown(b)})")
+
+
+def _same(value: Any) -> Any:
+    return [list(names) for names in value] if isinstance(value, (list, tuple)) else value
+
+
+def _order(tasks: Iterable[Iterable[str]]) -> str:
+    return "; ".join(", ".join(names) for names in tasks)
+
+
+def _check_complete(cell: Cell) -> None:
+    wanted = list(range(len(cell.evaluation["tasks"])))
+    scored = [step["task"] for step in cell.evaluation["after"]]
+    if scored != wanted:
+        raise RunError(
+            f"{cell} is scored after {len(scored)} of its {len(wanted)} tasks: train and evaluate it to the end first"
+        )
+
+
+def _by_method(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    methods: dict[str, list[Cell]] = {}
+    for cell in cells:
+        members = methods.setdefault(cell.method, [])
+        for other in members:
+            if other.seed == cell.seed:
+                raise RunError(
+                    f"{other} and {cell} are both method '{cell.method}' with seed {cell.seed}: give one of them"
+                )
+        members.append(cell)
+    return {name: sorted(members, key=lambda c: c.seed) for name, members in methods.items()}
+
+
+# --- the arithmetic ---------------------------------------------------------------------------------------------------
+
+
+class _Layout:
+    """Where every test mixture and every mean stands: mixtures are rows, grouped by list; means are columns."""
+
+    def __init__(self, evaluation: Mapping[str, Any]) -> None:
+        rows = [_rows(step) for step in evaluation["after"]]
+        self.steps = len(rows)
+        keys = sorted({(r["list"], r["mixture"]) for step in rows for r in step})
+        self.row = {key: number for number, key in enumerate(keys)}
+        lists = [name for name, _ in keys]
+        self.sizes = [lists.count(name) for name in dict.fromkeys(lists)]
+        self.mixtures = len(keys)
+        kinds = ["all", *(["released"] if any(r["degenerate"] for step in rows for r in step) else [])]
+        steps = range(self.steps)
+        columns = [
+            *(("matrix", t, str(j)) for t in steps for j in range(t + 1)),
+            *((kind, t, metric) for kind in kinds for t in steps for metric in METRICS),
+        ]
+        self.column = {key: number for number, key in enumerate(columns)}
+
+
+class _Table:
+    """The sums and counts of one run's scores by mixture and mean, both [mixtures, means]."""
+
+    def __init__(self, layout: _Layout, cell: Cell) -> None:
+        self.layout = layout
+        self.sums = np.zeros((layout.mixtures, len(layout.column)))
+        self.counts = np.zeros_like(self.sums)
+        for t, step in enumerate(cell.evaluation["after"]):
+            rows = _rows(step)
+            for j in range(t + 1):
+                self._add(("matrix", t, str(j)), rows_of_task(rows, j), "sdr")
+            for metric in METRICS:
+                heard = [r for r in rows if r[metric] is not None and not r["status"].startswith("silent")]
+                self._add(("all", t, metric), [r for r in heard if is_counted(r)], metric)
+                if ("released", t, metric) in layout.column:
+                    self._add(("released", t, metric), heard, metric)
+
+    def _add(self, key: tuple[str, int, str], rows: Iterable[Mapping[str, Any]], metric: str) -> None:
+        column = self.layout.column[key]
+        for r in rows:
+            row = self.layout.row[r["list"], r["mixture"]]
+            self.sums[row, column] += r[metric]
+            self.counts[row, column] += 1
+
+    def beside(self, other: _Table) -> tuple[_Table, _Table]:
+        """This and ``other``, without what only one of them has a score of."""
+        both = (self.counts > 0) & (other.counts > 0)
+        return self._only(both), other._only(both)
+
+    def _only(self, kept: NDArray[np.bool_]) -> _Table:
+        if not (self.counts[~kept] > 0).any():
+            return self
+        part = object.__new__(_Table)
+        part.layout, part.sums, part.counts = self.layout, self.sums * kept, self.counts * kept
+        return part
+
+    def means(self, weights: _Array) -> _Array:
+        """[r, means] for how often each mixture counts, [r, mixtures]; NaN where nothing was scored."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (weights @ self.sums) / (weights @ self.counts)
+
+    def matrix(self, weights: _Array) -> _Array:
+        """[r, T, T], NaN above the diagonal."""
+        return self._matrix(self.means(weights))
+
+    def _matrix(self, means: _Array) -> _Array:
+        steps = self.layout.steps
+        made = np.full((len(means), steps, steps), math.nan)
+        for (kind, t, j), column in self.layout.column.items():
+            if kind == "matrix":
+                made[:, t, int(j)] = means[:, column]
+        return made
+
+    def measures(self, weights: _Array, upper: _Array | None) -> dict[str, _Array]:
+        """Every measure [r] by name, ``name@t`` that of step t; ``upper`` [r, T, T] is joint training's matrix."""
+        means = self.means(weights)
+        matrix = self._matrix(means)
+        last = self.layout.steps - 1
+        steps = average(matrix)
+        found = {"average": steps[:, -1]}
+        if last:
+            found["forgetting"] = forgetting_per_task(matrix).mean(axis=-1)
+            found["bwt"] = backward_transfer_per_task(matrix).mean(axis=-1)
+        if upper is not None:
+            found["intransigence"] = intransigence(matrix, upper).mean(axis=-1)
+        found |= {f"task-{j}": matrix[:, last, j] for j in range(last + 1)}
+        found |= {f"average@{t}": steps[:, t] for t in range(last + 1)}
+        for (kind, t, metric), column in self.layout.column.items():
+            if kind == "all":
+                found[f"{metric}@{t}"] = means[:, column]
+            if kind != "matrix" and t == last:
+                found[metric if kind == "all" else f"released_{metric}"] = means[:, column]
+        return found
+
+
+def _counts(step: Mapping[str, Any]) -> dict[str, int]:
+    found = step["counts"] if "counts" in step else summarise(step["rows"])
+    return {key: found[key] for key in _COUNTS}
+
+
+def _mean_matrix(matrices: Sequence[_Array]) -> tuple[tuple[float | None, ...], ...]:
+    mean = np.mean(matrices, axis=0)
+    return tuple(tuple(v if math.isfinite(v) else None for v in line) for line in mean.tolist())
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None

@@ -1,0 +1,237 @@
+"""Comparison of methods over seeds: on made-up scores whose truth is known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from avsep.errors import RunError, UnknownNameError
+from avsep.evaluation.comparison import Cell, compact_evaluation, compare
+from avsep.evaluation.continual import continual_scores, paired_bootstrap
+from avsep.evaluation.evaluate import METRICS, summarise, task_matrix
+
+TASKS = [["a", "b"], ["c", "d"], ["e", "f"]]
+FEW = 300  # resamples: enough for everything but an interval's last digits
+
+
+def evaluation(score, *, per_task=12, cross=6, steps=3, paper=False, skipped=(), **identity):
+    """An ``evaluation.json``: ``score(t, task, mixture key)`` is the SDR of both sources of a mixture."""
+    after = []
+    for t in range(steps):
+        rows, number = [], 0
+        for j in range(t + 1):
+            lists = [
+                (f"paper-{t}" if paper else f"task-{j}", per_task),
+                *([("cross", cross)] if j and not paper else []),
+            ]
+            for name, count in lists:
+                for k in range(count):
+                    degenerate = "self" if paper and k == 0 else ""
+                    status = "silent_estimate" if (t, name, k) in skipped else "ok"
+                    for place in range(2):
+                        sdr = float(score(t, j, (name, k))) + 0.1 * place
+                        values = {m: None if status != "ok" else sdr + i for i, m in enumerate(METRICS)}
+                        rows.append(
+                            {
+                                "list": name,
+                                "mixture": number,
+                                "task": j,
+                                "status": status,
+                                "degenerate": degenerate,
+                                "ill_conditioned": False,
+                                **values,
+                            }
+                        )
+                    number += 1
+        after.append({"task": t, "rows": rows, "all": summarise(rows)})
+    return {
+        "protocol": "paper" if paper else "fixed",
+        "protocol_version": 1,
+        "protocol_hash": "1" * 64,
+        "store_hash": "2" * 64,
+        "tasks": TASKS[:steps],
+        "after": after,
+        **identity,
+    }
+
+
+def noise(*key):
+    """A number near 0 that depends on the key alone."""
+    return np.random.default_rng([sum(map(ord, str(part))) for part in key]).standard_normal()
+
+
+def cells(method, seeds, level=0.0, spread=0.0, **kwargs):
+    return [
+        Cell(
+            method,
+            s,
+            evaluation(lambda t, j, key, s=s: level + 10 - t + j + noise(*key) + spread * (s - 1), **kwargs),
+            memory_bytes=1000 + s,
+            seconds=10.0 * s,
+        )
+        for s in seeds
+    ]
+
+
+def test_means_are_those_of_the_evaluations():
+    runs = cells("m", [0, 1, 2], spread=1.0)
+    result = compare(runs, resamples=FEW)["m"]
+    matrices = [task_matrix([step["rows"] for step in c.evaluation["after"]]) for c in runs]
+    filled = [np.array(m, dtype=float) for m in matrices]
+    scores = [continual_scores(m) for m in filled]
+    assert result.values["average"].per_seed == pytest.approx([s.average[-1] for s in scores])
+    assert result.values["average"].mean == pytest.approx(np.mean([s.average[-1] for s in scores]))
+    assert result.values["forgetting"].mean == pytest.approx(np.mean([s.forgetting for s in scores]))
+    assert result.values["bwt"].mean == pytest.approx(np.mean([s.backward_transfer for s in scores]))
+    for j in range(3):
+        assert result.values[f"task-{j}"].mean == pytest.approx(np.mean([m[2, j] for m in filled]))
+    for metric in METRICS:
+        steps = [np.mean([c.evaluation["after"][t]["all"]["mean"][metric] for c in runs]) for t in range(3)]
+        assert result.values[metric].mean == pytest.approx(steps[-1])
+        assert [e.mean for e in result.curves[metric]] == pytest.approx(steps)
+    assert [e.mean for e in result.curves["average"]] == pytest.approx(np.mean([s.average for s in scores], axis=0))
+    assert np.array(result.matrix, dtype=float) == pytest.approx(np.mean(filled, axis=0), nan_ok=True)
+    assert result.seeds == (0, 1, 2)
+    assert (result.memory_bytes, result.seconds) == (1001, 10)
+    assert result.counts == {"scored": 48, "skipped": 0, "silent_estimates": 0, "degenerate": 0}
+    assert not any("released" in name for name in result.values)
+
+
+def test_the_compact_form_compares_alike():
+    runs = cells("m", [0, 1], spread=1.0)
+    small = [Cell(c.method, c.seed, json.loads(json.dumps(compact_evaluation(c.evaluation)))) for c in runs]
+    whole = [Cell(c.method, c.seed, c.evaluation) for c in runs]
+    first, second = (compare(c, resamples=FEW).as_dict() for c in (whole, small))
+    assert first == second
+
+
+def test_one_seed_and_one_list_is_the_plain_paired_bootstrap():
+    """The same draws, hence the same interval."""
+    one, two = (
+        Cell(name, 0, evaluation(lambda t, j, key, k=k: k + noise(k, *key), steps=1)) for k, name in enumerate("mn")
+    )
+    result = compare([one, two], baseline="m", resamples=500, seed=3)
+    rows = [c.evaluation["after"][0]["rows"] for c in (one, two)]
+    groups = [r["mixture"] for r in rows[0]]
+    alone = paired_bootstrap([r["sdr"] for r in rows[0]], groups=groups, resamples=500, seed=3)
+    pair = paired_bootstrap(
+        [r["sdr"] for r in rows[1]], [r["sdr"] for r in rows[0]], groups=groups, resamples=500, seed=3
+    )
+    for mine, theirs in ((result["m"].values["sdr"], alone), (result["n"].differences["sdr"], pair)):
+        assert (mine.mean, mine.low, mine.high) == pytest.approx((theirs.mean, theirs.low, theirs.high))
+
+
+def test_seeds_widen_the_interval_and_mixtures_are_not_counted_again():
+    def width(runs):
+        value = compare(runs, resamples=2000)["m"].values["sdr"]
+        return value.high - value.low
+
+    alone, alike, apart = (width(cells("m", *a)) for a in (([1],), ([0, 1, 2],), ([0, 1, 2], 0.0, 3.0)))
+    # three seeds that agree on every mixture say nothing new of the mixtures: the draw of these is shared
+    assert alike == pytest.approx(alone, rel=0.1)
+    # seeds of means -3, 0, 3: a resample of three of them has a standard deviation of sqrt(6 / 3)
+    assert apart > 2 * 1.96 * np.sqrt(2) * 0.8
+
+
+def test_differences_are_paired_by_seed_and_mixture():
+    runs = [*cells("base", [0, 1, 2], spread=5.0), *cells("better", [0, 1, 2], 0.5, 5.0)]
+    result = compare(runs, baseline="base", resamples=FEW)
+    value, difference = result["better"].values["average"], result["better"].differences["average"]
+    assert value.high - value.low > 3
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert difference.significant
+    assert difference.per_seed == pytest.approx((0.5, 0.5, 0.5))
+    assert not result["better"].differences["forgetting"].significant
+    assert result["base"].differences == {}
+    assert result.as_dict()["methods"][1]["differences"]["average"]["significant"] is True
+    with pytest.raises(UnknownNameError, match="no method 'bettr' to compare with: did you mean 'better'"):
+        compare(runs, baseline="bettr")
+
+
+def test_a_difference_is_over_the_seeds_both_have():
+    runs = [*cells("base", [0, 1]), *cells("other", [1, 2], spread=1.0)]
+    result = compare(runs, baseline="base", resamples=FEW)
+    assert len(result["other"].differences["sdr"].per_seed) == 1
+    assert compare(runs[:1] + runs[3:], baseline="base", resamples=FEW)["other"].differences == {}
+
+
+def test_what_only_one_method_has_a_score_of_is_in_no_difference():
+    def hard(t, j, key):
+        return -50.0 if key == ("task-0", 3) else 5.0
+
+    runs = [
+        Cell("base", 0, evaluation(hard)),
+        Cell("mute", 0, evaluation(hard, skipped={(2, "task-0", 3)})),
+    ]
+    result = compare(runs, baseline="base", resamples=FEW)
+    assert result["mute"].values["sdr"].mean > result["base"].values["sdr"].mean + 0.5
+    assert result["mute"].differences["sdr"].mean == pytest.approx(0)
+    assert result["mute"].differences["task-0"].mean == pytest.approx(0)
+    assert result["mute"].counts["skipped"] == result["mute"].counts["silent_estimates"] == 1
+
+
+def test_intransigence_is_to_the_joint_run_of_the_same_seed():
+    runs, joint = cells("m", [0, 1, 2]), cells("joint", [0, 1], 2.0, 1.0)
+    result = compare([*runs, *joint], joint=joint, resamples=FEW)
+    assert result["m"].values["intransigence"].per_seed == pytest.approx((1.0, 2.0))
+    assert result["joint"].values["intransigence"].mean == pytest.approx(0)
+    assert "intransigence" not in compare(runs, resamples=FEW)["m"].values
+
+
+def test_paper_pairs_are_given_with_and_without_the_degenerate_ones():
+    runs = cells("m", [0], paper=True)
+    result = compare(runs, resamples=FEW)["m"]
+    last = runs[0].evaluation["after"][-1]["all"]
+    assert result.values["sir"].mean == pytest.approx(last["mean"]["sir"])
+    assert result.values["released_sir"].mean == pytest.approx(last["with_degenerate"]["mean"]["sir"])
+    assert result.values["sir"].mean != pytest.approx(result.values["released_sir"].mean, abs=1e-3)
+    assert result.counts["degenerate"] == last["degenerate"] > 0
+
+
+def test_one_task_has_no_forgetting_and_json_no_nan():
+    result = compare(cells("m", [0], steps=1), resamples=FEW)
+    assert "forgetting" not in result["m"].values
+    json.dumps(result.as_dict(), allow_nan=False)
+    json.dumps(compare(cells("m", [0]), resamples=FEW).as_dict(), allow_nan=False)
+
+
+def test_the_same_every_time():
+    runs = [*cells("a", [0, 1]), *cells("b", [0, 1], 0.2, 1.0)]
+    first, second = (compare(runs, baseline="a", resamples=FEW, seed=4) for _ in range(2))
+    assert first == second
+    other = compare(list(reversed(runs)), baseline="a", resamples=FEW, seed=4)
+    assert other["b"] == first["b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"store_hash": "9" * 64}, r"different stores \(222222222222 and 999999999999\)"),
+        ({"tasks": TASKS[::-1]}, r"another order \(a, b; c, d; e, f and e, f; c, d; a, b\)"),
+        ({"protocol": "paper"}, r"different protocols \(fixed and paper\)"),
+        ({"protocol_version": 2}, r"versions of the protocol .* \(1 and 2\)"),
+        ({"protocol_hash": "7" * 64}, r"different mixtures \(111111111111 and 777777777777\)"),
+    ],
+)
+def test_runs_tested_on_something_else_are_refused(change, reason):
+    one, two = cells("m", [0]), cells("n", [0], **change)
+    with pytest.raises(RunError, match=f"m with seed 0 and n with seed 0 cannot be compared: .*{reason}"):
+        compare([*one, *two])
+    with pytest.raises(RunError, match="cannot be compared"):
+        compare(one, joint=two)
+
+
+def test_other_mistakes():
+    with pytest.raises(RunError, match="nothing to compare"):
+        compare([])
+    with pytest.raises(RunError, match="are both method 'm' with seed 0"):
+        compare([*cells("m", [0]), *cells("m", [0])])
+    (short,) = cells("m", [0])
+    short.evaluation["after"].pop()
+    with pytest.raises(RunError, match="scored after 2 of its 3 tasks"):
+        compare([short])
+    for wrong in ({"confidence": 1.0}, {"resamples": 0}):
+        with pytest.raises(ValueError, match="must"):
+            compare(cells("m", [0]), **wrong)
