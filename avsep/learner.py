@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -32,10 +31,19 @@ from avsep.data.tasks import TaskStream
 from avsep.devices import pick_device
 from avsep.errors import AvsepError, CheckpointError, ConfigError, NumericalError, RunError
 from avsep.io import FolderLock, read_json, write_json, write_yaml
+from avsep.memory.base import (
+    Candidates,
+    Memory,
+    MemoryPolicy,
+    exemplars_from_plain,
+    exemplars_to_plain,
+    memory_rng,
+)
+from avsep.memory.candidates import JudgedCandidates
 from avsep.memory.none import NoMemory
 from avsep.progress import Progress, progress_bar
 from avsep.registry import MEMORIES, STRATEGIES
-from avsep.runs import finished_tasks, read_run_spec, separator_folder
+from avsep.runs import finished_tasks, read_exemplars, read_run_spec, separator_folder
 from avsep.seeding import seeded
 from avsep.separator import Separator, build_from_spec, load_separator, save_separator
 from avsep.spec import ComponentRef, OptimizerSpec, RunSpec, TrainSpec, validated
@@ -125,9 +133,9 @@ class ContinualLearner:
         self._strategy_ref = _ref(strategy, "strategy")
         self._memory_ref = _ref(memory, "memory")
         self.strategy: Strategy = STRATEGIES.create(self._strategy_ref.name, self._strategy_ref.params)
-        self.memory = MEMORIES.create(self._memory_ref.name, self._memory_ref.params)
+        self.memory: MemoryPolicy = MEMORIES.create(self._memory_ref.name, self._memory_ref.params)
         self.train = train if isinstance(train, TrainSpec) else validated(TrainSpec, train or {}, "train")
-        self.exemplars: dict[str, list[str]] = {}
+        self.exemplars: Memory = {}
         precision = self.train.precision
         if accelerator != "auto" and pick_device(accelerator).type != accelerator:
             raise ConfigError(
@@ -232,7 +240,7 @@ class ContinualLearner:
                     f"tasks: remove {out} and start the run again"
                 )
             self.separator = load_separator(out, task=done - 1)
-            self.exemplars = read_json(separator_folder(out, done - 1).with_name("task.json"))["exemplars"]
+            self.exemplars = read_exemplars(out, done - 1)
         return done
 
     def _check_first_task(self, other: Path, spec: RunSpec) -> None:
@@ -244,7 +252,8 @@ class ContinualLearner:
             strategy: Strategy = STRATEGIES.create(one.strategy.name, one.strategy.params)
             data = one.model_dump(mode="json", exclude={"store", "preset", "strategy", "memory", "protocol"})
             data["tasks"] = data["tasks"][:1]
-            data["train"].pop("memory_repeats")  # there are no exemplars yet
+            for name in ("memory_repeats", "memory_share"):  # there are no exemplars yet
+                data["train"].pop(name)
             facts.append({**data, "strategy": strategy.first_task()})
         if difference := _difference(facts[0], facts[1]):
             key, now, then = difference
@@ -297,15 +306,16 @@ class ContinualLearner:
                     f"the first task, {', '.join(first.classes)}, has no mixture to be validated or tested on: these "
                     "pair different classes, so give it two or more"
                 )
-        for task in stream.tasks[:-1]:
-            self.memory.check({name: len(self._clips(stream, [name])) for name in task.classes})
+        if not self.strategy.uses_all_data:
+            old = stream.tasks[-1].old
+            self.memory.check({name: len(self._clips(stream, [name])) for name in old})
         clip = stream.train_clips(first)[0]
         for source in self.separator.visual_sources():  # a missing feature or a wrong width shows here, not in an hour
             stream.store.read_visual(clip, source, centre_s=0.0, duration_s=spec.front_end.clip_s)
-        remembered: dict[str, list[str]] = {}
+        remembered: Memory = {}
         for task in stream.tasks:  # likewise a batch or partners that some task has too few clips for
             self._epoch(stream, task, 0, remembered)
-            remembered |= self._exemplars(stream, task, np.random.default_rng(0))
+            remembered = self._remember(stream, task, remembered, judge=False)
 
     @staticmethod
     def _check_folder(out: Path, resume: bool) -> None:
@@ -351,7 +361,7 @@ class ContinualLearner:
         student = self.separator
         if state:
             self._load_student(state["student"], out)
-            self.exemplars = {str(k): [str(i) for i in v] for k, v in state["progress"]["exemplars"].items()}
+            self.exemplars = exemplars_from_plain(state["progress"]["exemplars"], str(out / "state"))
             self.strategy.load_state_dict(state["strategy"])
         teacher = self._teacher(task, out)
         if not state:
@@ -389,7 +399,11 @@ class ContinualLearner:
                     "strategy": self.strategy.state_dict(),
                     "random": rng_state(),
                     "precision": precision.state_dict(),
-                    "progress": {"task": task.index, "exemplars": self.exemplars, "record": vars(record)},
+                    "progress": {
+                        "task": task.index,
+                        "exemplars": exemplars_to_plain(self.exemplars),
+                        "record": vars(record),
+                    },
                 },
             )
 
@@ -468,22 +482,21 @@ class ContinualLearner:
             raise ConfigError("nothing to train: every part of the separator is frozen")
         return made
 
-    def _epoch(
-        self, stream: TaskStream, task: Task, epoch: int, exemplars: dict[str, list[str]] | None = None
-    ) -> TrainingMixtures:
+    def _epoch(self, stream: TaskStream, task: Task, epoch: int, exemplars: Memory | None = None) -> TrainingMixtures:
         everything = self.strategy.uses_all_data
         exemplars = self.exemplars if exemplars is None else exemplars
-        ids = [] if everything else [i for name in task.old for i in exemplars.get(name, ())]
+        kept = [] if everything else [e for name in task.old for e in exemplars.get(name, ())]
         return TrainingMixtures(
             stream.store,
             stream.train_clips(task, all_seen=everything),
-            [stream.store.clip(i) for i in ids],
+            stream.store.clips_by_id([e.id for e in kept]),
             self.train,
             self.separator.spec.front_end,
             self.separator.visual_sources(),
             {name: number for number, name in enumerate(task.seen)},
             task=task.index,
             epoch=epoch,
+            crops={e.id: e.start for e in kept if e.start is not None},
         )
 
     def _batches(self, data: TrainingMixtures, done: int) -> Iterator[Batch]:
@@ -593,8 +606,7 @@ class ContinualLearner:
         student.eval()
         target = separator_folder(out, task.index)
         save_separator(student, target)
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.train.seed, task.index, 2**31 + 1])))
-        self.exemplars = {**self.exemplars, **self._exemplars(stream, task, rng)}
+        self.exemplars = self._remember(stream, task, self.exemplars)
         write_json(
             target.with_name("task.json"),
             {
@@ -606,18 +618,26 @@ class ContinualLearner:
                 "best_epoch": record.best_epoch,
                 "best_step": record.best_step,
                 "validation_sdr_db": record.best_sdr_db,
-                "exemplars": self.exemplars,
+                "exemplars": exemplars_to_plain(self.exemplars),
                 "parameters": sum(p.numel() for p in student.parameters()),
                 "seconds": round(record.seconds, 1),
             },
         )
 
-    def _exemplars(self, stream: TaskStream, task: Task, rng: np.random.Generator) -> dict[str, list[str]]:
-        """What the memory keeps of a task; nothing after the last one."""
+    def _remember(self, stream: TaskStream, task: Task, held: Memory, *, judge: bool = True) -> Memory:
+        """The memory after a task; nothing is added after the last one. Without ``judge`` the separator is not asked,
+        and only the number of exemplars means something."""
         if task.index == len(stream) - 1 or self.strategy.uses_all_data:
-            return {}
-        candidates = {name: [c.id for c in self._clips(stream, [name])] for name in task.classes}
-        return {name: ids for name, ids in self.memory.select(candidates, rng).items() if ids}
+            return held
+        clips = {name: self._clips(stream, [name]) for name in task.classes}
+        earlier = {name: len(self._clips(stream, [name])) for name in task.old}
+        candidates = (
+            JudgedCandidates(clips, self.separator, stream.store, earlier=earlier, device=self.fabric.device)
+            if judge
+            else Candidates(clips, self.separator.spec.front_end, earlier=earlier)
+        )
+        memory = self.memory.update(held, candidates, memory_rng(self.train.seed, task.index))
+        return {name: list(kept) for name, kept in memory.items() if kept}
 
 
 class _TaskData:

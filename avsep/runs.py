@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from avsep.errors import ConfigError, RunError
-from avsep.io import read_yaml
+from avsep.errors import CheckpointError, ConfigError, RunError
+from avsep.io import read_json, read_yaml
 from avsep.spec import RunSpec, validated
 
-__all__ = ["finished_tasks", "read_run_spec", "separator_folder"]
+if TYPE_CHECKING:
+    from avsep.memory.base import Memory
+
+__all__ = ["finished_tasks", "read_exemplars", "read_run_spec", "separator_folder"]
 
 
 def read_run_spec(run: str | Path) -> RunSpec:
@@ -26,6 +30,24 @@ def read_run_spec(run: str | Path) -> RunSpec:
 def separator_folder(run: str | Path, task: int) -> Path:
     """Where the separator of a finished task lies."""
     return Path(run) / "tasks" / f"{task:02d}" / "separator"
+
+
+def read_exemplars(run: str | Path, task: int) -> Memory:
+    """The memory after a finished task, by class.
+
+    Raises:
+        CheckpointError: the task's record is missing or damaged.
+    """
+    from avsep.memory.base import exemplars_from_plain
+
+    path = separator_folder(run, task).with_name("task.json")
+    try:
+        record = read_json(path)
+        return exemplars_from_plain(record["exemplars"] if isinstance(record, dict) else record, str(path))
+    except KeyError:
+        raise CheckpointError(f"{path} names no exemplars: it is damaged; train the task again") from None
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def finished_tasks(run: str | os.PathLike[str]) -> list[int]:

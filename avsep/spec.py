@@ -185,6 +185,11 @@ class TrainSpec(_Model):
     steps_per_epoch: int | None = Field(None, ge=1, description="draw this many batches an epoch instead of all")
     current_repeats: int = Field(40, ge=1, description="times each clip of the current task stands in an epoch's list")
     memory_repeats: int = Field(800, ge=1, description="times each exemplar stands in an epoch's list")
+    memory_share: Literal["grow", "constant"] = Field(
+        "grow",
+        description="constant divides memory_repeats by the exemplars of the class: a larger memory is then not seen "
+        "more often; equal for one exemplar a class",
+    )
     partner: Literal["any", "different_class"] = "any"
     gain: tuple[float, float] = (0.5, 1.5)
     seed: int = Field(1234, ge=0)

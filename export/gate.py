@@ -118,7 +118,7 @@ def held_out_batches(
 def calibration_batches(
     run: str | Path, task: int, front_end: FrontEndSpec, *, count: int = 64, store: str | Path | None = None
 ) -> Iterator[Batch]:
-    """Training mixtures of ``task``, one a batch, as the run drew them: its clips and the remembered exemplars.
+    """Training mixtures of ``task``, one a batch, drawn as in the run: of its clips and of the exemplars it had.
 
     Raises:
         DataError, RunError: the store is gone or is not the one trained on.
@@ -126,19 +126,17 @@ def calibration_batches(
     from avsep.data.mixing import TrainingMixtures, collate
     from avsep.data.protocol import Protocol
     from avsep.evaluation.evaluate import open_run_store
-    from avsep.io import read_json
-    from avsep.runs import read_run_spec, separator_folder
+    from avsep.runs import read_exemplars, read_run_spec
     from avsep.separator import load_separator
 
     separator = load_separator(run, task)
     spec = read_run_spec(run)
     protocol = Protocol.load(Path(run) / "protocol.json")
     opened = open_run_store(Path(run), store, protocol)
-    record = read_json(separator_folder(run, task).with_name("task.json"))
-    new = set(protocol.tasks[task])
-    remembered = {i for name, ids in record.get("exemplars", {}).items() if name not in new for i in ids}
+    remembered = [e for kept in read_exemplars(run, task - 1).values() for e in kept] if task else []
     clips = opened.select(classes=list(protocol.tasks[task]), split="train")
-    exemplars = [c for c in opened.clips if c.id in remembered]
+    exemplars = opened.clips_by_id([e.id for e in remembered])
+    crops = {e.id: e.start for e in remembered if e.start is not None}
     index = {name: i for i, name in enumerate(separator.classes)}
     given, epoch = 0, 0
     while given < count:
@@ -152,6 +150,7 @@ def calibration_batches(
             index,
             task=task,
             epoch=epoch,
+            crops=crops,
         )
         for item in range(min(len(drawn), count - given)):
             yield collate([drawn[item]])

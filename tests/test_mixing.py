@@ -27,12 +27,11 @@ def store(tone_store):
     return Store.open(tone_store)
 
 
-def _epoch(store, task=1, epoch=0, exemplars=("ding-train-0",), **settings):
+def _epoch(store, task=1, epoch=0, exemplars=("ding-train-0",), crops=None, **settings):
     train = TrainSpec(**{"batch_size": 4, "current_repeats": 4, "memory_repeats": 12, **settings})
     clips = store.select(classes=["peep", "whirr"], split="train")
-    return TrainingMixtures(
-        store, clips, [store.clip(e) for e in exemplars], train, FRONT_END, SOURCES, CLASSES, task=task, epoch=epoch
-    )
+    kept = [store.clip(e) for e in exemplars]
+    return TrainingMixtures(store, clips, kept, train, FRONT_END, SOURCES, CLASSES, task=task, epoch=epoch, crops=crops)
 
 
 def test_slot_is_gain_then_clip_with_a_last_zero(store):
@@ -148,3 +147,53 @@ def test_frozen_mixtures_load_as_a_batch(store):
     np.testing.assert_allclose(batch.sources[2, 1, :-1].numpy() * 2, raw, atol=1e-7)
     with pytest.raises(DataError, match="has not learned"):
         load_mixtures(store, mixtures, FRONT_END, SOURCES, {"ding": 0})
+
+
+def test_a_kept_crop_is_always_the_same_and_changes_no_other_draw(store):
+    free, kept = _epoch(store), _epoch(store, crops={"ding-train-0": 777, "peep-train-0": 5})
+    length, seen = FRONT_END.clip_samples - 1, 0
+    for i in range(len(free)):
+        for a, b in zip(free[i], kept[i], strict=True):
+            assert (a.clip, a.is_memory) == (b.clip, b.is_memory)
+            if not b.is_memory:  # peep is no exemplar: its crop is free
+                np.testing.assert_array_equal(a.audio, b.audio)
+                continue
+            seen += 1
+            crop = store.read_audio(b.clip, 777, length)
+            gain = float(b.audio[:-1] @ crop / (crop @ crop))
+            np.testing.assert_allclose(b.audio[:-1], np.clip(gain * crop, -1, 1), atol=1e-6)
+            np.testing.assert_array_equal(
+                b.visual["motion"],
+                store.read_visual(b.clip, SOURCES[1], centre_s=(777 + 4095) / RATE, duration_s=FRONT_END.clip_s),
+            )
+    assert seen > 3
+
+
+def test_a_larger_memory_can_hold_its_share():
+    """The published lists: 201 clips at task 3 and 15 old classes, of which two have fewer than 30 clips; 30 exemplars
+    a class would be 0.977 of the list."""
+    sizes = (47, 39, 32, 28, 44, 33, 54, 14, 41, 63, 32, 76, 41, 46, 49)
+    clips = [Clip(f"c{i}", "a", "train", RATE, i) for i in range(201)]
+
+    def share(per_class, **settings):
+        kept = [
+            Clip(f"m{c}-{i}", f"o{c}", "train", RATE, i) for c in range(15) for i in range(min(per_class, sizes[c]))
+        ]
+        names = {"a": 0, **{f"o{c}": c + 1 for c in range(15)}}
+        data = TrainingMixtures(None, clips, kept, TrainSpec(**settings), FRONT_END, (), names, task=3, epoch=0)
+        return round(float(np.mean(data.list >= 201)), 3), len(data.list)
+
+    assert share(1) == share(1, memory_share="constant") == (0.599, 20040)
+    assert share(30)[0] == 0.977
+    assert share(30)[1] // 32 == 11051
+    assert share(4, memory_share="constant") == (0.599, 20040)
+    assert share(30, memory_share="constant") == (0.593, 201 * 40 + 13 * 30 * 26 + 28 * 28 + 14 * 57)
+    assert share(3, memory_share="constant", memory_repeats=2)[1] == 201 * 40 + 45
+
+
+def test_a_constant_share_is_of_each_class():
+    clips = [Clip(f"c{i}", "a", "train", RATE, i) for i in range(4)]
+    kept = [Clip(f"{name}{i}", name, "train", RATE, 9) for name, count in (("b", 1), ("c", 3)) for i in range(count)]
+    train = TrainSpec(memory_share="constant", memory_repeats=12, batch_size=2)
+    data = TrainingMixtures(None, clips, kept, train, FRONT_END, (), {"a": 0, "b": 1, "c": 2}, task=1, epoch=0)
+    assert np.bincount(data.list).tolist() == [40] * 4 + [12] + [4] * 3

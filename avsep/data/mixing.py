@@ -6,7 +6,8 @@ of reading and a resume in mid-epoch cannot change it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,9 +112,11 @@ def load_mixtures(
 class TrainingMixtures(Dataset[list[Slot]]):
     """The mixtures of one epoch of one task.
 
-    The epoch's list holds each current clip ``current_repeats`` times and each exemplar ``memory_repeats`` times, in a
-    shuffled order; an item is the list's clip with N - 1 partners drawn uniformly from the same list (published rule;
-    ``partner="different_class"`` redraws until the classes differ).
+    The epoch's list holds each current clip ``current_repeats`` times and each exemplar ``memory_repeats`` times
+    (``memory_share="constant"``: divided by the number of its class's exemplars), in a shuffled order; an item is the
+    list's clip with N - 1 partners drawn uniformly from the same list (published rule; ``partner="different_class"``
+    redraws until the classes differ). ``crops``: the first sample of those exemplars of which one crop alone was kept,
+    by clip id.
     """
 
     def __init__(
@@ -128,16 +131,18 @@ class TrainingMixtures(Dataset[list[Slot]]):
         *,
         task: int,
         epoch: int,
+        crops: Mapping[str, int] | None = None,
     ) -> None:
         self.store = store
         self.clips = [*clips, *exemplars]
+        self.crops = dict(crops or {})
         self.current = len(clips)
         self.train = train
         self.front_end = front_end
         self.visual_sources = tuple(visual_sources)
         self.class_index = class_index
         self.key = (train.seed, task, epoch)
-        repeats = [train.current_repeats] * len(clips) + [train.memory_repeats] * len(exemplars)
+        repeats = [train.current_repeats] * len(clips) + _memory_repeats(train, exemplars)
         self.list = np.repeat(np.arange(len(self.clips)), repeats)
         classes = {c.class_name for c in self.clips}
         if train.partner == "different_class" and len(classes) < train.sources:
@@ -179,10 +184,13 @@ class TrainingMixtures(Dataset[list[Slot]]):
     def _slot(self, number: int, rng: np.random.Generator) -> Slot:
         clip = self.clips[number]
         gain = float(rng.uniform(*self.train.gain))
+        start = self._start(clip, rng)  # drawn for a kept crop too: how exemplars are kept changes no other draw
+        if number >= self.current:
+            start = self.crops.get(clip.id, start)
         return load_slot(
             self.store,
             clip,
-            self._start(clip, rng),
+            start,
             self.front_end,
             self.visual_sources,
             self.class_index[clip.class_name],
@@ -195,3 +203,11 @@ class TrainingMixtures(Dataset[list[Slot]]):
         a clip shorter than the crop is entered anywhere, since it repeats."""
         room = clip.samples - self.front_end.clip_samples
         return int(rng.integers(room + 1 if room >= 0 else clip.samples))
+
+
+def _memory_repeats(train: TrainSpec, exemplars: Sequence[Clip]) -> list[int]:
+    """Times that each exemplar stands in the list."""
+    if train.memory_share == "grow":
+        return [train.memory_repeats] * len(exemplars)
+    of_class = Counter(clip.class_name for clip in exemplars)
+    return [max(1, train.memory_repeats // of_class[clip.class_name]) for clip in exemplars]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from avsep.memory.base import MemoryPolicy
+from avsep.memory.base import Candidates, Exemplar, Memory, MemoryPolicy
 from avsep.registry import MEMORIES
 
 __all__ = ["NoMemory"]
@@ -16,5 +16,10 @@ __all__ = ["NoMemory"]
 class NoMemory(MemoryPolicy):
     """Keep nothing: every task is learned from its own clips alone."""
 
-    def select(self, candidates: Mapping[str, Sequence[str]], rng: np.random.Generator) -> dict[str, list[str]]:
-        return {name: [] for name in candidates}
+    def __init__(self) -> None:
+        super().__init__()
+
+    def update(
+        self, held: Mapping[str, Sequence[Exemplar]], candidates: Candidates, rng: np.random.Generator
+    ) -> Memory:
+        return {}

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from avsep.errors import ConfigError
-from avsep.memory.base import MemoryPolicy
+from avsep.memory.base import Candidates, PerClass
 from avsep.registry import MEMORIES
 
 __all__ = ["RandomPerClass"]
 
 
 @MEMORIES.register("random_per_class", source="Pian et al., NeurIPS 2024, section 4.1: one sample per old class")
-class RandomPerClass(MemoryPolicy):
-    """Keep ``per_class`` random recordings of every old class, drawn once and then fixed."""
+class RandomPerClass(PerClass):
+    """Keep ``per_class`` random recordings of every old class, drawn once and then fixed.
 
-    def __init__(self, *, per_class: int = 1) -> None:
-        if per_class < 1:
-            raise ValueError(f"per_class must be at least 1, got {per_class}; for no memory use the policy 'none'")
-        self.per_class = per_class
+    ``keep``: ``recording``, ``clip`` (a random crop of each) or ``id``.
+    """
 
-    def check(self, candidates: Mapping[str, int]) -> None:
-        for name, count in candidates.items():
-            if count < self.per_class:
-                raise ConfigError(
-                    f"memory of {self.per_class} clips per class is larger than class '{name}', which has {count} "
-                    f"training clips: lower per_class to {count} or less"
-                )
-
-    def select(self, candidates: Mapping[str, Sequence[str]], rng: np.random.Generator) -> dict[str, list[str]]:
+    def choose(self, ids: Sequence[str], count: int, candidates: Candidates, rng: np.random.Generator) -> list[str]:
         """Drawn without replacement, in the order of drawing."""
-        return {
-            name: [str(i) for i in rng.choice(np.asarray(ids), size=self.per_class, replace=False)]
-            for name, ids in candidates.items()
-        }
+        return [str(i) for i in rng.choice(np.asarray(ids), size=count, replace=False)]

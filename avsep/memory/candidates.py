@@ -1,0 +1,124 @@
+"""Candidates as the trained separator sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from avsep.data.mixing import collate, load_slot
+from avsep.data.store import Clip, Store
+from avsep.errors import NumericalError
+from avsep.losses import separation_loss
+from avsep.memory.base import Candidates
+from avsep.separator import Separator
+from avsep.types import MaskOutput, Spectrograms, move_to
+
+__all__ = ["JudgedCandidates"]
+
+_BATCH = 8  # mixtures at a time; fixed, so that rounding does not depend on the batch size of training
+
+
+class JudgedCandidates(Candidates):
+    """The training clips of a finished task, judged by the separator that the task left.
+
+    Each clip is heard once, when it is first asked for: its centre crop, mixed (each halved, gain 1) with the centre
+    crop of a fixed partner, by the separator in evaluation mode, without gradients and in full precision. The partner
+    of the i-th clip of a class is the clip i, counted in a circle, of the task's next class; of the next clip of its
+    own class where the task has one class alone.
+
+    A clip's feature is what CrossSDC compares: the audio, object and motion embeddings that the mask decoder gives for
+    its slot, each brought to length 1, joined and brought to length 1 again. Its mask error is the separation loss of
+    its slot.
+    """
+
+    def __init__(
+        self,
+        clips: Mapping[str, Sequence[Clip]],
+        separator: Separator,
+        store: Store,
+        *,
+        earlier: Mapping[str, int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(clips, separator.spec.front_end, earlier=earlier)
+        self.separator = separator
+        self.store = store
+        self.device = torch.device(device)
+        self._judged: dict[str, tuple[np.ndarray, float]] = {}
+
+    def features(self, ids: Sequence[str]) -> np.ndarray:
+        self._judge(ids)
+        return np.stack([self._judged[i][0] for i in ids])
+
+    def mask_error(self, ids: Sequence[str]) -> np.ndarray:
+        self._judge(ids)
+        return np.array([self._judged[i][1] for i in ids])
+
+    def partner(self, clip_id: str) -> str:
+        """The clip that another is mixed with."""
+        names = list(self.ids)
+        number = names.index(self.clips[clip_id].class_name)
+        place = self.ids[names[number]].index(clip_id) + (len(names) == 1)
+        others = self.ids[names[(number + 1) % len(names)]]
+        return others[place % len(others)]
+
+    @torch.no_grad()
+    def _judge(self, ids: Sequence[str]) -> None:
+        # whole classes at a time, in one order: the batches do not depend on who is asked for first
+        asked = {self.clips[i].class_name for i in ids if i not in self._judged}
+        for name in self.ids:
+            if name in asked:
+                members = self.ids[name]
+                for first in range(0, len(members), _BATCH):
+                    self._judge_batch(members[first : first + _BATCH])
+
+    def _judge_batch(self, ids: Sequence[str]) -> None:
+        separator, index = self.separator, {name: i for i, name in enumerate(self.separator.classes)}
+        was_training = separator.training
+        sources = separator.visual_sources()
+        batch = move_to(
+            collate(
+                [
+                    [
+                        load_slot(
+                            self.store,
+                            self.clips[i],
+                            self.centre(i),
+                            self.front_end,
+                            sources,
+                            index[self.clips[i].class_name],
+                        )
+                        for i in (clip_id, self.partner(clip_id))
+                    ]
+                    for clip_id in ids
+                ]
+            ),
+            self.device,
+        )
+        separator.eval()
+        try:
+            spectrograms = separator.analyse(batch.sources)
+            visual = separator.encode_visual(batch.object, batch.motion, batch.motion_mask)
+            output = separator(spectrograms.network_input, visual, batch.class_ids)
+        finally:
+            separator.train(was_training)
+        embeddings = [e[:, 0].float() for e in (output.audio, output.object, output.motion) if e is not None]  # [B, D]
+        joined = F.normalize(torch.cat([F.normalize(e, dim=1) for e in embeddings], dim=1), dim=1)
+        first = torch.tensor([[True, False]], device=self.device)
+        for b, clip_id in enumerate(ids):
+            one = slice(b, b + 1)
+            alone = Spectrograms(
+                network_input=spectrograms.network_input[one],
+                weight=spectrograms.weight[one],
+                ratio=spectrograms.ratio[one],
+                mixture=spectrograms.mixture[one],
+            )
+            masks = MaskOutput(audio=output.audio[one], logits=output.logits[one])
+            error = float(separation_loss(masks, alone, slots=first))
+            feature = joined[b].cpu().numpy()
+            if not (np.isfinite(error) and np.isfinite(feature).all()):
+                raise NumericalError(f"the separator's answer for clip '{clip_id}' is not finite: look at that clip")
+            self._judged[clip_id] = (feature, error)
