@@ -205,6 +205,7 @@ class ContinualLearner:
             train=self.train,
             tasks=tuple(t.classes for t in stream.tasks),
             protocol=stream.protocol.name,
+            validation_protocol=stream.validation.name,
             store=str(Path(stream.store.path).resolve()),
             store_hash=stream.store.content_hash,
             preset=preset,
@@ -588,7 +589,7 @@ class ContinualLearner:
             batch_size=self.train.batch_size,
             device=self.fabric.device,
         )
-        return mean_sdr(scores)
+        return mean_sdr(scores, degenerate=stream.validation.name == "paper")
 
     def _finish(
         self,

@@ -190,7 +190,12 @@ class TrainSpec(_Model):
         description="constant divides memory_repeats by the exemplars of the class: a larger memory is then not seen "
         "more often; equal for one exemplar a class",
     )
-    partner: Literal["any", "different_class"] = "any"
+    partner: Literal["any", "different_class", "different_video"] = Field(
+        "any", description="what a clip may be mixed with; any: even with itself, as published"
+    )
+    crop: Literal["any", "published"] = Field(
+        "any", description="published: middles of whole seconds, 8 or more from either end of a long clip"
+    )
     gain: tuple[float, float] = (0.5, 1.5)
     seed: int = Field(1234, ge=0)
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
@@ -225,6 +230,9 @@ class RunSpec(_Model):
     train: TrainSpec = Field(default_factory=lambda: TrainSpec())
     tasks: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_task_lists)] = ()
     protocol: Literal["fixed", "paper"] = "fixed"
+    validation_protocol: Literal["fixed", "paper"] = Field(
+        "fixed", description="paper: models are selected on pairs redrawn after every task, degenerate ones included"
+    )
     store: str = ""
     store_hash: str = ""
     preset: str = ""

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,6 +21,7 @@ import avsep
 from avsep.data.tasks import task_stream
 from avsep.errors import AvsepError, CheckpointError, ConfigError, DataError, NumericalError, RunError, UnknownNameError
 from avsep.learner import ContinualLearner, _thinned, learning_rate_factor
+from avsep.runs import read_run_spec
 from avsep.spec import OptimizerSpec
 
 CLIP = TINY_FRONT_END["clip_samples"]
@@ -487,6 +489,27 @@ def test_fewer_validation_pairs_are_spread_over_each_list(tone_store):
     assert kept == [m for name in dict.fromkeys(m.list_name for m in mixtures) for m in _spread(lists[name])]
     assert _thinned(mixtures, None) == mixtures
     assert _thinned(mixtures, 10**6) == mixtures
+
+
+def test_models_are_selected_on_the_validation_protocol_that_was_asked_for(tone_store, tmp_path, monkeypatch):
+    from avsep.evaluation import evaluate
+
+    seen = []
+    real = evaluate.evaluate_separator
+    monkeypatch.setattr(evaluate, "evaluate_separator", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
+    stream = task_stream(
+        tone_store, TINY_TASKS, validation_protocol="paper", clip_samples=TINY_FRONT_END["clip_samples"]
+    )
+    learner = tiny_learner("finetune", "none", epochs=1, steps_per_epoch=1)
+    records = learner.fit(stream, tmp_path / "run", progress=False)
+    assert read_run_spec(tmp_path / "run").validation_protocol == "paper"
+    for task, (record, scores) in enumerate(zip(records, seen, strict=True)):
+        assert [s.mixture.list_name for s in scores] == [f"paper-{task}"] * len(stream.validation.at(task))
+        assert any(s.mixture.degenerate for s in scores)
+        everything = np.mean([np.mean([x.sdr for x in s.sources]) for s in scores])
+        assert record["validation_sdr_db"] == pytest.approx(everything)
+        assert evaluate.mean_sdr(scores) != pytest.approx(everything, abs=1e-6)
+    assert _stream(tone_store).validation.name == "fixed"
 
 
 def _spread(members):

@@ -135,6 +135,34 @@ def test_different_class_partners(store):
         _epoch(store, partner="different_class", sources=4)
 
 
+def test_different_video_partners(store):
+    data = _epoch(store, partner="different_video")
+    items = [data[i] for i in range(len(data))]
+    assert all(len({s.clip.id for s in item}) == 2 for item in items)
+    assert any(len({s.clip.class_name for s in item}) == 1 for item in items)
+    assert any(len({s.clip.id for s in item}) == 1 for item in map(_epoch(store).__getitem__, range(len(data))))
+    with pytest.raises(ConfigError, match="partner=different_video needs 8 clips, but task 1 trains on 7"):
+        _epoch(store, partner="different_video", sources=8)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "middles"),
+    [(30, range(9, 23)), (18, (9, 10)), (17, (9,)), (12, range(4, 10)), (3, (1, 2, 3))],
+)
+def test_published_crops_are_around_the_middles_of_whole_seconds(seconds, middles):
+    published = FrontEndSpec()
+    clip = Clip("a", "a", "train", seconds * published.sample_rate_hz + 5, 0)
+    train = TrainSpec(batch_size=1, crop="published")
+    data = TrainingMixtures(None, [clip], [], train, published, (), {"a": 0}, task=0, epoch=0)
+    rng = np.random.default_rng(0)
+    found = {data._start(clip, rng) for _ in range(400)}
+    if seconds == 3:  # it repeats until it fills a crop of five whole seconds
+        middles = (1, 2, 3, 4, 5)
+    assert found == {int(11025 * (c - 0.5)) - 32767 for c in middles}
+    anywhere = TrainingMixtures(None, [clip], [], TrainSpec(batch_size=1), published, (), {"a": 0}, task=0, epoch=0)
+    assert len({anywhere._start(clip, rng) for _ in range(50)}) > 40
+
+
 def test_frozen_mixtures_load_as_a_batch(store):
     protocol = build_protocol(
         "fixed", store, make_tasks([["ding", "hum"], ["peep", "whirr"]]), split="test", clip_samples=8191

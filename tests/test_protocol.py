@@ -105,10 +105,24 @@ def test_protocol_file_round_trip_and_damage(protocols, tmp_path):
     path.write_text(json.dumps(data))
     with pytest.raises(DataError, match="does not match its hash"):
         Protocol.load(path)
-    data["version"] = 99
-    path.write_text(json.dumps(data))
-    with pytest.raises(DataError, match="version 99"):
-        Protocol.load(path)
+    for change in ({"version": 99}, {"name": "mine", "version": 1}):
+        path.write_text(json.dumps({**data, **change}))
+        with pytest.raises(DataError, match=r"protocol (fixed version 99|mine version 1) is not known here"):
+            Protocol.load(path)
+
+
+def test_the_lists_of_a_version_are_frozen(protocols):
+    """Other lists are another version: raise it in PROTOCOLS, then write the new hash here."""
+    assert {name: (p.version, p.hash[:16]) for name, p in protocols[2].items()} == {
+        "fixed": (1, "7d6beed3bd247d73"),
+        "paper": (1, "897da7834e05719f"),
+    }
+
+
+def test_a_fixed_mixture_keeps_its_number_as_tasks_are_added(protocols):
+    fixed = protocols[2]["fixed"]
+    for earlier, later in ((0, 1), (1, 2), (2, 3)):
+        assert fixed.at(later)[: len(fixed.at(earlier))] == fixed.at(earlier)
 
 
 def test_centre_of_a_long_and_a_short_clip():

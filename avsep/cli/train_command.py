@@ -35,6 +35,13 @@ def command(
     classes_per_task: Annotated[
         int | None, typer.Option("--classes-per-task", min=1, help="Cut the store's classes into tasks of this size.")
     ] = None,
+    fidelity: Annotated[
+        str | None,
+        typer.Option(
+            "--fidelity",
+            help="released: do as the paper's released code does wherever avsep does otherwise (docs/fidelity.md).",
+        ),
+    ] = None,
     protocol: Annotated[str | None, typer.Option("--protocol", help="Test pairs: fixed or paper [fixed].")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same as --set train.seed=N.")] = None,
     settings: Annotated[
@@ -51,6 +58,7 @@ def command(
     from avsep.data.store import Store
     from avsep.data.tasks import task_stream
     from avsep.errors import CheckpointError, ConfigError
+    from avsep.fidelity import apply_fidelity
     from avsep.learner import ContinualLearner
     from avsep.runs import read_run_spec
     from avsep.spec import RunSpec, apply_settings, load_preset, validated
@@ -62,12 +70,16 @@ def command(
             raise ConfigError(
                 f"{out} was started with preset '{spec.preset}', not '{preset}': leave --preset out to resume"
             )
+        if fidelity is not None:
+            raise ConfigError(f"{out} goes on with the settings it was started with: leave --fidelity out to resume")
         store = store or Path(spec.store)
     else:
         preset = preset or "iquery_small"
         loaded = load_preset(preset)
         data = {"separator": loaded["separator"], "train": loaded.get("train", {}), "preset": preset}
         data["strategy"], data["memory"] = strategy or "contavsep", memory or "random_per_class"
+        if fidelity is not None:
+            apply_fidelity(data, fidelity)
     if store is None:
         raise ConfigError("no store given: avsep train STORE --out RUN (make one with: avsep data synth STORE)")
     if resume:
@@ -77,8 +89,8 @@ def command(
                     f"{out} was started with another spec: {what} was '{data[what]['name']}', now '{asked}'; resume "
                     f"without --{what}, or choose another folder"
                 )
-    if protocol is not None or not resume:
-        data["protocol"] = protocol or "fixed"
+    if protocol is not None:
+        data["protocol"] = protocol
     for setting in settings or ():
         if way := _ELSEWHERE.get(setting.partition("=")[0]):
             raise ConfigError(f"--set {setting} would have no effect: {way}")
@@ -92,7 +104,11 @@ def command(
     preliminary.check()
     lists = lists if lists is not None else preliminary.tasks or None
     stream = task_stream(
-        opened, lists, protocol=preliminary.protocol, clip_samples=preliminary.separator.front_end.clip_samples
+        opened,
+        lists,
+        protocol=preliminary.protocol,
+        validation_protocol=preliminary.validation_protocol,
+        clip_samples=preliminary.separator.front_end.clip_samples,
     )
     spec = preliminary.model_copy(update={"tasks": tuple(t.classes for t in stream.tasks)})
     learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers)

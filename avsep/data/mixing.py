@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from avsep.data.protocol import TestMixture
+from avsep.data.protocol import TestMixture, second_start, seconds_of
 from avsep.data.store import Clip, Store
 from avsep.errors import ConfigError, DataError
 from avsep.spec import FrontEndSpec, TrainSpec
@@ -115,8 +115,8 @@ class TrainingMixtures(Dataset[list[Slot]]):
     The epoch's list holds each current clip ``current_repeats`` times and each exemplar ``memory_repeats`` times
     (``memory_share="constant"``: divided by the number of its class's exemplars), in a shuffled order; an item is the
     list's clip with N - 1 partners drawn uniformly from the same list (published rule; ``partner="different_class"``
-    redraws until the classes differ). ``crops``: the first sample of those exemplars of which one crop alone was kept,
-    by clip id.
+    and ``"different_video"`` redraw until the classes or the clips differ). ``crops``: the first sample of those
+    exemplars of which one crop alone was kept, by clip id.
     """
 
     def __init__(
@@ -150,6 +150,11 @@ class TrainingMixtures(Dataset[list[Slot]]):
                 f"partner=different_class needs {train.sources} classes, but task {task} trains on {len(classes)}: "
                 f"use partner=any or more classes"
             )
+        if train.partner == "different_video" and len(self.clips) < train.sources:
+            raise ConfigError(
+                f"partner=different_video needs {train.sources} clips, but task {task} trains on {len(self.clips)}: "
+                f"use partner=any or more clips"
+            )
         if len(self.list) < train.batch_size:
             raise ConfigError(
                 f"batch size {train.batch_size} is larger than the epoch's {len(self.list)} mixtures: lower "
@@ -174,6 +179,8 @@ class TrainingMixtures(Dataset[list[Slot]]):
         chosen = [int(self.list[self.order[item]])]
         while len(chosen) < self.train.sources:
             candidate = int(self.list[rng.integers(len(self.list))])
+            if self.train.partner == "different_video" and candidate in chosen:
+                continue
             if self.train.partner == "different_class" and self.clips[candidate].class_name in {
                 self.clips[c].class_name for c in chosen
             }:
@@ -199,9 +206,16 @@ class TrainingMixtures(Dataset[list[Slot]]):
         )
 
     def _start(self, clip: Clip, rng: np.random.Generator) -> int:
-        """Any crop that lies inside the clip (the published code takes the middles of whole seconds 9 to count - 8);
-        a clip shorter than the crop is entered anywhere, since it repeats."""
-        room = clip.samples - self.front_end.clip_samples
+        """The first sample of a crop. ``crop="any"``: anywhere inside the clip; a clip shorter than the crop is entered
+        anywhere, since it repeats. ``crop="published"``: around the middle of a whole second from the 9th to the
+        (count - 8)th, of a clip of at most 17 seconds from the (count - 8)th to the 9th, as far as the clip goes."""
+        length = self.front_end.clip_samples
+        if self.train.crop == "published":
+            count = seconds_of(clip, self.front_end.sample_rate_hz, length)
+            low, high = sorted((9, count - 8))
+            second = int(rng.integers(max(low, 1), min(high, count) + 1))
+            return second_start(second, self.front_end.sample_rate_hz, length)
+        room = clip.samples - length
         return int(rng.integers(room + 1 if room >= 0 else clip.samples))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,18 @@ from avsep.errors import ConfigError, DataError
 from avsep.io import read_json, write_json
 from avsep.types import Task
 
-__all__ = ["PARTNERS", "PROTOCOL_VERSION", "Protocol", "TestMixture", "build_protocol", "centre_start"]
+__all__ = [
+    "PARTNERS",
+    "PROTOCOLS",
+    "Protocol",
+    "ProtocolKind",
+    "TestMixture",
+    "build_protocol",
+    "centre_start",
+    "second_start",
+    "seconds_of",
+]
 
-PROTOCOL_VERSION = 1
 PARTNERS = 2  # partners of each clip within its task
 CROSS = 1  # partners of each clip of a later task among the clips of earlier tasks
 _SEED = 20240901  # of the pair lists; part of the protocol, so never a setting
@@ -96,9 +105,12 @@ class Protocol:
         if not isinstance(data, dict) or data.pop("format", None) != "avsep-protocol":
             raise DataError(f"{path} is not a protocol file ({again})")
         stated = data.pop("hash", None)
-        if data.get("version") != PROTOCOL_VERSION:
+        kind = PROTOCOLS.get(str(data.get("name")))
+        if kind is None or data.get("version") != kind.version:
+            known = ", ".join(f"{name} version {k.version}" for name, k in PROTOCOLS.items())
             raise DataError(
-                f"{path}: protocol version {data.get('version')} is not {PROTOCOL_VERSION}, the one known here"
+                f"{path}: protocol {data.get('name')} version {data.get('version')} is not known here, where there are "
+                f"{known}, and scores of different versions must not be mixed ({again})"
             )
         try:
             protocol = cls(
@@ -119,18 +131,27 @@ def _mixture(data: dict[str, Any]) -> TestMixture:
     return TestMixture(**{**data, **{key: tuple(data[key]) for key in ("clips", "classes", "starts")}})
 
 
+def seconds_of(clip: Clip, sample_rate_hz: int, clip_samples: int) -> int:
+    """Whole seconds of a clip, which one shorter than a crop fills by repeating: the frames it has at 1 frame/s."""
+    return max(max(clip.samples, clip_samples) // sample_rate_hz, 1)
+
+
+def second_start(second: int, sample_rate_hz: int, clip_samples: int) -> int:
+    """First sample of the crop around the middle of a 1-based second; may lie before the clip."""
+    return int(sample_rate_hz * (second - 0.5)) - clip_samples // 2
+
+
 def centre_start(clip: Clip, sample_rate_hz: int, clip_samples: int) -> int:
-    """First sample of the crop around the clip's middle second (1-based second c = count // 2 at 1 frame/s)."""
-    count = max(clip.samples, clip_samples) // sample_rate_hz
-    centre = int(sample_rate_hz * (max(count // 2, 1) - 0.5))
-    return centre - clip_samples // 2
+    """First sample of the crop around the clip's middle second, count // 2 as published (iQuery adds 1)."""
+    middle = max(seconds_of(clip, sample_rate_hz, clip_samples) // 2, 1)
+    return second_start(middle, sample_rate_hz, clip_samples)
 
 
 def build_protocol(name: str, store: Store, tasks: Sequence[Task], *, split: str, clip_samples: int) -> Protocol:
     """Build a protocol by name (``fixed`` or ``paper``) for the tasks of a stream. Deterministic."""
-    builders = {"fixed": _fixed, "paper": _paper}
-    if name not in builders:
-        raise ConfigError(f"no protocol '{name}': known: fixed, paper")
+    if name not in PROTOCOLS:
+        raise ConfigError(f"no protocol '{name}': known: {', '.join(PROTOCOLS)}")
+    kind = PROTOCOLS[name]
 
     def mixture(clips: Sequence[Clip], list_name: str) -> TestMixture:
         classes = [c.class_name for c in clips]
@@ -148,10 +169,10 @@ def build_protocol(name: str, store: Store, tasks: Sequence[Task], *, split: str
             degenerate=degenerate,
         )
 
-    mixtures = builders[name](store, tasks, split, mixture)
+    mixtures = kind.build(store, tasks, split, mixture)
     return Protocol(
         name=name,
-        version=PROTOCOL_VERSION,
+        version=kind.version,
         split=split,
         store_hash=store.content_hash,
         clip_samples=clip_samples,
@@ -206,3 +227,28 @@ def _paper(store: Store, tasks: Sequence[Task], split: str, mixture: Any) -> lis
             partner = clips[random.Random(index).randint(0, len(clips) - 1)]
             found.append(mixture((clip, partner), f"paper-{task.index}"))
     return found
+
+
+@dataclass(frozen=True)
+class ProtocolKind:
+    """A way to make lists of test mixtures; ``version`` rises whenever the lists, or what is scored of them, change."""
+
+    version: int
+    summary: str
+    build: Callable[[Store, Sequence[Task], str, Any], list[TestMixture]]
+
+
+PROTOCOLS = {
+    "fixed": ProtocolKind(
+        1,
+        f"{PARTNERS} partners of other classes of its own task for every clip, and a cross-task list; never redrawn, "
+        "so that a later score differs by the model alone",
+        _fixed,
+    ),
+    "paper": ProtocolKind(
+        1,
+        "as released: one partner among all clips seen so far, redrawn after every task; pairs of a clip with itself "
+        "or its own class are reported apart",
+        _paper,
+    ),
+}

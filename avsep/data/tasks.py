@@ -64,13 +64,15 @@ def task_stream(
     tasks: Sequence[Sequence[str]] | int | None = None,
     *,
     protocol: str = "fixed",
+    validation_protocol: str = "fixed",
     clip_samples: int = 65535,
 ) -> TaskStream:
     """A stream over a store.
 
     ``tasks`` is a list of lists of class names, a number of classes a task, or None for the paper's five (or, where
-    the store's classes do not divide by five, halves). ``clip_samples`` is the length of a test mixture, the front
-    end's.
+    the store's classes do not divide by five, halves). ``protocol`` makes the test mixtures, ``validation_protocol``
+    those that models are selected by (:data:`~avsep.data.protocol.PROTOCOLS`). ``clip_samples`` is the length of a test
+    mixture, the front end's.
     """
     store = store if isinstance(store, Store) else Store.open(store)
     if tasks is None:
@@ -88,5 +90,5 @@ def task_stream(
         store=store,
         tasks=made,
         protocol=build_protocol(protocol, store, made, split="test", clip_samples=clip_samples),
-        validation=build_protocol("fixed", store, made, split="val", clip_samples=clip_samples),
+        validation=build_protocol(validation_protocol, store, made, split="val", clip_samples=clip_samples),
     )

@@ -106,6 +106,11 @@ class MixtureScore:
     kept: Kept | None = None
 
     @property
+    def skipped(self) -> bool:
+        """Whether a signal is silent, so that there is nothing to score."""
+        return self.status.startswith("silent")
+
+    @property
     def counted(self) -> bool:
         """Whether the mixture enters the means."""
         return self.status == "ok" and not self.mixture.degenerate
@@ -308,12 +313,13 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def mean_sdr(scores: Sequence[MixtureScore]) -> float:
-    """Mean SDR in dB over the sources of each mixture, then over the scored mixtures.
+def mean_sdr(scores: Sequence[MixtureScore], *, degenerate: bool = False) -> float:
+    """Mean SDR in dB over the sources of each mixture, then over the scored mixtures; with ``degenerate`` over those of
+    a clip with itself or its own class too, as the released code selects its models.
 
     Raises :class:`DataError` when none is left to score.
     """
-    values = [float(np.mean([s.sdr for s in m.sources])) for m in scores if m.counted]
+    values = [float(np.mean([s.sdr for s in m.sources])) for m in scores if m.counted or (degenerate and not m.skipped)]
     if not values:
         raise DataError(f"none of the {len(scores)} mixtures can be scored: each has a silent or a repeated source")
     return float(np.mean(values))
