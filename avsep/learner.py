@@ -653,6 +653,10 @@ class _TaskData:
         self._bars = bars
         self._label = label
 
+    @property
+    def is_last(self) -> bool:
+        return self._task.index == len(self._stream) - 1
+
     def batches(self, count: int, *, batch_size: int = 1) -> Iterator[Batch]:
         bar = self._bars.add(self._label, total=count)
         epoch = self._EPOCH

@@ -26,7 +26,7 @@ from avsep.io import atomic_path, read_yaml, write_yaml
 from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS, REGISTRIES, VISUAL_ENCODERS, ComponentSpec
 from avsep.seeding import seeded
 from avsep.spec import FrontEndSpec, SeparatorSpec, load_preset, validated
-from avsep.types import MaskOutput, Spectrograms, VisualFeatures, VisualSource
+from avsep.types import AudioFeatures, MaskOutput, Spectrograms, VisualFeatures, VisualSource
 
 __all__ = [
     "Separator",
@@ -144,6 +144,31 @@ class Separator(nn.Module):
         """
         self._check_class_ids(class_ids)
         return self.mask_decoder(self.audio_encoder(network_input), visual, class_ids.to(network_input.device))
+
+    @property
+    def has_taps(self) -> bool:
+        """Whether :meth:`taps` gives maps."""
+        return hasattr(self.audio_encoder, "taps")
+
+    def taps(self, audio: AudioFeatures, output: MaskOutput | None = None) -> dict[str, Tensor]:
+        """Feature maps by name, for methods that compare those of two separators of one spec.
+
+        They come before their activations, from the finest of the way down to the mask features; in a U-Net of seven
+        levels e3, e4, e5, d4, d2 and F (the mask features).
+
+        Args:
+            audio: of the audio encoder.
+            output: of the mask decoder.
+
+        Returns:
+            [B, C, H, W] each, or [B*N, C, H, W] where each source has maps of its own.
+
+        Raises:
+            ConfigError: when the separator's parts give no maps.
+        """
+        if not self.has_taps:
+            raise ConfigError(f"audio encoder '{self.spec.audio_encoder.name}' has no taps, which give feature maps")
+        return self.audio_encoder.taps(audio)  # type: ignore[operator]
 
     def analyse(self, sources: Tensor) -> Spectrograms:
         """sources [B, N, L], already scaled so that their sum is the mixture -> the network's input and its targets."""

@@ -117,3 +117,9 @@ class UNet7(nn.Module):
                 d = self.up_norm[i](d)
                 ups.append(d)
         return AudioFeatures(mask_features=d, latent=ups[3], skips=tuple(skips), ups=tuple(ups))  # latent d_4
+
+    def taps(self, audio: AudioFeatures) -> dict[str, Tensor]:
+        """The maps that :meth:`avsep.separator.Separator.taps` names, of this encoder's features."""
+        named = {f"e{k}": audio.skips[k - 1] for k in (3, 4, 5)}
+        named |= {f"d{k}": audio.ups[7 - k] for k in (4, 2)}
+        return {**named, "F": audio.mask_features}

@@ -40,7 +40,13 @@ class Step:
 
 
 class TaskData(Protocol):
-    """The training mixtures of a task that has just been learned, for what a strategy computes after it."""
+    """The training mixtures of a task that has just been learned, for what a strategy computes after it.
+
+    ``is_last``: no task follows, so that what only later ones would use need not be computed.
+    """
+
+    @property
+    def is_last(self) -> bool: ...
 
     def batches(self, count: int, *, batch_size: int = 1) -> Iterator[Batch]:
         """``count`` random mixtures, drawn as in training (exemplars included), on the training device.

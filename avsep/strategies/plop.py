@@ -1,0 +1,87 @@
+"""PLOP: feature maps whose statistics along rows and columns stay those of the previous task's separator.
+
+Douillard et al., PLOP: Learning without Forgetting for Continual Semantic Segmentation, CVPR 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from avsep.errors import ConfigError
+from avsep.losses import pod_distance
+from avsep.registry import STRATEGIES
+from avsep.strategies.base import Step, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from avsep.separator import Separator
+    from avsep.types import AudioFeatures, MaskOutput
+
+__all__ = ["PLOP"]
+
+
+@STRATEGIES.register("plop", source="Douillard et al., PLOP, CVPR 2021, eqs. 3-5 and the released weights")
+class PLOP(Strategy):
+    """Local POD between the student's and the teacher's maps, of all mixtures.
+
+    L = L_sep + (1/L) sqrt(|C_0:t| / |C_t|) sum_l factor_l POD_l, with |C_0:t| classes seen and |C_t| of them new, and
+    POD_l = :func:`~avsep.losses.pod_distance` between
+
+    - the separator's maps (:meth:`~avsep.separator.Separator.taps`: in a U-Net e3, e4, e5, d4, d2 and the mask
+      features, before their activations), factor ``weight_features``;
+    - the masks' logits, a map of one channel a slot, factor ``weight_logits``: of old slots, or of all slots where the
+      masks do not depend on the class, so that the teacher answers for new classes too.
+
+    L counts these L - 1 maps and the logits, also in batches without a slot to compare.
+
+    The paper's pseudo-labels and its adaptive weight of the classification loss are left out: they mend that old classes
+    are labelled as background in new pictures, and a source to be separated has no background class.
+    """
+
+    def __init__(self, *, weight_features: float = 0.01, weight_logits: float = 0.0005) -> None:
+        for name, value in (("weight_features", weight_features), ("weight_logits", weight_logits)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {value}")
+        self.weight_features = weight_features
+        self.weight_logits = weight_logits
+        self.needs_teacher = weight_features > 0 or weight_logits > 0
+
+    def check(self, separator: Separator) -> None:
+        if not separator.has_taps:
+            spec = separator.spec
+            raise ConfigError(
+                f"strategy 'plop' compares feature maps, and neither audio encoder '{spec.audio_encoder.name}' nor mask "
+                f"decoder '{spec.mask_decoder.name}' gives any: choose another strategy, or audio encoder 'unet7'"
+            )
+
+    def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
+        terms = super().loss(student, teacher, step)
+        if teacher is None or not self.needs_teacher:
+            return terms
+        agnostic = getattr(student.mask_decoder, "class_agnostic", False)
+        slots = torch.ones_like(step.is_old) if agnostic else step.is_old
+        audio, output = self._teach(teacher, step, slots)
+        maps, taught = student.taps(step.audio, step.output), teacher.taps(audio, output)
+        scale = math.sqrt(student.num_classes / (student.num_classes - step.num_old)) / (len(maps) + 1)
+        if self.weight_features > 0:
+            distances = [pod_distance(maps[name], taught[name]) for name in maps]
+            terms["features"] = scale * self.weight_features * torch.stack(distances).sum()
+        if self.weight_logits > 0 and output is not None:
+            own, theirs = (masks.logits[slots][:, None] for masks in (step.output, output))  # [slots, 1, F, T]
+            terms["logits"] = scale * self.weight_logits * pod_distance(own, theirs)
+        return terms
+
+    @torch.no_grad()
+    def _teach(self, teacher: Separator, step: Step, slots: Tensor) -> tuple[AudioFeatures, MaskOutput | None]:
+        """The teacher's maps of all mixtures; its masks too, where one of ``slots`` is to be read."""
+        batch = step.batch
+        audio = teacher.audio_encoder(step.spectrograms.network_input)
+        if not bool(slots.any()):
+            return audio, None
+        visual = teacher.encode_visual(batch.object, batch.motion, batch.motion_mask)
+        # a class that the teacher lacks: any will do, since such a slot is read only where the class does not matter
+        return audio, teacher.mask_decoder(audio, visual, batch.class_ids.where(step.is_old, 0))
