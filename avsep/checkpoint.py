@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from avsep.errors import AvsepError, CheckpointError, ConfigError
-from avsep.io import read_json, sha256_file, write_json
+from avsep.io import atomic_path, read_json, sha256_file, write_json
 
 __all__ = [
     "flatten_state",
     "load_latest",
+    "load_state",
     "load_tensors",
     "rng_state",
     "save_latest",
+    "save_state",
     "save_tensors",
     "set_rng_state",
     "unflatten_state",
@@ -74,10 +76,10 @@ def unflatten_state(tensors: dict[str, Tensor], skeleton: Any) -> Any:
     return skeleton
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors to ``path`` (inside a folder that is not yet visible). Shared storage is written out."""
+def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
+    """Write tensors to ``path`` (a name or a folder that is not yet visible). Shared storage is written out."""
     try:
-        save_file({k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}, path)
+        save_file({k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}, path, header)
         with open(path, "rb+") as file:  # before the pointer to it moves: it must outlive a power cut too
             os.fsync(file.fileno())
     except SafetensorError as error:  # a full disk surfaces here, not as OSError
@@ -154,6 +156,29 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
         path = target / f"{stem}.safetensors"
         found[stem] = unflatten_state(load_tensors(path) if path.exists() else {}, skeleton)
     return found
+
+
+def save_state(path: Path, state: Any) -> str:
+    """Write a nested state as one safetensors file, whole or not at all; returns its SHA-256."""
+    tensors, skeleton = flatten_state(state)
+    with atomic_path(path) as temporary:
+        save_tensors(temporary, tensors, {"skeleton": json.dumps(skeleton)})
+    return sha256_file(path)
+
+
+def load_state(path: Path, sha256: str, way_out: str) -> Any:
+    """What :func:`save_state` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, or is not the one with this hash; ``way_out`` says what to do then.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint file is missing: {path}; {way_out}")
+    if sha256_file(path) != sha256:
+        raise CheckpointError(f"checkpoint file is damaged: {path}; {way_out}")
+    with safe_open(path, framework="pt", device="cpu") as file:
+        skeleton = json.loads(file.metadata()["skeleton"])
+    return unflatten_state(load_tensors(path), skeleton)
 
 
 def rng_state() -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The task loop: the only place where an optimiser steps.
 
-A run folder holds ``run.yaml`` (the :class:`~avsep.spec.RunSpec`), ``tasks/TT/separator`` with ``tasks/TT/task.json``
-for every finished task, ``state/`` (the resume checkpoint), ``logs/*.csv``, ``protocol.json`` and, once evaluated and
-reported, ``evaluation.json`` and ``report.html``.
+A run folder holds ``run.yaml`` (the :class:`~avsep.spec.RunSpec`), for every finished task ``tasks/TT/separator`` with
+``tasks/TT/task.json`` and, where the strategy keeps something for the next task, ``tasks/TT/strategy.safetensors``,
+``state/`` (the resume checkpoint), ``logs/*.csv``, ``protocol.json`` and, once evaluated and reported,
+``evaluation.json`` and ``report.html``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from avsep.checkpoint import load_latest, rng_state, save_latest, set_rng_state
+from avsep.checkpoint import load_latest, load_state, rng_state, save_latest, save_state, set_rng_state
 from avsep.csvlog import CsvLog
 from avsep.data.mixing import TrainingMixtures, collate
 from avsep.data.protocol import TestMixture
@@ -51,6 +52,8 @@ from avsep.strategies.base import Step, Strategy
 from avsep.types import Batch, Task, move_to
 
 __all__ = ["ContinualLearner", "learning_rate_factor"]
+
+STRATEGY_FILE = "strategy.safetensors"
 
 _Component = str | tuple[str, dict[str, Any]] | ComponentRef
 
@@ -228,17 +231,22 @@ class ContinualLearner:
     def _restore(self, stream: TaskStream, out: Path) -> int:
         """Stand where the last finished task ended, without a checkpoint; returns the number of finished tasks.
 
-        A task begins from the separator that the one before left, so this is where a run goes on whose ``state`` was
-        lost. A strategy that keeps more than that between tasks cannot.
+        A task begins from the separator and the exemplars that the one before left, and from what its strategy keeps,
+        so this is where a run goes on whose ``state`` was lost.
         """
         done = 0
         while done < len(stream) and separator_folder(out, done).with_name("task.json").is_file():
             done += 1
         if done:
-            if type(self.strategy).state_dict is not Strategy.state_dict:
+            record = separator_folder(out, done - 1).with_name("task.json")
+            found = read_json(record)
+            if kept := found.get("strategy_state"):
+                way_out = f"remove {record.parent} to learn that task again"
+                self.strategy.load_state_dict(load_state(record.with_name(STRATEGY_FILE), kept, way_out))
+            elif "strategy_state" not in found and type(self.strategy).state_dict is not Strategy.state_dict:
                 raise CheckpointError(
                     f"{out / 'state'} is gone, and with it what strategy '{self._strategy_ref.name}' keeps between "
-                    f"tasks: remove {out} and start the run again"
+                    f"tasks (this run's version of avsep kept it nowhere else): remove {out} and start the run again"
                 )
             self.separator = load_separator(out, task=done - 1)
             self.exemplars = read_exemplars(out, done - 1)
@@ -342,6 +350,8 @@ class ContinualLearner:
             return None
         for leftover in out.glob("tasks/*/.separator-*"):  # of a kill while a separator was being written
             shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in out.glob("tasks/*/.strategy-*"):
+            leftover.unlink()
         stored = read_run_spec(out)
         # where the store lies may change between machines; what it holds may not
         mine, theirs = (s.model_dump(mode="json", exclude={"store", "preset"}) for s in (spec, stored))
@@ -603,10 +613,14 @@ class ContinualLearner:
         student = self.separator
         student.eval()
         label = f"{self._strategy_ref.name} after task {task.index + 1}"
+        started = time.perf_counter()
         self.strategy.after_task(student, teacher, task, _TaskData(self, stream, task, bars, label))
+        seconds_after = time.perf_counter() - started
         student.eval()
         target = separator_folder(out, task.index)
         save_separator(student, target)
+        kept = self.strategy.state_dict()
+        strategy_state = save_state(target.with_name(STRATEGY_FILE), kept) if kept else None
         self.exemplars = self._remember(stream, task, self.exemplars)
         write_json(
             target.with_name("task.json"),
@@ -622,6 +636,8 @@ class ContinualLearner:
                 "exemplars": exemplars_to_plain(self.exemplars),
                 "parameters": sum(p.numel() for p in student.parameters()),
                 "seconds": round(record.seconds, 1),
+                "seconds_after": round(seconds_after, 1),  # what the strategy computed once the task was learned
+                "strategy_state": strategy_state,
             },
         )
 

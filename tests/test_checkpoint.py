@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from avsep.checkpoint import flatten_state, load_latest, save_latest, unflatten_state
+from avsep.checkpoint import flatten_state, load_latest, load_state, save_latest, save_state, unflatten_state
 from avsep.csvlog import CsvLog
 from avsep.errors import AvsepError, CheckpointError, ConfigError, RunError
 from avsep.io import FolderLock, atomic_path, read_json, write_json
@@ -44,6 +44,20 @@ def test_latest_wins_and_older_ones_go(tmp_path):
     assert [p.name for p in (tmp_path / "state").iterdir() if p.is_dir()] == ["step-2"]
     save_latest(tmp_path / "state", "step-2", _state(3.0))  # the same step again, after a resume
     assert load_latest(tmp_path / "state")["student"]["weight"][0, 0] == 3.0
+
+
+def test_a_state_in_one_file_round_trip_and_damage(tmp_path):
+    path = tmp_path / "kept" / "state.safetensors"
+    digest = save_state(path, _state())
+    back = load_state(path, digest, "start again")
+    assert torch.equal(back["student"]["weight"], _state()["student"]["weight"])
+    assert back["progress"] == _state()["progress"]
+    assert load_state(path, save_state(path, {"count": 3}), "start again") == {"count": 3}  # without any tensor
+    with pytest.raises(CheckpointError, match=r"is damaged: .*state\.safetensors; start again"):
+        load_state(path, digest, "start again")
+    with pytest.raises(CheckpointError, match=r"is missing: .*other; start again"):
+        load_state(tmp_path / "other", digest, "start again")
+    assert [p.name for p in path.parent.iterdir()] == ["state.safetensors"]
 
 
 def test_a_failed_write_leaves_the_last_one(tmp_path, monkeypatch):

@@ -80,6 +80,24 @@ def test_unet7_latent_is_normalised_and_not_rectified():
     assert (latent < 0).float().mean() > 0.2
 
 
+def test_unet7_taps_are_the_layers_before_their_activations():
+    encoder = UNet7(base_channels=2, mask_channels=3)
+    outputs = {}
+    layers = [encoder.down_norm[k] for k in (1, 2, 3)]  # e3, e4, e5: e2 is the first that is normalised
+    layers += [encoder.up_norm[3], encoder.up_norm[5], encoder.up[6]]  # d4, d2, d1
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(lambda module, inputs, output, number=number: outputs.update({number: output}))
+    audio = encoder(torch.randn(1, 1, 128, 256))
+    taps = encoder.taps(audio)
+    assert list(taps) == ["e3", "e4", "e5", "d4", "d2", "F"]
+    assert all(torch.equal(tap, outputs[number]) for number, tap in enumerate(taps.values()))
+    shapes = [(8, 16, 32), (16, 8, 16), (16, 4, 8), (8, 16, 32), (2, 64, 128), (3, 128, 256)]
+    assert [tuple(t.shape[1:]) for t in taps.values()] == shapes
+    assert all(t.min() < 0 for t in taps.values())
+    assert len(audio.ups) == 6
+    assert audio.ups[3] is audio.latent
+
+
 def test_unet7_names_the_size_it_cannot_take():
     with pytest.raises(ConfigError, match="256 x 200"):
         UNet7(base_channels=4)(torch.rand(1, 1, 256, 200))

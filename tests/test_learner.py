@@ -292,9 +292,62 @@ def test_a_lost_checkpoint_goes_on_from_the_latest_of_several_tasks(tone_store, 
     assert _equal(_weights(run, 2), _weights(tmp_path / "whole", 2))
 
 
+def test_what_a_strategy_keeps_is_stored_with_each_task(tone_store, tmp_path, monkeypatch):
+    """A lost checkpoint then costs a strategy with a state of its own no more than another one."""
+    from avsep.strategies.finetune import FineTune
+
+    def after_task(self, student, teacher, task, data):
+        self.count = getattr(self, "count", 0) + 1
+        self.sum = student.mask_decoder.class_queries.detach().sum() + getattr(self, "sum", 0.0)
+
+    def loss(self, student, teacher, step, original=FineTune.loss):
+        terms = original(self, student, teacher, step)
+        return {**terms, "kept": terms["separation"] * getattr(self, "sum", 0.0)}
+
+    monkeypatch.setattr(FineTune, "after_task", after_task)
+    monkeypatch.setattr(FineTune, "loss", loss)
+    monkeypatch.setattr(FineTune, "state_dict", lambda self: dict(vars(self)))
+    monkeypatch.setattr(FineTune, "load_state_dict", lambda self, state: vars(self).update(state))
+    tasks = [["ding", "hum"], ["peep"], ["whirr"]]
+    monkeypatch.setattr(ContinualLearner, "_validate", lambda *_: 0.0)
+
+    def fit(out, **how):
+        learner = tiny_learner("finetune", "none", epochs=1, steps_per_epoch=2)
+        learner.fit(_stream(tone_store, tasks), out, progress=False, **how)
+        return learner
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    fit(whole)
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "state")
+    shutil.rmtree(run / "tasks" / "02")
+    (run / "tasks" / "01" / ".strategy-ab12.safetensors").write_bytes(b"of a kill")
+    assert fit(run, resume=True).strategy.count == 3
+    assert _equal(_weights(run, 2), _weights(whole, 2))
+    assert {p.name for p in (run / "tasks" / "01").iterdir()} == {"separator", "strategy.safetensors", "task.json"}
+
+    kept = run / "tasks" / "01" / "strategy.safetensors"
+    shutil.rmtree(run / "state")
+    shutil.rmtree(run / "tasks" / "02")
+    for message, damage in (("damaged", lambda: kept.write_bytes(kept.read_bytes()[:-1])), ("missing", kept.unlink)):
+        damage()
+        with pytest.raises(
+            CheckpointError, match=rf"is {message}: .*safetensors; remove .*01 to learn that task again"
+        ):
+            fit(run, resume=True)
+    shutil.rmtree(run / "tasks" / "01")
+    fit(run, resume=True)
+    assert _equal(_weights(run, 2), _weights(whole, 2))
+
+
 def test_a_strategy_with_a_state_of_its_own_does_not_go_on_without_it(tone_run, tone_store, tmp_path):
+    """Runs of the first version kept the state in the checkpoint alone."""
     run = shutil.copytree(tone_run, tmp_path / "run")
     shutil.rmtree(run / "state")
+    record = json.loads((run / "tasks" / "01" / "task.json").read_text())
+    assert record.pop("strategy_state") is None
+    assert not (run / "tasks" / "01" / "strategy.safetensors").exists()
+    (run / "tasks" / "01" / "task.json").write_text(json.dumps(record))
     learner = tiny_learner()
 
     class Keeping(type(learner.strategy)):

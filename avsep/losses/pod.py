@@ -27,7 +27,7 @@ def pod_embedding(squares: Tensor) -> Tensor:
         ValueError: for a map of fewer than 4 rows or columns.
 
     References:
-        Douillard et al., PLOP, CVPR 2021, equation 5. The paper sums along rows and columns, its code averages: so here.
+        Douillard et al., PLOP, CVPR 2021, equation 5; means where the paper has sums, as in its code.
     """
     height, width = squares.shape[-2:]
     if min(height, width) < FINEST:

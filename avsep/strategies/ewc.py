@@ -30,13 +30,13 @@ class EWC(Strategy):
 
     L = L_sep + (``weight``/2) sum_i (F_i / max F) (theta_i - theta*_i)^2
 
-    - F <- ``decay`` F + F_t after each task t, F_t being :func:`fisher_diagonal` over ``fisher_samples`` random training
-      mixtures (exemplars among them) at the selected weights. A loss that is a mean over pixels has a tiny Fisher
-      information: its largest element is made 1, or ``weight`` would mean something else for every separator.
+    - F <- ``decay`` F + F_t after each task t, F_t being :func:`fisher_diagonal` of ``fisher_samples`` random mixtures
+      of its training set (exemplars included) at the selected weights. A loss that is a mean over pixels has a tiny
+      Fisher information: its largest element is made 1, or ``weight`` would mean another thing for every separator.
     - theta*: the weights after the previous task. They are the teacher's, read from the stored separator, so they are
       the same after a resume and no second copy is kept: what persists is F alone.
-    - Frozen weights, running statistics, weights that never get a gradient, and rows that a class added later brings are
-      free.
+    - Frozen weights, running statistics, weights that never get a gradient, and rows that a new class has brought are
+      left out.
 
     The paper keeps F and theta* of every task apart; as later continual-learning suites do, one running sum and the
     latest weights stand for them.

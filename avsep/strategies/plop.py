@@ -38,8 +38,8 @@ class PLOP(Strategy):
 
     L counts these L - 1 maps and the logits, also in batches without a slot to compare.
 
-    The paper's pseudo-labels and its adaptive weight of the classification loss are left out: they mend that old classes
-    are labelled as background in new pictures, and a source to be separated has no background class.
+    The paper's pseudo-labels and the adaptive weight of its classification loss are dropped: they mend that old classes
+    are labelled as background in new pictures, and masks of asked classes know no background.
     """
 
     def __init__(self, *, weight_features: float = 0.01, weight_logits: float = 0.0005) -> None:
@@ -54,8 +54,8 @@ class PLOP(Strategy):
         if not separator.has_taps:
             spec = separator.spec
             raise ConfigError(
-                f"strategy 'plop' compares feature maps, and neither audio encoder '{spec.audio_encoder.name}' nor mask "
-                f"decoder '{spec.mask_decoder.name}' gives any: choose another strategy, or audio encoder 'unet7'"
+                f"strategy 'plop' compares feature maps, but neither audio encoder '{spec.audio_encoder.name}' nor "
+                f"mask decoder '{spec.mask_decoder.name}' has taps: choose another strategy, or audio encoder 'unet7'"
             )
 
     def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
