@@ -4,6 +4,7 @@
 
     compact_evaluation(evaluation) -> dict           # of evaluation.json; smaller, and enough for all below
     Cell(method, seed, evaluation, memory_bytes=None, seconds=None, name="")  # evaluation: whole or compact
+    cells_of_runs(folders) -> list[Cell]             # of evaluated run folders; methods named after what they differ in
     compare(cells, *, baseline=None, joint=(), confidence=0.95, resamples=10_000, seed=0) -> Comparison
     Comparison.methods: tuple[MethodResult, ...]     # in the order of the cells; as_dict() is JSON
     MethodResult.values["average" | "forgetting" | "bwt" | "sdr" | "task-0" | ...] -> Estimate (mean, low, high)
@@ -22,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,7 +39,10 @@ from avsep.evaluation.continual import (
     percentile_interval,
     resampling_weights,
 )
-from avsep.evaluation.evaluate import METRICS, is_counted, rows_of_task, summarise
+from avsep.evaluation.evaluate import METRICS, current_evaluation, is_counted, rows_of_task, summarise
+from avsep.registry import MEMORIES, STRATEGIES, Registry
+from avsep.runs import read_run_spec
+from avsep.spec import ComponentRef, RunSpec
 
 __all__ = [
     "Cell",
@@ -45,6 +50,7 @@ __all__ = [
     "Difference",
     "Estimate",
     "MethodResult",
+    "cells_of_runs",
     "compact_evaluation",
     "compare",
 ]
@@ -219,7 +225,11 @@ def compare(
     first = chosen[0].evaluation
     layout = _Layout(first)
     tables = {name: {c.seed: _Table(layout, c) for c in members} for name, members in methods.items()}
-    upper = {c.seed: _Table(layout, c) for c in uppers}
+    upper: dict[int, _Table] = {}
+    for cell in uppers:
+        if cell.seed in upper:
+            raise RunError(f"{cell} is another run of joint training with seed {cell.seed}: give one for every seed")
+        upper[cell.seed] = _Table(layout, cell)
 
     def measure(weights: _Array) -> dict[tuple[str, str, str], _Array]:
         """(method, values or differences, name) -> [r, seeds] for weights [r, mixtures]."""
@@ -301,6 +311,94 @@ def compare(
         store_hash=first["store_hash"],
         tasks=tuple(tuple(names) for names in first["tasks"]),
     )
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def cells_of_runs(folders: Sequence[str | Path]) -> list[Cell]:
+    """One cell a run folder. Runs whose specs differ by the seed alone are one method.
+
+    A method is called by its strategy and memory, and where several share these by the settings they differ in.
+
+    Raises:
+        RunError: a folder is not a run, or has no scores of its separators as they are now.
+    """
+    specs = [read_run_spec(folder) for folder in folders]
+    cells = []
+    for folder, spec, method in zip(folders, specs, _method_names(specs), strict=True):
+        evaluation = current_evaluation(folder)
+        if evaluation is None:
+            raise RunError(f"{folder} has no scores of its last task as it is now: run avsep evaluate {folder}")
+        steps = evaluation["after"]
+        cells.append(
+            Cell(
+                method=method,
+                seed=spec.train.seed,
+                evaluation=evaluation,
+                memory_bytes=_largest([step.get("memory_bytes") for step in steps]),
+                seconds=_sum([step.get("seconds") for step in steps]),
+                name=str(folder),
+            )
+        )
+    return cells
+
+
+def _largest(values: Sequence[float | None]) -> float | None:
+    return None if None in values else max(v for v in values if v is not None)
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    return None if None in values else sum(v for v in values if v is not None)
+
+
+# what tells no method from another: the seed, where things lie, what is checked when runs are compared, the classes
+_NOT_METHOD = (
+    "train.seed",
+    "train.checkpoint_every",
+    "store",
+    "protocol",
+    "tasks",
+    "separator.classes",
+    "separator.num",
+)
+
+
+def _method_names(specs: Sequence[RunSpec]) -> list[str]:
+    facts = [_facts(spec) for spec in specs]
+    plain = [spec.strategy.name + ("" if spec.memory.name == "none" else f" + {spec.memory.name}") for spec in specs]
+    names = []
+    for mine, name in zip(facts, plain, strict=True):
+        alike = [f for f, other in zip(facts, plain, strict=True) if other == name]
+        differing = [key for key in dict.fromkeys(k for f in alike for k in f) if len({f.get(key) for f in alike}) > 1]
+        presets = {f["preset"] for f in alike}
+        if "preset" in differing and len(presets) == len({tuple(f.items()) for f in alike}):
+            differing = ["preset"]
+        said = ", ".join(f"{key.rpartition('.')[2]} {mine[key]}" for key in differing if key in mine)
+        names.append(f"{name} ({said})" if said else name)
+    return names
+
+
+def _facts(spec: RunSpec) -> dict[str, str]:
+    """Everything that makes a method, flat, with the parameters that were left at their defaults."""
+    data = spec.model_dump(mode="json")
+    for part, ref, registry in (("strategy", spec.strategy, STRATEGIES), ("memory", spec.memory, MEMORIES)):
+        data[part]["params"] = _filled(ref, registry)
+    return {key: str(v) for key, v in _flat(data).items() if not key.startswith(_NOT_METHOD)}
+
+
+def _filled(ref: ComponentRef, registry: Registry) -> dict[str, Any]:
+    try:
+        settings = registry.get(ref.name).settings
+    except UnknownNameError:  # of a package that is not installed here
+        return ref.params
+    return {**{p.name: p.default for p in settings if not p.required}, **ref.params}
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{path}.{name}" if path else name).items()}
 
 
 # --- what may be compared ---------------------------------------------------------------------------------------------

@@ -397,18 +397,32 @@ def _previous(path: Path, identity: Mapping[str, Any]) -> dict[int, dict[str, An
 
 
 def current_evaluation(run_folder: str | Path) -> dict[str, Any] | None:
-    """What the run's ``evaluation.json`` holds; None where there is none, or where it is of other mixtures, of an
-    earlier task than the last finished one, or of weights that are no longer there."""
+    """What the run's ``evaluation.json`` holds; None where there is none, or where it is of other mixtures, of another
+    version of the protocol or of this file, of an earlier task than the last finished one, or of weights that are no
+    longer there."""
     run = Path(run_folder)
     path = run / "evaluation.json"
     if not path.is_file():
         return None
-    result = read_json(path)
+    protocol = Protocol.load(run / "protocol.json")
     last = finished_tasks(run)[-1]
-    steps = _previous(path, {"protocol_hash": Protocol.load(run / "protocol.json").hash})
+    steps = _previous(path, _identity(protocol, read_run_spec(run).store_hash or protocol.store_hash))
     if last not in steps or steps[last].get("separator") != _separator_hash(separator_folder(run, last)):
         return None
+    result: dict[str, Any] = read_json(path)
     return result
+
+
+def _identity(protocol: Protocol, store_hash: str) -> dict[str, Any]:
+    """What two evaluations must share for their scores to stand together."""
+    return {
+        "format": "avsep-evaluation",
+        "version": EVALUATION_VERSION,
+        "protocol": protocol.name,
+        "protocol_version": protocol.version,
+        "protocol_hash": protocol.hash,
+        "store_hash": store_hash,
+    }
 
 
 def evaluate_run(
@@ -427,11 +441,11 @@ def evaluate_run(
 
     The result: ``format`` (``avsep-evaluation``), ``version``, ``protocol``, ``protocol_version``, ``protocol_hash``,
     ``store_hash``; ``tasks``, the class names of each; ``after``, one entry a scored task with its ``task``,
-    ``separator`` hash, ``lists`` (:func:`summarise` by list name), ``all`` (over all lists), ``by_task``
-    (by the sources' task over all lists) and ``rows`` (:func:`rows_of`); and, when no task up to the last scored one is
-    missing, ``matrices`` by metric (:func:`task_matrix`) and ``continual``, the measures of each matrix
-    (:class:`avsep.evaluation.continual.ContinualScores`), with the SDR's once more as ``matrix``, ``average`` (by
-    task), ``forgetting`` and ``bwt``.
+    ``separator`` hash, the ``seconds`` it was trained for, ``lists`` (:func:`summarise` by list name), ``all`` (over
+    all lists), ``by_task`` (by the sources' task over all lists) and ``rows`` (:func:`rows_of`); and, when no task up
+    to the last scored one is missing, ``matrices`` by metric (:func:`task_matrix`) and ``continual``, the measures of
+    each matrix (:class:`avsep.evaluation.continual.ContinualScores`), with the SDR's once more as ``matrix``,
+    ``average`` (by task), ``forgetting`` and ``bwt``.
 
     Raises:
         RunError: not a run folder, no finished task, or a task that is not finished.
@@ -447,18 +461,11 @@ def evaluate_run(
     protocol = Protocol.load(run / "protocol.json")
     opened = open_run_store(run, store, protocol)
     task_of = {name: index for index, names in enumerate(protocol.tasks) for name in names}
-    identity = {
-        "format": "avsep-evaluation",
-        "version": EVALUATION_VERSION,
-        "protocol": protocol.name,
-        "protocol_version": protocol.version,
-        "protocol_hash": protocol.hash,
-        "store_hash": opened.content_hash,
-    }
+    identity = _identity(protocol, opened.content_hash)
     path = run / "evaluation.json"
     steps = {t: step for t, step in _previous(path, identity).items() if t in finished}
     hashes = {t: _separator_hash(separator_folder(run, t)) for t in finished}
-    steps = {t: step for t, step in steps.items() if step.get("separator") == hashes[t]}
+    steps = {t: {**step, **_costs(run, t)} for t, step in steps.items() if step.get("separator") == hashes[t]}
 
     result = _assemble(identity, steps, protocol)
     for task in finished if tasks is None else sorted(set(tasks)):
@@ -486,10 +493,21 @@ def evaluate_run(
             progress=advance,
             task_of=task_of,
         )
-        steps[task] = {"task": task, "separator": hashes[task], **_summaries(rows_of(scores))}
+        steps[task] = {
+            "task": task,
+            "separator": hashes[task],
+            **_costs(run, task),
+            **_summaries(rows_of(scores)),
+        }
         result = _assemble(identity, steps, protocol)
         write_json(path, result)
     return result
+
+
+def _costs(run: Path, task: int) -> dict[str, Any]:
+    """What learning a finished task took."""
+    record = read_json(separator_folder(run, task).with_name("task.json"))
+    return {"seconds": record.get("seconds")}
 
 
 def _summaries(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""``avsep compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from avsep.evaluation.comparison import Cell, Comparison, Estimate
+
+
+def command(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Evaluated run folders; those that differ by the seed alone are one method."
+        ),
+    ],
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Method the others' differences are to, as the table calls it.")
+    ] = None,
+    joint: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--joint", help="Run of joint training, for intransigence; again for every seed [those among RUN]."
+        ),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Write all numbers as CSV.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with the tables and the picture.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw averages and curves (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Compare evaluated runs: means over seeds, 95 % intervals, differences to a baseline."""
+    from rich.console import Console
+
+    from avsep.evaluation.comparison import cells_of_runs, compare
+    from avsep.evaluation.comparison_page import csv_text, draw, require_dependencies, write_page
+    from avsep.io import write_text
+
+    require_dependencies(plot, html)
+    cells = cells_of_runs(runs)
+    result = compare(cells, baseline=baseline, joint=_bounds(runs, joint, cells))
+    print_comparison(Console(), result)
+    if csv is not None:
+        write_text(csv, csv_text(result))
+    if plot is not None:
+        draw(result, plot)
+    if html is not None:
+        write_page(result, html)
+    for path in (csv, plot, html):
+        if path is not None:
+            typer.echo(f"written: {path}")
+
+
+def _bounds(runs: list[Path], joint: list[Path] | None, cells: list[Cell]) -> list[Cell]:
+    """The runs of joint training: those that are named, else those among the runs, where all have one separator."""
+    from avsep.errors import RunError
+    from avsep.evaluation.comparison import cells_of_runs
+    from avsep.runs import read_run_spec
+
+    def separator(run: Path) -> dict[str, object]:
+        return read_run_spec(run).separator.model_dump(exclude={"num_classes", "classes"})
+
+    if joint is None:
+        if any(separator(run) != separator(runs[0]) for run in runs[1:]):
+            return []
+        return [c for run, c in zip(runs, cells, strict=True) if read_run_spec(run).strategy.name == "joint"]
+    for bound in joint:
+        for run in runs:
+            if separator(bound) != separator(run):
+                raise RunError(
+                    f"{bound} trained another separator than {run}, so it is no upper bound of it: compare the runs of "
+                    f"one separator at a time"
+                )
+    return cells_of_runs(joint)
+
+
+def print_comparison(console: Console, result: Comparison) -> None:
+    """The comparison as tables."""
+    from avsep.evaluation.comparison_page import NAMES, bytes_text, caption, interval_text, minutes_text
+
+    console.print(caption(result))
+    table = _table("SDR in dB after the last task: average over tasks")
+    for heading in ("method", "seeds", f"average [{result.confidence:.0%}]"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    if result.baseline is not None:
+        table.add_column(f"less {result.baseline}", justify="right")
+    table.add_column("memory", justify="right")
+    table.add_column("minutes", justify="right")
+    for method in result.methods:
+        cells = [method.method, str(len(method.seeds)), interval_text(method.values.get("average"))]
+        if result.baseline is not None:
+            cells.append(interval_text(method.differences.get("average"), signed=True))
+        table.add_row(*cells, bytes_text(method.memory_bytes), minutes_text(method.seconds))
+    console.print(table)
+
+    shown = [n for n in ("forgetting", "bwt", "intransigence") if any(n in m.values for m in result.methods)]
+    tasks = [f"task-{j}" for j in range(len(result.tasks))]
+    table = _table("SDR in dB on each task's test mixtures after the last task")
+    table.add_column("method")
+    for name in (*shown, *tasks):
+        table.add_column(NAMES.get(name, name.replace("-", " ")), justify="right")
+    for method in result.methods:
+        table.add_row(method.method, *(_number(method.values.get(n)) for n in (*shown, *tasks)))
+    console.print(table)
+
+    table = _table("dB over the sources of all test mixtures after the last task")
+    table.add_column("method")
+    metrics = [n for n in NAMES if any(n in m.values for m in result.methods) and n not in ("average", *shown)]
+    counts = {"scored": "scored", "skipped": "skipped", "degenerate": "degen."}
+    for heading in (*(NAMES[n] for n in metrics), *counts.values()):
+        table.add_column(heading, justify="right")
+    for method in result.methods:
+        numbers = [_number(method.values.get(n)) for n in metrics]
+        table.add_row(method.method, *numbers, *(f"{method.counts[n]:.4g}" for n in counts))
+    console.print(table)
+
+
+def _table(title: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+
+
+def _number(value: Estimate | None) -> str:
+    return "" if value is None else f"{round(value.mean, 2) + 0.0:.2f}"  # + 0.0: no minus before a zero

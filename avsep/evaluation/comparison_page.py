@@ -1,0 +1,236 @@
+"""A comparison of methods as CSV, as a picture and as an HTML page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from importlib import resources
+from pathlib import Path
+from typing import IO
+
+from avsep.errors import ConfigError, MissingExtraError
+from avsep.evaluation.comparison import Comparison, Difference, Estimate, MethodResult
+from avsep.io import atomic_path, write_text
+
+__all__ = [
+    "NAMES",
+    "bytes_text",
+    "caption",
+    "csv_text",
+    "draw",
+    "interval_text",
+    "minutes_text",
+    "render_page",
+    "require_dependencies",
+    "write_page",
+]
+
+NAMES = {
+    "average": "average",
+    "forgetting": "forgetting",
+    "bwt": "backward",
+    "intransigence": "intransig.",
+    "sdr": "SDR",
+    "sir": "SIR",
+    "sar": "SAR",
+    "sdri": "SDRi",
+    "si_sdr": "SI-SDR",
+    "released_sdr": "SDR+d",
+    "released_sir": "SIR+d",
+    "released_sar": "SAR+d",
+}
+"""Headings; ``+d``: with the degenerate mixtures, as the published numbers are made."""
+
+_FORMATS = (".png", ".svg", ".pdf")
+
+
+def require_dependencies(plot: Path | None, page: Path | None = None) -> None:
+    """Say before anything is computed what a picture or a page lacks."""
+    if plot is not None and plot.suffix.lower() not in _FORMATS:
+        raise ConfigError(f"cannot draw {plot}: name it {', '.join(plot.stem + suffix for suffix in _FORMATS)}")
+    for package, wanted in (("matplotlib", plot or page), ("jinja2", page)):
+        if wanted is not None:
+            try:
+                __import__(package)
+            except ImportError:
+                raise MissingExtraError(package, "report", "the picture" if page is None else "the page") from None
+
+
+# --- numbers as text --------------------------------------------------------------------------------------------------
+
+
+def caption(comparison: Comparison) -> str:
+    """What was compared, on what, in a sentence or two."""
+    seeds = sorted({len(m.seeds) for m in comparison.methods})
+    text = (
+        f"Protocol {comparison.protocol} version {comparison.protocol_version} ({comparison.protocol_hash[:12]}), "
+        f"store {comparison.store_hash[:12]}, {len(comparison.tasks)} tasks, counted from 0. Intervals: "
+        f"{comparison.confidence:.0%}, bootstrap over seeds and test mixtures"
+    )
+    if seeds[0] == 1:
+        text += "; with one seed they cover the choice of test mixtures alone"
+    if comparison.baseline is not None:
+        text += f". *: the interval of the difference to {comparison.baseline} leaves out 0"
+    return text + "."
+
+
+def interval_text(value: Estimate | None, *, signed: bool = False) -> str:
+    """``7.33 [7.02, 7.61]``; a difference that is significant gets a star."""
+    if value is None:
+        return ""
+    sign = "+" if signed else ""
+    mean, low, high = (f"{round(v, 2) + 0.0:{sign}.2f}" for v in (value.mean, value.low, value.high))
+    star = " *" if isinstance(value, Difference) and value.significant else ""
+    return f"{mean} [{low}, {high}]{star}"
+
+
+def bytes_text(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e6:.1f} MB"
+
+
+def minutes_text(value: float | None) -> str:
+    return "" if value is None else f"{value / 60:.1f}"
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One line a method and measure: seeds, mean, interval, and the difference to the baseline with its own.
+
+    Measures by step are called ``sdr@0`` and so on; bytes, seconds and counts have a mean alone.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    difference = ("difference", "difference_low", "difference_high", "significant")
+    writer.writerow(("method", "measure", "seeds", "mean", "low", "high", *difference))
+    for method in comparison.methods:
+        values = dict(method.values)
+        for name, curve in method.curves.items():
+            values |= {f"{name}@{t}": value for t, value in enumerate(curve)}
+        for name, value in values.items():
+            row = [method.method, name, len(value.per_seed), *map(_digits, (value.mean, value.low, value.high))]
+            if other := method.differences.get(name):
+                row += [*map(_digits, (other.mean, other.low, other.high)), str(other.significant).lower()]
+            writer.writerow(row + [""] * (10 - len(row)))
+        for name, number in (
+            ("memory_bytes", method.memory_bytes),
+            ("seconds", method.seconds),
+            *method.counts.items(),
+        ):
+            if number is not None:
+                writer.writerow([method.method, name, len(method.seeds), f"{number:.10g}", *[""] * 6])
+    return buffer.getvalue()
+
+
+def _digits(value: float) -> str:
+    return f"{value:.6f}"
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+_COLOURS = ("#2456c7", "#c8501e", "#1a8768", "#9a3fa5", "#a67c00", "#5d6066", "#0f8ea8", "#b23a6a")
+_MARKERS = "os^Dv"
+
+
+def _style(number: int) -> tuple[str, str]:
+    """Colour and marker of a method: together they differ for as many as are ever compared."""
+    return _COLOURS[number % len(_COLOURS)], _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
+
+
+def draw(comparison: Comparison, target: Path | IO[bytes]) -> None:
+    """Averages with their intervals, a line a method, beside the average after every task."""
+    from matplotlib.figure import Figure
+
+    methods = comparison.methods
+    steps = len(comparison.tasks)
+    figure = Figure(figsize=(11, max(3.6, 1.6 + 0.42 * len(methods))), layout="constrained")
+    dots, curves = figure.subplots(1, 2, width_ratios=(1, 1))
+    for number, method in enumerate(methods):
+        colour, marker = _style(number)
+        value = method.values["average"]
+        dots.plot([value.low, value.high], [number, number], color=colour, lw=2, solid_capstyle="butt")
+        dots.plot(value.per_seed, [number] * len(value.per_seed), "|", color=colour, ms=9, mew=1, alpha=0.6)
+        dots.plot([value.mean], [number], marker, color=colour, ms=7)
+        curve = method.curves["average"]
+        places = [t + _offset(number, len(methods)) for t in range(len(curve))]
+        curves.plot(places, [v.mean for v in curve], color=colour, marker=marker, ms=5, lw=1.5)
+        curves.vlines(places, [v.low for v in curve], [v.high for v in curve], color=colour, lw=1, alpha=0.7)
+    dots.set_yticks(range(len(methods)), [m.method for m in methods])
+    for label, number in zip(dots.get_yticklabels(), range(len(methods)), strict=True):
+        label.set_color(_style(number)[0])
+    dots.set_ylim(len(methods) - 0.5, -0.5)
+    dots.set_xlabel("SDR in dB")
+    dots.set_title("Average over tasks, after the last one", loc="left", fontsize=11)
+    curves.set_xticks(range(steps))
+    curves.set_xlim(-0.4, steps - 0.6)
+    curves.set_xlabel("after task")
+    curves.set_ylabel("SDR in dB, average so far")
+    curves.set_title("Task after task", loc="left", fontsize=11)
+    for panel, axis in ((dots, "x"), (curves, "y")):
+        panel.grid(axis=axis, lw=0.5, alpha=0.5)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    seeds = {len(m.seeds) for m in methods}
+    count = (
+        f"{min(seeds)} seed{'s' if max(seeds) > 1 else ''}"
+        if len(seeds) == 1
+        else f"{min(seeds)} to {max(seeds)} seeds"
+    )
+    figure.supxlabel(
+        f"{count} (strokes), bars: {comparison.confidence:.0%} intervals; protocol {comparison.protocol} version "
+        f"{comparison.protocol_version} ({comparison.protocol_hash[:12]})",
+        fontsize=8,
+        color="0.4",
+    )
+    if isinstance(target, Path):
+        with atomic_path(target) as temporary:
+            figure.savefig(temporary, dpi=150)
+    else:
+        figure.savefig(target, dpi=150, format="png")
+
+
+def _offset(number: int, count: int) -> float:
+    """A small step aside, so that the intervals of several methods do not cover one another."""
+    return min(0.03, 0.3 / count) * (number - (count - 1) / 2)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def render_page(comparison: Comparison) -> str:
+    """One HTML text that needs no network. Raises MissingExtraError without Jinja2 or matplotlib."""
+    require_dependencies(None, Path("page"))
+    import jinja2
+
+    import avsep
+
+    picture = io.BytesIO()
+    draw(comparison, picture)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    names = [n for n in NAMES if any(n in m.values for m in comparison.methods)]
+    template = resources.files("avsep.evaluation").joinpath("comparison.html").read_text(encoding="utf-8")
+    return str(
+        environment.from_string(template).render(
+            comparison=comparison,
+            caption=caption(comparison),
+            picture=base64.b64encode(picture.getvalue()).decode("ascii"),
+            names={n: NAMES[n] for n in names},
+            colours=[_style(number)[0] for number in range(len(comparison.methods))],
+            interval=interval_text,
+            difference=_difference,
+            bytes_text=bytes_text,
+            minutes=minutes_text,
+            version=avsep.__version__,
+        )
+    )
+
+
+def _difference(method: MethodResult, name: str) -> str:
+    return interval_text(method.differences.get(name), signed=True)
+
+
+def write_page(comparison: Comparison, path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name the page, for example {path / 'comparison.html'}")
+    write_text(path, render_page(comparison))
