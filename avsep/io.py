@@ -20,6 +20,7 @@ __all__ = [
     "made_folder",
     "read_json",
     "read_yaml",
+    "refuse_file",
     "sha256_file",
     "write_json",
     "write_text",
@@ -68,7 +69,7 @@ def made_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises :class:`ConfigError` where a file is in the way.
     """
     folder = Path(path)
-    _refuse_file(folder)
+    refuse_file(folder)
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -80,7 +81,8 @@ def made_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def _refuse_file(folder: Path) -> None:
+def refuse_file(folder: Path) -> None:
+    """Raise :class:`ConfigError` where a file is in the way of a folder."""
     for place in (folder, *folder.parents):
         if place.is_file():
             raise ConfigError(f"{place} is a file, where a folder is needed: choose another name")
@@ -146,7 +148,7 @@ class FolderLock:
         self._file: Any = None
 
     def __enter__(self) -> FolderLock:
-        _refuse_file(self.folder)
+        refuse_file(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = open(self.folder / ".lock", "a+")  # held open on purpose
         try:

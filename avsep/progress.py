@@ -31,6 +31,16 @@ class Progress:
         if self._display is not None:
             self._display.update(bar, completed=done, total=total)
 
+    def remove(self, bar: int) -> None:
+        """Take a bar away."""
+        if self._display is not None:
+            self._display.remove_task(bar)
+
+    def say(self, text: str) -> None:
+        """A line of text above the bars."""
+        if self._display is not None:
+            self._display.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
 
 @contextlib.contextmanager
 def progress_bar(enabled: bool = True) -> Iterator[Progress]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from avsep.benchmarks.measure import Case, agree, version_of
+from avsep.benchmarks.measure import Case, agree
 from avsep.benchmarks.reference import (
     LiteralBatch,
     PublishedPredictor,
@@ -33,6 +33,7 @@ from avsep.data.visualfile import VisualTimeline
 from avsep.encoders import UNet7
 from avsep.errors import ConfigError, DataError, MissingExtraError
 from avsep.evaluation.bss import BssResult, bss_eval
+from avsep.provenance import version_of
 from avsep.registry import REGISTRIES
 from avsep.seeding import seeded
 from avsep.separator import Separator, build_from_spec

@@ -28,13 +28,13 @@ from avsep.benchmarks.measure import (
     environment,
     interleaved,
     system_load,
-    version_of,
 )
 from avsep.errors import AvsepError, ConfigError, MissingExtraError, UnknownNameError, near_matches
 from avsep.export.bundle_reader import Bundle, Graph, open_bundle
 from avsep.export.parity import compare
 from avsep.export.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, open_session
 from avsep.export.transforms import istft, stft
+from avsep.provenance import version_of
 
 if TYPE_CHECKING:
     from rich.console import Console

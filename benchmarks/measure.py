@@ -8,23 +8,19 @@ import gc
 import io
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from avsep.errors import AvsepError, ConfigError
 from avsep.io import write_text
 from avsep.progress import Progress
-
-if TYPE_CHECKING:
-    import torch
+from avsep.provenance import commit, device_name
 
 __all__ = [
     "COLUMNS",
@@ -339,25 +335,9 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "avsep": avsep.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-
-
-def device_name(device: torch.device) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass  # not Linux: the platform's own name stands
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def system_load() -> float | str:
@@ -366,31 +346,3 @@ def system_load() -> float | str:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):
         return ""
-
-
-def _commit() -> str:
-    """The commit of the source tree that this file is in, ``-dirty`` when tracked files differ from it.
-
-    Where there is no such tree, what the variable ``AVSEP_COMMIT`` says, or unknown.
-    """
-    elsewhere = os.environ.get("AVSEP_COMMIT") or "unknown"
-    root = Path(__file__).resolve().parents[1]
-    try:
-        top = _git(root, "rev-parse", "--show-toplevel")
-        if Path(top).resolve() != root:  # installed somewhere inside another repository
-            return elsewhere
-        return _git(root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return elsewhere
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-
-def version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"

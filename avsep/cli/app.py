@@ -9,7 +9,19 @@ import typer
 from typer.core import TyperGroup
 
 # command -> module with a function `command`, or with a typer group `app`
-COMMANDS = ("demo", "list", "data", "train", "evaluate", "compare", "report", "separate", "export", "bench")
+COMMANDS = (
+    "demo",
+    "list",
+    "data",
+    "train",
+    "evaluate",
+    "compare",
+    "report",
+    "reproduce",
+    "separate",
+    "export",
+    "bench",
+)
 
 
 class Interrupted(BaseException):

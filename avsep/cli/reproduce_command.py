@@ -1,0 +1,197 @@
+"""``avsep reproduce``: the paper's tables and figures."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from avsep.data.store import Store
+    from avsep.reproduce import Cell, GridPreset, ResultStore
+    from avsep.reproduce.runner import Launcher
+
+
+def command(
+    tables: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TABLE...", help="table1, table2, table3, figure3, figure4, or all.", show_default=False
+        ),
+    ],
+    dataset: Annotated[
+        str, typer.Option("--dataset", help="A store's folder; synth: the offline benchmark, made if missing.")
+    ] = "synth",
+    preset: Annotated[
+        str, typer.Option("--preset", help="small (hours on two CPU cores), paper, or a YAML file.")
+    ] = "small",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of every cell.")] = 3,
+    out: Annotated[Path, typer.Option("--out", help="Folder for cells, tables and plots.")] = Path("avsep-reproduce"),
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Cells at a time [the cores; 1 on a GPU].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the grid in --out was.")] = False,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="iquery, coseparation, or both [as in the paper's table]."),
+    ] = None,
+    row: Annotated[
+        list[str] | None, typer.Option("--row", help="Only this row, e.g. contavsep+memory (repeatable) [all].")
+    ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option("--results", help="Folder of finished cells, which then count as finished here (repeatable)."),
+    ] = None,
+    readme: Annotated[
+        Path | None, typer.Option("--readme", help="Markdown page to put the tables into, between their markers.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
+    launcher: Annotated[str, typer.Option("--launcher", help="local; submitit, a Slurm cluster; inline.")] = "local",
+    launcher_settings: Annotated[
+        list[str] | None,
+        typer.Option("--launcher-set", help="Of submitit, e.g. slurm_partition=gpu, timeout_min=600 (repeatable)."),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the run folders of finished cells.")] = False,
+    any_code: Annotated[
+        bool, typer.Option("--any-code", help="With --resume: go on though the library has changed since.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be run.")] = False,
+) -> None:
+    """Run the grid behind tables and figures of the paper, and show ours beside the paper's.
+
+    Cells that several tables share are run once. A grid that was killed goes on with --resume, and its result is the
+    same to the last digit on the CPU, whatever --jobs.
+    """
+    from rich.console import Console
+
+    from avsep.devices import pick_device
+    from avsep.errors import AvsepError
+    from avsep.reproduce import ResultStore, build_grid, build_table, load_grid_preset, run_grid, write_table
+    from avsep.reproduce.runner import check_folder, claim, cores
+    from avsep.reproduce.tables import markdown, render_into
+
+    console = Console()
+    loaded = load_grid_preset(preset)
+    wanted = _tables(tables)
+    bases = None if base is None else (["iquery", "coseparation"] if base == "both" else [base])
+    check_folder(out, resume)
+    accelerator = pick_device(device).type
+    started = _launcher(launcher, out, launcher_settings or [])
+    store, data_set = _store(dataset, loaded, out)
+    grid = build_grid(wanted, loaded, store, seeds=seeds, bases=bases, rows=row)
+    claimed = ResultStore(out / "cells", results or [])
+    missing = [cell for key, cell in grid.cells.items() if key not in claimed]
+    count, firsts = len(grid.cells), len({c.first_key for c in missing})
+    console.print(
+        f"{', '.join(wanted)}: {count} cells, {count - len(missing)} finished; {firsts} first tasks are shared by the "
+        f"other {len(missing)}"
+        if missing
+        else f"{', '.join(wanted)}: {count} cells, all finished",
+        highlight=False,
+    )
+    if plan:
+        for cell in missing:
+            console.print(f"  {cell.name}: about {cell.steps} steps{_problem(cell)}", highlight=False, soft_wrap=True)
+        return
+    claim(out, grid, preset=preset, any_code=any_code)
+    name = Path(preset).stem
+    try:
+        outcome = run_grid(
+            grid,
+            out,
+            results=claimed,
+            jobs=jobs or (1 if accelerator != "cpu" else max(1, cores() // loaded.threads)),
+            device=accelerator,
+            launcher=started,
+            keep=keep,
+            title=" ".join(wanted),
+            preset=name,
+            finished=lambda cell: _finished(cell, claimed),
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on with: {_again(tables, locals())}") from None
+    for table_name in wanted:
+        table = build_table(grid, table_name, claimed, data_set=data_set, preset=name, failed=outcome.failed)
+        written = write_table(table, out)
+        console.print()
+        console.print(markdown(table), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"written to {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+        if readme is not None:
+            render_into(readme, table)
+    if outcome.failed:
+        first = next(iter(outcome.failed))
+        raise AvsepError(
+            f"{len(outcome.failed)} of {count} cells failed, the others are finished; {grid.cells[first].name}: "
+            f"{outcome.failed[first]}"
+        )
+
+
+def _tables(names: list[str]) -> list[str]:
+    from avsep.errors import UnknownNameError, near_matches
+    from avsep.reproduce import TABLES
+
+    for name in names:
+        if name not in (*TABLES, "all"):
+            raise UnknownNameError(f"no table named '{name}': {near_matches(name, (*TABLES, 'all'))}")
+    return list(TABLES) if "all" in names else list(dict.fromkeys(names))
+
+
+def _store(dataset: str, preset: GridPreset, out: Path) -> tuple[Store, str]:
+    """The store, and what to call it in the tables."""
+    from avsep.data.store import Store
+
+    if dataset != "synth":
+        store = Store.open(dataset)
+        made = str(store.manifest.get("origin", {}).get("generator", ""))
+        return store, "offline benchmark" if made == "avsep data synth" else Path(dataset).resolve().name
+    from avsep.data.synthesis import synthesise
+
+    made_of = preset.dataset
+    store = synthesise(
+        out / "store",
+        size=made_of.size,
+        classes=made_of.classes,
+        seed=made_of.seed,
+        clips_per_class=made_of.clips_per_class,
+        clip_s=made_of.clip_s,
+    )
+    return store, "offline benchmark"
+
+
+def _launcher(name: str, out: Path, settings: list[str]) -> Launcher:
+    from avsep.errors import ConfigError, UnknownNameError, near_matches
+    from avsep.reproduce.runner import LAUNCHERS, InlineLauncher, LocalLauncher, SubmititLauncher
+    from avsep.spec import apply_settings
+
+    if name not in LAUNCHERS:
+        raise UnknownNameError(f"no launcher named '{name}': {near_matches(name, LAUNCHERS)}")
+    if name != "submitit":
+        if settings:
+            raise ConfigError("--launcher-set is of --launcher submitit: leave it out")
+        return InlineLauncher() if name == "inline" else LocalLauncher()
+    parameters: dict[str, Any] = apply_settings({}, settings)
+    return SubmititLauncher(out, parameters.pop("cluster", None), parameters)
+
+
+def _finished(cell: Cell, results: ResultStore) -> str:
+    result = results.get(cell.key)
+    score = result.final("sdr") if result else None
+    took = f"{result.seconds:.0f} s" if result else ""
+    return f"{cell.name}: SDR {'' if score is None else f'{score:.2f} dB'}, {took}"
+
+
+def _problem(cell: Cell) -> str:
+    return f" (cannot be run: {cell.problem})" if cell.problem else ""
+
+
+def _again(tables: list[str], given: dict[str, Any]) -> str:
+    """The command that goes on with a grid."""
+    defaults = {"dataset": "synth", "preset": "small", "seeds": 3, "device": "auto", "launcher": "local"}
+    words = ["avsep", "reproduce", *tables, "--out", str(given["out"])]
+    for name in ("dataset", "preset", "seeds", "jobs", "base", "device", "launcher", "readme"):
+        if given[name] is not None and given[name] != defaults.get(name):
+            words += [f"--{name}", str(given[name])]
+    for name, values in (("row", given["row"]), ("results", given["results"])):
+        words += [w for v in values or [] for w in (f"--{name}", str(v))]
+    words += [w for v in given["launcher_settings"] or [] for w in ("--launcher-set", v)]
+    return shlex.join([*words, *(["--keep"] if given["keep"] else []), "--resume"])

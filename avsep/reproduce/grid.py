@@ -1,0 +1,301 @@
+"""Grids as plain data: which runs stand behind which row of which table.
+
+Rows as in tables 1 to 3 and figures 3 and 4 of Pian et al., NeurIPS 2024, with fine-tuning with memory (plain replay)
+beside them, the control that the paper leaves out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from avsep.data.protocol import PROTOCOLS
+from avsep.data.store import Store
+from avsep.data.tasks import TaskStream, task_stream
+from avsep.errors import AvsepError, ConfigError, UnknownNameError, near_matches
+from avsep.evaluation.evaluate import EVALUATION_VERSION
+from avsep.registry import STRATEGIES
+from avsep.reproduce.preset import GridPreset
+from avsep.spec import ComponentRef, RunSpec, SeparatorSpec, TrainSpec
+
+__all__ = ["BASES", "TABLES", "Cell", "Grid", "Row", "build_grid", "identity_key"]
+
+GRID_VERSION = 1  # raise it when a cell's result changes though nothing of its identity does
+
+BASES = ("iquery", "coseparation")
+TABLES = ("table1", "table2", "table3", "figure3", "figure4")
+
+# table -> the bases it has in the paper
+_BASES_OF = {"table1": BASES, "figure3": BASES, "table2": BASES[:1], "table3": BASES[:1], "figure4": BASES[:1]}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a method. ``train`` changes the training, ``memory`` None means without."""
+
+    name: str
+    label: str
+    strategy: str
+    params: dict[str, Any] = field(default_factory=dict)
+    memory: ComponentRef | None = None
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    ``identity`` is everything that decides its result, ``key`` a hash of it; ``first_identity`` and ``first_key``
+    likewise of its first task, which cells that agree in it share. ``steps`` is about how many optimisation steps it
+    takes beyond the first task. ``problem`` says why it cannot be run, if so.
+    """
+
+    base: str
+    row: Row
+    seed: int
+    spec: RunSpec
+    key: str
+    identity: dict[str, Any]
+    first_key: str
+    steps: int
+    first_steps: int
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """For file names and messages."""
+        return f"{self.base}-{self.row.name}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells by key, and for each table its rows with their cells by base, in the order of the seeds."""
+
+    preset: GridPreset
+    stream: TaskStream
+    tables: dict[str, list[Row]]
+    bases: dict[str, tuple[str, ...]]
+    seeds: tuple[int, ...]
+    cells: dict[str, Cell]
+    places: dict[tuple[str, str, str], tuple[str, ...]]
+    notes: dict[str, list[str]]
+
+    def keys(self, table: str, row: str, base: str) -> tuple[str, ...]:
+        return self.places[table, row, base]
+
+
+def identity_key(identity: Any) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _table1(preset: GridPreset) -> list[Row]:
+    def row(strategy: str, label: str, memory: bool) -> Row:
+        return Row(
+            name=f"{strategy}+memory" if memory else strategy,
+            label=label,
+            strategy=strategy,
+            params=preset.strategies.get(strategy, {}),
+            memory=preset.memory if memory else None,
+        )
+
+    named = (("finetune", "fine-tuning"), ("lwf", "LwF"), ("ewc", "EWC"), ("plop", "PLOP"), ("ewf", "EWF"))
+    without = [row(strategy, label, False) for strategy, label in named]
+    more = (("avcil", "AV-CIL"), ("contavsep", "ContAV-Sep"))
+    replay = [row("finetune", "plain replay", True)]
+    with_memory = replay + [row(strategy, label, True) for strategy, label in (*named[1:], *more)]
+    return [*without, *with_memory, row("joint", "joint (upper bound)", False)]
+
+
+def _table2(preset: GridPreset) -> list[Row]:
+    base = preset.strategies.get("contavsep", {})
+    parts: tuple[tuple[str, str, dict[str, float]], ...] = (
+        ("mask", "L_dist", {"weight_instance": 0.0, "weight_class": 0.0}),
+        ("mask+instance", "L_dist + L_inst", {"weight_class": 0.0}),
+        ("mask+class", "L_dist + L_cls", {"weight_instance": 0.0}),
+        ("mask+instance+class", "L_dist + L_inst + L_cls", {}),
+    )
+    return [Row(name, label, "contavsep", {**base, **off}, preset.memory) for name, label, off in parts]
+
+
+def _table3(preset: GridPreset, stream: TaskStream) -> tuple[list[Row], list[str]]:
+    counts = {
+        name: len(stream.store.select(classes=[name], split="train"))
+        for task in stream.tasks[:-1]
+        for name in task.classes
+    }
+    smallest = min(counts, key=lambda name: counts[name])
+    rows, notes = [], []
+    for k in preset.memory_sizes:
+        if k > max(counts.values()):
+            continue
+        params = {**preset.memory.params, "per_class": k}
+        if k > counts[smallest]:  # as the published code does
+            params["short_class"] = "all"
+            notes.append(
+                f"K = {k}: a class with fewer clips (such as '{smallest}', {counts[smallest]}) keeps all it has."
+            )
+        memory = ComponentRef(name=preset.memory.name, params=params)
+        # a larger memory holds more, and is not seen more often
+        train = {"memory_share": "constant"} if k > 1 else {}
+        rows.append(Row(f"K={k}", f"K = {k}", "contavsep", preset.strategies.get("contavsep", {}), memory, train))
+    if left := [k for k in preset.memory_sizes if k > max(counts.values())]:
+        notes.append(
+            f"K = {', '.join(map(str, left))} left out: no class of an earlier task has more than "
+            f"{max(counts.values())} training clips."
+        )
+    return rows, notes
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def build_grid(
+    tables: Sequence[str],
+    preset: GridPreset,
+    store: Store,
+    *,
+    seeds: int = 3,
+    bases: Sequence[str] | None = None,
+    rows: Sequence[str] | None = None,
+) -> Grid:
+    """The cells of ``tables`` on ``store``.
+
+    ``bases`` are names of the preset's base separators (default: those of the paper's table), ``rows`` a choice of rows
+    by name. A cell that cannot be run says so in ``problem``.
+
+    Raises:
+        UnknownNameError: a table, base or row that does not exist.
+        DataError, ConfigError: the store or the preset does not fit.
+    """
+    if seeds < 1:
+        raise ConfigError(f"seeds = {seeds}: give 1 or more")
+    for table in tables:
+        if table not in TABLES:
+            raise UnknownNameError(f"no table named '{table}': {near_matches(table, TABLES)}")
+    for base in bases or ():
+        if base not in preset.bases:
+            raise UnknownNameError(f"no base separator named '{base}': {near_matches(base, preset.bases)}")
+    specs = {base: preset.separator(base) for base in preset.bases}
+    lengths = {spec.front_end.clip_samples for spec in specs.values()}
+    if len(lengths) > 1:
+        raise ConfigError(
+            f"the preset's base separators have clips of {' and '.join(map(str, sorted(lengths)))} samples: give all "
+            "the same front_end.clip_samples, so that they are tested on the same mixtures"
+        )
+    tasks: Any = preset.tasks
+    stream = task_stream(store, tasks, protocol=preset.protocol, clip_samples=lengths.pop())
+
+    made: dict[str, list[Row]] = {}
+    notes: dict[str, list[str]] = {}
+    for table in tables:
+        if table in ("table3", "figure4"):
+            made[table], notes[table] = _table3(preset, stream)
+        else:
+            made[table] = _table2(preset) if table == "table2" else _table1(preset)
+    known = {row.name for lines in made.values() for row in lines}
+    for name in rows or ():
+        if name not in known:
+            raise UnknownNameError(f"no row named '{name}' in {', '.join(tables)}: {near_matches(name, known)}")
+    if rows:
+        made = {table: [row for row in lines if row.name in rows] for table, lines in made.items()}
+
+    numbers = tuple(preset.seed + i for i in range(seeds))
+    chosen: dict[str, tuple[str, ...]] = {}
+    cells: dict[str, Cell] = {}
+    places: dict[tuple[str, str, str], tuple[str, ...]] = {}
+    for table, lines in made.items():
+        wanted = bases or _BASES_OF[table]
+        if not bases and not set(wanted) & set(preset.bases):  # a preset with bases of its own
+            wanted = tuple(preset.bases)
+        chosen[table] = tuple(b for b in wanted if b in preset.bases)
+        for base in chosen[table]:
+            for row in lines:
+                keys = []
+                for seed in numbers:
+                    cell = _cell(base, row, seed, preset, specs[base], stream)
+                    cells.setdefault(cell.key, cell)
+                    keys.append(cell.key)
+                places[table, row.name, base] = tuple(keys)
+    return Grid(preset, stream, made, chosen, numbers, cells, places, notes)
+
+
+def _cell(base: str, row: Row, seed: int, preset: GridPreset, separator: SeparatorSpec, stream: TaskStream) -> Cell:
+    train = preset.train_spec(base, seed=seed, **row.train)
+    spec = RunSpec(
+        separator=separator,
+        strategy=ComponentRef(name=row.strategy, params=row.params),
+        memory=row.memory or ComponentRef(name="none"),
+        train=train,
+        tasks=tuple(t.classes for t in stream.tasks),
+        protocol=stream.protocol.name,
+        store_hash=stream.store.content_hash,
+    )
+    common = {
+        "store_hash": spec.store_hash,
+        "features": _features(separator, stream.store),
+        "threads": preset.threads,
+        "versions": {
+            "grid": GRID_VERSION,
+            "evaluation": EVALUATION_VERSION,
+            "protocol": PROTOCOLS[spec.protocol].version,
+            "validation_protocol": PROTOCOLS[spec.validation_protocol].version,
+        },
+    }
+    data = spec.model_dump(mode="json", exclude={"store", "preset", "store_hash"})
+    identity = {"spec": data, **common}
+    problem = ""
+    first: dict[str, Any] = {}
+    try:
+        spec.check()
+        first = STRATEGIES.create(row.strategy, row.params).first_task()
+    except AvsepError as error:
+        problem = str(error)
+    trained = train.model_dump(mode="json", exclude={"memory_repeats", "memory_share"})  # there are no exemplars yet
+    first_identity = {
+        "separator": data["separator"],
+        "train": trained,
+        "classes": list(stream.tasks[0].classes),
+        "strategy": first,
+        **common,
+    }
+    first_steps, steps = _steps(spec, train, stream)
+    return Cell(
+        base=base,
+        row=row,
+        seed=seed,
+        spec=spec,
+        key=identity_key(identity),
+        identity=identity,
+        first_key=identity_key(first_identity),
+        steps=steps,
+        first_steps=first_steps,
+        problem=problem,
+    )
+
+
+def _features(separator: SeparatorSpec, store: Store) -> dict[str, str]:
+    """Hashes of the stored features that the separator reads; raises where the store has none of that name."""
+    refs = (separator.object_encoder, separator.motion_encoder)
+    names = [str(ref.params["features"]) for ref in refs if ref is not None and "features" in ref.params]
+    return {name: store.feature_hash(name) for name in names}
+
+
+def _steps(spec: RunSpec, train: TrainSpec, stream: TaskStream) -> tuple[int, int]:
+    """About how many steps the first task takes, and the others together; for progress and for the order of work."""
+    joint = spec.strategy.name == "joint"
+    kept = int(spec.memory.params.get("per_class", 1)) if spec.memory.name != "none" and not joint else 0
+    counts = []
+    for task in stream.tasks:
+        items = len(stream.train_clips(task, all_seen=joint)) * train.current_repeats
+        each = train.memory_repeats if train.memory_share == "grow" else max(1, train.memory_repeats // max(1, kept))
+        items += kept * len(task.old) * each
+        full = items // train.batch_size
+        counts.append(min(full, train.steps_per_epoch or full) * train.epochs)
+    return max(1, counts[0]), max(1, sum(counts[1:]))

@@ -1,0 +1,131 @@
+"""Pictures of tables: dots with intervals, and curves over tasks or exemplars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from avsep.io import atomic_path
+from avsep.reproduce.tables import BASE_TITLES, Line, Table, published
+
+__all__ = ["plot_table"]
+
+_OURS, _PAPER = "tab:blue", "0.55"
+
+
+def plot_table(table: Table, path: Path) -> None:
+    """Draw a table or figure; needs matplotlib. The paper's numbers, of other data, stand in panels of their own."""
+    from matplotlib.figure import Figure
+
+    bases = list(table.lines)
+    with_paper = any(line.paper for lines in table.lines.values() for line in lines)
+    if table.name == "figure3":
+        figure = _curves(Figure, table, bases)
+    elif table.name in ("figure4", "table3"):
+        figure = _sizes(Figure, table, bases, with_paper)
+    else:
+        figure = _dots(Figure, table, bases, with_paper)
+    figure.suptitle(f"{table.title}\nours: {table.heading}, {len(table.seeds)} seeds; bars: 95% intervals", fontsize=10)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130, metadata={"Software": None})  # the same bytes from the same numbers
+
+
+def _titles(base: str) -> tuple[str, str]:
+    name = BASE_TITLES.get(base, base)
+    return f"{name}, ours", f"{name}, paper ({published()['data_set']})"
+
+
+def _dots(figure_class: Any, table: Table, bases: list[str], with_paper: bool) -> Any:
+    columns = 2 if with_paper else 1
+    rows = max(len(lines) for lines in table.lines.values())
+    figure = figure_class(figsize=(4.2 * columns + 1.4, (0.28 * rows + 0.9) * len(bases) + 0.6), layout="constrained")
+    panels = figure.subplots(len(bases), columns, squeeze=False, sharey="row")
+    for base, line_of_panels in zip(bases, panels, strict=True):
+        lines = table.lines[base]
+        labels = [f"{x.label}{', memory' if x.memory else ''}" for x in lines]
+        ours = line_of_panels[0]
+        for place, line in enumerate(lines):
+            if line.ours is None:
+                continue
+            value = line.ours.values["sdr"]
+            ours.plot([value.low, value.high], [place, place], color=_OURS, lw=1.5)
+            ours.plot(value.per_seed, [place] * len(value.per_seed), "|", color="0.3", ms=5)
+            ours.plot([value.mean], [place], "o", color=_OURS, ms=5)
+        if with_paper:
+            for place, line in enumerate(lines):
+                if line.paper:
+                    line_of_panels[1].plot([line.paper[0]], [place], "s", color=_PAPER, ms=5)
+        for panel, title in zip(line_of_panels, _titles(base), strict=False):
+            panel.set_title(title, fontsize=9, loc="left")
+            panel.set_xlabel("SDR, dB", fontsize=8)
+            panel.set_yticks(range(len(lines)), labels, fontsize=8)
+            panel.grid(axis="x", lw=0.4, alpha=0.6)
+            panel.tick_params(labelsize=8)
+            panel.spines[["top", "right"]].set_visible(False)
+        ours.invert_yaxis()
+    return figure
+
+
+def _curves(figure_class: Any, table: Table, bases: list[str]) -> Any:
+    metrics = (("sdr", "SDR"), ("sir", "SIR"), ("sar", "SAR"))
+    colours: dict[str, str] = {}  # one a strategy, with memory or without
+    figure = figure_class(figsize=(11, 3.4 * len(bases) + 0.5), layout="constrained")
+    panels = figure.subplots(len(bases), 3, squeeze=False)
+    for base, row in zip(bases, panels, strict=True):
+        for panel, (metric, title) in zip(row, metrics, strict=True):
+            for line in table.lines[base]:
+                if line.ours is None or metric not in line.ours.curves:
+                    continue
+                curve = line.ours.curves[metric]
+                steps = range(1, len(curve) + 1)
+                style = "-" if line.memory else ":" if line.row != "joint" else "--"
+                label = f"{line.label}{', memory' if line.memory else ''}"
+                colour = colours.setdefault(line.row.partition("+")[0], f"C{len(colours) % 10}")
+                panel.plot(steps, [v.mean for v in curve], style, marker="o", ms=3, lw=1.4, color=colour, label=label)
+            panel.set_title(f"{BASE_TITLES.get(base, base)}, {title}", fontsize=9, loc="left")
+            panel.set_xlabel("tasks learned", fontsize=8)
+            panel.set_ylabel("dB, all classes seen", fontsize=8)
+            panel.set_xticks(range(1, len(table.tasks) + 1))
+            panel.tick_params(labelsize=8)
+            panel.spines[["top", "right"]].set_visible(False)
+        handles, labels = row[-1].get_legend_handles_labels()
+        if handles:
+            row[-1].legend(handles, labels, fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def _sizes(figure_class: Any, table: Table, bases: list[str], with_paper: bool) -> Any:
+    columns = 2 if with_paper else 1
+    figure = figure_class(figsize=(4.4 * columns + 0.6, 3.2 * len(bases) + 0.5), layout="constrained")
+    panels = figure.subplots(len(bases), columns, squeeze=False)
+    for base, row in zip(bases, panels, strict=True):
+        measured = [(_size(x), x.ours.values["sdr"]) for x in table.lines[base] if x.ours is not None]
+        sizes = [k for k, _ in measured]
+        row[0].plot(sizes, [v.mean for _, v in measured], "o-", color=_OURS, ms=4)
+        row[0].fill_between(sizes, [v.low for _, v in measured], [v.high for _, v in measured], color=_OURS, alpha=0.2)
+        if with_paper:
+            printed = [(k, v[0]) for k, v in ((_number(name), v) for name, v in _printed(base).items())]
+            row[1].plot([k for k, _ in printed], [v for _, v in printed], "s-", color=_PAPER, ms=4)
+        for panel, title in zip(row, _titles(base), strict=False):
+            panel.set_title(title, fontsize=9, loc="left")
+            panel.set_xlabel("exemplars a class, K", fontsize=8)
+            panel.set_ylabel("SDR, dB", fontsize=8)
+            panel.set_xscale("log")
+            ticks = sizes if panel is row[0] else [_number(name) for name in _printed(base)]
+            panel.set_xticks(ticks, [str(k) for k in ticks])
+            panel.minorticks_off()
+            panel.tick_params(labelsize=8)
+            panel.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _printed(base: str) -> dict[str, Any]:
+    return published()["table3"].get(base, {})
+
+
+def _number(row: str) -> int:
+    return int(row.removeprefix("K="))
+
+
+def _size(line: Line) -> int:
+    return _number(line.row)

@@ -1,0 +1,479 @@
+"""Runs the cells of a grid, several at a time, each in a process of its own, and goes on where a killed run was.
+
+What is done is what files say: a cell is finished when its result is there, a first task when its ``task.json`` is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from avsep.errors import AvsepError, ConfigError, MissingExtraError, RunError
+from avsep.io import FolderLock, read_json, refuse_file, write_json
+from avsep.progress import Progress, progress_bar
+from avsep.provenance import code_hash, commit
+from avsep.reproduce.grid import Cell, Grid, identity_key
+from avsep.reproduce.results import ResultStore
+from avsep.reproduce.worker import FAILED, PROGRESS, first_task_done, run_unit
+
+__all__ = [
+    "LAUNCHERS",
+    "InlineLauncher",
+    "Launcher",
+    "LocalLauncher",
+    "Outcome",
+    "SubmititLauncher",
+    "check_folder",
+    "claim",
+    "cores",
+    "run_grid",
+]
+
+MARK = "reproduce.json"
+_POLL_S = 0.2
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+class Launcher(ABC):
+    """Starts units and tells whether they still run."""
+
+    @abstractmethod
+    def start(self, unit: Path, threads: int) -> Any:
+        """Start the worker on a unit's file; returns a handle."""
+
+    @abstractmethod
+    def ended(self, handle: Any) -> str | None:
+        """None while it runs; else how it ended (empty: of itself)."""
+
+    @abstractmethod
+    def stop(self, handle: Any) -> None:
+        """End a unit that runs; it can be gone on with later."""
+
+
+class LocalLauncher(Launcher):
+    """Processes on this machine. They die with this one."""
+
+    def start(self, unit: Path, threads: int) -> subprocess.Popen[bytes]:
+        environment = {
+            "OMP_WAIT_POLICY": "PASSIVE",
+            **os.environ,
+            **{f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "MKL", "OPENBLAS")},
+        }
+        with open(unit.with_name("log.txt"), "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "avsep.reproduce.worker", str(unit)],
+                stdin=subprocess.PIPE,  # never written: its closing tells the worker that this process is gone
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+
+    def ended(self, handle: subprocess.Popen[bytes]) -> str | None:
+        code = handle.poll()
+        if code is None:
+            return None
+        if handle.stdin is not None:
+            handle.stdin.close()
+        return "" if code in (0, 1) else f"its process died (exit code {code}); is memory short?"
+
+    def stop(self, handle: subprocess.Popen[bytes]) -> None:
+        handle.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            handle.wait(10)
+        if handle.poll() is None:
+            handle.kill()
+            handle.wait()
+        if handle.stdin is not None:
+            handle.stdin.close()
+
+
+class SubmititLauncher(Launcher):
+    """Jobs of a cluster (Slurm) through submitit; the folders must be seen from its machines.
+
+    ``cluster`` is submitit's: None for what it finds, ``slurm``, ``local`` or ``debug``; ``parameters`` are its
+    executor's (``timeout_min``, ``slurm_partition``, ...).
+    """
+
+    def __init__(self, folder: Path, cluster: str | None = None, parameters: dict[str, Any] | None = None) -> None:
+        try:
+            import submitit
+        except ImportError:
+            raise MissingExtraError("submitit", "cluster", "the launcher submitit") from None
+        self._parameters = {"timeout_min": 24 * 60, **(parameters or {})}
+        try:
+            self._executor = submitit.AutoExecutor(folder=folder / "submitit", cluster=cluster)
+            self._executor.update_parameters(**self._parameters)
+        except Exception as error:  # submitit's own, of many kinds
+            raise ConfigError(f"submitit: {error}") from None
+
+    def start(self, unit: Path, threads: int) -> Any:
+        self._executor.update_parameters(cpus_per_task=threads)
+        return self._executor.submit(run_unit, str(unit))
+
+    def ended(self, handle: Any) -> str | None:
+        if not handle.done():
+            return None
+        try:
+            handle.result()
+        except Exception as error:
+            return f"its job {handle.job_id} failed: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
+        return ""
+
+    def stop(self, handle: Any) -> None:
+        handle.cancel(check=False)
+
+
+class InlineLauncher(Launcher):
+    """Everything in this process, one unit after the other: for a debugger."""
+
+    def start(self, unit: Path, threads: int) -> None:
+        import torch
+
+        before = torch.get_num_threads()
+        try:
+            run_unit(unit)
+        finally:
+            torch.set_num_threads(before)
+
+    def ended(self, handle: Any) -> str | None:
+        return ""
+
+    def stop(self, handle: Any) -> None:
+        pass
+
+
+LAUNCHERS = ("local", "inline", "submitit")
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A cell, or a first task that cells share; ``cells`` are those it is for."""
+
+    kind: Literal["cell", "first"]
+    key: str
+    label: str
+    spec: dict[str, Any]
+    steps: int
+    folder: Path
+    cells: tuple[Cell, ...]
+
+    @property
+    def first(self) -> bool:
+        return self.kind == "first"
+
+
+@dataclass
+class _Running:
+    handle: Any
+    unit: _Unit
+    bar: int
+    started: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a grid: keys of the cells that were finished now or before, and why others were not."""
+
+    finished: tuple[str, ...]
+    failed: dict[str, str] = field(default_factory=dict)
+    ran: int = 0
+    seconds: float = 0.0
+
+
+def run_grid(
+    grid: Grid,
+    out: Path,
+    *,
+    results: ResultStore,
+    jobs: int,
+    device: str = "auto",
+    launcher: Launcher | None = None,
+    keep: bool = False,
+    progress: bool = True,
+    title: str = "cells",
+    preset: str = "",
+    finished: Callable[[Cell], str] | None = None,
+) -> Outcome:
+    """Run the cells that ``results`` does not have.
+
+    ``keep`` leaves the run folders of finished cells in ``out/work``; ``finished`` gives the line that is shown when a
+    cell is. A cell that fails is reported in the outcome, and the others go on.
+
+    Raises:
+        RunError: another process is at work in ``out``.
+    """
+    started = time.perf_counter()
+    with FolderLock(out):
+        loop = _Loop(grid, out, results, jobs, device, launcher or LocalLauncher(), keep, title, preset, finished)
+        with progress_bar(progress) as bars:
+            return loop.run(bars, started)
+
+
+class _Loop:
+    def __init__(
+        self,
+        grid: Grid,
+        out: Path,
+        results: ResultStore,
+        jobs: int,
+        device: str,
+        launcher: Launcher,
+        keep: bool,
+        title: str,
+        preset: str,
+        finished: Callable[[Cell], str] | None,
+    ) -> None:
+        self.grid = grid
+        self.out = out
+        self.results = results
+        self.jobs = jobs
+        self.device = device
+        self.launcher = launcher
+        self.keep = keep
+        self.title = title
+        self.preset = preset
+        self.finished = finished
+        self.failed: dict[str, str] = {}
+        self.running: list[_Running] = []
+
+    # ------------------------------------------------------------------ what there is to do
+
+    def _cell_folder(self, cell: Cell) -> Path:
+        return self.out / "work" / cell.key
+
+    def _first_folder(self, cell: Cell) -> Path:
+        return self.out / "work" / f"first-{cell.first_key}"
+
+    def _units(self) -> tuple[list[_Unit], list[_Unit]]:
+        """First tasks and cells that are still to be run, the longest first."""
+        todo = []
+        for cell in self.grid.cells.values():
+            if cell.key in self.results:
+                if not self.keep:
+                    shutil.rmtree(self._cell_folder(cell), ignore_errors=True)  # of a kill after it was finished
+            elif cell.problem:
+                self.failed[cell.key] = cell.problem
+            else:
+                todo.append(cell)
+        groups: dict[str, list[Cell]] = {}
+        for cell in todo:
+            if not first_task_done(self._cell_folder(cell) / "run"):
+                groups.setdefault(cell.first_key, []).append(cell)
+        firsts = []
+        for cells in groups.values():
+            folder = self._first_folder(cells[0])
+            if not first_task_done(folder / "run"):
+                label = f"{cells[0].base} first task s{cells[0].seed}"
+                spec = self._first_spec(cells[0], folder)
+                firsts.append(
+                    _Unit("first", cells[0].first_key, label, spec, cells[0].first_steps, folder, tuple(cells))
+                )
+        units = [
+            _Unit(
+                "cell",
+                cell.key,
+                cell.name,
+                cell.spec.model_dump(mode="json"),
+                cell.steps,
+                self._cell_folder(cell),
+                (cell,),
+            )
+            for cell in todo
+        ]
+        return sorted(firsts, key=_longest_first), sorted(units, key=_longest_first)
+
+    def _first_spec(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        """A run of the first task alone. Several strategies may share it: one that was begun stays as it is."""
+        if (folder / "unit.json").is_file() and (folder / "run" / "run.yaml").is_file():
+            return read_json(folder / "unit.json")["spec"]
+        spec = cell.spec.model_dump(mode="json")
+        return {**spec, "tasks": spec["tasks"][:1], "protocol": "fixed"}
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self, bars: Progress, started: float) -> Outcome:
+        firsts, cells = self._units()
+        waiting = [*firsts, *cells]
+        total = sum(unit.steps for unit in waiting)
+        count = len(cells)
+        if not waiting:
+            return self._outcome(0, started)
+        overall = bars.add(self.title, total=total)
+        done_steps, ran = 0, 0
+        try:
+            while waiting or self.running:
+                while len(self.running) < self.jobs and (unit := self._next(waiting)) is not None:
+                    waiting.remove(unit)
+                    self._start(unit, bars)
+                shares = [self._share(r, bars) for r in self.running]
+                partial = sum(s * r.unit.steps for s, r in zip(shares, self.running, strict=True))
+                bars.update(overall, int(done_steps + partial), total)
+                bars.advance(overall, 0, note=f"{ran}/{count} cells")
+                for one in list(self.running):
+                    how = self.launcher.ended(one.handle)
+                    if how is None:
+                        continue
+                    self.running.remove(one)
+                    bars.remove(one.bar)
+                    done_steps += one.unit.steps
+                    if self._settle(one.unit, how, waiting, bars) and not one.unit.first:
+                        ran += 1
+                if self.running:
+                    time.sleep(_POLL_S)
+            bars.update(overall, total, total)
+            bars.advance(overall, 0, note=f"{ran}/{count} cells")
+        finally:
+            for one in self.running:
+                self.launcher.stop(one.handle)
+        return self._outcome(ran, started)
+
+    def _outcome(self, ran: int, started: float) -> Outcome:
+        finished = tuple(key for key in self.grid.cells if key in self.results)
+        return Outcome(finished, self.failed, ran, time.perf_counter() - started)
+
+    def _next(self, waiting: list[_Unit]) -> _Unit | None:
+        """The first unit that can start: a first task, or a cell whose first task is there."""
+        for unit in waiting:
+            if unit.first:
+                return unit
+            cell = unit.cells[0]
+            if first_task_done(self._first_folder(cell) / "run") or first_task_done(unit.folder / "run"):
+                return unit
+        return None
+
+    def _start(self, unit: _Unit, bars: Progress) -> None:
+        unit.folder.mkdir(parents=True, exist_ok=True)
+        (unit.folder / PROGRESS).unlink(missing_ok=True)
+        (unit.folder / FAILED).unlink(missing_ok=True)
+        cell = unit.cells[0]
+        file = unit.folder / "unit.json"
+        write_json(
+            file,
+            {
+                "kind": unit.kind,
+                "spec": unit.spec,
+                "store": str(Path(self.grid.stream.store.path).resolve()),
+                "first": None if unit.first else str((self._first_folder(cell) / "run").resolve()),
+                "result": None if unit.first else str(self.results.path(cell).resolve()),
+                "cell": None
+                if unit.first
+                else {
+                    "key": cell.key,
+                    "identity": cell.identity,
+                    "base": cell.base,
+                    "row": cell.row.name,
+                    "seed": cell.seed,
+                },
+                "threads": self.grid.preset.threads,
+                "device": self.device,
+                "preset": self.preset,
+                "code": code_hash(),
+                "keep": self.keep,
+            },
+        )
+        handle = self.launcher.start(file.resolve(), self.grid.preset.threads)
+        self.running.append(_Running(handle, unit, bars.add(unit.label, total=None), time.perf_counter()))
+
+    def _share(self, one: _Running, bars: Progress) -> float:
+        """How much of a running unit is done, as its worker says."""
+        try:
+            state = read_json(one.unit.folder / PROGRESS)
+            done, total = int(state["done"]), int(state["total"])
+            bars.update(one.bar, done, total)
+            bars.advance(one.bar, 0, note=f"{state['label']} {state['note']}".strip())
+            within = done / total if state["trains"] else 1.0
+            if one.unit.first:
+                return min(1.0, within)
+            # the first task, which is shared, does not count
+            share = (int(state["task"]) - 1 + within) / max(1, len(one.unit.spec["tasks"]) - 1)
+            return max(0.0, min(1.0, share))
+        except (AvsepError, KeyError, TypeError, ValueError, ZeroDivisionError, OSError):
+            return 0.0
+
+    def _settle(self, unit: _Unit, how: str, waiting: list[_Unit], bars: Progress) -> bool:
+        """Take note of what became of a unit; whether it was finished."""
+        self.results.refresh()
+        done = first_task_done(unit.folder / "run") if unit.first else unit.key in self.results
+        if done and not (unit.folder / FAILED).is_file():
+            if not unit.first:
+                bars.say(self.finished(unit.cells[0]) if self.finished else f"finished {unit.label}")
+                if not self.keep:
+                    shutil.rmtree(unit.folder, ignore_errors=True)
+            return True
+        reason = how or "it ended without a result and without a reason"
+        with contextlib.suppress(AvsepError, KeyError, TypeError):
+            reason = str(read_json(unit.folder / FAILED)["error"])
+        for cell in unit.cells:
+            self.failed[cell.key] = f"its first task: {reason}" if unit.first else reason
+        if unit.first:
+            waiting[:] = [u for u in waiting if u.first or u.key not in self.failed]
+        bars.say(f"failed {unit.label}: {reason} (log: {unit.folder / 'log.txt'})")
+        return False
+
+
+def _longest_first(unit: _Unit) -> tuple[int, str]:
+    return -unit.steps, unit.label
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Refuse a folder that holds something else, or a grid that was not asked to be gone on with."""
+    refuse_file(out)
+    if (out / MARK).is_file():
+        if not resume:
+            raise RunError(f"{out} holds a grid already: go on with --resume, or choose another --out")
+        return
+    foreign = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
+    if resume and not foreign:
+        raise RunError(f"nothing to resume in {out}: start it without --resume")
+    if set(foreign) - {"store"}:  # a store is made before the folder is marked
+        raise RunError(f"{out} is not empty and not a grid's folder (it has {foreign[0]}): choose another --out")
+
+
+def claim(out: Path, grid: Grid, *, preset: str, any_code: bool = False) -> None:
+    """Take a folder for a grid, or go on in one of the same preset, store and code; :class:`RunError` otherwise."""
+    mine = {
+        "preset": preset,
+        "preset_hash": identity_key(grid.preset.model_dump(mode="json", exclude={"summary", "source", "measured"})),
+        "store_hash": grid.stream.store.content_hash,
+        "code": code_hash(),
+        "commit": commit(),
+    }
+    path = out / MARK
+    if not path.is_file():
+        write_json(path, mine)
+        return
+    found = read_json(path)
+    if found.get("preset_hash") != mine["preset_hash"]:
+        raise RunError(
+            f"{out} was made with preset '{found.get('preset')}', not with '{preset}' as it is now: choose another "
+            "--out"
+        )
+    if found.get("store_hash") != mine["store_hash"]:
+        raise RunError(
+            f"{out} was made from another data set (hash {str(found.get('store_hash'))[:12]}, now "
+            f"{mine['store_hash'][:12]}): choose another --out"
+        )
+    if found.get("code") != mine["code"] and not any_code:
+        raise RunError(
+            f"{out} was made by another version of the library (commit {found.get('commit')}, now {mine['commit']}): "
+            "go back to it, choose another --out, or mix the two with --any-code"
+        )

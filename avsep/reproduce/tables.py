@@ -1,0 +1,319 @@
+"""What came out of a grid beside what the paper printed: CSV, Markdown, and a place in a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from avsep.errors import ConfigError
+from avsep.evaluation.comparison import Comparison, Estimate, MethodResult, compare
+from avsep.io import read_yaml, write_text
+from avsep.reproduce.grid import Grid
+from avsep.reproduce.results import CellResult, ResultStore
+
+__all__ = ["Line", "Table", "build_table", "markdown", "published", "render_into", "write_table"]
+
+TITLES = {
+    "table1": "Table 1: methods",
+    "table2": "Table 2: ContAV-Sep's terms",
+    "table3": "Table 3: exemplars a class",
+    "figure3": "Figure 3: methods after every task",
+    "figure4": "Figure 4: exemplars a class",
+}
+BASE_TITLES = {"iquery": "iQuery", "coseparation": "Co-Separation"}
+_PAPER_TABLE = {"figure3": "table1", "figure4": "table3"}
+_SHOWN = ("sdr", "sir", "sar")
+_CONTINUAL = ("average", "forgetting", "bwt", "intransigence")
+CONTROL = {
+    "table1": "finetune+memory",
+    "table2": "mask",
+    "table3": "K=1",
+    "figure3": "finetune+memory",
+    "figure4": "K=1",
+}
+"""The row that the others' differences are to: in table 1 plain replay, which the paper leaves out."""
+
+
+@cache
+def published() -> dict[str, Any]:
+    """The paper's numbers with their source."""
+    data: dict[str, Any] = read_yaml(Path(__file__).with_name("published.yaml"))
+    return data
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method on one base separator: ``ours`` over the seeds that are finished, ``paper`` SDR, SIR and SAR."""
+
+    row: str
+    label: str
+    memory: str
+    ours: MethodResult | None
+    paper: tuple[float, float, float] | None
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A finished or partly finished table; ``lines`` by base separator, ``notes`` what must be said of it."""
+
+    name: str
+    title: str
+    data_set: str
+    preset: str
+    seeds: tuple[int, ...]
+    lines: dict[str, tuple[Line, ...]]
+    control: str
+    commits: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    tasks: tuple[tuple[str, ...], ...] = field(default=())
+
+    @property
+    def steps(self) -> bool:
+        """Whether it shows every step, instead of the last one."""
+        return self.name == "figure3"
+
+    @property
+    def heading(self) -> str:
+        """What keeps these numbers from being taken for the paper's."""
+        return f"{self.data_set}, preset {self.preset}"
+
+
+def build_table(
+    grid: Grid,
+    name: str,
+    results: ResultStore,
+    *,
+    data_set: str,
+    preset: str,
+    failed: Mapping[str, str] | None = None,
+    resamples: int = 10_000,
+) -> Table:
+    """Gather a table from the finished cells; ``failed`` says by key why others are not."""
+    failed = failed or {}
+    printed = published().get(_PAPER_TABLE.get(name, name), {})
+    lines: dict[str, tuple[Line, ...]] = {}
+    commits: dict[str, None] = {}
+    for base in grid.bases[name]:
+        found: dict[str, list[CellResult]] = {}
+        missing: dict[str, list[str]] = {}
+        for row in grid.tables[name]:
+            for key in grid.keys(name, row.name, base):
+                result = results.get(key)
+                if result is None:
+                    reason = failed.get(key, "not run")
+                    missing.setdefault(row.name, []).append(f"seed {grid.cells[key].seed}: {reason}")
+                else:
+                    found.setdefault(row.name, []).append(result)
+                    commits.setdefault(str(result.data.get("commit", "unknown")))
+        comparison = _compared(found, CONTROL[name], resamples)
+        made = []
+        for row in grid.tables[name]:
+            numbers = printed.get(base, {}).get(row.name)
+            made.append(
+                Line(
+                    row=row.name,
+                    label=row.label,
+                    memory=_memory(row.memory),
+                    ours=comparison[row.name] if comparison is not None and row.name in found else None,
+                    paper=None if numbers is None else tuple(numbers),
+                    missing=tuple(missing.get(row.name, ())),
+                )
+            )
+        lines[base] = tuple(made)
+    return Table(
+        name=name,
+        title=TITLES[name],
+        data_set=data_set,
+        preset=preset,
+        seeds=grid.seeds,
+        lines=lines,
+        control=CONTROL[name],
+        commits=tuple(commits),
+        notes=tuple(grid.notes.get(name, ())),
+        tasks=tuple(t.classes for t in grid.stream.tasks),
+    )
+
+
+def _compared(found: Mapping[str, Sequence[CellResult]], control: str, resamples: int) -> Comparison | None:
+    cells = [result.compared(name) for name, members in found.items() for result in members]
+    if not cells:
+        return None
+    joint = [c for c in cells if c.method == "joint"]
+    return compare(cells, baseline=control if control in found else None, joint=joint, resamples=resamples)
+
+
+def _memory(memory: Any) -> str:
+    if memory is None:
+        return ""
+    count = memory.params.get("per_class")
+    return memory.name if count is None else f"{count} a class"
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def markdown(table: Table) -> str:
+    """The table as Markdown, one block a base separator, with a heading that says what data it is of."""
+    count = len(table.seeds)
+    ours = f"Ours: {table.heading}, {count} seed{'s' if count > 1 else ''}."
+    if any(line.paper for lines in table.lines.values() for line in lines) and not table.steps:
+        ours += (
+            f" Paper: {published()['data_set']}, one seed. The two are of different data and sizes: set only the order "
+            "of the methods side by side."
+        )
+    out = [f"**{table.title}.** {ours}"]
+    for base, lines in table.lines.items():
+        out += ["", f"*{BASE_TITLES.get(base, base)}*", ""]
+        out += _steps_block(table, lines) if table.steps else _block(table, lines)
+    control = next((x.label for lines in table.lines.values() for x in lines if x.row == table.control), "")
+    what = "after the last task, " if not table.steps else ""
+    legend = f"dB {what}mean over seeds and the sources of all test mixtures of the classes seen, [95% interval]"
+    if control and not table.steps:
+        legend += f"; difference: SDR less that of {control}, * where its 95% interval leaves out 0"
+    out += ["", f"{legend}."]
+    out += table.notes
+    for base, lines in table.lines.items():
+        for line in lines:
+            out += [f"Missing: {BASE_TITLES.get(base, base)}, {line.label}, {reason}" for reason in line.missing]
+    out.append(f"Commit {', '.join(table.commits) or 'none'}.")
+    return "\n".join(out) + "\n"
+
+
+def _header(names: Sequence[str]) -> list[str]:
+    return [
+        "| " + " | ".join(names) + " |",
+        "|" + "|".join("---" if n in ("method", "memory") else "---:" for n in names) + "|",
+    ]
+
+
+def _block(table: Table, lines: Sequence[Line]) -> list[str]:
+    memories = len({line.memory for line in lines}) > 1
+    names = ["method", *(["memory"] if memories else []), "SDR", "difference", "SIR", "SAR", "forgetting"]
+    out = _header([*names, "paper SDR", "paper SIR", "paper SAR"])
+    for line in lines:
+        cells = [line.label, *([line.memory] if memories else [])]
+        if line.ours is None:
+            cells += [""] * 5
+        else:
+            values, difference = line.ours.values, line.ours.differences.get("sdr")
+            cells.append(_interval(values.get("sdr")) + _partly(table, line))
+            star = "*" if difference is not None and difference.significant else ""
+            cells.append("" if difference is None else f"{_plain(difference.mean):+.2f}{star}")
+            cells += [_number(values.get(k)) for k in ("sir", "sar", "forgetting")]
+        cells += [f"{v:.2f}" for v in line.paper] if line.paper else [""] * 3
+        out.append("| " + " | ".join(cells) + " |")
+    return out
+
+
+def _steps_block(table: Table, lines: Sequence[Line]) -> list[str]:
+    """SDR after every task; SIR and SAR stand in the CSV file."""
+    out = _header(["method", "memory", *(f"SDR after task {t + 1}" for t in range(len(table.tasks)))])
+    for line in lines:
+        curve = line.ours.curves.get("sdr", ()) if line.ours else ()
+        cells = [_number(v) for v in curve[:-1]] + [_interval(v) + _partly(table, line) for v in curve[-1:]]
+        out.append("| " + " | ".join([line.label, line.memory, *(cells or [""] * len(table.tasks))]) + " |")
+    return out
+
+
+def _partly(table: Table, line: Line) -> str:
+    return f" ({len(line.ours.seeds)} of {len(table.seeds)} seeds)" if line.ours and line.missing else ""
+
+
+def _number(value: Estimate | None) -> str:
+    return "" if value is None else f"{_plain(value.mean):.2f}"
+
+
+def _interval(value: Estimate | None) -> str:
+    return "" if value is None else f"{_plain(value.mean):.2f} [{_plain(value.low):.2f}, {_plain(value.high):.2f}]"
+
+
+def _plain(value: float) -> float:
+    return round(value, 2) + 0.0  # no minus before a zero
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def csv_rows(table: Table) -> list[dict[str, Any]]:
+    """One row a method and base: every measure with its interval, its difference to the control, and the paper's."""
+    rows = []
+    for base, lines in table.lines.items():
+        for line in lines:
+            row: dict[str, Any] = {
+                "table": table.name,
+                "data_set": table.data_set,
+                "preset": table.preset,
+                "base": base,
+                "row": line.row,
+                "method": line.label,
+                "memory": line.memory,
+                "seeds": len(line.ours.seeds) if line.ours else 0,
+                "commit": " ".join(table.commits),
+            }
+            for metric in (*_SHOWN, "sdri", "si_sdr", *_CONTINUAL):
+                value = line.ours.values.get(metric) if line.ours else None
+                parts = (None, None, None) if value is None else (value.mean, value.low, value.high)
+                row |= {f"{metric}{end}": _text(v) for end, v in zip(("", "_low", "_high"), parts, strict=True)}
+            for metric in _SHOWN:
+                difference = line.ours.differences.get(metric) if line.ours else None
+                parts = (None, None, None)
+                if difference is not None:
+                    parts = (difference.mean, difference.low, difference.high)
+                row |= {
+                    f"{metric}_difference{end}": _text(v) for end, v in zip(("", "_low", "_high"), parts, strict=True)
+                }
+            for step in range(len(table.tasks)):
+                for metric in _SHOWN:
+                    curve = line.ours.curves.get(metric) if line.ours else None
+                    row[f"{metric}_after_task_{step}"] = _text(curve[step].mean if curve else None)
+            counts = line.ours.counts if line.ours else {}
+            row |= {k: counts.get(k, "") for k in ("scored", "skipped", "degenerate")}
+            row["memory_bytes"] = (line.ours.memory_bytes if line.ours else None) or ""
+            row |= dict(zip((f"paper_{m}" for m in _SHOWN), line.paper or ("", "", ""), strict=True))
+            rows.append(row)
+    return rows
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def write_table(table: Table, folder: Path, *, plot: bool = True) -> list[Path]:
+    """Write ``NAME.csv``, ``NAME.md`` and, where matplotlib is installed, ``NAME.png``; returns what was written."""
+    rows = csv_rows(table)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["table"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    written = [folder / f"{table.name}.csv", folder / f"{table.name}.md"]
+    write_text(written[0], buffer.getvalue())
+    write_text(written[1], markdown(table))
+    if plot and any(line.ours for lines in table.lines.values() for line in lines):
+        from avsep.reproduce.plots import plot_table
+
+        written.append(folder / f"{table.name}.png")
+        plot_table(table, written[-1])
+    return written
+
+
+def render_into(page: Path, table: Table) -> None:
+    """Put the table between ``<!-- reproduce:NAME -->`` and ``<!-- /reproduce:NAME -->`` of a Markdown page.
+
+    Raises :class:`ConfigError` where the page or the markers are missing.
+    """
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {page}: {error}") from None
+    begin, end = f"<!-- reproduce:{table.name} -->", f"<!-- /reproduce:{table.name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ConfigError(f"{page} needs the lines {begin} and {end} once, around the place of the table")
+    write_text(page, pattern.sub(lambda _: f"{begin}\n{markdown(table)}{end}", text))

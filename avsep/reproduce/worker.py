@@ -1,0 +1,221 @@
+"""One cell, or one shared first task, in a process of its own: ``python -m avsep.reproduce.worker UNIT.json``.
+
+All it is told is a file, and all it tells are files in the same folder, so that it may run on another machine that sees
+the same folders: ``progress.json`` while it works, ``failed.json`` when it cannot, and for a cell its result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from avsep.errors import AvsepError, RunError
+from avsep.io import FolderLock, read_json, write_json
+from avsep.progress import Progress
+
+__all__ = ["FAILED", "PROGRESS", "first_task_done", "run_unit"]
+
+PROGRESS, FAILED = "progress.json", "failed.json"
+_LOCK_WAIT_S = 20.0  # a worker whose parent was just killed needs a moment to die
+_REPORT_S = 0.5
+
+
+class _FileProgress(Progress):
+    """Writes how far the unit is, in steps, into a small file now and then."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._last = 0.0
+        self._state: dict[str, Any] = {"task": 0, "trains": False, "label": "", "done": 0, "total": 0, "note": ""}
+
+    def add(self, label: str, total: int | None, done: int = 0) -> int:
+        task = re.search(r"(\d+)/\d+$", label)  # "lwf 2/4": the task's steps; anything else is a side job
+        self._state |= {"done": done, "total": total or 0, "label": f"task {task[0]}" if task else label}
+        self._state |= {"trains": bool(task), "task": int(task[1]) - 1 if task else self._state["task"]}
+        self._write()
+        return 0
+
+    def advance(self, bar: int, amount: int = 1, note: str | None = None) -> None:
+        self._state["done"] += amount
+        if note is not None:
+            self._state["note"] = note
+        if time.monotonic() - self._last > _REPORT_S:
+            self._write()
+
+    def update(self, bar: int, done: int, total: int) -> None:
+        self._state |= {"done": done, "total": total}
+        if time.monotonic() - self._last > _REPORT_S:
+            self._write()
+
+    def _write(self) -> None:
+        self._last = time.monotonic()
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._state), encoding="utf-8")  # not synced: it may be lost
+        os.replace(temporary, self._path)
+
+
+def first_task_done(run: Path) -> bool:
+    return (run / "tasks" / "00" / "task.json").is_file()
+
+
+def run_unit(file: str | Path) -> bool:
+    """Do what a unit's file says; False, with the reason in ``failed.json``, when it cannot be done."""
+    file = Path(file)
+    folder = file.parent
+    unit = read_json(file)
+    (folder / FAILED).unlink(missing_ok=True)
+    try:
+        _run(unit, folder)
+    except AvsepError as error:
+        write_json(folder / FAILED, {"error": " ".join(str(error).split())})
+        return False
+    except Exception as error:
+        traceback.print_exc()
+        write_json(folder / FAILED, {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+        return False
+    return True
+
+
+def _run(unit: dict[str, Any], folder: Path) -> None:
+    import torch
+
+    from avsep.data.tasks import task_stream
+    from avsep.learner import ContinualLearner
+    from avsep.provenance import code_hash
+    from avsep.spec import RunSpec, validated
+
+    if code_hash() != unit["code"]:
+        raise RunError("the library's source has changed since the command began: start it again")
+    torch.set_num_threads(unit["threads"])
+    spec = validated(RunSpec, unit["spec"], "cell")
+    run = folder / "run"
+    stream = task_stream(
+        unit["store"],
+        spec.tasks,
+        protocol=spec.protocol,
+        validation_protocol=spec.validation_protocol,
+        clip_samples=spec.separator.front_end.clip_samples,
+    )
+    if stream.store.content_hash != spec.store_hash:
+        raise RunError(f"{unit['store']} is not the store that the command began with: it has been changed")
+    _wait_for(run)
+    resume = (run / "run.yaml").is_file()
+    if not resume:  # what a kill may have left of its making
+        shutil.rmtree(run, ignore_errors=True)
+    progress = _FileProgress(folder / PROGRESS)
+    learner = ContinualLearner.from_spec(spec, accelerator=unit["device"])
+    first = None if first_task_done(run) else unit["first"]
+    learner.fit(stream, run, resume=resume, progress=progress, preset=unit["preset"], first_task=first)
+    if unit["kind"] == "first":
+        shutil.rmtree(run / "state", ignore_errors=True)
+        return
+    _finish(unit, spec, run, progress)
+    if not unit["keep"]:
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def _wait_for(run: Path) -> None:
+    """Wait until a worker that has lost its parent is gone."""
+    end = time.monotonic() + _LOCK_WAIT_S
+    while run.is_dir():
+        try:
+            with FolderLock(run):
+                return
+        except RunError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress) -> None:
+    """Score the run and write the cell's result."""
+    from avsep.devices import pick_device
+    from avsep.evaluation.evaluate import evaluate_run
+    from avsep.reproduce.results import cell_record, write_cell
+
+    device = pick_device(unit["device"])
+    progress.add("scoring", total=None)
+    started = time.perf_counter()
+    evaluation = evaluate_run(
+        run,
+        unit["store"],
+        device=device,
+        progress=lambda _task, done, total: progress.update(0, done, total),
+    )
+    scoring_s = time.perf_counter() - started
+    records = [read_json(p) for p in sorted(run.glob("tasks/*/task.json"))]
+    seconds = [r["seconds"] for r in records]
+    after = sum(r["seconds_after"] for r in records)  # of the first task too, which each cell computes for itself
+    write_cell(
+        Path(unit["result"]),
+        cell_record(
+            unit["cell"],
+            evaluation,
+            tasks=[
+                {k: r[k] for k in ("steps", "best_epoch", "best_step", "validation_sdr_db", "parameters")}
+                for r in records
+            ],
+            exemplars=records[-1]["exemplars"],
+            seconds={
+                "first_task": seconds[0],
+                "tasks": round(sum(seconds[1:]) + after, 1),
+                "scoring": round(scoring_s, 1),
+            },
+            **_provenance(unit, device),
+        ),
+    )
+
+
+def _provenance(unit: dict[str, Any], device: Any) -> dict[str, Any]:
+    import platform
+    from datetime import datetime, timezone
+
+    import torch
+
+    import avsep
+    from avsep.provenance import commit, device_name, version_of
+
+    return {
+        "commit": commit(),
+        "code": unit["code"],
+        "preset": unit["preset"],
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "software": {
+            "avsep": avsep.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": version_of("numpy"),
+        },
+    }
+
+
+def _die_with_standard_input() -> None:
+    """End when the process that holds the other end of standard input is gone, however it went."""
+
+    def watch() -> None:
+        os.read(0, 1)  # nothing is ever written
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that draws ends this one
+    _die_with_standard_input()
+    sys.exit(0 if run_unit(sys.argv[1]) else 1)
+
+
+if __name__ == "__main__":
+    main()

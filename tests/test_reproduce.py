@@ -1,0 +1,475 @@
+"""``avsep reproduce``: the grid as data, the runner that can be killed, and the tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
+
+from avsep.cli import main
+from avsep.data.store import Store
+from avsep.data.tasks import task_stream
+from avsep.errors import DataError
+from avsep.evaluation.evaluate import evaluate_run
+from avsep.learner import ContinualLearner
+from avsep.reproduce import ResultStore, build_grid, load_grid_preset, worker
+from avsep.reproduce.results import read_cell
+from avsep.reproduce.runner import LocalLauncher
+from avsep.reproduce.tables import published
+
+ROWS = ("finetune", "contavsep+memory", "joint")
+CHOSEN = [word for row in ROWS for word in ("--row", row)]
+
+
+@pytest.fixture(scope="module")
+def presets(tmp_path_factory) -> Path:
+    """A folder with ``grid.yaml``, whose two base separators are tiny."""
+    folder = tmp_path_factory.mktemp("presets")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"separator": TINY_SEPARATOR, "train": TINY_TRAIN}))
+    other = {"preset": str(folder / "tiny.yaml"), "separator": {"mask_decoder": {"params": {"layers": 1}}}}
+    data = {
+        "tasks": [list(names) for names in TINY_TASKS],
+        "bases": {"iquery": {"preset": str(folder / "tiny.yaml")}, "coseparation": other},
+        "train": {"epochs": 1},
+        "memory_sizes": [1, 2, 4],
+    }
+    (folder / "grid.yaml").write_text(yaml.safe_dump(data))
+    return folder
+
+
+def run(*argv: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(["reproduce", *(str(a) for a in argv)])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def reproduce(presets, tone_store):
+    """Exit code of ``avsep reproduce`` on the tones with the tiny grid, everything in this process."""
+
+    def call(*argv: object, launcher: str = "inline", base: str = "iquery", seeds: int = 1) -> int:
+        options = ["--dataset", tone_store, "--preset", presets / "grid.yaml", "--launcher", launcher, "--base", base]
+        return run(*argv, *options, "--seeds", seeds, "--device", "cpu")
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(presets, tone_store, tmp_path_factory) -> Path:
+    """A folder of three finished cells. Read only."""
+    out = tmp_path_factory.mktemp("grid") / "out"
+    options = ["--dataset", tone_store, "--preset", presets / "grid.yaml", "--launcher", "inline", "--base", "iquery"]
+    assert run("table1", *options, *CHOSEN, "--out", out, "--seeds", 1, "--device", "cpu", "--keep") == 0
+    return out
+
+
+@pytest.fixture
+def grid(presets, tone_store):
+    return build_grid(["table1"], load_grid_preset(str(presets / "grid.yaml")), Store.open(tone_store), seeds=2)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_commit(path: Path) -> str:
+    return "\n".join(line for line in path.read_text().splitlines() if not line.startswith("Commit"))
+
+
+# ---------------------------------------------------------------------- the grid as data
+
+
+def test_table1_is_thirteen_methods_on_two_separators(grid):
+    assert len(grid.tables["table1"]) == 13
+    assert len(grid.cells) == 13 * 2 * 2
+    joint = [c for c in grid.cells.values() if c.row.name == "joint"]
+    plain = [c for c in grid.cells.values() if c.row.name in ("finetune", "finetune+memory")]
+    for cell in joint:  # one first task for joint training and fine-tuning, with memory or without
+        same = [c for c in plain if (c.base, c.seed) == (cell.base, cell.seed)]
+        assert {c.first_key for c in same} == {cell.first_key}
+    assert len({c.first_key for c in joint}) == 4
+    contrastive = {c.first_key for c in grid.cells.values() if c.row.strategy == "contavsep"}
+    assert not contrastive & {c.first_key for c in joint}
+
+
+def test_tables_share_cells(presets, tone_store):
+    preset = load_grid_preset(str(presets / "grid.yaml"))
+    tables = ["table1", "table2", "table3", "figure3", "figure4"]
+    grid = build_grid(tables, preset, Store.open(tone_store), seeds=1, bases=["iquery"])
+    shared = {
+        grid.keys("table1", "contavsep+memory", "iquery"),
+        grid.keys("table2", "mask+instance+class", "iquery"),
+        grid.keys("table3", "K=1", "iquery"),
+        grid.keys("figure3", "contavsep+memory", "iquery"),
+        grid.keys("figure4", "K=1", "iquery"),
+    }
+    assert len(shared) == 1
+    assert len(grid.cells) == 13 + 3 + 1
+    # the tones have three training clips a class
+    assert [row.name for row in grid.tables["table3"]] == ["K=1", "K=2"]
+    assert grid.notes["table3"] == ["K = 4 left out: no class of an earlier task has more than 3 training clips."]
+    (two,) = (grid.cells[k] for k in grid.keys("table3", "K=2", "iquery"))
+    assert two.spec.memory.params == {"per_class": 2}
+    assert two.spec.train.memory_share == "constant"
+    assert grid.cells[grid.keys("table3", "K=1", "iquery")[0]].first_key == two.first_key
+
+
+def test_the_key_is_of_all_that_decides_the_result(presets, tone_store, tmp_path):
+    preset = load_grid_preset(str(presets / "grid.yaml"))
+
+    def keys(preset=preset, store=tone_store, **more):
+        return set(build_grid(["table1"], preset, Store.open(store), seeds=1, rows=["joint"], **more).cells)
+
+    plain = keys()
+    moved = shutil.copytree(tone_store, tmp_path / "elsewhere")
+    assert keys(store=moved) == plain  # where the store lies does not matter
+    for change in (
+        {"seed": 5},
+        {"threads": 2},
+        {"protocol": "paper"},
+        {"train": {"epochs": 2}},
+        {"tasks": (("ding", "peep"), ("hum", "whirr"))},
+    ):
+        assert not keys(preset.model_copy(update=change)) & plain, change
+
+
+def test_the_papers_numbers_agree_where_tables_repeat_them():
+    data = published()
+    repeated = data["table1"]["iquery"]["contavsep+memory"]
+    assert data["table2"]["iquery"]["mask+instance+class"] == data["table3"]["iquery"]["K=1"] == repeated
+    assert repeated == [7.33, 13.55, 13.01]
+    assert all(len(v) == 3 for t in ("table1", "table2", "table3") for b in data[t].values() for v in b.values())
+
+
+def test_a_strategy_that_cannot_be_built_is_the_cells_problem(presets, tone_store):
+    preset = load_grid_preset(str(presets / "grid.yaml"))
+    preset = preset.model_copy(update={"strategies": {"contavsep": {"weight_mask": -1.0}}})
+    grid = build_grid(["table1"], preset, Store.open(tone_store), seeds=1, rows=["contavsep+memory", "joint"])
+    problems = {c.row.name: c.problem for c in grid.cells.values()}
+    assert "weight_mask must be 0 or more" in problems["contavsep+memory"]
+    assert problems["joint"] == ""
+
+
+# ---------------------------------------------------------------------- running it
+
+
+def test_a_cell_is_the_run_that_its_spec_describes(finished, presets, tone_store, tmp_path):
+    """The shared first task and the compact file change nothing."""
+    (path,) = (finished / "cells").glob("iquery-contavsep+memory-*.json")
+    cell = read_cell(path)
+    grid = build_grid(["table1"], load_grid_preset(str(presets / "grid.yaml")), Store.open(tone_store), seeds=1)
+    spec = grid.cells[cell.data["key"]].spec
+    stream = task_stream(tone_store, spec.tasks, clip_samples=TINY_FRONT_END["clip_samples"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cell.data["threads"])  # the last bits depend on it
+    try:
+        ContinualLearner.from_spec(spec, accelerator="cpu").fit(stream, tmp_path / "run", progress=False)
+        result = evaluate_run(tmp_path / "run")
+    finally:
+        torch.set_num_threads(threads)
+    means = result["after"][-1]["all"]["mean"]
+    assert {m: round(v, 4) for m, v in means.items()} == cell.data["final"]
+    columns = cell.scores()["after"][-1]["columns"]
+    for name in ("list", "mixture", "task", "status", "degenerate"):
+        assert columns[name] == [row[name] for row in result["after"][-1]["rows"]]
+    assert columns["sdr"] == [round(row["sdr"], 4) for row in result["after"][-1]["rows"]]
+    assert path.stat().st_size < 10_000
+
+
+def test_files_of_a_finished_grid(finished, capsys):
+    assert len(list((finished / "cells").glob("*.json"))) == 3
+    firsts = [p for p in (finished / "work").iterdir() if p.name.startswith("first-")]
+    assert len(firsts) == 2  # of the plain separation loss, and of ContAV-Sep's
+    rows = {r["row"]: r for r in rows_of(finished / "table1.csv")}
+    assert list(rows) == list(ROWS)
+    assert all(float(r["sdr_low"]) <= float(r["sdr"]) <= float(r["sdr_high"]) for r in rows.values())
+    assert float(rows["contavsep+memory"]["paper_sdr"]) == 7.33
+    assert {r["preset"] for r in rows.values()} == {"grid"}
+    page = (finished / "table1.md").read_text()
+    assert f"Ours: {rows['joint']['data_set']}, preset grid, 1 seed. Paper: MUSIC-21" in page
+    assert "| ContAV-Sep | 1 a class |" in page
+    assert (finished / "table1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_cells_are_never_run_again(finished, reproduce, tmp_path, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "out")
+    cells = sorted((out / "cells").iterdir())
+    gone = cells[0].read_text()
+    cells[0].unlink()
+    shutil.rmtree(out / "work")
+    before = {p: p.stat().st_mtime_ns for p in cells[1:]}
+    started = []
+    run_one = worker._run
+    monkeypatch.setattr(worker, "_run", lambda unit, folder: (started.append(unit["kind"]), run_one(unit, folder)))
+    assert reproduce("table1", *CHOSEN, "--out", out, "--resume") == 0
+    assert started == ["first", "cell"]
+    assert {p: p.stat().st_mtime_ns for p in cells[1:]} == before
+    again, then = json.loads(cells[0].read_text()), json.loads(gone)
+    assert again["scores"] == then["scores"]
+    assert again["identity"] == then["identity"]
+    for name in ("table1.csv", "table1.md"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.parametrize("stop_after", [2, 5])
+def test_a_grid_that_was_stopped_goes_on_to_the_same_table(
+    stop_after, finished, reproduce, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    step, count = ContinualLearner._step, 0
+
+    def stopping(self, *args):
+        nonlocal count
+        count += 1
+        if count > stop_after:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(ContinualLearner, "_step", stopping)
+    assert reproduce("table1", *CHOSEN, "--out", out, "--keep") == 130
+    told = capsys.readouterr().err
+    assert f"go on with: avsep reproduce table1 --out {out}" in told
+    assert told.rstrip().endswith("--resume")
+    monkeypatch.setattr(ContinualLearner, "_step", step)
+    assert reproduce("table1", *CHOSEN, "--out", out, "--resume") == 0
+    for name in ("table1.csv", "table1.md"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    assert not [p for p in (out / "work").iterdir() if not p.name.startswith("first-")]
+
+
+def test_results_of_elsewhere_count_as_finished(finished, reproduce, tmp_path, capsys):
+    assert reproduce("figure3", *CHOSEN, "--out", tmp_path / "out", "--results", finished) == 0
+    assert "3 cells, all finished" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "work").exists()
+    page = (tmp_path / "out" / "figure3.md").read_text()
+    assert "SDR after task 1 | SDR after task 2 |" in page
+    steps = {r["row"]: r for r in rows_of(tmp_path / "out" / "figure3.csv")}
+    assert steps["joint"]["sdr_after_task_1"] == steps["joint"]["sdr"]
+
+
+def test_a_cell_that_fails_leaves_the_others_be(reproduce, tmp_path, monkeypatch, capsys):
+    from avsep.errors import ConfigError
+    from avsep.strategies import Joint
+
+    def check(self, separator):
+        raise ConfigError("cannot learn\nthis separator")
+
+    monkeypatch.setattr(Joint, "check", check)
+    out = tmp_path / "out"
+    assert reproduce("table1", "--row", "finetune", "--row", "joint", "--out", out) == 2
+    shown, told = capsys.readouterr()
+    assert "1 of 2 cells failed" in told
+    assert "iquery-joint-s1234: cannot learn this separator" in told
+    assert "Missing: iQuery, joint (upper bound), seed 1234: cannot learn this separator" in " ".join(shown.split())
+    assert [p.name[:15] for p in (out / "cells").iterdir()] == ["iquery-finetune"]
+
+
+def test_a_worker_of_changed_source_refuses(reproduce, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("avsep.provenance.code_hash", lambda: "other")
+    assert reproduce("table1", "--row", "finetune", "--out", tmp_path / "out") == 2
+    assert "its first task: the library's source has changed since the command began" in capsys.readouterr().err
+
+
+def test_plan_runs_nothing(reproduce, tmp_path, capsys):
+    assert reproduce("table1", "table2", *CHOSEN, "--out", tmp_path / "out", "--plan", base="both") == 0
+    shown = capsys.readouterr().out
+    assert "coseparation-joint-s1234: about 3 steps" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_is_killed_is_told_apart(tmp_path):
+    (tmp_path / "unit.json").write_text("{}")
+    launcher = LocalLauncher()
+    handle = launcher.start(tmp_path / "unit.json", 1)
+    assert launcher.ended(handle) is None
+    handle.kill()
+    handle.wait()
+    assert launcher.ended(handle) == "its process died (exit code -9); is memory short?"
+    launcher.stop(handle)
+
+
+# ---------------------------------------------------------------------- pages, launchers
+
+
+def test_the_table_goes_into_a_page(finished, reproduce, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("before\n\n<!-- reproduce:table1 -->\nold\n<!-- /reproduce:table1 -->\n\nafter\n")
+    out = shutil.copytree(finished, tmp_path / "out")
+    assert reproduce("table1", *CHOSEN, "--out", out, "--resume", "--readme", page) == 0
+    text = page.read_text()
+    assert text.startswith("before\n\n<!-- reproduce:table1 -->\n**Table 1")
+    assert text.endswith("<!-- /reproduce:table1 -->\n\nafter\n")
+    assert "old" not in text
+
+
+def test_jobs_of_submitit(reproduce, finished, tmp_path, monkeypatch):
+    """Through a stand-in for submitit: each unit is one job, with the parameters that were given."""
+    given: list[dict] = []
+
+    class Job:
+        job_id = "7"
+
+        def __init__(self, function, argument):
+            function(argument)
+
+        def done(self):
+            return True
+
+        def result(self):
+            return None
+
+    class AutoExecutor:
+        def __init__(self, folder, cluster):
+            given.append({"folder": Path(folder).name, "cluster": cluster})
+
+        def update_parameters(self, **parameters):
+            given.append(parameters)
+
+        def submit(self, function, argument):
+            return Job(function, argument)
+
+    monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=AutoExecutor))
+    out = tmp_path / "out"
+    options = ["--row", "finetune", "--launcher-set", "cluster=slurm", "--launcher-set", "slurm_partition=gpu"]
+    assert reproduce("table1", "--out", out, *options, launcher="submitit") == 0
+    assert given[:2] == [
+        {"folder": "submitit", "cluster": "slurm"},
+        {"timeout_min": 1440, "slurm_partition": "gpu"},
+    ]
+    assert given[2:] == [{"cpus_per_task": 1}] * 2
+    mine, theirs = (json.loads(next((p / "cells").glob("iquery-finetune-*")).read_text()) for p in (out, finished))
+    assert mine["scores"] == theirs["scores"]
+
+
+# ---------------------------------------------------------------------- what people get wrong
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["tabel1"], "no table named 'tabel1': did you mean 'table1'"),
+        (["table1", "--preset", "smal"], "no preset of avsep reproduce named 'smal': did you mean 'small'?"),
+        (["table1", "--preset", "nothing.yaml"], "no such file: nothing.yaml"),
+        (["table1", "--dataset", "nowhere"], "there is no store nowhere"),
+        (["table1", "--base", "iqery"], "no base separator named 'iqery': did you mean 'iquery'"),
+        (["table1", "--row", "contavsep"], "no row named 'contavsep' in table1: did you mean 'contavsep+memory'"),
+        (["table1", "--launcher", "slurm"], "no launcher named 'slurm'"),
+        (["table1", "--launcher-set", "a=1"], "--launcher-set is of --launcher submitit"),
+        (["table1", "--out", "a-file"], "a-file is a file, where a folder is needed"),
+        (["table1", "--out", "foreign"], "foreign is not empty and not a grid's folder (it has mine.txt)"),
+        (["table1", "--out", "new", "--resume"], "nothing to resume in new"),
+        (["table1", "--results", "nowhere"], "there is no folder of results nowhere"),
+        (["table1", "--device", "tpu"], "tpu"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_mistakes_are_one_line(argv, told, presets, tone_store, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").write_text("")
+    Path("foreign").mkdir()
+    Path("foreign/mine.txt").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    options = {"--dataset": tone_store, "--preset": presets / "grid.yaml", "--out": "out", "--launcher": "inline"}
+    more = [str(w) for k, v in options.items() if k not in argv for w in (k, v)]
+    assert run(*argv, *more) == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert len(err.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_another_grid_is_refused(finished, presets, reproduce, tone_store, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns("work"))
+    assert reproduce("table1", *CHOSEN, "--out", out) == 2
+    assert "holds a grid already: go on with --resume" in capsys.readouterr().err
+    mark = json.loads((out / "reproduce.json").read_text())
+    for key, told in (
+        ("preset_hash", "was made with preset"),
+        ("store_hash", "was made from another data set"),
+        ("code", "was made by another version of the library (commit"),
+    ):
+        (out / "reproduce.json").write_text(json.dumps({**mark, key: "other"}))
+        assert reproduce("table1", *CHOSEN, "--out", out, "--resume") == 2
+        assert told in capsys.readouterr().err
+    assert reproduce("table1", *CHOSEN, "--out", out, "--resume", "--any-code") == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda text: text[: len(text) // 2], "is not valid JSON"),
+        (lambda text: text.replace('"epochs": 1', '"epochs": 2'), "is the result of another spec"),
+        (lambda text: text.replace('"avsep-cell"', '"other"'), "is not the result of a cell"),
+        (lambda text: text.replace('"final"', '"Final"'), "is damaged, KeyError"),
+    ],
+    ids=["cut", "edited", "other", "part missing"],
+)
+def test_damaged_results_are_named(spoil, told, finished, tmp_path):
+    cells = shutil.copytree(finished / "cells", tmp_path / "cells")
+    path = sorted(cells.iterdir())[0]
+    path.write_text(spoil(path.read_text()))
+    store = ResultStore(cells)
+    with pytest.raises(DataError, match=told) as error:
+        store.get(path.stem.rpartition("-")[2])
+    assert str(path) in str(error.value)
+    assert "remove it, and the cell is run again" in str(error.value)
+
+
+# ---------------------------------------------------------------------- kill -9
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_change_nothing(finished, presets, tone_store, tmp_path):
+    """The command, or one of its workers, is killed at several moments; then it is let go on to the end."""
+    import random
+
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "avsep", "reproduce", "table1", *CHOSEN, "--out", str(out), "--base", "iquery"]
+    command += ["--dataset", str(tone_store), "--preset", str(presets / "grid.yaml"), "--seeds", "1", "--jobs", "2"]
+    command += ["--device", "cpu"]
+    chance = random.Random(0)
+    kills = 0
+    for attempt in range(40):
+        resume = ["--resume"] if (out / "reproduce.json").exists() else []
+        process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            process.wait(chance.uniform(6, 25) if attempt < 12 else 600)
+        except subprocess.TimeoutExpired:
+            workers = _children(process.pid)
+            if workers and chance.random() < 0.5:
+                os.kill(chance.choice(workers), signal.SIGKILL)  # the command goes on, and says so
+                process.wait(600)
+            else:
+                process.kill()
+                process.wait()
+            kills += 1
+            continue
+        finally:
+            if process.stderr:
+                process.stderr.close()
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0
+    assert kills >= 3
+    for name in ("table1.csv", "table1.md"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    time.sleep(1)
+    assert not [p for p in (out / "work").iterdir() if not p.name.startswith("first-")]
+
+
+def _children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(p) for p in path.read_text().split()] if path.exists() else []
