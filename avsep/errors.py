@@ -16,6 +16,7 @@ __all__ = [
     "DataError",
     "ExportError",
     "MissingExtraError",
+    "MissingWeightsError",
     "NumericalError",
     "RunError",
     "UnknownNameError",
@@ -68,6 +69,10 @@ class MissingExtraError(AvsepError):
     def __str__(self) -> str:
         package, extra, purpose = self.args
         return f'{purpose} needs {package}, which is not installed: pip install "avsep[{extra}]"'
+
+
+class MissingWeightsError(AvsepError):
+    """Published weights are neither on this machine nor to be had."""
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from avsep.dsp import FrontEnd
+from avsep.encoders._pretrained import weights_come_later
 from avsep.errors import CheckpointError, ConfigError, RunError, UnknownNameError, near_matches
 from avsep.io import atomic_path, read_yaml, write_yaml
 from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS, REGISTRIES, VISUAL_ENCODERS, ComponentSpec
@@ -424,7 +425,7 @@ def load_separator(folder_or_run: str | os.PathLike[str], task: int | None = Non
     spec = validated(SeparatorSpec, inside, str(weights))
     if (folder / SPEC_FILE).exists():
         _check_same_spec(folder, spec)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), weights_come_later():
         separator = build_from_spec(spec)
     _load_weights(separator, weights)
     return separator.eval()
