@@ -1,0 +1,243 @@
+"""Videos and compressed audio in: their sound, and their pictures at a steady rate, without a system ffmpeg (PyAV).
+
+Times are seconds from the beginning of the file as a player shows it: a stream that begins later is preceded by silence
+or by its first picture. Pictures come upright, as a player turns them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avsep.errors import AudioError, DataError, MissingExtraError
+
+__all__ = ["MediaInfo", "iter_pictures", "probe", "read_media_audio"]
+
+Audio = NDArray[np.float32]
+Picture = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a file holds. ``width`` and ``height`` are those of the upright picture; ``rotation`` degrees, clockwise,
+    that a player turns it by; ``duration_s`` as the file states it, 0 where it does not."""
+
+    duration_s: float
+    sample_rate_hz: int = 0
+    channels: int = 0
+    width: int = 0
+    height: int = 0
+    frames_hz: float = 0.0
+    rotation: int = 0
+
+    @property
+    def has_audio(self) -> bool:
+        return self.channels > 0
+
+    @property
+    def has_video(self) -> bool:
+        return self.width > 0
+
+
+def probe(path: str | os.PathLike[str]) -> MediaInfo:
+    """Look at a file's streams; the first pictures are decoded to learn how they are turned.
+
+    Raises:
+        DataError: the file is missing, empty, or no audio or video.
+        MissingExtraError: PyAV is not installed.
+    """
+    with _opened(path) as container:
+        duration = (container.duration or 0) / 1_000_000
+        found: dict[str, Any] = {"duration_s": duration}
+        if container.streams.audio:
+            stream = container.streams.audio[0]
+            found |= {"sample_rate_hz": stream.rate or 0, "channels": stream.channels or 0}
+        if (video := _video(container)) is not None:
+            frame = next(_frames(container, video, path), None)
+            if frame is not None:
+                turn = _rotation(frame)
+                sides = (frame.width, frame.height) if turn % 180 == 0 else (frame.height, frame.width)
+                rate = float(video.average_rate or video.guessed_rate or 0)
+                found |= {"width": sides[0], "height": sides[1], "frames_hz": rate, "rotation": turn}
+        return MediaInfo(**found)
+
+
+def read_media_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
+    """The first audio stream as float32 mono [1, L] with its rate in Hz: the mean of its channels, less the
+    low-frequency one (LFE), which a speaker for effects plays.
+
+    Raises:
+        AudioError: there is no audio stream, it cannot be decoded, is truncated, or has no samples.
+    """
+    av = _av()
+    with _opened(path, AudioError) as container:
+        if not container.streams.audio:
+            raise AudioError(f"{path} has no audio stream: there is nothing to separate")
+        stream = container.streams.audio[0]
+        rate = int(stream.rate)
+        planar = av.AudioResampler(format="fltp")
+        parts: list[Audio] = []
+        offset_s: float | None = None
+        try:
+            for frame in container.decode(stream):
+                if offset_s is None:
+                    offset_s = (frame.time or 0.0) - _start_s(container)
+                frame.pts = None  # the resampler would fill gaps that rounded time stamps make
+                parts += [_mono(f) for f in planar.resample(frame)]
+            parts += [_mono(f) for f in planar.resample(None)]
+        except av.FFmpegError as error:
+            seconds = sum(map(len, parts)) / rate
+            raise AudioError(
+                f"{path}: its sound cannot be decoded beyond {seconds:.1f} s ({_reason(error)}): the file is damaged"
+            ) from None
+        stated = _stated_s(stream, container)
+    if not parts:
+        raise AudioError(f"{path} holds no samples: its audio stream is empty or damaged")
+    samples = np.concatenate(parts).astype(np.float32)
+    if len(samples) / rate < 0.9 * stated - 1.0:
+        raise AudioError(
+            f"{path} is truncated: it states {stated:.1f} s of sound and {len(samples) / rate:.1f} s are there"
+        )
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path} has NaN or infinite samples: encode it again")
+    lead = round((offset_s or 0.0) * rate)
+    if lead > 0:
+        samples = np.concatenate((np.zeros(lead, np.float32), samples))
+    elif lead < 0:
+        samples = samples[-lead:]
+    return samples[None], rate
+
+
+def iter_pictures(
+    path: str | os.PathLike[str], rate_hz: float, *, short_side: int | None = None, grey: bool = False
+) -> Iterator[Picture]:
+    """Pictures at a steady rate: uint8 [3, H, W], or [1, H, W] with ``grey``.
+
+    Picture i is the one on display in the middle of the seconds [i, i + 1) / rate_hz, whatever the file's rate, also
+    where that varies. ``short_side`` brings the shorter side to so many pixels. At least one picture comes. Memory does
+    not grow with the length.
+
+    Raises:
+        DataError: there is no video stream, or it cannot be decoded.
+    """
+    if not rate_hz > 0:
+        raise ValueError(f"rate_hz must be above 0, got {rate_hz}")
+    with _opened(path) as container:
+        video = _video(container)
+        if video is None:
+            raise DataError(f"{path} has no video stream: there is nothing to see")
+        start = _start_s(container)
+        shown: Any = None
+        count = 0
+        last = 0.0
+        for frame in _frames(container, video, path):
+            begins = (frame.time if frame.time is not None else last) - start
+            if shown is not None:
+                while (count + 0.5) / rate_hz < begins:
+                    yield _picture(shown, short_side, grey)
+                    count += 1
+            shown, last = frame, begins + start
+        if shown is None:
+            raise DataError(f"{path}: its video stream has no picture that can be decoded: the file is damaged")
+        step = float(shown.duration * shown.time_base) if getattr(shown, "duration", None) else 0.0
+        ends = max(last - start + step, _stated_s(video, None))
+        while count == 0 or (count + 0.5) / rate_hz < ends:
+            yield _picture(shown, short_side, grey)
+            count += 1
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise MissingExtraError("av", "media", "reading a video") from None
+    return av
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str], kind: type[DataError] = DataError) -> Iterator[Any]:
+    av = _av()
+    file = Path(path)
+    if not file.exists():
+        raise kind(f"no such file: {file}")
+    if not file.is_file():
+        raise kind(f"{file} is not a file: give a video or audio file")
+    if file.stat().st_size == 0:
+        raise kind(f"{file} is empty (0 bytes): record or copy it again")
+    try:
+        container = av.open(str(file), mode="r", metadata_errors="ignore")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise kind(
+            f"{file} cannot be read as video or audio ({_reason(error)}): it is damaged, truncated or of another kind"
+        ) from None
+    with container:
+        yield container
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or error).strip().rstrip(".")
+
+
+def _video(container: Any) -> Any:
+    """The first moving stream; a cover picture in an audio file is none."""
+    attached = _av().stream.Disposition.attached_pic
+    for stream in container.streams.video:
+        if not stream.disposition & attached and stream.codec_context is not None:
+            stream.thread_type = "AUTO"
+            return stream
+    return None
+
+
+def _frames(container: Any, stream: Any, path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Decoded frames; single ones that are damaged are passed over, as players do."""
+    av = _av()
+    broken = 0
+    for packet in container.demux(stream):
+        try:
+            yield from packet.decode()
+        except av.FFmpegError as error:
+            broken += 1
+            if broken > 100:
+                raise DataError(
+                    f"{path}: its pictures cannot be decoded ({_reason(error)}): the file is damaged"
+                ) from None
+
+
+def _start_s(container: Any) -> float:
+    return (container.start_time or 0) / 1_000_000
+
+
+def _stated_s(stream: Any, container: Any) -> float:
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / 1_000_000 if container is not None else 0.0
+
+
+def _mono(frame: Any) -> Audio:
+    channels = frame.to_ndarray()  # [C, n]
+    heard = [i for i, channel in enumerate(frame.layout.channels) if not channel.name.startswith("LFE")]
+    return channels[heard or slice(None)].mean(axis=0, dtype=np.float64).astype(np.float32)
+
+
+def _rotation(frame: Any) -> int:
+    """Degrees, clockwise, that the picture is to be turned by: 0, 90, 180 or 270."""
+    return round(-(frame.rotation or 0) / 90) * 90 % 360
+
+
+def _picture(frame: Any, short_side: int | None, grey: bool) -> Picture:
+    width, height = frame.width, frame.height
+    if short_side is not None:
+        scale = short_side / min(width, height)
+        width, height = max(short_side, round(width * scale)), max(short_side, round(height * scale))
+    array = frame.to_ndarray(format="gray" if grey else "rgb24", width=width, height=height, interpolation="AREA")
+    array = np.rot90(array, -(_rotation(frame) // 90))
+    if grey:
+        return np.ascontiguousarray(array[None])
+    return np.ascontiguousarray(array.transpose(2, 0, 1))
