@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -171,3 +173,63 @@ def test_missing_features_and_wrong_sizes_are_named():
     with pytest.raises(ValueError, match="layers must be at least 2"):
         small(layers=1)
     assert small(layers=1, motion_dim=None)(audio, visual, class_ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_motion_attention_is_what_layer_0_does_to_the_class_slot(padded):
+    """The weights, times the projected values, are what the attention itself gave in the forward pass."""
+    decoder = small()
+    audio, visual, class_ids = inputs(sources=3)
+    if padded:
+        mask = torch.ones(2, 3, 6, dtype=torch.bool)
+        mask[0, 1, 4:] = False
+        mask[1, 2] = False  # nothing valid: looks at everything
+        visual = VisualFeatures(visual.object, visual.motion, mask)
+    attention = decoder.motion_layer.motion_attention
+    calls = []
+    attention.register_forward_hook(lambda module, args, out: calls.append((args, out)))
+    decoder(audio, visual, class_ids)
+    ((query, key, value, attention_mask), out) = calls[0]
+    by_head = attention.weights(query, key, attention_mask)  # [B*N, h, Q, Tm]
+    values = attention._project(value, 2)
+    torch.testing.assert_close(attention.out((by_head @ values).transpose(1, 2).flatten(2)), out)
+    own = by_head.mean(dim=1)[torch.arange(6), class_ids.flatten()].view(2, 3, 6)
+    found = decoder.motion_attention(visual, class_ids)
+    torch.testing.assert_close(found, own)
+    torch.testing.assert_close(found.sum(dim=2), torch.ones(2, 3))
+    if padded:
+        assert (found[0, 1, 4:] == 0).all()
+        assert (found[1, 2] > 0).all()
+    found[0, 0, 0].backward()
+    assert all(
+        p.grad.abs().max() > 0 for p in (decoder.class_queries, decoder.motion_proj.weight, decoder.object_proj.weight)
+    )
+
+
+def test_motion_attention_by_hand():
+    """One head of width 4 with identity projections: softmax(q k / 2) over positions 0 and 1 of motion 0."""
+    decoder = QueryTransformer(
+        num_classes=1, mask_channels=1, latent_channels=4, object_dim=4, motion_dim=4, dim=4, heads=1, layers=2
+    )
+    attention = decoder.motion_layer.motion_attention
+    with torch.no_grad():
+        attention.in_weight.copy_(torch.eye(4).repeat(3, 1))
+        decoder.object_proj.weight.copy_(torch.eye(4))
+        decoder.object_proj.bias.zero_()
+        decoder.class_queries.copy_(torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
+        decoder.motion_proj.weight.zero_()
+        decoder.motion_proj.bias.zero_()
+    visual = VisualFeatures(torch.tensor([[[2.0, 0.0, 0.0, 0.0]]]), torch.zeros(1, 1, 4, 2))
+    found = decoder.motion_attention(visual, torch.zeros(1, 1, dtype=torch.int64))
+    # keys are the positions (sin 0, cos 0, ...) = (0, 1, 0, 1) and (sin 1, cos 1, ...); the query is (2, 1, 0, 0)
+    scores = torch.tensor([1.0, 2 * math.sin(1) + math.cos(1)]) / 2
+    torch.testing.assert_close(found[0, 0], scores.softmax(0))
+
+
+def test_without_motion_there_is_no_motion_attention():
+    _, visual, class_ids = inputs(motion=False)
+    assert small(motion_dim=None).motion_attention(visual, class_ids) is None
+    with pytest.raises(ConfigError, match="no motion features were given"):
+        small().motion_attention(visual, class_ids)
+    with pytest.raises(ConfigError, match="needs object features"):
+        small().motion_attention(VisualFeatures(), class_ids)

@@ -60,15 +60,23 @@ class Attention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, T, D] -> [B, h, T, D/h]
 
+    def _project(self, x: Tensor, part: int) -> Tensor:
+        """Part 0, 1 or 2 of the packed projection, query, key or value, by heads: [B, T, D] -> [B, h, T, D/h]."""
+        return self._split(F.linear(x, self.in_weight.chunk(3)[part], self.in_bias.chunk(3)[part]))
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """query [B, Tq, D], key and value [B, Tk, D]; ``mask`` bool [B, 1, 1, Tk], True = take part."""
-        wq, wk, wv = self.in_weight.chunk(3)
-        bq, bk, bv = self.in_bias.chunk(3)
-        q = self._split(F.linear(query, wq, bq))
-        k = self._split(F.linear(key, wk, bk))
-        v = self._split(F.linear(value, wv, bv))
+        q, k, v = self._project(query, 0), self._project(key, 1), self._project(value, 2)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, h, Tq, D/h]
         return self.out(x.transpose(1, 2).flatten(2))
+
+    def weights(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What :meth:`forward` weighs the values with: [B, h, Tq, Tk], fp32 (or float64), rows of sum 1."""
+        q, k = self._project(query, 0), self._project(key, 1)
+        scores = (q @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[3])
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(dim=3)
 
 
 class FeedForward(nn.Module):
@@ -170,6 +178,7 @@ class QueryTransformer(nn.Module):
     """
 
     needs = ("mask_features", "latent", "object")
+    class_agnostic = False
 
     def __init__(
         self,
@@ -254,7 +263,7 @@ class QueryTransformer(nn.Module):
         queries = self.class_queries  # [Q, D]
 
         motion_embedding = None
-        if self.motion_proj is not None and self.motion_layer is not None:
+        if self.motion_layer is not None:
             slots, motion_embedding = self._look_at_motion(slots, visual)
 
         own = class_ids[..., None, None].expand(-1, -1, 1, self.dim)  # [B, N, 1, D], an index of the slot axis
@@ -271,27 +280,45 @@ class QueryTransformer(nn.Module):
             mask_features=audio.mask_features,
         )
 
-    def _look_at_motion(self, slots: Tensor, visual: VisualFeatures) -> tuple[Tensor, Tensor]:
-        """Layer 0: slots [B, N, Q, D] -> the same after motion attention, and f_m [B, N, D]."""
+    def motion_attention(self, visual: VisualFeatures, class_ids: Tensor) -> Tensor | None:
+        """How the queried class's slot looks at its source's motion in decoder layer 0, averaged over the heads.
+
+        Computed anew on each call, from the visual features alone (layer 0 does not hear the audio).
+
+        Returns:
+            [B, N, Tm], each row of sum 1 and zero at steps that are not valid; None where there is no motion encoder.
+        """
+        if self.motion_proj is None or self.motion_layer is None:
+            return None
+        if visual.object is None:
+            raise ConfigError("query_transformer needs object features, and none were given")
+        key, _, mask = self._motion_tokens(visual)
+        query = (self.object_proj(visual.object) + self.class_queries[class_ids]).flatten(0, 1)[:, None, :]
+        weights = self.motion_layer.motion_attention.weights(query, key.flatten(0, 1), mask)  # [B*N, h, 1, Tm]
+        return weights.mean(dim=1).squeeze(1).unflatten(0, class_ids.shape)
+
+    def _motion_tokens(self, visual: VisualFeatures) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Projected motion with and without positions, [B, N, Tm, D] twice, and the attention's mask [B*N, 1, 1, Tm]."""
         assert self.motion_proj is not None
-        assert self.motion_layer is not None
         if visual.motion is None:
             raise ConfigError("this separator has a motion encoder, and no motion features were given")
-        motion = self.motion_proj(visual.motion.transpose(2, 3))  # [B, N, Tm, D]
-        steps = motion.shape[2]
-        key = motion + positions_1d(steps, self.dim, motion.device).to(motion.dtype)
-        attention_mask = None
+        motion = self.motion_proj(visual.motion.transpose(2, 3))
+        key = motion + positions_1d(motion.shape[2], self.dim, motion.device).to(motion.dtype)
+        if visual.motion_mask is None:
+            return key, motion, None
+        # A source without any valid step looks at all of them: a softmax over nothing would be NaN.
+        valid = visual.motion_mask | ~visual.motion_mask.any(dim=2, keepdim=True)  # [B, N, Tm]
+        return key, motion, valid.flatten(0, 1)[:, None, None, :]
+
+    def _look_at_motion(self, slots: Tensor, visual: VisualFeatures) -> tuple[Tensor, Tensor]:
+        """Layer 0: slots [B, N, Q, D] -> the same after motion attention, and f_m [B, N, D]."""
+        assert self.motion_layer is not None
+        key, motion, mask = self._motion_tokens(visual)
         if visual.motion_mask is None:
             embedding = motion.mean(dim=2)
         else:
-            valid = visual.motion_mask  # [B, N, Tm]
-            share = valid.to(motion.dtype)
+            share = visual.motion_mask.to(motion.dtype)
             share = share / share.sum(dim=2, keepdim=True).clamp(min=1.0)
             embedding = (motion * share[..., None]).sum(dim=2)
-            # A source without any valid step looks at all of them: a softmax over nothing would be NaN.
-            valid = valid | ~valid.any(dim=2, keepdim=True)
-            attention_mask = valid.flatten(0, 1)[:, None, None, :]  # [B*N, 1, 1, Tm]
-        out = self.motion_layer(
-            slots.flatten(0, 1), self.class_queries, key.flatten(0, 1), motion.flatten(0, 1), attention_mask
-        )
+        out = self.motion_layer(slots.flatten(0, 1), self.class_queries, key.flatten(0, 1), motion.flatten(0, 1), mask)
         return out.unflatten(0, slots.shape[:2]), embedding
