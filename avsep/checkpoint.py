@@ -182,7 +182,7 @@ def load_state(path: Path, sha256: str, way_out: str) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """The global torch generators' states; training draws from none of them, third-party components may."""
+    """The global torch generators' states, which strategies and third-party components may draw from."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()

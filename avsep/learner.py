@@ -377,6 +377,7 @@ class ContinualLearner:
         teacher = self._teacher(task, out)
         if not state:
             self.strategy.before_task(student, teacher, task)
+        self.strategy.freeze(student, task)
         optimizers = self._optimizers(student)
         roles = list(optimizers)
         setup = self.fabric.setup(_TrainingStep(student, self.strategy), *optimizers.values())
@@ -582,6 +583,7 @@ class ContinualLearner:
             for optimizer in optimizers.values():
                 scaler.step(optimizer.optimizer)
             scaler.update()
+        self.strategy.after_step(self.separator)
         return named, rate
 
     # ------------------------------------------------------------------ after

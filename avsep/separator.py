@@ -67,6 +67,7 @@ class Separator(nn.Module):
         self.object_encoder = object_encoder
         self.motion_encoder = motion_encoder
         self.mask_decoder = mask_decoder
+        self._held = False
         self._freeze()
 
     @property
@@ -88,9 +89,18 @@ class Separator(nn.Module):
             encoder.requires_grad_(False)
             encoder.eval()
 
+    def freeze(self) -> None:
+        """Learn nothing from here on, and stay in evaluation mode, so that running statistics do not change either.
+
+        Parameters that get ``requires_grad_(True)`` afterwards do learn.
+        """
+        self._held = True
+        self.requires_grad_(False)
+        self.eval()
+
     def train(self, mode: bool = True) -> Separator:
-        """As ``nn.Module.train``, but frozen encoders stay in evaluation mode."""
-        super().train(mode)
+        """As ``nn.Module.train``, but frozen encoders, and a frozen separator, stay in evaluation mode."""
+        super().train(mode and not self._held)
         for encoder in self._frozen():
             encoder.eval()
         return self

@@ -298,7 +298,7 @@ class QueryTransformer(nn.Module):
         return weights.mean(dim=1).squeeze(1).unflatten(0, class_ids.shape)
 
     def _motion_tokens(self, visual: VisualFeatures) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Projected motion with and without positions, [B, N, Tm, D] twice, and the attention's mask [B*N, 1, 1, Tm]."""
+        """Projected motion with and without positions, [B, N, Tm, D] each, and the attention's mask [B*N, 1, 1, Tm]."""
         assert self.motion_proj is not None
         if visual.motion is None:
             raise ConfigError("this separator has a motion encoder, and no motion features were given")

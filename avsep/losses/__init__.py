@@ -1,11 +1,14 @@
-"""Losses: thin forms over ``avsep.kernels`` that speak of slots, students and teachers; and local POD."""
+"""Losses: thin forms over ``avsep.kernels`` that speak of slots, students and teachers; local POD and attention."""
 
+from avsep.losses.attention import attention_distillation
 from avsep.losses.mask import mask_distillation, mask_losses, separation_loss
 from avsep.losses.pod import pod_distance, pod_embedding
-from avsep.losses.similarity import CrossSDC, cross_sdc
+from avsep.losses.similarity import CrossSDC, audio_visual_contrast, cross_sdc
 
 __all__ = [
     "CrossSDC",
+    "attention_distillation",
+    "audio_visual_contrast",
     "cross_sdc",
     "mask_distillation",
     "mask_losses",

@@ -1,8 +1,9 @@
-"""CrossSDC: contrastive losses between the modalities of new and old slots, seen by student and teacher."""
+"""Contrastive losses between the modalities of slots: CrossSDC, where old slots are also the teacher's, and AV-CIL's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from avsep.errors import ConfigError
 from avsep.kernels import similarity_distillation
 
-__all__ = ["CrossSDC", "cross_sdc"]
+__all__ = ["CrossSDC", "ModalityPairs", "audio_visual_contrast", "cross_sdc"]
 
 MODALITIES = ("audio", "motion", "object")
+ModalityPairs = Literal["cross", "within"]
 
 
 def cross_sdc(
@@ -23,12 +25,14 @@ def cross_sdc(
     teacher: Mapping[str, Tensor] | None = None,
     teacher_rows_index: Tensor | None = None,
     temperature: float = 0.05,
+    modality_pairs: ModalityPairs = "cross",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """CrossSDC's instance and class term, not weighted.
 
     The rows are all n slots by the student, followed by the old slots by the teacher. Without a teacher, or with no old
-    slot, they are the student's alone.
+    slot, they are the student's alone. A term is the mean over the pairs of modalities: three, or the one of audio and
+    object or motion where the other is missing.
 
     Args:
         student: embeddings [n, D] of ``audio`` and of ``motion``, ``object`` or both.
@@ -37,6 +41,8 @@ def cross_sdc(
         teacher: embeddings [m, D] of the old slots, of the same modalities; they get no gradient.
         teacher_rows_index: [m] int64, which of the n slots those are.
         temperature: above 0.
+        modality_pairs: ``cross`` compares every two modalities; ``within`` each with itself (the uni-modal variant),
+            where no row is compared with itself and a row without a positive does not count.
         backend: of the kernel.
 
     Returns:
@@ -51,7 +57,8 @@ def cross_sdc(
     names = [name for name in MODALITIES if name in student]
     if unknown := sorted(set(student) - set(names)):
         raise ConfigError(f"CrossSDC knows no modality '{unknown[0]}': {', '.join(MODALITIES)}")
-    if len(names) < 2:
+    within = modality_pairs == "within"
+    if len(names) < (1 if within else 2):
         raise ConfigError(
             f"CrossSDC compares modalities and needs two or more, got {', '.join(names) or 'none'}: add a visual "
             "encoder, or set weight_instance and weight_class to 0"
@@ -64,9 +71,68 @@ def cross_sdc(
         class_ids = torch.cat((class_ids, class_ids[index]))
         instance_ids = torch.cat((instance_ids, instance_ids[index]))
     result = similarity_distillation(
-        rows, instance_ids, class_ids, temperature=temperature, teacher_rows=teacher_rows, backend=backend
+        rows,
+        instance_ids,
+        class_ids,
+        temperature=temperature,
+        teacher_rows=teacher_rows,
+        unimodal=within,
+        include_self=not within,
+        backend=backend,
     )
     return result.instance, result.class_
+
+
+def audio_visual_contrast(
+    embeddings: Mapping[str, Tensor],
+    class_ids: Tensor,
+    instance_ids: Tensor,
+    *,
+    temperature: float = 0.05,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """AV-CIL's instance and class term, not weighted: audio picks its visual partner among those of all n slots.
+
+    With S = A V^T / temperature, rows at length 1, V the object or the motion embeddings and the mean over those there
+    are, the instance term is -1/n sum_p [sum_q I_pq log softmax_q(S_p.)] / sum_q I_pq and the class term, not divided
+    by the number of positives, -1/n^2 sum_pq C_pq log softmax_q(S_p.).
+
+    Args:
+        embeddings: [n, D] of ``audio`` and of ``motion``, ``object`` or both.
+        class_ids: [n] int64; C marks equal ones.
+        instance_ids: [n] int64, equal where two slots come from the same video; I marks equal ones.
+        temperature: above 0.
+        backend: of the kernel.
+
+    Returns:
+        (instance term, class term), scalars.
+
+    Raises:
+        ConfigError: when there is no visual embedding.
+
+    References:
+        Pian et al., Audio-Visual Class-Incremental Learning, ICCV 2023, whose instance term has the diagonal alone as
+        positives; the class term is as in its released code.
+    """
+    partners = [name for name in MODALITIES[1:] if name in embeddings]
+    if not partners:
+        raise ConfigError(
+            "AV-CIL compares audio with pictures, and the mask decoder gives no motion or object embedding"
+        )
+    terms = [
+        similarity_distillation(
+            [embeddings["audio"], embeddings[name]],
+            instance_ids,
+            class_ids,
+            temperature=temperature,
+            symmetric=False,
+            average_class=False,
+            backend=backend,
+        )
+        for name in partners
+    ]
+    instance, class_ = (torch.stack(term).mean() for term in zip(*((t.instance, t.class_) for t in terms), strict=True))
+    return instance, class_
 
 
 def _append(
@@ -91,11 +157,14 @@ def _append(
 
 
 class CrossSDC(nn.Module):
-    """:func:`cross_sdc` at a fixed temperature."""
+    """:func:`cross_sdc` at a fixed temperature, between fixed pairs of modalities."""
 
-    def __init__(self, *, temperature: float = 0.05, backend: str = "auto") -> None:
+    def __init__(
+        self, *, temperature: float = 0.05, modality_pairs: ModalityPairs = "cross", backend: str = "auto"
+    ) -> None:
         super().__init__()
         self.temperature = temperature
+        self.modality_pairs: ModalityPairs = modality_pairs
         self.backend = backend
 
     def forward(
@@ -113,5 +182,6 @@ class CrossSDC(nn.Module):
             teacher=teacher,
             teacher_rows_index=teacher_rows_index,
             temperature=self.temperature,
+            modality_pairs=self.modality_pairs,
             backend=self.backend,
         )

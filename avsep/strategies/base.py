@@ -88,12 +88,22 @@ class Strategy:
         task that was taken from another run does not call it at all.
         """
 
+    def freeze(self, student: Separator, task: Task) -> None:
+        """Set ``requires_grad_`` where not everything is to learn (see also :meth:`~avsep.Separator.freeze`).
+
+        Called before the optimisers are made: when a task starts, after :meth:`before_task`, and on every resume
+        within it, after the student's weights have been loaded.
+        """
+
     def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
         """Named scalar terms, already weighted; their sum is what is minimised.
 
         The mask decoder's own terms (``auxiliary_losses``), where it has any, are added by the learner.
         """
         return {"separation": separation_loss(step.output, step.spectrograms)}
+
+    def after_step(self, student: Separator) -> None:
+        """Called after every step of the optimisers, to put back what they moved and should not."""
 
     def after_task(self, student: Separator, teacher: Separator | None, task: Task, data: TaskData) -> None:
         """Called with the task's selected weights, in evaluation mode, before they are stored.

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from avsep.errors import ConfigError
 from avsep.losses import cross_sdc, mask_losses
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy
+from avsep.strategies.teaching import ask, check_weights, embeddings, known_class_ids, old_mixtures
 from avsep.types import MaskOutput
 
 if TYPE_CHECKING:
@@ -31,11 +33,15 @@ class ContAVSep(Strategy):
     - L_ins, L_cls: symmetric contrastive losses between every two of the audio, object and motion embeddings of the
       rows [new slots by the student; old slots by the student; old slots by the teacher], positives being the rows of
       the same video or of the same class, at ``temperature``. On the first task and in batches without an old slot
-      they run over the student's slots alone;
+      they run over the student's slots alone. A decoder without a modality drops its pairs, and the mean is over the
+      others;
     - L_dist: weighted L1 between the student's and the teacher's masks of the old slots.
 
     A weight of 0 switches its term off (and saves its work). ``teacher_batch_norm="train"`` reproduces the published
-    code, whose teacher runs with batch statistics over the whole batch; the default keeps it frozen.
+    code, whose teacher runs with batch statistics over the whole batch; the default keeps it frozen. So does
+    ``instance="features"``, where two slots are of one video when their projected motion features are equal bit by bit
+    (new slots by the student, old ones by the teacher); motion that is read from the crop then tells crops apart.
+    ``modality_pairs="within"`` is the uni-modal variant: each modality against itself, no row against itself.
     """
 
     needs_teacher = True
@@ -47,35 +53,49 @@ class ContAVSep(Strategy):
         weight_class: float = 0.3,
         weight_mask: float = 0.3,
         temperature: float = 0.05,
+        instance: Literal["id", "features"] = "id",
+        modality_pairs: Literal["cross", "within"] = "cross",
         teacher_batch_norm: Literal["eval", "train"] = "eval",
     ) -> None:
-        for name, value in (
-            ("weight_instance", weight_instance),
-            ("weight_class", weight_class),
-            ("weight_mask", weight_mask),
-        ):
-            if not value >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {value}")
+        check_weights(weight_instance=weight_instance, weight_class=weight_class, weight_mask=weight_mask)
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
+        if instance not in ("id", "features"):
+            raise ValueError(f"instance must be 'id' or 'features', got {instance!r}")
+        if modality_pairs not in ("cross", "within"):
+            raise ValueError(f"modality_pairs must be 'cross' or 'within', got {modality_pairs!r}")
         if teacher_batch_norm not in ("eval", "train"):
             raise ValueError(f"teacher_batch_norm must be 'eval' or 'train', got {teacher_batch_norm!r}")
         self.weight_instance = weight_instance
         self.weight_class = weight_class
         self.weight_mask = weight_mask
         self.temperature = temperature
+        self.instance = instance
+        self.modality_pairs = modality_pairs
         self.teacher_batch_norm = teacher_batch_norm
+
+    def check(self, separator: Separator) -> None:
+        if self.instance == "features" and self.weight_instance > 0 and separator.motion_encoder is None:
+            raise ConfigError(
+                "strategy 'contavsep' with instance=features compares motion features, and this separator has no "
+                "motion encoder: use instance=id"
+            )
 
     def first_task(self) -> dict[str, Any]:
         weights = {"weight_instance": self.weight_instance, "weight_class": self.weight_class}
-        return {**weights, "temperature": self.temperature} if any(weights.values()) else {}
+        used: dict[str, Any] = {name: value for name, value in weights.items() if value > 0}
+        if "weight_instance" in used:
+            used["instance"] = self.instance
+        if not used:
+            return {}
+        return {**used, "temperature": self.temperature, "contrast": self.modality_pairs}
 
     def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
         contrast = self.weight_instance > 0 or self.weight_class > 0
         taught: MaskOutput | None = None
         mixtures: Tensor | None = None
         if teacher is not None and (contrast or self.weight_mask > 0):
-            mixtures = torch.nonzero(step.is_old.any(dim=1)).squeeze(1)  # those that own an old slot
+            mixtures = old_mixtures(step)
             if len(mixtures):
                 taught, mixtures = self._teach(teacher, step, mixtures)
         losses = mask_losses(
@@ -96,43 +116,42 @@ class ContAVSep(Strategy):
             terms["mask"] = self.weight_mask * losses.distillation
         return terms
 
-    @torch.no_grad()
     def _teach(self, teacher: Separator, step: Step, mixtures: Tensor) -> tuple[MaskOutput, Tensor]:
         """The teacher's output for the mixtures that own an old slot. Its new slots mean nothing: never read them."""
-        if self.teacher_batch_norm == "train":
-            teacher.train()
+        faithful = self.teacher_batch_norm == "train"
+        teacher.train(faithful)
+        if faithful:
             mixtures = torch.arange(len(step.is_old), device=mixtures.device)
-        else:
-            teacher.eval()
-        batch = step.batch
-        visual = teacher.encode_visual(
-            None if batch.object is None else batch.object[mixtures],
-            None if batch.motion is None else batch.motion[mixtures],
-            None if batch.motion_mask is None else batch.motion_mask[mixtures],
-        )
-        # the teacher has no slot for a new class: any slot will do, since only old slots are read
-        class_ids = batch.class_ids[mixtures].where(step.is_old[mixtures], 0)
-        return teacher(step.spectrograms.network_input[mixtures], visual, class_ids), mixtures
+        return ask(teacher, step, known_class_ids(step), mixtures)[0], mixtures
 
     def _contrast(self, step: Step, taught: MaskOutput | None, mixtures: Tensor | None) -> tuple[Tensor, Tensor]:
-        student = _embeddings(step.output)  # [B N, D] each
-        teacher_embeddings, rows = None, None
+        student = embeddings(step.output)  # [B N, D] each
+        teacher, rows = None, None
         if taught is not None and mixtures is not None:
             n = step.is_old.shape[1]
             slots = torch.nonzero(step.is_old[mixtures].flatten()).squeeze(1)  # old slots among the taught ones
-            teacher_embeddings = {name: value[slots] for name, value in _embeddings(taught).items()}
+            teacher = {name: value[slots] for name, value in embeddings(taught).items()}
             rows = mixtures[slots // n] * n + slots % n  # the same slots among all of the batch
         return cross_sdc(
             student,
             step.batch.class_ids.flatten(),
-            step.batch.video_ids.flatten(),
-            teacher=teacher_embeddings,
+            self._instances(step, student, teacher, rows),
+            teacher=teacher,
             teacher_rows_index=rows,
             temperature=self.temperature,
+            modality_pairs=self.modality_pairs,
         )
 
-
-def _embeddings(output: MaskOutput) -> dict[str, Tensor]:
-    """Audio, motion and object embeddings as [B N, D]; a modality the decoder does not have is left out."""
-    named = {"audio": output.audio, "motion": output.motion, "object": output.object}
-    return {name: value.flatten(0, 1) for name, value in named.items() if value is not None}
+    def _instances(
+        self, step: Step, student: dict[str, Tensor], teacher: dict[str, Tensor] | None, rows: Tensor | None
+    ) -> Tensor:
+        """[B N]: equal where two slots are of one video."""
+        if self.instance == "id" or self.weight_instance == 0:
+            return step.batch.video_ids.flatten()
+        if "motion" not in student:
+            raise ConfigError("instance=features compares motion features, and the mask decoder gives none: use id")
+        features = student["motion"].detach().clone()
+        if teacher is not None and rows is not None:
+            features[rows] = teacher["motion"].to(features.dtype)
+        equal = torch.unique(features, dim=0, return_inverse=True)[1]
+        return 2 * equal + step.is_old.flatten()  # an old slot and a new one are never of one video

@@ -1,0 +1,111 @@
+"""Learning without Forgetting, with masks in place of class scores."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from avsep.errors import CheckpointError
+from avsep.losses import mask_distillation, mask_losses, separation_loss
+from avsep.registry import STRATEGIES
+from avsep.strategies.base import Step, Strategy, TaskData
+from avsep.strategies.teaching import ask, check_weights, known_class_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from avsep.separator import Separator
+    from avsep.types import Task
+
+__all__ = ["LwF"]
+
+
+@STRATEGIES.register(
+    "lwf", source="Li and Hoiem, Learning without Forgetting, ECCV 2016; a row of ContAV-Sep's Table 1"
+)
+class LwF(Strategy):
+    """Distil the previous task's masks on all mixtures of the current one.
+
+    L = L_sep + ``weight_mask`` mean w |M - M'| over all slots and pixels, M the student's masks, M' the teacher's and w
+    the weight of L_sep. The original distils the old head's class scores, softened by a temperature; masks need none.
+
+    A mask decoder with a slot a class gives the teacher none for a new class. By ``variant``,
+
+    - ``old_slot``: the source's object feature is put into a slot drawn uniformly from the old ones, in both models,
+      and that mask is distilled (what an old head answers to new data; a second decoder pass over the same audio and
+      visual features). Sources of old classes stand in their own slot;
+    - ``grown_teacher``: the teacher gets the new slots that the student begins the task with, and masks are distilled
+      in the classes' own slots.
+
+    Where masks do not depend on the class (``class_agnostic`` decoders) they are distilled as they are. The draws come
+    from PyTorch's global generator, whose state the learner sets from (seed, task) and keeps in its checkpoints.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, *, weight_mask: float = 0.3, variant: Literal["old_slot", "grown_teacher"] = "old_slot") -> None:
+        check_weights(weight_mask=weight_mask)
+        if variant not in ("old_slot", "grown_teacher"):
+            raise ValueError(f"variant must be 'old_slot' or 'grown_teacher', got {variant!r}")
+        self.weight_mask = weight_mask
+        self.variant = variant
+        self._new_rows: dict[str, Tensor] = {}  # the student's tensors that growth changed, as they were after it
+        self._grown: Separator | None = None
+
+    def before_task(self, student: Separator, teacher: Separator | None, task: Task) -> None:
+        self._new_rows, self._grown = {}, None
+        if teacher is not None and self.variant == "grown_teacher" and not _class_agnostic(student):
+            known = teacher.state_dict()
+            self._new_rows = {
+                name: value.detach().clone()
+                for name, value in student.state_dict().items()
+                if name not in known or value.shape != known[name].shape
+            }
+
+    def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
+        if teacher is None or self.weight_mask == 0:
+            return super().loss(student, teacher, step)
+        class_ids = step.batch.class_ids
+        agnostic = _class_agnostic(student)
+        if agnostic or self.variant == "grown_teacher":
+            if agnostic:
+                taught, _ = ask(teacher, step, known_class_ids(step))
+            else:
+                taught, _ = ask(self._with_new_slots(teacher, student), step, class_ids)
+            losses = mask_losses(step.output, step.spectrograms, taught=taught)
+            return {"separation": losses.separation, "mask": self.weight_mask * losses.distillation}
+        drawn = torch.randint(step.num_old, class_ids.shape).to(class_ids.device)
+        slots = class_ids.where(step.is_old, drawn)
+        output = student.mask_decoder(step.audio, step.visual, slots)
+        taught, _ = ask(teacher, step, slots)
+        return {
+            "separation": separation_loss(step.output, step.spectrograms),
+            "mask": self.weight_mask * mask_distillation(output, taught, step.spectrograms),
+        }
+
+    def _with_new_slots(self, teacher: Separator, student: Separator) -> Separator:
+        """A copy of the teacher with the slots that the student began the task with; made once a task and resume."""
+        if self._grown is None:
+            grown = copy.deepcopy(teacher)
+            with torch.random.fork_rng(devices=[]):  # the rows drawn here are replaced: they take nothing from the run
+                grown.grow(student.num_classes, student.classes)
+            grown.load_state_dict({**grown.state_dict(), **self._new_rows})
+            self._grown = grown.requires_grad_(False).eval()
+        return self._grown
+
+    def after_task(self, student: Separator, teacher: Separator | None, task: Task, data: TaskData) -> None:
+        self._new_rows, self._grown = {}, None
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._new_rows)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state and self.variant != "grown_teacher":
+            raise CheckpointError(f"lwf with variant 'old_slot' keeps no state, but the checkpoint has {sorted(state)}")
+        self._new_rows, self._grown = dict(state), None
+
+
+def _class_agnostic(separator: Separator) -> bool:
+    return bool(getattr(separator.mask_decoder, "class_agnostic", False))

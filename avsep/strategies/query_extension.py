@@ -1,0 +1,69 @@
+"""Query extension: new classes get new queries, and nothing else learns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from avsep.errors import ConfigError
+from avsep.registry import STRATEGIES
+from avsep.strategies.base import Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from avsep.separator import Separator
+    from avsep.types import Task
+
+__all__ = ["QueryExtension"]
+
+
+@STRATEGIES.register("query_extension", source="Chen et al., iQuery, CVPR 2023: extending the queries to new classes")
+class QueryExtension(Strategy):
+    """From the second task on train the new classes' queries alone, with the separation loss.
+
+    Everything else keeps its values to the last bit, weight decay and running statistics included: what was learned
+    cannot be forgotten, since only the slots of new classes, which the old ones look at, are new. ``head=True`` also
+    trains the layers that turn a slot into its mask; those are shared, so old masks then change.
+    """
+
+    def __init__(self, *, head: bool = False) -> None:
+        self.head = head
+        self._old_rows: Tensor | None = None
+
+    def check(self, separator: Separator) -> None:
+        decoder, name = separator.mask_decoder, separator.spec.mask_decoder.name
+        if not isinstance(getattr(decoder, "class_queries", None), nn.Parameter):
+            raise ConfigError(
+                f"strategy 'query_extension' trains the queries of new classes, and mask decoder '{name}' has no "
+                "class_queries: use query_transformer, or another strategy"
+            )
+        if self.head and not isinstance(getattr(decoder, "head", None), nn.Module):
+            raise ConfigError(
+                f"strategy 'query_extension' with head=true trains the decoder's head, and mask decoder '{name}' has "
+                "none: leave head out"
+            )
+
+    def freeze(self, student: Separator, task: Task) -> None:
+        self._old_rows = None
+        if task.index == 0:
+            return
+        student.freeze()
+        queries = _queries(student).requires_grad_(True)
+        if self.head:
+            student.mask_decoder.get_submodule("head").requires_grad_(True)
+        old = len(task.old)
+        self._old_rows = queries[:old].detach().clone()
+        is_new = torch.arange(len(queries), device=queries.device)[:, None] >= old
+        queries.register_hook(lambda gradient: gradient * is_new)
+
+    def after_step(self, student: Separator) -> None:
+        if self._old_rows is not None:  # a gradient of zero does not stop weight decay
+            with torch.no_grad():
+                _queries(student)[: len(self._old_rows)] = self._old_rows
+
+
+def _queries(separator: Separator) -> nn.Parameter:
+    return separator.mask_decoder.get_parameter("class_queries")
