@@ -1,11 +1,11 @@
 """Two tiny tasks for tests of strategies: a run, its weights, and the same run killed in mid-task and resumed.
 
-    whole = train(store, tmp_path / "run", "lwf", "random_per_class")
-    resumed = resume_killed(store, tmp_path / "run", "lwf", "random_per_class")
-    assert differing(weights(whole), weights(resumed)) == []
+    run = trained(store, "lwf", "random_per_class")
+    resumed = resume_killed(store, run, "lwf", "random_per_class")
+    assert differing(weights(run), weights(resumed)) == []
 
 A run is two tasks of three steps with a checkpoint after the second step; its validation is left out. Runs with equal
-first tasks share one, which is trained when first needed and kept beside the store.
+first tasks share one, which is trained when first needed and kept beside the store, as are the runs themselves.
 """
 
 from __future__ import annotations
@@ -60,12 +60,15 @@ def _fit(learner: ContinualLearner, store: Path, out: Path, tasks=TINY_TASKS, **
 def first_task(store: Path, strategy, separator="iquery", **settings) -> Path:
     """A run of the first task alone, as ``strategy`` trains it; trained once."""
     learner = make_learner(strategy, separator=separator, **settings)
-    key = json.dumps([separator, learner.strategy.first_task(), learner.train.model_dump(mode="json")], sort_keys=True)
-    out = store.parent / f"first-task-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    out = _folder(store, separator, learner.strategy.first_task(), settings)
     if not (out / "tasks" / "00" / "task.json").exists():
         learner.strategy.needs_memory = False  # there is nothing to remember yet
         _fit(learner, store, out, TINY_TASKS[:1])
     return out
+
+
+def _folder(store: Path, *key: Any) -> Path:
+    return store.parent / f"run-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def train(store: Path, out: Path, strategy, memory="none", *, separator="iquery", **settings) -> Path:
@@ -85,12 +88,20 @@ def train(store: Path, out: Path, strategy, memory="none", *, separator="iquery"
     return out
 
 
+def trained(store: Path, strategy, memory="none", *, separator="iquery", **settings) -> Path:
+    """As :func:`train`, into a folder beside the store; trained once. Read only."""
+    out = _folder(store, separator, strategy, memory, settings)
+    if not out.exists():
+        train(store, out, strategy, memory, separator=separator, **settings)
+    return out
+
+
 def killed_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}-killed")
 
 
 def resume_killed(store: Path, out: Path, strategy, memory="none", *, separator="iquery", **settings) -> Path:
-    """Resume what :func:`train` left as if killed, in a new learner whose global generators stand elsewhere."""
+    """Resume what :func:`train` left as if killed, once, in a new learner whose global generators stand elsewhere."""
     torch.manual_seed(20)
     killed = killed_folder(out)
     assert not (killed / "tasks" / "01").exists()

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from avsep.errors import ConfigError
-from avsep.kernels.similarity_distillation.reference import similarity_distillation_reference
-from avsep.losses import CrossSDC, cross_sdc, mask_distillation, mask_losses, separation_loss
+from avsep.kernels.similarity_distillation.reference import (
+    cross_entropy,
+    normalise,
+    similarity_distillation_reference,
+)
+from avsep.losses import (
+    CrossSDC,
+    attention_distillation,
+    audio_visual_contrast,
+    cross_sdc,
+    mask_distillation,
+    mask_losses,
+    separation_loss,
+)
 from avsep.types import MaskOutput, Spectrograms
 
 CLASSES = torch.tensor([5, 0, 6, 1, 0, 7])  # classes below 5 are old
@@ -164,3 +178,109 @@ def test_wrong_input(change, message):
     }
     with pytest.raises(ConfigError, match=message):
         cross_sdc(**arguments)
+
+
+def test_attention_distillation_by_hand():
+    attention = torch.tensor([[[0.5, 0.5, 0.0], [0.5, 0.25, 0.25]]], requires_grad=True)
+    taught = torch.tensor([[[0.75, 0.25, 0.0], [0.25, 0.5, 0.25]]], requires_grad=True)
+    first = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # 0.130812
+    second = 0.25 * math.log(0.5) + 0.5 * math.log(2)
+    both = attention_distillation(attention, taught)
+    assert both.item() == pytest.approx((first + second) / 2)
+    one = attention_distillation(attention, taught, slots=torch.tensor([[True, False]]))
+    assert one.item() == pytest.approx(first) == pytest.approx(0.130812, abs=1e-6)
+    (gradient,) = torch.autograd.grad(one, attention, retain_graph=True)
+    # -taught / attention; the step of weight 0 in both has none
+    torch.testing.assert_close(gradient, torch.tensor([[[-1.5, -0.5, 0.0], [0.0, 0.0, 0.0]]]))
+    assert torch.autograd.grad(both, taught, allow_unused=True) == (None,)
+    assert attention_distillation(attention, taught, slots=torch.zeros(1, 2, dtype=torch.bool)).item() == 0
+    assert attention_distillation(taught, taught).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_attention_distillation_survives_an_underflow():
+    attention = torch.tensor([[[1.0, 0.0]]], requires_grad=True)
+    loss = attention_distillation(attention, torch.tensor([[[0.5, 0.5]]]))
+    loss.backward()
+    assert loss.isfinite()
+    assert attention.grad.isfinite().all()
+
+
+def test_audio_visual_contrast_by_hand():
+    """Two rows, A = V = I, temperature 1: log softmax is -ln(1 + 1/e) on the diagonal and 1 less beside it."""
+    eye = torch.eye(2, dtype=torch.float64)
+    hit = -math.log(1 + 1 / math.e)
+    ids, same = torch.arange(2), torch.zeros(2, dtype=torch.int64)
+    for visual in ({"object": eye}, {"motion": eye}, {"object": eye, "motion": eye}):
+        instance, class_ = audio_visual_contrast({"audio": eye, **visual}, same, ids, temperature=1.0)
+        assert instance.item() == pytest.approx(-hit)
+        assert class_.item() == pytest.approx(-(2 * hit + 2 * (hit - 1)) / 4)  # by n^2, not by the positives
+    # both visual partners count half
+    apart = {"audio": eye, "object": eye, "motion": eye.flip(0)}
+    instance, _ = audio_visual_contrast(apart, same, ids, temperature=1.0)
+    assert instance.item() == pytest.approx(-(hit + (hit - 1)) / 2)
+
+
+def test_audio_visual_contrast_goes_one_way_and_object_and_motion_do_not_meet():
+    x = embeddings(6, 0)
+    got = audio_visual_contrast(x, CLASSES, VIDEOS)
+    want = []
+    for ids, average in ((VIDEOS, True), (CLASSES, False)):
+        positives = ids[:, None] == ids[None, :]
+        each = [
+            cross_entropy(normalise(x["audio"]) @ normalise(x[name]).T / 0.05, positives, average=average)
+            for name in ("motion", "object")
+        ]
+        want.append(sum(each) / 2)
+    gradients = torch.autograd.grad(0.1 * got[0] + got[1], list(x.values()), retain_graph=True)
+    wanted = torch.autograd.grad(0.1 * want[0] + want[1], list(x.values()))
+    for one, other in zip((*got, *gradients), (*want, *wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ConfigError, match="no motion or object"):
+        audio_visual_contrast({"audio": x["audio"]}, CLASSES, VIDEOS)
+
+
+def test_the_published_contrastive_case():
+    """Three rows and modalities in two dimensions, worked out by hand: 1.08276 and, with one class for all, 6.59387."""
+    a = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], dtype=torch.float64)
+    m = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    o = torch.tensor([[0.8, 0.6], [0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    instance, class_ = cross_sdc(
+        {"audio": a, "motion": m, "object": o}, torch.zeros(3, dtype=torch.int64), torch.tensor([0, 1, 1])
+    )
+    assert instance.item() == pytest.approx(1.08276, abs=1e-5)
+    assert class_.item() == pytest.approx(6.59387, abs=1e-5)
+
+
+def test_a_missing_modality_drops_its_pairs_and_no_share_of_the_others():
+    student = embeddings(6, 0, ("audio", "object"))
+    got = cross_sdc(student, CLASSES, VIDEOS)
+    scores = normalise(student["audio"]) @ normalise(student["object"]).T / 0.05
+    for term, ids in zip(got, (VIDEOS, CLASSES), strict=True):
+        positives = ids[:, None] == ids[None, :]
+        pair = (cross_entropy(scores, positives) + cross_entropy(scores.T, positives)) / 2
+        torch.testing.assert_close(term, pair, rtol=1e-10, atol=1e-10)
+
+
+def test_within_compares_each_modality_with_itself():
+    student, teacher = embeddings(6, 0), embeddings(3, 10)
+    got = cross_sdc(student, CLASSES, VIDEOS, teacher=teacher, teacher_rows_index=OLD, modality_pairs="within")
+    order = torch.cat((torch.arange(6), OLD))
+    for term, ids in zip(got, (VIDEOS[order], CLASSES[order]), strict=True):
+        positives = ids[:, None] == ids[None, :]
+        each = []
+        for name in NAMES:
+            rows = normalise(torch.cat((student[name], teacher[name])))
+            each.append(cross_entropy(rows @ rows.T / 0.05, positives, include_self=False))
+        torch.testing.assert_close(term, sum(each) / 3, rtol=1e-10, atol=1e-10)
+    alone = cross_sdc({"audio": student["audio"]}, CLASSES, VIDEOS, modality_pairs="within")
+    assert all(term.isfinite() for term in alone)
+    module = CrossSDC(modality_pairs="within")(student, CLASSES, VIDEOS, teacher, OLD)
+    torch.testing.assert_close(module, got)
+
+
+def test_within_by_hand():
+    """Rows e1, e1, e2 at temperature 1; the first two are positives, the third has none and is skipped."""
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    ids = torch.tensor([0, 0, 1])
+    instance, _ = cross_sdc({"audio": x, "object": x}, ids, ids, temperature=1.0, modality_pairs="within")
+    assert instance.item() == pytest.approx(math.log(1 + 1 / math.e))  # -(1 - ln(e + 1)), the diagonal left out

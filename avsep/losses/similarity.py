@@ -1,4 +1,4 @@
-"""Contrastive losses between the modalities of slots: CrossSDC, where old slots are also the teacher's, and AV-CIL's."""
+"""Contrastive losses between the modalities of slots: CrossSDC, which also has old slots by the teacher; AV-CIL's."""
 
 from __future__ import annotations
 

@@ -75,7 +75,8 @@ class AVCIL(Strategy):
             mixtures = old_mixtures(step)
             if len(mixtures):
                 taught, visual = ask(teacher, step, known_class_ids(step), mixtures)
-                attention = _motion_attention(teacher, visual, known_class_ids(step)[mixtures])
+                if self.weight_attention > 0:
+                    attention = _motion_attention(teacher, visual, known_class_ids(step)[mixtures])
         losses = mask_losses(
             step.output,
             step.spectrograms,
@@ -97,10 +98,9 @@ class AVCIL(Strategy):
                 terms["class"] = self.weight_class * class_
         if taught is not None and self.weight_mask > 0:
             terms["mask"] = self.weight_mask * losses.distillation
-        own = None
-        if attention is not None and self.weight_attention > 0:
+        if attention is not None:
             own = _motion_attention(student, step.visual, step.batch.class_ids)
-        if attention is not None and own is not None:
+            assert own is not None
             kept = attention_distillation(own[mixtures], attention, slots=step.is_old[mixtures])
             terms["attention"] = self.weight_attention * kept
         return terms
