@@ -10,7 +10,7 @@ import torch
 from conftest import TINY_FRONT_END
 from continual_runs import SEPARATORS, differing, resume_killed, train, weights
 from safetensors.torch import load_file
-from test_strategies import PARTS, _step
+from strategy_steps import PARTS, make_step
 
 from avsep import build_separator
 from avsep.errors import ConfigError
@@ -28,7 +28,7 @@ def _separator(num_classes, seed=1):
 
 def _mixtures(separator):
     """Three batches of one mixture of old and new classes."""
-    batch = _step(separator, num_old=0, class_ids=torch.tensor([[1, 0], [0, 1], [1, 1]])).batch
+    batch = make_step(separator, num_old=0, class_ids=torch.tensor([[1, 0], [0, 1], [1, 1]])).batch
     return [
         replace(batch, **{k: getattr(batch, k)[i : i + 1] for k in ("sources", "class_ids", "object", "motion")})
         for i in range(3)
@@ -55,7 +55,7 @@ def test_the_penalty_and_its_gradient_by_hand():
     fisher[QUERIES][:, 0] = torch.tensor([0.5, 1.0])
     strategy = STRATEGIES.create("ewc", {"weight": 10.0})
     strategy.load_state_dict(fisher)
-    terms = strategy.loss(student.eval(), teacher, _step(student))
+    terms = strategy.loss(student.eval(), teacher, make_step(student))
     # F / 8 is .125 .25 0 1 and .0625 .125; times the squares .25 1 4 .0625 and 9 4; times 10 / 2
     assert terms["penalty"].item() == pytest.approx(5 * (0.03125 + 0.25 + 0 + 0.0625 + 0.5625 + 0.5), rel=1e-6)
     terms["penalty"].backward()

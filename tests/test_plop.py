@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from continual_runs import SEPARATORS, differing, resume_killed, train, weights
+from strategy_steps import make_step, student_and_teacher
 from test_pod import _literal
-from test_strategies import _step, separators  # noqa: F401  (a fixture)
 
 from avsep.errors import ConfigError
 from avsep.registry import STRATEGIES
@@ -16,13 +16,18 @@ from avsep.registry import STRATEGIES
 TAPS = ("e3", "e4", "e5", "d4", "d2", "F")
 
 
+@pytest.fixture(scope="module")
+def separators():
+    return student_and_teacher()
+
+
 def _pod(x, y):
     return float(torch.linalg.vector_norm(_literal(x) - _literal(y), dim=1).mean())
 
 
-def test_it_is_the_literal_sum_over_maps_and_old_slots(separators):  # noqa: F811
+def test_it_is_the_literal_sum_over_maps_and_old_slots(separators):
     student, teacher = separators
-    step = _step(student)
+    step = make_step(student)
     terms = STRATEGIES.create("plop").loss(student, teacher, step)
     audio = teacher.audio_encoder(step.spectrograms.network_input)
     own, taught = student.taps(step.audio, step.output), teacher.taps(audio)
@@ -40,10 +45,10 @@ def test_it_is_the_literal_sum_over_maps_and_old_slots(separators):  # noqa: F81
     assert terms["logits"] > 0
 
 
-def test_every_map_gets_a_gradient_and_the_teacher_none(separators):  # noqa: F811
+def test_every_map_gets_a_gradient_and_the_teacher_none(separators):
     student, teacher = separators
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    step = _step(student)
+    step = make_step(student)
     terms = STRATEGIES.create("plop").loss(student, teacher, step)
     maps = student.taps(step.audio, step.output)
     gradients = torch.autograd.grad(terms["features"], list(maps.values()), retain_graph=True)
@@ -54,20 +59,20 @@ def test_every_map_gets_a_gradient_and_the_teacher_none(separators):  # noqa: F8
     assert differing(teacher.state_dict(), before) == []
 
 
-def test_the_weight_rises_with_the_classes(separators):  # noqa: F811
+def test_the_weight_rises_with_the_classes(separators):
     """sqrt(|C_0:t| / |C_t|): of 4 classes with 2 and with 1 of them new."""
     strategy = STRATEGIES.create("plop", {"weight_logits": 0.0})
     ids = torch.tensor([[1, 3], [1, 3], [0, 0]])
-    two, one = (strategy.loss(*separators, _step(separators[0], n, ids))["features"] for n in (2, 3))
+    two, one = (strategy.loss(*separators, make_step(separators[0], n, ids))["features"] for n in (2, 3))
     torch.testing.assert_close(one / two, torch.tensor(2.0 / math.sqrt(2.0)))
 
 
-def test_terms_by_task_batch_and_switch(separators):  # noqa: F811
+def test_terms_by_task_batch_and_switch(separators):
     student, teacher = separators
     plop = STRATEGIES.create("plop")
-    assert set(plop.loss(student, None, _step(student, num_old=0))) == {"separation"}
-    assert set(plop.loss(student, teacher, _step(student, rows=slice(1, 2)))) == {"separation", "features"}
-    step = _step(student)
+    assert set(plop.loss(student, None, make_step(student, num_old=0))) == {"separation"}
+    assert set(plop.loss(student, teacher, make_step(student, rows=slice(1, 2)))) == {"separation", "features"}
+    step = make_step(student)
     for params, terms in (
         ({"weight_features": 0.0}, {"separation", "logits"}),
         ({"weight_logits": 0.0}, {"separation", "features"}),
@@ -79,7 +84,7 @@ def test_terms_by_task_batch_and_switch(separators):  # noqa: F811
     assert plop.first_task() == {}
 
 
-def test_wrong_settings_and_separators(separators, monkeypatch):  # noqa: F811
+def test_wrong_settings_and_separators(separators, monkeypatch):
     with pytest.raises(ConfigError, match="weight_features must be 0 or more, got -1"):
         STRATEGIES.create("plop", {"weight_features": -1.0})
     student = separators[0]

@@ -38,7 +38,6 @@ class AVCIL(Strategy):
     switches its term off. The defaults are the original's for its data sets beyond AVE, and .3 for masks.
     """
 
-    needs_teacher = True
     needs_memory = True
 
     def __init__(
@@ -63,6 +62,7 @@ class AVCIL(Strategy):
         self.weight_class = weight_class
         self.weight_attention = weight_attention
         self.temperature = temperature
+        self.needs_teacher = weight_mask > 0 or weight_attention > 0
 
     def first_task(self) -> dict[str, Any]:
         weights = {"weight_instance": self.weight_instance, "weight_class": self.weight_class}
@@ -71,7 +71,7 @@ class AVCIL(Strategy):
 
     def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
         taught = mixtures = attention = None
-        if teacher is not None and (self.weight_mask > 0 or self.weight_attention > 0):
+        if teacher is not None and self.needs_teacher:
             mixtures = old_mixtures(step)
             if len(mixtures):
                 taught, visual = ask(teacher, step, known_class_ids(step), mixtures)

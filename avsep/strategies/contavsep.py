@@ -44,8 +44,6 @@ class ContAVSep(Strategy):
     ``modality_pairs="within"`` is the uni-modal variant: each modality against itself, no row against itself.
     """
 
-    needs_teacher = True
-
     def __init__(
         self,
         *,
@@ -73,6 +71,7 @@ class ContAVSep(Strategy):
         self.instance = instance
         self.modality_pairs = modality_pairs
         self.teacher_batch_norm = teacher_batch_norm
+        self.needs_teacher = weight_instance > 0 or weight_class > 0 or weight_mask > 0
 
     def check(self, separator: Separator) -> None:
         if self.instance == "features" and self.weight_instance > 0 and separator.motion_encoder is None:
@@ -94,7 +93,7 @@ class ContAVSep(Strategy):
         contrast = self.weight_instance > 0 or self.weight_class > 0
         taught: MaskOutput | None = None
         mixtures: Tensor | None = None
-        if teacher is not None and (contrast or self.weight_mask > 0):
+        if teacher is not None and self.needs_teacher:
             mixtures = old_mixtures(step)
             if len(mixtures):
                 taught, mixtures = self._teach(teacher, step, mixtures)

@@ -43,14 +43,13 @@ class LwF(Strategy):
     from PyTorch's global generator, whose state the learner sets from (seed, task) and keeps in its checkpoints.
     """
 
-    needs_teacher = True
-
     def __init__(self, *, weight_mask: float = 0.3, variant: Literal["old_slot", "grown_teacher"] = "old_slot") -> None:
         check_weights(weight_mask=weight_mask)
         if variant not in ("old_slot", "grown_teacher"):
             raise ValueError(f"variant must be 'old_slot' or 'grown_teacher', got {variant!r}")
         self.weight_mask = weight_mask
         self.variant = variant
+        self.needs_teacher = weight_mask > 0
         self._new_rows: dict[str, Tensor] = {}  # the student's tensors that growth changed, as they were after it
         self._grown: Separator | None = None
 
@@ -65,7 +64,7 @@ class LwF(Strategy):
             }
 
     def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
-        if teacher is None or self.weight_mask == 0:
+        if teacher is None or not self.needs_teacher:
             return super().loss(student, teacher, step)
         class_ids = step.batch.class_ids
         agnostic = _class_agnostic(student)
