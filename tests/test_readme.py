@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import csv
+import inspect
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN, tiny_run_spec
-
-from avsep.data.tasks import task_stream
-from avsep.learner import ContinualLearner
-from avsep.registry import STRATEGIES
+from conftest import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def _blocks(language):
+def _text():
     if not README.is_file():
         pytest.skip("the README is not beside the tests")
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return README.read_text(encoding="utf-8")
+
+
+def _blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", _text(), flags=re.DOTALL)
 
 
 def test_composing():
@@ -45,18 +51,70 @@ def test_training(tone_store, tmp_path, monkeypatch):
     assert Path("runs/mine/tasks/01/task.json").is_file()
 
 
-def test_adding_a_component(tone_store, tmp_path):
+def test_adding_a_method(tone_store, tmp_path):
+    """The section's code as an installed package, its commands on a tiny store."""
     code = next(b for b in _blocks("python") if "STRATEGIES.register" in b)
-    try:
-        exec(code, {"__name__": "my_package.components"})
-        spec = tiny_run_spec({"name": "anchored", "params": {"weight": 0.5}}, "none", epochs=1)
-        stream = task_stream(tone_store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
-        ContinualLearner.from_spec(spec, accelerator="cpu").fit(stream, tmp_path / "run", progress=False)
-        header, *rows = (tmp_path / "run" / "logs" / "train.csv").read_text().splitlines()
-        anchor = header.split(",").index("anchor")
-        assert float(rows[-1].split(",")[anchor]) > 0
-    finally:
-        STRATEGIES._components.pop("anchored", None)
+    module = tmp_path / re.fullmatch(r"# (\S+)", code.splitlines()[0]).group(1)
+    module.parent.mkdir()
+    module.write_text(code)
+    (module.parent / "__init__.py").touch()
+    toml = next(b for b in _blocks("toml") if "entry-points" in b)
+    group, entry = re.search(r'\[project\.entry-points\."(.+)"\]\n(.+)', toml).groups()
+    info = tmp_path / "my_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{entry.replace(chr(34), '')}\n")
+    train = {**TINY_TRAIN, "epochs": 1, "steps_per_epoch": 2, "validation_pairs": 1}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"separator": TINY_SEPARATOR, "train": train}))
+
+    commands = next(b for b in _blocks("bash") if "--strategy anchored" in b).splitlines()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+        "COLUMNS": "200",
+    }
+    printed = []
+    for command in commands:
+        arguments = shlex.split(command.replace("stores/full", shlex.quote(str(tone_store))))
+        assert arguments[0] == "avsep"
+        if arguments[1] == "train":
+            tasks = ";".join(",".join(t) for t in TINY_TASKS)
+            arguments += ["--preset", "tiny.yaml", "--memory", "none", "--tasks", tasks, "--device", "cpu"]
+        result = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert result.returncode == 0, result.stderr
+        printed.append(result.stdout)
+    listed, _ = printed
+    assert re.search(r"anchored +Fine-tuning with an L2 pull .* weight=0\.001 +ours \[package my_package\]", listed)
+    with open(tmp_path / "runs" / "anchored" / "logs" / "train.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["anchor"]) for row in rows] == [False] * 2 + [True] * 2
+    assert float(rows[-1]["anchor"]) > 0
+    assert yaml.safe_load((tmp_path / "runs" / "anchored" / "run.yaml").read_text())["strategy"] == {
+        "name": "anchored",
+        "params": {"weight": 0.01},
+    }
+
+
+def test_the_hooks_named_exist():
+    from avsep.strategies import Strategy
+
+    text = _text()
+    table = text[text.index("| hook | for |") : text.index("## Fidelity")]
+    named = re.findall(r"`(\w+)(?:\(([^)]*)\))?`", "".join(row.split("|")[1] for row in table.splitlines()[2:] if row))
+    assert len(named) > 9
+    for name, arguments in named:
+        found = getattr(Strategy, name)
+        if callable(found):
+            assert ", ".join(list(inspect.signature(found).parameters)[1:]) == arguments
+    missing = {n for n in vars(Strategy) if not n.startswith("_")} - {name for name, _ in named}
+    assert missing == set()
 
 
 def test_every_command_named_exists():
