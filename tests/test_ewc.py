@@ -65,7 +65,7 @@ def test_the_penalty_and_its_gradient_by_hand():
     torch.testing.assert_close(own[QUERIES].grad, expected)
     assert {n for n, p in own.items() if p.grad is not None} == {BIAS, QUERIES}
     strategy.load_state_dict({BIAS: torch.tensor([1.0, 0.0, 0.0, 0.0])})  # as after the next task
-    assert strategy.loss(student, teacher, _step(student))["penalty"].item() == pytest.approx(5 * 0.25, rel=1e-6)
+    assert strategy.loss(student, teacher, make_step(student))["penalty"].item() == pytest.approx(5 * 0.25, rel=1e-6)
 
 
 def test_the_fisher_information_is_the_mean_of_squared_gradients_of_single_mixtures():

@@ -12,6 +12,7 @@ import torch
 from avsep.losses import separation_loss
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy, TaskData
+from avsep.strategies.teaching import check_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,8 +44,7 @@ class EWC(Strategy):
     """
 
     def __init__(self, *, weight: float = 100.0, decay: float = 1.0, fisher_samples: int = 1000) -> None:
-        if not weight >= 0:
-            raise ValueError(f"weight must be 0 or more, got {weight}")
+        check_weights(weight=weight)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be between 0 and 1, got {decay}")
         if fisher_samples < 1:

@@ -14,6 +14,7 @@ from avsep.errors import ConfigError
 from avsep.losses import pod_distance
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy
+from avsep.strategies.teaching import check_weights, known_class_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +44,7 @@ class PLOP(Strategy):
     """
 
     def __init__(self, *, weight_features: float = 0.01, weight_logits: float = 0.0005) -> None:
-        for name, value in (("weight_features", weight_features), ("weight_logits", weight_logits)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {value}")
+        check_weights(weight_features=weight_features, weight_logits=weight_logits)
         self.weight_features = weight_features
         self.weight_logits = weight_logits
         self.needs_teacher = weight_features > 0 or weight_logits > 0
@@ -83,5 +82,5 @@ class PLOP(Strategy):
         if not bool(slots.any()):
             return audio, None
         visual = teacher.encode_visual(batch.object, batch.motion, batch.motion_mask)
-        # a class that the teacher lacks: any will do, since such a slot is read only where the class does not matter
-        return audio, teacher.mask_decoder(audio, visual, batch.class_ids.where(step.is_old, 0))
+        # a new class's slot is read only where the class does not matter
+        return audio, teacher.mask_decoder(audio, visual, known_class_ids(step))
