@@ -614,7 +614,7 @@ class ContinualLearner:
     ) -> None:
         student = self.separator
         student.eval()
-        label = f"{self._strategy_ref.name} after task {task.index + 1}"
+        label = f"{self._strategy_ref.name} after task {task.index}"
         started = time.perf_counter()
         self.strategy.after_task(student, teacher, task, _TaskData(self, stream, task, bars, label))
         seconds_after = time.perf_counter() - started

@@ -205,7 +205,9 @@ def test_a_run_is_scored_task_by_task_and_only_once(run, protocol, monkeypatch):
     assert result["forgetting"] == pytest.approx(matrix[0][0] - matrix[1][0])
     assert result["bwt"] == pytest.approx(matrix[1][0] - matrix[0][0])
     assert result["average"] == pytest.approx([matrix[0][0], (matrix[1][0] + matrix[1][1]) / 2])
-    assert result["protocol_hash"] == protocol.hash
+    assert (result["protocol"], result["protocol_version"], result["protocol_hash"]) == ("fixed", 1, protocol.hash)
+    for step in result["after"]:
+        assert step["seconds"] == read_json(run / "tasks" / f"{step['task']:02d}" / "task.json")["seconds"]
 
     monkeypatch.setattr(module, "evaluate_separator", lambda *a, **k: pytest.fail("scored again"))
     assert evaluate_run(run) == result
@@ -230,6 +232,18 @@ def test_a_changed_separator_is_scored_again_and_the_others_are_not(run, monkeyp
     with pytest.raises(RunError, match="has no model"):
         evaluate_run(run)
     assert other.is_dir()
+
+
+@pytest.mark.parametrize("change", [{"protocol_version": 0}, {"version": 0}, {"protocol": "paper"}])
+def test_scores_under_another_version_are_made_again(run, change, monkeypatch):
+    result = evaluate_run(run)
+    (run / "evaluation.json").write_text(json.dumps({**result, **change}))
+    assert module.current_evaluation(run) is None
+    calls = []
+    monkeypatch.setattr(module, "evaluate_separator", lambda *a, **k: calls.append(a) or [])
+    monkeypatch.setattr(module, "_summaries", lambda rows: {"rows": []})
+    evaluate_run(run)
+    assert len(calls) == 2
 
 
 def test_one_task_alone(run):
@@ -280,12 +294,13 @@ def test_mistakes_are_one_clear_line(run, tmp_path):
     assert not (run / "evaluation.json").exists()
 
 
-def test_command_prints_the_matrix_and_the_counts(run, capsys, monkeypatch):
+def test_command_prints_the_matrix_and_the_counts(run, protocol, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     command(run, store=None, task=None, batch_size=4, device="cpu")
     shown = capsys.readouterr().out
     for text in ("after task", "average", "forgetting", "SI-SDR", "skipped", "degen.", "cross", "evaluation.json"):
         assert text in shown
+    assert f"protocol fixed version 1, {protocol.hash[:12]}" in shown
     (run / "tasks" / "01" / "task.json").unlink()  # one task alone: nothing can be forgotten yet
     command(run, store=None, task=None, batch_size=4, device="cpu")
     assert "forgetting" not in capsys.readouterr().out

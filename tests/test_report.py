@@ -278,6 +278,39 @@ def test_a_run_and_its_comparison_on_one_page(scored_run, tmp_path):
     assert write_report(scored_run, mixtures=1) == scored_run / "report.html"
 
 
+def test_settings_say_what_the_training_was_and_tasks_count_from_0(scored_run, tmp_path):
+    import yaml
+
+    run = shutil.copytree(scored_run, tmp_path / "run")
+    spec = yaml.safe_load((run / "run.yaml").read_text())
+    spec["train"] |= {
+        "steps_per_epoch": 77,
+        "precision": "16-mixed",
+        "gradient_clip": 2.5,
+        "partner": "different_class",
+    }
+    spec["train"]["audio"] = {"name": "adam", "lr": 3e-4, "schedule": "step", "milestones": [31, 51], "gamma": 0.1}
+    spec["train"]["decoder"] |= {"weight_decay": 1e-4}
+    (run / "run.yaml").write_text(yaml.safe_dump(spec))
+    text = html.unescape(write_report(run, tmp_path / "page.html", mixtures=1).read_text(encoding="utf-8"))
+    for part in (
+        "2 epochs a task of at most 77 batches of 2 mixtures, seed 1234",
+        "partner different_class, crop any, gain 0.5 to 1.5",
+        "current clips ×4, exemplars ×8",
+        "0.0003, adam, step (×0.1 at epoch 31, 51)",
+        "0.001, adamw, one cycle, weight decay 0.0001",
+        "clipped to a norm of 2.5",
+        "16-mixed",
+        f"fixed version 1 ({Protocol.load(run / 'protocol.json').hash[:12]})",
+        "Tasks count from 0",
+        "learned in task 0",
+        ">on task 0<",
+        ">after task 1<",
+    ):
+        assert part in text, part
+    assert "task 2" not in text
+
+
 @pytest.mark.parametrize("what", ["weights", "tasks", "mixtures"])
 def test_scores_of_something_else_are_not_shown(scored_run, tmp_path, what):
     run = shutil.copytree(scored_run, tmp_path / "run")

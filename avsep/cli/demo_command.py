@@ -59,7 +59,7 @@ def command(
     store = synthesise(out / "store", size="tiny", seed=seed, clips_per_class=clips)
     half = len(store.classes) // 2
     tasks = [list(store.classes[:half]), list(store.classes[half:])]
-    console.print(f"{len(store.clips)} clips; task 1: {', '.join(tasks[0])}; task 2: {', '.join(tasks[1])}")
+    console.print(f"{len(store.clips)} clips; task 0: {', '.join(tasks[0])}; task 1: {', '.join(tasks[1])}")
 
     section("2/5 Learning both tasks twice: fine-tuning, and ContAV-Sep with one remembered clip a class")
     try:
@@ -252,7 +252,7 @@ def _print_scores(console: Console, results: dict[str, dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title="SDR in dB on held-out clips, mean over sources: higher is better")
-    for heading in ("", "task 1 learned", "after task 2", "forgotten", "task 2 learned"):
+    for heading in ("", "task 0 learned", "after task 1", "forgotten", "task 1 learned"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = results["contavsep"]["after"][-1]["rows"]
     baseline = [_mean([r["sdr_mixture"] for r in rows if r["list"] == f"task-{t}"]) for t in (0, 1)]

@@ -65,7 +65,10 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
             console.print(
                 f"forgetting {_number(result['forgetting'])} dB, backward transfer {_number(result['bwt'])} dB"
             )
-    console.print(f"Scores in dB by list of test mixtures (protocol {result['protocol']})")
+    console.print(
+        f"Scores in dB by list of test mixtures (protocol {result['protocol']} version {result['protocol_version']}, "
+        f"{result['protocol_hash'][:12]}); tasks count from 0"
+    )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
     for heading in ("after", "list", *[names[m] for m in METRICS], "scored", "skipped", "degen."):
         table.add_column(heading, justify="left" if heading == "list" else "right", no_wrap=True)

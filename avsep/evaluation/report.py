@@ -26,9 +26,10 @@ from avsep.runs import finished_tasks, read_run_spec
 if TYPE_CHECKING:
     import torch
 
-    from avsep.data.protocol import TestMixture
+    from avsep.data.protocol import Protocol, TestMixture
     from avsep.data.store import Store
     from avsep.evaluation.evaluate import Kept, MixtureScore
+    from avsep.spec import OptimizerSpec, TrainSpec
 
 __all__ = [
     "MixtureView",
@@ -373,7 +374,7 @@ def line_chart(
     for number, boundary in enumerate(boundaries):
         x = place(boundary, y_low)[0]
         middle = (place(previous, y_low)[0] + x) / 2
-        out.append(f'<text class="tick" x="{middle:.1f}" y="{top + 2}" text-anchor="middle">task {number + 1}</text>')
+        out.append(f'<text class="tick" x="{middle:.1f}" y="{top + 2}" text-anchor="middle">task {number}</text>')
         if number < len(boundaries) - 1:
             out.append(f'<line class="boundary" x1="{x}" x2="{x}" y1="{top}" y2="{height - bottom}"/>')
         previous = boundary
@@ -513,7 +514,7 @@ def gather(
         mixtures=views,
         sample_rate_hz=rate_hz,
         left_out=max(0, min(mixtures, len(protocol.at(known))) - len(chosen)) if fitting < mixtures else 0,
-        protocol=f"{protocol.name} ({protocol.hash[:12]})",
+        protocol=_protocol_text(protocol),
         store=f"{opened.path.name} ({protocol.store_hash[:12]})",
         version=avsep.__version__,
     )
@@ -540,6 +541,7 @@ def _run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _run_view(folder: Path, name: str, finished: int) -> RunView:
+    from avsep.data.protocol import Protocol
     from avsep.evaluation.evaluate import current_evaluation
 
     spec = read_run_spec(folder)
@@ -552,8 +554,10 @@ def _run_view(folder: Path, name: str, finished: int) -> RunView:
         "object encoder": _component(separator.object_encoder),
         "motion encoder": _component(separator.motion_encoder),
         "mask decoder": _component(separator.mask_decoder),
-        "training": f"{spec.train.epochs} epochs, batches of {spec.train.batch_size}, seed {spec.train.seed}",
-        "test protocol": spec.protocol,
+        **_training(spec.train),
+        "test protocol": _protocol_text(Protocol.load(folder / "protocol.json")),
+        "validation": f"{spec.validation_protocol}, {spec.train.validation_pairs or 'all'} pairs of each list, every "
+        f"{spec.train.validate_every} epochs",
     }
     losses, validation, boundaries = _curves(folder / "logs")
     return RunView(
@@ -567,6 +571,31 @@ def _run_view(folder: Path, name: str, finished: int) -> RunView:
         boundaries=boundaries,
         finished=finished,
     )
+
+
+def _training(train: TrainSpec) -> dict[str, str]:
+    """The settings of training, by what a reader looks for."""
+    steps = "all batches" if train.steps_per_epoch is None else f"at most {train.steps_per_epoch} batches"
+    low, high = train.gain
+    return {
+        "training": f"{train.epochs} epochs a task of {steps} of {train.batch_size} mixtures, seed {train.seed}",
+        "mixtures": f"{train.sources} sources, partner {train.partner}, crop {train.crop}, gain {low:g} to {high:g}; "
+        f"current clips ×{train.current_repeats}, exemplars ×{train.memory_repeats} ({train.memory_share})",
+        **{f"{role} learning rate": _optimizer(getattr(train, role)) for role in ("audio", "visual", "decoder")},
+        "gradients": "as they are" if train.gradient_clip is None else f"clipped to a norm of {train.gradient_clip:g}",
+        "precision": train.precision,
+    }
+
+
+def _optimizer(spec: OptimizerSpec) -> str:
+    text = f"{spec.lr:g}, {spec.name}, {spec.schedule}".replace("_", " ")
+    if spec.schedule == "step" and spec.milestones:
+        text += f" (×{spec.gamma:g} at epoch {', '.join(map(str, spec.milestones))})"
+    return text + (f", weight decay {spec.weight_decay:g}" if spec.weight_decay else "")
+
+
+def _protocol_text(protocol: Protocol) -> str:
+    return f"{protocol.name} version {protocol.version} ({protocol.hash[:12]})"
 
 
 def _component(ref: Any) -> str:
