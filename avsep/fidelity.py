@@ -26,8 +26,8 @@ RELEASED: dict[str, Any] = {
 }
 """Settings of a run, by their place in its spec."""
 
-RELEASED_STRATEGY: dict[str, Any] = {"teacher_batch_norm": "train"}
-"""Parameters of whichever strategy has them."""
+RELEASED_STRATEGY: dict[str, Any] = {"teacher_batch_norm": "train", "instance": "features"}
+"""Parameters of whichever strategy has them; ``instance`` where there are motion features to compare."""
 
 
 def apply_fidelity(data: dict[str, Any], name: str) -> dict[str, Any]:
@@ -42,6 +42,8 @@ def apply_fidelity(data: dict[str, Any], name: str) -> dict[str, Any]:
     strategy = data["strategy"]
     ref = validated(ComponentRef, {"name": strategy} if isinstance(strategy, str) else strategy, "strategy")
     has = {parameter.name for parameter in STRATEGIES.get(ref.name).settings}
+    if not data["separator"].get("motion_encoder"):
+        has -= {"instance"}
     released = {key: value for key, value in RELEASED_STRATEGY.items() if key in has}
     data["strategy"] = {"name": ref.name, "params": {**ref.params, **released}}
     return data

@@ -44,6 +44,7 @@ def test_released_turns_every_switch_on_and_nothing_else():
     assert differences(plain, released.model_dump(mode="json")) == {
         "separator.front_end.align_corners": False,
         "strategy.params.teacher_batch_norm": "train",
+        "strategy.params.instance": "features",
         "train.crop": "published",
         "train.precision": "16-mixed",
         "protocol": "paper",
@@ -54,7 +55,10 @@ def test_released_turns_every_switch_on_and_nothing_else():
 def test_a_strategy_without_a_parameter_is_left_alone_and_its_own_settings_stay():
     assert apply_fidelity(run_data("finetune"), "released")["strategy"] == {"name": "finetune", "params": {}}
     own = apply_fidelity(run_data({"name": "contavsep", "params": {"weight_mask": 0.5}}), "released")
-    assert own["strategy"]["params"] == {"weight_mask": 0.5, "teacher_batch_norm": "train"}
+    assert own["strategy"]["params"] == {"weight_mask": 0.5, "teacher_batch_norm": "train", "instance": "features"}
+    still = run_data()
+    del still["separator"]["motion_encoder"]
+    assert apply_fidelity(still, "released")["strategy"]["params"] == {"teacher_batch_norm": "train"}
     with pytest.raises(UnknownNameError, match="no fidelity 'relased': did you mean 'released'"):
         apply_fidelity(run_data(), "relased")
 
