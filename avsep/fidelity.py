@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from avsep.errors import UnknownNameError, near_matches
-from avsep.registry import STRATEGIES
+from avsep.registry import MEMORIES, STRATEGIES
 from avsep.spec import ComponentRef, validated
 
-__all__ = ["RELEASED", "RELEASED_STRATEGY", "apply_fidelity"]
+__all__ = ["RELEASED", "RELEASED_MEMORY", "RELEASED_STRATEGY", "apply_fidelity"]
 
 RELEASED: dict[str, Any] = {
     "separator": {"front_end": {"align_corners": False}},
@@ -29,6 +29,9 @@ RELEASED: dict[str, Any] = {
 RELEASED_STRATEGY: dict[str, Any] = {"teacher_batch_norm": "train", "instance": "features"}
 """Parameters of whichever strategy has them; ``instance`` where there are motion features to compare."""
 
+RELEASED_MEMORY: dict[str, Any] = {"short_class": "all"}
+"""Parameters of whichever memory policy has them."""
+
 
 def apply_fidelity(data: dict[str, Any], name: str) -> dict[str, Any]:
     """Put every setting of ``name``, which is ``released``, into a run spec's plain data, in place.
@@ -39,13 +42,13 @@ def apply_fidelity(data: dict[str, Any], name: str) -> dict[str, Any]:
     if name != "released":
         raise UnknownNameError(f"no fidelity '{name}': {near_matches(name, ['released'])}")
     _merge(data, RELEASED)
-    strategy = data["strategy"]
-    ref = validated(ComponentRef, {"name": strategy} if isinstance(strategy, str) else strategy, "strategy")
-    has = {parameter.name for parameter in STRATEGIES.get(ref.name).settings}
-    if not data["separator"].get("motion_encoder"):
-        has -= {"instance"}
-    released = {key: value for key, value in RELEASED_STRATEGY.items() if key in has}
-    data["strategy"] = {"name": ref.name, "params": {**ref.params, **released}}
+    for part, registry, values in (("strategy", STRATEGIES, RELEASED_STRATEGY), ("memory", MEMORIES, RELEASED_MEMORY)):
+        ref = validated(ComponentRef, {"name": data[part]} if isinstance(data[part], str) else data[part], part)
+        has = {parameter.name for parameter in registry.get(ref.name).settings}
+        if not data["separator"].get("motion_encoder"):
+            has -= {"instance"}
+        released = {key: value for key, value in values.items() if key in has}
+        data[part] = {"name": ref.name, "params": {**ref.params, **released}}
     return data
 
 

@@ -44,7 +44,7 @@ from avsep.memory.candidates import JudgedCandidates
 from avsep.memory.none import NoMemory
 from avsep.progress import Progress, progress_bar
 from avsep.registry import MEMORIES, STRATEGIES
-from avsep.runs import finished_tasks, read_exemplars, read_run_spec, separator_folder
+from avsep.runs import STRATEGY_FILE, finished_tasks, read_exemplars, read_run_spec, separator_folder
 from avsep.seeding import seeded
 from avsep.separator import Separator, build_from_spec, load_separator, save_separator
 from avsep.spec import ComponentRef, OptimizerSpec, RunSpec, TrainSpec, validated
@@ -52,8 +52,6 @@ from avsep.strategies.base import Step, Strategy
 from avsep.types import Batch, Task, move_to
 
 __all__ = ["ContinualLearner", "learning_rate_factor"]
-
-STRATEGY_FILE = "strategy.safetensors"
 
 _Component = str | tuple[str, dict[str, Any]] | ComponentRef
 
@@ -617,13 +615,13 @@ class ContinualLearner:
         label = f"{self._strategy_ref.name} after task {task.index}"
         started = time.perf_counter()
         self.strategy.after_task(student, teacher, task, _TaskData(self, stream, task, bars, label))
-        seconds_after = time.perf_counter() - started
         student.eval()
+        self.exemplars = self._remember(stream, task, self.exemplars)
+        seconds_after = time.perf_counter() - started
         target = separator_folder(out, task.index)
         save_separator(student, target)
         kept = self.strategy.state_dict()
         strategy_state = save_state(target.with_name(STRATEGY_FILE), kept) if kept else None
-        self.exemplars = self._remember(stream, task, self.exemplars)
         write_json(
             target.with_name("task.json"),
             {
@@ -638,7 +636,7 @@ class ContinualLearner:
                 "exemplars": exemplars_to_plain(self.exemplars),
                 "parameters": sum(p.numel() for p in student.parameters()),
                 "seconds": round(record.seconds, 1),
-                "seconds_after": round(seconds_after, 1),  # what the strategy computed once the task was learned
+                "seconds_after": round(seconds_after, 1),  # what strategy and memory did once the task was learned
                 "strategy_state": strategy_state,
             },
         )

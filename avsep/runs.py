@@ -13,7 +13,9 @@ from avsep.spec import RunSpec, validated
 if TYPE_CHECKING:
     from avsep.memory.base import Memory
 
-__all__ = ["finished_tasks", "read_exemplars", "read_run_spec", "separator_folder"]
+__all__ = ["STRATEGY_FILE", "finished_tasks", "read_exemplars", "read_run_spec", "separator_folder"]
+
+STRATEGY_FILE = "strategy.safetensors"  # beside task.json, where the strategy keeps something for the next task
 
 
 def read_run_spec(run: str | Path) -> RunSpec:

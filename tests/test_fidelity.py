@@ -10,7 +10,7 @@ from conftest import TINY_SEPARATOR, TINY_TRAIN
 
 from avsep.errors import UnknownNameError
 from avsep.fidelity import apply_fidelity
-from avsep.registry import STRATEGIES
+from avsep.registry import MEMORIES, STRATEGIES
 from avsep.spec import RunSpec, apply_settings, load_preset, validated
 
 PAGE = Path(__file__).parents[1] / "docs" / "fidelity.md"
@@ -45,6 +45,7 @@ def test_released_turns_every_switch_on_and_nothing_else():
         "separator.front_end.align_corners": False,
         "strategy.params.teacher_batch_norm": "train",
         "strategy.params.instance": "features",
+        "memory.params.short_class": "all",
         "train.crop": "published",
         "train.precision": "16-mixed",
         "protocol": "paper",
@@ -80,12 +81,19 @@ def test_the_page_lists_the_switches_that_the_word_turns():
 def test_every_setting_and_test_file_on_the_page_exists():
     text = PAGE.read_text(encoding="utf-8")
     data = validated(RunSpec, run_data(), "run").model_dump(mode="json")
-    named = set(re.findall(r"`((?:train|separator|strategy\.params)\.[\w.]+)", text))
+    named = set(re.findall(r"`((?:train|separator|strategy\.params|memory\.params)\.[\w.]+)", text))
     assert len(named) > 8
-    parameters = {p.name for p in STRATEGIES.get("contavsep").settings}
+    parameters = {
+        f"{part}.params.{p.name}"
+        for part, component in (
+            ("strategy", STRATEGIES.get("contavsep")),
+            ("memory", MEMORIES.get("random_per_class")),
+        )
+        for p in component.settings
+    }
     for path in named:
-        if path.startswith("strategy.params."):
-            assert path.removeprefix("strategy.params.") in parameters
+        if path.startswith(("strategy.params.", "memory.params.")):
+            assert path in parameters
             continue
         node = data
         for part in path.split("."):

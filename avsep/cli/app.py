@@ -17,6 +17,7 @@ COMMANDS = (
     "evaluate",
     "compare",
     "report",
+    "budget",
     "reproduce",
     "separate",
     "export",
