@@ -17,6 +17,7 @@ from avsep.errors import AvsepError, ConfigError, RunError
 __all__ = [
     "FolderLock",
     "atomic_path",
+    "give_usual_rights",
     "made_folder",
     "read_json",
     "read_yaml",
@@ -41,10 +42,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        # mkstemp makes the file private; the result should have the rights that any other new file gets
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        give_usual_rights(temporary)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -60,6 +58,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def give_usual_rights(path: Path) -> None:
+    """Give what ``tempfile`` made private the rights that any other new file or folder gets."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 @contextlib.contextmanager

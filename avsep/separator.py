@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from avsep.dsp import FrontEnd
 from avsep.encoders._pretrained import weights_come_later
 from avsep.errors import CheckpointError, ConfigError, RunError, UnknownNameError, near_matches
-from avsep.io import atomic_path, read_yaml, write_yaml
+from avsep.io import atomic_path, give_usual_rights, read_yaml, write_yaml
 from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS, REGISTRIES, VISUAL_ENCODERS, ComponentSpec
 from avsep.seeding import seeded
 from avsep.spec import FrontEndSpec, SeparatorSpec, load_preset, validated
@@ -400,7 +400,7 @@ def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None
     # The pair changes together: write both beside the target before touching it.
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        staging.chmod(target.parent.stat().st_mode & 0o777)  # mkdtemp makes it private
+        give_usual_rights(staging)
         with atomic_path(staging / WEIGHTS_FILE) as temporary:
             temporary.write_bytes(safetensors_bytes(tensors, header))
         write_yaml(staging / SPEC_FILE, spec)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from avsep.errors import AvsepError, ConfigError
 from avsep.export.bundle_reader import FORMAT, MANIFEST, is_built_here
-from avsep.io import atomic_path, made_folder, read_json
+from avsep.io import atomic_path, give_usual_rights, made_folder, read_json
 
 __all__ = ["check_target", "is_tar_name", "staged", "write_arrays", "write_tar"]
 
@@ -114,7 +114,7 @@ def staged(target: Path) -> Iterator[Path]:
     with made_folder(target.parent):
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
-            staging.chmod(target.parent.stat().st_mode & 0o777)  # mkdtemp makes it private
+            give_usual_rights(staging)
             yield staging
             if is_tar_name(target):
                 write_tar(staging, target)
@@ -131,14 +131,16 @@ def _replace(staging: Path, target: Path) -> None:
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
     old = aside / target.name
-    os.replace(target, old)
     try:
+        os.replace(target, old)
         os.replace(staging, target)
-    except OSError:
-        os.replace(old, target)
+    except BaseException:  # Ctrl-C too
+        if not target.exists():
+            os.replace(old, target)
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if target.exists():  # else the older bundle is the only one there is
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_tar(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:

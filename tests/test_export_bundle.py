@@ -349,21 +349,35 @@ def test_a_manifest_that_readers_refuse_is_never_written(quick, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kill_between_the_two_renames_loses_no_bundle(quick, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=type)
+def test_a_stop_between_the_two_renames_loses_no_bundle(stop, quick, tmp_path, monkeypatch):
     out = tmp_path / "b"
     export(bundle_separator(), None, out, made_from="before")
     replace = os.replace
 
     def fails(source, target):
         if Path(target) == out and "old" not in str(source):
-            raise OSError(28, "No space left on device")
+            raise stop
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(OSError, match="space"):
+    with pytest.raises(type(stop)):
         export(bundle_separator(), None, out, made_from="after")
     assert open_bundle(out).manifest["made_from"] == "before"
     assert [f.name for f in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_bundle_has_the_rights_of_any_new_folder(quick, tmp_path):
+    tmp_path.chmod(0o777)  # a shared place, such as /tmp
+    umask = os.umask(0o027)
+    try:
+        export(bundle_separator(), None, tmp_path / "b")
+        export(bundle_separator(), None, tmp_path / "b.tar")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o750
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "b").iterdir()} == {0o640}
+    assert (tmp_path / "b.tar").stat().st_mode & 0o777 == 0o640
 
 
 def _file(path, content="mine"):
