@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from avsep.errors import ConfigError
 
-__all__ = ["Chunk", "LongStream", "default_context", "plan_chunks", "separate_long"]
+__all__ = ["Chunk", "LongStream", "default_context", "default_crossfade", "plan_chunks", "separate_long"]
 
 Audio = NDArray[np.float32]
 
@@ -38,6 +38,11 @@ class Chunk:
 def default_context(clip_samples: int) -> int:
     """An eighth of the chunk on each side: a third more work than without context."""
     return clip_samples // 8
+
+
+def default_crossfade(context_samples: int) -> int:
+    """A sixteenth of the context."""
+    return context_samples // 16
 
 
 def plan_chunks(total_samples: int, *, clip_samples: int, context_samples: int, align_samples: int = 1) -> list[Chunk]:
@@ -80,7 +85,7 @@ def _hop(clip_samples: int, context_samples: int, align_samples: int) -> int:
 
 def _context_and_fade(clip_samples: int, context_samples: int | None, crossfade_samples: int | None) -> tuple[int, int]:
     context = default_context(clip_samples) if context_samples is None else context_samples
-    fade = max(context, 0) // 16 if crossfade_samples is None else crossfade_samples
+    fade = default_crossfade(max(context, 0)) if crossfade_samples is None else crossfade_samples
     if not 0 <= fade <= max(context, 0):
         raise ConfigError(f"crossfade_samples {fade} must lie between 0 and the context ({context})")
     return context, fade

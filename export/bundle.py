@@ -10,15 +10,15 @@ import datetime
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avsep.errors import ConfigError, DataError, ExportError, RunError
 from avsep.export.bundle_reader import BUILD_SCRIPT, FORMAT, MANIFEST, VERSION, Bundle, open_bundle
-from avsep.export.packing import check_target, staged, write_arrays
-from avsep.export.plan import ExportPlan
+from avsep.export.packing import check_target, is_tar_name, staged, write_arrays
+from avsep.export.plan import ExportPlan, tensor_specs
 from avsep.export.schema import SCHEMA_FILE, schema_text
 from avsep.io import sha256_file, write_json, write_text
 from avsep.runs import finished_tasks
@@ -40,6 +40,7 @@ def export(
     weights_licence: str = "",
     held_out: Iterable[Batch] | None = None,
     calibration: Iterable[Batch] | None = None,
+    validation: Iterable[Batch] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a separator as a bundle at ``out``: a folder, or one tar where the name ends in ``.tar``.
@@ -54,6 +55,8 @@ def export(
         held_out: mixtures that the separator was not trained on, for the quality gate; without them it is measured on
             synthetic ones, and the manifest says so.
         calibration: training mixtures that the ranges of an INT8 graph are measured on.
+        validation: mixtures that the layers of an INT8 graph are chosen on, none of them in ``held_out``, so that the
+            gate stays a check of its own; without them some of ``calibration``.
         progress: called with (what is being done, steps done, steps in all).
 
     Raises:
@@ -76,7 +79,7 @@ def export(
     fresh = copy.deepcopy(separator).cpu().float().eval().requires_grad_(False)
     fresh = with_length(fresh, plan.length_s)
     with staged(target) as folder:
-        made = write_graphs(fresh, plan, folder, held_out, calibration, progress)
+        made = write_graphs(fresh, plan, folder, held_out, calibration, validation, progress)
         for graph in made:
             write_arrays(folder / graph.golden_file, graph.golden)
         write_text(folder / SCHEMA_FILE, schema_text())
@@ -86,7 +89,9 @@ def export(
         write_text(folder / "README.md", _device_readme(manifest))
         manifest["files"] = {f.name: sha256_file(f) for f in sorted(folder.iterdir())}
         write_json(folder / MANIFEST, manifest)
-        open_bundle(folder)  # it must be what its readers take, before anything is replaced by it
+        written = open_bundle(folder)  # it must be what its readers take, before anything is replaced by it
+        for graph in written.graphs:
+            written.golden(graph)
     return open_bundle(target, hashes=False)
 
 
@@ -106,7 +111,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """All of the manifest but the hashes."""
     import avsep
-    from avsep.chunking import default_context
+    from avsep.chunking import default_context, default_crossfade
 
     front_end = separator.spec.front_end
     context = default_context(front_end.clip_samples)
@@ -136,7 +141,7 @@ def _manifest(
         "chunking": {
             "clip_samples": front_end.clip_samples,
             "context_samples": context,
-            "crossfade_samples": context // 16,  # as avsep.chunking.separate_long chooses it
+            "crossfade_samples": default_crossfade(context),
             "align_samples": front_end.hop,
         },
         "visual": [
@@ -211,24 +216,27 @@ def export_run(
     weights_licence: str = "",
     tar: bool = False,
     progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> list[Bundle]:
     """Export separators of a run, gated on held-out mixtures of its store.
 
-    Where the store is gone, an fp32 graph is gated on synthetic mixtures (its manifest says so); other precisions are
-    refused, unless the plan allows drift.
+    Where the store is gone, an fp32 graph is gated on synthetic mixtures (its manifest says so, and ``tell`` why);
+    fp16 is refused, unless the plan allows drift, and int8, whose ranges come from training mixtures.
 
     Args:
         tasks: one task's number: ``out`` is its bundle (a tar where it ends in ``.tar``). Several, or None for all
-            finished ones: ``out`` is a folder for ``task-00``, ``task-01``, ...
+            finished ones: ``out`` is a folder for ``task-00``, ``task-01``, ... (The command line exports the last
+            finished task where none is named.)
         store: the run's store, where it is not in the place that the run names.
         tar: write several bundles as tars: ``task-00.tar``, ``task-01.tar``, ...
         weights_licence: as for :func:`export`.
         progress: called with (what is being done, steps done, steps in all).
+        tell: called with a line that whoever exports should read.
 
     Raises:
         RunError, CheckpointError: not a run, or a task that is not finished.
         DataError: ``store`` is not the run's; or there is none, for a precision other than fp32.
-        ExportError, ConfigError, MissingExtraError: as :func:`export`.
+        ExportError, ConfigError, MissingExtraError: as :func:`export`. Of several tasks, those before stay exported.
     """
     from avsep.export.onnx import require_onnx
 
@@ -239,9 +247,9 @@ def export_run(
         places = {tasks: Path(out)}
     else:
         chosen = finished if tasks is None else list(dict.fromkeys(tasks))
-        places = {task: Path(out) / f"task-{task:02d}{'.tar' if tar else ''}" for task in chosen}
-        if places and Path(out).suffix == ".tar":
+        if is_tar_name(Path(out)):
             raise ConfigError(f"{out} is one tar, and holds one bundle: name one task, or a folder for tars (--tar)")
+        places = {task: Path(out) / f"task-{task:02d}{'.tar' if tar else ''}" for task in chosen}
     for task, place in places.items():
         if task not in finished:
             raise RunError(f"{run} has no finished task {task}: it has {', '.join(map(str, finished))}")
@@ -249,11 +257,15 @@ def export_run(
     bundles = []
     for done, (task, place) in enumerate(places.items()):
 
-        def tell(label: str, step: int, steps: int, task: int = task, done: int = done) -> None:
+        def report(label: str, step: int, steps: int, task: int = task, done: int = done) -> None:
             if progress is not None:
                 progress(f"task {task}: {label}", done * steps + step, len(places) * steps)
 
-        bundles.append(_export_task(Path(run), task, place, plan, store, weights_licence, tell))
+        try:
+            bundles.append(_export_task(Path(run), task, place, plan, store, weights_licence, report, tell))
+        except ExportError as error:
+            which = f"task {task}: " if len(places) > 1 else ""
+            raise ExportError(f"{which}{error}") from None
     return bundles
 
 
@@ -265,31 +277,36 @@ def _export_task(
     store: str | os.PathLike[str] | None,
     weights_licence: str,
     progress: Progress,
+    tell: Callable[[str], None],
 ) -> Bundle:
-    from avsep.export.gate import calibration_batches, held_out_batches
+    from avsep.export.gate import calibration_batches, held_out_batches, validation_batches
     from avsep.export.graph import with_length
     from avsep.separator import load_separator
 
     separator = load_separator(run, task)
-    front_end = with_length(separator, plan.length_s).spec.front_end
+    fitted = with_length(separator, plan.length_s)
+    tensor_specs(fitted, plan)  # a plan that does not fit is refused before mixtures are read
     where = None if store is None else Path(store)
-    held_out = None
+    held_out = calibration = validation = None
     try:
-        held_out = held_out_batches(run, task, front_end, store=where)
+        held_out = held_out_batches(run, task, fitted, store=where)
     except (ConfigError, DataError, RunError) as error:  # the store or the run's own files are gone
+        if "int8" in plan.precision:
+            raise DataError(f"{error}; int8 needs the run's training mixtures") from None
         if store is not None or not (plan.precision == ("fp32",) or plan.allow_drift):
             raise DataError(
                 f"{error}; the gate of {', '.join(plan.precision)} needs the run's held-out mixtures"
             ) from None
+        tell(f"{place} was gated on synthetic mixtures and not on the run's own: {error}")
     encoder = separator.motion_encoder
     if held_out and encoder is not None and plan.motion_steps is None and not hasattr(encoder, "steps"):
         # stored features come in their own length, which is the data's and not the separator's
         steps = {int(batch.motion.shape[-1]) for batch in held_out if batch.motion is not None}
         if len(steps) == 1:
             plan = replace(plan, motion_steps=steps.pop())
-    calibration = None
     if "int8" in plan.precision:
-        calibration = calibration_batches(run, task, front_end, count=plan.calibration, store=where)
+        calibration = calibration_batches(run, task, fitted, count=plan.calibration, store=where)
+        validation = validation_batches(run, task, fitted, store=where)
     return export(
         separator,
         plan,
@@ -298,5 +315,6 @@ def _export_task(
         weights_licence=weights_licence,
         held_out=held_out,
         calibration=calibration,
+        validation=validation,
         progress=progress,
     )

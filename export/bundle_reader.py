@@ -515,15 +515,21 @@ def _graph(entry: Mapping[str, Any]) -> Graph:
     )
 
 
-# What a dynamic dimension of golden arrays may be at most.
+# What a dynamic dimension of golden arrays may be at most, where no profile says what it is.
 _MOST_DYNAMIC = 64
 
 
 def _refuse_bomb(data: bytes, graph: Graph) -> None:
     """Raise where the archive would unpack to more than the graph's arrays can take."""
+    open_sizes: dict[str, int] = {}
+    for profile in graph.profiles:
+        for tensor in graph.inputs:
+            for name, size in zip(tensor.shape, profile.get(tensor.name, {}).get("opt", ()), strict=False):
+                if isinstance(name, str):
+                    open_sizes[name] = size
     most = 0
     for tensor in (*graph.inputs, *graph.outputs):
-        sizes = [_MOST_DYNAMIC if isinstance(size, str) else size for size in tensor.shape]
+        sizes = [open_sizes.get(size, _MOST_DYNAMIC) if isinstance(size, str) else size for size in tensor.shape]
         most += math.prod(sizes) * 8 + 4096  # 8: a wrong element type is to be told as such
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         if sum(info.file_size for info in archive.infolist()) > most:

@@ -73,8 +73,10 @@ def _row(graph: Mapping[str, Any]) -> str:
         if graph["gate"]["overridden"]:
             gate += f", above the limit of {graph['gate']['limit_db']:g} dB and let pass by whoever exported it"
     error = f"{graph['parity']['max_error']:.1e} ({graph['parity']['error_db']:.0f} dB)"
-    what = _WHAT[graph["kind"]]
-    return f"| `{graph['file']}` | {what} | {graph['precision']} | {inputs} | {outputs} | {error} | {gate} |"
+    what, precision = _WHAT[graph["kind"]], graph["precision"]
+    if chosen := graph.get("quantised"):
+        precision += f", {chosen['layers']} of {chosen['of']} convolutions"
+    return f"| `{graph['file']}` | {what} | {precision} | {inputs} | {outputs} | {error} | {gate} |"
 
 
 def _feeding(main: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:

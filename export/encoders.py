@@ -126,9 +126,9 @@ class _LinearMaps(TorchFunctionMode):
             steps = size if isinstance(size, int) else size[0]
             kernel = self._kernel(("area", int(x.shape[-1]), int(steps), False), x)
             return _mix_last(x, kernel)
-        if func is F.interpolate and kwargs.get("mode") in ("area", "bilinear"):
-            (x,) = args
-            height, width = kwargs["size"]
+        if func is F.interpolate and _resizes(args, kwargs):
+            (x,), size = args, kwargs["size"]
+            height, width = (size, size) if isinstance(size, int) else size
             smooth = bool(kwargs.get("antialias", False))
             columns = self._kernel((kwargs["mode"], int(x.shape[3]), int(width), smooth), x)
             rows = self._kernel((kwargs["mode"], int(x.shape[2]), int(height), smooth), x)
@@ -148,6 +148,12 @@ class _LinearMaps(TorchFunctionMode):
                 done = F.interpolate(eye, size=(wanted, 2), mode=mode, **extra)  # [size, 1, wanted, 2]
             self.found[key] = done[:, 0, :, 0].T.tolist()
         return torch.tensor(self.found[key], dtype=torch.float32)[:, :, None, None].to(like.dtype)
+
+
+def _resizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of ``interpolate`` is one that is replaced; others are left to the exporter and the audit."""
+    known = kwargs.get("mode") in ("area", "bilinear") and not kwargs.get("align_corners")
+    return known and len(args) == 1 and kwargs.get("size") is not None
 
 
 def _mix_last(x: Tensor, kernel: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 The scores are those of the evaluation (:mod:`avsep.evaluation.bss`), of the same mixtures. A drift is the absolute
 difference of a source's score; the largest over all sources is held to the limit, since a mean hides a broken class.
+
+The mixtures of a run come from its three splits, each for one purpose: ranges are measured on training mixtures,
+layers are chosen on validation mixtures, and the gate is on test mixtures, which decided nothing.
 """
 
 from __future__ import annotations
@@ -23,21 +26,29 @@ from avsep.export.plan import ExportPlan
 from avsep.types import Batch, VisualFeatures
 
 if TYPE_CHECKING:
+    from avsep.data.protocol import Protocol
+    from avsep.data.store import Store
+    from avsep.evaluation.bss import BssResult
     from avsep.separator import Separator
-    from avsep.spec import FrontEndSpec
 
 __all__ = [
     "METRICS",
+    "MIXTURES",
     "Gate",
+    "Reference",
     "calibration_batches",
     "encoded",
     "graph_separator",
     "held_out_batches",
     "measure_gate",
+    "references",
     "synthetic_batches",
+    "validation_batches",
 ]
 
 METRICS = ("sdr", "sir", "sar")
+# Mixtures of a run that are scored, at most.
+MIXTURES = 16
 Array = NDArray[Any]
 # (mixture [B, L], features, class ids [B, N]) -> sources [B, N, L]
 Separate = Callable[[Tensor, VisualFeatures, Tensor], Tensor]
@@ -49,8 +60,9 @@ class Gate:
 
     ``mixtures`` how many were scored; ``max_drift_db`` by metric the largest drift of any source; ``limit_db``;
     ``overridden``: it was let pass on demand; ``on`` the mixtures' kind, ``held-out`` ones of the run's store or
-    ``synthetic`` ones, which say whether the graph computes the same but nothing of the separator's own sounds;
-    ``worst`` the source with the largest drift, in words.
+    ``synthetic`` ones, which say whether the graph computes the same but nothing of the separator's own sounds
+    (``validation`` and ``calibration`` ones where layers are chosen); ``worst`` the source with the largest drift, in
+    words.
     """
 
     mixtures: int
@@ -62,7 +74,10 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        return self.mixtures > 0 and all(drift <= self.limit_db for drift in self.max_drift_db.values())
+        return self.within(self.limit_db)
+
+    def within(self, limit_db: float) -> bool:
+        return self.mixtures > 0 and all(drift <= limit_db for drift in self.max_drift_db.values())
 
     def require(self, name: str) -> None:
         """Raise :class:`ExportError` unless the gate was passed or overridden."""
@@ -72,16 +87,19 @@ class Gate:
             raise ExportError(f"{name} cannot be gated: none of the {self.on} mixtures can be scored (--allow-drift)")
         drifts = ", ".join(f"{m.upper()} {v:.3f}" for m, v in self.max_drift_db.items())
         raise ExportError(
-            f"{name} drifts from PyTorch by {drifts} dB (worst: {self.worst}), more than {self.limit_db:g} dB: export "
-            f"in a higher precision, or accept it with --allow-drift (allow_drift=True)"
+            f"{name} drifts from PyTorch by {drifts} dB on {self.on} mixtures (worst: {self.worst}), more than "
+            f"{self.limit_db:g} dB: export in a higher precision, or accept it with --allow-drift (allow_drift=True)"
         )
 
+    @property
+    def told_drift_db(self) -> dict[str, float]:
+        """JSON has no infinity: a source that the graph silenced counts as the largest drift there can be, 999 dB."""
+        return {metric: min(drift, 999.0) for metric, drift in self.max_drift_db.items()}
+
     def to_dict(self) -> dict[str, Any]:
-        # JSON has no infinity: a source that the graph silenced counts as the largest drift there can be
-        drifts = {m: min(v, 999.0) for m, v in self.max_drift_db.items()}
         return {
             "mixtures": self.mixtures,
-            "max_drift_db": drifts,
+            "max_drift_db": self.told_drift_db,
             "limit_db": self.limit_db,
             "passed": self.passed,
             "overridden": self.overridden and not self.passed,
@@ -93,51 +111,86 @@ class Gate:
 
 
 def held_out_batches(
-    run: str | Path, task: int, front_end: FrontEndSpec, *, limit: int = 16, store: str | Path | None = None
+    run: str | Path, task: int, separator: Separator, *, limit: int = MIXTURES, store: str | Path | None = None
 ) -> list[Batch]:
     """Held-out test mixtures of a run after ``task``, one a batch: spread evenly over its frozen protocol, without
-    degenerate ones, of the length of ``front_end`` (the separator's own, or another length's).
+    degenerate ones.
+
+    Args:
+        separator: the task's, of the length that the mixtures are to have.
+        limit: most mixtures.
+        store: the run's store, where it is not in the place that the run names.
 
     Raises:
         DataError, RunError: the store is gone, is not the one trained on, or there is no protocol.
     """
-    from avsep.data.mixing import load_mixtures
+    opened, protocol = _opened(run, store)
+    return _spread(opened, protocol, task, separator, limit)
+
+
+def validation_batches(
+    run: str | Path, task: int, separator: Separator, *, limit: int = MIXTURES, store: str | Path | None = None
+) -> list[Batch]:
+    """As :func:`held_out_batches`, of pairs of the validation split, by which the training chose its weights."""
+    from avsep.data.protocol import build_protocol
+    from avsep.data.tasks import make_tasks
+
+    opened, protocol = _opened(run, store)
+    tasks = make_tasks(protocol.tasks)
+    validation = build_protocol("fixed", opened, tasks, split="val", clip_samples=protocol.clip_samples)
+    return _spread(opened, validation, task, separator, limit)
+
+
+def _opened(run: str | Path, store: str | Path | None) -> tuple[Store, Protocol]:
     from avsep.data.protocol import Protocol
     from avsep.evaluation.evaluate import open_run_store
-    from avsep.separator import load_separator
 
-    separator = load_separator(run, task)
     protocol = Protocol.load(Path(run) / "protocol.json")
-    opened = open_run_store(Path(run), store, protocol)
+    return open_run_store(Path(run), store, protocol), protocol
+
+
+def _spread(store: Store, protocol: Protocol, task: int, separator: Separator, limit: int) -> list[Batch]:
+    from avsep.data.mixing import load_mixtures
+
     mixtures = [m for m in protocol.at(task) if not m.degenerate]
-    chosen = [mixtures[i * len(mixtures) // min(limit, len(mixtures))] for i in range(min(limit, len(mixtures)))]
-    index = {name: i for i, name in enumerate(separator.classes)}
-    return [load_mixtures(opened, [m], front_end, separator.visual_sources(), index) for m in chosen]
+    count = min(limit, len(mixtures))
+    chosen = [mixtures[i * len(mixtures) // count] for i in range(count)]
+    sources, index = separator.visual_sources(), _class_index(separator)
+    return [load_mixtures(store, [m], separator.spec.front_end, sources, index) for m in chosen]
+
+
+def _class_index(separator: Separator) -> dict[str, int]:
+    return {name: number for number, name in enumerate(separator.classes)}
 
 
 def calibration_batches(
-    run: str | Path, task: int, front_end: FrontEndSpec, *, count: int = 64, store: str | Path | None = None
+    run: str | Path, task: int, separator: Separator, *, count: int = 64, store: str | Path | None = None
 ) -> Iterator[Batch]:
-    """Training mixtures of ``task``, one a batch, drawn as in the run: of its clips and of the exemplars it had.
+    """Training mixtures of ``task``, one a batch, as the run drew them: of its clips and the exemplars that were
+    remembered then, or of the clips of all classes so far, where the strategy trains on those.
+
+    Args:
+        separator: the task's, of the length that the mixtures are to have.
+        store: as for :func:`held_out_batches`.
 
     Raises:
         DataError, RunError: the store is gone or is not the one trained on.
+        UnknownNameError: the run's strategy is not registered here.
     """
     from avsep.data.mixing import TrainingMixtures, collate
-    from avsep.data.protocol import Protocol
-    from avsep.evaluation.evaluate import open_run_store
+    from avsep.data.tasks import make_tasks
+    from avsep.registry import STRATEGIES
     from avsep.runs import read_exemplars, read_run_spec
-    from avsep.separator import load_separator
 
-    separator = load_separator(run, task)
     spec = read_run_spec(run)
-    protocol = Protocol.load(Path(run) / "protocol.json")
-    opened = open_run_store(Path(run), store, protocol)
-    remembered = [e for kept in read_exemplars(run, task - 1).values() for e in kept] if task else []
-    clips = opened.select(classes=list(protocol.tasks[task]), split="train")
-    exemplars = opened.clips_by_id([e.id for e in remembered])
-    crops = {e.id: e.start for e in remembered if e.start is not None}
-    index = {name: i for i, name in enumerate(separator.classes)}
+    opened, protocol = _opened(run, store)
+    this = make_tasks(protocol.tasks)[task]
+    everything = bool(getattr(STRATEGIES.get(spec.strategy.name).factory, "uses_all_data", False))
+    clips = opened.select(classes=list(this.seen if everything else this.classes), split="train")
+    memory = read_exemplars(run, task - 1) if this.old and not everything else {}
+    kept = [exemplar for name in this.old for exemplar in memory.get(name, ())]
+    exemplars = opened.clips_by_id([exemplar.id for exemplar in kept])
+    crops = {exemplar.id: exemplar.start for exemplar in kept if exemplar.start is not None}
     given, epoch = 0, 0
     while given < count:
         drawn = TrainingMixtures(
@@ -145,9 +198,9 @@ def calibration_batches(
             clips,
             exemplars,
             spec.train,
-            front_end,
+            separator.spec.front_end,
             separator.visual_sources(),
-            index,
+            _class_index(separator),
             task=task,
             epoch=epoch,
             crops=crops,
@@ -256,59 +309,67 @@ def graph_separator(path: Path, separator: Separator, plan: ExportPlan, threads:
 # --- the measure ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Mixtures and how PyTorch's answer to them scores: what any number of graphs are held against."""
+
+    batch: Batch
+    visual: VisualFeatures
+    scores: BssResult
+
+
+def references(separator: Separator, batches: Iterable[Batch], plan: ExportPlan) -> list[Reference]:
+    """Run PyTorch on mixtures of the separator's length, on the CPU."""
+    made = []
+    for number, batch in enumerate(batches):
+        visual = encoded(separator, batch, plan, number)
+        with torch.inference_mode():
+            estimate = separator.separate(batch.mixture, visual, batch.class_ids)
+        made.append(Reference(batch, visual, _scores(separator, batch, estimate)))
+    return made
+
+
 def measure_gate(
-    path: Path,
-    separator: Separator,
-    plan: ExportPlan,
-    batches: Iterable[Batch],
-    *,
-    on: str = "held-out",
-    progress: Callable[[int], None] | None = None,
+    path: Path, separator: Separator, plan: ExportPlan, expected: Iterable[Reference], *, on: str = "held-out"
 ) -> Gate:
-    """Score the graph at ``path`` and PyTorch on the same mixtures.
+    """Score the graph at ``path`` on mixtures that PyTorch was scored on.
 
     Args:
-        separator: the one that was exported, of the graph's length, on the CPU.
-        batches: mixtures of that length.
+        separator: the one that was exported, of the graph's length.
+        expected: what PyTorch made of the mixtures.
         on: what they are, for the record.
-        progress: called with the number of batches done.
 
     Raises:
         ExportError: the graph gives NaN, or does not fit the mixtures.
     """
     separate = graph_separator(path, separator, plan)
     scored: list[tuple[dict[str, Tensor], str]] = []
-    for number, batch in enumerate(batches):
-        visual = encoded(separator, batch, plan, number)
-        with torch.inference_mode():
-            reference = separator.separate(batch.mixture, visual, batch.class_ids)
-        estimate = separate(batch.mixture, visual, batch.class_ids)
+    for one in expected:
+        estimate = separate(one.batch.mixture, one.visual, one.batch.class_ids)
         if not bool(torch.isfinite(estimate).all()):
             raise ExportError(f"{path.name} gives NaN or infinite samples for a mixture: export it in fp32")
-        scored += _drifts(separator, batch, reference, estimate)
-        if progress is not None:
-            progress(number + 1)
+        scored += _drifts(separator, one, _scores(separator, one.batch, estimate))
     return _summary(scored, plan, on)
 
 
-def _drifts(
-    separator: Separator, batch: Batch, reference: Tensor, estimate: Tensor
-) -> list[tuple[dict[str, Tensor], str]]:
-    """Of each mixture that can be scored: the drifts of its sources by metric, and what they are."""
+def _scores(separator: Separator, batch: Batch, estimate: Tensor) -> BssResult:
     from avsep.evaluation.bss import bss_eval
 
     front_end = separator.spec.front_end
     length = (front_end.frames - 1) * front_end.hop  # as the evaluation: the last, incomplete hop is not scored
-    sources = batch.sources[..., :length]
-    expected = bss_eval(sources, reference[..., :length])
-    got = bss_eval(sources, estimate[..., :length])
+    return bss_eval(batch.sources[..., :length], estimate[..., :length])
+
+
+def _drifts(separator: Separator, expected: Reference, got: BssResult) -> list[tuple[dict[str, Tensor], str]]:
+    """Of each mixture that can be scored: the drifts of its sources by metric, and what they are."""
+    batch = expected.batch
     found = []
-    for b, (status, status_got) in enumerate(zip(expected.status, got.status, strict=True)):
+    for b, (status, status_got) in enumerate(zip(expected.scores.status, got.status, strict=True)):
         if status != "ok":
             continue
         drifts = {}
         for metric in METRICS:
-            one, other = getattr(expected, metric)[b], getattr(got, metric)[b]
+            one, other = getattr(expected.scores, metric)[b], getattr(got, metric)[b]
             same = (one == other) | (one.isnan() & other.isnan())  # also where a lone source has an infinite SIR
             drifts[metric] = torch.where(same, 0.0, (one - other).abs()).nan_to_num(math.inf, math.inf)
         if status_got != "ok":

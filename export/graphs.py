@@ -6,7 +6,9 @@ computes. The lower precisions are made from the fp32 graph, whether it is kept 
 
 from __future__ import annotations
 
+import functools
 import itertools
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -19,15 +21,16 @@ from numpy.typing import NDArray
 
 from avsep.errors import ExportError
 from avsep.export.encoders import EncoderGraph, encoder_specs, exported_roles
-from avsep.export.gate import Gate, encoded, measure_gate, synthetic_batches
+from avsep.export.gate import MIXTURES, Gate, encoded, measure_gate, references, synthetic_batches
 from avsep.export.golden import golden_inputs
 from avsep.export.graph import SpectralSeparator, WaveformSeparator
 from avsep.export.onnx import check_graph, write_onnx
 from avsep.export.operators import LEAST_TENSORRT
 from avsep.export.parity import Parity, compare, run_onnx
-from avsep.export.plan import ExportPlan, TensorSpec, profiles, tensor_specs
+from avsep.export.plan import TOLERANCE, ExportPlan, TensorSpec, profiles, tensor_specs
 from avsep.export.precision import HALF_OPERATORS, body_nodes, check_activations, to_half
 from avsep.export.quantise import calibrate, quantise, rank_layers, select_layers
+from avsep.export.transforms import istft, stft
 from avsep.types import Batch, VisualFeatures
 
 if TYPE_CHECKING:
@@ -42,14 +45,21 @@ Progress = Callable[[str, int, int], None]
 # The tolerance of a graph whose precision has none of its own: this many times what was measured when it was made, and
 # no less than fp32's. Another processor rounds half precision otherwise.
 _TOLERANCE_FACTOR = 4.0
-_LEAST_TOLERANCE = 1e-3
+# An encoder's features have no full scale: the tolerance is a share of the largest, or of this where all are near zero.
+_LEAST_FEATURE = 1e-3
 # Mixtures that layers are ranked on; the order matters, not the figures.
 _RANKING = 4
+# The shares of the gate's limit that layers are chosen by, one after the other: the gate is on other mixtures, whose
+# largest drift is another one.
+_SHARES = (0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class GraphFile:
-    """A graph that was written, and what the manifest says of it. ``golden`` holds inputs and output by name."""
+    """A graph that was written, and what the manifest says of it.
+
+    ``golden`` holds inputs and output by name; ``quantised`` says of an INT8 graph how its layers were chosen.
+    """
 
     file: str
     kind: str
@@ -63,6 +73,7 @@ class GraphFile:
     parity: Parity
     tolerance: float
     gate: Gate | None
+    quantised: dict[str, Any] | None = None
 
     @property
     def golden_file(self) -> str:
@@ -84,6 +95,7 @@ class GraphFile:
             "tolerance": self.tolerance,
             "parity": self.parity.to_dict(),
             "gate": None if self.gate is None else self.gate.to_dict(),
+            **({} if self.quantised is None else {"quantised": self.quantised}),
         }
 
 
@@ -93,6 +105,7 @@ def write_graphs(
     folder: Path,
     held_out: Iterable[Batch] | None = None,
     calibration: Iterable[Batch] | None = None,
+    validation: Iterable[Batch] | None = None,
     progress: Progress | None = None,
 ) -> list[GraphFile]:
     """Write the graphs of a separator into ``folder``; golden arrays are returned, not written.
@@ -101,7 +114,9 @@ def write_graphs(
         separator: on the CPU, in evaluation mode, of the plan's length (:func:`avsep.export.graph.with_length`).
         held_out: mixtures for the gate, of that length. Without them synthetic ones show whether the graph computes
             the same, and the gate says so.
-        calibration: training mixtures for INT8, of that length.
+        calibration: training mixtures that INT8's ranges are measured on, of that length.
+        validation: mixtures that INT8's layers are chosen on, of that length, none of them in ``held_out``; some of
+            ``calibration`` where there are none.
         progress: called with (what is being done, steps done, steps in all).
 
     Raises:
@@ -111,20 +126,21 @@ def write_graphs(
     first = batches[0] if batches else None
     steps = len(plan.precision) + len(exported_roles(separator))
 
-    def tell(what: str, done: int) -> None:
+    def tell(done: int, label: str, what: str = "") -> None:
         if progress is not None:
-            progress(what, done, steps)
+            progress(f"{label}: {what}" if what else label, done, steps)
 
     made = []
     with tempfile.TemporaryDirectory(prefix="avsep-export-") as scratch:
-        writer = _SeparatorWriter(separator, plan, folder, Path(scratch), batches, calibration)
+        writer = _SeparatorWriter(separator, plan, folder, Path(scratch), batches, calibration, validation)
         for done, precision in enumerate(plan.precision):
-            tell(f"{writer.kind} {precision}", done)
-            made.append(writer.write(precision))
+            label = f"{writer.kind} {precision}"
+            tell(done, label)
+            made.append(writer.write(precision, functools.partial(tell, done, label)))
     for done, role in enumerate(exported_roles(separator)):
-        tell(f"{role} encoder", len(plan.precision) + done)
+        tell(len(plan.precision) + done, f"{role} encoder")
         made.append(_write_encoder(separator, role, plan, folder, first))
-    tell("graphs written", steps)
+    tell(steps, "graphs written")
     return made
 
 
@@ -139,12 +155,15 @@ class _SeparatorWriter:
         scratch: Path,
         held_out: list[Batch] | None,
         calibration: Iterable[Batch] | None,
+        validation: Iterable[Batch] | None,
     ) -> None:
         self.separator, self.plan, self.folder, self.scratch = separator, plan, folder, scratch
         self.kind = "spectral" if plan.spectral else "separator"
         self.on = "synthetic" if held_out is None else "held-out"
-        self.held_out = synthetic_batches(separator, plan) if held_out is None else held_out
-        self.calibration = calibration
+        self.held_out = references(
+            separator, synthetic_batches(separator, plan) if held_out is None else held_out, plan
+        )
+        self.calibration, self.validation = calibration, validation
         self.inputs, self.output = tensor_specs(separator, plan)
         form = SpectralSeparator if plan.spectral else WaveformSeparator
         self.module = form(separator, motion_mask=plan.motion_mask).eval()
@@ -160,32 +179,39 @@ class _SeparatorWriter:
         return golden_inputs(list(specs), count, front_end.sample_rate_hz, self.plan.seed, stft=stft)
 
     def _answer(self, inputs: Mapping[str, Array]) -> Array:
-        """What PyTorch answers: for waveforms by the path that training and evaluation use."""
+        """What PyTorch answers, by the path that training and evaluation use."""
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        visual = VisualFeatures(
+            tensors.get("object_features"), tensors.get("motion_features"), tensors.get("motion_mask")
+        )
         with torch.inference_mode():
-            if self.plan.spectral:
-                return self.module(*tensors.values()).numpy()
-            visual = VisualFeatures(
-                tensors.get("object_features"), tensors.get("motion_features"), tensors.get("motion_mask")
-            )
-            return self.separator.separate(tensors["mixture"], visual, tensors["class_ids"]).numpy()
+            if not self.plan.spectral:
+                return self.separator.separate(tensors["mixture"], visual, tensors["class_ids"]).numpy()
+            front_end = self.separator.spec.front_end
+            mixture = istft(inputs["spectrum"], hop=front_end.hop, length=front_end.clip_samples)
+            network_input = self.separator.analyse(torch.from_numpy(mixture)[:, None]).network_input
+            logits = self.separator(network_input, visual, tensors["class_ids"]).logits
+            masks = self.separator.front_end.unwarp(torch.sigmoid(logits))  # [B, N, bins, T]
+            return (masks[:, :, None] * tensors["spectrum"][:, None]).numpy()
 
-    def write(self, precision: str) -> GraphFile:
+    def write(self, precision: str, tell: Callable[[str], None] = lambda what: None) -> GraphFile:
+        """Write, check, compare and gate one graph; ``tell`` is given what is being done, where it takes long."""
         file = f"{self.kind}{'' if precision == 'fp32' else '.' + precision}.onnx"
         path = self.folder / file
         if self.single is None:
             self.single = path if precision == "fp32" else self.scratch / "single.onnx"
             self._trace(self.single)
         elif precision == "fp32":
-            self._trace(path)
-        gate = None
+            shutil.copyfile(self.single, path)
+        quantised = None
         if precision == "fp16":
             self._half(path)
         elif precision == "int8":
-            gate = self._int8(path)
+            quantised = self._int8(path, tell)
         operators = check_graph(path, self.plan.opset)
-        parity, tolerance = _measured(path, self.golden, self.reference, self.plan, precision)
-        gate = gate or measure_gate(path, self.separator, self.plan, self.held_out, on=self.on)
+        limit = self.plan.tolerance_of(precision)
+        parity, tolerance = _measured(path, self.golden, self.reference, limit, "--tolerance")
+        gate = measure_gate(path, self.separator, self.plan, self.held_out, on=self.on)
         gate.require(file)
         return GraphFile(
             file=file,
@@ -200,6 +226,7 @@ class _SeparatorWriter:
             parity=parity,
             tolerance=tolerance,
             gate=gate,
+            quantised=quantised,
         )
 
     def _trace(self, path: Path) -> None:
@@ -221,9 +248,13 @@ class _SeparatorWriter:
         check_activations(self.single, half, self.golden)
         onnx.save(half, str(path))
 
-    def _int8(self, path: Path) -> Gate:
-        """INT8 convolutions, as many as the gate lets pass; the matrix products in half precision, since Turing has
-        none in fp32 in TensorRT-RTX."""
+    def _int8(self, path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+        """INT8 convolutions, as many as stay within a share of the gate's limit on mixtures that are not the gate's;
+        the matrix products in half precision, since Turing has none in fp32 in TensorRT-RTX.
+
+        Returns:
+            How the layers were chosen, for the manifest.
+        """
         import onnx
 
         assert self.single is not None
@@ -232,33 +263,50 @@ class _SeparatorWriter:
                 "int8 needs training mixtures to measure its ranges on: export a run, or give calibration"
             )
         body = body_nodes(onnx.load(str(self.single)))
-        feeds = self._feeds(self.calibration)
-        ranking = list(itertools.islice(feeds, _RANKING))
-        calibrated = calibrate(self.single, itertools.chain(ranking, feeds))
-        gates: dict[int, Gate] = {}
+        training = iter(self.calibration)
+        first = list(itertools.islice(training, MIXTURES))
+        tell("measuring ranges")
+        calibrated = calibrate(
+            self.single,
+            self._feeds(itertools.chain(first, training)),
+            progress=lambda done: tell(f"ranges of {done} mixtures"),
+        )
+        ranking = list(self._feeds(first[:_RANKING]))
+        many = len(calibrated.layers)
+        ranked = rank_layers(calibrated, ranking, progress=lambda done: tell(f"layer {done + 1} of {many} alone"))
+        on, batches = ("calibration", first) if self.validation is None else ("validation", self.validation)
+        expected = references(self.separator, batches, self.plan)
 
-        def passes(model: Any) -> bool:
-            onnx.save(to_half(model, body, ("Gemm", "MatMul")), str(path))
-            gate = measure_gate(path, self.separator, self.plan, self.held_out, on=self.on)
-            gates[_quantised(model)] = gate
-            return gate.passed
+        def save(layers: tuple[str, ...]) -> None:
+            onnx.save(to_half(quantise(calibrated, layers), body, ("Gemm", "MatMul")), str(path))
 
-        ranked = rank_layers(calibrated, ranking)
-        layers = select_layers(calibrated, ranked, passes)
+        @functools.cache
+        def drift(layers: tuple[str, ...]) -> Gate:
+            tell(f"{len(layers)} of {many} layers")
+            save(layers)
+            return measure_gate(path, self.separator, self.plan, expected, on=on)
+
+        names = [name for name, _ in ranked]
+        layers: tuple[str, ...] = ()
+        for share in _SHARES:
+            limit = share * self.plan.gate_db
+            layers = layers or select_layers(names, lambda chosen, limit=limit: drift(chosen).within(limit))
         if not layers and self.plan.allow_drift:
-            layers = calibrated.layers
+            layers = tuple(names)
         if not layers:
-            least = min(gates.values(), key=lambda g: max(g.max_drift_db.values()))
-            least.require(f"{path.name} with one convolution in INT8")
-        model = quantise(calibrated, layers)
-        if not passes(model) and not self.plan.allow_drift:
-            raise ExportError(f"{path.name} drifts now and did not before: the graph is not deterministic")
-        return gates[_quantised(model)]
+            drift(tuple(names[:1])).require(f"{path.name} with one convolution in INT8")
+        chosen = drift(layers)
+        save(layers)
+        return {
+            "layers": len(layers),
+            "of": many,
+            "on": on,
+            "mixtures": chosen.mixtures,
+            "max_drift_db": chosen.told_drift_db,
+        }
 
     def _feeds(self, batches: Iterable[Batch]) -> Any:
         """Batches as inputs of the graph, one mixture and the graph's number of sources at a time."""
-        from avsep.export.transforms import stft
-
         front_end = self.separator.spec.front_end
         for number, batch in enumerate(batches):
             visual = encoded(self.separator, batch, self.plan, number)
@@ -286,32 +334,28 @@ class _SeparatorWriter:
             yield feed
 
 
-def _quantised(model: Any) -> int:
-    return sum(node.op_type == "QuantizeLinear" for node in model.graph.node)
-
-
 def _measured(
-    path: Path, golden: Mapping[str, Array], reference: Array, plan: ExportPlan, precision: str
+    path: Path, golden: Mapping[str, Array], reference: Array, limit: float | None, whose: str
 ) -> tuple[Parity, float]:
-    """Parity with the reference, and the tolerance for others to hold.
+    """Parity with the reference, and the tolerance for others to hold: ``limit``, or, without one, what was measured
+    with some room.
 
-    Raises :class:`ExportError` where the graph differs by more than the plan's tolerance.
+    Raises :class:`ExportError` where the graph differs by more than the limit; ``whose`` limit it is, in words.
     """
     estimate, provider, seconds = run_onnx(path, golden)
     parity = Parity(*compare(estimate, reference), provider=provider, seconds=seconds)
-    tolerance = plan.tolerance_of(precision)
-    if tolerance is None:
-        return parity, max(_LEAST_TOLERANCE, _TOLERANCE_FACTOR * parity.max_error)
-    if not parity.max_error <= tolerance:
+    if limit is None:
+        return parity, max(TOLERANCE, _TOLERANCE_FACTOR * parity.max_error)
+    if not parity.max_error <= limit:
         raise ExportError(
             f"{path.name} differs from PyTorch by {parity.max_error:.2e} ({parity.error_db:.0f} dB), more than the "
-            f"tolerance {tolerance:.0e} (--tolerance): nothing was written"
+            f"tolerance {limit:.0e} ({whose})"
         )
-    return parity, tolerance
+    return parity, limit
 
 
 def _write_encoder(separator: Separator, role: str, plan: ExportPlan, folder: Path, batch: Batch | None) -> GraphFile:
-    """The graph of one visual encoder, in fp32."""
+    """The graph of one visual encoder, in fp32. Its features may differ by a thousandth of the largest of them."""
     given, output = encoder_specs(separator, role, plan, batch)
     golden = golden_inputs([given], 1, 1, plan.seed)
     traced = replace(given, shape=(2 if given.open_axes else 1, *given.shape[1:]))
@@ -325,7 +369,8 @@ def _write_encoder(separator: Separator, role: str, plan: ExportPlan, folder: Pa
     path = folder / f"{role}_encoder.onnx"
     open_axes = {given.name: given.open_axes}
     operators = write_onnx(module, {given.name: example}, output.name, path, plan.opset, open_axes=open_axes)
-    parity, tolerance = _measured(path, golden, reference, replace(plan, tolerance=None), "fp32")
+    limit = TOLERANCE * max(float(np.abs(reference).max()), _LEAST_FEATURE)
+    parity, tolerance = _measured(path, golden, reference, limit, "a thousandth of its largest feature")
     return GraphFile(
         file=path.name,
         kind=f"{role}_encoder",

@@ -16,8 +16,8 @@ from avsep.export.operators import audit
 
 __all__ = ["check_graph", "require_onnx", "write_onnx"]
 
-# A protobuf holds at most 2 GiB; larger weights go into a file beside it.
-_PROTOBUF_LIMIT = 2**31 - 2**24
+# A protobuf holds at most 2 GiB, and some of it is not weights.
+_MOST_WEIGHT_BYTES = 2**31 - 2**24
 
 
 def require_onnx() -> None:
@@ -48,7 +48,7 @@ def write_onnx(
         How often each operator stands in the graph.
 
     Raises:
-        ExportError: the module cannot be traced, or the graph fails a check.
+        ExportError: the module cannot be traced, is too large for one file, or the graph fails a check.
         MissingExtraError: onnx is not installed.
     """
     require_onnx()
@@ -57,6 +57,11 @@ def write_onnx(
         first, *rest = (dict(open_axes.get(name, {})) for name in inputs)
         dynamic = (first, tuple(rest)) if rest else (first,)  # the modules take one tensor, or one and any number more
     weights = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    if weights > _MOST_WEIGHT_BYTES:
+        raise ExportError(
+            f"the weights are {weights / 1e9:.1f} GB, and one ONNX file holds {_MOST_WEIGHT_BYTES / 1e9:.1f} GB: "
+            "export a smaller separator"
+        )
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -71,7 +76,7 @@ def write_onnx(
                 verbose=False,
             )
             assert program is not None
-            program.save(str(path), external_data=weights > _PROTOBUF_LIMIT)
+            program.save(str(path), external_data=False)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"the separator cannot be written as ONNX: {_first_line(error)}") from error
     return check_graph(path, opset)

@@ -54,8 +54,10 @@ def compare(estimate: Array, reference: Array) -> tuple[float, float]:
     return float(np.abs(difference).max(initial=0.0)), error_db
 
 
-def open_session(path: Path, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0) -> tuple[Any, str]:
-    """Load a graph in ONNX Runtime. Returns the session and the provider that will really run it.
+def open_session(
+    graph: Path | bytes, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0
+) -> tuple[Any, str]:
+    """Load a graph, a file or its bytes, in ONNX Runtime. Returns the session and the provider that will really run it.
 
     Raises:
         ExportError: the file cannot be loaded, or another provider would run than was asked for.
@@ -71,10 +73,11 @@ def open_session(path: Path, providers: Sequence[str] = ("CPUExecutionProvider",
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    source, name = (graph, "the graph") if isinstance(graph, bytes) else (str(graph), graph.name)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        session = onnxruntime.InferenceSession(source, options, providers=list(providers))
     except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
-        raise ExportError(f"ONNX Runtime cannot run {Path(path).name}: {' '.join(str(error).split())[:300]}") from None
+        raise ExportError(f"ONNX Runtime cannot run {name}: {' '.join(str(error).split())[:300]}") from None
     got = session.get_providers()[0]  # it falls back in silence where a provider cannot load
     if got != providers[0]:
         raise ExportError(f"ONNX Runtime runs {got} instead of {providers[0]}: its libraries or device are missing")

@@ -11,7 +11,7 @@ from avsep.errors import ConfigError
 if TYPE_CHECKING:
     from avsep.separator import Separator
 
-__all__ = ["PRECISIONS", "ExportPlan", "TensorSpec", "profiles", "tensor_specs"]
+__all__ = ["PRECISIONS", "TOLERANCE", "ExportPlan", "TensorSpec", "profiles", "tensor_specs"]
 
 # The oldest operator set that torch.onnx writes without converting, and the newest before scaled dot-product attention
 # becomes one operator, which TensorRT takes only in half precision.
@@ -20,7 +20,10 @@ PRECISIONS = ("fp32", "fp16", "int8")
 # Motion steps of stored features where neither the plan nor the encoder says: VideoMAE's.
 _MOTION_STEPS = 8
 # Largest absolute difference from PyTorch in a sample that an fp32 graph may have.
-_TOLERANCE = 1e-3
+TOLERANCE = 1e-3
+# More is a slip of the hand, and would end in want of memory after minutes.
+_MOST = 256
+_MOST_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -30,23 +33,27 @@ class ExportPlan:
     Attributes:
         batch: mixtures at once, B.
         sources: sources in each, N.
-        length_s: seconds of a chunk; None for the clip that the separator was trained on.
+        length_s: seconds of a chunk, at most 600; None for the clip that the separator was trained on.
         dynamic: leave B and N open in the graph (``batch`` and ``sources`` are then what an engine is tuned for); the
             length always is fixed.
         spectral: leave both transforms out of the graph: the mixture's spectrum in, the estimates' spectra out.
         precision: one graph each, of ``fp32``, ``fp16`` (mixed) and ``int8`` (mixed).
-        motion_steps: Tm of the motion features; None: as the motion encoder gives them, and 8 for stored ones.
+        motion_steps: Tm of stored motion features; None: those of the mixtures, or 8. An encoder that computes has its
+            own.
         motion_mask: give the graph an input that says which motion steps are valid, for videos of different lengths.
-        motion_frames: pictures of one chunk that the motion encoder's graph takes; None: 8 a second.
-        frame_size: height and width of the pictures that the encoders' graphs take; None: the encoder's own size.
+        motion_frames: pictures of one chunk that the motion encoder's graph takes; None: as the mixtures have them, or
+            8 a second.
+        frame_size: height and width of the pictures that the encoders' graphs take; None: as the mixtures have them, or
+            the encoder's own size.
         opset: of ONNX, 18 to 20.
         tolerance: largest absolute difference from PyTorch in a sample; None: 1e-3 for fp32, while the others are
             measured and left to the gate.
-        seed: of the golden inputs.
+        seed: of the golden inputs, not negative.
         calibration: training mixtures that the ranges of INT8 are measured on.
         gate_db: largest drift of SDR, SIR or SAR in any source, in dB.
         allow_drift: write a graph that drifts by more; its manifest says so.
-        max_batch, max_sources: upper ends of the optimisation profile of a dynamic graph.
+        max_batch, max_sources: upper ends of the optimisation profile of a dynamic graph. They, ``batch`` and
+            ``sources`` are at most 256.
     """
 
     batch: int = 1
@@ -73,10 +80,19 @@ class ExportPlan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+            if value is not None and value > _MOST and name.endswith(("batch", "sources")):
+                raise ConfigError(f"{name} must be at most {_MOST}, got {value}: longer work goes in several calls")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, got {self.seed}")
         for name in ("length_s", "tolerance", "gate_db"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be positive, got {value}")
+        if self.length_s is not None and self.length_s > _MOST_S:
+            raise ConfigError(
+                f"length_s must be at most {_MOST_S:g}, got {self.length_s:g}: a graph takes a chunk, and longer "
+                "recordings are cut into chunks where it runs"
+            )
         if not OPSETS[0] <= self.opset <= OPSETS[1]:
             raise ConfigError(f"opset must lie between {OPSETS[0]} and {OPSETS[1]}, got {self.opset}")
         precision = (self.precision,) if isinstance(self.precision, str) else tuple(self.precision)
@@ -94,11 +110,13 @@ class ExportPlan:
             for name in ("batch", "sources"):
                 value, largest = getattr(self, name), getattr(self, f"max_{name}")
                 if value > largest:
-                    raise ConfigError(f"{name} {value} is above max_{name} {largest}: raise max_{name}")
+                    raise ConfigError(
+                        f"{name} {value} is above max_{name} {largest}: raise max_{name} (--max-{name} {value})"
+                    )
 
     def tolerance_of(self, precision: str) -> float | None:
         """The tolerance that a graph is held to; None where the gate decides."""
-        return _TOLERANCE if self.tolerance is None and precision == "fp32" else self.tolerance
+        return TOLERANCE if self.tolerance is None and precision == "fp32" else self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -126,7 +144,12 @@ class TensorSpec:
 
 
 def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSpec, ...], TensorSpec]:
-    """The inputs of the separator's graph, in order, and its output. The separator has the plan's length already."""
+    """The inputs of the separator's graph, in order, and its output. The separator has the plan's length already.
+
+    Raises:
+        ConfigError: the plan asks for what the separator's visual encoders do not have.
+    """
+    _check_visual(separator, plan)
     batch, sources = plan.batch, plan.sources
     front_end = separator.spec.front_end
     mixture_axes = {0: "batch"} if plan.dynamic else {}
@@ -144,15 +167,34 @@ def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSp
         inputs.append(TensorSpec("object_features", "float32", (batch, sources, width), source_axes))
     if separator.motion_encoder is not None:
         encoder = separator.motion_encoder
-        steps = plan.motion_steps or int(getattr(encoder, "steps", _MOTION_STEPS))
+        steps = int(getattr(encoder, "steps", plan.motion_steps or _MOTION_STEPS))
         shape = (batch, sources, int(encoder.dim), steps)  # type: ignore[arg-type]
         inputs.append(TensorSpec("motion_features", "float32", shape, source_axes))
         if plan.motion_mask:
             inputs.append(TensorSpec("motion_mask", "bool", (batch, sources, steps), source_axes))
-    elif plan.motion_mask:
-        raise ConfigError("motion_mask asks for a mask of motion steps, but this separator has no motion encoder")
     inputs.append(TensorSpec("class_ids", "int64", (batch, sources), source_axes))
     return tuple(inputs), output
+
+
+def _check_visual(separator: Separator, plan: ExportPlan) -> None:
+    """Refuse choices of a plan that would do nothing, or that contradict the encoders."""
+    motion = separator.motion_encoder
+    if motion is None and (plan.motion_mask or plan.motion_steps is not None):
+        name = "motion_mask" if plan.motion_mask else "motion_steps"
+        raise ConfigError(f"{name} is of motion features, but this separator has no motion encoder: leave it out")
+    steps = getattr(motion, "steps", plan.motion_steps)
+    if plan.motion_steps is not None and plan.motion_steps != steps:
+        raise ConfigError(
+            f"motion_steps {plan.motion_steps} is not what this separator's motion encoder gives, which is {steps}: "
+            "leave it out"
+        )
+    computing = {source.role for source in separator.visual_sources() if source.kind == "frames"}
+    if plan.motion_frames is not None and "motion" not in computing:
+        raise ConfigError(
+            "motion_frames is of a motion encoder that takes pictures, and this separator has none: leave it out"
+        )
+    if plan.frame_size is not None and not computing:
+        raise ConfigError("frame_size is of encoders that take pictures, and this separator has none: leave it out")
 
 
 def profiles(specs: Sequence[TensorSpec], plan: ExportPlan) -> list[dict[str, dict[str, list[int]]]]:

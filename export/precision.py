@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from avsep.errors import ExportError
 from avsep.export.operators import nodes
+from avsep.export.parity import open_session
 
 __all__ = ["HALF_MAX", "HALF_OPERATORS", "body_nodes", "check_activations", "to_half"]
 
@@ -153,7 +154,6 @@ def check_activations(path: Path, model_half: Any, feeds: Mapping[str, Array]) -
         ExportError: a value leaves the range of half precision; names the node.
     """
     import onnx
-    import onnxruntime
 
     inferred = onnx.shape_inference.infer_shapes(model_half, strict_mode=True, data_prop=True)
     half = onnx.TensorProto.FLOAT16
@@ -163,11 +163,7 @@ def check_activations(path: Path, model_half: Any, feeds: Mapping[str, Array]) -
     names = [name for name in producers if name in wanted]
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )  # below 2 GiB: half of what a protobuf holds is the most that can be exported as fp16
+    session, _ = open_session(model.SerializeToString())
     peak = 0.0
     for name, value in zip(names, session.run(None, dict(feeds)), strict=True):
         finite = value[~np.isinf(value)] if producers[name].op_type == "Where" else value

@@ -8,7 +8,8 @@ between TensorRT's releases, and a build does not notice the wrong one.
 NVIDIA's nvidia-modelopt does the same through the same quantiser, and pins other versions of onnx and onnxruntime.
 
 Ranges come from training mixtures. Which layers are quantised is measured: the layers are ranked by the error that
-each makes alone, and as many as the gate lets pass are kept, the least harmful first.
+each makes alone, and as many as stay within a drift are kept, the least harmful first. The mixtures that say so are not
+those of the gate, which would be no check of its own then.
 """
 
 from __future__ import annotations
@@ -181,14 +182,21 @@ def _check_scales(model: Any, chosen: Sequence[Any]) -> None:
         raise ExportError(f"only {quantised} tensors were quantised for {len(chosen)} layers")
 
 
-def rank_layers(calibrated: Calibrated, feeds: Sequence[Mapping[str, Array]]) -> list[tuple[str, float]]:
+def rank_layers(
+    calibrated: Calibrated,
+    feeds: Sequence[Mapping[str, Array]],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> list[tuple[str, float]]:
     """The layers with the error that each makes when quantised alone, the least harmful first: energy of the change
-    in the output relative to the output's, in dB."""
+    in the output relative to the output's, in dB. ``progress`` is called with the number of layers done."""
     expected = _outputs(calibrated.path, feeds)
     found = []
     with tempfile.TemporaryDirectory(prefix="avsep-int8-") as folder:
         file = Path(folder) / "one.onnx"
-        for layer in calibrated.layers:
+        for number, layer in enumerate(calibrated.layers):
+            if progress is not None:
+                progress(number)
             _save(quantise(calibrated, [layer]), file)
             error = sum(
                 float(np.sum((got - want).astype(np.float64) ** 2))
@@ -199,20 +207,17 @@ def rank_layers(calibrated: Calibrated, feeds: Sequence[Mapping[str, Array]]) ->
     return sorted(found, key=lambda pair: pair[1])
 
 
-def select_layers(
-    calibrated: Calibrated, ranked: Sequence[tuple[str, float]], passes: Callable[[Any], bool]
-) -> tuple[str, ...]:
-    """As many layers as ``passes`` accepts the quantised model of, the least harmful first; found by bisection.
+def select_layers(names: Sequence[str], passes: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:
+    """As many of the layers as ``passes`` accepts together, from the first on; found by bisection.
 
     Empty when not even one layer passes.
     """
-    names = [name for name, _ in ranked]
     low, high = 0, len(names)  # `low` layers are known to pass, none does trivially
-    if passes(quantise(calibrated, names)):
+    if passes(tuple(names)):
         return tuple(names)
     while high - low > 1:
         middle = (low + high) // 2
-        if passes(quantise(calibrated, names[:middle])):
+        if passes(tuple(names[:middle])):
             low = middle
         else:
             high = middle

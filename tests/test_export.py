@@ -195,6 +195,15 @@ def test_operators_and_code_that_cannot_leave_are_refused(tmp_path):
         write_onnx(Attends(), {"mixture": signal}, "out", tmp_path / "b.onnx")
 
 
+def test_weights_that_no_onnx_file_holds_are_refused(tmp_path, monkeypatch):
+    from avsep.export import onnx as writing
+
+    monkeypatch.setattr(writing, "_MOST_WEIGHT_BYTES", 100)
+    with pytest.raises(ExportError, match="one ONNX file holds"):
+        write_onnx(torch.nn.Linear(8, 8), {"x": torch.zeros(1, 8)}, "y", tmp_path / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_compare_measures_and_refuses():
     reference = np.ones((2, 100), np.float32)
     assert compare(reference, reference) == (0.0, pytest.approx(-300))

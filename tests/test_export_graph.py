@@ -155,6 +155,26 @@ def test_the_spectral_form_between_numpy_transforms_equals_the_separator(front_e
     assert np.abs(got - expected.numpy()).max() < 1e-5
 
 
+def test_the_spectral_graph_is_compared_with_the_separators_own_path(tmp_path, monkeypatch):
+    """Not with the module that it was traced from, which could be wrong in the same way."""
+    from avsep.export import graphs
+
+    separator = small(padding="reflect", align_corners=False)
+    plan = ExportPlan(sources=3, batch=2, spectral=True)
+
+    def difference():
+        writer = graphs._SeparatorWriter(separator, plan, tmp_path, tmp_path, [], None, None)
+        with torch.inference_mode():
+            traced = writer.module(*tensors(writer.golden).values())
+        assert np.abs(writer.reference).max() > 1
+        return np.abs(traced.numpy() - writer.reference).max()
+
+    assert difference() < 1e-3
+    masks = SpectralSeparator.masks
+    monkeypatch.setattr(SpectralSeparator, "masks", lambda self, *given: 1.01 * masks(self, *given))
+    assert difference() > 1e-2
+
+
 def test_the_motion_mask_is_heard():
     separator = small()
     plan = ExportPlan(sources=3, motion_mask=True)
@@ -175,8 +195,26 @@ def test_the_motion_mask_is_heard():
     encoderless = build_separator(
         object_encoder=("precomputed", {"features": "o", "dim": 4}), mask_decoder="query_transformer", num_classes=2
     )
-    with pytest.raises(ConfigError, match="no motion encoder"):
-        tensor_specs(encoderless, ExportPlan(motion_mask=True))
+    for asked in ({"motion_mask": True}, {"motion_steps": 8}):
+        with pytest.raises(ConfigError, match=f"{next(iter(asked))} .* no motion encoder"):
+            tensor_specs(encoderless, ExportPlan(**asked))
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"motion_steps": 4}, "motion_steps 4 .* is 3"),
+        ({"frame_size": (8, 8)}, "frame_size"),
+        ({"motion_frames": 5}, "motion_frames"),
+    ],
+)
+def test_choices_that_the_encoders_leave_no_room_for(asked, told):
+    motion = ("motion_cnn", {"dim": 8, "size": 24, "steps": 3}) if "motion_steps" in asked else None
+    separator = small(motion_encoder=motion)
+    with pytest.raises(ConfigError, match=told) as caught:
+        tensor_specs(separator, ExportPlan(**asked))
+    assert "\n" not in str(caught.value)
+    tensor_specs(separator, ExportPlan(motion_steps=3))  # what it gives anyway may be said
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
@@ -193,6 +231,10 @@ def test_the_motion_mask_is_heard():
         ({"calibration": 0}, "calibration"),
         ({"frame_size": (0, 4)}, "frame_size"),
         ({"dynamic": True, "sources": 9}, "max_sources"),
+        ({"batch": 257}, "batch must be at most 256"),
+        ({"max_sources": 1000}, "max_sources must be at most 256"),
+        ({"length_s": 601.0}, "length_s must be at most 600"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_plans_that_make_no_sense(values, fragment):
@@ -329,16 +371,53 @@ def test_stored_features_have_no_encoder_to_export():
     assert exported_roles(small()) == ()
 
 
-@pytest.mark.parametrize(("mode", "smooth"), [("area", False), ("bilinear", False), ("bilinear", True)])
-def test_resizing_is_a_linear_map(mode, smooth):
+@pytest.mark.parametrize(
+    ("kwargs", "replaced"),
+    [
+        ({"size": (12, 9), "mode": "area"}, True),
+        ({"size": 12, "mode": "area"}, True),
+        ({"size": (12, 9), "mode": "bilinear", "align_corners": False, "antialias": False}, True),
+        ({"size": (12, 9), "mode": "bilinear", "align_corners": False, "antialias": True}, True),
+        ({"size": (12, 9), "mode": "bilinear", "align_corners": True}, False),
+        ({"scale_factor": 0.5, "mode": "bilinear"}, False),
+        ({"size": (12, 9), "mode": "nearest"}, False),
+    ],
+)
+def test_resizing_is_a_linear_map_or_left_as_it_is(kwargs, replaced):
     from avsep.export.encoders import _LinearMaps
 
     x = torch.rand(2, 3, 31, 17)
-    extra = {} if mode == "area" else {"align_corners": False, "antialias": smooth}
-    expected = F.interpolate(x, size=(12, 9), mode=mode, **extra)
-    with _LinearMaps():
-        got = F.interpolate(x, size=(12, 9), mode=mode, **extra)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    maps = _LinearMaps()
+    with maps:
+        got = F.interpolate(x, **kwargs)
+    torch.testing.assert_close(got, F.interpolate(x, **kwargs), atol=1e-5, rtol=0)
+    assert bool(maps.found) == replaced
+
+
+@pytest.mark.parametrize(("role", "scale"), [("object", 1e-2), ("motion", 1e2)])
+def test_an_encoder_is_held_to_the_scale_of_its_features(role, scale, tmp_path, monkeypatch):
+    """A graph that is wrong by 1 % in small features, and one that is right in large ones."""
+    from avsep.export import graphs
+
+    separator = small(("frame_cnn", {"dim": 8, "size": 24}), ("motion_cnn", {"dim": 8, "size": 24, "steps": 3}))
+    encoder = separator.object_encoder if role == "object" else separator.motion_encoder
+    last = [module for module in encoder.modules() if hasattr(module, "weight")][-1]
+    last.weight.mul_(scale)
+    last.bias.mul_(scale)
+    monkeypatch.setattr(graphs, "write_onnx", lambda *_, **__: {"Conv": 1})  # what is compared is made up below
+    errors = iter((0.01, 0.0005))
+
+    def run(path, golden):
+        reference = encoder(torch.from_numpy(golden["frames"])).numpy()
+        return reference + next(errors) * np.abs(reference).max(), "CPUExecutionProvider", 0.1
+
+    monkeypatch.setattr(graphs, "run_onnx", run)
+    with pytest.raises(ExportError, match=f"{role}_encoder.onnx differs .*a thousandth of its largest feature"):
+        graphs._write_encoder(separator, role, ExportPlan(), tmp_path, None)
+    made = graphs._write_encoder(separator, role, ExportPlan(), tmp_path, None)
+    assert made.tolerance == pytest.approx(1e-3 * np.abs(made.golden["features"]).max())
+    assert made.tolerance == pytest.approx(2 * made.parity.max_error, rel=1e-3)
+    assert made.to_dict()["tolerance"] == made.tolerance
 
 
 # --- the audit --------------------------------------------------------------------------------------------------------

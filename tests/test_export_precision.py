@@ -21,22 +21,38 @@ SINGLE, HALF = 1, 10  # TensorProto.FLOAT and FLOAT16
 
 
 @pytest.fixture(scope="module")
-def exported(tone_run, tmp_path_factory):
-    """A trained separator's graphs in every precision, with its run's own mixtures."""
-    from avsep.export.gate import calibration_batches, held_out_batches
-    from avsep.export.graphs import write_graphs
+def export_and_gates(tone_run, tmp_path_factory):
+    """As :func:`exported`, and what was gated in order: (graph, the mixtures' kind, their clips)."""
+    from avsep.export import graphs
+    from avsep.export.gate import calibration_batches, held_out_batches, measure_gate, validation_batches
     from avsep.separator import load_separator
 
     separator = load_separator(tone_run, 1).requires_grad_(False)
-    front_end = separator.spec.front_end
     folder = tmp_path_factory.mktemp("graphs")
     plan = ExportPlan(precision=("fp32", "fp16", "int8"), calibration=6)
-    held_out = held_out_batches(tone_run, 1, front_end, limit=4)
-    calibration = calibration_batches(tone_run, 1, front_end, count=6)
-    said = []
-    made = write_graphs(separator, plan, folder, held_out, calibration, lambda *what: said.append(what))
-    assert [s[1:] for s in said] == [(n, 5) for n in range(6)]
-    return separator, plan, folder, {graph.file: graph for graph in made}, held_out
+    held_out = held_out_batches(tone_run, 1, separator, limit=4)
+    calibration = calibration_batches(tone_run, 1, separator, count=6)
+    validation = validation_batches(tone_run, 1, separator, limit=3)
+    said, gated = [], []
+
+    def measured(path, separator, plan, expected, *, on):
+        gated.append((path.name, on, {clip for one in expected for clips in one.batch.clips for clip in clips}))
+        return measure_gate(path, separator, plan, expected, on=on)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "measure_gate", measured)
+        made = graphs.write_graphs(
+            separator, plan, folder, held_out, calibration, validation, lambda *what: said.append(what)
+        )
+    assert list(dict.fromkeys(s[1:] for s in said)) == [(n, 5) for n in range(6)]
+    assert ("separator int8: ranges of 4 mixtures", 2, 5) in said
+    return (separator, plan, folder, {graph.file: graph for graph in made}, held_out), gated
+
+
+@pytest.fixture
+def exported(export_and_gates):
+    """A trained separator's graphs in every precision, with its run's own mixtures."""
+    return export_and_gates[0]
 
 
 def typed(path):
@@ -134,6 +150,25 @@ def test_int8_is_symmetric_and_at_the_convolutions_inputs(exported):
     assert made[path.name].gate.passed
 
 
+def test_int8_layers_are_chosen_on_other_mixtures_than_the_gates(export_and_gates):
+    (_, _, _, made, held_out), gated = export_and_gates
+    chosen = [of for of in gated if of[1] == "validation"]
+    assert chosen
+    assert {name for name, _, _ in chosen} == {"separator.int8.onnx"}
+    assert all("-val-" in clip for _, _, clips in chosen for clip in clips)
+    # and then every graph once on what decided nothing
+    last = [of for of in gated if of[1] != "validation"]
+    assert [name for name, _, _ in last] == ["separator.onnx", "separator.fp16.onnx", "separator.int8.onnx"]
+    tested = {clip for batch in held_out for clips in batch.clips for clip in clips}
+    assert all("-test-" in clip for clip in tested)
+    assert all((on, clips) == ("held-out", tested) for _, on, clips in last)
+    told = made["separator.int8.onnx"].to_dict()["quantised"]
+    assert (told["of"], told["on"], told["mixtures"]) == (12, "validation", 3)
+    assert 1 <= told["layers"] <= 12
+    assert max(told["max_drift_db"].values()) <= 0.1
+    assert "quantised" not in made["separator.fp16.onnx"].to_dict()
+
+
 @pytest.mark.parametrize("name", ["separator.fp16.onnx", "separator.int8.onnx", "separator.onnx"])
 def test_every_precision_builds(exported, name, tmp_path):
     pytest.importorskip("tensorrt_rtx")
@@ -218,14 +253,48 @@ def test_a_graph_of_others_has_no_body():
 # --- INT8 -------------------------------------------------------------------------------------------------------------
 
 
-def test_layers_are_kept_from_the_least_harmful_on(monkeypatch):
-    from avsep.export import quantise
+def test_layers_are_kept_from_the_least_harmful_on():
+    from avsep.export.quantise import select_layers
 
-    monkeypatch.setattr(quantise, "quantise", lambda calibrated, layers: tuple(layers))
-    ranked = [(str(n), float(n)) for n in range(12)]
+    ranked = [str(n) for n in range(12)]
     for most in (0, 1, 5, 11, 12):
-        chosen = quantise.select_layers(None, ranked, lambda layers, most=most: len(layers) <= most)
+        chosen = select_layers(ranked, lambda layers, most=most: len(layers) <= most)
         assert chosen == tuple(str(n) for n in range(most))
+
+
+@pytest.mark.parametrize(
+    ("each_db", "least_db", "allow_drift", "kept"),
+    [(0.009, 0.0, False, 5), (0.009, 0.06, False, 4), (0.2, 0.0, True, 12), (0.2, 0.0, False, None)],
+)
+def test_int8_keeps_a_margin_to_the_gate_where_it_can(
+    each_db, least_db, allow_drift, kept, exported, tmp_path, monkeypatch
+):
+    """Layers are chosen by half of the gate's 0.1 dB, by all of it where no layer stays within half."""
+    from avsep.export import gate, graphs
+    from avsep.export.quantise import Calibrated
+
+    separator, plan, folder, _, _ = exported
+    names = tuple(f"layer{n}" for n in range(12))
+    written = []
+
+    def measured(*_, on):
+        drift = least_db + each_db * len(written[-1])
+        return gate.Gate(3, dict.fromkeys(gate.METRICS, drift), 0.1, allow_drift, on, "a duet")
+
+    monkeypatch.setattr(graphs, "calibrate", lambda *_, **__: Calibrated(folder, None, names))
+    monkeypatch.setattr(graphs, "rank_layers", lambda *_, **__: [(name, 0.0) for name in names])
+    monkeypatch.setattr(graphs, "quantise", lambda calibrated, layers: layers)
+    monkeypatch.setattr(graphs, "to_half", lambda model, *_: written.append(model) or onnx.ModelProto())
+    monkeypatch.setattr(graphs, "measure_gate", measured)
+    plan = dataclasses.replace(plan, allow_drift=allow_drift)
+    writer = graphs._SeparatorWriter(separator, plan, tmp_path, tmp_path, [], [], [])
+    writer.single = folder / "separator.onnx"
+    if kept is None:
+        with pytest.raises(ExportError, match=r"one convolution in INT8 drifts .* on validation mixtures .*a duet"):
+            writer._int8(tmp_path / "i.onnx", print)
+        return
+    assert writer._int8(tmp_path / "i.onnx", print)["layers"] == kept
+    assert written[-1] == names[:kept]  # what was written last is what was chosen
 
 
 def test_int8_needs_training_mixtures(exported, tmp_path):
@@ -233,7 +302,7 @@ def test_int8_needs_training_mixtures(exported, tmp_path):
     from avsep.export.quantise import calibrate
 
     separator, plan, folder, _, held_out = exported
-    writer = graphs._SeparatorWriter(separator, plan, tmp_path, tmp_path, held_out, None)
+    writer = graphs._SeparatorWriter(separator, plan, tmp_path, tmp_path, held_out, None, None)
     writer.single = folder / "separator.onnx"
     with pytest.raises(ExportError, match="training mixtures"):
         writer.write("int8")
@@ -241,21 +310,40 @@ def test_int8_needs_training_mixtures(exported, tmp_path):
         calibrate(folder / "separator.onnx", [])
 
 
-def test_calibration_mixtures_are_those_of_training(tone_run):
+def test_calibration_mixtures_are_those_of_training(tone_run, tone_store):
+    from conftest import TINY_FRONT_END, TINY_TASKS, tiny_learner
+
+    from avsep.data.mixing import collate
+    from avsep.data.tasks import task_stream
     from avsep.export.gate import calibration_batches
-    from avsep.io import read_json
+    from avsep.runs import read_exemplars
     from avsep.separator import load_separator
 
-    front_end = load_separator(tone_run, 1).spec.front_end
-    batches = list(calibration_batches(tone_run, 1, front_end, count=30))  # more than an epoch has
+    separator = load_separator(tone_run, 1)
+    batches = list(calibration_batches(tone_run, 1, separator, count=30))  # more than an epoch has
     assert len(batches) == 30
-    used = {clip for batch in batches for clips in batch.clips for clip in clips}
-    kept = read_json(tone_run / "tasks" / "00" / "task.json")["exemplars"]
-    remembered = {i for ids in kept.values() for i in ids}
-    assert all("-train-" in clip for clip in used)
-    assert {c for c in used if c.startswith(("ding", "hum"))} == used & remembered
-    assert used & remembered
-    assert {c.split("-")[0] for c in used} >= {"peep", "whirr"}
+    kept = read_exemplars(tone_run, 0)
+    stream = task_stream(tone_store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
+    learner = tiny_learner()
+    drawn = [learner._epoch(stream, stream.tasks[1], epoch, kept) for epoch in range(5)]
+    trained = [collate([epoch[item]]) for epoch in drawn for item in range(len(epoch))]
+    assert [b.clips for b in batches] == [b.clips for b in trained]
+    assert all(torch.equal(one.sources, other.sources) for one, other in zip(batches, trained, strict=True))
+    assert any(bool(b.is_memory.any()) for b in batches)
+
+
+def test_calibration_of_a_strategy_that_trains_on_everything(tone_run, tmp_path):
+    from avsep.export.gate import calibration_batches
+    from avsep.separator import load_separator
+
+    run = shutil.copytree(tone_run, tmp_path / "run")
+    spec = (run / "run.yaml").read_text()
+    assert "name: contavsep" in spec
+    (run / "run.yaml").write_text(spec.replace("name: contavsep", "name: joint"))
+    batches = list(calibration_batches(run, 1, load_separator(run, 1), count=24))
+    used = {clip.split("-")[0] for batch in batches for clips in batch.clips for clip in clips}
+    assert used == {"ding", "hum", "peep", "whirr"}
+    assert not any(bool(b.is_memory.any()) for b in batches)
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
@@ -263,22 +351,22 @@ def test_calibration_mixtures_are_those_of_training(tone_run):
 
 def test_the_gate_finds_another_separator(exported, tone_run):
     """The graph of one separator against PyTorch with another's weights: an unmistakable drift."""
-    from avsep.export.gate import measure_gate
+    from avsep.export.gate import measure_gate, references
     from avsep.separator import load_separator
 
     _, plan, folder, _, held_out = exported
-    other = load_separator(tone_run, 1)
-    with torch.no_grad():
-        other.mask_decoder.head[-1].weight.add_(0.3)
-    gate = measure_gate(folder / "separator.onnx", other.requires_grad_(False), plan, held_out[:2])
+    other = load_separator(tone_run, 1).requires_grad_(False)
+    other.mask_decoder.head[-1].weight.add_(0.3)
+    expected = references(other, held_out[:2], plan)
+    gate = measure_gate(folder / "separator.onnx", other, plan, expected)
     assert not gate.passed
     assert max(gate.max_drift_db.values()) > 0.1
-    with pytest.raises(ExportError, match=r"drifts from PyTorch by SDR .* more than 0\.1 dB.*allow_drift") as caught:
+    told = r"drifts from PyTorch by SDR .* on held-out mixtures .* more than 0\.1 dB.*allow_drift"
+    with pytest.raises(ExportError, match=told) as caught:
         gate.require("separator.onnx")
     assert "\n" not in str(caught.value)
-    allowed = measure_gate(
-        folder / "separator.onnx", other, dataclasses.replace(plan, allow_drift=True), held_out[:2], on="held-out"
-    )
+    plan = dataclasses.replace(plan, allow_drift=True)
+    allowed = measure_gate(folder / "separator.onnx", other, plan, expected)
     allowed.require("separator.onnx")
     assert allowed.to_dict()["overridden"]
     assert not allowed.to_dict()["passed"]
@@ -303,13 +391,15 @@ def test_the_gate_takes_the_worst_source_and_not_a_mean(exported):
 
 
 def test_a_silenced_source_is_an_infinite_drift(exported):
-    from avsep.export.gate import _drifts, _summary
+    from avsep.export.gate import Reference, _drifts, _scores, _summary, encoded
 
     separator, plan, _, _, held_out = exported
     batch = held_out[0]
     silenced = batch.sources.clone()
     silenced[0, 1] = 0
-    drifts = _drifts(separator, batch, batch.mixture[:, None].expand_as(batch.sources), silenced)
+    heard = _scores(separator, batch, batch.mixture[:, None].expand_as(batch.sources))
+    expected = Reference(batch, encoded(separator, batch, plan), heard)
+    drifts = _drifts(separator, expected, _scores(separator, batch, silenced))
     gate = _summary(drifts, plan, "held-out")
     assert gate.max_drift_db["sdr"] == float("inf")
     assert gate.to_dict()["max_drift_db"]["sdr"] == 999.0  # JSON has no infinity
@@ -335,7 +425,7 @@ def test_a_fixed_graph_serves_any_number_of_mixtures_and_sources(exported):
 
 
 def test_a_graph_that_gives_nan_is_refused(exported, tmp_path):
-    from avsep.export.gate import measure_gate
+    from avsep.export.gate import measure_gate, references
 
     separator, plan, folder, _, held_out = exported
     model = onnx.load(str(folder / "separator.onnx"))
@@ -345,7 +435,7 @@ def test_a_graph_that_gives_nan_is_refused(exported, tmp_path):
             initializer.CopyFrom(onnx.numpy_helper.from_array(values, initializer.name))
     onnx.save(model, tmp_path / "nan.onnx")
     with pytest.raises(ExportError, match="NaN"):
-        measure_gate(tmp_path / "nan.onnx", separator, plan, held_out[:1])
+        measure_gate(tmp_path / "nan.onnx", separator, plan, references(separator, held_out[:1], plan))
 
 
 def test_motion_of_another_length_says_what_to_set(exported):
@@ -370,4 +460,4 @@ def test_a_store_that_is_gone_is_named(tone_run, tmp_path):
         "\n".join("store: nowhere" if line.startswith("store:") else line for line in spec.splitlines())
     )
     with pytest.raises(DataError, match="nowhere"):
-        held_out_batches(run, 1, load_separator(run, 1).spec.front_end)
+        held_out_batches(run, 1, load_separator(run, 1))
