@@ -34,7 +34,15 @@ from avsep.export.tensorrt import BuildCancelled, BuildError, Built, EngineMisma
 if TYPE_CHECKING:
     from avsep.export.bundle_reader import Bundle, Graph
 
-__all__ = ["Cuda", "DeviceEngine", "EngineTensor", "build_engines", "engines_folder", "open_engine"]
+__all__ = [
+    "Cuda",
+    "DeviceEngine",
+    "EngineTensor",
+    "build_engines",
+    "check_machine",
+    "engines_folder",
+    "open_engine",
+]
 
 Array = NDArray[Any]
 
@@ -87,6 +95,15 @@ def build_engines(
         )
     except BuildCancelled:
         raise KeyboardInterrupt from None
+    except BuildError as error:
+        raise ExportError(str(error)) from None
+
+
+def check_machine(target: str, sm: Sequence[int | str] = ()) -> None:
+    """Raise :class:`ExportError` where engines cannot be built here, for the GPU here or for each of ``sm``."""
+    try:
+        for capability in sm or (None,):
+            builder._machine_for(target, capability)
     except BuildError as error:
         raise ExportError(str(error)) from None
 

@@ -170,6 +170,13 @@ def test_own_check_and_jsonschema_agree(tiny_bundle):
         "overridden": False,
         "on": "held-out",
     }
+    manifest["graphs"][0]["quantised"] = {
+        "layers": 3,
+        "of": 12,
+        "on": "validation",
+        "mixtures": 4,
+        "max_drift_db": {"sdr": 0.0, "sir": 0.01, "sar": 0.0},
+    }
     refused = 0
     for _ in range(1000):
         damaged = changed(manifest, rng)
@@ -274,6 +281,27 @@ def test_engines_built_beside_a_bundle_are_not_in_its_way(tiny_bundle, tmp_path)
         open_bundle(folder)
 
 
+def test_golden_arrays_of_an_open_graph_may_be_as_large_as_its_profile_says(tiny_bundle, tmp_path):
+    folder = shutil.copytree(tiny_bundle, tmp_path / "b")
+    batch, rows = 100, {}
+    inputs, outputs = open_bundle(tiny_bundle).golden(open_bundle(tiny_bundle).graph())
+    many = {name: np.repeat(array, batch, axis=0) for name, array in {**inputs, **outputs}.items()}
+    write_arrays(folder / "separator.golden.npz", many)
+    manifest = manifest_of(folder)
+    for tensor in (*manifest["graphs"][0]["inputs"], *manifest["graphs"][0]["outputs"]):
+        rows[tensor["name"]] = tensor["shape"][1:]
+        tensor["shape"] = ["batch", *rows[tensor["name"]]]
+    profile = {n: {"min": [1, *rows[n]], "opt": [batch, *rows[n]], "max": [batch, *rows[n]]} for n in inputs}
+    manifest["graphs"][0]["profiles"] = [profile]
+    manifest["files"]["separator.golden.npz"] = sha256(folder / "separator.golden.npz")
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    bundle = open_bundle(folder)
+    assert bundle.golden(bundle.graph())[1]["sources"].shape == (batch, 2, 8191)
+    bundle.graph().entry["profiles"][0]["class_ids"]["opt"][0] = 1
+    with pytest.raises(ExportError, match="unpacks to more"):
+        bundle.golden(bundle.graph())
+
+
 # ---------------------------------------------------------------------- what may be replaced
 
 
@@ -285,7 +313,7 @@ def quick(tiny_bundle, monkeypatch):
 
     ready = {}
 
-    def write_graphs(separator, plan, folder, held_out, calibration, progress):
+    def write_graphs(separator, plan, folder, held_out, calibration, validation, progress):
         if progress is not None:
             progress("graphs written", 1, 1)
         if "made" not in ready:
@@ -636,11 +664,43 @@ def test_tasks_on_the_command_line(options, names, quick, tmp_path, monkeypatch,
         assert stop.value.code == 0
         said = capsys.readouterr()
         assert "separator.on" in said.out  # a narrow terminal folds names
-        assert "synthetic" in said.err  # this run has no store
+        assert all(f"{name} was gated on synthetic mixtures" in said.err for name in names)  # this run has no store
+        assert "protocol.json" in said.err
         assert {name: open_bundle(tmp_path / name).manifest["made_from"] for name in names} == {
             name: f"run, task {task}" for name, task in names.items()
         }
         assert all(open_bundle(tmp_path / name).manifest["weights_licence"] == "CC0-1.0" for name in names)
+
+
+def test_every_choice_of_a_plan_has_an_option(tmp_path, monkeypatch, capsys):
+    """But the seed of the golden inputs."""
+    import dataclasses
+
+    import avsep.export.bundle
+    from avsep.cli import main
+
+    asked = []
+
+    def refuse(run, out, *, plan, **_):
+        asked.append(plan)
+        raise ExportError("enough")
+
+    monkeypatch.setattr(avsep.export.bundle, "export_run", refuse)
+    options = {
+        "--batch": 3, "--sources": 4, "--length-s": 1.5, "--precision": "int8", "--motion-steps": 7,
+        "--motion-frames": 9, "--frame-size": "24X32", "--opset": 19, "--tolerance": 0.25, "--calibration": 5,
+        "--gate-db": 0.5, "--max-batch": 16, "--max-sources": 12,
+    }  # fmt: skip
+    flags = ["--dynamic", "--spectral", "--motion-mask", "--allow-drift"]
+    given = [str(word) for pair in options.items() for word in pair]
+    for words in ([], [*given, *flags]):
+        with pytest.raises(SystemExit):
+            main(["export", str(fake_run(tmp_path / f"run{len(words)}")), "--out", str(tmp_path / "b"), *words])
+    plain, full = (dataclasses.asdict(plan) for plan in asked)
+    assert plain == dataclasses.asdict(ExportPlan())
+    assert {name for name in plain if plain[name] == full[name]} == {"seed"}
+    assert full["frame_size"] == (24, 32)
+    assert (full["max_batch"], full["max_sources"], full["precision"]) == (16, 12, ("int8",))
 
 
 @pytest.mark.parametrize(
@@ -649,11 +709,26 @@ def test_tasks_on_the_command_line(options, names, quick, tmp_path, monkeypatch,
         (["--sm", "86"], ["--sm 86", "--target tensorrt-rtx"]),
         (["--target", "tensort"], ["'tensort'", "tensorrt"]),
         (["--precision", "fp16"], ["protocol.json", "held-out"]),
+        (["--precision", "int8"], ["protocol.json", "training mixtures"]),
+        (["--precision", "int8", "--allow-drift"], ["protocol.json", "training mixtures"]),
+        (["--max-batch", "4"], ["--max-batch 4", "--dynamic"]),
+        (["--max-sources", "4"], ["--max-sources 4", "--dynamic"]),
+        (["--calibration", "8", "--precision", "fp16"], ["--calibration 8", "--precision int8"]),
+        (["--dynamic", "--sources", "9"], ["sources 9", "--max-sources 9"]),
+        (["--frame-size", "240"], ["'240'", "240x320"]),
+        (["--frame-size", "0x4"], ["frame_size", "[0, 4]"]),
+        (["--frame-size", "8x8"], ["frame_size", "take pictures", "leave it out"]),
+        (["--motion-frames", "8"], ["motion_frames", "leave it out"]),
+        (["--motion-mask"], ["motion_mask", "no motion encoder"]),
+        (["--target", "tensorrt-rtx", "--sm", "86,abc"], ["'abc'", "86"]),
+        (["--target", "tensorrt-rtx", "--sm", "sm_61"], ["SM 61"]),
     ],
 )
 def test_options_that_do_not_go_together(options, told, quick, tmp_path, capsys):
     from avsep.cli import main
 
+    if "--sm" in options[1:]:
+        pytest.importorskip("tensorrt_rtx")
     run = fake_run(tmp_path / "run")
     before = tree(tmp_path)
     with pytest.raises(SystemExit) as stop:
@@ -680,6 +755,8 @@ def test_other_precisions_need_the_store(quick, tmp_path):
         ("new", {"tasks": 2}, r"task 2.*0, 1"),
         ("new", {"tasks": [0, 7]}, r"task 7.*0, 1"),
         ("new.tar", {}, "one tar"),
+        ("new.TAR", {"tasks": [0, 1]}, "one tar"),
+        ("new.tar.gz", {}, "compressed"),
         ("run/new", {"tasks": 0}, "inside the run"),
         ("run", {}, "inside the run"),
     ],

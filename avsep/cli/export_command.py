@@ -39,7 +39,8 @@ app = typer.Typer(
 )
 
 _Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder or .tar.")]
-_TARGETS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
+_ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
+_TARGETS = (*_ENGINE_TARGETS, "onnxruntime")
 _Sm = Annotated[
     list[str] | None,
     typer.Option(
@@ -61,7 +62,11 @@ def run(
     ],
     task: Annotated[
         list[int] | None,
-        typer.Option("--task", min=0, help="Export this task's separator (repeatable) (default: the last finished)."),
+        typer.Option(
+            "--task",
+            min=0,
+            help="Export this task's separator (repeatable) (default: the last finished task's alone).",
+        ),
     ] = None,
     all_tasks: Annotated[bool, typer.Option("--all-tasks", help="Export every finished task's separator.")] = False,
     tar: Annotated[bool, typer.Option("--tar", help="Write several tasks as task-00.tar, ...")] = False,
@@ -81,10 +86,41 @@ def run(
     spectral: Annotated[
         bool, typer.Option("--spectral", help="Leave both transforms out of the graph (for DLA).")
     ] = False,
+    max_batch: Annotated[
+        int | None,
+        typer.Option("--max-batch", min=1, help="Most mixtures in one call of an engine (--dynamic) (default: 8)."),
+    ] = None,
+    max_sources: Annotated[
+        int | None,
+        typer.Option("--max-sources", min=1, help="Most sources in one call of an engine (--dynamic) (default: 8)."),
+    ] = None,
     motion_steps: Annotated[
         int | None,
         typer.Option(
-            "--motion-steps", min=1, help="Steps of the motion features (default: the encoder's; 8 for stored ones)."
+            "--motion-steps", min=1, help="Steps of stored motion features (default: those of the run's store; else 8)."
+        ),
+    ] = None,
+    motion_mask: Annotated[
+        bool,
+        typer.Option(
+            "--motion-mask", help="Add an input that says which motion steps are valid, for videos of several lengths."
+        ),
+    ] = False,
+    motion_frames: Annotated[
+        int | None,
+        typer.Option(
+            "--motion-frames",
+            min=1,
+            help="Pictures in one call of the motion encoder (default: as the run's store has them; else 8 a second).",
+        ),
+    ] = None,
+    frame_size: Annotated[
+        str | None,
+        typer.Option(
+            "--frame-size",
+            metavar="HxW",
+            help="Pixels of the pictures that the encoders take, such as a camera's 240x320; resized in the graph "
+            "(default: as the run's store has them; else the encoders' own).",
         ),
     ] = None,
     opset: Annotated[int, typer.Option("--opset", help="ONNX operator set, 18 to 20.")] = 18,
@@ -101,8 +137,9 @@ def run(
         bool, typer.Option("--allow-drift", help="Let a larger drift pass; the manifest says so.")
     ] = False,
     calibration: Annotated[
-        int, typer.Option("--calibration", min=1, help="Training mixtures that INT8 ranges are measured on.")
-    ] = 64,
+        int | None,
+        typer.Option("--calibration", min=1, help="Training mixtures that INT8 ranges are measured on (default: 64)."),
+    ] = None,
     store: Annotated[
         Path | None,
         typer.Option("--store", help="The run's store, for held-out mixtures (default: where the run says)."),
@@ -117,7 +154,10 @@ def run(
     sm: _Sm = None,
     workspace_mib: _Workspace = 1024,
 ) -> None:
-    """Export a task's separator to ONNX as a bundle: graphs, manifest, golden inputs and outputs, device README."""
+    """Export a task's separator to ONNX as a bundle: graphs, manifest, golden inputs and outputs, device README.
+
+    Without --task and --all-tasks it is the separator of the last finished task, which knows all classes so far.
+    """
     from rich.console import Console
 
     from avsep.errors import ConfigError
@@ -127,16 +167,28 @@ def run(
 
     if all_tasks and task:
         raise ConfigError(f"--all-tasks and --task {task[0]} ask for different things: give one of them")
+    for option, needs, there, value in (
+        ("--max-batch", "--dynamic", dynamic, max_batch),
+        ("--max-sources", "--dynamic", dynamic, max_sources),
+        ("--calibration", "--precision int8", "int8" in (precision or ()), calibration),
+        ("--sm", "--target tensorrt-rtx", target == "tensorrt-rtx", sm[0] if sm else None),
+    ):
+        if value is not None and not there:
+            raise ConfigError(f"{option} {value} does nothing without {needs}: give that too, or leave it out")
     if target is not None:
         _check_target(target)
-    if sm and target != "tensorrt-rtx":
-        raise ConfigError(f"--sm {sm[0]} is for engines that are built for another GPU: give --target tensorrt-rtx too")
     finished = finished_tasks(run)
     tasks: int | list[int] | None = None
     if not all_tasks:
         tasks = (task[0] if len(set(task)) == 1 else task) if task else finished[-1]
-    if tar and isinstance(tasks, int) and out.suffix != ".tar":
+    if tar and isinstance(tasks, int) and out.suffix.lower() != ".tar":
         raise ConfigError(f"--tar is for several tasks: for a tar of one, name it so, such as --out {out}.tar")
+    given = {
+        "max_batch": max_batch,
+        "max_sources": max_sources,
+        "calibration": calibration,
+        "frame_size": None if frame_size is None else _frame_size(frame_size),
+    }
     plan = ExportPlan(
         batch=batch,
         sources=sources,
@@ -145,12 +197,20 @@ def run(
         spectral=spectral,
         precision=tuple(dict.fromkeys(precision or ("fp32",))),
         motion_steps=motion_steps,
+        motion_mask=motion_mask,
+        motion_frames=motion_frames,
         opset=opset,
         tolerance=tolerance,
-        calibration=calibration,
         gate_db=gate_db,
         allow_drift=allow_drift,
+        **{name: value for name, value in given.items() if value is not None},  # the plan has the defaults
     )
+    capabilities = _capabilities(sm)
+    if target in _ENGINE_TARGETS:
+        from avsep.export.engine import check_machine
+
+        check_machine(target, capabilities)  # before the export takes its minutes
+    said: list[str] = []
     with progress_bar() as bars:
         bar = bars.add("exporting", None)
 
@@ -159,18 +219,22 @@ def run(
             bars.update(bar, done, total)
 
         bundles = export_run(
-            run, out, tasks=tasks, plan=plan, store=store, weights_licence=licence, tar=tar, progress=progress
+            run,
+            out,
+            tasks=tasks,
+            plan=plan,
+            store=store,
+            weights_licence=licence,
+            tar=tar,
+            progress=progress,
+            tell=said.append,
         )
     _show(Console(), bundles, f"exported to {out}")
-    if synthetic := [b for b in bundles if any((g.entry["gate"] or {}).get("on") == "synthetic" for g in b.graphs)]:
-        typer.echo(
-            f"the run's store is not there: {synthetic[0].path} was scored on synthetic mixtures (--store gives the "
-            "place of the store)",
-            err=True,
-        )
-    if target is not None and target != "onnxruntime":
+    for line in dict.fromkeys(said):
+        typer.echo(line, err=True)
+    if target in _ENGINE_TARGETS:
         for bundle in bundles:
-            _build(bundle, [], target, sm, workspace_mib, None, False)
+            _build(bundle, [], target, capabilities, workspace_mib, None, False)
     typer.echo(f"next: avsep export verify {bundles[0].path}")
 
 
@@ -181,18 +245,32 @@ def _check_target(target: str) -> None:
         raise UnknownNameError(f"unknown target '{target}': {near_matches(target, _TARGETS)}")
 
 
+def _capabilities(sm: Sequence[str] | None) -> list[str]:
+    """["86,sm_89", "120"] -> ["86", "89", "120"]"""
+    parts = (part.strip() for given in sm or () for part in given.split(","))
+    return [part.removeprefix("sm_") for part in parts if part]
+
+
+def _frame_size(text: str) -> tuple[int, int]:
+    from avsep.errors import ConfigError
+
+    height, sign, width = text.lower().partition("x")
+    if not (sign and height.strip().isdecimal() and width.strip().isdecimal()):
+        raise ConfigError(f"--frame-size {text!r} is not a height and a width: write it as 240x320")
+    return int(height), int(width)
+
+
 def _build(
     bundle: Bundle,
     graphs: Sequence[str],
     target: str,
-    sm: Sequence[str] | None,
+    capabilities: Sequence[str],
     workspace_mib: int,
     out: Path | None,
     force: bool,
 ) -> None:
     from avsep.export.engine import build_engines
 
-    capabilities = [part.strip() for given in sm or () for part in given.split(",") if part.strip()]
     build_engines(
         bundle,
         graphs=graphs,
@@ -300,7 +378,7 @@ def build(
         verify(bundle)
         return
     with open_bundle(bundle) as opened:
-        _build(opened, graph or [], target, sm, workspace_mib, out, force)
+        _build(opened, graph or [], target, _capabilities(sm), workspace_mib, out, force)
 
 
 @app.command("info")
@@ -330,6 +408,11 @@ def info(bundle: _Bundle) -> None:
             told = "; ".join(f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in tensors)
             rows[f"{graph.file} {side}"] = told
         rows[f"{graph.file} needs"] = f"opset {graph.entry['opset']}, TensorRT {graph.entry['least_tensorrt']} or later"
+        if chosen := graph.entry.get("quantised"):
+            rows[f"{graph.file} has"] = (
+                f"{chosen['layers']} of {chosen['of']} convolutions in INT8, chosen on {chosen['mixtures']} "
+                f"{chosen['on']} mixtures"
+            )
     width = max(map(len, rows))
     for name, told in rows.items():
         typer.echo(f"{name:<{width}}  {told}")
@@ -351,7 +434,7 @@ def plugin(
     from avsep.export.plugin import ARCHITECTURES, export_plugin
     from avsep.spec import FrontEndSpec
 
-    wanted = [part.strip().removeprefix("sm_") for given in sm or () for part in given.split(",") if part.strip()]
+    wanted = _capabilities(sm)
     if bad := [part for part in wanted if not part.isdigit()]:
         raise ConfigError(f"--sm {bad[0]!r} is no compute capability: such as {', '.join(map(str, ARCHITECTURES))}")
     with open_bundle(bundle) as opened:
