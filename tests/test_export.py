@@ -53,6 +53,7 @@ def tiny(motion="motion_cnn", classes=("flute", "piano", "cello"), layers=4, **f
 def inputs_of(separator, batch=1, sources=2, steps=5, seed=0):
     from avsep.export.plan import tensor_specs
 
+    steps = None if separator.motion_encoder is None else steps
     specs, _ = tensor_specs(separator, ExportPlan(batch=batch, sources=sources, motion_steps=steps))
     arrays = golden_inputs(specs, separator.num_classes, separator.spec.front_end.sample_rate_hz, seed)
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
