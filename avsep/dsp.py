@@ -12,7 +12,26 @@ from avsep.kernels import Interpolation, StftTables, analyse, istft, make_tables
 from avsep.spec import FrontEndSpec
 from avsep.types import Spectrograms
 
-__all__ = ["FrontEnd"]
+__all__ = ["FrontEnd", "log_magnitude", "magnitude"]
+
+
+def magnitude(network_input: Tensor) -> Tensor:
+    """X = e^z - 1, the warped magnitude, from the front end's z = log1p(X); of any shape.
+
+    Computed as 2 e^(z/2) sinh(z/2), which keeps the digits of small magnitudes where ONNX, which has no expm1, would
+    lose them. In single precision at least, whatever the autocast.
+    """
+    half = 0.5 * (network_input.float() if network_input.dtype in (torch.float16, torch.bfloat16) else network_input)
+    return 2.0 * half.exp() * half.sinh()
+
+
+def log_magnitude(network_input: Tensor, floor: float = 1e-10) -> Tensor:
+    """log(max(X, floor)) from the front end's log1p(X): what Sound of Pixels and Co-Separation look at.
+
+    They take the logarithm of X, to which the front end has added 1e-10 before the warp as they do. A maximum, and no
+    second sum: ONNX's optimiser strikes out sums with so small a constant.
+    """
+    return magnitude(network_input).clamp(min=floor).log()
 
 
 class FrontEnd(nn.Module):

@@ -60,8 +60,9 @@ class Parameter:
 class ComponentSpec:
     """What the registry knows of a component before anything is built.
 
-    ``needs`` and ``provides`` are names of tensors (``mask_features``, ``latent``, ``skips``, ``object``, ``motion``)
-    that the composer checks against each other.
+    ``needs`` and ``provides`` are names of tensors (``mask_features``, ``latent``, ``skips``, ``bottleneck``,
+    ``spectrogram``, ``object``, ``motion``) that the composer checks against each other. ``bottleneck`` stands for the
+    latent of an encoder that ends there, and leaves the way up to the decoder.
     """
 
     kind: str
@@ -188,7 +189,9 @@ class Registry:
 
 
 # What a mask decoder is told of the encoders beside it, and of the classes; people never set these by hand.
-_DECODER_WIRING = frozenset({"num_classes", "mask_channels", "latent_channels", "object_dim", "motion_dim"})
+_DECODER_WIRING = frozenset(
+    {"num_classes", "mask_channels", "latent_channels", "skip_channels", "object_dim", "motion_dim"}
+)
 
 AUDIO_ENCODERS = Registry("audio encoder", "audio_encoders")
 # A visual encoder that can serve as either is told which of the two it is.

@@ -165,11 +165,12 @@ class Separator(nn.Module):
         """Feature maps by name, for methods that compare those of two separators of one spec.
 
         They come before their activations, from the finest of the way down to the mask features; in a U-Net of seven
-        levels e3, e4, e5, d4, d2 and F (the mask features).
+        levels e3, e4, e5, d4, d2 and F (the mask features). Where the way up is the mask decoder's, there is no F, whose
+        place the masks' logits take.
 
         Args:
             audio: of the audio encoder.
-            output: of the mask decoder.
+            output: of the mask decoder; without it the maps of sources are left out.
 
         Returns:
             [B, C, H, W] each, or [B*N, C, H, W] where each source has maps of its own.
@@ -179,7 +180,9 @@ class Separator(nn.Module):
         """
         if not self.has_taps:
             raise ConfigError(f"audio encoder '{self.spec.audio_encoder.name}' has no taps, which give feature maps")
-        return self.audio_encoder.taps(audio)  # type: ignore[operator]
+        named: dict[str, Tensor] = self.audio_encoder.taps(audio)  # type: ignore[operator]
+        of_sources = {} if output is None else output.maps
+        return {**named, **{name: maps.flatten(0, 1) for name, maps in of_sources.items()}}
 
     def analyse(self, sources: Tensor) -> Spectrograms:
         """sources [B, N, L], already scaled so that their sum is the mixture -> the network's input and its targets."""
@@ -272,8 +275,9 @@ def build_from_spec(spec: SeparatorSpec) -> Separator:
         spec.mask_decoder.name,
         spec.mask_decoder.params,
         num_classes=spec.num_classes,
-        mask_channels=audio_encoder.mask_channels,
+        mask_channels=getattr(audio_encoder, "mask_channels", None),
         latent_channels=audio_encoder.latent_channels,
+        skip_channels=getattr(audio_encoder, "skip_channels", ()),
         object_dim=None if visual["object"] is None else visual["object"].dim,
         motion_dim=None if visual["motion"] is None else visual["motion"].dim,
     )

@@ -153,16 +153,20 @@ class SeparatorSpec(_Model):
                 )
             provided.add(role)
         decoder = MASK_DECODERS.get(self.mask_decoder.name)
-        if missing := sorted(decoder.needs - provided):
-            way_out = " and ".join(
-                f"add an {m}_encoder"
-                if m == "object"
-                else f"add a {m}_encoder"
-                if m == "motion"
-                else f"choose an audio encoder that gives {m}"
-                for m in missing
+        if self.motion_encoder is not None and "motion_dim" not in {p.name for p in decoder.parameters}:
+            raise ConfigError(
+                f"mask decoder '{decoder.name}' makes no use of motion features: leave the motion_encoder out"
             )
+        if missing := sorted(decoder.needs - provided):
+            way_out = " and ".join(_way_out(m) for m in missing)
             raise ConfigError(f"mask decoder '{decoder.name}' needs {' and '.join(missing)} features: {way_out}")
+
+
+def _way_out(feature: str) -> str:
+    if feature in ("object", "motion"):
+        return f"add {'an' if feature == 'object' else 'a'} {feature}_encoder"
+    givers = ", ".join(spec.name for spec in AUDIO_ENCODERS if feature in spec.provides)
+    return f"choose an audio encoder that gives {feature}" + (f" ({givers})" if givers else "")
 
 
 class OptimizerSpec(_Model):

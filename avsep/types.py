@@ -5,6 +5,7 @@ Dimensions: B batch, N sources, L samples, C channels, F frequency rows, T time 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,14 +20,17 @@ __all__ = ["AudioFeatures", "Batch", "MaskOutput", "Spectrograms", "Task", "Visu
 class AudioFeatures:
     """What an audio encoder gives: ``mask_features`` [B, C, F, T], ``latent`` [B, D, H, W] and the skip maps.
 
-    ``ups`` are the maps of a U-Net's way up, coarsest first, that are neither: what methods that compare feature maps
-    look at beside the others.
+    ``mask_features`` are None of an encoder that leaves the way up to the mask decoder. ``ups`` are the maps of a
+    U-Net's way up, coarsest first, that are neither: what methods that compare feature maps look at beside the others.
+    ``spectrogram`` [B, 1, F, T] is what the encoder was given, log1p of the warped mixture magnitude, for decoders that
+    listen to what they separate.
     """
 
-    mask_features: Tensor
+    mask_features: Tensor | None
     latent: Tensor
     skips: tuple[Tensor, ...] = ()
     ups: tuple[Tensor, ...] = ()
+    spectrogram: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,32 +63,57 @@ class MaskOutput:
 
     The ``logits`` [B, N, F, T] on the log-frequency grid are given as they are, or as the factors of a product over
     channels, ``embedding`` [B, N, C] and ``mask_features`` [B, C, F, T]. Then they are formed when first asked for,
-    and a loss that is computed from the factors (:func:`avsep.losses.mask_losses`) never forms them.
+    and a loss that is computed from the factors (:func:`avsep.losses.mask_losses`) never forms them. The ``audio``
+    embedding may be given as a function without arguments, which is called when it is first asked for.
+
+    ``classify`` takes the audio embedding to :attr:`class_logits`, of decoders that recognise what they separate.
+    ``maps`` [B, N, C, H, W] are the named maps, coarsest first, of a decoder that is itself a U-Net: its part of what
+    methods that compare feature maps look at.
 
     Raises:
         ValueError: when there are neither logits nor both factors.
     """
 
-    __slots__ = ("_logits", "audio", "embedding", "mask_features", "motion", "object")
+    __slots__ = ("_audio", "_classify", "_logits", "embedding", "maps", "mask_features", "motion", "object")
 
     def __init__(
         self,
         *,
-        audio: Tensor,
+        audio: Tensor | Callable[[], Tensor],
         object: Tensor | None = None,
         motion: Tensor | None = None,
         logits: Tensor | None = None,
         embedding: Tensor | None = None,
         mask_features: Tensor | None = None,
+        classify: Callable[[Tensor], Tensor] | None = None,
+        maps: Mapping[str, Tensor] | None = None,
     ) -> None:
         if logits is None and (embedding is None or mask_features is None):
             raise ValueError("a MaskOutput needs logits, or embedding and mask_features")
-        self.audio = audio
+        self._audio = audio
         self.object = object
         self.motion = motion
         self.embedding = embedding
         self.mask_features = mask_features
+        self.maps = dict(maps or {})
         self._logits = logits
+        self._classify = classify
+
+    @property
+    def audio(self) -> Tensor:
+        """f_a [B, N, D], the embedding of what is heard in each source."""
+        if not callable(self._audio):
+            return self._audio
+        audio = self._audio()
+        # formed under no_grad it would be of no use to a loss that comes later
+        if audio.requires_grad or not self.logits.requires_grad:
+            self._audio = audio
+        return audio
+
+    @property
+    def class_logits(self) -> Tensor | None:
+        """[B, N, Q], which of the Q classes is heard in each source; None of a decoder that has no classifier."""
+        return None if self._classify is None else self._classify(self.audio)
 
     @property
     def logits(self) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from avsep.decoders.conditioned_unet import SharedUpConv
 from avsep.encoders.unet7 import UpConv, folded_kernel
 from avsep.errors import ExportError
 from avsep.kernels.stft_masking.reference import hann_window, linear_frequency_grid, log_frequency_grid
@@ -146,7 +147,8 @@ def warp_matrices(spec: FrontEndSpec) -> tuple[Matrix, Matrix, Matrix | None]:
 def _constant_weights(module: nn.Module) -> None:
     """Replace, in place, layers that compute their weights in each call by layers that hold the computed ones.
 
-    Runtimes would compute them once at best; TensorRT wants the kernel of a transposed convolution as a constant.
+    Runtimes would compute them once at best; TensorRT wants the kernel of a transposed convolution as a constant. Where
+    a normalisation follows the sum of two convolutions, which no runtime folds, it goes into both of them.
     """
     for name, child in list(module.named_children()):
         if isinstance(child, UpConv) and child.fold:
@@ -154,8 +156,24 @@ def _constant_weights(module: nn.Module) -> None:
             layer = nn.ConvTranspose2d(kernel.shape[0], kernel.shape[1], 4, stride=2, padding=1, bias=False)
             layer.weight = nn.Parameter(kernel, requires_grad=False)
             setattr(module, name, layer)
+        elif isinstance(child, SharedUpConv) and isinstance(child.norm, nn.BatchNorm2d):
+            _fold_norm(child, child.norm)
         else:
             _constant_weights(child)
+
+
+def _fold_norm(layer: SharedUpConv, norm: nn.BatchNorm2d) -> None:
+    """Fold the normalisation that follows the layer's sum into its convolutions, in float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert layer.own.bias is not None
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    shift = (layer.own.bias.double() - norm.running_mean.double()) * scale + norm.bias.double()
+    with torch.no_grad():
+        for convolution in (layer.own, layer.shared):
+            convolution.weight.copy_(convolution.weight.double() * scale[:, None, None])  # [in, out, 4, 4]
+        layer.own.bias.copy_(shift)
+    layer.norm = nn.Identity()
 
 
 def _mix_rows(x: Tensor, kernel: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ Features = Mapping[str, "VisualTimeline | Mapping[str, Any]"]
 
 # Decoders whose masks of one source do not depend on what else is asked for: any number of sources may be separated in
 # groups of as many as the graph takes.
-_INDEPENDENT_DECODERS = ("query_transformer",)
+_INDEPENDENT_DECODERS = ("channel_synthesizer", "conditioned_unet", "query_transformer")
 # Samples beyond this are no audio in +-1, but integers that somebody made floats of.
 _LARGEST_SAMPLE = 100.0
 _MOST_ENCODED = 256  # results of visual encoders that are remembered

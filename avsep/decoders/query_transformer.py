@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avsep.decoders._growth import check_growth
 from avsep.errors import ConfigError
 from avsep.registry import MASK_DECODERS
 from avsep.types import AudioFeatures, MaskOutput, VisualFeatures
@@ -239,8 +240,7 @@ class QueryTransformer(nn.Module):
         Raises:
             ConfigError: when there would be fewer classes than now.
         """
-        if num_classes < self.num_classes:
-            raise ConfigError(f"cannot go from {self.num_classes} classes to {num_classes}: queries are only added")
+        check_growth(self.num_classes, num_classes, "queries")
         old = self.class_queries
         new = torch.randn(num_classes - self.num_classes, self.dim).to(old)
         self.class_queries = nn.Parameter(torch.cat((old.detach(), new)), requires_grad=old.requires_grad)

@@ -1,6 +1,7 @@
 """Audio and visual encoders. Importing this package registers the built-in ones."""
 
 from avsep.encoders.clip import ClipViTB32, SigLIP2Base
+from avsep.encoders.conv7 import Conv7
 from avsep.encoders.efficientnet import EfficientNetLite0
 from avsep.encoders.frame_cnn import FrameCNN
 from avsep.encoders.motion_cnn import MotionCNN
@@ -11,6 +12,7 @@ from avsep.encoders.videomae import VideoMAEBase
 
 __all__ = [
     "ClipViTB32",
+    "Conv7",
     "EfficientNetLite0",
     "FrameCNN",
     "MotionCNN",

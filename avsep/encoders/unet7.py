@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avsep.errors import ConfigError
+from avsep.dsp import log_magnitude
+from avsep.encoders._sizes import check_size
 from avsep.registry import AUDIO_ENCODERS
 from avsep.types import AudioFeatures
 
@@ -61,7 +62,9 @@ class UNet7(nn.Module):
     Down: convolution 4x4, stride 2; up: nearest upsampling by 2 and convolution 3x3; none has a bias. At the defaults
     it has 30,274,178 parameters. ``base_channels`` is the width of the first level; ``mask_channels`` is C of the mask
     features. ``fold_upsampling`` computes each upsampling and its convolution as one transposed convolution, which is
-    exact and several times cheaper; the parameters are the 3x3 weights either way.
+    exact and several times cheaper; the parameters are the 3x3 weights either way. The network sees log1p(X) of the
+    magnitude X, as iQuery does; with ``log_floor`` above 0 it sees log(max(X, ``log_floor``)), as Sound of Pixels
+    does (1e-10 there).
 
     Shapes:
         input [B, 1, F, T] with F and T multiples of 128; ``mask_features`` [B, mask_channels, F, T];
@@ -70,13 +73,23 @@ class UNet7(nn.Module):
         before the ReLU.
     """
 
-    provides = ("mask_features", "latent", "skips")
+    provides = ("mask_features", "latent", "skips", "spectrogram")
     size_multiple = 128
 
-    def __init__(self, *, base_channels: int = 64, mask_channels: int = 32, fold_upsampling: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        base_channels: int = 64,
+        mask_channels: int = 32,
+        fold_upsampling: bool = True,
+        log_floor: float = 0.0,
+    ) -> None:
         super().__init__()
         if base_channels < 1 or mask_channels < 1:
             raise ValueError(f"base_channels and mask_channels must be positive, got {base_channels}, {mask_channels}")
+        if not log_floor >= 0:
+            raise ValueError(f"log_floor must be 0 (log1p) or more, got {log_floor}")
+        self.log_floor = log_floor
         self.mask_channels = mask_channels
         self.latent_channels = 4 * base_channels
         width = [1, *(base_channels * m for m in (1, 2, 4, 8, 8, 8, 8))]  # channels of e_0 (input) .. e_7
@@ -95,13 +108,9 @@ class UNet7(nn.Module):
         self.up_norm = nn.ModuleList(nn.BatchNorm2d(channels) for channels in out[:-1])
 
     def forward(self, spectrogram: Tensor) -> AudioFeatures:
-        rows, frames = spectrogram.shape[-2:]
-        if rows % self.size_multiple or frames % self.size_multiple:
-            raise ConfigError(
-                f"unet7 halves its input seven times and needs F and T in multiples of {self.size_multiple}, got "
-                f"{rows} x {frames}: change the front end's log_rows or clip_samples"
-            )
-        e = self.down[0](self.input_norm(spectrogram))  # e_1 [B, c, F/2, T/2]
+        check_size(spectrogram, self.size_multiple, "unet7")
+        x = log_magnitude(spectrogram, self.log_floor) if self.log_floor else spectrogram
+        e = self.down[0](self.input_norm(x))  # e_1 [B, c, F/2, T/2]
         if not torch.compiler.is_exporting():
             # Channels last from here on: on two CPU cores the forward pass takes half the time, a training step 4/5.
             e = e.contiguous(memory_format=torch.channels_last)
@@ -116,10 +125,17 @@ class UNet7(nn.Module):
             if i < 6:
                 d = self.up_norm[i](d)
                 ups.append(d)
-        return AudioFeatures(mask_features=d, latent=ups[3], skips=tuple(skips), ups=tuple(ups))  # latent d_4
+        return AudioFeatures(
+            mask_features=d,
+            latent=ups[3],  # d_4
+            skips=tuple(skips),
+            ups=tuple(ups),
+            spectrogram=spectrogram,
+        )
 
     def taps(self, audio: AudioFeatures) -> dict[str, Tensor]:
         """The maps that :meth:`avsep.separator.Separator.taps` names, of this encoder's features."""
+        assert audio.mask_features is not None
         named = {f"e{k}": audio.skips[k - 1] for k in (3, 4, 5)}
         named |= {f"d{k}": audio.ups[7 - k] for k in (4, 2)}
         return {**named, "F": audio.mask_features}

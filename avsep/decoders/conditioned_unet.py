@@ -1,0 +1,153 @@
+"""Co-Separation's mask decoder: a U-Net's way up for every source, conditioned on its object, and a classifier."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from avsep.decoders._growth import check_growth
+from avsep.decoders._resnet import SpectrogramClassifier
+from avsep.dsp import magnitude
+from avsep.encoders.conv7 import init_as_published
+from avsep.errors import ConfigError
+from avsep.registry import MASK_DECODERS
+from avsep.types import AudioFeatures, MaskOutput, Spectrograms, VisualFeatures
+
+__all__ = ["ConditionedUNet", "SharedUpConv"]
+
+
+class SharedUpConv(nn.Module):
+    """Transposed convolution (4x4, stride 2) of a source's own maps beside maps that all sources of a mixture share.
+
+    It is linear, so the shared maps go through it once a mixture and are added: [B*N, own, H, W] and [B, shared, H, W]
+    -> [B*N, out, 2H, 2W], equal to the convolution of the two concatenated. With ``norm`` a normalisation follows.
+    """
+
+    def __init__(self, own: int, shared: int, out: int, *, norm: bool = True) -> None:
+        super().__init__()
+        self.own = nn.ConvTranspose2d(own, out, 4, stride=2, padding=1)
+        self.shared = nn.ConvTranspose2d(shared, out, 4, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(out) if norm else nn.Identity()
+
+    def forward(self, own: Tensor, shared: Tensor, shape: tuple[int, int]) -> Tensor:
+        total = self.own(own).unflatten(0, shape) + self.shared(shared)[:, None]  # [B, N, out, 2H, 2W]
+        return self.norm(total.flatten(0, 1))
+
+
+@MASK_DECODERS.register(
+    "conditioned_unet",
+    source="Gao and Grauman, Co-Separating Sounds of Visual Objects, ICCV 2019; fed as by ContAV-Sep (NeurIPS 2024)",
+)
+class ConditionedUNet(nn.Module):
+    """A U-Net's way up for every source, with its object's vector at the bottleneck; class-agnostic masks.
+
+    ``dim`` is the width of the object's vector, a linear map of the object feature, which stands at every place of the
+    bottleneck in front of the audio. Seven transposed convolutions 4x4, each but the last with normalisation and ReLU,
+    each but the first with the encoder's map of its size behind it. With ``conv7`` it has 46,022,785 parameters at
+    full size, the object's map and the classifier not counted.
+
+    The separated spectrogram, log(M X + ``log_floor``), is classified by a ResNet-18 of width ``dim`` / 8 with one
+    output a class. Its cross-entropy with the source's class is the consistency loss, weighed by
+    ``consistency_weight`` (:meth:`auxiliary_losses`); its last vector is the audio embedding f_a, as wide as f_o, the
+    object's vector. The classifier runs only where one of the two is asked for: not at test time, and in no exported
+    graph.
+
+    The co-separation loss of the paper sums the masks of all objects of a video before they are compared with its ratio
+    mask. Here a video has one object and there are no scene images, so it is the separation loss
+    (:func:`avsep.losses.separation_loss`), which the strategy brings.
+
+    Shapes:
+        seven skips from F/2 down to F/128 before their activations, spectrogram [B, 1, F, T], object
+        [B, N, object_dim], class_ids [B, N] (only their shape is used) -> logits [B, N, F, T], f_a and f_o [B, N, dim],
+        class logits [B, N, num_classes], maps ``d4`` at 1/8 and ``d2`` at 1/2 after their normalisation and before the
+        ReLU.
+    """
+
+    needs = ("bottleneck", "skips", "spectrogram", "object")
+    class_agnostic = True
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        skip_channels: Sequence[int],
+        object_dim: int,
+        dim: int = 512,
+        consistency_weight: float = 0.05,
+        log_floor: float = 1e-10,
+    ) -> None:
+        super().__init__()
+        if dim < 8 or dim % 8:
+            raise ValueError(f"dim must be a multiple of 8, the classifier's width times 8, got {dim}")
+        if not consistency_weight >= 0:
+            raise ValueError(f"consistency_weight must be 0 or more, got {consistency_weight}")
+        if not log_floor > 0:
+            raise ValueError(f"log_floor must be above 0, got {log_floor}")
+        if len(skip_channels) != 7:
+            raise ValueError(f"the audio encoder must give seven skips, got {len(skip_channels)}")
+        self.num_classes = num_classes
+        self.consistency_weight = consistency_weight
+        self.log_floor = log_floor
+        self.object_proj = nn.Linear(object_dim, dim)
+        # d_7 first, d_1 last; d_k has the channels of e_(k-1) and reads [d_(k+1), e_k]; in place of d_8 is the object
+        out = (*reversed(skip_channels[:-1]), 1)
+        self.up = nn.ModuleList(
+            SharedUpConv(own, shared, channels, norm=i < 6)
+            for i, (own, shared, channels) in enumerate(zip((dim, *out), reversed(skip_channels), out, strict=False))
+        )
+        self.up.apply(init_as_published)
+        self.classifier = SpectrogramClassifier(num_classes=num_classes, width=dim // 8)
+
+    def grow(self, num_classes: int) -> None:
+        """Make room for ``num_classes`` classes in the classifier; the old rows stay, the masks do not change.
+
+        The last layer's parameters are new objects afterwards: optimisers made before do not know them.
+
+        Raises:
+            ConfigError: when there would be fewer classes than now.
+        """
+        check_growth(self.num_classes, num_classes, "outputs")
+        self.classifier.grow(num_classes)
+        self.num_classes = num_classes
+
+    def forward(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
+        if visual.object is None:
+            raise ConfigError("conditioned_unet needs object features, and none were given")
+        assert audio.spectrogram is not None
+        batch, sources = class_ids.shape
+        object_embedding = self.object_proj(visual.object)  # f_o [B, N, D]
+        height, width = audio.skips[-1].shape[-2:]
+        d = object_embedding.flatten(0, 1)[:, :, None, None].expand(-1, -1, height, width)
+        maps: dict[str, Tensor] = {}
+        for k, up in zip(range(7, 0, -1), self.up, strict=True):
+            d = up(d, F.leaky_relu(audio.skips[k - 1], 0.2), (batch, sources))  # d_k [B*N, ., F/2^(k-1), T/2^(k-1)]
+            if k > 1:
+                if k in (4, 2):
+                    maps[f"d{k}"] = d.unflatten(0, (batch, sources))
+                d = F.relu(d)
+        logits = d.unflatten(0, (batch, sources)).squeeze(2)  # [B, N, F, T]
+        return MaskOutput(
+            logits=logits,
+            audio=functools.partial(self._listen, audio.spectrogram, logits),
+            object=object_embedding,
+            classify=self.classifier.fc,
+            maps=maps,
+        )
+
+    def _listen(self, spectrogram: Tensor, logits: Tensor) -> Tensor:
+        """f_a [B, N, D]: what the classifier makes of the separated spectrograms."""
+        mask = logits.to(spectrogram.dtype).sigmoid()
+        separated = (magnitude(spectrogram) * mask + self.log_floor).log()  # [B, N, F, T]
+        return self.classifier(separated.flatten(0, 1)[:, None]).unflatten(0, logits.shape[:2])
+
+    def auxiliary_losses(self, output: MaskOutput, spectrograms: Spectrograms, class_ids: Tensor) -> dict[str, Tensor]:
+        """The consistency loss, weighted: cross-entropy of what is heard in each source with its class, the mean over
+        sources. Empty where its weight is 0."""
+        class_logits = output.class_logits if self.consistency_weight > 0 else None
+        if class_logits is None:
+            return {}
+        loss = F.cross_entropy(class_logits.flatten(0, 1).float(), class_ids.flatten())
+        return {"consistency": self.consistency_weight * loss}
