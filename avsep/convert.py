@@ -1,12 +1,16 @@
-"""Checkpoints of the published iQuery and ContAV-Sep code, read into a separator.
+"""Checkpoints of the published code of iQuery and ContAV-Sep, and of Co-Separation, read into a separator.
 
-The published code keeps two files, the U-Net (``net_sound``) and the transformer (``maskformer``). Every one of its
+The code of iQuery keeps two files, the U-Net (``net_sound``) and the transformer (``maskformer``). Every one of its
 decoder layers owns three attentions and four norms but calls only some of them; the tensors that are never called are
 dropped and named (at the published size with 5 classes 30 tensors, 1,318,400 parameters).
+
+The code of Co-Separation keeps three: ``visual``, ``unet`` and ``classifier``. Sound of Pixels' own U-Net (bilinear
+upsampling, a bias at its end) is not ``unet7``, so its checkpoints are not read.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,12 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avsep.decoders import QueryTransformer
-from avsep.encoders import UNet7
+from avsep.decoders import ConditionedUNet, QueryTransformer
+from avsep.encoders import Conv7, ResNet18Map, UNet7
 from avsep.errors import CheckpointError
 from avsep.separator import Separator, build_separator
 
-__all__ = ["PublishedCheckpoint", "convert_published", "load_published", "read_published"]
+__all__ = [
+    "PublishedCheckpoint",
+    "convert_coseparation",
+    "convert_published",
+    "load_coseparation",
+    "load_published",
+    "read_published",
+]
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class PublishedCheckpoint:
     """A converted checkpoint.
 
     ``state`` has the names of :class:`avsep.separator.Separator`; ``dropped`` the published tensors that are never
-    called; ``sizes`` what the tensors' shapes tell of the network.
+    called or stand there twice; ``sizes`` what the tensors' shapes tell of the network.
     """
 
     state: dict[str, Tensor]
@@ -114,7 +125,11 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _translate(
-    state: dict[str, Tensor], names: dict[str, str], dead: Sequence[str], what: str
+    state: dict[str, Tensor],
+    names: dict[str, str],
+    dead: Sequence[str],
+    what: str,
+    order: str = "two files in the order net_sound, maskformer",
 ) -> tuple[dict[str, Tensor], list[str]]:
     for name in names:
         # old PyTorch did not count batches; the counter is not used in the computation
@@ -123,7 +138,7 @@ def _translate(
     if unknown := sorted(state.keys() - names.keys() - set(dead)):
         raise CheckpointError(
             f"{what} checkpoint: {len(unknown)} tensors are not part of the published network, among them "
-            f"'{unknown[0]}': give the two files in the order net_sound, maskformer"
+            f"'{unknown[0]}': give the {order}"
         )
     if missing := sorted(names.keys() - state.keys()):
         raise CheckpointError(f"{what} checkpoint: {len(missing)} tensors are missing, among them '{missing[0]}'")
@@ -182,14 +197,19 @@ def convert_published(sound_state: Mapping[str, Any], predictor_state: Mapping[s
                 f"published checkpoint: the transformer's width {sizes['dim']} is not the latent's "
                 f"{encoder.latent_channels}, which needs '{extra[0]}'"
             )
-        for name, value in translated.items():
-            if value.shape != expected[name].shape:
-                raise CheckpointError(
-                    f"published checkpoint: '{name}' has the shape {list(value.shape)}, the network's other tensors "
-                    f"ask for {list(expected[name].shape)}"
-                )
-            state[f"{prefix}.{name}"] = value
+        state |= _fitted(prefix, expected, translated)
     return PublishedCheckpoint(state, tuple(dropped), sizes)
+
+
+def _fitted(prefix: str, expected: Mapping[str, Tensor], translated: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The translated tensors under their prefix, once each has the shape that the network expects."""
+    for name, value in translated.items():
+        if value.shape != expected[name].shape:
+            raise CheckpointError(
+                f"published checkpoint: '{name}' has the shape {list(value.shape)}, the network's other tensors "
+                f"ask for {list(expected[name].shape)}"
+            )
+    return {f"{prefix}.{name}": value for name, value in translated.items()}
 
 
 def read_published(sound: str | os.PathLike[str], predictor: str | os.PathLike[str]) -> PublishedCheckpoint:
@@ -249,9 +269,132 @@ def load_published(
         motion_encoder=("precomputed", {"features": motion_features, "dim": sizes["motion_dim"]}),
         mask_decoder=("query_transformer", {**decoder, "heads": heads}),
     )
+    return _loaded(separator, converted)
+
+
+def _loaded(separator: Separator, converted: PublishedCheckpoint) -> Separator:
     # Strict but for the front end, which has no trained tensors.
     own = {name for name in separator.state_dict() if not name.startswith("front_end.")}
     if own != converted.state.keys():
         raise CheckpointError(f"published checkpoint: {sorted(own ^ converted.state.keys())[0]!r} does not fit")
     separator.load_state_dict(converted.state, strict=False)
     return separator.eval()
+
+
+# --- Co-Separation ----------------------------------------------------------------------------------------------------
+
+_COSEPARATION_ORDER = "three files in the order visual, unet, classifier"
+
+
+def _coseparation_unet_names() -> dict[str, str]:
+    """Published name -> ours, but for the kernels of the way up, which are cut in two."""
+    names: dict[str, str] = {}
+    for k in range(1, 8):
+        down, up = f"audionet_convlayer{k}", f"audionet_upconvlayer{k}"
+        names |= {f"{down}.0.{t}": f"down.{k - 1}.{t}" for t in _AFFINE}
+        names |= {f"{down}.1.{t}": f"down_norm.{k - 1}.{t}" for t in _BATCH_NORM}
+        names |= {f"{up}.0.bias": f"up.{k - 1}.own.bias", f"{up}.0.weight": f"up.{k - 1}.weight"}
+        if k < 7:
+            names |= {f"{up}.1.{t}": f"up.{k - 1}.norm.{t}" for t in _BATCH_NORM}
+    return names
+
+
+def _resnet_names() -> dict[str, str]:
+    """The layers of ResNet-18 by number, as the published code keeps them -> by name."""
+    names = {"feature_extraction.0.weight": "conv1.weight"} | _norm("fc", "fc")
+    modules = {"feature_extraction.1": "bn1"}
+    for layer in range(1, 5):
+        for block in range(2):
+            old, new = f"feature_extraction.{layer + 3}.{block}", f"layer{layer}.{block}"
+            convolutions = ["conv1", "conv2"]
+            modules |= {f"{old}.bn{i}": f"{new}.bn{i}" for i in (1, 2)}
+            if layer > 1 and block == 0:
+                convolutions.append("downsample.0")
+                modules[f"{old}.downsample.1"] = f"{new}.downsample.1"
+            names |= {f"{old}.{c}.weight": f"{new}.{c}.weight" for c in convolutions}
+    return names | {f"{old}.{t}": f"{new}.{t}" for old, new in modules.items() for t in _BATCH_NORM}
+
+
+def convert_coseparation(
+    visual_state: Mapping[str, Any], unet_state: Mapping[str, Any], classifier_state: Mapping[str, Any]
+) -> PublishedCheckpoint:
+    """Translate the published state dicts of Co-Separation (seven levels, ``visual_pool conv1x1``).
+
+    The kernels of the way up are cut into the part of the source's own maps and that of the mixture's. Networks that
+    were trained with scene images have an output for them, after those of the classes.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, unknown or of the wrong shape.
+    """
+    resnet = _resnet_names()
+    reduction = _norm("conv1x1.0", "conv1x1.0") | {f"conv1x1.1.{t}": f"conv1x1.1.{t}" for t in _BATCH_NORM}
+    twice = ("conv1.weight",)  # also feature_extraction.0.weight
+    visual, _ = _translate(_plain(visual_state, "visual"), resnet | reduction, twice, "visual", _COSEPARATION_ORDER)
+    unet, _ = _translate(_plain(unet_state, "unet"), _coseparation_unet_names(), (), "unet", _COSEPARATION_ORDER)
+    classifier, _ = _translate(_plain(classifier_state, "classifier"), resnet, twice, "classifier", _COSEPARATION_ORDER)
+    down = {name: value for name, value in unet.items() if name.startswith("down")}
+    up = {name: value for name, value in unet.items() if name.startswith("up") and name[5:] != "weight"}
+    try:
+        sizes = {
+            "base_channels": down["down.0.weight"].shape[0],
+            "dim": visual["fc.weight"].shape[0],
+            "num_classes": classifier["fc.weight"].shape[0],
+            "visual_width": visual["conv1.weight"].shape[0],
+            "visual_channels": visual["conv1x1.0.weight"].shape[0],
+        }
+        places = visual["fc.weight"].shape[1] // max(1, sizes["visual_channels"])
+        sizes["visual_size"] = 32 * math.isqrt(places)
+        for k in range(7):
+            shared = down[f"down.{6 - k}.weight"].shape[0]
+            kernel = unet[f"up.{k}.weight"]
+            up[f"up.{k}.own.weight"], up[f"up.{k}.shared.weight"] = kernel[:-shared], kernel[-shared:]
+        with torch.device("meta"):  # shapes only
+            encoder = Conv7(base_channels=sizes["base_channels"])
+            decoder = ConditionedUNet(
+                num_classes=sizes["num_classes"],
+                skip_channels=encoder.skip_channels,
+                object_dim=sizes["dim"],
+                dim=sizes["dim"],
+                project=False,
+            )
+            pictures = ResNet18Map(**_visual_sizes(sizes))
+    except (IndexError, ValueError) as error:  # tensors of sizes that no network has
+        raise CheckpointError(f"published checkpoint: {error}") from None
+    state = _fitted("audio_encoder", encoder.state_dict(), down)
+    state |= _fitted("object_encoder", pictures.state_dict(), visual)
+    state |= _fitted(
+        "mask_decoder", decoder.state_dict(), up | {f"classifier.{name}": v for name, v in classifier.items()}
+    )
+    return PublishedCheckpoint(state, twice, sizes)
+
+
+def _visual_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    named = {key: sizes[f"visual_{key}"] for key in ("width", "channels", "size")}
+    return {"dim": sizes["dim"], **named}
+
+
+def load_coseparation(
+    visual: str | os.PathLike[str],
+    unet: str | os.PathLike[str],
+    classifier: str | os.PathLike[str],
+    *,
+    classes: Sequence[str] = (),
+) -> Separator:
+    """A separator, in eval mode, with the weights of the three published files of Co-Separation.
+
+    Its object encoder takes the cropped picture of one detected object. ``classes`` are the class names in the order of
+    the classifier's outputs, if known.
+
+    Raises:
+        CheckpointError: when a file is missing, damaged, holds anything but tensors, or does not fit.
+    """
+    converted = convert_coseparation(*(_read(Path(path)) for path in (visual, unet, classifier)))
+    sizes = converted.sizes
+    separator = build_separator(
+        num_classes=sizes["num_classes"],
+        classes=classes,
+        audio_encoder=("conv7", {"base_channels": sizes["base_channels"]}),
+        object_encoder=("resnet18_map", _visual_sizes(sizes)),
+        mask_decoder=("conditioned_unet", {"dim": sizes["dim"], "project": False}),
+    )
+    return _loaded(separator, converted)

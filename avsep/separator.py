@@ -165,8 +165,8 @@ class Separator(nn.Module):
         """Feature maps by name, for methods that compare those of two separators of one spec.
 
         They come before their activations, from the finest of the way down to the mask features; in a U-Net of seven
-        levels e3, e4, e5, d4, d2 and F (the mask features). Where the way up is the mask decoder's, there is no F, whose
-        place the masks' logits take.
+        levels e3, e4, e5, d4, d2 and F (the mask features). Where the way up is the mask decoder's, there is no F: the
+        logits take its place.
 
         Args:
             audio: of the audio encoder.

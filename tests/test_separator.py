@@ -24,6 +24,9 @@ SMALL = {
 # Parameters that keep a component small in these tests, or that it cannot do without.
 PARAMS = {
     "unet7": {"base_channels": 4, "mask_channels": 3},
+    "conv7": {"base_channels": 4},
+    "conditioned_unet": {"dim": 16},
+    "resnet18_map": {"dim": 8, "size": 64, "width": 4, "channels": 4},
     "query_transformer": {"dim": 16, "heads": 2, "feedforward": 16, "layers": 2},
     "precomputed": {"features": "stored", "dim": 6},
     "frame_cnn": {"dim": 8, "channels": 4},
@@ -65,24 +68,43 @@ def ref(name):
     return None if name is None else (name, PARAMS.get(name, {}))
 
 
+def fits(audio, motion_encoder, decoder):
+    """What the composer should say of a combination that has an object encoder."""
+    decoder = MASK_DECODERS.get(decoder)
+    if motion_encoder is not None and decoder.name != "query_transformer":
+        return "makes no use of motion features: leave the motion_encoder out"
+    missing = decoder.needs - {"object"} - AUDIO_ENCODERS.get(audio).provides
+    return f"'{decoder.name}' needs .*: choose an audio encoder that gives" if missing else None
+
+
 @pytest.mark.parametrize(("audio", "visual", "decoder"), combinations())
-def test_every_combination_learns_in_every_trainable_parameter(audio, visual, decoder):
+def test_every_combination_learns_in_every_trainable_parameter_or_is_refused(audio, visual, decoder):
     object_encoder, motion_encoder = visual
+    parts = {
+        "audio_encoder": ref(audio),
+        "object_encoder": ref(object_encoder),
+        "motion_encoder": ref(motion_encoder),
+        "mask_decoder": ref(decoder),
+    }
+    if (reason := fits(audio, motion_encoder, decoder)) is not None:
+        with pytest.raises(ConfigError, match=reason):
+            build_separator(num_classes=3, **parts, front_end=FRONT_END)
+        return
     try:
-        separator = build_separator(
-            num_classes=3,
-            audio_encoder=ref(audio),
-            object_encoder=ref(object_encoder),
-            motion_encoder=ref(motion_encoder),
-            mask_decoder=ref(decoder),
-            front_end=FRONT_END,
-        )
+        separator = build_separator(num_classes=3, **parts, front_end=FRONT_END)
     except MissingExtraError as error:
         pytest.skip(str(error))
     features = separator.encode_visual(*visual_inputs(separator))
-    output = separator(torch.rand(2, 1, 128, 128), features, torch.tensor([[0, 1], [2, 0]]))
+    class_ids = torch.tensor([[0, 1], [2, 0]])
+    spectrogram = torch.rand(2, 1, 128, 128)
+    output = separator(spectrogram, features, class_ids)
     assert output.logits.shape == (2, 2, 128, 128)
-    output.logits.square().mean().backward()
+    assert output.audio.shape == output.object.shape  # CrossSDC compares them
+    # as in training: masks, what the decoder adds of its own, and embeddings
+    loss = output.logits.square().mean() + (output.audio * output.object).mean()
+    for term in getattr(separator.mask_decoder, "auxiliary_losses", lambda *_: {})(output, None, class_ids).values():
+        loss = loss + term
+    loss.backward()
     groups = separator.parameter_groups()
     trainable = {id(p) for group in groups.values() for p in group}
     for name, parameter in separator.named_parameters():
@@ -125,6 +147,26 @@ def test_small_preset_builds_and_parts_can_be_exchanged():
         ({"object_encoder": None}, ConfigError, "needs object features: add an object_encoder"),
         ({"mask_decoder": ("query_transformer", {"num_classes": 3})}, UnknownNameError, "no parameter 'num_classes'"),
         ({"mask_decoder": ("query_transformer", {"heads": 3})}, ConfigError, "heads 3"),
+        (
+            {"audio_encoder": "conv7"},
+            ConfigError,
+            r"needs mask_features features: choose .* gives mask_features \(unet7\)",
+        ),
+        (
+            {"mask_decoder": "channel_synthesizer"},
+            ConfigError,
+            "no use of motion features: leave the motion_encoder out",
+        ),
+        (
+            {"mask_decoder": "conditioned_unet", "motion_encoder": None},
+            ConfigError,
+            r"'conditioned_unet' needs bottleneck features: choose an audio encoder that gives bottleneck \(conv7\)",
+        ),
+        (
+            {"preset": "coseparation", "object_encoder": None, "motion_encoder": None},
+            ConfigError,
+            "needs object features",
+        ),
         ({"mask_decoder": 7}, ConfigError, "mask_decoder = 7"),
         ({"front_end": {"hopp": 4}}, UnknownNameError, "unknown key 'front_end.hopp': did you mean 'hop'"),
         ({"front_end": {"log_rows": 100}}, ConfigError, "multiples of 128, got 100: try front_end.log_rows=128"),

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avsep.decoders._classifier import SpectrogramClassifier
 from avsep.decoders._growth import check_growth
-from avsep.decoders._resnet import SpectrogramClassifier
 from avsep.dsp import magnitude
 from avsep.encoders.conv7 import init_as_published
 from avsep.errors import ConfigError
@@ -44,10 +44,10 @@ class SharedUpConv(nn.Module):
 class ConditionedUNet(nn.Module):
     """A U-Net's way up for every source, with its object's vector at the bottleneck; class-agnostic masks.
 
-    ``dim`` is the width of the object's vector, a linear map of the object feature, which stands at every place of the
-    bottleneck in front of the audio. Seven transposed convolutions 4x4, each but the last with normalisation and ReLU,
-    each but the first with the encoder's map of its size behind it. With ``conv7`` it has 46,022,785 parameters at
-    full size, the object's map and the classifier not counted.
+    ``dim`` is the width of the object's vector, a linear map of the object feature (with ``project`` off the feature
+    itself), which stands at every place of the bottleneck in front of the audio. Seven transposed convolutions 4x4
+    follow, each but the last with normalisation and ReLU, each but the first with the encoder's map of its size behind
+    the one below. With ``conv7`` the U-Net has 46,022,785 parameters at full size.
 
     The separated spectrogram, log(M X + ``log_floor``), is classified by a ResNet-18 of width ``dim`` / 8 with one
     output a class. Its cross-entropy with the source's class is the consistency loss, weighed by
@@ -76,12 +76,17 @@ class ConditionedUNet(nn.Module):
         skip_channels: Sequence[int],
         object_dim: int,
         dim: int = 512,
+        project: bool = True,
         consistency_weight: float = 0.05,
         log_floor: float = 1e-10,
     ) -> None:
         super().__init__()
         if dim < 8 or dim % 8:
             raise ValueError(f"dim must be a multiple of 8, the classifier's width times 8, got {dim}")
+        if not project and object_dim != dim:
+            raise ValueError(
+                f"the object feature is {object_dim} wide and dim is {dim}: without project they must be the same"
+            )
         if not consistency_weight >= 0:
             raise ValueError(f"consistency_weight must be 0 or more, got {consistency_weight}")
         if not log_floor > 0:
@@ -91,7 +96,7 @@ class ConditionedUNet(nn.Module):
         self.num_classes = num_classes
         self.consistency_weight = consistency_weight
         self.log_floor = log_floor
-        self.object_proj = nn.Linear(object_dim, dim)
+        self.object_proj = nn.Linear(object_dim, dim) if project else nn.Identity()
         # d_7 first, d_1 last; d_k has the channels of e_(k-1) and reads [d_(k+1), e_k]; in place of d_8 is the object
         out = (*reversed(skip_channels[:-1]), 1)
         self.up = nn.ModuleList(

@@ -7,6 +7,7 @@ from avsep.encoders.frame_cnn import FrameCNN
 from avsep.encoders.motion_cnn import MotionCNN
 from avsep.encoders.precomputed import Precomputed
 from avsep.encoders.resnet18 import ResNet18
+from avsep.encoders.resnet18_map import ResNet18Map
 from avsep.encoders.unet7 import UNet7
 from avsep.encoders.videomae import VideoMAEBase
 
@@ -18,6 +19,7 @@ __all__ = [
     "MotionCNN",
     "Precomputed",
     "ResNet18",
+    "ResNet18Map",
     "SigLIP2Base",
     "UNet7",
     "VideoMAEBase",

@@ -1,4 +1,4 @@
-"""ResNet-18 (He et al., CVPR 2016) of any width, with torchvision's parameter names, and a classifier made of it."""
+"""ResNet-18 (He et al., CVPR 2016) of any width, with torchvision's parameter names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ResNet18", "SpectrogramClassifier"]
+__all__ = ["ResNet18"]
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -68,35 +68,9 @@ class ResNet18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x: Tensor) -> Tensor:
-        x = self.conv1(x).contiguous(memory_format=torch.channels_last)  # as in unet7, for speed
+        """The last map."""
+        x = self.conv1(x)
+        if not torch.compiler.is_exporting():
+            x = x.contiguous(memory_format=torch.channels_last)  # as in unet7, for speed
         x = F.max_pool2d(F.relu(self.bn1(x)), 3, stride=2, padding=1)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
-
-
-class SpectrogramClassifier(ResNet18):
-    """ResNet-18 on a spectrogram with the maximum over its last map, and one row of ``fc`` a class.
-
-    With 20 classes at width 64 it has 11,180,500 parameters. ``fc`` starts as N(0, 0.02), as in Co-Separation.
-    """
-
-    def __init__(self, *, num_classes: int, width: int = 64) -> None:
-        super().__init__(in_channels=1, width=width)
-        self.fc = self._rows(num_classes)
-
-    def _rows(self, count: int) -> nn.Linear:
-        fc = nn.Linear(self.channels, count)
-        nn.init.normal_(fc.weight, 0.0, 0.02)
-        return fc
-
-    def grow(self, num_classes: int) -> None:
-        """Rows for more classes; the old ones stay. The parameters are new objects afterwards."""
-        old, new = self.fc, self._rows(num_classes - self.fc.out_features).to(self.fc.weight)
-        grown = nn.Linear(self.channels, num_classes, device="meta")
-        for name in ("weight", "bias"):
-            rows = torch.cat((getattr(old, name).detach(), getattr(new, name).detach()))
-            setattr(grown, name, nn.Parameter(rows, requires_grad=getattr(old, name).requires_grad))
-        self.fc = grown
-
-    def forward(self, spectrogram: Tensor) -> Tensor:
-        """[B, 1, F, T] -> the vector before ``fc``, [B, 8*width]"""
-        return F.adaptive_max_pool2d(self.features(spectrogram), 1).flatten(1)
