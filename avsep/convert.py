@@ -348,7 +348,7 @@ def convert_coseparation(
             shared = down[f"down.{6 - k}.weight"].shape[0]
             kernel = unet[f"up.{k}.weight"]
             up[f"up.{k}.own.weight"], up[f"up.{k}.shared.weight"] = kernel[:-shared], kernel[-shared:]
-        with torch.device("meta"):  # shapes only
+        with torch.random.fork_rng(devices=[]):  # for their shapes; not as meta tensors, whose normal_ imports inductor
             encoder = Conv7(base_channels=sizes["base_channels"])
             decoder = ConditionedUNet(
                 num_classes=sizes["num_classes"],
