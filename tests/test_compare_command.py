@@ -17,6 +17,7 @@ from avsep.evaluation import comparison_page
 from avsep.evaluation.comparison import cells_of_runs, compare
 from avsep.evaluation.evaluate import evaluate_run
 from avsep.io import read_json
+from avsep.memory.budget import budget_of
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,7 @@ def test_runs_become_methods_by_what_they_differ_in(variant):
     assert found[0].name == str(first)
     records = [read_json(first / "tasks" / t / "task.json") for t in ("00", "01")]
     assert found[0].seconds == pytest.approx(sum(r["seconds"] for r in records))
+    assert found[0].memory_bytes == budget_of(first, 0).total  # what the last task begins with
 
     default = variant("default", strategy={"name": "contavsep", "params": {"weight_mask": 0.3}}, seed=8)
     lighter = variant("lighter", strategy={"name": "contavsep", "params": {"weight_mask": 0.0}})

@@ -29,6 +29,7 @@ from avsep.evaluation.evaluate import (
     task_matrix,
 )
 from avsep.io import read_json
+from avsep.memory.budget import budget_of
 from avsep.runs import finished_tasks
 from avsep.separator import load_separator
 
@@ -208,6 +209,8 @@ def test_a_run_is_scored_task_by_task_and_only_once(run, protocol, monkeypatch):
     assert (result["protocol"], result["protocol_version"], result["protocol_hash"]) == ("fixed", 1, protocol.hash)
     for step in result["after"]:
         assert step["seconds"] == read_json(run / "tasks" / f"{step['task']:02d}" / "task.json")["seconds"]
+        assert step["memory"] == budget_of(run, step["task"]).plain()
+    assert result["after"][0]["memory"]["exemplars"] == 2
 
     monkeypatch.setattr(module, "evaluate_separator", lambda *a, **k: pytest.fail("scored again"))
     assert evaluate_run(run) == result
@@ -301,6 +304,8 @@ def test_command_prints_the_matrix_and_the_counts(run, protocol, capsys, monkeyp
     for text in ("after task", "average", "forgetting", "SI-SDR", "skipped", "degen.", "cross", "evaluation.json"):
         assert text in shown
     assert f"protocol fixed version 1, {protocol.hash[:12]}" in shown
+    kept = [budget_of(run, t).total / 1e6 for t in (0, 1)]
+    assert f"MB kept after each: {kept[0]:.2f}, {kept[1]:.2f}" in shown
     (run / "tasks" / "01" / "task.json").unlink()  # one task alone: nothing can be forgotten yet
     command(run, store=None, task=None, batch_size=4, device="cpu")
     assert "forgetting" not in capsys.readouterr().out

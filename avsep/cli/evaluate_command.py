@@ -86,6 +86,7 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
                 table.add_row("", "with degen.", *[_number(means[m]) for m in METRICS], "", "", "")
         table.add_section()
     console.print(table)
+    console.print(_costs(result["after"]))
     last = result["after"][-1]["all"]
     if last["skipped"]:
         console.print(
@@ -96,6 +97,12 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
             f"{last['degenerate']} mixtures of a clip with itself or its own class count in the rows 'with degen.' "
             f"only, as in the published numbers"
         )
+
+
+def _costs(steps: list[dict[str, Any]]) -> str:
+    minutes = ", ".join(f"{step['seconds'] / 60:.1f}" for step in steps)
+    megabytes = ", ".join(f"{step['memory']['total'] / 1e6:.2f}" for step in steps)
+    return f"minutes of training by task: {minutes}; MB kept after each: {megabytes} (more: avsep budget)"
 
 
 def _number(value: float | None) -> str:

@@ -331,25 +331,23 @@ def cells_of_runs(folders: Sequence[str | Path]) -> list[Cell]:
         if evaluation is None:
             raise RunError(f"{folder} has no scores of its last task as it is now: run avsep evaluate {folder}")
         steps = evaluation["after"]
+        if len(steps) < len(spec.tasks):
+            raise RunError(
+                f"{folder} is scored after {len(steps)} of its {len(spec.tasks)} tasks: train and evaluate it to the "
+                f"end first"
+            )
         cells.append(
             Cell(
                 method=method,
                 seed=spec.train.seed,
                 evaluation=evaluation,
-                memory_bytes=_largest([step.get("memory_bytes") for step in steps]),
-                seconds=_sum([step.get("seconds") for step in steps]),
+                # what the last task began with: nothing follows the last one
+                memory_bytes=steps[max(len(spec.tasks) - 2, 0)].get("memory", {}).get("total"),
+                seconds=sum(step.get("seconds", math.nan) for step in steps),
                 name=str(folder),
             )
         )
     return cells
-
-
-def _largest(values: Sequence[float | None]) -> float | None:
-    return None if None in values else max(v for v in values if v is not None)
-
-
-def _sum(values: Sequence[float | None]) -> float | None:
-    return None if None in values else sum(v for v in values if v is not None)
 
 
 # what tells no method from another: the seed, where things lie, what is checked when runs are compared, the classes

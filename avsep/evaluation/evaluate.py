@@ -441,11 +441,12 @@ def evaluate_run(
 
     The result: ``format`` (``avsep-evaluation``), ``version``, ``protocol``, ``protocol_version``, ``protocol_hash``,
     ``store_hash``; ``tasks``, the class names of each; ``after``, one entry a scored task with its ``task``,
-    ``separator`` hash, the ``seconds`` it was trained for, ``lists`` (:func:`summarise` by list name), ``all`` (over
-    all lists), ``by_task`` (by the sources' task over all lists) and ``rows`` (:func:`rows_of`); and, when no task up
-    to the last scored one is missing, ``matrices`` by metric (:func:`task_matrix`) and ``continual``, the measures of
-    each matrix (:class:`avsep.evaluation.continual.ContinualScores`), with the SDR's once more as ``matrix``,
-    ``average`` (by task), ``forgetting`` and ``bwt``.
+    ``separator`` hash, the ``seconds`` it was trained for, the bytes it keeps as ``memory``
+    (:meth:`avsep.memory.budget.Budget.plain`), ``lists`` (:func:`summarise` by list name), ``all`` (over all lists),
+    ``by_task`` (by the sources' task over all lists) and ``rows`` (:func:`rows_of`); and, when no task up to the last
+    scored one is missing, ``matrices`` by metric (:func:`task_matrix`) and ``continual``, the measures of each matrix
+    (:class:`avsep.evaluation.continual.ContinualScores`), with the SDR's once more as ``matrix``, ``average`` (by
+    task), ``forgetting`` and ``bwt``.
 
     Raises:
         RunError: not a run folder, no finished task, or a task that is not finished.
@@ -465,7 +466,7 @@ def evaluate_run(
     path = run / "evaluation.json"
     steps = {t: step for t, step in _previous(path, identity).items() if t in finished}
     hashes = {t: _separator_hash(separator_folder(run, t)) for t in finished}
-    steps = {t: {**step, **_costs(run, t)} for t, step in steps.items() if step.get("separator") == hashes[t]}
+    steps = {t: step for t, step in steps.items() if step.get("separator") == hashes[t]}
 
     result = _assemble(identity, steps, protocol)
     for task in finished if tasks is None else sorted(set(tasks)):
@@ -496,7 +497,7 @@ def evaluate_run(
         steps[task] = {
             "task": task,
             "separator": hashes[task],
-            **_costs(run, task),
+            **_costs(run, task, opened),
             **_summaries(rows_of(scores)),
         }
         result = _assemble(identity, steps, protocol)
@@ -504,10 +505,12 @@ def evaluate_run(
     return result
 
 
-def _costs(run: Path, task: int) -> dict[str, Any]:
-    """What learning a finished task took."""
+def _costs(run: Path, task: int, store: Store) -> dict[str, Any]:
+    """What learning a finished task took, and what it keeps for the next."""
+    from avsep.memory.budget import budget_of
+
     record = read_json(separator_folder(run, task).with_name("task.json"))
-    return {"seconds": record.get("seconds")}
+    return {"seconds": record.get("seconds"), "memory": budget_of(run, task, store=store).plain()}
 
 
 def _summaries(rows: list[dict[str, Any]]) -> dict[str, Any]:
