@@ -45,6 +45,27 @@ def test_it_is_the_literal_sum_over_maps_and_old_slots(separators):
     assert terms["logits"] > 0
 
 
+def test_masks_that_do_not_depend_on_the_class_are_compared_in_all_slots():
+    """Co-Separation: the way up is the decoder's, with maps a source, and the teacher answers for new classes too."""
+    student, teacher = student_and_teacher(
+        audio_encoder=("conv7", {"base_channels": 4}),
+        motion_encoder=None,
+        mask_decoder=("conditioned_unet", {"dim": 16}),
+    )
+    step = make_step(student)
+    terms = STRATEGIES.create("plop").loss(student, teacher, step)
+    audio = teacher.audio_encoder(step.spectrograms.network_input)
+    taught = teacher.mask_decoder(audio, teacher.encode_visual(step.batch.object, None), step.batch.class_ids)
+    scale = math.sqrt(4 / 2) / 6
+    pairs = [(step.audio.skips[k - 1], audio.skips[k - 1]) for k in (3, 4, 5)]
+    pairs += [(step.output.maps[name].flatten(0, 1), taught.maps[name].flatten(0, 1)) for name in ("d4", "d2")]
+    assert [len(own) for own, _ in pairs] == [3, 3, 3, 6, 6]
+    expected = 0.01 * scale * sum(_pod(own.detach(), theirs) for own, theirs in pairs)
+    assert terms["features"].item() == pytest.approx(expected, rel=1e-4)
+    logits, theirs = (output.logits.flatten(0, 1)[:, None] for output in (step.output, taught))
+    assert terms["logits"].item() == pytest.approx(0.0005 * scale * _pod(logits.detach(), theirs), rel=1e-4)
+
+
 def test_every_map_gets_a_gradient_and_the_teacher_none(separators):
     student, teacher = separators
     before = {k: v.clone() for k, v in teacher.state_dict().items()}

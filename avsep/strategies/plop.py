@@ -32,12 +32,13 @@ class PLOP(Strategy):
     L = L_sep + (1/L) sqrt(|C_0:t| / |C_t|) sum_l factor_l POD_l, with |C_0:t| classes seen and |C_t| of them new, and
     POD_l = :func:`~avsep.losses.pod_distance` between
 
-    - the separator's maps (:meth:`~avsep.separator.Separator.taps`: in a U-Net e3, e4, e5, d4, d2 and the mask
-      features, before their activations), factor ``weight_features``;
+    - the separator's maps, before their activations (:meth:`~avsep.separator.Separator.taps`: e3, e4, e5, d4, d2 and
+      the mask features of a U-Net; where its way up is the mask decoder's, every source's d4 and d2, and no mask
+      features), factor ``weight_features``;
     - the masks' logits, a map of one channel a slot, factor ``weight_logits``: of old slots, or of all slots where the
       masks do not depend on the class, so that the teacher answers for new classes too.
 
-    L counts these L - 1 maps and the logits, also in batches without a slot to compare.
+    L is the number of these maps and the logits together, also in batches without a slot to compare.
 
     The paper's pseudo-labels and the adaptive weight of its classification loss are dropped: they mend that old classes
     are labelled as background in new pictures, and masks of asked classes know no background.
