@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY_FRONT_END
-from continual_runs import SEPARATORS, differing, resume_killed, train, weights
+from conftest import TINY_FRONT_END, TINY_TASKS
+from continual_runs import SEPARATORS, differing, make_learner, resume_killed, train, weights
 from safetensors.torch import load_file
 from strategy_steps import PARTS, make_step
 
 from avsep import build_separator
+from avsep.data.tasks import task_stream
 from avsep.errors import ConfigError
 from avsep.kernels.mask_head.reference import mask_l1_reference
 from avsep.registry import STRATEGIES
@@ -152,6 +155,29 @@ def test_in_a_run_it_changes_the_weights_and_resumes(separator, memory, tone_sto
     assert all(value.shape == first[name].shape for name, value in fisher.items())
     assert not (run / "tasks" / "01" / "strategy.safetensors").exists()
     assert json.loads((run / "tasks" / "01" / "task.json").read_text())["strategy_state"] is None
+
+
+def test_killed_while_it_measures_and_with_its_checkpoint_lost(tone_store, tmp_path, monkeypatch):
+    strategy = ("ewc", {"fisher_samples": 5, "weight": 1e4})
+    whole = train(tone_store, tmp_path / "whole", strategy)
+    stream = task_stream(tone_store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
+    run = tmp_path / "run"
+
+    def dies(separator, batches):
+        fisher_diagonal(separator, itertools.islice(batches, 2))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("avsep.strategies.ewc.fisher_diagonal", dies)
+    with pytest.raises(KeyboardInterrupt):
+        make_learner(strategy).fit(stream, run, progress=False)
+    monkeypatch.undo()
+    assert not (run / "tasks").exists()  # what was learned is in the checkpoint
+    make_learner(strategy).fit(stream, run, resume=True, progress=False)
+    assert differing(weights(run), weights(whole)) == []
+    shutil.rmtree(run / "state")
+    shutil.rmtree(run / "tasks" / "01")
+    make_learner(strategy).fit(stream, run, resume=True, progress=False)
+    assert differing(weights(run), weights(whole)) == []
 
 
 def test_at_weight_zero_it_is_fine_tuning(tone_store, tmp_path):
