@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 
 from avsep.errors import ConfigError
 
-__all__ = ["Chunk", "LongStream", "default_context", "default_crossfade", "plan_chunks", "separate_long"]
+__all__ = [
+    "Chunk",
+    "LongStream",
+    "context_in_samples",
+    "default_context",
+    "default_crossfade",
+    "plan_chunks",
+    "separate_long",
+]
 
 Audio = NDArray[np.float32]
 
@@ -41,8 +49,22 @@ def default_context(clip_samples: int) -> int:
 
 
 def default_crossfade(context_samples: int) -> int:
-    """A sixteenth of the context."""
-    return context_samples // 16
+    """A sixteenth of the context: 46 ms for chunks of 5.9 s."""
+    return max(context_samples, 0) // 16
+
+
+def context_in_samples(context_s: float | None, *, clip_samples: int, sample_rate_hz: int) -> int:
+    """The context of a chunk from seconds; :func:`default_context` when None.
+
+    Raises:
+        ConfigError: it is not between 0 and a quarter of the chunk.
+    """
+    if context_s is None:
+        return default_context(clip_samples)
+    clip_s = clip_samples / sample_rate_hz
+    if not 0 <= context_s <= clip_s / 4:
+        raise ConfigError(f"context {context_s} s must lie between 0 and a quarter of a chunk ({clip_s / 4:.2f} s)")
+    return int(context_s * sample_rate_hz)
 
 
 def plan_chunks(total_samples: int, *, clip_samples: int, context_samples: int, align_samples: int = 1) -> list[Chunk]:
@@ -85,7 +107,7 @@ def _hop(clip_samples: int, context_samples: int, align_samples: int) -> int:
 
 def _context_and_fade(clip_samples: int, context_samples: int | None, crossfade_samples: int | None) -> tuple[int, int]:
     context = default_context(clip_samples) if context_samples is None else context_samples
-    fade = default_crossfade(max(context, 0)) if crossfade_samples is None else crossfade_samples
+    fade = default_crossfade(context) if crossfade_samples is None else crossfade_samples
     if not 0 <= fade <= max(context, 0):
         raise ConfigError(f"crossfade_samples {fade} must lie between 0 and the context ({context})")
     return context, fade
@@ -229,7 +251,7 @@ class LongStream:
         self._emitted = 0
         self._start: int | None = None  # of the last chunk that was separated
         self._estimate: Audio = np.zeros((sources, 0), dtype=np.float32)  # [N, clip], of that chunk
-        self._done = False
+        self._ended = ""  # how, in words
 
     @property
     def latency_samples(self) -> int:
@@ -250,14 +272,16 @@ class LongStream:
     def push(self, block: Audio) -> Audio:
         """Take the next samples [l] float32, of any number, and give what is ready: [N, l'], l' >= 0.
 
+        Whatever ``separate_chunk`` raises comes out, and ends the stream: samples of this block are lost then.
+
         Raises:
-            ConfigError: the stream was flushed, or the block is not [l].
+            ConfigError: the stream has ended, or the block is not [l].
         """
-        if self._done:
-            raise ConfigError("this stream was flushed: begin another one")
+        self._go_on()
         if block.ndim != 1:
             raise ConfigError(f"a stream takes blocks [l], got shape {list(block.shape)}")
         ready: list[Audio] = []
+        self._ended = "has failed"  # unless the end of this call is reached
         while block.shape[0]:
             # up to the end of the next regular chunk, so that the buffer never holds more
             until = self._clip if self._start is None else self._start + self._hop + self._clip
@@ -271,13 +295,13 @@ class LongStream:
                 # The next chunk starts at least so much later as there are samples beyond this one.
                 beyond = self._received - self._start - self._clip
                 self._emit(self._start + (self._clip + beyond) // 2 - self._fade // 2, ready)
+        self._ended = ""
         return self._joined(ready)
 
     def flush(self) -> Audio:
         """The recording has ended: give the rest, [N, l']. Nothing can be pushed afterwards."""
-        if self._done:
-            raise ConfigError("this stream was flushed already")
-        self._done = True
+        self._go_on()
+        self._ended = "was flushed"
         if not self._received:
             return self._joined([])
         ready: list[Audio] = []
@@ -289,6 +313,10 @@ class LongStream:
                 self._advance(chunk.start, ready)
         self._emit(self._received, ready)
         return self._joined(ready)
+
+    def _go_on(self) -> None:
+        if self._ended:
+            raise ConfigError(f"this stream {self._ended}: begin another one")
 
     def _advance(self, start: int, ready: list[Audio]) -> None:
         """Separate the chunk at ``start``, and give out up to the end of its seam with the one before."""

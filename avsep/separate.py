@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avsep.audio import SUBTYPES, level_db, read_audio, resample, to_mono, write_audio
-from avsep.chunking import default_context, separate_long
+from avsep.chunking import context_in_samples, separate_long
 from avsep.data.visualfile import VisualTimeline
 from avsep.errors import AudioError, ConfigError, DataError, NumericalError, UnknownNameError, near_matches
 from avsep.io import made_folder
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from avsep.separator import Separator
-    from avsep.spec import FrontEndSpec
 
 __all__ = [
     "SeparatedFile",
@@ -83,6 +82,8 @@ def class_ids_of(separator: Separator, classes: Sequence[str]) -> list[int]:
 
 def slots_of(known: Sequence[str], classes: Sequence[str]) -> list[int]:
     """Slots of class names among the ``known`` ones; raises as :func:`class_ids_of`."""
+    if isinstance(classes, str):
+        raise ConfigError(f"classes must be a sequence of names, such as ['{classes}'], not one string")
     if not classes:
         raise ConfigError("no classes given: name the sounding objects, such as --classes flute,piano")
     if not known:
@@ -107,16 +108,6 @@ def read_mixture(path: str | os.PathLike[str], rate_hz: int) -> tuple[Audio, Aud
         mixed = "" if audio.shape[0] == 1 else f" when its {audio.shape[0]} channels are mixed to mono"
         raise AudioError(f"{path} is silent{mixed}: there is nothing to separate")
     return mono, resample(mono, own_rate_hz, rate_hz), own_rate_hz
-
-
-def _context(spec: FrontEndSpec, context_s: float | None) -> int:
-    if context_s is None:
-        return default_context(spec.clip_samples)
-    if not 0 <= context_s <= spec.clip_s / 4:
-        raise ConfigError(
-            f"context {context_s} s must lie between 0 and a quarter of a chunk ({spec.clip_s / 4:.2f} s)"
-        )
-    return int(context_s * spec.sample_rate_hz)
 
 
 def _read_checked(timeline: VisualTimeline, source: VisualSource, centre_s: float, duration_s: float) -> NDArray[Any]:
@@ -234,7 +225,9 @@ def separate_audio(
                 run,
                 mixture,
                 clip_samples=spec.clip_samples,
-                context_samples=_context(spec, context_s),
+                context_samples=context_in_samples(
+                    context_s, clip_samples=spec.clip_samples, sample_rate_hz=spec.sample_rate_hz
+                ),
                 align_samples=spec.hop,
                 batch=batch,
                 progress=progress,

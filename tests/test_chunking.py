@@ -196,3 +196,25 @@ def test_a_stream_is_used_once_and_takes_blocks():
         stream.flush()
     with pytest.raises(ConfigError, match="2 sources instead of 3"):
         LongStream(identity, 3, clip_samples=CLIP, context_samples=CONTEXT).push(np.zeros(CLIP, dtype=np.float32))
+
+
+def test_a_stream_whose_separator_failed_does_not_go_on_in_silence():
+    """Of the block that failed some samples are lost: what came after them would stand in their place."""
+    calls = []
+
+    def fails_at_the_second(chunks, starts):
+        calls.append(starts)
+        if len(calls) == 2:
+            raise ValueError("no such picture")
+        return identity(chunks, starts)
+
+    stream = LongStream(fails_at_the_second, 2, clip_samples=CLIP, context_samples=CONTEXT)
+    with pytest.raises(ValueError, match="no such picture"):
+        stream.push(np.ones(3 * CLIP, dtype=np.float32))
+    for go_on in (lambda: stream.push(np.ones(1, dtype=np.float32)), stream.flush):
+        with pytest.raises(ConfigError, match="has failed: begin another one"):
+            go_on()
+    fine = LongStream(identity, 2, clip_samples=CLIP, context_samples=CONTEXT)
+    with pytest.raises(ConfigError, match="blocks"):
+        fine.push(np.ones((1, 5), dtype=np.float32))
+    assert fine.push(np.ones(2 * CLIP, dtype=np.float32)).shape[1] > CLIP  # refused before anything was taken
