@@ -20,7 +20,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -118,11 +118,10 @@ def open_engine(
             profile, or damaged; says which.
     """
     try:
-        builder.this_machine(target)  # before a tar is unpacked for it
-        built = builder.find_engine(
-            bundle.folder(), graph.file, target=target, out=engines_folder(bundle) if out is None else out
-        )
-        return DeviceEngine(built)
+        machine = builder.this_machine(target)
+        bundle.check(graph.file)  # where it lies: a tar need not be unpacked for that
+        place = engines_folder(bundle) if out is None else out
+        return DeviceEngine(builder.engine_of(graph.entry, bundle.manifest["files"][graph.file], machine, place))
     except BuildError as error:
         raise ExportError(str(error)) from None
 
@@ -156,6 +155,7 @@ class Cuda:
         "cuCtxPopCurrent_v2": (ctypes.POINTER(ctypes.c_void_p),),
         "cuMemAlloc_v2": (ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t),
         "cuMemFree_v2": (ctypes.c_uint64,),
+        "cuMemGetInfo_v2": (ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t)),
         "cuMemcpyHtoDAsync_v2": (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p),
         "cuMemcpyDtoHAsync_v2": (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p),
         "cuStreamCreate": (ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint),
@@ -218,6 +218,13 @@ class Cuda:
     def free(self, address: int) -> None:
         self._call("cuMemFree_v2", address)
 
+    def unused_bytes(self) -> int:
+        """Device memory that nobody holds, of this process or another."""
+        unused, whole = ctypes.c_size_t(), ctypes.c_size_t()
+        with self.current():
+            self._call("cuMemGetInfo_v2", ctypes.byref(unused), ctypes.byref(whole))
+        return unused.value
+
     def upload(self, array: Array, address: int) -> None:
         """Queue a copy to the device. The array must stay as it is until :meth:`synchronize`."""
         self._call("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, self._stream)
@@ -231,9 +238,11 @@ class Cuda:
         self._call("cuStreamSynchronize", self._stream)
 
     def close(self) -> None:
-        with self.current():
-            self._call("cuStreamDestroy_v2", self._stream)
-        self._call("cuDevicePrimaryCtxRelease_v2", self._device)
+        try:
+            with self.current():
+                self._call("cuStreamDestroy_v2", self._stream)
+        finally:
+            self._call("cuDevicePrimaryCtxRelease_v2", self._device)
 
 
 # ---------------------------------------------------------------- the engine
@@ -318,6 +327,7 @@ class DeviceEngine:
             try:
                 for name, array in arrays.items():
                     cuda.upload(array, self._buffers[name][0])
+                self._logger.errors.clear()
                 if not context.execute_async_v3(cuda.stream):
                     raise ExportError(f"{self.built.plan} failed: {builder.why_failed(self._logger.errors)}")
                 for name, array in results.items():
@@ -379,28 +389,27 @@ class DeviceEngine:
             raise ExportError(f"{self.built.plan} takes no buffer for '{name}'")
         self._buffers[name] = (address, size)
 
-    @property
-    def device_bytes(self) -> int:
-        """Device memory of the buffers and of the engine's activations; its weights are not counted."""
-        held = sum(size for _, size in self._buffers.values())
-        engine = self._engine
-        return held + (int(engine.device_memory_size_v2) if engine is not None else 0)
-
     def close(self) -> None:
         """Give back the device's memory. Closing twice does nothing."""
         with self._lock:
             cuda, self._cuda = self._cuda, None
             if cuda is None:
                 return
-            with cuda.current():
-                # in this order: a context uses its engine, and that its runtime
-                self._context = None
-                self._engine = None
-                self._runtime = None
-                buffers, self._buffers = self._buffers, {}
-                for address, _ in buffers.values():
-                    cuda.free(address)
-            cuda.close()
+            try:
+                with cuda.current():
+                    # in this order: a context uses its engine, and that its runtime
+                    self._context = None
+                    self._engine = None
+                    self._runtime = None
+                    buffers, self._buffers = self._buffers, {}
+                    for address, _ in buffers.values():
+                        cuda.free(address)
+            finally:
+                cuda.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # also of one that was never made, and when Python or the driver are going
+            self.close()
 
     def __enter__(self) -> DeviceEngine:
         return self

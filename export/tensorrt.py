@@ -58,6 +58,7 @@ __all__ = [
     "build_bundle",
     "check_engine",
     "engine_key",
+    "engine_of",
     "find_engine",
     "find_gpu",
     "load_tensorrt",
@@ -75,6 +76,7 @@ DEFAULT_WORKSPACE_MIB = 1024
 ENGINES = "engines"  # folder of the engines in a bundle's folder
 FORMAT, VERSION = "avsep-engine", 1
 _BUNDLE_FORMAT, _BUNDLE_VERSION = "avsep-bundle", 2
+PLUGIN_GRAPH, _PLUGIN_DEFINITION = "separator.plugin.onnx", "avsep_plugin.py"
 _LEAST = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 0)}
 
 # First bytes of a plan; after them, from byte 24, major, minor, patch and build of what made it, in layout 0.
@@ -198,7 +200,7 @@ def load_tensorrt(target: str = "auto") -> tuple[Any, str]:
     raise BuildError(f"{'; '.join(reasons)}: {' or '.join(way_out[name] for name in wanted)}")
 
 
-def this_machine(target: str = "auto") -> Machine:
+def this_machine(target: str = "auto", *, to_build: bool = False) -> Machine:
     """TensorRT and the GPU here.
 
     Raises:
@@ -207,8 +209,9 @@ def this_machine(target: str = "auto") -> Machine:
     module, found = load_tensorrt(target)
     gpu, reason = find_gpu()
     if gpu is None:
-        hint = ": say for which GPU with --sm 86" if found == "tensorrt-rtx" else ": run this on the device"
-        raise BuildError(f"{reason}, and {TARGETS[found]} {module.__version__} cannot do without{hint}")
+        ahead = to_build and found == "tensorrt-rtx"
+        hint = "say for which GPU with --sm 86" if ahead else "run this on the device"
+        raise BuildError(f"{reason}, and {TARGETS[found]} {module.__version__} cannot do without: {hint}")
     return Machine(module, found, str(module.__version__), gpu)
 
 
@@ -407,7 +410,7 @@ def build(
 
 def _machine_for(target: str, compute_capability: int | str | None) -> Machine:
     if compute_capability is None:
-        return this_machine(target)
+        return this_machine(target, to_build=True)
     module, found = load_tensorrt("tensorrt-rtx" if target == "auto" else target)
     if found != "tensorrt-rtx":
         raise BuildError("TensorRT builds for the GPU it runs on: leave --sm out, or use --target tensorrt-rtx")
@@ -417,11 +420,12 @@ def _machine_for(target: str, compute_capability: int | str | None) -> Machine:
 
 def _load_plugin(folder: Path, machine: Machine) -> None:
     """Run a plugin's definition, which makes it known to TensorRT in this process."""
-    path = folder / "avsep_plugin.py"
+    path = folder / _PLUGIN_DEFINITION
     if machine.target != "tensorrt" or machine.gpu is None:
         raise BuildError("plugins are for TensorRT 10.9 and later; TensorRT-RTX takes none: build the plain graph")
     if not path.is_file():
         raise BuildError(f"{folder} is not a plugin's folder: it has no {path.name}")
+    _verify_plugin(folder)
     try:
         spec = importlib.util.spec_from_file_location("avsep_plugin", str(path))
         assert spec is not None
@@ -431,6 +435,21 @@ def _load_plugin(folder: Path, machine: Machine) -> None:
     except Exception as error:  # whatever TensorRT, or the definition itself, has against it
         raise BuildError(f"the plugin of {folder} cannot be used ({_line(error)})") from None
     definition.compute_capability = machine.gpu.capability  # type: ignore[attr-defined]
+
+
+def _verify_plugin(folder: Path) -> None:
+    """Hold the files of a plugin's folder against the hashes in its plugin.json."""
+    manifest = folder / "plugin.json"
+    try:
+        files = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+        stated = {name: str(files[name]) for name in (_PLUGIN_DEFINITION, PLUGIN_GRAPH)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BuildError(f"{manifest} is damaged ({type(error).__name__}: {_line(error)}): export it again") from None
+    for name, digest in stated.items():
+        if not (folder / name).is_file():
+            raise BuildError(f"{folder} lacks the file {name}: copy the folder again")
+        if _sha256(folder / name) != digest:
+            raise BuildError(f"{folder / name} is not the file that was exported (its SHA-256 differs): copy it again")
 
 
 def _capability(value: int | str) -> str:
@@ -499,7 +518,7 @@ def _compile(
     assert callable(report)
     logger = make_logger(trt, verbose)
     builder = trt.Builder(logger)
-    network = _parse(trt, builder, logger, graph)
+    network, _parser = _parse(trt, builder, logger, graph)  # the parser owns the weights that the network points to
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
     # On by default in strongly typed networks too, and on every version: what float32 means is still the builder's say.
@@ -533,8 +552,8 @@ def _compile(
     return data, kept
 
 
-def _parse(trt: Any, builder: Any, logger: Any, graph: Path) -> Any:
-    """The network of an ONNX file.
+def _parse(trt: Any, builder: Any, logger: Any, graph: Path) -> tuple[Any, Any]:
+    """The network of an ONNX file, and the parser, which must live as long.
 
     Raises:
         BuildError: names every node that the parser refused.
@@ -557,7 +576,7 @@ def _parse(trt: Any, builder: Any, logger: Any, graph: Path) -> Any:
         raise BuildError(f"{trt.__name__} {trt.__version__} does not take {graph.name}: {reasons}")
     if network.num_inputs == 0 or network.num_outputs == 0:
         raise BuildError(f"{graph} has no inputs or no outputs: copy the bundle again")
-    return network
+    return network, parser
 
 
 def _check_onnx(graph: Path) -> None:
@@ -685,25 +704,38 @@ def why_failed(errors: Sequence[str]) -> str:
     if re.search(r"out ?of ?memory|insufficient memory|bad_alloc|std::bad|workspace", " ".join(errors), re.IGNORECASE):
         text += ". Too little memory: --workspace-mib 512, stop other programs, or add swap"
     if "for Turing" in text:
-        text += ". Take the fp16 graph on SM 75 (--graph separator.fp16.onnx)"
+        text += ". SM 75 takes the graph in half precision (*.fp16.onnx)"
     return text
 
 
+_loggers: dict[Any, Any] = {}  # TensorRT's module -> its logger
+
+
 def make_logger(trt: Any, verbose: bool) -> Any:
-    """A logger that keeps errors for the message, and prints when asked to."""
+    """A logger that keeps errors for the message, and prints when asked to; what it kept before is dropped.
+
+    There is one in a process and it is never released: TensorRT makes the first logger that it meets its global one,
+    for as long as any of its objects lives, and holds no reference to it.
+    """
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.verbose = False
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(_line(message))
-            if verbose:
+            if self.verbose:
                 print(f"[{severity}] {message}", file=sys.stderr)
 
-    return Log()
+    if trt not in _loggers:
+        _loggers[trt] = Log()
+    logger = _loggers[trt]
+    logger.errors.clear()
+    logger.verbose = verbose
+    return logger
 
 
 # ---------------------------------------------------------------- progress and cancelling
@@ -946,8 +978,9 @@ def _check_least(graph: Mapping[str, Any], machine: Machine) -> None:
         raise BuildError(f"{graph['file']} needs TensorRT {least}, this is {machine.version}: update it")
 
 
-def _plan_path(folder: Path, out: str | os.PathLike[str] | None, graph: str, target: str, capability: str) -> Path:
-    place = folder / ENGINES if out is None else Path(out)
+def _plan_path(place: str | os.PathLike[str], graph: str, target: str, capability: str) -> Path:
+    """In the folder of the engines, or what is a plan's name itself."""
+    place = Path(place)
     if place.suffix == ".plan":
         return place
     return place / f"{Path(graph).stem}.{target}-sm{capability.replace('.', '')}.plan"
@@ -973,13 +1006,21 @@ def find_engine(
     manifest = read_manifest(folder)
     entry = _chosen(manifest, [graph])[0]
     sha256 = _verified(folder, manifest, graph)
-    machine = this_machine(target)
-    key = _key_of(folder / graph, sha256, machine, None, entry["profiles"], str(entry["precision"]))
-    plan = _plan_path(folder, out, graph, machine.target, key["compute_capability"])
+    return engine_of(entry, sha256, this_machine(target), folder / ENGINES if out is None else out)
+
+
+def engine_of(entry: Mapping[str, Any], sha256: str, machine: Machine, place: str | os.PathLike[str]) -> Built:
+    """The same for a graph's entry in a manifest that was read, its verified hash, and the engines' folder (or the
+    plan)."""
+    graph = str(entry["file"])
+    key = _key_of(Path(graph), sha256, machine, None, entry["profiles"], str(entry["precision"]))
+    plan = _plan_path(place, graph, machine.target, key["compute_capability"])
     try:
         sidecar = check_engine(plan, key)
     except EngineMismatch as error:
-        raise EngineMismatch(f"{error}: build it here (python build_engine.py --graph {graph})") from None
+        raise EngineMismatch(
+            f"{error}: build it here (avsep export build, or python build_engine.py --graph {graph})"
+        ) from None
     return Built(graph, plan, sidecar, False, _sm(key))
 
 
@@ -1012,8 +1053,9 @@ def build_bundle(
     folder = Path(bundle)
     manifest = read_manifest(folder)
     chosen = _chosen(manifest, graphs)
+    place = folder / ENGINES if out is None else Path(out)
     devices: list[int | str | None] = list(dict.fromkeys(sm)) or [None]
-    if out is not None and Path(out).suffix == ".plan" and len(chosen) * len(devices) > 1:
+    if place.suffix == ".plan" and len(chosen) * len(devices) > 1:
         raise BuildError(f"{out} is one file for {len(chosen) * len(devices)} engines: give a folder, or one --graph")
     # All that can be refused is refused before the first engine takes its minutes.
     machines = {device: _machine_for(target, device) for device in devices}
@@ -1027,7 +1069,7 @@ def build_bundle(
         name = entry["file"]
         for device, machine in machines.items():
             key = _key_of(folder / name, hashes[name], machine, device, entry["profiles"], str(entry["precision"]))
-            plan = _plan_path(folder, out, name, machine.target, key["compute_capability"])
+            plan = _plan_path(place, name, machine.target, key["compute_capability"])
             if not force:
                 try:
                     sidecar = check_engine(plan, key)
@@ -1086,6 +1128,7 @@ def check_bundle(
     folder = Path(bundle)
     manifest = read_manifest(folder)
     chosen = _chosen(manifest, graphs)
+    place = folder / ENGINES if out is None else Path(out)
     gpu, reason = find_gpu()
     yield f"GPU: {gpu.name}, SM {gpu.capability}, {gpu.memory_mib} MiB, CUDA {gpu.cuda}" if gpu else f"no GPU: {reason}"
     if not sm and gpu is None:
@@ -1103,14 +1146,14 @@ def check_bundle(
         _check_least(entry, Machine(module, found, str(module.__version__), gpu))
         logger = make_logger(module, False)
         builder = module.Builder(logger)
-        network = _parse(module, builder, logger, folder / name)
+        network, _parser = _parse(module, builder, logger, folder / name)
         config = builder.create_builder_config()
         _add_profiles(builder, network, config, folder / name, entry["profiles"])
         yield f"{name}: whole, and {found} {module.__version__} takes it"
         for device in devices:
             machine = _machine_for(found, device)
             key = _key_of(folder / name, sha256, machine, device, entry["profiles"], str(entry["precision"]))
-            plan = _plan_path(folder, out, name, found, key["compute_capability"])
+            plan = _plan_path(place, name, found, key["compute_capability"])
             try:
                 check_engine(plan, key)
                 yield f"{plan}: good"
@@ -1167,7 +1210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             place = Path(options.plugin)
             plan = Path(options.out) if options.out else place / "separator.plugin.plan"
             build(
-                place / "separator.plugin.onnx",
+                place / PLUGIN_GRAPH,
                 plan,
                 target=options.target,
                 workspace_mib=options.workspace_mib,

@@ -349,7 +349,6 @@ def make(version: str, *, log: tuple[str, ...] = (), fail: bool = False, steps: 
         def __init__(self, built: dict[str, Any]) -> None:
             self._built = built
 
-        device_memory_size_v2 = property(lambda self: 1 << 20)
         num_io_tensors = property(lambda self: len(self._io()))
 
         def _io(self) -> list[tuple[str, list[int]]]:

@@ -190,7 +190,7 @@ def test_what_cannot_be_built_for_turing_keeps_nothing_else_from_it(rtx, copied_
         tensorrt.build_bundle(copied_bundle, target="tensorrt-rtx", sm=[75, 86], progress=False, tell=told.append)
     assert "separator.onnx for sm75" in one_line(error)
     assert "FP32 GEMM is not supported" in str(error.value)
-    assert "--graph separator.fp16.onnx" in str(error.value)
+    assert "half precision (*.fp16.onnx)" in str(error.value)
     assert files_of(copied_bundle / "engines") == [
         "separator.tensorrt-rtx-sm86.plan",
         "separator.tensorrt-rtx-sm86.plan.json",
@@ -646,20 +646,36 @@ def test_a_plugin_is_known_before_its_graph_is_parsed(jetson, tmp_path, monkeypa
     graph = {"inputs": {"mixture": [2, 3]}, "outputs": {"sources": [2, 3]}}
     (folder / "separator.plugin.onnx").write_bytes(fake_tensorrt.as_model(graph))
     definition = folder / "avsep_plugin.py"
-    definition.write_text("import builtins\nbuiltins.avsep_seen = globals()\n")
+
+    def define(text):
+        definition.write_text(text)
+        hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.suffix != ".json"}
+        (folder / "plugin.json").write_text(json.dumps({"files": hashes}))
+
+    define("import builtins\nbuiltins.avsep_seen = globals()\n")
     assert tensorrt.main(["--plugin", str(folder)]) == 0
     import builtins
 
     assert builtins.avsep_seen["compute_capability"] == "8.7"
     del builtins.avsep_seen
     assert files_of(folder)[-2:] == ["separator.plugin.plan", "separator.plugin.plan.json"]
-    definition.write_text("raise RuntimeError('TensorRT 10.3.0 takes no plugins')")
+    define("raise RuntimeError('TensorRT 10.3.0 takes no plugins')")
     capsys.readouterr()
     assert tensorrt.main(["--plugin", str(folder)]) == 2
     assert "takes no plugins" in capsys.readouterr().err
+    definition.write_text("raise SystemExit('this was not exported')")
+    assert tensorrt.main(["--plugin", str(folder)]) == 2
+    assert "avsep_plugin.py is not the file that was exported" in capsys.readouterr().err
+    define("")
+    (folder / "separator.plugin.onnx").unlink()
+    with pytest.raises(BuildError, match=r"lacks the file separator\.plugin\.onnx"):
+        tensorrt.build(definition, folder / "a.plan", plugin=folder)
+    (folder / "plugin.json").write_text("{}")
+    with pytest.raises(BuildError, match=r"plugin\.json is damaged"):
+        tensorrt.build(definition, folder / "a.plan", plugin=folder)
     definition.unlink()
     with pytest.raises(BuildError, match=r"it has no avsep_plugin\.py"):
-        tensorrt.build(folder / "separator.plugin.onnx", folder / "a.plan", plugin=folder)
+        tensorrt.build(folder / "plugin.json", folder / "a.plan", plugin=folder)
 
 
 def test_rtx_takes_no_plugin(rtx, small_graph, tmp_path):
@@ -763,6 +779,8 @@ EXPORT int cuMemAlloc_v2(uint64_t *p, size_t n) {
   if (n > (size_t)1 << 40) return 2;
   *p = (uint64_t)malloc(n); live++; return 0; }
 EXPORT int cuMemFree_v2(uint64_t p) { free((void *)p); live--; return depth == 1 ? 0 : 201; }
+EXPORT int cuMemGetInfo_v2(size_t *u, size_t *t) {
+  *u = (size_t)5 << 32; *t = (size_t)8 << 32; return depth == 1 ? 0 : 201; }
 EXPORT int cuMemcpyHtoDAsync_v2(uint64_t d, const void *s, size_t n, void *st) {
   if (st != &stream_object) return 400; memcpy((void *)d, s, n); return 0; }
 EXPORT int cuMemcpyDtoHAsync_v2(void *d, uint64_t s, size_t n, void *st) {
@@ -804,6 +822,7 @@ def test_the_calls_of_the_driver_fit_its_signatures(driver):
         with pytest.raises(ExportError, match=r"cuMemAlloc_v2: out of memory \(error 2\): too little memory"):
             cuda.allocate(1 << 50)
     np.testing.assert_array_equal(back, array)
+    assert cuda.unused_bytes() == 5 << 32
     assert [state(i) for i in range(4)] == [0, 0, 1, 1]
     cuda.close()
     assert [state(i) for i in range(4)] == [0, 0, 0, 0]
@@ -949,6 +968,47 @@ def test_a_tar_gets_its_engines_beside_it(rtx, copied_bundle, tmp_path):
         engine.build_engines(bundle, target="tensorrt-rtx", sm=[99], progress=False)
 
 
+def test_the_engine_of_a_tar_runs_without_unpacking_it(jetson, copied_bundle, tmp_path, monkeypatch):
+    from avsep.export.bundle_reader import Bundle, open_bundle
+    from avsep.export.packing import write_tar
+
+    write_tar(copied_bundle, tmp_path / "flute.tar")
+    bundle = open_bundle(tmp_path / "flute.tar")
+    key = tensorrt.engine_key(
+        bundle.manifest["files"]["separator.onnx"], "tensorrt", jetson.__version__, ORIN.capability, gpu=ORIN.name
+    )
+    plan = engine.engines_folder(bundle) / "separator.tensorrt-sm87.plan"
+    plan.parent.mkdir()
+    built = {"graph": {"inputs": {"mixture": [2, 3]}, "outputs": {"sources": [2, 3]}}, "profiles": []}
+    plan.write_bytes(b"ftrt" + bytes(20) + bytes([10, 3, 0, 0]) + json.dumps(built).encode())
+    sidecar = {"format": "avsep-engine", "version": 1, "key": key, "plan_sha256": tensorrt._sha256(plan)}
+    Path(f"{plan}.json").write_text(json.dumps(sidecar))
+    monkeypatch.setattr(Bundle, "folder", None)
+    mixture = np.ones((2, 3), np.float32)
+    running = engine.open_engine(bundle, bundle.graph(), "tensorrt")
+    np.testing.assert_array_equal(running.run({"mixture": mixture})["sources"], 2 * mixture)
+    assert FakeCuda.live == 2
+    del running  # nobody closed it: the device's memory comes back all the same
+    assert FakeCuda.live == 0
+    plan.write_bytes(plan.read_bytes() + b" ")
+    with pytest.raises(ExportError, match=r"is damaged.*avsep export build"):
+        engine.open_engine(bundle, bundle.graph(), "tensorrt")
+    data = bytearray((tmp_path / "flute.tar").read_bytes())
+    data[bundle._members["separator.onnx"][0] + 500] ^= 1
+    (tmp_path / "flute.tar").write_bytes(data)
+    with pytest.raises(ExportError, match=r"separator\.onnx is not the file that was exported"):
+        engine.open_engine(bundle, bundle.graph(), "tensorrt")
+
+
+def test_one_logger_lives_as_long_as_tensorrt(jetson):
+    """TensorRT holds the first one that it meets without a reference to it."""
+    first = tensorrt.make_logger(jetson, False)
+    first.log(jetson.ILogger.Severity.ERROR, "of an earlier build")
+    assert tensorrt.make_logger(jetson, True) is first
+    assert first.errors == []
+    assert tensorrt.make_logger(fake_tensorrt.make("11.4"), False) is not first
+
+
 def test_opening_an_engine_without_a_gpu_is_one_line(tiny_bundle, monkeypatch):
     from avsep.export.bundle_reader import open_bundle
 
@@ -958,3 +1018,4 @@ def test_opening_an_engine_without_a_gpu_is_one_line(tiny_bundle, monkeypatch):
     with pytest.raises(ExportError) as error:
         engine.open_engine(bundle, bundle.graph(), "tensorrt-rtx")
     assert "no NVIDIA driver" in one_line(error)
+    assert "run this on the device" in str(error.value)  # and nothing of --sm, which only building has

@@ -189,4 +189,3 @@ def run_sequence(fake, tmp_path, monkeypatch) -> None:
             ids = np.zeros((1, 2), dtype=np.int64)
             result = running.run({"mixture": mixture, "class_ids": ids})
             np.testing.assert_array_equal(result["sources"], 2 * mixture)
-            assert running.device_bytes > 1 << 20
