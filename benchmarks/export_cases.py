@@ -29,10 +29,10 @@ from avsep.benchmarks.measure import (
     interleaved,
     system_load,
 )
-from avsep.errors import AvsepError, ConfigError, MissingExtraError, UnknownNameError, near_matches
+from avsep.errors import AvsepError, ConfigError, ExportError, MissingExtraError
 from avsep.export.bundle_reader import Bundle, Graph, open_bundle
 from avsep.export.parity import compare
-from avsep.export.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, open_session
+from avsep.export.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
 from avsep.export.transforms import istft, stft
 from avsep.provenance import version_of
 
@@ -58,6 +58,7 @@ COLUMNS = (
     "ratio",
     "real_time_factor",
     "process_mb",
+    "device_mb",
     "file_mb",
     "plan_mb",
     "settings",
@@ -76,8 +77,9 @@ COLUMNS = (
 )
 """Of the CSV file: ``provider`` is what really ran; ``ratio`` the first variant's median over this one's;
 ``real_time_factor`` seconds of computing for a second of audio, by the median; ``process_mb`` the most memory that a
-process of its own held which loads the graph and runs it once (Linux alone tells); ``file_mb`` and ``plan_mb`` the
-sizes of the graph (of PyTorch the weights) and of the engine; ``note`` why there is no speed, or what is odd."""
+process of its own held which loads the graph and runs it once (Linux alone tells), and ``device_mb`` the GPU's memory
+that it holds after that, beyond what the CUDA context takes of itself; ``file_mb`` and ``plan_mb`` the sizes of the
+graph (of PyTorch the weights) and of the engine; ``note`` why there is no speed, or what is odd."""
 
 
 @dataclass
@@ -160,8 +162,7 @@ def run(
     if plot is not None:
         _require_matplotlib()
     for name in providers:
-        if name not in (*ONNX_PROVIDERS, *ENGINES):
-            raise UnknownNameError(f"unknown provider '{name}': {near_matches(name, (*ONNX_PROVIDERS, *ENGINES))}")
+        check_provider(name, (*ONNX_PROVIDERS, *ENGINES))
     if threads < 0 or repeats < 1:
         raise ConfigError(f"threads must not be negative and repeats at least 1, got {threads} and {repeats}")
     threads = threads or os.cpu_count() or 1
@@ -178,10 +179,10 @@ def run(
         if not good:
             reasons = "; ".join([*(f"{s.name}: {s.reason}" for s in found if isinstance(s, _Skipped)), *refused])
             raise CheckFailed(f"nothing here runs this bundle: {reasons}")
-        peaks: dict[str, float | str] = {}
+        peaks: dict[str, tuple[float | str, float | str]] = {}
         for variant in good:
             bars.advance(bar, note=f"memory of {variant.name}")
-            peaks[variant.name] = _peak_mb(variant.process) if memory else ""
+            peaks[variant.name] = _peak_mb(variant.process) if memory else ("", "")
         bars.update(bar, 1, 1)
         timed = bars.add("timing", total=len(good) * repeats)
         timings = interleaved({v.name: v.call for v in good}, repeats, done=lambda: bars.advance(timed))
@@ -215,7 +216,8 @@ def run(
                 p80_ms=round(timing.percentile_ms(80), 3),
                 ratio=round(reference / timing.median_ms, 3),
                 real_time_factor=float(f"{timing.median_ms / 1e3 / chunk.seconds:.4g}"),
-                process_mb=peaks[item.name],
+                process_mb=peaks[item.name][0],
+                device_mb=peaks[item.name][1],
             )
         rows.append(row)
     if out is not None:
@@ -429,23 +431,30 @@ def _checked(
     return good, refused
 
 
-def _peak_mb(process: Sequence[str]) -> float | str:
-    """The most memory that a process of its own holds; empty where that is not known."""
+def _peak_mb(process: Sequence[str]) -> tuple[float | str, float | str]:
+    """The most memory that a process of its own holds, and the GPU's that it holds; empty where that is not known."""
     if not process:
-        return ""
+        return "", ""
     command = [sys.executable, "-m", "avsep.benchmarks.export_cases", *process]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-        return round(int(done.stdout.split()[-1]) / 1e6, 1)
-    except (subprocess.SubprocessError, OSError, ValueError, IndexError):
-        return ""
+        host, device = (int(word) for word in done.stdout.split()[-2:])
+    except (subprocess.SubprocessError, OSError, ValueError):
+        return "", ""
+    return round(host / 1e6, 1), round(device / 1e6, 1) if device > 0 else ""
 
 
 def _in_own_process(arguments: Sequence[str]) -> None:
-    """Load what the arguments name, run it once and print the most bytes that this process held."""
+    """Load what the arguments name, run it once and print the most bytes that this process held, and the GPU's."""
     from avsep.benchmarks.measure import _status_bytes
+    from avsep.export.engine import Cuda
 
     kind, path, *rest = arguments
+    try:
+        cuda = Cuda()  # its context, which every library shares, is there from now on and not counted
+        unused = cuda.unused_bytes()
+    except ExportError:
+        cuda, unused = None, 0
     with open_bundle(path, hashes=False) as bundle:
         if kind == "graph":
             file, provider, threads = rest
@@ -454,7 +463,7 @@ def _in_own_process(arguments: Sequence[str]) -> None:
                 engine: Engine = OnnxSession(bundle, graph, provider, int(threads), fall_back=True)
             else:
                 ((engine,), _) = open_session(bundle, [graph], provider, int(threads))
-            _graph_call(bundle, graph, engine, _chunk(bundle, graph))()
+            call = _graph_call(bundle, graph, engine, _chunk(bundle, graph))
         else:
             import torch
 
@@ -462,8 +471,10 @@ def _in_own_process(arguments: Sequence[str]) -> None:
             torch.set_num_threads(int(threads))
             separator = _separator(bundle, run, int(task) if task else None)
             graph = next(g for g in bundle.graphs if g.kind in ("separator", "spectral"))
-            _torch_call(separator, _chunk(bundle, graph), device, False)()
-    print(_status_bytes("VmHWM"))
+            call = _torch_call(separator, _chunk(bundle, graph), device, False)
+        call()
+        held = 0 if cuda is None else unused - cuda.unused_bytes()
+    print(_status_bytes("VmHWM"), held)
 
 
 def _settings(chunk: _Chunk, bundle: Bundle) -> str:
@@ -497,7 +508,7 @@ def _print(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(f"\n[bold]{first['case']}[/]: {first['settings']}; {first['repeats']} repeats", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("variant", overflow="fold")
-    for heading in ("ms", "95 %", "RTF", "ratio", "peak MB", "file MB", "plan MB"):
+    for heading in ("ms", "95 %", "RTF", "ratio", "peak MB", "GPU MB", "file MB", "plan MB"):
         table.add_column(heading, justify="right")
 
     def number(value: Any, form: str) -> str:
@@ -513,6 +524,7 @@ def _print(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
             number(row["real_time_factor"], ".3g"),
             f"{row['ratio']:.2f}x",
             number(row["process_mb"], ",.0f"),
+            number(row["device_mb"], ",.0f"),
             number(row["file_mb"], ",.1f"),
             number(row["plan_mb"], ",.1f"),
         )
@@ -522,7 +534,7 @@ def _print(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
             console.print(f"{row['variant']}: {row['note']}", highlight=False, markup=False)
     console.print(
         f"{first['device']}, {first['threads']} threads, load {first['load']}; ms: median; RTF: seconds "
-        "of computing for one of audio; peak MB: of a process that loads it and runs once",
+        "of computing for one of audio; peak MB: of a process that loads it and runs once, and what it holds of a GPU",
         highlight=False,
     )
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,10 +26,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avsep.chunking import LongStream, separate_long
+from avsep.chunking import LongStream, context_in_samples, default_crossfade, separate_long
 from avsep.data.visualfile import VisualTimeline
 from avsep.errors import AudioError, AvsepError, ConfigError, DataError, NumericalError
 from avsep.export.bundle_reader import Bundle, Graph, open_bundle
+from avsep.export.engine import engines_folder
 from avsep.export.sessions import Engine, open_session
 from avsep.export.transforms import istft, stft
 from avsep.separate import slots_of
@@ -53,11 +55,13 @@ _MOST_ENCODED = 256  # results of visual encoders that are remembered
 class Separator:
     """A bundle's separator. Made by :meth:`load`.
 
-    One call at a time: buffers are kept between calls and used again. Streams of one separator may take turns.
+    Buffers are kept between calls and used again: threads and streams may share a separator, and wait for each other
+    chunk by chunk.
 
     Attributes:
         provider: what really runs, as its own library names it.
         passed_over: for each way that ``provider="auto"`` passed over, the reason in a line.
+        context_samples: of each side of a chunk that are thrown away.
         classes: names of the classes it can separate.
         sample_rate_hz: of the audio it takes and gives.
         clip_samples: of a chunk.
@@ -65,7 +69,12 @@ class Separator:
     """
 
     def __init__(
-        self, bundle: Bundle, graph: Graph, engine: Engine, encoders: Mapping[str, tuple[Graph, Engine]]
+        self,
+        bundle: Bundle,
+        graph: Graph,
+        engine: Engine,
+        encoders: Mapping[str, tuple[Graph, Engine]],
+        chunking: Mapping[str, int] | None = None,
     ) -> None:
         manifest = bundle.manifest
         self.bundle = bundle
@@ -74,7 +83,7 @@ class Separator:
         self.classes = bundle.classes or tuple(str(k) for k in range(int(manifest["separator"].get("num_classes", 0))))
         self.sample_rate_hz = bundle.sample_rate_hz
         self.precision = graph.precision
-        self._chunking = {name: int(value) for name, value in manifest["chunking"].items()}
+        self._chunking = dict(manifest["chunking"] if chunking is None else chunking)
         self.clip_samples = self._chunking["clip_samples"]
         self._transform = manifest["transform"]
         self._decoder = str((manifest["separator"].get("mask_decoder") or {}).get("name", ""))
@@ -95,7 +104,9 @@ class Separator:
         self._most_batch = largest[0][0] if largest else None
         self._most_sources = largest[0][1] if largest else None
         self._usual_batch = self._fixed_batch or (usual[0][0] if usual else 1)
+        self._usual_sources = self._fixed_sources or (usual[0][1] if usual else 1)
         self._encoded: OrderedDict[tuple[str, bytes], Array] = OrderedDict()
+        self._lock = threading.Lock()  # engines give out buffers that their next call overwrites
 
     @classmethod
     def load(
@@ -104,6 +115,8 @@ class Separator:
         provider: str = "auto",
         precision: str | None = None,
         threads: int = 0,
+        *,
+        context_s: float | None = None,
     ) -> Separator:
         """Open a bundle and make its graphs ready.
 
@@ -114,14 +127,18 @@ class Separator:
                 runs first.
             precision: of the graph, ``fp32``, ``fp16`` or ``int8``; None takes fp32 where the bundle has it.
             threads: of ONNX Runtime; 0 leaves the number to it.
+            context_s: seconds of each side of a chunk that are thrown away, at most a quarter of the chunk: more gives
+                finer seams for more computing. None: what the bundle says, an eighth of the chunk.
 
         Raises:
             ExportError: the bundle is damaged, or does not run in this way here.
             UnknownNameError: an unknown provider.
+            ConfigError: threads or context out of range.
         """
         if threads < 0:
             raise ConfigError(f"threads must not be negative, got {threads}")
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, hashes=False)  # checked when read
+        chunking = _chunking(opened, context_s)
         kinds = [kind for kind in ("separator", "spectral") if any(g.kind == kind for g in opened.graphs)]
         graph = opened.graph(kinds[0], precision)
         encoders = {}
@@ -134,6 +151,7 @@ class Separator:
             graph,
             engines[0],
             {role: (g, e) for (role, g), e in zip(encoders.items(), engines[1:], strict=True)},
+            chunking,
         )
         made.passed_over = passed_over
         return made
@@ -146,6 +164,18 @@ class Separator:
     def latency_samples(self) -> int:
         """The most samples between a sample's arrival in a stream and its coming out, without the computing."""
         return self.clip_samples
+
+    @property
+    def context_samples(self) -> int:
+        return self._chunking["context_samples"]
+
+    @property
+    def unused_engines(self) -> tuple[str, ...]:
+        """Why engines that were built of this bundle do not run, though ``provider="auto"`` might have taken them."""
+        folder = engines_folder(self.bundle)
+        return tuple(
+            line for line in self.passed_over if next(folder.glob(f"*.{line.partition(':')[0]}-sm*.plan"), None)
+        )
 
     @property
     def visual_sources(self) -> tuple[VisualSource, ...]:
@@ -218,15 +248,19 @@ class Separator:
         for _ in range(calls):
             inputs = {}
             for tensor in self.graph.inputs:
-                sizes = {"batch": self._usual_batch, "sources": 2}
+                sizes = {"batch": self._usual_batch, "sources": self._usual_sources}
                 shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
                 inputs[tensor.name] = np.zeros(shape, dtype=tensor.dtype)
-            self._engine.run(inputs)
-            for graph, engine in self._encoders.values():
-                engine.run({t.name: np.zeros(_sizes(t.shape), dtype=t.dtype) for t in graph.inputs})
+            with self._lock:
+                self._engine.run(inputs)
+                for graph, engine in self._encoders.values():
+                    engine.run({t.name: np.zeros(_sizes(t.shape), dtype=t.dtype) for t in graph.inputs})
 
     def close(self) -> None:
-        """Remove the temporary files of a bundle in a tar, if any."""
+        """Give back the device's memory, and remove the temporary files of a bundle in a tar, if any."""
+        with self._lock:
+            for engine in (self._engine, *(engine for _, engine in self._encoders.values())):
+                engine.close()
         self.bundle.close()
 
     def __enter__(self) -> Separator:
@@ -287,9 +321,10 @@ class Separator:
             for name in seen[0]:
                 stacked = np.stack([seen[s][name] for s in slots], axis=1)  # [b, N, ...]
                 inputs[name] = np.concatenate([stacked, np.repeat(stacked[-1:], rows - len(starts), axis=0)])
-            (output,) = self._engine.run(inputs).values()
-            estimates = output if self.graph.kind == "separator" else self._synthesised(output)
-            result[:, group] = estimates[: len(starts), : len(group)]
+            with self._lock:
+                (output,) = self._engine.run(inputs).values()
+                estimates = output if self.graph.kind == "separator" else self._synthesised(output)
+                result[:, group] = estimates[: len(starts), : len(group)]
         if not np.isfinite(result).all():
             raise NumericalError(
                 f"the graph answers NaN or infinite samples near {starts[0] / self.sample_rate_hz:.1f} s on "
@@ -450,18 +485,18 @@ class Separator:
                 "(number, channels, height, width): bring them to that size, or export it for yours"
             )
         key = (source.role, hashlib.blake2b(pictures.tobytes(), digest_size=16).digest())
-        found = self._encoded.get(key)
-        if found is None:
-            first = tensor.shape[0] if isinstance(tensor.shape[0], int) else 1
-            block = np.broadcast_to(pictures.astype(tensor.dtype), (first, *pictures.shape))
-            (output,) = engine.run({tensor.name: block}).values()
-            found = np.array(output[0], dtype=np.float32)
-            if not np.isfinite(found).all():
-                raise NumericalError(f"{graph.file} answers NaN or infinite features on {engine.provider}")
-            while len(self._encoded) >= _MOST_ENCODED:
+        with self._lock:
+            found = self._encoded.pop(key, None)
+            if found is None:
+                first = tensor.shape[0] if isinstance(tensor.shape[0], int) else 1
+                block = np.broadcast_to(pictures.astype(tensor.dtype), (first, *pictures.shape))
+                (output,) = engine.run({tensor.name: block}).values()
+                found = np.array(output[0], dtype=np.float32)
+                if not np.isfinite(found).all():
+                    raise NumericalError(f"{graph.file} answers NaN or infinite features on {engine.provider}")
+            self._encoded[key] = found  # the last one used stands last
+            while len(self._encoded) > _MOST_ENCODED:
                 self._encoded.popitem(last=False)
-        self._encoded[key] = found
-        self._encoded.move_to_end(key)
         return found
 
 
@@ -486,7 +521,10 @@ class Stream:
         return self._stream.latency_samples
 
     def push(self, block: Array) -> Audio:
-        """Take the next samples [l], any number of them, and give those that are ready: [N, l'], l' >= 0."""
+        """Take the next samples [l], any number of them, and give those that are ready: [N, l'], l' >= 0.
+
+        A block that is no audio is refused and leaves the stream as it was; after any other error it cannot go on.
+        """
         return self._stream.push(_mono(block))
 
     def flush(self) -> Audio:
@@ -507,6 +545,16 @@ class _View:
             return self.sights[source.role](middle_s, duration_s)
         assert self._timeline is not None
         return self._timeline.read(source, centre_s=middle_s, duration_s=duration_s)
+
+
+def _chunking(bundle: Bundle, context_s: float | None) -> dict[str, int]:
+    """The bundle's chunking, with another context where one is asked for."""
+    stated: dict[str, int] = dict(bundle.manifest["chunking"])
+    if context_s is None:
+        return stated
+    clip = stated["clip_samples"]
+    context = context_in_samples(context_s, clip_samples=clip, sample_rate_hz=bundle.sample_rate_hz)
+    return {**stated, "context_samples": context, "crossfade_samples": default_crossfade(context)}
 
 
 def _constant(array: Array) -> Sight:
@@ -575,6 +623,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--provider", default="auto", help=f"one of {', '.join(PROVIDERS)} [auto]")
     parser.add_argument("--precision", help="of the graph: fp32, fp16 or int8 [fp32 where there is one]")
     parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime [its own choice]")
+    parser.add_argument(
+        "--context", type=float, help="seconds of each side of a chunk that are thrown away [as the bundle says]"
+    )
     parser.add_argument("--format", default="PCM_16", help="of the samples written: PCM_16 or FLOAT [PCM_16]")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     chosen = parser.parse_args(arguments)
@@ -607,30 +658,47 @@ def _separate_file(chosen: Any) -> str:
     audio, rate_hz = read_wav(path)
     mixture = audio.mean(axis=0, dtype=np.float64).astype(np.float32)
     features = None if chosen.features is None else read_visual_file(chosen.features)
-    with Separator.load(chosen.bundle, chosen.provider, chosen.precision, chosen.threads) as separator:
+    separator = Separator.load(
+        chosen.bundle, chosen.provider, chosen.precision, chosen.threads, context_s=chosen.context
+    )
+    clipped = 0
+    with separator:
         slots_of(separator.classes, names)
         if features is None and separator.visual_sources:
             raise ConfigError("this separator looks at pictures: give --features FILE.npz (avsep data features)")
+        separator.check(features, names)
+        separator._check_rate(rate_hz)
         targets = output_paths(path, names, out)
         check_targets([path], [targets], out, chosen.overwrite)
-        separator._check_rate(rate_hz)
-        begin = time.perf_counter()
-        sources = separator.separate(mixture, features, names, rate_hz)
-        took_s = time.perf_counter() - begin
-        provider = separator.provider
-    clipped = 0
-    with made_folder(out):
-        staging = Path(tempfile.mkdtemp(prefix=".separating-", dir=out))
-        try:
-            for target, signal in zip(targets, (*sources, mixture - sources.sum(axis=0)), strict=True):
-                clipped += write_wav(staging / target.name, signal, rate_hz, chosen.format)
-            for target in targets:
-                os.replace(staging / target.name, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        for reason in separator.unused_engines:
+            print(f"note: {reason}", file=sys.stderr)
+        with made_folder(out):
+            staging = Path(tempfile.mkdtemp(prefix=".separating-", dir=out))
+            try:
+                begin = time.perf_counter()
+                sources = separator.separate(mixture, features, names, rate_hz, progress=_counter())
+                took_s = time.perf_counter() - begin
+                for target, signal in zip(targets, (*sources, mixture - sources.sum(axis=0)), strict=True):
+                    clipped += write_wav(staging / target.name, signal, rate_hz, chosen.format)
+                for target in targets:
+                    os.replace(staging / target.name, target)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
     seconds = len(mixture) / rate_hz
-    line = f"{', '.join(str(t) for t in targets)}: {seconds:.2f} s in {took_s:.2f} s on {provider}"
-    return line + (f"; {clipped} samples beyond full scale were clipped" if clipped else "")
+    line = f"{', '.join(str(t) for t in targets)}: {seconds:.2f} s in {took_s:.2f} s on {separator.provider}"
+    return line + (f"; {clipped} samples beyond full scale were clipped (--format FLOAT keeps them)" if clipped else "")
+
+
+def _counter() -> Callable[[int, int], None] | None:
+    """Chunks done, on a terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        end = "\r" + " " * 40 + "\r" if done == total else ""
+        print(f"\r{done} of {total} chunks{end}", end="", file=sys.stderr, flush=True)
+
+    return show
 
 
 if __name__ == "__main__":

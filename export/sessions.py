@@ -12,10 +12,19 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from avsep.errors import AvsepError, ExportError, UnknownNameError, near_matches
+from avsep.errors import ExportError, UnknownNameError
 from avsep.export.bundle_reader import Bundle, Graph
 
-__all__ = ["ONNX_PROVIDERS", "PROVIDERS", "Engine", "OnnxSession", "open_session", "output_shapes"]
+__all__ = [
+    "ENGINES",
+    "ONNX_PROVIDERS",
+    "PROVIDERS",
+    "Engine",
+    "OnnxSession",
+    "check_provider",
+    "open_session",
+    "start_onnx",
+]
 
 Array = NDArray[Any]
 
@@ -44,8 +53,12 @@ class Engine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give back what it holds of a device. It cannot be run afterwards; closing twice does nothing."""
+        ...
 
-def output_shapes(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+
+def _output_shapes(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
     """The shape of each output by name: open dimensions have the sizes that they have in the inputs."""
     sizes: dict[str, int] = {}
     for tensor in graph.inputs:
@@ -58,69 +71,126 @@ def output_shapes(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, tuple[
     }
 
 
+def check_provider(name: str, known: Sequence[str] = PROVIDERS) -> None:
+    """Raise :class:`UnknownNameError` for an unknown provider; all are named, since the nearest to 'gpu' is 'cpu'."""
+    if name not in known:
+        raise UnknownNameError(f"unknown provider '{name}': choose one of {', '.join(known)}")
+
+
+def start_onnx(
+    model: bytes | str, where: str, provider: str = "cpu", threads: int = 0, *, fall_back: bool = False
+) -> tuple[Any, str]:
+    """Load a graph in ONNX Runtime: the session, and the provider that really runs it.
+
+    ONNX Runtime lists providers that it was built with, whether or not they can load, and takes the CPU in their place
+    with a warning at most. Here that is an error, or, with ``fall_back``, told by the second result.
+
+    Args:
+        model: the graph, or its path.
+        where: names it in errors.
+        provider: a key of :data:`ONNX_PROVIDERS`.
+        threads: of one operator; 0 leaves it to ONNX Runtime.
+        fall_back: go on where another provider runs than the one asked for.
+
+    Raises:
+        ExportError: onnxruntime is missing, the provider cannot run here, or the graph is damaged.
+    """
+    ort = _onnxruntime()
+    wanted, cpu = ONNX_PROVIDERS[provider], ONNX_PROVIDERS["cpu"]
+    available = ort.get_available_providers()
+    if wanted not in available and not fall_back:
+        raise ExportError(
+            f"this ONNX Runtime has no {wanted}: it has {', '.join(available)}; --provider cpu runs everywhere"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what matters is raised
+    options.intra_op_num_threads = threads
+    session, reason = None, "its libraries or device are missing"
+    if wanted != cpu and wanted in available:
+        ort.set_default_logger_severity(4)  # a provider that cannot load would print lines of its own
+        try:
+            # enable_fallback: ONNX Runtime's own retry prints a banner on the standard output
+            session = ort.InferenceSession(model, options, providers=[wanted], enable_fallback=0)
+        except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
+            reason = _reason(error)
+        finally:
+            ort.set_default_logger_severity(2)  # its default
+    if session is None:  # the CPU, where it was asked for; else to tell a damaged graph from a provider that fails
+        try:
+            session = ort.InferenceSession(model, options, providers=[cpu])
+        except Exception as error:  # as above
+            raise ExportError(f"ONNX Runtime cannot load {where} ({_reason(error)}): export it again") from None
+    session.disable_fallback()  # a failing call is an error, not a slow answer
+    ran = str(session.get_providers()[0])
+    if ran != wanted and not fall_back:
+        raise ExportError(
+            f"ONNX Runtime runs {ran} instead of {wanted} ({reason}): install what it needs, or --provider cpu"
+        )
+    return session, ran
+
+
 class OnnxSession:
     """A graph in ONNX Runtime, with buffers that are bound once for each shape and used again.
 
     Args:
         bundle, graph: what to run.
-        provider: a key of :data:`ONNX_PROVIDERS`.
-        threads: of one operator; 0 leaves it to ONNX Runtime.
-        fall_back: go on where another provider ran than the one asked for, which ``provider`` tells.
+        provider, threads, fall_back: as for :func:`start_onnx`; the attribute ``provider`` tells what really runs.
 
     Raises:
-        ExportError: onnxruntime is missing, the provider cannot run here, or the graph is damaged.
+        ExportError: as :func:`start_onnx`, or the graph's file is damaged.
     """
 
     def __init__(
         self, bundle: Bundle, graph: Graph, provider: str = "cpu", threads: int = 0, *, fall_back: bool = False
     ) -> None:
-        ort = _onnxruntime()
-        wanted = ONNX_PROVIDERS[provider]
-        available = ort.get_available_providers()
-        if wanted not in available and not fall_back:
-            raise ExportError(
-                f"this ONNX Runtime has no {wanted}: it has {', '.join(available)}; --provider cpu runs everywhere"
-            )
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # what matters is raised
-        options.intra_op_num_threads = threads
+        self._ort = _onnxruntime()
         self._where = f"{bundle.path}: {graph.file}"
-        data = bundle.read(graph.file)
-        try:
-            self._session = ort.InferenceSession(
-                data, options, providers=[wanted] if wanted in available else ["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
-            raise ExportError(f"ONNX Runtime cannot load {self._where} ({_reason(error)}): export it again") from None
-        self._session.disable_fallback()  # a failing call is an error, not a slow answer
-        self.provider: str = self._session.get_providers()[0]  # it falls back in silence where one cannot load
-        if self.provider != wanted and not fall_back:
-            raise ExportError(
-                f"ONNX Runtime runs {self.provider} instead of {wanted}, whose libraries or device are missing: "
-                "install them, or --provider cpu"
-            )
+        self.session, self.provider = start_onnx(
+            bundle.read(graph.file), self._where, provider, threads, fall_back=fall_back
+        )
         self.graph = graph
-        self._ort = ort
         self._device = "cpu" if self.provider == ONNX_PROVIDERS["cpu"] else "cuda"
         self._bound: dict[tuple[tuple[int, ...], ...], _Buffers] = {}
         self._lock = threading.Lock()
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """See :class:`Engine`. The outputs on the CPU lie in buffers that the next call overwrites."""
+        self._check(inputs)
         key = tuple(inputs[tensor.name].shape for tensor in self.graph.inputs)
         with self._lock:
+            if self.session is None:
+                raise ExportError(f"{self._where} was closed")
             buffers = self._bound.get(key)
             try:
                 if buffers is None:
-                    buffers = _Buffers(self._ort, self._session, self.graph, inputs, self._device)
+                    buffers = _Buffers(self._ort, self.session, self.graph, inputs, self._device)
                     while len(self._bound) >= _MOST_SHAPES:
                         self._bound.pop(next(iter(self._bound)))
                     self._bound[key] = buffers
                 return buffers.run(inputs)
-            except AvsepError:
-                raise
-            except Exception as error:
-                raise ExportError(f"ONNX Runtime cannot run {self._where} ({_reason(error)})") from None
+            except Exception as error:  # as in start_onnx
+                raise ExportError(
+                    f"ONNX Runtime cannot run {self._where} ({_reason(error)}): export it again"
+                ) from None
+
+    def _check(self, inputs: Mapping[str, Array]) -> None:
+        """A buffer would take another element type in silence, cut to its own."""
+        if inputs.keys() != {tensor.name for tensor in self.graph.inputs}:
+            takes = ", ".join(tensor.name for tensor in self.graph.inputs)
+            raise ExportError(f"{self._where} takes {takes}, got {', '.join(inputs)}")
+        for tensor in self.graph.inputs:
+            array = inputs[tensor.name]
+            if not tensor.fits(array):
+                raise ExportError(
+                    f"{self._where}: '{tensor.name}' is {array.dtype} {list(array.shape)}, it takes {tensor.dtype} "
+                    f"{list(tensor.shape)}"
+                )
+
+    def close(self) -> None:
+        """See :class:`Engine`."""
+        with self._lock:
+            self._bound.clear()  # before the session that they are bound to
+            self.session = None
 
 
 class _Buffers:
@@ -134,7 +204,7 @@ class _Buffers:
         self._outputs = tuple(tensor.name for tensor in graph.outputs)
         shapes = {tensor.name: inputs[tensor.name].shape for tensor in graph.inputs}
         for tensor in (*graph.inputs, *graph.outputs):
-            shape = shapes.get(tensor.name) or output_shapes(graph, inputs)[tensor.name]
+            shape = shapes.get(tensor.name) or _output_shapes(graph, inputs)[tensor.name]
             if device == "cpu":
                 self._host[tensor.name] = np.zeros(shape, dtype=tensor.dtype)
                 value = ort.OrtValue.ortvalue_from_numpy(self._host[tensor.name])
@@ -169,8 +239,7 @@ def open_session(
         UnknownNameError: an unknown provider.
         ExportError: the provider does not run here; another one never runs in its place.
     """
-    if provider not in PROVIDERS:
-        raise UnknownNameError(f"unknown provider '{provider}': {near_matches(provider, PROVIDERS)}")
+    check_provider(provider)
     if provider != "auto":
         return _opened(bundle, graphs, provider, threads), ()
     passed_over: list[str] = []
@@ -185,11 +254,20 @@ def open_session(
 
 
 def _opened(bundle: Bundle, graphs: Sequence[Graph], provider: str, threads: int) -> list[Engine]:
-    if provider in ONNX_PROVIDERS:
-        return [OnnxSession(bundle, graph, provider, threads) for graph in graphs]
-    from avsep.export.engine import open_engine
+    opened: list[Engine] = []
+    try:
+        for graph in graphs:
+            if provider in ONNX_PROVIDERS:
+                opened.append(OnnxSession(bundle, graph, provider, threads))
+            else:
+                from avsep.export.engine import open_engine
 
-    return [open_engine(bundle, graph, provider) for graph in graphs]
+                opened.append(open_engine(bundle, graph, provider))
+    except BaseException:
+        for engine in opened:  # one graph has no engine: the others must not keep the device's memory
+            engine.close()
+        raise
+    return opened
 
 
 def _onnxruntime() -> Any:

@@ -8,21 +8,18 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from avsep.errors import AvsepError, ConfigError, ExportError, MissingExtraError, UnknownNameError, near_matches
+from avsep.errors import AvsepError, ConfigError, ExportError
 from avsep.export.bundle_reader import Bundle, Graph, open_bundle
 from avsep.export.parity import compare
-from avsep.export.sessions import ENGINES, ONNX_PROVIDERS, open_session
+from avsep.export.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
 
 __all__ = ["PROVIDERS", "GraphCheck", "Verification", "main", "verify_bundle"]
-
-Array = NDArray[Any]
 
 # what may be asked for: a provider that runs, or is refused; never whichever is there
 PROVIDERS = (*ONNX_PROVIDERS, *ENGINES)
@@ -79,11 +76,9 @@ def verify_bundle(
         ExportError: a file is missing, changed, truncated or one too many; or a graph is not what the manifest says, or
             computes something else. Names the file.
         UnknownNameError: an unknown provider.
-        MissingExtraError: onnxruntime is not installed.
     """
     name = "cpu" if provider is None else provider
-    if name not in PROVIDERS:
-        raise UnknownNameError(f"unknown provider '{name}': {near_matches(name, PROVIDERS)}")
+    check_provider(name, PROVIDERS)
     if tolerance is not None and not 0 < tolerance < float("inf"):
         raise ConfigError(f"tolerance must be positive, got {tolerance}")
     with open_bundle(path) as bundle:
@@ -95,10 +90,19 @@ def _check_graph(bundle: Bundle, graph: Graph, provider: str, tolerance: float |
     where = f"{bundle.path}: {graph.file}"
     limit = graph.tolerance if tolerance is None else tolerance
     inputs, golden = bundle.golden(graph)
+    engine: Engine
     if provider in ONNX_PROVIDERS:
-        outputs, ran, seconds = _run(bundle.read(graph.file), graph, inputs, ONNX_PROVIDERS[provider], where)
+        engine = session = OnnxSession(bundle, graph, provider)
+        _check_interface(session.session, graph, where)
     else:
-        outputs, ran, seconds = _run_engine(bundle, graph, inputs, provider)
+        ((engine,), _) = open_session(bundle, [graph], provider)
+    ran = engine.provider
+    try:
+        start = time.perf_counter()
+        outputs = {name: np.array(array) for name, array in engine.run(inputs).items()}
+        seconds = time.perf_counter() - start
+    finally:
+        engine.close()
     worst = (0.0, float("-inf"))
     for name, reference in golden.items():
         try:
@@ -109,56 +113,9 @@ def _check_graph(bundle: Bundle, graph: Graph, provider: str, tolerance: float |
     if not max_error <= limit:
         raise ExportError(
             f"{where} differs from its golden output by {max_error:.2e} ({error_db:.0f} dB), more than {limit:.0e}, "
-            f"on {ran}: export it again"
+            f"on {ran}: {'export' if provider in ONNX_PROVIDERS else 'build'} it again"
         )
     return GraphCheck(graph.file, graph.kind, graph.precision, ran, max_error, error_db, limit, seconds)
-
-
-def _run(
-    data: bytes, graph: Graph, inputs: Mapping[str, Array], provider: str, where: str
-) -> tuple[dict[str, Array], str, float]:
-    """Outputs by name, the provider that really ran, and the seconds of the run."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "cpu", "running an ONNX graph") from None
-    if provider not in onnxruntime.get_available_providers():
-        has = ", ".join(onnxruntime.get_available_providers())
-        raise ExportError(f"this ONNX Runtime has no {provider}: it has {has}")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    if hasattr(onnxruntime, "set_default_logger_severity"):
-        onnxruntime.set_default_logger_severity(4)
-    try:
-        session = onnxruntime.InferenceSession(data, options, providers=[provider])
-        ran = session.get_providers()[0]  # it falls back in silence where a provider cannot load
-    except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
-        raise ExportError(f"{where} cannot be loaded ({_reason(error)}): export it again") from None
-    if ran != provider:
-        raise ExportError(f"ONNX Runtime runs {ran} instead of {provider}: its libraries or device are missing")
-    _check_interface(session, graph, where)
-    names = [tensor.name for tensor in graph.outputs]
-    start = time.perf_counter()
-    try:
-        found = session.run(names, dict(inputs))
-    except Exception as error:
-        raise ExportError(f"{where} does not run on its golden inputs ({_reason(error)}): export it again") from None
-    seconds = time.perf_counter() - start
-    return {name: np.asarray(array) for name, array in zip(names, found, strict=True)}, ran, seconds
-
-
-def _run_engine(
-    bundle: Bundle, graph: Graph, inputs: Mapping[str, Array], provider: str
-) -> tuple[dict[str, Array], str, float]:
-    """As :func:`_run`, in an engine that was built here."""
-    (engine,), _ = open_session(bundle, [graph], provider)
-    start = time.perf_counter()
-    outputs = {name: np.array(array) for name, array in engine.run(inputs).items()}
-    return outputs, engine.provider, time.perf_counter() - start
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _check_interface(session: Any, graph: Graph, where: str) -> None:

@@ -290,7 +290,7 @@ BUNDLES = {
     ),
     "encoder that is not there": (edited(lambda m: m["visual"][0].update(graph="object_encoder.onnx")), ["object"]),
     # a content that fits its hash
-    "graph that is no graph": (forged(GRAPH, b"not a graph at all"), [GRAPH, "cannot be loaded"]),
+    "graph that is no graph": (forged(GRAPH, b"not a graph at all"), [GRAPH, "cannot load", "export it again"]),
     "graph swapped for another": (forged(GRAPH, another_graph), [GRAPH, "takes x", "another graph"]),
     "graph of another shape": (forged(GRAPH, other_shape), [GRAPH, "mixture", "[2, 8191]"]),
     "graph with another weight": (forged(GRAPH, reweighted), [GRAPH, "differs from its golden output"]),
@@ -299,7 +299,7 @@ BUNDLES = {
     "golden output of another shape": (golden(sources=lambda a: a[:, :1]), [GOLDEN, "sources", "[1, 1, 8191]"]),
     "golden output of another type": (golden(sources=lambda a: a.astype(np.float64)), [GOLDEN, "float64"]),
     "golden output of NaN": (golden(sources=lambda a: a * np.nan), [GOLDEN, "NaN"]),
-    "golden class out of range": (golden(class_ids=lambda a: a + 1000), [GRAPH, "does not run"]),
+    "golden class out of range": (golden(class_ids=lambda a: a + 1000), [GRAPH, "cannot run", "export it again"]),
     "golden output missing": (without("sources"), [GOLDEN, "no array 'sources'"]),
     "golden arrays that are a pickle": (forged(GOLDEN, pickled), [GOLDEN]),
     "golden arrays that are no archive": (forged(GOLDEN, b"PK\x03\x04 and then nothing"), [GOLDEN, "cannot be read"]),

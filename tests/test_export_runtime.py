@@ -7,6 +7,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -19,12 +21,13 @@ from avsep.chunking import default_context, plan_chunks
 from avsep.cli import main as avsep_main
 from avsep.data.visualfile import VisualTimeline, write_visual_file
 from avsep.errors import AudioError, AvsepError, ConfigError, DataError, ExportError, NumericalError, UnknownNameError
+from avsep.export import tensorrt
 from avsep.export.bundle import export
-from avsep.export.bundle_reader import Bundle, Graph, TensorInfo
+from avsep.export.bundle_reader import Bundle, Graph, TensorInfo, open_bundle
 from avsep.export.plan import ExportPlan
 from avsep.export.runtime import Separator
 from avsep.export.runtime import main as runtime_main
-from avsep.export.sessions import OnnxSession
+from avsep.export.sessions import OnnxSession, open_session, start_onnx
 from avsep.export.wav import read_wav, write_wav
 from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS
 from avsep.separate import separate_audio
@@ -139,6 +142,62 @@ def test_a_stream_gives_the_samples_of_the_whole(bundles, timelines, form, block
     expected = loaded.separate(mixture, timelines, ["piano", "flute", "cello"])
     stream = loaded.stream(["piano", "flute", "cello"], timelines, RATE)
     np.testing.assert_allclose(streamed(stream, mixture, block), expected, atol=1e-6)
+
+
+def test_threads_share_a_separator():
+    """The engine's output is a buffer that its next call overwrites."""
+    made, _ = made_up(halves)
+    buffer = np.empty((1, 2, CLIP), dtype=np.float32)
+
+    def slowly(inputs):
+        buffer[...] = halves(inputs)
+        time.sleep(0.002)
+        return buffer
+
+    made._engine = Recorder(slowly)
+    mixtures = [music(3 * CLIP, seed) for seed in range(3)]
+    found = {}
+    threads = [
+        threading.Thread(target=lambda k=k, m=m: found.update({k: made.separate(m, features_of(), ["flute", "cello"])}))
+        for k, m in enumerate(mixtures)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for k, mixture in enumerate(mixtures):
+        np.testing.assert_allclose(found[k], mixture * np.array([[0.1], [0.3]], np.float32), atol=1e-6)
+
+
+def test_another_context_is_the_separators_own(separator, bundles, duet, timelines, tmp_path, capsys):
+    mixture = music(int(3.3 * CLIP))
+    usual = Separator.load(bundles["fixed"], "cpu", threads=1)
+    assert usual.context_samples == CLIP // 8
+    wider = Separator.load(bundles["fixed"], "cpu", threads=1, context_s=0.18)
+    assert wider.context_samples == int(0.18 * RATE)
+    found = wider.separate(mixture, timelines, ["piano", "flute"])
+    expected = separate_audio(separator, mixture, timelines, ["piano", "flute"], context_s=0.18)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert np.abs(found - usual.separate(mixture, timelines, ["piano", "flute"])).max() > 1e-4
+    np.testing.assert_allclose(
+        streamed(wider.stream(["piano", "flute"], timelines), mixture, 1000), expected, atol=2e-6
+    )
+    with pytest.raises(ConfigError, match=r"context 0\.2 s must lie between 0 and a quarter of a chunk \(0\.19 s\)"):
+        Separator.load(bundles["fixed"], context_s=0.2)
+    arguments = [str(duet / "duet.wav"), "--classes", "flute", "--features", str(duet / "features.npz")]
+    arguments += ["--format", "FLOAT", "--context", "0.18", "--provider", "cpu"]
+    assert runtime_main([str(bundles["fixed"]), *arguments, "--out", str(tmp_path / "a")]) == 0
+    with pytest.raises(SystemExit):
+        avsep_main(["separate", *arguments, "--bundle", str(bundles["fixed"]), "--out", str(tmp_path / "b")])
+    save_separator(separator, tmp_path / "saved")
+    with pytest.raises(SystemExit):
+        avsep_main(["separate", *arguments[:-2], "--run", str(tmp_path / "saved"), "--out", str(tmp_path / "c")])
+    first, *others = (read_audio(tmp_path / name / "duet_flute.wav")[0] for name in "abc")
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=1e-5)
+    capsys.readouterr()
+    assert runtime_main([str(bundles["fixed"]), *arguments, "--context", "-1", "--out", str(tmp_path / "d")]) == 2
+    assert "context -1.0 s" in capsys.readouterr().err
 
 
 def test_streams_of_one_separator_take_turns(runtime, timelines):
@@ -483,6 +542,7 @@ SILENCE = np.zeros(CLIP, dtype=np.float32)
 FEATURES = {name: {"object": np.ones(16), "motion": np.ones((12, 8))} for name in CLASSES}
 MISTAKES = {
     "unknown class": ({"classes": ["flut"]}, UnknownNameError, "did you mean 'flute'"),
+    "a string": ({"classes": "flute"}, ConfigError, r"\['flute'\], not one string"),
     "class twice": ({"classes": ["flute", "flute"]}, ConfigError, "'flute' is given twice"),
     "no classes": ({"classes": []}, ConfigError, "no classes given"),
     "NaN": ({"mixture": np.full(9, np.nan)}, AudioError, "9 NaN or infinite"),
@@ -557,17 +617,96 @@ def test_what_runs_is_chosen_and_told(bundles, monkeypatch):
     )
     real = onnxruntime.InferenceSession
 
-    def falls_back(data, options, providers):
+    def falls_back(data, options, providers, **_):
         return real(data, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", falls_back)
     with pytest.raises(ExportError, match="runs CPUExecutionProvider instead of CUDAExecutionProvider"):
         Separator.load(bundles["fixed"], provider="cuda")
     assert Separator.load(bundles["fixed"]).provider == "CPUExecutionProvider"
-    from avsep.export.bundle_reader import open_bundle
-
     bundle = open_bundle(bundles["fixed"])
     assert OnnxSession(bundle, bundle.graph(), "cuda", fall_back=True).provider == "CPUExecutionProvider"
+
+
+def test_a_provider_that_raises_is_told_from_a_damaged_graph(bundles, monkeypatch, capfd):
+    """As onnxruntime-gpu 1.22 does with TensorRT's provider where its libraries are missing: it raises, and, unless it
+    is told not to, prints a banner and takes the CPU."""
+    import onnxruntime
+
+    real = onnxruntime.InferenceSession
+
+    def raises(model, options, providers, enable_fallback=1):
+        if providers == ["TensorrtExecutionProvider"]:
+            if enable_fallback:
+                print("EP Error")
+                return real(model, options, providers=["CPUExecutionProvider"])
+            raise RuntimeError("Please install\nTensorRT libraries")
+        return real(model, options, providers=providers)
+
+    names = ["TensorrtExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", raises)
+    bundle = open_bundle(bundles["fixed"])
+    with pytest.raises(
+        ExportError, match=r"instead of TensorrtExecutionProvider \(Please install TensorRT libraries\)"
+    ):
+        OnnxSession(bundle, bundle.graph(), "onnxruntime-tensorrt")
+    fallen = OnnxSession(bundle, bundle.graph(), "onnxruntime-tensorrt", fall_back=True)
+    assert fallen.provider == "CPUExecutionProvider"
+    for fall_back in (False, True):
+        with pytest.raises(ExportError, match="cannot load a graph"):
+            start_onnx(b"nonsense", "a graph", "onnxruntime-tensorrt", fall_back=fall_back)
+    assert capfd.readouterr().out == ""
+
+
+def test_inputs_that_a_graph_does_not_take_are_refused(bundles):
+    bundle = open_bundle(bundles["fixed"])
+    session = OnnxSession(bundle, bundle.graph(), threads=1)
+    inputs, _ = bundle.golden(bundle.graph())
+    for wrong, words in (
+        ({**inputs, "class_ids": inputs["class_ids"].astype(np.float32)}, "'class_ids' is float32 .* takes int64"),
+        ({**inputs, "mixture": inputs["mixture"][:, 1:]}, r"'mixture' is float32 \[1, 8190\]"),
+        ({"mixture": inputs["mixture"]}, "takes mixture, object_features, .*, got mixture$"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            session.run(wrong)
+    assert session.run(inputs)["sources"].shape == (1, 2, CLIP)
+    session.close()
+    session.close()
+    with pytest.raises(ExportError, match="was closed"):
+        session.run(inputs)
+
+
+def test_what_was_opened_is_closed(bundles, monkeypatch):
+    """With the separator, and where only some of the graphs have an engine: the device's memory is given back."""
+    closed = []
+    monkeypatch.setattr(OnnxSession, "close", lambda self: closed.append(self.graph.file))
+    bundle = open_bundle(bundles["fixed"])
+    broken = dataclasses.replace(bundle.graph(), file="other.onnx")
+    with pytest.raises(ExportError, match=r"no file other\.onnx"):
+        open_session(bundle, [bundle.graph(), broken], "cpu", 1)
+    assert closed == ["separator.onnx"]
+    with Separator.load(bundle, "cpu", threads=1):
+        closed.clear()
+    assert closed == ["separator.onnx"]
+
+
+def test_engines_that_auto_does_not_take_are_told(bundles, duet, tmp_path, monkeypatch, capsys):
+    """Someone who built an engine should not find out by the clock that the CPU runs."""
+    folder = shutil.copytree(bundles["fixed"], tmp_path / "bundle")
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: (None, "the NVIDIA driver finds no GPU"))
+    assert Separator.load(folder, threads=1).unused_engines == ()
+    (folder / "engines").mkdir()
+    (folder / "engines" / "separator.tensorrt-sm87.plan").write_bytes(b"of an Orin")
+    (reason,) = Separator.load(folder, threads=1).unused_engines
+    assert reason.startswith("tensorrt: ")
+    assert Separator.load(folder, "cpu", threads=1).unused_engines == ()
+    arguments = [str(duet / "duet.wav"), "--classes", "flute", "--features", str(duet / "features.npz")]
+    assert runtime_main([str(folder), *arguments, "--out", str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().err == f"note: {reason}\n"
+    with pytest.raises(SystemExit):
+        avsep_main(["separate", *arguments, "--bundle", str(folder), "--out", str(tmp_path / "b")])
+    assert f"note: {reason}\n" in capsys.readouterr().err
 
 
 def test_a_damaged_graph_is_refused_with_its_name(bundles, tmp_path):
@@ -645,7 +784,7 @@ DEVICE_MISTAKES = {
     "truncated": ({1: "short.wav"}, "truncated"),
     "class": ({3: "flute,harp"}, "has not learned class 'harp'"),
     "no features": ({5: None}, "give --features"),
-    "provider": ({7: "gpu"}, "unknown provider 'gpu'"),
+    "provider": ({7: "gpu"}, "unknown provider 'gpu': choose one of auto, cpu, cuda"),
 }
 
 

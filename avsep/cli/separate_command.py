@@ -34,6 +34,10 @@ def command(
         int | None,
         typer.Option("--batch", min=1, help="Chunks separated at once [4; with --bundle as the graph is made]."),
     ] = None,
+    context: Annotated[
+        float | None,
+        typer.Option("--context", help="Seconds of each side of a chunk that are thrown away [an eighth of it]."),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="Of a run: auto, cpu, cuda or mps.")] = "auto",
     provider: Annotated[
         str,
@@ -62,10 +66,10 @@ def command(
     timelines = {} if features is None else read_visual_file(features)
     separate: Any
     if run is not None:
-        separate, sees, ran = _of_run(run, task, device, names, timelines, batch or 4)
+        separate, sees, ran = _of_run(run, task, device, names, timelines, batch or 4, context)
     else:
         assert bundle is not None
-        separate, sees, ran = _of_bundle(bundle, provider, precision, names, timelines, batch)
+        separate, sees, ran = _of_bundle(bundle, provider, precision, names, timelines, batch, context)
     if features is None and sees:
         raise ConfigError("this separator looks at pictures: give --features FILE.npz (see: avsep data features)")
 
@@ -109,7 +113,13 @@ def _refuse_the_others(with_bundle: bool, **options: Any) -> None:
 
 
 def _of_run(
-    run: Path, task: int | None, device: str, names: list[str], timelines: Any, batch: int
+    run: Path,
+    task: int | None,
+    device: str,
+    names: list[str],
+    timelines: Any,
+    batch: int,
+    context_s: float | None,
 ) -> tuple[Any, bool, str]:
     """What separates files with a trained separator, whether it looks at pictures, and where it runs."""
     from avsep.devices import pick_device
@@ -121,22 +131,30 @@ def _of_run(
     class_ids_of(separator, names)
 
     def separate(audio: Any, out: Any, **options: Any) -> Any:
-        return separate_files(separator, audio, timelines, names, out, batch=batch, **options)
+        return separate_files(separator, audio, timelines, names, out, batch=batch, context_s=context_s, **options)
 
     return separate, bool(separator.visual_sources()), f"PyTorch, {chosen}"
 
 
 def _of_bundle(
-    bundle: Path, provider: str, precision: str | None, names: list[str], timelines: Any, batch: int | None
+    bundle: Path,
+    provider: str,
+    precision: str | None,
+    names: list[str],
+    timelines: Any,
+    batch: int | None,
+    context_s: float | None,
 ) -> tuple[Any, bool, str]:
     """The same with an exported bundle."""
     from avsep.export.runtime import Separator
     from avsep.separate import separate_recordings, slots_of
 
-    separator = Separator.load(bundle, provider, precision)
+    separator = Separator.load(bundle, provider, precision, context_s=context_s)
     slots_of(separator.classes, names)
     if timelines or not separator.visual_sources:
         separator.check(timelines, names)
+    for reason in separator.unused_engines:
+        typer.echo(f"note: {reason}", err=True)
 
     def separate(audio: Any, out: Any, **options: Any) -> Any:
         def one(mixture: Any, report: Any) -> Any:
