@@ -31,6 +31,18 @@ from avsep.spec import RunSpec, validated
 SEPARATORS: dict[str, dict[str, Any]] = {
     "iquery": TINY_SEPARATOR,
     "iquery_object": {**TINY_SEPARATOR, "motion_encoder": None},
+    "coseparation": {
+        "audio_encoder": {"name": "conv7", "params": {"base_channels": 4}},
+        "object_encoder": {"name": "frame_cnn", "params": {"dim": 16}},
+        "mask_decoder": {"name": "conditioned_unet", "params": {"dim": 16}},
+        "front_end": TINY_FRONT_END,
+    },
+    "sound_of_pixels": {
+        "audio_encoder": {"name": "unet7", "params": {"base_channels": 4, "mask_channels": 4}},
+        "object_encoder": {"name": "frame_cnn", "params": {"dim": 16}},
+        "mask_decoder": "channel_synthesizer",
+        "front_end": TINY_FRONT_END,
+    },
 }
 
 _TRAIN = {**TINY_TRAIN, "epochs": 1, "steps_per_epoch": 3, "checkpoint_every": 2}

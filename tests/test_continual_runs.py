@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from continual_runs import differing, first_task, resume_killed, trained, weights
+from conftest import TINY_FRONT_END, TINY_TASKS
+from continual_runs import differing, first_task, make_learner, resume_killed, trained, weights
+
+from avsep.data.tasks import task_stream
+from avsep.errors import ConfigError
 
 MEMORIES = ("none", "random_per_class")
 GROWN = ("lwf", {"variant": "grown_teacher"})
@@ -16,6 +20,12 @@ RESUMED = [
     (("ewf", {"reestimate_batch_norm": True}), "none"),
     (("contavsep", {"instance": "features", "modality_pairs": "within"}), "random_per_class"),
     ("avcil", "random_per_class"),
+]
+ON_EVERY_SEPARATOR = [
+    ("lwf", "none"),
+    ("ewf", "random_per_class"),
+    ("avcil", "random_per_class"),
+    ("contavsep", "random_per_class"),
 ]
 # (strategy, without its term, memory): both begin with the same first task
 REGULARISERS = [
@@ -49,6 +59,26 @@ def test_a_killed_run_goes_on_to_the_same_weights(strategy, memory, tone_store):
     run = trained(tone_store, strategy, memory)
     resumed = resume_killed(tone_store, run, strategy, memory)
     assert differing(weights(run), weights(resumed)) == []
+
+
+@pytest.mark.parametrize("separator", ["coseparation", "sound_of_pixels"])
+@pytest.mark.parametrize(("strategy", "memory"), ON_EVERY_SEPARATOR)
+def test_it_acts_and_resumes_on_every_base_separator(strategy, memory, separator, tone_store):
+    run = trained(tone_store, strategy, memory, separator=separator)
+    resumed = resume_killed(tone_store, run, strategy, memory, separator=separator)
+    assert differing(weights(run), weights(resumed)) == []
+    plain = trained(tone_store, "finetune", memory, separator=separator)
+    changed = differing(weights(run), weights(plain))
+    assert any(name.startswith("audio_encoder") for name in changed)
+    assert any(name.startswith("mask_decoder") for name in changed)
+
+
+def test_query_extension_is_refused_where_classes_have_no_queries(tone_store, tmp_path):
+    stream = task_stream(tone_store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
+    for separator, decoder in (("coseparation", "conditioned_unet"), ("sound_of_pixels", "channel_synthesizer")):
+        with pytest.raises(ConfigError, match=f"mask decoder '{decoder}' has no class_queries"):
+            make_learner("query_extension", separator=separator).fit(stream, tmp_path / "run", progress=False)
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("strategy", "without", "memory"), REGULARISERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from continual_runs import SEPARATORS
 from strategy_steps import make_step, student_and_teacher
 
 from avsep.errors import ConfigError
@@ -103,6 +104,19 @@ def test_batch_norm_is_estimated_anew_from_training_mixtures():
     fuse(other, teacher, fusion_factor(2, 2))
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in _copy(student).items() if not k.endswith(statistics))
+
+
+def test_a_part_that_masks_do_not_need_keeps_its_statistics():
+    parts = {k: v for k, v in SEPARATORS["coseparation"].items() if k != "front_end"}
+    student, _ = student_and_teacher(**parts, motion_encoder=None)
+    data = _Data([make_step(student).batch])
+    with torch.no_grad():
+        student.mask_decoder.classifier.bn1.running_mean.fill_(3.0)
+    before = _copy(student)
+    reestimate_batch_norm(student, data)
+    changed = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
+    assert any(k.startswith("mask_decoder.up") for k in changed)
+    assert not any(k.startswith("mask_decoder.classifier") for k in changed)
 
 
 def test_frozen_statistics_are_not_estimated_anew():

@@ -83,12 +83,13 @@ def fuse(student: Separator, teacher: Separator, factor: float) -> None:
 def reestimate_batch_norm(student: Separator, data: TaskData) -> None:
     """Set the running statistics of batch normalisation to the mean over 16 batches of training mixtures, in place.
 
-    Encoders that are frozen keep theirs, and everything but batch normalisation is in evaluation mode meanwhile.
+    Encoders that are frozen and parts that masks do not need (a classifier) keep theirs, and everything but batch
+    normalisation is in evaluation mode meanwhile.
     """
     student.train()
     norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     student.eval()
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, {k: v.clone() for k, v in norm.named_buffers()}) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean of all batches
@@ -96,6 +97,8 @@ def reestimate_batch_norm(student: Separator, data: TaskData) -> None:
     for batch in data.batches(_MIXTURES, batch_size=_BATCH):
         visual = student.encode_visual(batch.object, batch.motion, batch.motion_mask)
         student(student.analyse(batch.sources).network_input, visual, batch.class_ids)
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, (momentum, buffers) in zip(norms, before, strict=True):
         norm.momentum = momentum
+        if not norm.num_batches_tracked:
+            norm.load_state_dict(buffers, strict=False)
     student.eval()
