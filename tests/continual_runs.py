@@ -49,7 +49,7 @@ _TRAIN = {**TINY_TRAIN, "epochs": 1, "steps_per_epoch": 3, "checkpoint_every": 2
 _MIDDLE = "task-01-step-0000002"
 
 
-def make_learner(strategy, memory="none", *, separator="iquery", **settings) -> ContinualLearner:
+def make_learner(strategy, memory="none", *, separator="iquery", accelerator="cpu", **settings) -> ContinualLearner:
     """A learner over ``TINY_TASKS``. ``strategy`` and ``memory`` are names or (name, parameters), ``separator`` one of
     ``SEPARATORS``, ``settings`` of the training."""
     spec = {
@@ -59,7 +59,7 @@ def make_learner(strategy, memory="none", *, separator="iquery", **settings) -> 
         "train": {**_TRAIN, **settings},
         "tasks": TINY_TASKS,
     }
-    learner = ContinualLearner.from_spec(validated(RunSpec, spec, "test"), accelerator="cpu")
+    learner = ContinualLearner.from_spec(validated(RunSpec, spec, "test"), accelerator=accelerator)
     learner._validate = lambda *_: 0.0
     return learner
 

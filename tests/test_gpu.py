@@ -5,13 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import TINY_FRONT_END, TINY_TASKS, tiny_run_spec
+from continual_runs import SEPARATORS, resume_killed, train, weights
 
 from avsep import load_separator
 from avsep.data.tasks import task_stream
 from avsep.evaluation.evaluate import evaluate_run
 from avsep.learner import ContinualLearner
+from avsep.registry import STRATEGIES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+
+
+_CASES = [
+    (strategy, separator)
+    for strategy in [*STRATEGIES.names(), ("lwf", {"variant": "grown_teacher"})]
+    for separator in SEPARATORS
+    if strategy != "query_extension" or separator.startswith("iquery")  # the others have no class queries
+]
 
 
 @pytest.mark.parametrize("precision", ["auto", "32-true", "16-mixed"])
@@ -24,6 +34,14 @@ def test_training_resuming_and_scoring(precision, tone_store, tmp_path):
     separator = load_separator(tmp_path / "run")
     assert all(p.isfinite().all() for p in separator.parameters())
     assert evaluate_run(tmp_path / "run", device="cuda")["matrix"][1][0] is not None
+
+
+@pytest.mark.parametrize(("strategy", "separator"), _CASES)
+def test_every_strategy_learns_and_resumes(strategy, separator, tone_store, tmp_path):
+    how = {"separator": separator, "accelerator": "cuda"}
+    out = train(tone_store, tmp_path / "run", strategy, "random_per_class", **how)
+    killed = resume_killed(tone_store, out, strategy, "random_per_class", **how)
+    assert all(value.isfinite().all() for folder in (out, killed) for value in weights(folder).values())
 
 
 def test_the_separator_gives_the_same_as_on_the_cpu(tone_run):
