@@ -122,6 +122,16 @@ def test_list_of_one_kind(kind, capsys, monkeypatch):
     assert all(other not in shown for other in REGISTRIES if other != kind)
 
 
+def test_list_of_protocols(capsys, monkeypatch):
+    from avsep.data.protocol import PROTOCOLS
+
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run("list", "protocols") == 0
+    shown = capsys.readouterr().out
+    for name, kind in PROTOCOLS.items():
+        assert re.search(rf"^ ?{name} +{kind.version} +{re.escape(kind.summary[:40])}", shown, re.MULTILINE)
+
+
 def test_list_of_presets(capsys):
     assert run("list", "presets") == 0
     shown = capsys.readouterr().out

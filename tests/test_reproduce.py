@@ -255,7 +255,7 @@ def test_results_of_elsewhere_count_as_finished(finished, reproduce, tmp_path, c
     assert "3 cells, all finished" in capsys.readouterr().out
     assert not (tmp_path / "out" / "work").exists()
     page = (tmp_path / "out" / "figure3.md").read_text()
-    assert "SDR after task 1 | SDR after task 2 |" in page
+    assert "SDR after task 0 | SDR after task 1 |" in page
     steps = {r["row"]: r for r in rows_of(tmp_path / "out" / "figure3.csv")}
     assert steps["joint"]["sdr_after_task_1"] == steps["joint"]["sdr"]
 

@@ -16,23 +16,25 @@ def command(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="audio_encoders, visual_encoders, mask_decoders, strategies, memories or presets; all without it.",
+            help="audio_encoders, visual_encoders, mask_decoders, strategies, memories, presets or protocols; all "
+            "without it.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """List components and presets: name, summary, parameters with their defaults, source."""
+    """List components, presets and protocols: name, summary, parameters with their defaults, source."""
     from rich.console import Console
 
     from avsep.errors import UnknownNameError, near_matches
     from avsep.registry import REGISTRIES
 
-    kinds = [*REGISTRIES, "presets"]
+    other = {"presets": _presets, "protocols": _protocols}
+    kinds = [*REGISTRIES, *other]
     if kind is not None and kind not in kinds:
         raise UnknownNameError(f"nothing to list under '{kind}': {near_matches(kind, kinds)}")
     console = Console()
     for key in kinds if kind is None else [kind]:
-        console.print(_presets() if key == "presets" else _components(key))
+        console.print(other[key]() if key in other else _components(key))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -67,4 +69,13 @@ def _presets() -> Table:
     table = _table("presets", "name", "summary", "source")
     for name, summary in list_presets().items():
         table.add_row(*(Text(cell) for cell in (name, summary, str(load_preset(name).get("source", "-")))))
+    return table
+
+
+def _protocols() -> Table:
+    from avsep.data.protocol import PROTOCOLS
+
+    table = _table("protocols", "name", "version", "summary")
+    for name, kind in PROTOCOLS.items():
+        table.add_row(name, str(kind.version), kind.summary)
     return table

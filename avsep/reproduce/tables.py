@@ -214,7 +214,7 @@ def _block(table: Table, lines: Sequence[Line]) -> list[str]:
 
 def _steps_block(table: Table, lines: Sequence[Line]) -> list[str]:
     """SDR after every task; SIR and SAR stand in the CSV file."""
-    out = _header(["method", "memory", *(f"SDR after task {t + 1}" for t in range(len(table.tasks)))])
+    out = _header(["method", "memory", *(f"SDR after task {t}" for t in range(len(table.tasks)))])
     for line in lines:
         curve = line.ours.curves.get("sdr", ()) if line.ours else ()
         cells = [_number(v) for v in curve[:-1]] + [_interval(v) + _partly(table, line) for v in curve[-1:]]
