@@ -45,6 +45,15 @@ SEPARATORS: dict[str, dict[str, Any]] = {
     },
 }
 
+# (separator, memory) that a test of one strategy goes through: every separator, and both memories
+RUNS = [
+    ("iquery", "none"),
+    ("iquery", "random_per_class"),
+    ("iquery_object", "none"),
+    ("coseparation", "random_per_class"),
+    ("sound_of_pixels", "none"),
+]
+
 _TRAIN = {**TINY_TRAIN, "epochs": 1, "steps_per_epoch": 3, "checkpoint_every": 2}
 _MIDDLE = "task-01-step-0000002"
 

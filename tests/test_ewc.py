@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY_FRONT_END, TINY_TASKS
-from continual_runs import SEPARATORS, differing, make_learner, resume_killed, train, weights
+from continual_runs import RUNS, differing, make_learner, resume_killed, train, weights
 from safetensors.torch import load_file
 from strategy_steps import PARTS, make_step
 
@@ -138,8 +138,7 @@ def test_wrong_settings():
     assert default.first_task() == {}
 
 
-@pytest.mark.parametrize("separator", SEPARATORS)
-@pytest.mark.parametrize("memory", ["none", "random_per_class"])
+@pytest.mark.parametrize(("separator", "memory"), RUNS)
 def test_in_a_run_it_changes_the_weights_and_resumes(separator, memory, tone_store, tmp_path):
     strategy = ("ewc", {"fisher_samples": 3, "weight": 1e4})
     run = train(tone_store, tmp_path / "run", strategy, memory, separator=separator)

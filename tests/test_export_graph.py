@@ -512,7 +512,7 @@ def test_every_row_of_the_table_says_where_it_was_read():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["iquery", "iquery_small"])
+@pytest.mark.parametrize("preset", ["iquery", "iquery_small", "coseparation", "sound_of_pixels"])
 def test_presets_at_full_size(preset, tmp_path):
     """Parity, and builds in half precision for every target. (How fast it is, `avsep bench export` tells.)"""
     from avsep.export.onnx import write_onnx

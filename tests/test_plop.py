@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from continual_runs import SEPARATORS, differing, resume_killed, train, weights
+from continual_runs import RUNS, differing, resume_killed, train, weights
 from strategy_steps import make_step, student_and_teacher
 from test_pod import _literal
 
@@ -117,8 +117,7 @@ def test_wrong_settings_and_separators(separators, monkeypatch):
         STRATEGIES.create("plop").check(student)
 
 
-@pytest.mark.parametrize("separator", SEPARATORS)
-@pytest.mark.parametrize("memory", ["none", "random_per_class"])
+@pytest.mark.parametrize(("separator", "memory"), RUNS)
 def test_in_a_run_it_changes_the_weights_and_resumes(separator, memory, tone_store, tmp_path):
     run = train(tone_store, tmp_path / "run", "plop", memory, separator=separator)
     nothing = ("plop", {"weight_features": 0.0, "weight_logits": 0.0})
