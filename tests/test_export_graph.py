@@ -55,7 +55,7 @@ def tensors(arrays):
 
 
 def separated(separator, inputs):
-    visual = VisualFeatures(inputs["object_features"], inputs["motion_features"], inputs.get("motion_mask"))
+    visual = VisualFeatures(inputs["object_features"], inputs.get("motion_features"), inputs.get("motion_mask"))
     with torch.inference_mode():
         return separator.separate(inputs["mixture"], visual, inputs["class_ids"])
 
