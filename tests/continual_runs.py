@@ -33,13 +33,13 @@ SEPARATORS: dict[str, dict[str, Any]] = {
     "iquery_object": {**TINY_SEPARATOR, "motion_encoder": None},
     "coseparation": {
         "audio_encoder": {"name": "conv7", "params": {"base_channels": 4}},
-        "object_encoder": TINY_SEPARATOR["object_encoder"],
+        "object_encoder": {"name": "frame_cnn", "params": {"dim": 16}},
         "mask_decoder": {"name": "conditioned_unet", "params": {"dim": 16}},
         "front_end": TINY_FRONT_END,
     },
     "sound_of_pixels": {
         "audio_encoder": {"name": "unet7", "params": {"base_channels": 4, "mask_channels": 4, "log_floor": 1e-10}},
-        "object_encoder": TINY_SEPARATOR["object_encoder"],
+        "object_encoder": {"name": "frame_cnn", "params": {"dim": 16}},
         "mask_decoder": "channel_synthesizer",
         "front_end": TINY_FRONT_END,
     },
@@ -58,7 +58,7 @@ _TRAIN = {**TINY_TRAIN, "epochs": 1, "steps_per_epoch": 3, "checkpoint_every": 2
 _MIDDLE = "task-01-step-0000002"
 
 
-def make_learner(strategy, memory="none", *, separator="iquery", **settings) -> ContinualLearner:
+def make_learner(strategy, memory="none", *, separator="iquery", accelerator="cpu", **settings) -> ContinualLearner:
     """A learner over ``TINY_TASKS``. ``strategy`` and ``memory`` are names or (name, parameters), ``separator`` one of
     ``SEPARATORS``, ``settings`` of the training."""
     spec = {
@@ -68,7 +68,7 @@ def make_learner(strategy, memory="none", *, separator="iquery", **settings) -> 
         "train": {**_TRAIN, **settings},
         "tasks": TINY_TASKS,
     }
-    learner = ContinualLearner.from_spec(validated(RunSpec, spec, "test"), accelerator="cpu")
+    learner = ContinualLearner.from_spec(validated(RunSpec, spec, "test"), accelerator=accelerator)
     learner._validate = lambda *_: 0.0
     return learner
 
