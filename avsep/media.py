@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from avsep.errors import AudioError, DataError, MissingExtraError
 
-__all__ = ["MediaInfo", "iter_pictures", "probe", "read_media_audio"]
+__all__ = ["MediaInfo", "cut_picture", "iter_pictures", "probe", "read_media_audio"]
 
 Audio = NDArray[np.float32]
 Picture = NDArray[np.uint8]
@@ -151,6 +151,33 @@ def iter_pictures(
         while count == 0 or (count + 0.5) / rate_hz < ends:
             yield _picture(shown, short_side, grey)
             count += 1
+
+
+def cut_picture(picture: Picture, box: Sequence[float], size: int | None = None) -> Picture:
+    """What lies within ``box`` (left, top, right, bottom as fractions of the picture) of uint8 [C, H, W], C 1 or 3.
+
+    With ``size`` it is brought to [C, size, size], whatever its shape: nothing of the object is cut off. A box has at
+    least two pixels on each side.
+    """
+    height, width = picture.shape[1:]
+    left, right = _pixels(box[0], box[2], width)
+    top, bottom = _pixels(box[1], box[3], height)
+    part = np.ascontiguousarray(picture[:, top:bottom, left:right])
+    if size is None or part.shape[1:] == (size, size):
+        return part
+    form = "gray" if part.shape[0] == 1 else "rgb24"
+    pixels = part[0] if part.shape[0] == 1 else np.ascontiguousarray(part.transpose(1, 2, 0))
+    frame = _av().VideoFrame.from_ndarray(pixels, format=form)
+    array = frame.to_ndarray(format=form, width=size, height=size, interpolation="AREA")
+    return np.ascontiguousarray(array[None] if part.shape[0] == 1 else array.transpose(2, 0, 1))
+
+
+def _pixels(low: float, high: float, count: int) -> tuple[int, int]:
+    first, last = round(low * count), round(high * count)
+    if last - first < 2:
+        first = max(min(first, count - 2), 0)
+        last = min(first + 2, count)
+    return first, last
 
 
 def _av() -> Any:

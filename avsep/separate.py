@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from avsep.audio import SUBTYPES, level_db, read_audio, resample, to_mono, write
 from avsep.chunking import context_in_samples, separate_long
 from avsep.data.visualfile import VisualTimeline
 from avsep.errors import AudioError, ConfigError, DataError, NumericalError, UnknownNameError, near_matches
-from avsep.io import made_folder
+from avsep.io import made_folder, refuse_file, write_text
 from avsep.types import VisualFeatures, VisualSource
 
 if TYPE_CHECKING:
@@ -35,11 +35,18 @@ if TYPE_CHECKING:
     from avsep.separator import Separator
 
 __all__ = [
+    "Recording",
     "SeparatedFile",
+    "SeparatedSignals",
+    "check_recordings",
     "check_targets",
+    "check_timelines",
     "class_ids_of",
+    "is_video",
     "output_paths",
     "read_mixture",
+    "read_mono",
+    "read_sound",
     "separate_audio",
     "separate_file",
     "separate_files",
@@ -51,6 +58,7 @@ Audio = NDArray[np.float32]
 
 # Below this peak (-100 dB of full scale) a recording is silent: 16-bit noise lies above it.
 SILENT_PEAK = 1e-5
+SUFFIXES = ("wav", "flac")
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,8 @@ class SeparatedFile:
     """What :func:`separate_file` wrote.
 
     ``files`` by class name, in the order asked for; ``levels_db`` the root-mean-square levels by class, and of
-    ``residual`` and ``mixture``; ``clipped`` the number of samples beyond full scale in all files together.
+    ``residual`` and ``mixture``; ``clipped`` the number of samples beyond full scale in all files together;
+    ``beside`` further files (a page, boxes).
     """
 
     source: Path
@@ -68,6 +77,7 @@ class SeparatedFile:
     seconds: float
     levels_db: dict[str, float]
     clipped: int
+    beside: tuple[Path, ...] = ()
 
 
 def class_ids_of(separator: Separator, classes: Sequence[str]) -> list[int]:
@@ -96,17 +106,54 @@ def slots_of(known: Sequence[str], classes: Sequence[str]) -> list[int]:
     return [list(known).index(name) for name in classes]
 
 
-def read_mixture(path: str | os.PathLike[str], rate_hz: int) -> tuple[Audio, Audio, int]:
-    """Read a recording: mono [L'] at its own rate, mono [L] at ``rate_hz``, and its own rate in Hz.
+# What libsndfile is asked for; anything else goes to PyAV (videos, and audio that libsndfile does not know).
+_SOUND_FILES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64"}
+
+
+def is_video(path: str | os.PathLike[str]) -> bool:
+    """Whether there are pictures to see in a file; those with the suffix of a sound are not looked into."""
+    if Path(path).suffix.lower() in _SOUND_FILES:
+        return False
+    from avsep.media import probe
+
+    return probe(path).has_video
+
+
+def read_sound(path: str | os.PathLike[str]) -> tuple[Audio, int]:
+    """The sound of an audio or video file as float32 [C, L] with its rate in Hz; that of a video comes mono.
 
     Raises:
-        AudioError: the file cannot be used (:func:`avsep.audio.read_audio`) or is silent.
+        AudioError: as :func:`avsep.audio.read_audio` and :func:`avsep.media.read_media_audio`.
+        MissingExtraError: the file is a video, and PyAV is not installed.
     """
-    audio, own_rate_hz = read_audio(path)
+    if Path(path).suffix.lower() in _SOUND_FILES or not Path(path).is_file():
+        return read_audio(path)
+    from avsep.media import read_media_audio
+
+    return read_media_audio(path)
+
+
+def read_mono(path: str | os.PathLike[str]) -> tuple[Audio, int]:
+    """The sound of a file as float32 mono [L] with its rate in Hz.
+
+    Raises:
+        AudioError: the file cannot be used (:func:`read_sound`) or is silent.
+    """
+    audio, rate_hz = read_sound(path)
     mono = to_mono(audio)
     if float(np.abs(mono).max()) < SILENT_PEAK:
         mixed = "" if audio.shape[0] == 1 else f" when its {audio.shape[0]} channels are mixed to mono"
         raise AudioError(f"{path} is silent{mixed}: there is nothing to separate")
+    return mono, rate_hz
+
+
+def read_mixture(path: str | os.PathLike[str], rate_hz: int) -> tuple[Audio, Audio, int]:
+    """Read a recording: mono [L'] at its own rate, mono [L] at ``rate_hz``, and its own rate in Hz.
+
+    Raises:
+        AudioError: the file cannot be used (:func:`read_sound`) or is silent.
+    """
+    mono, own_rate_hz = read_mono(path)
     return mono, resample(mono, own_rate_hz, rate_hz), own_rate_hz
 
 
@@ -172,6 +219,12 @@ def _timelines(
             _read_checked(timelines[name], source, spec.clip_s / 2, spec.clip_s)
         found.append(timelines[name])
     return found
+
+
+def check_timelines(separator: Separator, timelines: Mapping[str, VisualTimeline], classes: Sequence[str]) -> None:
+    """Raise what :func:`separate_audio` would raise of these pictures or features and classes."""
+    class_ids_of(separator, classes)
+    _timelines(separator, timelines, classes)
 
 
 def separate_audio(
@@ -255,9 +308,9 @@ def _file_name(name: str) -> str:
     return re.sub(r'[<>:"/\\|?*\s\x00-\x1f]+', "-", name).strip(".") or "class"
 
 
-def output_paths(audio_path: Path, classes: Sequence[str], out_dir: Path) -> list[Path]:
-    """``<stem>_<class>.wav`` for each class, then ``<stem>_residual.wav``."""
-    return [out_dir / f"{audio_path.stem}_{_file_name(name)}.wav" for name in (*classes, "residual")]
+def output_paths(audio_path: Path, classes: Sequence[str], out_dir: Path, suffix: str = "wav") -> list[Path]:
+    """``<stem>_<class>.wav`` for each class, then ``<stem>_residual.wav``; or with another suffix."""
+    return [out_dir / f"{audio_path.stem}_{_file_name(name)}.{suffix}" for name in (*classes, "residual")]
 
 
 def separate_files(
@@ -293,16 +346,13 @@ def separate_files(
     Raises:
         AudioError, ConfigError, DataError, UnknownNameError, NumericalError: one line each; nothing is written then.
     """
-    class_ids_of(separator, classes)
-    _timelines(separator, timelines, classes)
+    check_timelines(separator, timelines, classes)
 
     def run(mixture: Audio, report: Callable[[int, int], None] | None) -> Audio:
         return separate_audio(separator, mixture, timelines, classes, batch=batch, context_s=context_s, progress=report)
 
     return separate_recordings(
-        run,
-        audio_paths,
-        classes,
+        [Recording(Path(path), tuple(classes), run) for path in audio_paths],
         out_dir,
         sample_rate_hz=separator.spec.front_end.sample_rate_hz,
         rate=rate,
@@ -312,69 +362,120 @@ def separate_files(
     )
 
 
+@dataclass(frozen=True)
+class SeparatedSignals:
+    """A mixture [L], its sources [N, L] and what is left of it [L], at the separator's rate."""
+
+    mixture: Audio
+    sources: Audio
+    residual: Audio
+    rate_hz: int
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A file to be separated.
+
+    ``separate`` is called with the mixture [L] at the separator's rate and a function to report (chunks done, chunks in
+    all) to, or None, and gives [N, L], a row for each of ``classes``. ``beside``: names of further text files, each
+    with what makes its content of the result.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    separate: Callable[[Audio, Callable[[int, int], None] | None], Audio]
+    beside: Mapping[str, Callable[[SeparatedSignals], str]] = field(default_factory=dict)
+
+    def targets(self, out: Path, suffix: str) -> list[Path]:
+        """The files that come of it: :func:`output_paths`, then those beside."""
+        return [*output_paths(self.path, self.classes, out, suffix), *(out / name for name in self.beside)]
+
+
+def check_recordings(
+    recordings: Sequence[Recording],
+    out: Path,
+    *,
+    rate: str | int = "model",
+    subtype: str = "PCM_16",
+    suffix: str = "wav",
+    overwrite: bool = False,
+) -> None:
+    """Raise what :func:`separate_recordings` would raise of names and settings, before anything is read."""
+    if not recordings:
+        raise ConfigError("no audio files given")
+    if subtype not in SUBTYPES:
+        raise ConfigError(f"unknown sample format '{subtype}': one of {', '.join(SUBTYPES)}")
+    if suffix not in SUFFIXES:
+        raise ConfigError(f"unknown suffix '{suffix}': one of {', '.join(SUFFIXES)}")
+    if suffix == "flac" and subtype == "FLOAT":
+        raise ConfigError("FLAC holds no FLOAT samples: use --format PCM_24, or --suffix wav")
+    _output_rate(rate, 1000, 1000)
+    refuse_file(out)
+    place = next(p for p in (out, *out.parents) if p.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{place} cannot be written: choose another output folder")
+    check_targets([r.path for r in recordings], [r.targets(out, suffix) for r in recordings], out, overwrite)
+
+
 def separate_recordings(
-    separate: Callable[[Audio, Callable[[int, int], None] | None], Audio],
-    audio_paths: Sequence[str | os.PathLike[str]],
-    classes: Sequence[str],
+    recordings: Sequence[Recording],
     out_dir: str | os.PathLike[str],
     *,
     sample_rate_hz: int,
     rate: str | int = "model",
     subtype: str = "PCM_16",
+    suffix: str = "wav",
     overwrite: bool = False,
     progress: Callable[[Path, int, int], None] | None = None,
 ) -> list[SeparatedFile]:
     """What :func:`separate_files` does around the separator, which may be of any kind.
 
     Args:
-        separate: called with a mixture [L] at ``sample_rate_hz`` and a function to report (chunks done, chunks in all)
-            to, or None; gives [N, L], a row for each of ``classes``.
         sample_rate_hz: the separator's.
+        suffix: ``wav`` or ``flac``.
 
     Raises:
-        AudioError, ConfigError: one line each; nothing is written then. And whatever ``separate`` raises.
+        AudioError, ConfigError: one line each; nothing is written then. And whatever a recording's functions raise.
     """
-    paths = [Path(p) for p in audio_paths]
     out = Path(out_dir)
-    if not paths:
-        raise ConfigError("no audio files given")
-    if subtype not in SUBTYPES:
-        raise ConfigError(f"unknown sample format '{subtype}': one of {', '.join(SUBTYPES)}")
-    _output_rate(rate, sample_rate_hz, sample_rate_hz)
-    targets = [output_paths(path, classes, out) for path in paths]
-    check_targets(paths, targets, out, overwrite)
-    for path in paths:
-        read_mixture(path, sample_rate_hz)
-
+    check_recordings(recordings, out, rate=rate, subtype=subtype, suffix=suffix, overwrite=overwrite)
+    for recording in recordings:
+        read_mono(recording.path)
     with made_folder(out):
         staging = Path(tempfile.mkdtemp(prefix=".separating-", dir=out))
         try:
             results = []
-            for number, (path, names) in enumerate(zip(paths, targets, strict=True)):
+            for number, recording in enumerate(recordings):
                 folder = staging / str(number)
                 folder.mkdir()
+                path, classes = recording.path, recording.classes
+                names = recording.targets(out, suffix)
                 own, mixture, own_hz = read_mixture(path, sample_rate_hz)
-                sources = separate(mixture, None if progress is None else functools.partial(progress, path))
+                estimates = recording.separate(mixture, None if progress is None else functools.partial(progress, path))
                 rate_hz = _output_rate(rate, sample_rate_hz, own_hz)
                 whole = resample(own, own_hz, rate_hz)  # [L'], straight from its own rate
-                sources = _fit(resample(sources, sample_rate_hz, rate_hz), len(whole))  # [N, L']
+                sources = _fit(resample(estimates, sample_rate_hz, rate_hz), len(whole))  # [N, L']
                 signals = {**dict(zip(classes, sources, strict=True)), "residual": whole - sources.sum(axis=0)}
                 clipped = 0
-                for name, signal in zip(names, signals.values(), strict=True):
+                for name, signal in zip(names[: len(signals)], signals.values(), strict=True):
                     clipped += write_audio(folder / name.name, signal, rate_hz, subtype)
+                result = SeparatedSignals(mixture, estimates, mixture - estimates.sum(axis=0), sample_rate_hz)
+                for text_file, make in recording.beside.items():
+                    write_text(folder / text_file, make(result))
                 results.append(
                     SeparatedFile(
                         source=path,
-                        files=dict(zip(classes, names[:-1], strict=True)),
-                        residual=names[-1],
+                        files=dict(zip(classes, names, strict=False)),
+                        residual=names[len(classes)],
                         rate_hz=rate_hz,
                         seconds=len(whole) / rate_hz,
                         levels_db={k: level_db(v) for k, v in {"mixture": whole, **signals}.items()},
                         clipped=clipped,
+                        beside=tuple(names[len(signals) :]),
                     )
                 )
-            for number, names in enumerate(targets):
-                for name in names:
+            for number, recording in enumerate(recordings):
+                for name in recording.targets(out, suffix):
                     os.replace(staging / str(number) / name.name, name)
             return results
         finally:

@@ -182,6 +182,11 @@ class Separator:
         """What it wants to see of each class."""
         return self._sources
 
+    @property
+    def picture_sizes(self) -> dict[str, int]:
+        """The sides in pixels of the pictures that the bundle's encoders take, by role."""
+        return {role: int(graph.inputs[0].shape[-1]) for role, (graph, _) in self._encoders.items()}
+
     def separate(
         self,
         mixture: Array,

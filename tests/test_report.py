@@ -20,6 +20,7 @@ import pytest
 from avsep.data.protocol import Protocol, TestMixture
 from avsep.errors import AvsepError, MissingExtraError, RunError
 from avsep.evaluation import report
+from avsep.evaluation.drawing import Drawing, log_spectrogram
 from avsep.evaluation.evaluate import evaluate_run
 from avsep.evaluation.report import (
     MixtureView,
@@ -148,7 +149,7 @@ def test_sounds_are_16_bit_at_the_rate_and_share_one_volume():
 
 def test_a_spectrogram_shows_a_tone_at_its_pitch():
     tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(RATE) / RATE)
-    level = report._log_spectrogram(tone, RATE)[:, 5:-5]
+    level = log_spectrogram(tone, RATE)[:, 5:-5]
     rows_hz = np.geomspace(50, RATE / 2, len(level))
     assert rows_hz[level.mean(axis=1).argmax()] == pytest.approx(1000, rel=0.05)
     assert level.max() == pytest.approx(20 * np.log10(0.5), abs=1.6)
@@ -159,7 +160,7 @@ def test_images_stand_with_low_rows_at_the_bottom():
 
     values = np.zeros((8, 4))
     values[0] = 1
-    address = report._Drawing(RATE).mask(values)
+    address = Drawing(RATE).mask(values)
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB")).astype(int)
     assert pixels.shape == (8, 4, 3)
     assert pixels[-1].sum() > pixels[0].sum()

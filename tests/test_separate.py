@@ -269,6 +269,7 @@ def test_command_line(separator, timelines, tmp_path, capsys):
     command([first, second], out=tmp_path / "out", **arguments)
     shown = capsys.readouterr().out
     names = [f"{stem}_{c}.wav" for stem in ("a", "b.flac") for c in ("flute", "piano", "residual")]
+    names += [f"{stem}_separated.html" for stem in ("a", "b.flac")]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(names)
     assert "a_flute.wav" in shown
     assert "b.flac_residual.wav" in shown

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from avsep.data.visualfile import VisualTimeline
+    from avsep.detection import BoxTrack
+    from avsep.progress import Progress
+    from avsep.separate import Recording, SeparatedFile
+    from avsep.types import VisualSource
+
 
 def command(
-    audio: Annotated[
-        list[Path], typer.Argument(help="Recordings: WAV, FLAC, OGG, MP3; any rate, channels mixed to mono.")
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="VIDEO|AUDIO...",
+            help="Recordings: any rate and length, channels mixed to mono. A video is looked at.",
+        ),
     ],
-    classes: Annotated[str, typer.Option("--classes", help="Classes to separate, such as flute,piano.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for <stem>_<class>.wav and <stem>_residual.wav.")],
+    classes: Annotated[
+        str,
+        typer.Option("--classes", help="Classes to separate, such as flute,piano; auto: those that are seen."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for <stem>_<class>.wav, <stem>_residual.wav and a page.")],
     run: Annotated[Path | None, typer.Option("--run", help="Run folder, or a saved separator.")] = None,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="Exported bundle, in place of a run; needs no PyTorch.")
@@ -23,6 +40,23 @@ def command(
         Path | None,
         typer.Option("--features", help="Pictures or features of each class (.npz, see: avsep data features)."),
     ] = None,
+    boxes: Annotated[
+        Path | None,
+        typer.Option(
+            "--boxes",
+            help='Where each class is in the video, as JSON: {"0": {"flute": [left, top, right, bottom]}, ...}, by '
+            "second, as fractions of the picture. Without it a detector looks.",
+        ),
+    ] = None,
+    whole_frame: Annotated[
+        bool, typer.Option("--whole-frame", help="Show the whole picture for every class; look for no objects.")
+    ] = False,
+    detector: Annotated[
+        str, typer.Option("--detector", help="Folder of the detector's weights; auto: AVSEP_WEIGHTS, cache, download.")
+    ] = "auto",
+    look_every: Annotated[
+        float, typer.Option("--look-every", min=0.04, help="Seconds of video from one detection to the next.")
+    ] = 1.0,
     task: Annotated[
         int | None, typer.Option("--task", min=0, help="Separator of this task [the last finished].")
     ] = None,
@@ -30,6 +64,10 @@ def command(
         str, typer.Option("--rate", help="Rate of the files written: model (the separator's), input, or Hz.")
     ] = "model",
     subtype: Annotated[str, typer.Option("--format", help="Samples as PCM_16, PCM_24 or FLOAT.")] = "PCM_16",
+    suffix: Annotated[str, typer.Option("--suffix", help="Files as wav or flac.")] = "wav",
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", help="Write <stem>_separated.html, to hear and see.")
+    ] = True,
     batch: Annotated[
         int | None,
         typer.Option("--batch", min=1, help="Chunks separated at once [4; with --bundle as the graph is made]."),
@@ -48,57 +86,70 @@ def command(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
-    """Separate recordings of any length into one WAV per class and the residual."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from avsep.audio import read_audio
+    """Separate videos or sounds of any length into one file per class and the residual, with a page to hear and see."""
     from avsep.data.visualfile import read_visual_file
+    from avsep.detection import read_boxes
     from avsep.errors import ConfigError
-    from avsep.progress import Progress, progress_bar
+    from avsep.progress import progress_bar
+    from avsep.separate import check_recordings, read_mono, separate_recordings, slots_of
 
     if (run is None) == (bundle is None):
         raise ConfigError("name one thing to separate with: --run RUN, or --bundle BUNDLE (of avsep export)")
     _refuse_the_others(run is None, task=task, device=device, provider=provider, precision=precision)
-    names = [name.strip() for name in classes.split(",") if name.strip()]
-    for path in audio:  # the likeliest mistakes first, before a network is loaded
-        read_audio(path)
+    given = {"--features": features is not None, "--boxes": boxes is not None, "--whole-frame": whole_frame}
+    if sum(given.values()) > 1:
+        both = " and ".join(name for name, there in given.items() if there)
+        raise ConfigError(f"{both} both say what is seen of the classes: leave all but one out")
+    for path in files:  # the likeliest mistakes first, before a network is loaded
+        read_mono(path)
     timelines = {} if features is None else read_visual_file(features)
-    separate: Any
+    track = None if boxes is None else read_boxes(boxes)
     if run is not None:
-        separate, sees, ran = _of_run(run, task, device, names, timelines, batch or 4, context)
+        engine = _of_run(run, task, device, batch or 4, context)
     else:
         assert bundle is not None
-        separate, sees, ran = _of_bundle(bundle, provider, precision, names, timelines, batch, context)
-    if features is None and sees:
-        raise ConfigError("this separator looks at pictures: give --features FILE.npz (see: avsep data features)")
+        engine = _of_bundle(bundle, provider, precision, batch, context)
 
     with contextlib.ExitStack() as stack:
-        display: list[Progress] = []  # opened by the first chunk, so that a mistake found before is one line alone
-        bar_of: dict[Path, int] = {}
+        display: list[Progress] = []  # opened by the first bar, so that a mistake found before is one line alone
+        bar_of: dict[str, int] = {}
 
-        def progress(path: Path, done: int, total: int) -> None:
+        def progress(label: str, done: int, total: int) -> None:
             if not display:
                 display.append(stack.enter_context(progress_bar()))
-            if path not in bar_of:
-                bar_of[path] = display[0].add(f"separating {path.name}", total)
-            display[0].update(bar_of[path], done, total)
+            if label not in bar_of:
+                bar_of[label] = display[0].add(label, total)
+            display[0].update(bar_of[label], done, total)
 
-        results = separate(audio, out, rate=rate, subtype=subtype, overwrite=overwrite, progress=progress)
+        looks = _Looks(engine, timelines, track, whole_frame, detector, look_every, device if run else "cpu", progress)
+        options: dict[str, Any] = {"rate": rate, "subtype": subtype, "suffix": suffix, "overwrite": overwrite}
+        chosen = [name.strip() for name in classes.split(",") if name.strip()]
+        if chosen != ["auto"]:
+            slots_of(engine.classes, chosen)
+            if timelines or not engine.sources:
+                engine.check(timelines, chosen)
+        looks.check(files, chosen)
+        page = page and _can_draw()
 
-    table = Table(title=f"separated into {out}, on {ran}")
-    table.add_column("file", overflow="fold")
-    for heading in ("level dB", "to mixture dB", "s", "Hz"):
-        table.add_column(heading, justify="right")
-    for result in results:
-        whole = result.levels_db["mixture"]
-        rows = {str(result.source): "mixture", **{f.name: c for c, f in result.files.items()}}
-        for file, key in {**rows, result.residual.name: "residual"}.items():
-            level = result.levels_db[key]
-            table.add_row(file, f"{level:.1f}", f"{level - whole:+.1f}", f"{result.seconds:.2f}", str(result.rate_hz))
-    Console().print(table)
-    if clipped := sum(result.clipped for result in results):
-        typer.echo(f"{clipped} samples were beyond full scale and are clipped; --format FLOAT keeps them", err=True)
+        def planned(path: Path, names: list[str], seen: dict[str, VisualTimeline] | None) -> Recording:
+            return _planned(path, names, seen, engine, looks, page)
+
+        if chosen != ["auto"]:  # what can go wrong with the files, before a video is looked at
+            check_recordings([planned(path, chosen, None) for path in files], out, **options)
+        recordings = []
+        for path in files:
+            names = looks.propose(path) if chosen == ["auto"] else chosen
+            slots_of(engine.classes, names)
+            recordings.append(planned(path, names, looks.timelines(path, names)))
+        with engine.opened():
+            results = separate_recordings(
+                recordings,
+                out,
+                sample_rate_hz=engine.rate_hz,
+                progress=lambda path, done, total: progress(f"separating {path.name}", done, total),
+                **options,
+            )
+    _print(results, out, engine.ran)
 
 
 def _refuse_the_others(with_bundle: bool, **options: Any) -> None:
@@ -112,55 +163,262 @@ def _refuse_the_others(with_bundle: bool, **options: Any) -> None:
             raise ConfigError(f"--{name} goes with {of}, and does nothing with {instead}: leave it out")
 
 
-def _of_run(
-    run: Path,
-    task: int | None,
-    device: str,
-    names: list[str],
-    timelines: Any,
-    batch: int,
-    context_s: float | None,
-) -> tuple[Any, bool, str]:
-    """What separates files with a trained separator, whether it looks at pictures, and where it runs."""
+def _can_draw() -> bool:
+    """Whether a page can be drawn; says so in a line where it cannot."""
+    from avsep.errors import MissingExtraError
+    from avsep.evaluation.drawing import dependencies
+
+    try:
+        dependencies()
+    except MissingExtraError as error:
+        typer.echo(f"no page is written: {error}", err=True)
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What separates, of either kind.
+
+    ``separate`` takes a mixture, timelines, classes and a function to report to; ``check`` raises what it would raise
+    of timelines and classes; ``sizes`` are the pixels of a picture's sides by role, ``ran`` says where it runs.
+    """
+
+    classes: tuple[str, ...]
+    sources: tuple[VisualSource, ...]
+    rate_hz: int
+    sizes: dict[str, int]
+    ran: str
+    separate: Callable[[Any, Any, list[str], Any], Any]
+    check: Callable[[Any, list[str]], None]
+    opened: Callable[[], Any] = field(default=contextlib.nullcontext)
+
+
+def _of_run(run: Path, task: int | None, device: str, batch: int, context_s: float | None) -> _Engine:
+    """A trained separator."""
+    from avsep.chunking import context_in_samples
     from avsep.devices import pick_device
-    from avsep.separate import class_ids_of, separate_files
+    from avsep.footage import SIZES
+    from avsep.separate import check_timelines, separate_audio
     from avsep.separator import load_separator
 
     chosen = pick_device(device)
     separator = load_separator(run, task).to(chosen)
-    class_ids_of(separator, names)
-
-    def separate(audio: Any, out: Any, **options: Any) -> Any:
-        return separate_files(separator, audio, timelines, names, out, batch=batch, context_s=context_s, **options)
-
-    return separate, bool(separator.visual_sources()), f"PyTorch, {chosen}"
+    encoders = {"object": separator.object_encoder, "motion": separator.motion_encoder}
+    spec = separator.spec.front_end
+    context_in_samples(context_s, clip_samples=spec.clip_samples, sample_rate_hz=spec.sample_rate_hz)
+    return _Engine(
+        classes=separator.classes,
+        sources=separator.visual_sources(),
+        rate_hz=spec.sample_rate_hz,
+        sizes={role: max(SIZES[role], int(getattr(encoder, "size", 0))) for role, encoder in encoders.items()},
+        ran=f"PyTorch, {chosen}",
+        separate=lambda mixture, seen, names, report: separate_audio(
+            separator, mixture, seen, names, batch=batch, context_s=context_s, progress=report
+        ),
+        check=functools.partial(check_timelines, separator),
+    )
 
 
 def _of_bundle(
-    bundle: Path,
-    provider: str,
-    precision: str | None,
-    names: list[str],
-    timelines: Any,
-    batch: int | None,
-    context_s: float | None,
-) -> tuple[Any, bool, str]:
-    """The same with an exported bundle."""
+    bundle: Path, provider: str, precision: str | None, batch: int | None, context_s: float | None
+) -> _Engine:
+    """An exported bundle."""
     from avsep.export.runtime import Separator
-    from avsep.separate import separate_recordings, slots_of
 
     separator = Separator.load(bundle, provider, precision, context_s=context_s)
-    slots_of(separator.classes, names)
-    if timelines or not separator.visual_sources:
-        separator.check(timelines, names)
     for reason in separator.unused_engines:
         typer.echo(f"note: {reason}", err=True)
+    return _Engine(
+        classes=tuple(separator.classes),
+        sources=separator.visual_sources,
+        rate_hz=separator.sample_rate_hz,
+        sizes=separator.picture_sizes,
+        ran=separator.provider,
+        separate=lambda mixture, seen, names, report: separator.separate(
+            mixture, seen, names, batch=batch, progress=report
+        ),
+        check=separator.check,
+        opened=lambda: separator,
+    )
 
-    def separate(audio: Any, out: Any, **options: Any) -> Any:
-        def one(mixture: Any, report: Any) -> Any:
-            return separator.separate(mixture, timelines, names, batch=batch, progress=report)
 
-        with separator:
-            return separate_recordings(one, audio, names, out, sample_rate_hz=separator.sample_rate_hz, **options)
+class _Looks:
+    """What is seen of the classes in each file: given features, given boxes, a detector's, or the whole frame."""
 
-    return separate, bool(separator.visual_sources), separator.provider
+    def __init__(
+        self,
+        engine: _Engine,
+        given: dict[str, VisualTimeline],
+        track: BoxTrack | None,
+        whole_frame: bool,
+        weights: str,
+        every_s: float,
+        device: str,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self.engine = engine
+        self.given = given
+        self.track = track
+        self.whole_frame = whole_frame
+        self.weights = weights
+        self.every_s = every_s
+        self.device = device
+        self.progress = progress
+        self.found: dict[Path, BoxTrack] = {}
+        self._detector: Any = None
+        self._encoders: Any = None
+
+    def check(self, files: list[Path], classes: list[str]) -> None:
+        """Raise where a file shows nothing that the separator needs, or a class has no box."""
+        from avsep.errors import ConfigError, DataError
+        from avsep.separate import is_video
+
+        if self.track is not None and classes != ["auto"]:
+            for name in classes:
+                if name not in self.track.classes:
+                    raise DataError(
+                        f"there are no boxes of class '{name}': there are those of {', '.join(self.track.classes)}"
+                    )
+        if self.given or not self.engine.sources:
+            if classes == ["auto"] and not self.given:
+                raise ConfigError("this separator does not look at pictures: name the classes instead of auto")
+            return
+        for path in files:
+            if not is_video(path):
+                raise ConfigError(
+                    f"this separator looks at pictures, and {path} has none: give --features FILE.npz "
+                    "(see: avsep data features)"
+                )
+
+    def propose(self, path: Path) -> list[str]:
+        """The classes for ``--classes auto``: those of the given boxes or features, else those that are seen."""
+        from avsep.detection import propose_classes
+        from avsep.errors import DataError
+        from avsep.footage import sample_pictures
+
+        known = self.engine.classes
+        if self.given or self.track is not None:
+            named = self.track.classes if self.track is not None else tuple(self.given)
+            names = [name for name in named if name in known]
+            where = "the boxes" if self.track is not None else "the features"
+        else:
+            names = propose_classes(self._detect(), sample_pictures(path), known)
+            where = str(path)
+        if not names:
+            raise DataError(
+                f"{where} show none of the separator's classes ({', '.join(known)}): name them by --classes"
+            )
+        typer.echo(f"{path.name}: {', '.join(names)}", err=True)
+        return names
+
+    def timelines(self, path: Path, classes: list[str]) -> dict[str, VisualTimeline]:
+        from avsep.footage import Encoders, timelines_of_video
+
+        if self.given or not self.engine.sources:
+            return self.given
+        if self._encoders is None and any(source.kind == "features" for source in self.engine.sources):
+            self._encoders = Encoders(device=self._place())
+        track = self._track(path, classes)
+        self.found[path] = track
+        seen = timelines_of_video(
+            path,
+            classes,
+            self.engine.sources,
+            track,
+            encoders=self._encoders,
+            sizes=self.engine.sizes,
+            report=functools.partial(self.progress, f"looking at {path.name}"),
+        )
+        self.engine.check(seen, classes)
+        return seen
+
+    def _track(self, path: Path, classes: list[str]) -> BoxTrack:
+        from avsep.errors import MissingExtraError, MissingWeightsError
+        from avsep.footage import track_objects, whole_frame
+
+        if self.track is not None:
+            return self.track
+        if not self.whole_frame:
+            try:
+                detector = self._detect()
+            except (MissingWeightsError, MissingExtraError) as error:
+                if self.weights != "auto":
+                    raise
+                typer.echo(f"every class is shown the whole frame, for no objects can be looked for: {error}", err=True)
+                self.whole_frame = True
+        if self.whole_frame:
+            return whole_frame(classes)
+        return track_objects(
+            path,
+            classes,
+            detector,
+            every_s=self.every_s,
+            report=functools.partial(self.progress, f"finding objects in {path.name}"),
+        )
+
+    def _detect(self) -> Any:
+        from avsep.detection import OWLv2Detector
+
+        if self._detector is None:
+            self._detector = OWLv2Detector(weights=self.weights, device=self._place())
+        return self._detector
+
+    def _place(self) -> Any:
+        from avsep.devices import pick_device
+
+        return pick_device(self.device)
+
+
+def _planned(
+    path: Path,
+    names: list[str],
+    seen: dict[str, VisualTimeline] | None,
+    engine: _Engine,
+    looks: _Looks,
+    page: bool,
+) -> Recording:
+    """A file with all that is written of it; without ``seen`` only to check the names of the files."""
+    from avsep.detection import GIVEN
+    from avsep.evaluation.separated_page import render_separated
+    from avsep.separate import Recording
+
+    track = looks.found.get(path)
+    beside: dict[str, Callable[[Any], str]] = {}
+    detects = bool(engine.sources) and not looks.given and looks.track is None and not looks.whole_frame
+    if detects:
+        beside[f"{path.stem}_boxes.json"] = lambda _: "" if track is None else track.as_json()
+    if page:
+        rules: dict[str, list[str]] = {}
+        if track is not None:
+            for name in names:
+                counts = track.rules(name)
+                total = sum(counts.values())
+                rules[name] = [
+                    "boxes given" if rule == GIVEN else f"{rule}: {count} of {total} pictures" if total > 1 else rule
+                    for rule, count in counts.items()
+                ]
+        beside[f"{path.stem}_separated.html"] = lambda signals: render_separated(path.name, names, signals, seen, rules)
+    return Recording(path, tuple(names), lambda mixture, report: engine.separate(mixture, seen, names, report), beside)
+
+
+def _print(results: list[SeparatedFile], out: Path, ran: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"separated into {out}, on {ran}")
+    table.add_column("file", overflow="fold")
+    for heading in ("level dB", "to mixture dB", "s", "Hz"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        whole = result.levels_db["mixture"]
+        rows = {str(result.source): "mixture", **{f.name: c for c, f in result.files.items()}}
+        for file, key in {**rows, result.residual.name: "residual"}.items():
+            level = result.levels_db[key]
+            table.add_row(file, f"{level:.1f}", f"{level - whole:+.1f}", f"{result.seconds:.2f}", str(result.rate_hz))
+    Console().print(table)
+    for result in results:
+        for beside in result.beside:
+            typer.echo(str(beside))
+    if clipped := sum(result.clipped for result in results):
+        typer.echo(f"{clipped} samples were beyond full scale and are clipped; --format FLOAT keeps them", err=True)

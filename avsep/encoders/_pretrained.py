@@ -22,7 +22,7 @@ from avsep.encoders._frames import check_frames
 from avsep.errors import CheckpointError, MissingExtraError, MissingWeightsError
 from avsep.types import VisualSource
 
-__all__ = ["FrozenPictures", "FrozenPretrained", "HubModel", "prepare_pictures", "weights_come_later"]
+__all__ = ["FrozenPictures", "FrozenPretrained", "HubModel", "prepare_pictures", "read_weights", "weights_come_later"]
 
 WEIGHTS_VARIABLE = "AVSEP_WEIGHTS"
 _LATER: contextvars.ContextVar[bool] = contextvars.ContextVar("weights_come_later", default=False)
@@ -129,7 +129,7 @@ class FrozenPretrained(nn.Module):
         if folder is None:
             self.model = kind(config)
         else:
-            self.model = _read(kind, config, folder)
+            self.model = read_weights(kind, config, folder)
         self.requires_grad_(False)
         self.train(False)
 
@@ -185,7 +185,8 @@ class FrozenPictures(FrozenPretrained):
         return self.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).amax(dim=1)
 
 
-def _read(kind: Any, config: Any, folder: Path) -> nn.Module:
+def read_weights(kind: Any, config: Any, folder: Path) -> nn.Module:
+    """A model of class ``kind`` with the weights of ``folder``; raises CheckpointError where they are not its own."""
     try:
         model, report = kind.from_pretrained(
             folder, config=config, local_files_only=True, weights_only=True, output_loading_info=True

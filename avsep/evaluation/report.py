@@ -5,21 +5,17 @@ Gathering (:func:`gather`, which runs separators) and rendering (:func:`render_r
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
-import itertools
 import math
-import wave
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from avsep.errors import AvsepError, MissingExtraError, RunError
+from avsep.errors import AvsepError, RunError
+from avsep.evaluation.drawing import PAGE_BYTES, SignalView, dependencies, markup, page_environment, pretty
 from avsep.io import write_text
 from avsep.runs import finished_tasks, read_run_spec
 
@@ -45,13 +41,7 @@ __all__ = [
     "write_report",
 ]
 
-PAGE_BYTES = 24 * 10**6
-"""Fewer mixtures are shown where a page would become larger than this."""
-
 _POINTS = 240  # of a curve; more cannot be told apart at the size it is drawn
-_RANGE_DB = 70.0  # of a spectrogram
-_LOWEST_HZ = 50.0
-_ROWS = 160  # of a spectrogram picture
 _COLOURS = 6  # --c0 .. --c5 in the template
 
 
@@ -84,14 +74,6 @@ class RunView:
     validation: Series | None = None
     boundaries: Sequence[float] = ()
     finished: int = 1
-
-
-@dataclass(frozen=True)
-class SignalView:
-    """A signal [L] in ±1 to hear and to see."""
-
-    audio: np.ndarray
-    label: str
 
 
 @dataclass(frozen=True)
@@ -148,33 +130,11 @@ class ReportContext:
 # --- rendering --------------------------------------------------------------------------------------------------------
 
 
-def _dependencies() -> tuple[Any, Any, Any]:
-    """jinja2, matplotlib and Pillow's Image (which matplotlib brings)."""
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingExtraError("Jinja2", "report", "the report page") from None
-    try:
-        import matplotlib
-        from PIL import Image
-    except ImportError:
-        raise MissingExtraError("matplotlib", "report", "the report page") from None
-    return jinja2, matplotlib, Image
-
-
 def render_report(context: ReportContext) -> str:
     """The page as one HTML text. Raises MissingExtraError without Jinja2 or matplotlib."""
-    jinja2, _, _ = _dependencies()
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    draw = _Drawing(context.sample_rate_hz)
+    environment = page_environment(context.sample_rate_hz)
     environment.globals.update(
-        audio=draw.audio,
-        spectrogram=draw.spectrogram,
-        mask=draw.mask,
-        picture=draw.picture,
-        line_chart=lambda *a, **k: jinja2.utils.markupsafe.Markup(line_chart(*a, **k)),
+        line_chart=lambda *a, **k: markup(line_chart(*a, **k)),
         summary=_run_summary,
         db=_db,
         signed=_signed,
@@ -182,82 +142,8 @@ def render_report(context: ReportContext) -> str:
         bar=_bar,
         validation_lines=_validation_lines,
         gain=_common_gain,
-        seconds=lambda signal: len(signal.audio) / context.sample_rate_hz,
     )
-    environment.filters["pretty"] = _pretty
-    template = resources.files("avsep.evaluation").joinpath("report.html").read_text(encoding="utf-8")
-    return str(environment.from_string(template).render(page=context, matrices=_matrices(context.runs)))
-
-
-class _Drawing:
-    """Signals and arrays as ``data:`` addresses."""
-
-    def __init__(self, sample_rate_hz: int) -> None:
-        _, matplotlib, self._image = _dependencies()
-        self.rate_hz = sample_rate_hz
-        self._palettes = {
-            name: (np.asarray(matplotlib.colormaps[name](np.arange(256)))[:, :3] * 255).round().astype(np.uint8)
-            for name in ("magma", "viridis")
-        }
-
-    def audio(self, signal: SignalView, gain: float) -> str:
-        """16-bit WAV."""
-        pcm = np.round(np.clip(signal.audio * gain, -1, 1) * 32767).astype("<i2")
-        buffer = io.BytesIO()
-        with wave.open(buffer, "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(self.rate_hz)
-            file.writeframes(pcm.tobytes())
-        return _data("audio/wav", buffer.getvalue())
-
-    def spectrogram(self, signal: SignalView, gain: float) -> str:
-        """Log-frequency magnitude in dB below a full-scale sine, after ``gain``."""
-        level = _log_spectrogram(signal.audio * gain, self.rate_hz)
-        return self._png(np.clip(1 + level / _RANGE_DB, 0, 1), "magma")
-
-    def mask(self, mask: np.ndarray) -> str:
-        return self._png(np.clip(mask, 0, 1), "viridis")
-
-    def picture(self, frame: np.ndarray) -> str:
-        """uint8 [3, H, W] or [1, H, W]"""
-        pixels = np.moveaxis(frame, 0, -1)
-        pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
-        buffer = io.BytesIO()
-        self._image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "JPEG", quality=85)
-        return _data("image/jpeg", buffer.getvalue())
-
-    def _png(self, values: np.ndarray, palette: str) -> str:
-        """[rows from low to high, columns] in 0..1, drawn with the low rows at the bottom, as an indexed PNG."""
-        # 64 levels are beyond what the eye tells apart here, and compress to half
-        levels = (np.round(values[::-1] * 63) * (255 / 63)).astype(np.uint8)
-        image = self._image.fromarray(np.ascontiguousarray(levels)).convert("P")
-        image.putpalette(self._palettes[palette].tobytes())
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", optimize=True)
-        return _data("image/png", buffer.getvalue())
-
-
-def _data(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def _log_spectrogram(signal: np.ndarray, rate_hz: int, size: int = 1024, hop: int = 256) -> np.ndarray:
-    """[_ROWS, T] in dB below a full-scale sine, rows from ``_LOWEST_HZ`` to half the rate in even steps of pitch."""
-    padded = np.pad(np.asarray(signal, np.float64), size // 2)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
-    window = np.hanning(size)
-    magnitude = np.abs(np.fft.rfft(frames * window, axis=1)).T / (window.sum() / 2)  # [size / 2 + 1, T]
-    edges = np.geomspace(min(_LOWEST_HZ, rate_hz / 8), rate_hz / 2, _ROWS + 1) * size / rate_hz  # in bins
-    rows = np.empty((_ROWS, magnitude.shape[1]))
-    for row, (low, high) in enumerate(itertools.pairwise(edges)):
-        if high - low < 1:  # between bins: interpolate
-            middle = (low + high) / 2
-            lower = min(int(middle), len(magnitude) - 2)
-            rows[row] = magnitude[lower] + (middle - lower) * (magnitude[lower + 1] - magnitude[lower])
-        else:  # several bins: the loudest, so that no partial falls between rows
-            rows[row] = magnitude[int(low) : int(np.ceil(high)) + 1].max(axis=0)
-    return 20 * np.log10(np.maximum(rows, 1e-10))
+    return str(environment.get_template("report.html").render(page=context, matrices=_matrices(context.runs)))
 
 
 def _common_gain(view: MixtureView) -> float:
@@ -265,10 +151,6 @@ def _common_gain(view: MixtureView) -> float:
     signals = [view.mixture.audio, *(s.reference.audio for s in view.sources)]
     peak = max((float(np.abs(s).max()) if len(s) else 0.0) for s in signals)
     return 0.9 / peak if peak > 0 else 1.0
-
-
-def _pretty(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _db(value: float | None) -> str:
@@ -443,7 +325,7 @@ def write_report(
         DataError: the store is not the runs'.
         MissingExtraError: Jinja2 or matplotlib is not installed.
     """
-    _dependencies()
+    dependencies()
     target = Path(out) if out is not None else Path(run_folder) / "report.html"
     if target.is_dir():
         raise AvsepError(f"{target} is a folder: name the page, for example {target / 'report.html'}")
@@ -667,7 +549,7 @@ def _mixture_view(
             separated.append(
                 SeparatedView(
                     run=name,
-                    signal=SignalView(own.estimates[n], f"{_pretty(source.class_name)}, separated by {name}"),
+                    signal=SignalView(own.estimates[n], f"{pretty(source.class_name)}, separated by {name}"),
                     mask=own.masks[n],
                     scores={m: getattr(result, m) for m in ("sdr", "sdri", "sir", "sar", "si_sdr")},
                 )
@@ -676,14 +558,14 @@ def _mixture_view(
             SourceView(
                 class_name=source.class_name,
                 task=source.task,
-                reference=SignalView(kept.references[n], f"{_pretty(source.class_name)}, as recorded"),
+                reference=SignalView(kept.references[n], f"{pretty(source.class_name)}, as recorded"),
                 ideal_mask=kept.ratios[n],
                 pictures=_pictures(kept, n, first, store),
                 separated=separated,
                 mixture_sdr=source.sdr_mixture,
             )
         )
-    title = " + ".join(_pretty(s.class_name) for s in sources)
+    title = " + ".join(pretty(s.class_name) for s in sources)
     return MixtureView(
         title=title,
         note=_note([s.task for s in sources], known),
