@@ -220,6 +220,8 @@ class OWLv2Detector:
         self.model: Any = model.eval().requires_grad_(False).to(device)
         self.device = device
         try:
+            if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+                raise FileNotFoundError("no tokenizer.json")  # transformers would make an empty one
             self._tokenizer: Any = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # whatever a missing or damaged file raises
             raise CheckpointError(

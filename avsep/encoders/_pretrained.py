@@ -187,6 +187,10 @@ class FrozenPictures(FrozenPretrained):
 
 def read_weights(kind: Any, config: Any, folder: Path) -> nn.Module:
     """A model of class ``kind`` with the weights of ``folder``; raises CheckpointError where they are not its own."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of reading a file; what takes long here has bars of its own
     try:
         model, report = kind.from_pretrained(
             folder, config=config, local_files_only=True, weights_only=True, output_loading_info=True
@@ -196,6 +200,9 @@ def read_weights(kind: Any, config: Any, folder: Path) -> nn.Module:
             f"the weights in {folder} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
             "fetch them again"
         ) from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
             f"the weights in {folder} lack {len(missing)} tensors of {kind.__name__}, among them '{missing[0]}': they "
