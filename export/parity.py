@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avsep.errors import ExportError, MissingExtraError
+from avsep.errors import ExportError
+from avsep.export.sessions import start_onnx
 
 __all__ = ["Parity", "compare", "open_session", "run_onnx"]
 
@@ -54,49 +55,27 @@ def compare(estimate: Array, reference: Array) -> tuple[float, float]:
     return float(np.abs(difference).max(initial=0.0)), error_db
 
 
-def open_session(
-    graph: Path | bytes, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0
-) -> tuple[Any, str]:
-    """Load a graph, a file or its bytes, in ONNX Runtime. Returns the session and the provider that will really run it.
+def open_session(graph: Path | bytes, threads: int = 0) -> tuple[Any, str]:
+    """Load a graph, a file or its bytes, in ONNX Runtime on the CPU: the session and the provider that runs it.
 
     Raises:
-        ExportError: the file cannot be loaded, or another provider would run than was asked for.
-        MissingExtraError: onnxruntime is not installed.
+        ExportError: onnxruntime is missing, or the graph cannot be loaded.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "cpu", "running an ONNX graph") from None
-    if providers[0] not in onnxruntime.get_available_providers():
-        has = ", ".join(onnxruntime.get_available_providers())
-        raise ExportError(f"this ONNX Runtime has no {providers[0]}: it has {has}")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    source, name = (graph, "the graph") if isinstance(graph, bytes) else (str(graph), graph.name)
-    try:
-        session = onnxruntime.InferenceSession(source, options, providers=list(providers))
-    except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
-        raise ExportError(f"ONNX Runtime cannot run {name}: {' '.join(str(error).split())[:300]}") from None
-    got = session.get_providers()[0]  # it falls back in silence where a provider cannot load
-    if got != providers[0]:
-        raise ExportError(f"ONNX Runtime runs {got} instead of {providers[0]}: its libraries or device are missing")
-    return session, got
+    if isinstance(graph, bytes):
+        return start_onnx(graph, "the graph", threads=threads)
+    return start_onnx(str(graph), graph.name, threads=threads)
 
 
-def run_onnx(
-    path: Path, inputs: Mapping[str, Array], providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0
-) -> tuple[Array, str, float]:
-    """Run a graph of one output in ONNX Runtime. Returns the output, the provider that really ran and the seconds.
+def run_onnx(path: Path, inputs: Mapping[str, Array]) -> tuple[Array, str, float]:
+    """Run a graph of one output in ONNX Runtime. Returns the output, the provider that ran and the seconds.
 
     Raises:
-        ExportError: the file cannot be loaded, does not take the inputs, or another provider ran than was asked for.
-        MissingExtraError: onnxruntime is not installed.
+        ExportError: as :func:`open_session`, or the graph does not take the inputs.
     """
-    session, got = open_session(path, providers, threads)
+    session, got = open_session(path)
     try:
         start = time.perf_counter()
         (output,) = session.run(None, dict(inputs))
         return np.asarray(output), got, time.perf_counter() - start
-    except Exception as error:  # as above
+    except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
         raise ExportError(f"ONNX Runtime cannot run {Path(path).name}: {' '.join(str(error).split())[:300]}") from None
