@@ -508,26 +508,23 @@ def _print(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(f"\n[bold]{first['case']}[/]: {first['settings']}; {first['repeats']} repeats", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("variant", overflow="fold")
-    for heading in ("ms", "95 %", "RTF", "ratio", "peak MB", "GPU MB", "file MB", "plan MB"):
+    numbers = {
+        "ms": ("median_ms", "{:,.1f}"),
+        "95 %": ("p95_ms", "{:,.1f}"),
+        "RTF": ("real_time_factor", "{:.3g}"),
+        "ratio": ("ratio", "{:.2f}x"),
+        "peak MB": ("process_mb", "{:,.0f}"),
+        "GPU MB": ("device_mb", "{:,.0f}"),
+        "file MB": ("file_mb", "{:,.1f}"),
+        "plan MB": ("plan_mb", "{:,.1f}"),
+    }
+    numbers = {h: (key, form) for h, (key, form) in numbers.items() if any(row[key] != "" for row in rows)}
+    for heading in numbers:
         table.add_column(heading, justify="right")
-
-    def number(value: Any, form: str) -> str:
-        return "" if value == "" else format(value, form)
-
     for row in rows:
-        if row["median_ms"] == "":
-            continue
-        table.add_row(
-            row["variant"],
-            number(row["median_ms"], ",.1f"),
-            number(row["p95_ms"], ",.1f"),
-            number(row["real_time_factor"], ".3g"),
-            f"{row['ratio']:.2f}x",
-            number(row["process_mb"], ",.0f"),
-            number(row["device_mb"], ",.0f"),
-            number(row["file_mb"], ",.1f"),
-            number(row["plan_mb"], ",.1f"),
-        )
+        if row["median_ms"] != "":
+            cells = [(row[key], form) for key, form in numbers.values()]
+            table.add_row(row["variant"], *("" if value == "" else form.format(value) for value, form in cells))
     console.print(table)
     for row in rows:
         if row["note"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,9 @@ def device_readme(manifest: Mapping[str, Any]) -> str:
         measured_on=main["parity"]["provider"],
         feeding=_feeding(main, manifest),
         example_features="{" + ", ".join(f'"{role}": ...' for role in roles) + "}",
-        example_classes=",".join(manifest["classes"][:2]) or "0,1",
+        example_classes=shlex.quote(",".join(manifest["classes"][:2]) or "0,1"),
+        features_option=" --features features.npz" if roles else "",
+        features_note="\nwhere features.npz comes from `avsep data features`.\n" if roles else "",
         classes=_classes(manifest["classes"]),
         golden=main["golden"],
         output=main["outputs"][0]["name"],

@@ -776,6 +776,18 @@ def test_it_runs_where_there_is_no_torch(bundles, duet, tmp_path, runtime, timel
     np.testing.assert_allclose(sum(found), mixture, atol=1e-6)
 
 
+def test_the_command_of_a_bundles_readme_runs(bundles, duet, tmp_path, monkeypatch, capsys):
+    shutil.copytree(bundles["fixed"], tmp_path / "fixed")
+    shutil.copyfile(duet / "duet.wav", tmp_path / "recording.wav")
+    shutil.copyfile(duet / "features.npz", tmp_path / "features.npz")
+    monkeypatch.chdir(tmp_path)
+    text = (tmp_path / "fixed" / "README.md").read_text()
+    (command,) = [line for line in text.splitlines() if line.startswith("python3 -m avsep.export.runtime ")]
+    assert runtime_main(command.split()[3:]) == 0, capsys.readouterr().err
+    names = ["recording_flute.wav", "recording_piano.wav", "recording_residual.wav"]
+    assert sorted(p.name for p in (tmp_path / "separated").iterdir()) == names
+
+
 DEVICE_MISTAKES = {
     "no bundle": ({0: "nowhere"}, "no such bundle"),
     "no audio": ({1: "nowhere.wav"}, "no such audio file"),
