@@ -5,6 +5,9 @@ NumPy and the standard library; onnxruntime and TensorRT are imported when they 
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -108,9 +111,14 @@ def start_onnx(
     session, reason = None, "its libraries or device are missing"
     if wanted != cpu and wanted in available:
         ort.set_default_logger_severity(4)  # a provider that cannot load would print lines of its own
+        banner = (
+            io.StringIO()
+        )  # and ONNX Runtime's own retry one on the standard output; old ones know no enable_fallback
         try:
-            # enable_fallback: ONNX Runtime's own retry prints a banner on the standard output
-            session = ort.InferenceSession(model, options, providers=[wanted], enable_fallback=0)
+            with contextlib.redirect_stdout(banner):
+                session = ort.InferenceSession(model, options, providers=[wanted], enable_fallback=0)
+            if told := re.search(r"^EP Error (.*?) when using", banner.getvalue(), re.DOTALL | re.MULTILINE):
+                reason = _reason(told[1])
         except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
             reason = _reason(error)
         finally:
@@ -281,5 +289,5 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _reason(error: Exception | str) -> str:
+    return " ".join(str(error).split())[:400]

@@ -628,17 +628,18 @@ def test_what_runs_is_chosen_and_told(bundles, monkeypatch):
     assert OnnxSession(bundle, bundle.graph(), "cuda", fall_back=True).provider == "CPUExecutionProvider"
 
 
-def test_a_provider_that_raises_is_told_from_a_damaged_graph(bundles, monkeypatch, capfd):
-    """As onnxruntime-gpu 1.22 does with TensorRT's provider where its libraries are missing: it raises, and, unless it
-    is told not to, prints a banner and takes the CPU."""
+@pytest.mark.parametrize("old", [False, True], ids=["told not to fall back", "falls back in any case"])
+def test_a_provider_that_raises_is_told_from_a_damaged_graph(bundles, monkeypatch, capfd, old):
+    """As onnxruntime-gpu does with TensorRT's provider where its libraries are missing: it raises, and, unless it is
+    told not to (1.22 cannot be), prints a banner and takes the CPU."""
     import onnxruntime
 
     real = onnxruntime.InferenceSession
 
     def raises(model, options, providers, enable_fallback=1):
         if providers == ["TensorrtExecutionProvider"]:
-            if enable_fallback:
-                print("EP Error")
+            if old or enable_fallback:
+                print("*** EP Error ***\nEP Error Please install\nTensorRT libraries\n when using ['T']\nFalling back")
                 return real(model, options, providers=["CPUExecutionProvider"])
             raise RuntimeError("Please install\nTensorRT libraries")
         return real(model, options, providers=providers)
