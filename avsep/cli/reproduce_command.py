@@ -68,11 +68,12 @@ def command(
     from avsep.errors import AvsepError
     from avsep.reproduce import ResultStore, build_grid, build_table, load_grid_preset, run_grid, write_table
     from avsep.reproduce.runner import check_folder, claim, cores
-    from avsep.reproduce.tables import markdown, render_into
+    from avsep.reproduce.tables import markdown, places_in, render_into
 
     console = Console()
     loaded = load_grid_preset(preset)
     wanted = _tables(tables)
+    places = [] if readme is None else places_in(readme, wanted)
     bases = None if base is None else (["iquery", "coseparation"] if base == "both" else [base])
     check_folder(out, resume)
     accelerator = pick_device(device).type
@@ -82,13 +83,10 @@ def command(
     claimed = ResultStore(out / "cells", results or [])
     missing = [cell for key, cell in grid.cells.items() if key not in claimed]
     count, firsts = len(grid.cells), len({c.first_key for c in missing})
-    console.print(
-        f"{', '.join(wanted)}: {count} cells, {count - len(missing)} finished; {firsts} first tasks are shared by the "
-        f"other {len(missing)}"
-        if missing
-        else f"{', '.join(wanted)}: {count} cells, all finished",
-        highlight=False,
+    todo = (
+        f"{len(missing)} to be run from {firsts} first task{'s' if firsts > 1 else ''}" if missing else "all finished"
     )
+    console.print(f"{', '.join(wanted)}: {count} cell{'s' if count > 1 else ''}, {todo}", highlight=False)
     if plan:
         for cell in missing:
             console.print(f"  {cell.name}: about {cell.steps} steps{_problem(cell)}", highlight=False, soft_wrap=True)
@@ -116,7 +114,7 @@ def command(
         console.print()
         console.print(markdown(table), markup=False, highlight=False, soft_wrap=True)
         console.print(f"written to {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
-        if readme is not None:
+        if readme is not None and table_name in places:
             render_into(readme, table)
     if outcome.failed:
         first = next(iter(outcome.failed))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from avsep.data.protocol import PROTOCOLS
@@ -21,15 +21,16 @@ from avsep.registry import STRATEGIES
 from avsep.reproduce.preset import GridPreset
 from avsep.spec import ComponentRef, RunSpec, SeparatorSpec, TrainSpec
 
-__all__ = ["BASES", "TABLES", "Cell", "Grid", "Row", "build_grid", "identity_key"]
+__all__ = ["BASES", "BASE_TITLES", "TABLES", "Cell", "Grid", "Row", "build_grid", "identity_key"]
 
 GRID_VERSION = 1  # raise it when a cell's result changes though nothing of its identity does
 
 BASES = ("iquery", "coseparation")
-TABLES = ("table1", "table2", "table3", "figure3", "figure4")
+BASE_TITLES = {"iquery": "iQuery", "coseparation": "Co-Separation"}
+TABLES = ("table1", "table2", "table3", "figure3", "figure4", "budget")
 
 # table -> the bases it has in the paper
-_BASES_OF = {"table1": BASES, "figure3": BASES, "table2": BASES[:1], "table3": BASES[:1], "figure4": BASES[:1]}
+_BASES_OF = {name: BASES if name in ("table1", "figure3") else BASES[:1] for name in TABLES}
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells by key, and for each table its rows with their cells by base, in the order of the seeds."""
+    """Cells by key; ``rows`` of each table by base, ``notes`` on it, and the cells of a row in the order of the seeds.
+
+    ``rows``: {table: {base: [Row, ...]}}; ``places``: {(table, base, row): keys}.
+    """
 
     preset: GridPreset
     stream: TaskStream
-    tables: dict[str, list[Row]]
-    bases: dict[str, tuple[str, ...]]
     seeds: tuple[int, ...]
+    rows: dict[str, dict[str, list[Row]]]
+    notes: dict[str, list[str]]
     cells: dict[str, Cell]
     places: dict[tuple[str, str, str], tuple[str, ...]]
-    notes: dict[str, list[str]]
 
-    def keys(self, table: str, row: str, base: str) -> tuple[str, ...]:
-        return self.places[table, row, base]
+    def keys(self, table: str, base: str, row: str) -> tuple[str, ...]:
+        return self.places[table, base, row]
 
 
 def identity_key(identity: Any) -> str:
@@ -153,6 +156,37 @@ def _table3(preset: GridPreset, stream: TaskStream) -> tuple[list[Row], list[str
     return rows, notes
 
 
+def _budget(base: str, preset: GridPreset, separator: SeparatorSpec, stream: TaskStream) -> tuple[list[Row], list[str]]:
+    """Every method with the bytes that EWC without memory keeps: what its Fisher information takes, the others turn
+    into exemplars."""
+    from avsep.memory.budget import align, estimate
+
+    rows = {row.name: row for row in _table1(preset)}
+    ewc = rows["ewc"]
+    limit = estimate(_spec(ewc, preset.train_spec(base), separator, stream), stream.store).total
+    title, found, full, notes = BASE_TITLES.get(base, base), [ewc], [], []
+    for row in rows.values():
+        if row.memory is None or row.strategy == "ewc":
+            continue
+        spec = _spec(replace(row, memory=preset.budget_memory), preset.train_spec(base), separator, stream)
+        try:
+            aligned = align({row.label: spec}, stream.store, budget=limit)[row.label]
+        except AvsepError as error:
+            notes.append(f"{title}: {error}.")
+            continue
+        train = {"memory_share": "constant"}  # as many bytes, and as many steps
+        found.append(replace(row, name=f"{row.strategy}+bytes", memory=aligned.memory, train=train))
+        full += [row.label] if aligned.full else []
+    notes.insert(
+        0,
+        f"{title}: every method may carry the {limit / 1e6:.2f} MB from task to task that EWC's weights and Fisher "
+        "information take.",
+    )
+    if full:
+        notes.append(f"{title}: {', '.join(full)} hold every clip there is, and have bytes to spare.")
+    return found, notes
+
+
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
@@ -192,51 +226,64 @@ def build_grid(
     tasks: Any = preset.tasks
     stream = task_stream(store, tasks, protocol=preset.protocol, clip_samples=lengths.pop())
 
-    made: dict[str, list[Row]] = {}
+    made: dict[str, dict[str, list[Row]]] = {}
     notes: dict[str, list[str]] = {}
     for table in tables:
-        if table in ("table3", "figure4"):
-            made[table], notes[table] = _table3(preset, stream)
-        else:
-            made[table] = _table2(preset) if table == "table2" else _table1(preset)
-    known = {row.name for lines in made.values() for row in lines}
-    for name in rows or ():
-        if name not in known:
-            raise UnknownNameError(f"no row named '{name}' in {', '.join(tables)}: {near_matches(name, known)}")
+        wanted = bases or [b for b in _BASES_OF[table] if b in preset.bases] or list(preset.bases)
+        made[table], notes[table] = {}, []
+        for base in wanted:
+            lines, said = _rows(table, base, preset, specs[base], stream)
+            made[table][base] = lines
+            notes[table] += [note for note in said if note not in notes[table]]
     if rows:
-        made = {table: [row for row in lines if row.name in rows] for table, lines in made.items()}
+        known = {row.name for of_base in made.values() for lines in of_base.values() for row in lines}
+        for name in rows:
+            if name not in known:
+                raise UnknownNameError(f"no row named '{name}' in {', '.join(tables)}: {near_matches(name, known)}")
+        for of_base in made.values():
+            for base, lines in of_base.items():
+                of_base[base] = [row for row in lines if row.name in rows]
 
     numbers = tuple(preset.seed + i for i in range(seeds))
-    chosen: dict[str, tuple[str, ...]] = {}
     cells: dict[str, Cell] = {}
     places: dict[tuple[str, str, str], tuple[str, ...]] = {}
-    for table, lines in made.items():
-        wanted = bases or _BASES_OF[table]
-        if not bases and not set(wanted) & set(preset.bases):  # a preset with bases of its own
-            wanted = tuple(preset.bases)
-        chosen[table] = tuple(b for b in wanted if b in preset.bases)
-        for base in chosen[table]:
+    for table, of_base in made.items():
+        for base, lines in of_base.items():
             for row in lines:
-                keys = []
-                for seed in numbers:
-                    cell = _cell(base, row, seed, preset, specs[base], stream)
+                own = [_cell(base, row, seed, preset, specs[base], stream) for seed in numbers]
+                places[table, base, row.name] = tuple(cell.key for cell in own)
+                for cell in own:
                     cells.setdefault(cell.key, cell)
-                    keys.append(cell.key)
-                places[table, row.name, base] = tuple(keys)
-    return Grid(preset, stream, made, chosen, numbers, cells, places, notes)
+    return Grid(preset, stream, numbers, made, notes, cells, places)
 
 
-def _cell(base: str, row: Row, seed: int, preset: GridPreset, separator: SeparatorSpec, stream: TaskStream) -> Cell:
-    train = preset.train_spec(base, seed=seed, **row.train)
-    spec = RunSpec(
+def _rows(
+    table: str, base: str, preset: GridPreset, separator: SeparatorSpec, stream: TaskStream
+) -> tuple[list[Row], list[str]]:
+    """The rows of a table on one base separator, and what must be said of them."""
+    if table in ("table3", "figure4"):
+        return _table3(preset, stream)
+    if table == "budget":
+        return _budget(base, preset, separator, stream)
+    return (_table2(preset) if table == "table2" else _table1(preset)), []
+
+
+def _spec(row: Row, train: TrainSpec, separator: SeparatorSpec, stream: TaskStream) -> RunSpec:
+    return RunSpec(
         separator=separator,
         strategy=ComponentRef(name=row.strategy, params=row.params),
         memory=row.memory or ComponentRef(name="none"),
         train=train,
         tasks=tuple(t.classes for t in stream.tasks),
         protocol=stream.protocol.name,
+        validation_protocol=stream.validation.name,
         store_hash=stream.store.content_hash,
     )
+
+
+def _cell(base: str, row: Row, seed: int, preset: GridPreset, separator: SeparatorSpec, stream: TaskStream) -> Cell:
+    train = preset.train_spec(base, seed=seed, **preset.strategy_train.get(row.strategy, {}), **row.train)
+    spec = _spec(row, train, separator, stream)
     common = {
         "store_hash": spec.store_hash,
         "features": _features(separator, stream.store),

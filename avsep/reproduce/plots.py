@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from avsep.io import atomic_path
-from avsep.reproduce.tables import BASE_TITLES, Line, Table, published
+from avsep.reproduce.grid import BASE_TITLES
+from avsep.reproduce.tables import Line, Table, published
 
 __all__ = ["plot_table"]
 

@@ -43,8 +43,9 @@ class BasePreset(_Model):
 class GridPreset(_Model):
     """Everything that sizes a grid.
 
-    ``strategies`` are parameters by strategy, each chosen once and used on both bases; ``threads`` is the number of CPU
-    threads of every cell, whatever runs beside it, since the last bits depend on it.
+    ``strategies`` are parameters by strategy, each chosen once and used on both bases; ``strategy_train`` changes the
+    training under a strategy. ``threads`` is the number of CPU threads of every cell, whatever runs beside it, since
+    the last bits depend on it.
     """
 
     summary: str = ""
@@ -56,8 +57,13 @@ class GridPreset(_Model):
     bases: dict[str, BasePreset]
     train: dict[str, Any] = Field(default_factory=dict, description="for every base")
     memory: ComponentRef = Field(default_factory=lambda: ComponentRef(name="random_per_class", params={"per_class": 1}))
+    budget_memory: ComponentRef = Field(
+        default_factory=lambda: ComponentRef(name="random_per_class", params={"per_class": 1}),
+        description="of the comparison at equal bytes, which sets its size",
+    )
     memory_sizes: tuple[int, ...] = (1, 2, 3, 4, 10, 20, 30)
     strategies: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    strategy_train: dict[str, dict[str, Any]] = Field(default_factory=dict)
     seed: int = Field(1234, ge=0, description="of the first run; the others count on from it")
     threads: int = Field(1, ge=1)
 

@@ -14,10 +14,10 @@ from typing import Any
 from avsep.errors import ConfigError
 from avsep.evaluation.comparison import Comparison, Estimate, MethodResult, compare
 from avsep.io import read_yaml, write_text
-from avsep.reproduce.grid import Grid
+from avsep.reproduce.grid import BASE_TITLES, Grid
 from avsep.reproduce.results import CellResult, ResultStore
 
-__all__ = ["Line", "Table", "build_table", "markdown", "published", "render_into", "write_table"]
+__all__ = ["Line", "Table", "build_table", "markdown", "places_in", "published", "render_into", "write_table"]
 
 TITLES = {
     "table1": "Table 1: methods",
@@ -25,8 +25,8 @@ TITLES = {
     "table3": "Table 3: exemplars a class",
     "figure3": "Figure 3: methods after every task",
     "figure4": "Figure 4: exemplars a class",
+    "budget": "Methods at one budget of bytes",
 }
-BASE_TITLES = {"iquery": "iQuery", "coseparation": "Co-Separation"}
 _PAPER_TABLE = {"figure3": "table1", "figure4": "table3"}
 _SHOWN = ("sdr", "sir", "sar")
 _CONTINUAL = ("average", "forgetting", "bwt", "intransigence")
@@ -36,6 +36,7 @@ CONTROL = {
     "table3": "K=1",
     "figure3": "finetune+memory",
     "figure4": "K=1",
+    "budget": "finetune+bytes",
 }
 """The row that the others' differences are to: in table 1 plain replay, which the paper leaves out."""
 
@@ -100,11 +101,11 @@ def build_table(
     printed = published().get(_PAPER_TABLE.get(name, name), {})
     lines: dict[str, tuple[Line, ...]] = {}
     commits: dict[str, None] = {}
-    for base in grid.bases[name]:
+    for base, rows in grid.rows[name].items():
         found: dict[str, list[CellResult]] = {}
         missing: dict[str, list[str]] = {}
-        for row in grid.tables[name]:
-            for key in grid.keys(name, row.name, base):
+        for row in rows:
+            for key in grid.keys(name, base, row.name):
                 result = results.get(key)
                 if result is None:
                     reason = failed.get(key, "not run")
@@ -114,7 +115,7 @@ def build_table(
                     commits.setdefault(str(result.data.get("commit", "unknown")))
         comparison = _compared(found, CONTROL[name], resamples)
         made = []
-        for row in grid.tables[name]:
+        for row in rows:
             numbers = printed.get(base, {}).get(row.name)
             made.append(
                 Line(
@@ -152,8 +153,11 @@ def _compared(found: Mapping[str, Sequence[CellResult]], control: str, resamples
 def _memory(memory: Any) -> str:
     if memory is None:
         return ""
-    count = memory.params.get("per_class")
-    return memory.name if count is None else f"{count} a class"
+    params = memory.params
+    size = f"{params['per_class']} a class" if "per_class" in params else str(params.get("total", ""))
+    how = [] if memory.name == "random_per_class" else [memory.name.replace("_", " ")]
+    how += ["crops"] if params.get("keep") == "clip" else []
+    return " ".join([size, *how]).strip()
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
@@ -177,6 +181,8 @@ def markdown(table: Table) -> str:
     legend = f"dB {what}mean over seeds and the sources of all test mixtures of the classes seen, [95% interval]"
     if control and not table.steps:
         legend += f"; difference: SDR less that of {control}, * where its 95% interval leaves out 0"
+    if not table.steps:
+        legend += "; kept: what persists from task to task, in 10^6 bytes"
     out += ["", f"{legend}."]
     out += table.notes
     for base, lines in table.lines.items():
@@ -195,19 +201,23 @@ def _header(names: Sequence[str]) -> list[str]:
 
 def _block(table: Table, lines: Sequence[Line]) -> list[str]:
     memories = len({line.memory for line in lines}) > 1
-    names = ["method", *(["memory"] if memories else []), "SDR", "difference", "SIR", "SAR", "forgetting"]
-    out = _header([*names, "paper SDR", "paper SIR", "paper SAR"])
+    printed = any(line.paper for line in lines)
+    names = ["method", *(["memory"] if memories else []), "kept, MB", "SDR", "difference", "SIR", "SAR", "forgetting"]
+    out = _header([*names, *(["paper SDR", "paper SIR", "paper SAR"] if printed else [])])
     for line in lines:
         cells = [line.label, *([line.memory] if memories else [])]
         if line.ours is None:
-            cells += [""] * 5
+            cells += [""] * 6
         else:
             values, difference = line.ours.values, line.ours.differences.get("sdr")
+            kept = line.ours.memory_bytes
+            cells.append("" if kept is None else f"{kept / 1e6:.2f}")
             cells.append(_interval(values.get("sdr")) + _partly(table, line))
             star = "*" if difference is not None and difference.significant else ""
             cells.append("" if difference is None else f"{_plain(difference.mean):+.2f}{star}")
             cells += [_number(values.get(k)) for k in ("sir", "sar", "forgetting")]
-        cells += [f"{v:.2f}" for v in line.paper] if line.paper else [""] * 3
+        if printed:
+            cells += [f"{v:.2f}" for v in line.paper] if line.paper else [""] * 3
         out.append("| " + " | ".join(cells) + " |")
     return out
 
@@ -303,17 +313,34 @@ def write_table(table: Table, folder: Path, *, plot: bool = True) -> list[Path]:
     return written
 
 
-def render_into(page: Path, table: Table) -> None:
-    """Put the table between ``<!-- reproduce:NAME -->`` and ``<!-- /reproduce:NAME -->`` of a Markdown page.
+def places_in(page: Path, names: Sequence[str]) -> list[str]:
+    """Which of the tables have a place in a Markdown page: between the lines ``<!-- reproduce:NAME -->`` and
+    ``<!-- /reproduce:NAME -->``.
 
-    Raises :class:`ConfigError` where the page or the markers are missing.
+    Raises :class:`ConfigError` where the page cannot be read or has a place for none of them.
     """
+    text = _page(page)
+    found = [name for name in names if _place(name).search(text)]
+    if not found:
+        raise ConfigError(
+            f"{page} has no place for {' or '.join(names)}: put the lines <!-- reproduce:{names[0]} --> and "
+            f"<!-- /reproduce:{names[0]} --> where the table shall stand"
+        )
+    return found
+
+
+def render_into(page: Path, table: Table) -> None:
+    """Put a table into its place in a Markdown page (:func:`places_in`)."""
+    begin, end = f"<!-- reproduce:{table.name} -->", f"<!-- /reproduce:{table.name} -->"
+    write_text(page, _place(table.name).sub(lambda _: f"{begin}\n{markdown(table)}{end}", _page(page)))
+
+
+def _place(name: str) -> re.Pattern[str]:
+    return re.compile(f"<!-- reproduce:{name} -->.*?<!-- /reproduce:{name} -->", re.DOTALL)
+
+
+def _page(page: Path) -> str:
     try:
-        text = page.read_text(encoding="utf-8")
+        return page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {page}: {error}") from None
-    begin, end = f"<!-- reproduce:{table.name} -->", f"<!-- /reproduce:{table.name} -->"
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if len(pattern.findall(text)) != 1:
-        raise ConfigError(f"{page} needs the lines {begin} and {end} once, around the place of the table")
-    write_text(page, pattern.sub(lambda _: f"{begin}\n{markdown(table)}{end}", text))

@@ -141,6 +141,7 @@ def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress) -> N
     """Score the run and write the cell's result."""
     from avsep.devices import pick_device
     from avsep.evaluation.evaluate import evaluate_run
+    from avsep.memory.budget import budget_of
     from avsep.reproduce.results import cell_record, write_cell
 
     device = pick_device(unit["device"])
@@ -166,6 +167,7 @@ def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress) -> N
                 for r in records
             ],
             exemplars=records[-1]["exemplars"],
+            memory=budget_of(run, store=unit["store"]).plain(),
             seconds={
                 "first_task": seconds[0],
                 "tasks": round(sum(seconds[1:]) + after, 1),
