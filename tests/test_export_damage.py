@@ -636,7 +636,7 @@ def test_damaged_inputs_are_refused(name, desk, capfd):
 def test_other_rates_and_channels_are_taken(rate_hz, channels, desk, capfd):
     samples = tone(rate_hz=rate_hz)
     soundfile.write(desk / "duet.wav", np.stack([samples] * channels, axis=1), rate_hz)
-    assert run(*separating(desk)) == 0
+    assert run(*separating(desk), "--no-page") == 0
     names = ["duet_cello.wav", "duet_flute.wav", "duet_residual.wav"]
     assert sorted(p.name for p in (desk / "out").iterdir()) == names
     total = sum(soundfile.read(desk / "out" / name)[0] for name in names)

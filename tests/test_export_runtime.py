@@ -188,10 +188,14 @@ def test_another_context_is_the_separators_own(separator, bundles, duet, timelin
     arguments += ["--format", "FLOAT", "--context", "0.18", "--provider", "cpu"]
     assert runtime_main([str(bundles["fixed"]), *arguments, "--out", str(tmp_path / "a")]) == 0
     with pytest.raises(SystemExit):
-        avsep_main(["separate", *arguments, "--bundle", str(bundles["fixed"]), "--out", str(tmp_path / "b")])
+        avsep_main(
+            ["separate", *arguments, "--no-page", "--bundle", str(bundles["fixed"]), "--out", str(tmp_path / "b")]
+        )
     save_separator(separator, tmp_path / "saved")
     with pytest.raises(SystemExit):
-        avsep_main(["separate", *arguments[:-2], "--run", str(tmp_path / "saved"), "--out", str(tmp_path / "c")])
+        avsep_main(
+            ["separate", *arguments[:-2], "--no-page", "--run", str(tmp_path / "saved"), "--out", str(tmp_path / "c")]
+        )
     first, *others = (read_audio(tmp_path / name / "duet_flute.wav")[0] for name in "abc")
     for other in others:
         np.testing.assert_allclose(other, first, atol=1e-5)
@@ -706,7 +710,7 @@ def test_engines_that_auto_does_not_take_are_told(bundles, duet, tmp_path, monke
     assert runtime_main([str(folder), *arguments, "--out", str(tmp_path / "a")]) == 0
     assert capsys.readouterr().err == f"note: {reason}\n"
     with pytest.raises(SystemExit):
-        avsep_main(["separate", *arguments, "--bundle", str(folder), "--out", str(tmp_path / "b")])
+        avsep_main(["separate", *arguments, "--no-page", "--bundle", str(folder), "--out", str(tmp_path / "b")])
     assert f"note: {reason}\n" in capsys.readouterr().err
 
 
@@ -833,7 +837,7 @@ def test_separate_with_a_bundle_and_with_its_separator(separator, bundles, duet,
     save_separator(separator, tmp_path / "saved")
     soundfile.write(tmp_path / "duet.flac", np.stack([music(40000, 1), music(40000, 2)], axis=1), 44100)
     shared = [str(tmp_path / "duet.flac"), "--classes", "piano,cello", "--features", str(duet / "features.npz")]
-    shared += ["--format", "FLOAT"]
+    shared += ["--format", "FLOAT", "--no-page"]
     for option, place, out in (("--run", tmp_path / "saved", "a"), ("--bundle", bundles["fixed"], "b")):
         with pytest.raises(SystemExit) as stop:
             avsep_main(["separate", *shared, option, str(place), "--out", str(tmp_path / out)])
