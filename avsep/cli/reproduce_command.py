@@ -117,7 +117,7 @@ def command(
             keep=keep,
             title=" ".join(wanted),
             preset=name,
-            finished=lambda cell: _finished(cell, claimed),
+            finished=lambda cell: _finished(cell, claimed, tuning=wanted == ["tune"]),
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with: {_again(tables, locals())}") from None
@@ -167,7 +167,8 @@ def _tables(names: list[str]) -> list[str]:
 
     if "tune" in names:
         if len(names) > 1:
-            raise ConfigError(f"tune chooses what the tables are then run with: leave {names[-1]} for another command")
+            other = next(name for name in names if name != "tune")
+            raise ConfigError(f"tune chooses what the tables are then run with: leave {other} for another command")
         return ["tune"]
     for name in names:
         if name not in (*TABLES, "all"):
@@ -212,11 +213,14 @@ def _launcher(name: str, out: Path, settings: list[str]) -> Launcher:
     return SubmititLauncher(out, parameters.pop("cluster", None), parameters)
 
 
-def _finished(cell: Cell, results: ResultStore) -> str:
+def _finished(cell: Cell, results: ResultStore, *, tuning: bool) -> str:
     result = results.get(cell.key)
-    score = result.final("sdr") if result else None
-    took = f"{result.seconds:.0f} s" if result else ""
-    return f"{cell.name}: SDR {'' if score is None else f'{score:.2f} dB'}, {took}"
+    if result is None:
+        return cell.name
+    # who chooses by validation pairs is shown nothing of the test's
+    score = result.data["tasks"][-1]["validation_sdr_db"] if tuning else result.final("sdr")
+    what = "validation SDR" if tuning else "SDR"
+    return f"{cell.name}: {what} {'' if score is None else f'{score:.2f} dB'}, {result.seconds:.0f} s"
 
 
 def _problem(cell: Cell) -> str:
