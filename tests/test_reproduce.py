@@ -26,7 +26,7 @@ from avsep.errors import ConfigError, DataError
 from avsep.evaluation.evaluate import evaluate_run
 from avsep.learner import ContinualLearner
 from avsep.memory.budget import estimate
-from avsep.reproduce import ResultStore, build_grid, load_grid_preset, worker
+from avsep.reproduce import ResultStore, build_grid, build_tuning, load_grid_preset, worker
 from avsep.reproduce.results import read_cell
 from avsep.reproduce.runner import LocalLauncher
 from avsep.reproduce.tables import published
@@ -47,6 +47,7 @@ def presets(tmp_path_factory) -> Path:
         "bases": {"iquery": {"preset": str(folder / "tiny.yaml")}, "coseparation": other},
         "train": {"epochs": 1},
         "memory_sizes": [1, 2, 4],
+        "tuning": {"lwf": {"weight_mask": [0.1, 3.0]}, "avcil": {"weight_class": [1.0]}},
     }
     (folder / "grid.yaml").write_text(yaml.safe_dump(data))
     return folder
@@ -335,6 +336,28 @@ def test_the_table_goes_into_a_page(finished, reproduce, tmp_path):
     assert "old" not in text
 
 
+def test_tuning_chooses_by_validation_pairs_of_two_tasks(reproduce, presets, tone_store, tmp_path, capsys):
+    preset = load_grid_preset(str(presets / "grid.yaml"))
+    grid = build_tuning(preset.model_copy(update={"train": {"validation_pairs": 1}}), Store.open(tone_store))
+    assert {c.row.name: c.spec.memory.name for c in grid.cells.values()} == {
+        "lwf-weight_mask=0.1": "none",
+        "lwf-weight_mask=3.0": "none",
+        "avcil-weight_class=1.0": "random_per_class",
+    }
+    assert all(c.spec.train.validation_pairs is None and len(c.spec.tasks) == 2 for c in grid.cells.values())
+
+    assert reproduce("tune", "--out", tmp_path / "tune") == 0
+    said = capsys.readouterr()
+    cells = {p.name.rpartition("-s")[0]: read_cell(p).data for p in (tmp_path / "tune" / "cells").glob("*.json")}
+    scores = {name: cell["tasks"][1]["validation_sdr_db"] for name, cell in cells.items()}
+    mild, strong = (scores[f"iquery-lwf-weight_mask_{value}"] for value in (0.1, 3.0))
+    assert f"lwf weight_mask: 0.1: {mild:.2f} dB, 3: {strong:.2f} dB" in said.out
+    chosen = yaml.safe_load(said.out.partition("'strategies':")[2])
+    assert chosen == {"lwf": {"weight_mask": 0.1 if mild >= strong else 3.0}, "avcil": {"weight_class": 1.0}}
+    tests = {f"{cell['final']['sdr']:.2f} dB" for cell in cells.values()}
+    assert not any(score in said.out + said.err for score in tests - {f"{v:.2f} dB" for v in scores.values()})
+
+
 def test_jobs_of_submitit(reproduce, finished, tmp_path, monkeypatch):
     """Through a stand-in for submitit: each unit is one job, with the parameters that were given."""
     given: list[dict] = []
@@ -393,6 +416,7 @@ def test_jobs_of_submitit(reproduce, finished, tmp_path, monkeypatch):
         (["table1", "--out", "new", "--resume"], "nothing to resume in new"),
         (["table1", "--results", "nowhere"], "there is no folder of results nowhere"),
         (["table1", "--device", "tpu"], "tpu"),
+        (["tune", "table1"], "tune chooses what the tables are then run with: leave table1"),
         (["table1", "--readme", "page.md"], "cannot read page.md"),
         (["table1", "--readme", "a-file"], "a-file has no place for table1: put the lines <!-- reproduce:table1 -->"),
     ],

@@ -18,7 +18,9 @@ def command(
     tables: Annotated[
         list[str],
         typer.Argument(
-            metavar="TABLE...", help="table1, table2, table3, figure3, figure4, or all.", show_default=False
+            metavar="TABLE...",
+            help="table1, table2, table3, figure3, figure4, budget, or all; or tune, which comes first.",
+            show_default=False,
         ),
     ],
     dataset: Annotated[
@@ -66,7 +68,15 @@ def command(
 
     from avsep.devices import pick_device
     from avsep.errors import AvsepError
-    from avsep.reproduce import ResultStore, build_grid, build_table, load_grid_preset, run_grid, write_table
+    from avsep.reproduce import (
+        ResultStore,
+        build_grid,
+        build_table,
+        build_tuning,
+        load_grid_preset,
+        run_grid,
+        write_table,
+    )
     from avsep.reproduce.runner import check_folder, claim, cores
     from avsep.reproduce.tables import markdown, places_in, render_into
 
@@ -79,7 +89,10 @@ def command(
     accelerator = pick_device(device).type
     started = _launcher(launcher, out, launcher_settings or [])
     store, data_set = _store(dataset, loaded, out)
-    grid = build_grid(wanted, loaded, store, seeds=seeds, bases=bases, rows=row)
+    if wanted == ["tune"]:
+        grid = build_tuning(loaded, store, seeds=seeds, bases=bases)
+    else:
+        grid = build_grid(wanted, loaded, store, seeds=seeds, bases=bases, rows=row)
     claimed = ResultStore(out / "cells", results or [])
     missing = [cell for key, cell in grid.cells.items() if key not in claimed]
     count, firsts = len(grid.cells), len({c.first_key for c in missing})
@@ -104,10 +117,13 @@ def command(
             keep=keep,
             title=" ".join(wanted),
             preset=name,
-            finished=lambda cell: _finished(cell, claimed),
+            finished=lambda cell: _finished(cell, claimed, tuning=wanted == ["tune"]),
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with: {_again(tables, locals())}") from None
+    if wanted == ["tune"]:
+        _print_choices(grid, loaded, claimed)
+        wanted = []
     for table_name in wanted:
         table = build_table(grid, table_name, claimed, data_set=data_set, preset=name, failed=outcome.failed)
         written = write_table(table, out)
@@ -124,10 +140,36 @@ def command(
         )
 
 
+def _print_choices(grid: Any, preset: GridPreset, results: ResultStore) -> None:
+    import yaml
+    from rich.console import Console
+
+    from avsep.reproduce import choices
+
+    console = Console()
+    chosen: dict[str, dict[str, Any]] = {}
+    for choice in choices(grid, preset, results):
+        scores = ", ".join(
+            f"{value:g}: {'failed' if score is None else f'{score:.2f} dB'}" for value, score in choice.scores.items()
+        )
+        console.print(f"{choice.strategy} {choice.parameter}: {scores}", highlight=False)
+        if choice.best is not None:
+            chosen.setdefault(choice.strategy, {})[choice.parameter] = choice.best
+    console.print(
+        "\nmean SDR on validation pairs after the second task; for the preset's 'strategies':", highlight=False
+    )
+    console.print(yaml.safe_dump(chosen, sort_keys=False).rstrip(), highlight=False, markup=False)
+
+
 def _tables(names: list[str]) -> list[str]:
-    from avsep.errors import UnknownNameError, near_matches
+    from avsep.errors import ConfigError, UnknownNameError, near_matches
     from avsep.reproduce import TABLES
 
+    if "tune" in names:
+        if len(names) > 1:
+            other = next(name for name in names if name != "tune")
+            raise ConfigError(f"tune chooses what the tables are then run with: leave {other} for another command")
+        return ["tune"]
     for name in names:
         if name not in (*TABLES, "all"):
             raise UnknownNameError(f"no table named '{name}': {near_matches(name, (*TABLES, 'all'))}")
@@ -171,11 +213,14 @@ def _launcher(name: str, out: Path, settings: list[str]) -> Launcher:
     return SubmititLauncher(out, parameters.pop("cluster", None), parameters)
 
 
-def _finished(cell: Cell, results: ResultStore) -> str:
+def _finished(cell: Cell, results: ResultStore, *, tuning: bool) -> str:
     result = results.get(cell.key)
-    score = result.final("sdr") if result else None
-    took = f"{result.seconds:.0f} s" if result else ""
-    return f"{cell.name}: SDR {'' if score is None else f'{score:.2f} dB'}, {took}"
+    if result is None:
+        return cell.name
+    # who chooses by validation pairs is shown nothing of the test's
+    score = result.data["tasks"][-1]["validation_sdr_db"] if tuning else result.final("sdr")
+    what = "validation SDR" if tuning else "SDR"
+    return f"{cell.name}: {what} {'' if score is None else f'{score:.2f} dB'}, {result.seconds:.0f} s"
 
 
 def _problem(cell: Cell) -> str:

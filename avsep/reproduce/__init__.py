@@ -9,6 +9,7 @@ from avsep.reproduce.preset import GridPreset, load_grid_preset
 from avsep.reproduce.results import CellResult, ResultStore
 from avsep.reproduce.runner import LAUNCHERS, run_grid
 from avsep.reproduce.tables import Table, build_table, render_into, write_table
+from avsep.reproduce.tuning import Choice, build_tuning, choices
 
 __all__ = [
     "BASES",
@@ -16,6 +17,7 @@ __all__ = [
     "TABLES",
     "Cell",
     "CellResult",
+    "Choice",
     "Grid",
     "GridPreset",
     "ResultStore",
@@ -23,6 +25,8 @@ __all__ = [
     "Table",
     "build_grid",
     "build_table",
+    "build_tuning",
+    "choices",
     "load_grid_preset",
     "render_into",
     "run_grid",

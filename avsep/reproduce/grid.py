@@ -21,7 +21,7 @@ from avsep.registry import STRATEGIES
 from avsep.reproduce.preset import GridPreset
 from avsep.spec import ComponentRef, RunSpec, SeparatorSpec, TrainSpec
 
-__all__ = ["BASES", "BASE_TITLES", "TABLES", "Cell", "Grid", "Row", "build_grid", "identity_key"]
+__all__ = ["BASES", "BASE_TITLES", "TABLES", "Cell", "Grid", "Row", "assemble", "build_grid", "identity_key"]
 
 GRID_VERSION = 1  # raise it when a cell's result changes though nothing of its identity does
 
@@ -216,15 +216,7 @@ def build_grid(
     for base in bases or ():
         if base not in preset.bases:
             raise UnknownNameError(f"no base separator named '{base}': {near_matches(base, preset.bases)}")
-    specs = {base: preset.separator(base) for base in preset.bases}
-    lengths = {spec.front_end.clip_samples for spec in specs.values()}
-    if len(lengths) > 1:
-        raise ConfigError(
-            f"the preset's base separators have clips of {' and '.join(map(str, sorted(lengths)))} samples: give all "
-            "the same front_end.clip_samples, so that they are tested on the same mixtures"
-        )
-    tasks: Any = preset.tasks
-    stream = task_stream(store, tasks, protocol=preset.protocol, clip_samples=lengths.pop())
+    specs, stream = _stream(preset, store)
 
     made: dict[str, dict[str, list[Row]]] = {}
     notes: dict[str, list[str]] = {}
@@ -244,17 +236,44 @@ def build_grid(
             for base, lines in of_base.items():
                 of_base[base] = [row for row in lines if row.name in rows]
 
+    return assemble(made, notes, preset, store, seeds=seeds)
+
+
+def _stream(preset: GridPreset, store: Store) -> tuple[dict[str, SeparatorSpec], TaskStream]:
+    """The base separators, and the tasks that all of them learn."""
+    specs = {base: preset.separator(base) for base in preset.bases}
+    lengths = {spec.front_end.clip_samples for spec in specs.values()}
+    if len(lengths) > 1:
+        raise ConfigError(
+            f"the preset's base separators have clips of {' and '.join(map(str, sorted(lengths)))} samples: give all "
+            "the same front_end.clip_samples, so that they are tested on the same mixtures"
+        )
+    tasks: Any = preset.tasks
+    stream = task_stream(store, tasks, protocol=preset.protocol, clip_samples=lengths.pop())
+    return specs, stream
+
+
+def assemble(
+    rows: dict[str, dict[str, list[Row]]],
+    notes: dict[str, list[str]],
+    preset: GridPreset,
+    store: Store,
+    *,
+    seeds: int,
+) -> Grid:
+    """The grid of given rows, by table and base; cells that several tables share are one."""
+    specs, stream = _stream(preset, store)
     numbers = tuple(preset.seed + i for i in range(seeds))
     cells: dict[str, Cell] = {}
     places: dict[tuple[str, str, str], tuple[str, ...]] = {}
-    for table, of_base in made.items():
+    for table, of_base in rows.items():
         for base, lines in of_base.items():
             for row in lines:
                 own = [_cell(base, row, seed, preset, specs[base], stream) for seed in numbers]
                 places[table, base, row.name] = tuple(cell.key for cell in own)
                 for cell in own:
                     cells.setdefault(cell.key, cell)
-    return Grid(preset, stream, numbers, made, notes, cells, places)
+    return Grid(preset, stream, numbers, rows, notes, cells, places)
 
 
 def _rows(

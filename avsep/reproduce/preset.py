@@ -64,6 +64,9 @@ class GridPreset(_Model):
     memory_sizes: tuple[int, ...] = (1, 2, 3, 4, 10, 20, 30)
     strategies: dict[str, dict[str, Any]] = Field(default_factory=dict)
     strategy_train: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    tuning: dict[str, dict[str, tuple[float, ...]]] = Field(
+        default_factory=dict, description="values to choose from by 'avsep reproduce tune', by strategy and parameter"
+    )
     seed: int = Field(1234, ge=0, description="of the first run; the others count on from it")
     threads: int = Field(1, ge=1)
 
