@@ -51,7 +51,8 @@ def export(
     Args:
         separator: it is exported on the CPU in evaluation mode, and left as it was.
         made_from: where the separator comes from, noted in the manifest.
-        weights_licence: under which licence the weights may be passed on, noted in the manifest.
+        weights_licence: under which licence the trained weights may be passed on, noted in the manifest, with those of
+            encoders whose published weights the bundle holds.
         held_out: mixtures that the separator was not trained on, for the quality gate; without them it is measured on
             synthetic ones, and the manifest says so.
         calibration: training mixtures that the ranges of an INT8 graph are measured on.
@@ -124,7 +125,7 @@ def _manifest(
         "made_from": made_from,
         "created": _now(),
         "licence": "MIT",
-        "weights_licence": weights_licence,
+        "weights_licence": _all_licences(separator, weights_licence),
         "separator": separator.spec.model_dump(mode="json"),
         "classes": list(separator.classes),
         "sample_rate_hz": front_end.sample_rate_hz,
@@ -157,6 +158,16 @@ def _manifest(
         "made_with": {"avsep": avsep.__version__, "python": platform.python_version(), **_versions()},
         "files": {},
     }
+
+
+def _all_licences(separator: Separator, stated: str) -> str:
+    """The licence that was stated, and those of published weights that are in the bundle's encoders."""
+    known = []
+    for role in ("object", "motion"):
+        hub = getattr(getattr(separator, f"{role}_encoder"), "hub", None)
+        if hub is not None:
+            known.append(f"of the {role} encoder {hub.licence} ({hub.repository})")
+    return "; ".join([stated or "of what was trained: not stated", *known]) if known else stated
 
 
 def _now() -> str:
@@ -298,8 +309,8 @@ def _export_task(
                 f"{error}; the gate of {', '.join(plan.precision)} needs the run's held-out mixtures"
             ) from None
         tell(f"{place} was gated on synthetic mixtures and not on the run's own: {error}")
-    encoder = separator.motion_encoder
-    if held_out and encoder is not None and plan.motion_steps is None and not hasattr(encoder, "steps"):
+    stored = any(source.role == "motion" and source.kind == "features" for source in separator.visual_sources())
+    if held_out and stored and plan.motion_steps is None:
         # stored features come in their own length, which is the data's and not the separator's
         steps = {int(batch.motion.shape[-1]) for batch in held_out if batch.motion is not None}
         if len(steps) == 1:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from avsep.errors import ExportError
 from avsep.export.plan import ExportPlan, TensorSpec
 
 if TYPE_CHECKING:
@@ -37,13 +38,19 @@ def encoder_specs(
     """Input ``frames`` uint8 [B, K, channels, H, W] and output ``features`` of an encoder's graph, of B = 1 video.
 
     Sizes are those of the plan, else of the store's pictures as ``batch`` holds them, else the encoder's own.
+
+    Raises:
+        ExportError: the encoder does not say its size, or how many steps it gives.
     """
     encoder: Any = separator.object_encoder if role == "object" else separator.motion_encoder
     (source,) = (s for s in separator.visual_sources() if s.role == role)
     stored = None if batch is None else (batch.object if role == "object" else batch.motion)
-    height, width = (int(encoder.size),) * 2 if stored is None else (int(n) for n in stored.shape[-2:])
     if plan.frame_size is not None:
         height, width = plan.frame_size
+    elif stored is not None:
+        height, width = (int(n) for n in stored.shape[-2:])
+    else:
+        height = width = _own(encoder, role, "size", "the side of its pictures, in pixels (or give --frame-size)")
     frames, channels = source.frames, 3
     if role == "motion":
         seconds = separator.spec.front_end.clip_s
@@ -56,8 +63,15 @@ def encoder_specs(
     given = TensorSpec("frames", "uint8", (count, frames, channels, height, width), axes)
     shape: tuple[int, ...] = (count, int(encoder.dim))
     if role == "motion":
-        shape = (*shape, int(encoder.steps))
+        shape = (*shape, _own(encoder, role, "steps", "the steps in time that it gives"))
     return given, TensorSpec("features", "float32", shape, axes)
+
+
+def _own(encoder: Any, role: str, name: str, what: str) -> int:
+    value = getattr(encoder, name, None)
+    if value is None:
+        raise ExportError(f"the {role} encoder {type(encoder).__name__} has no attribute '{name}': {what}")
+    return int(value)
 
 
 class EncoderGraph(nn.Module):
@@ -106,7 +120,7 @@ def _pointwise_linears(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
             setattr(module, name, _PointwiseLinear(child))
-        else:
+        elif not isinstance(child, nn.MultiheadAttention):  # which reads its layers' weights itself
             _pointwise_linears(child)
 
 
@@ -144,7 +158,7 @@ class _LinearMaps(TorchFunctionMode):
             # as pictures of two equal columns, [size, 1, size, 2]: PyTorch's antialiasing is wrong for a single one
             eye = torch.eye(size, dtype=torch.float64)[:, None, :, None].expand(-1, -1, -1, 2).contiguous()
             with torch._C.DisableTorchFunction():
-                extra = {"align_corners": False, "antialias": smooth} if mode == "bilinear" else {}
+                extra = {} if mode == "area" else {"align_corners": False, "antialias": smooth}
                 done = F.interpolate(eye, size=(wanted, 2), mode=mode, **extra)  # [size, 1, wanted, 2]
             self.found[key] = done[:, 0, :, 0].T.tolist()
         return torch.tensor(self.found[key], dtype=torch.float32)[:, :, None, None].to(like.dtype)
@@ -152,7 +166,7 @@ class _LinearMaps(TorchFunctionMode):
 
 def _resizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call of ``interpolate`` is one that is replaced; others are left to the exporter and the audit."""
-    known = kwargs.get("mode") in ("area", "bilinear") and not kwargs.get("align_corners")
+    known = kwargs.get("mode") in ("area", "bilinear", "bicubic") and not kwargs.get("align_corners")
     return known and len(args) == 1 and kwargs.get("size") is not None
 
 

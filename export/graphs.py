@@ -130,6 +130,8 @@ def write_graphs(
         if progress is not None:
             progress(f"{label}: {what}" if what else label, done, steps)
 
+    for role in exported_roles(separator):
+        encoder_specs(separator, role, plan, first)  # what cannot be exported is told before minutes are spent
     made = []
     with tempfile.TemporaryDirectory(prefix="avsep-export-") as scratch:
         writer = _SeparatorWriter(separator, plan, folder, Path(scratch), batches, calibration, validation)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from importlib import resources
@@ -84,7 +85,7 @@ def audit(model: Any) -> dict[str, int]:
                 raise ExportError(
                     f"{where} of {name} values, of which TensorRT {LEAST_TENSORRT} takes {', '.join(entry['types'])}"
                 )
-        _check_restrictions(node, where, constants, producers, onnx)
+        _check_restrictions(node, where, constants, producers, types, onnx)
         counts[node.op_type] += 1
     for name, kind in types.items():
         if kind.startswith("COMPLEX"):
@@ -101,26 +102,57 @@ def _element_types(model: Any, onnx: Any) -> dict[str, str]:
     return types
 
 
-def _check_restrictions(node: Any, where: str, constants: Any, producers: dict[str, str], onnx: Any) -> None:
+# Inputs that must be constants, by their place.
+_CONSTANT_INPUTS = {"Squeeze": (1, "axes"), "Unsqueeze": (1, "axes"), "CumSum": (1, "axis"), "OneHot": (1, "depth")}
+
+
+def _check_restrictions(
+    node: Any, where: str, constants: Any, producers: dict[str, str], types: Any, onnx: Any
+) -> None:
     """What the table's notes ask of single operators and a component could break."""
     refused = ""
-    given = {a.name for a in node.attribute}
-    if node.op_type in ("Conv", "ConvTranspose"):
-        constant = node.input[1] in constants or producers.get(node.input[1]) == "Constant"
+    kind = node.op_type
+    given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.type != a.GRAPH}
+
+    def constant(place: int) -> bool:
+        name = node.input[place] if len(node.input) > place else ""
+        return not name or name in constants or producers.get(name) == "Constant"
+
+    place, role = (1, "axes") if kind.startswith("Reduce") else _CONSTANT_INPUTS.get(kind, (0, ""))
+    if role and not constant(place):
+        refused = f"whose {role} are computed, and TensorRT takes constant ones only"
+    elif kind in ("Conv", "ConvTranspose"):
         # a quantised kernel comes out of a DequantizeLinear
-        if not constant and producers.get(node.input[1]) != "DequantizeLinear" and node.op_type == "ConvTranspose":
+        if not constant(1) and producers.get(node.input[1]) != "DequantizeLinear" and kind == "ConvTranspose":
             refused = "whose kernel is computed, and TensorRT takes constant ones only"
-        elif not constant and "kernel_shape" not in given:
+        elif not constant(1) and "kernel_shape" not in given:
             refused = "without kernel_shape, which TensorRT before 10.4 cannot infer where the kernel is no constant"
-    elif node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2:
+    elif kind in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2:
         zero_point = constants.get(node.input[2])
         if zero_point is not None and onnx.numpy_helper.to_array(zero_point).any():
             refused = "with a zero point, and TensorRT takes symmetric quantisation only"
-    elif node.op_type == "Pad" and len(node.input) > 3 and node.input[3]:
+    elif kind in ("AveragePool", "MaxPool", "LpPool"):
+        if len(given.get("kernel_shape", ())) == 1:
+            refused = "over one dimension, and TensorRT pools over two or three"
+        elif any(step != 1 for step in given.get("dilations", ())):
+            refused = "with dilations, which TensorRT's pooling does not have"
+        elif len([o for o in node.output if o]) > 1:
+            refused = "with indices, which TensorRT does not give"
+    elif kind == "Pad" and len(node.input) > 3 and node.input[3]:
         refused = "with axes, which TensorRT has from 10.4"
-    elif node.op_type == "ScatterND":
+    elif kind == "Pow" and types.get(node.input[1], "FLOAT") not in ("FLOAT", "FLOAT16", "BFLOAT16"):
+        refused = "with a whole number as exponent, which TensorRT takes from 10.8"
+    elif kind == "Resize" and given.get("antialias"):
+        refused = "with antialiasing, which TensorRT does not have"
+    elif kind == "ScatterND":
         refused = "of opset 18 or later, which TensorRT computes rightly from 10.9"
-    elif node.op_type == "LayerNormalization" and len([o for o in node.output if o]) > 1:
+    elif kind == "LayerNormalization" and len([o for o in node.output if o]) > 1:
         refused = "with more than one output, and TensorRT gives the first only"
+    elif kind == "BatchNormalization" and given.get("training_mode"):
+        refused = "in training mode: call eval() on the module that it comes from"
+    elif kind == "TopK" and not given.get("sorted", 1):
+        refused = "that does not sort, and TensorRT's does"
+    elif kind == "Einsum" and not re.fullmatch(r"[a-z,> -]*", given["equation"].decode()):
+        refused = "with an ellipsis or capital letters, which TensorRT announced for 10.12"
     if refused:
         raise ExportError(f"{where} {refused}")

