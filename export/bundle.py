@@ -6,11 +6,12 @@ it), a README for the device, ``build_engine.py`` and the licence. It is whole a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,8 +62,8 @@ def export(
         progress: called with (what is being done, steps done, steps in all).
 
     Raises:
-        ExportError: the separator cannot be exported, its output differs by more than the tolerance, or its scores
-            drift by more than the gate lets pass.
+        ExportError: the separator cannot be exported, its output differs by more than the tolerance, its scores drift
+            by more than the gate lets pass, or memory does not suffice.
         ConfigError: ``out`` is something else than a bundle, or lies inside a run.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
@@ -79,7 +80,7 @@ def export(
     licence, script = _licence_text(), _build_script()
     fresh = copy.deepcopy(separator).cpu().float().eval().requires_grad_(False)
     fresh = with_length(fresh, plan.length_s)
-    with staged(target) as folder:
+    with staged(target) as folder, _memory_told():
         made = write_graphs(fresh, plan, folder, held_out, calibration, validation, progress)
         for graph in made:
             write_arrays(folder / graph.golden_file, graph.golden)
@@ -94,6 +95,20 @@ def export(
         for graph in written.graphs:
             written.golden(graph)
     return open_bundle(target, hashes=False)
+
+
+@contextlib.contextmanager
+def _memory_told() -> Iterator[None]:
+    """Want of memory in one line: PyTorch's allocator tells it by a RuntimeError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise ExportError(
+            "there is not enough memory for an export of these sizes: choose a smaller batch, fewer sources, a shorter "
+            "length_s or smaller pictures"
+        ) from None
 
 
 def _device_readme(manifest: Mapping[str, Any]) -> str:

@@ -22,8 +22,16 @@ _MOTION_STEPS = 8
 # Largest absolute difference from PyTorch in a sample that an fp32 graph may have.
 TOLERANCE = 1e-3
 # More is a slip of the hand, and would end in want of memory after minutes.
-_MOST = 256
+_MOST = {
+    "batch": 256,
+    "sources": 256,
+    "max_batch": 256,
+    "max_sources": 256,
+    "motion_steps": 4096,
+    "motion_frames": 4096,
+}
 _MOST_S = 600.0
+_MOST_PIXELS = 4096
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class ExportPlan:
         gate_db: largest drift of SDR, SIR or SAR in any source, in dB.
         allow_drift: write a graph that drifts by more; its manifest says so.
         max_batch, max_sources: upper ends of the optimisation profile of a dynamic graph. They, ``batch`` and
-            ``sources`` are at most 256.
+            ``sources`` are at most 256; ``motion_steps``, ``motion_frames`` and each side of a picture 4096.
     """
 
     batch: int = 1
@@ -80,8 +88,8 @@ class ExportPlan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-            if value is not None and value > _MOST and name.endswith(("batch", "sources")):
-                raise ConfigError(f"{name} must be at most {_MOST}, got {value}: longer work goes in several calls")
+            if value is not None and value > (most := _MOST.get(name, value)):
+                raise ConfigError(f"{name} must be at most {most}, got {value}: longer work goes in several calls")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
         for name in ("length_s", "tolerance", "gate_db"):
@@ -104,8 +112,10 @@ class ExportPlan:
             raise ConfigError(f"precision must name one or more of {', '.join(PRECISIONS)}, each once")
         if self.frame_size is not None:
             object.__setattr__(self, "frame_size", tuple(self.frame_size))
-            if len(self.frame_size) != 2 or min(self.frame_size) < 1:
-                raise ConfigError(f"frame_size must be a height and a width in pixels, got {list(self.frame_size)}")
+            if len(self.frame_size) != 2 or not 1 <= min(self.frame_size) <= max(self.frame_size) <= _MOST_PIXELS:
+                raise ConfigError(
+                    f"frame_size must be a height and a width of 1 to {_MOST_PIXELS}, got {list(self.frame_size)}"
+                )
         if self.dynamic:
             for name in ("batch", "sources"):
                 value, largest = getattr(self, name), getattr(self, f"max_{name}")

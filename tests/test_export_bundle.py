@@ -381,6 +381,27 @@ def test_an_export_that_fails_leaves_all_as_it_was(name, quick, tmp_path):
         assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (MemoryError(), ExportError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), ExportError),
+        (RuntimeError("something else"), RuntimeError),
+    ],
+    ids=str,
+)
+def test_want_of_memory_is_told(raised, seen, quick, tmp_path, monkeypatch):
+    import avsep.export.graphs
+
+    def fails(*_):
+        raise raised
+
+    monkeypatch.setattr(avsep.export.graphs, "write_graphs", fails)
+    with pytest.raises(seen, match="not enough memory" if seen is ExportError else "something else"):
+        export(bundle_separator(), None, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_manifest_that_readers_refuse_is_never_written(quick, tmp_path):
     import dataclasses
 
