@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import bundle_separator
 
 from avsep.errors import ConfigError, ExportError, MissingExtraError
 from avsep.export import ExportPlan, export
@@ -172,7 +173,7 @@ def test_a_graph_that_differs_leaves_nothing_behind(tmp_path, monkeypatch):
     original = PolyphaseSTFT.synthesise
     monkeypatch.setattr(PolyphaseSTFT, "synthesise", lambda self, spectrum: 1.1 * original(self, spectrum))
     with pytest.raises(ExportError, match="differs from PyTorch"):
-        export(tiny(motion=None, layers=1), None, tmp_path / "out" / "task-00")
+        export(bundle_separator(), None, tmp_path / "out" / "task-00")
     assert not (tmp_path / "out").exists()
 
 
