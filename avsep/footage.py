@@ -1,7 +1,7 @@
 """From a video to what a separator looks at: objects over time, and their pictures or features by class.
 
 Pictures are taken at the rates of a store (1 a second of an object, 8 grey ones of its movement), cut out by the
-object's box, and brought to a square. torch is loaded only where features are extracted.
+object's box, and brought to one size. torch is loaded only where features are extracted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 OBJECT_RATE_HZ, MOTION_RATE_HZ = 1.0, 8.0
-SIZES = {"object": 112, "motion": 48}  # pixels a side, as in the offline benchmark
+SIZES = {"object": (112, 112), "motion": (48, 48)}  # height and width in pixels, as in the offline benchmark
 _TOGETHER = 8  # pictures that the detector is given at once
 
 # Told how many pictures were looked at, and of about how many.
@@ -158,12 +158,12 @@ def timelines_of_video(
     track: BoxTrack,
     *,
     encoders: Encoders | None = None,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Mapping[str, tuple[int, int]] | None = None,
     report: Report | None = None,
 ) -> dict[str, VisualTimeline]:
     """What a separator's ``sources`` ask for of each class, on the video's time axis.
 
-    Frames are cut out by the boxes of ``track`` and brought to a square of ``sizes`` pixels by role. Features of a
+    Frames are cut out by the boxes of ``track`` and brought to the heights and widths ``sizes`` by role. Features of a
     registered encoder's name are extracted by it: of an object, one row a second from what lies within the box, in its
     own shape; of movement, one sequence for the whole video, from as many pictures as the encoder looks at.
 
@@ -241,7 +241,7 @@ def _motion_features(
                 crops[name].append(cut_picture(picture, track.at(name, second)))
     for name, parts in crops.items():
         if len({part.shape for part in parts}) > 1:  # a box that moves: one shape for all
-            crops[name] = [cut_picture(part, (0.0, 0.0, 1.0, 1.0), 224) for part in parts]
+            crops[name] = [cut_picture(part, (0.0, 0.0, 1.0, 1.0), (224, 224)) for part in parts]
     return {name: encoders.motion(source, crops[name]) for name in classes}
 
 

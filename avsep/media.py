@@ -153,22 +153,22 @@ def iter_pictures(
             count += 1
 
 
-def cut_picture(picture: Picture, box: Sequence[float], size: int | None = None) -> Picture:
+def cut_picture(picture: Picture, box: Sequence[float], size: tuple[int, int] | None = None) -> Picture:
     """What lies within ``box`` (left, top, right, bottom as fractions of the picture) of uint8 [C, H, W], C 1 or 3.
 
-    With ``size`` it is brought to [C, size, size], whatever its shape: nothing of the object is cut off. A box has at
-    least two pixels on each side.
+    With ``size`` it is brought to that height and width, whatever its shape: nothing of the object is cut off. A box
+    has at least two pixels on each side.
     """
     height, width = picture.shape[1:]
     left, right = _pixels(box[0], box[2], width)
     top, bottom = _pixels(box[1], box[3], height)
     part = np.ascontiguousarray(picture[:, top:bottom, left:right])
-    if size is None or part.shape[1:] == (size, size):
+    if size is None or part.shape[1:] == size:
         return part
     form = "gray" if part.shape[0] == 1 else "rgb24"
     pixels = part[0] if part.shape[0] == 1 else np.ascontiguousarray(part.transpose(1, 2, 0))
     frame = _av().VideoFrame.from_ndarray(pixels, format=form)
-    array = frame.to_ndarray(format=form, width=size, height=size, interpolation="AREA")
+    array = frame.to_ndarray(format=form, width=size[1], height=size[0], interpolation="AREA")
     return np.ascontiguousarray(array[None] if part.shape[0] == 1 else array.transpose(2, 0, 1))
 
 

@@ -183,9 +183,10 @@ class Separator:
         return self._sources
 
     @property
-    def picture_sizes(self) -> dict[str, int]:
-        """The sides in pixels of the pictures that the bundle's encoders take, by role."""
-        return {role: int(graph.inputs[0].shape[-1]) for role, (graph, _) in self._encoders.items()}
+    def picture_sizes(self) -> dict[str, tuple[int, int]]:
+        """Height and width in pixels of the pictures that the bundle's encoders take, by role."""
+        shapes = {role: graph.inputs[0].shape for role, (graph, _) in self._encoders.items()}
+        return {role: (int(shape[-2]), int(shape[-1])) for role, shape in shapes.items()}
 
     def separate(
         self,

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from small_weights import write_owlv2
 
 from avsep.detection import (
     PROMPTS,
@@ -95,28 +96,9 @@ def test_proposed_classes_are_those_seen_often_enough_at_places_of_their_own():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Small random weights, and a tokenizer that knows letters."""
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("weights") / "owlv2-base-patch16-ensemble"
-    letters = list("abcdefghijklmnopqrstuvwxyz")
-    words = ["!", *letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.Owlv2Config(
-        text_config={
-            **small,
-            "vocab_size": len(words),
-            "max_position_embeddings": 16,
-            "bos_token_id": len(words) - 2,
-            "eos_token_id": len(words) - 1,
-            "pad_token_id": 0,
-        },
-        vision_config={**small, "image_size": 64, "patch_size": 16},
-        projection_dim=16,
-    )
-    torch.manual_seed(0)
-    transformers.Owlv2ForObjectDetection(config).save_pretrained(path)
-    (path / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
-    (path / "merges.txt").write_text("#version: 0.2\n")
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "pad_token": "!"}))
+    write_owlv2(path)
     return path
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from torch import nn
+from nearby import NEARBY, ONE_VECTOR, error_db, nearby_parts
 
 from avsep.audio import read_audio
 from avsep.chunking import default_context, plan_chunks
@@ -29,10 +29,8 @@ from avsep.export.runtime import Separator
 from avsep.export.runtime import main as runtime_main
 from avsep.export.sessions import OnnxSession, open_session, start_onnx
 from avsep.export.wav import read_wav, write_wav
-from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS
 from avsep.separate import separate_audio
 from avsep.separator import build_separator, save_separator
-from avsep.types import AudioFeatures, MaskOutput
 
 RATE, CLIP, HOP = 11025, 8191, 64
 CLASSES = ("flute", "piano", "cello")
@@ -298,39 +296,6 @@ def test_pictures_of_a_trained_run(tone_run, tone_store, tmp_path):
 # --- seams ------------------------------------------------------------------------------------------------------------
 
 
-class Nearby(nn.Module):
-    """An audio encoder that hears a few frames around each: what it gives of a moment does not depend on the chunk."""
-
-    provides = ("mask_features", "latent", "skips")
-
-    def __init__(self, *, channels: int = 6) -> None:
-        super().__init__()
-        self.mask_channels = self.latent_channels = channels
-        self.layers = nn.Sequential(
-            nn.Conv2d(1, channels, (5, 3), padding=(2, 1)), nn.Tanh(), nn.Conv2d(channels, channels, 3, padding=1)
-        )
-
-    def forward(self, network_input):
-        features = self.layers(network_input)
-        return AudioFeatures(mask_features=features, latent=features)
-
-
-class OneVector(nn.Module):
-    """A mask decoder with a vector for each class, and no attention to the whole chunk."""
-
-    needs = ("mask_features",)
-
-    def __init__(self, *, num_classes: int, mask_channels: int, latent_channels: int, object_dim: int, motion_dim=None):
-        super().__init__()
-        self.vectors = nn.Parameter(6 * torch.randn(num_classes, mask_channels))
-
-    def forward(self, audio, visual, class_ids):
-        vectors = self.vectors[class_ids]  # [B, N, C]
-        batch, channels, rows, frames = audio.mask_features.shape
-        logits = vectors @ audio.mask_features.reshape(batch, channels, rows * frames)
-        return MaskOutput(logits=logits.reshape(batch, -1, rows, frames), audio=vectors)
-
-
 @pytest.fixture(scope="module")
 def nearby(tmp_path_factory):
     """Bundles of one separator with weights that see a neighbourhood alone: for chunks, and for nine times as long.
@@ -338,29 +303,20 @@ def nearby(tmp_path_factory):
     The graph that is nine times as long takes a whole recording at once: its answer is what chunks must not differ
     from. Of a separator that attends to its whole chunk there is no such answer: a longer graph is another function.
     """
-    AUDIO_ENCODERS.register("test_nearby", source="tests")(Nearby)
-    MASK_DECODERS.register("test_one_vector", source="tests")(OneVector)
-    try:
+    with nearby_parts():
         torch.manual_seed(3)
         made = build_separator(
-            audio_encoder="test_nearby",
+            audio_encoder=NEARBY,
             object_encoder=("precomputed", {"features": "o", "dim": 4}),
             motion_encoder=None,
-            mask_decoder="test_one_vector",
+            mask_decoder=ONE_VECTOR,
             classes=CLASSES,
             front_end=FRONT_END,
         ).eval()
         folder = tmp_path_factory.mktemp("nearby")
         short = export(made, ExportPlan(), folder / "short").path
         long = export(made, ExportPlan(length_s=9 * CLIP / RATE), folder / "long").path
-    finally:
-        AUDIO_ENCODERS._components.pop("test_nearby", None)
-        MASK_DECODERS._components.pop("test_one_vector", None)
     return Separator.load(short, "cpu", threads=1), Separator.load(long, "cpu", threads=1)
-
-
-def error_db(found, expected):
-    return 10 * np.log10(np.sum((found - expected) ** 2) / np.sum(expected**2) + 1e-30)
 
 
 def seams(samples):

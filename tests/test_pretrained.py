@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_weights import SMALL
 
 import avsep
 from avsep.encoders._pretrained import prepare_pictures, weights_come_later
@@ -14,21 +15,6 @@ from avsep.registry import VISUAL_ENCODERS
 
 transformers = pytest.importorskip("transformers")
 
-VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-SMALL = {
-    "clip_vit_b32": lambda: transformers.CLIPVisionModelWithProjection(
-        transformers.CLIPVisionConfig(**VISION, image_size=32, patch_size=8, projection_dim=12)
-    ),
-    "siglip2_base": lambda: transformers.SiglipVisionModel(
-        transformers.SiglipVisionConfig(**VISION, image_size=32, patch_size=8)
-    ),
-    "resnet18": lambda: transformers.ResNetModel(
-        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    ),
-    "videomae_base": lambda: transformers.VideoMAEModel(
-        transformers.VideoMAEConfig(**VISION, image_size=32, patch_size=8, num_frames=4)
-    ),
-}
 WIDTHS = {"clip_vit_b32": 12, "siglip2_base": 16, "resnet18": 16, "videomae_base": 16}
 
 

@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import TINY_SEPARATOR
+from conftest import TINY_FRONT_END, TINY_SEPARATOR, bundle_separator
 from media_files import tone, write_video
+from nearby import NEARBY, ONE_VECTOR, error_db, nearby_parts
+from torch import nn
 
 from avsep import detection
+from avsep.chunking import default_context, plan_chunks
 from avsep.cli import main
 from avsep.data.visualfile import VisualTimeline
 from avsep.detection import BoxTrack, Found, read_boxes
 from avsep.errors import DataError
 from avsep.footage import sample_pictures, timelines_of_video, track_objects, whole_frame
-from avsep.media import read_media_audio
+from avsep.media import iter_pictures, read_media_audio
+from avsep.registry import VISUAL_ENCODERS
 from avsep.separator import build_separator, save_separator
 from avsep.types import VisualSource
 
@@ -97,16 +101,16 @@ def test_each_class_is_cut_out_of_its_place_and_time(home):
         ["ding", "peep"],
         [OBJECT, MOTION],
         track,
-        sizes={"object": 32},
+        sizes={"object": (32, 24)},
         report=lambda *r: reports.append(r),
     )
     for name, colour in (("ding", RED), ("peep", BLUE)):
         timeline = seen[name]
-        assert timeline.object.shape == (5, 3, 32, 32)
+        assert timeline.object.shape == (5, 3, 32, 24)
         assert timeline.motion.shape == (40, 1, 48, 48)
         assert (timeline.object_rate_hz, timeline.motion_rate_hz) == (1.0, 8.0)
         np.testing.assert_allclose(
-            timeline.object[:, :, 8:24, 8:24].mean(axis=(2, 3)), np.tile(colour, (5, 1)), atol=12
+            timeline.object[:, :, 8:24, 6:18].mean(axis=(2, 3)), np.tile(colour, (5, 1)), atol=12
         )
         grey = timeline.motion[:, 0, 8:40, 8:40].mean(axis=(1, 2))
         assert np.ptp(grey) < 4
@@ -117,6 +121,17 @@ def test_each_class_is_cut_out_of_its_place_and_time(home):
     (whole,) = timelines_of_video(home / "duet.mp4", ["ding"], [OBJECT], whole_frame(["ding"])).values()
     assert abs(whole.object[0, 0, 50, 10].astype(int) - whole.object[0, 0, 50, 100]) > 100
     assert whole.motion is None
+
+
+def test_boxes_are_those_of_the_upright_picture(tmp_path):
+    """A phone held upright: what its sensor has at the left a player shows at the top."""
+    video = write_video(tmp_path / "phone.mp4", [picture(RED, BLUE)] * 10, None, rotation=90)
+    halves = {"ding": (0, 0, 1, 0.5), "peep": (0, 0.5, 1, 1)}
+    track = BoxTrack({name: [(0.0, Found(box, 1, "given"))] for name, box in halves.items()})
+    seen = timelines_of_video(video, ["ding", "peep"], [OBJECT], track)
+    means = {name: timeline.object[0].mean(axis=(1, 2)) for name, timeline in seen.items()}
+    np.testing.assert_allclose(means["ding"], RED, atol=12)
+    np.testing.assert_allclose(means["peep"], BLUE, atol=12)
 
 
 def test_a_detector_is_asked_once_a_second_and_a_box_holds_for_its_second(home):
@@ -247,6 +262,124 @@ def test_the_sound_of_a_video_is_enough_where_features_are_given(home, tmp_path)
     base = ["separate", tmp_path / "dark.mp4", "--run", home / "separator", "--classes", "auto", "--no-page"]
     assert run(*base, "--features", tmp_path / "f.npz", "--out", tmp_path / "out") == 0
     assert files(tmp_path / "out") == ["dark_ding.wav", "dark_residual.wav"]
+
+
+def test_features_are_extracted_by_the_encoders_of_their_names(home, tmp_path, monkeypatch):
+    """CLIP of each box, in its own shape, one row a second; VideoMAE of pictures from all of the video."""
+    pytest.importorskip("transformers")
+    from small_weights import write_small
+
+    monkeypatch.setenv("AVSEP_WEIGHTS", str(write_small(tmp_path / "weights")))
+    parts = {
+        "object_encoder": ("precomputed", {"features": "clip_vit_b32", "dim": 12}),
+        "motion_encoder": ("precomputed", {"features": "videomae_base", "dim": 16}),
+    }
+    separator = build_separator(**{**TINY_SEPARATOR, **parts}, classes=CLASSES)
+    save_separator(separator, tmp_path / "separator")
+    track = read_boxes(home / "halves.json")
+    seen = timelines_of_video(home / "duet.mp4", ["ding", "peep"], separator.visual_sources(), track)
+    clip, videomae = (VISUAL_ENCODERS.create(name, {}) for name in ("clip_vit_b32", "videomae_base"))
+    pictures = np.stack(list(iter_pictures(home / "duet.mp4", 1.0)))  # [5, 3, 48, 96]
+    for name, part in (("ding", pictures[..., :48]), ("peep", pictures[..., 48:])):
+        features = seen[name].features
+        with torch.inference_mode():
+            rows = clip.encode(torch.from_numpy(part.copy())).numpy()
+            sequence = videomae(torch.from_numpy(part.copy())[None])[0].numpy()
+        np.testing.assert_allclose(features["clip_vit_b32"], rows, atol=1e-5)
+        np.testing.assert_allclose(features["videomae_base"], sequence, atol=1e-5)
+        assert seen[name].object is None
+    assert np.abs(seen["ding"].features["clip_vit_b32"] - seen["peep"].features["clip_vit_b32"]).max() > 0.01
+    argv = ["separate", home / "duet.mp4", "--run", tmp_path / "separator", "--classes", "ding,peep", "--no-page"]
+    assert run(*argv, "--boxes", home / "halves.json", "--out", tmp_path / "out") == 0
+    assert files(tmp_path / "out") == ["duet_ding.wav", "duet_peep.wav", "duet_residual.wav"]
+    monkeypatch.setenv("AVSEP_WEIGHTS", str(tmp_path / "nothing"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert run(*argv, "--boxes", home / "halves.json", "--out", tmp_path / "other") == 2
+
+
+def test_a_box_that_moves_gives_motion_features_too(home, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from small_weights import write_small
+
+    monkeypatch.setenv("AVSEP_WEIGHTS", str(write_small(tmp_path / "weights", ("videomae_base",))))
+    track = BoxTrack({"ding": [(0.0, Found((0, 0, 0.5, 1), 1, "given")), (3.0, Found((0.2, 0, 1, 1), 1, "given"))]})
+    motion = VisualSource(role="motion", kind="features", name="videomae_base", dim=16)
+    seen = timelines_of_video(home / "duet.mp4", ["ding"], [motion], track)
+    assert seen["ding"].features["videomae_base"].shape == (16, 2)
+    for source, told in (
+        (VisualSource(role="motion", kind="features", name="i3d", dim=9), "'i3d', which avsep has no extractor for"),
+        (VisualSource(role="motion", kind="features", name="clip_vit_b32", dim=9), "no extractor"),
+        (VisualSource(role="motion", kind="features", name="videomae_base", dim=768), "768 wide, and the weights"),
+    ):
+        with pytest.raises(DataError, match=told):
+            timelines_of_video(home / "duet.mp4", ["ding"], [source], track)
+
+
+def test_a_bundle_sees_what_the_run_sees(home, tiny_bundle, tmp_path, monkeypatch):
+    """Features extracted for its graph; the same sounds as with the separator itself."""
+
+    class Colours(nn.Module):
+        """Stands for an extractor: means of the colours, and their squares."""
+
+        provides, dim = ("object",), 8
+
+        def __init__(self, *, weights: str = "auto") -> None:
+            super().__init__()
+
+        def encode(self, pictures):
+            mean = pictures.float().mean(dim=(2, 3)) / 255
+            return torch.cat((mean, mean**2, mean[:, :2] ** 3), dim=1)
+
+    monkeypatch.setitem(VISUAL_ENCODERS._components, "clip", None)  # put back afterwards
+    del VISUAL_ENCODERS._components["clip"]
+    VISUAL_ENCODERS.register("clip", source="tests")(Colours)
+    (tmp_path / "boxes.json").write_text(json.dumps({"0": {"flute": [0, 0, 0.5, 1], "cello": [0.5, 0, 1, 1]}}))
+    save_separator(bundle_separator(), tmp_path / "separator")
+    options = ["--boxes", tmp_path / "boxes.json", "--classes", "flute,cello", "--format", "FLOAT", "--no-page"]
+    assert run("separate", home / "duet.mp4", "--bundle", tiny_bundle, "--out", tmp_path / "b", *options) == 0
+    assert files(tmp_path / "b") == ["duet_cello.wav", "duet_flute.wav", "duet_residual.wav"]
+    assert run("separate", home / "duet.mp4", "--run", tmp_path / "separator", "--out", tmp_path / "r", *options) == 0
+    for name in ("duet_flute.wav", "duet_cello.wav"):
+        sounds = [soundfile.read(tmp_path / folder / name)[0] for folder in ("b", "r")]
+        np.testing.assert_allclose(*sounds, atol=1e-4)
+
+
+def test_seams_of_a_video_are_60_db_below_the_whole(tmp_path):
+    """Of a separator that hears a neighbourhood: the chunks' result against the whole recording at once."""
+    rng = np.random.default_rng(0)
+    sound = 0.1 * rng.standard_normal((1, 6 * 44100)).astype(np.float32) + tone(6.0)
+    video = write_video(tmp_path / "noise.mp4", [picture(RED, BLUE)] * 60, sound)
+    found = {}
+    with nearby_parts():
+        for name, samples, more in (
+            ("chunks", 8191, ()),
+            ("whole", 9 * 8192 - 1, ()),
+            ("cut", 8191, ("--context", "0")),
+        ):
+            torch.manual_seed(3)
+            separator = build_separator(
+                audio_encoder=NEARBY,
+                object_encoder=("frame_cnn", {"dim": 4}),
+                mask_decoder=ONE_VECTOR,
+                classes=CLASSES,
+                front_end={**TINY_FRONT_END, "clip_samples": samples},
+            )
+            save_separator(separator, tmp_path / name)
+            argv = ["separate", video, "--run", tmp_path / name, "--classes", "ding,peep", "--whole-frame"]
+            assert run(*argv, "--out", tmp_path / f"{name}-out", "--format", "FLOAT", "--no-page", *more) == 0
+            found[name] = np.stack(
+                [soundfile.read(tmp_path / f"{name}-out" / f"noise_{c}.wav")[0] for c in ("ding", "peep")]
+            )
+    chunks, whole = found["chunks"], found["whole"]
+    assert chunks.shape[1] > 8 * 8191 * 3 // 4
+    assert error_db(whole, np.full_like(whole, 0.5) * whole.sum(axis=0)) > -20  # the masks do something
+    assert error_db(chunks, whole) < -60
+    assert error_db(found["cut"], whole) > -40  # without context the same chunks miss the bar
+    plan = plan_chunks(chunks.shape[1], clip_samples=8191, context_samples=default_context(8191), align_samples=64)
+    for chunk in plan[:-1]:
+        around = slice(chunk.right - 100, chunk.right + 100)
+        assert error_db(chunks[:, around], whole[:, around]) < -60
 
 
 def test_nothing_is_left_where_the_page_fails(home, argv, tmp_path, monkeypatch):

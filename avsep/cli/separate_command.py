@@ -181,13 +181,13 @@ class _Engine:
     """What separates, of either kind.
 
     ``separate`` takes a mixture, timelines, classes and a function to report to; ``check`` raises what it would raise
-    of timelines and classes; ``sizes`` are the pixels of a picture's sides by role, ``ran`` says where it runs.
+    of timelines and classes; ``sizes`` are the heights and widths of pictures by role, ``ran`` says where it runs.
     """
 
     classes: tuple[str, ...]
     sources: tuple[VisualSource, ...]
     rate_hz: int
-    sizes: dict[str, int]
+    sizes: dict[str, tuple[int, int]]
     ran: str
     separate: Callable[[Any, Any, list[str], Any], Any]
     check: Callable[[Any, list[str]], None]
@@ -211,13 +211,18 @@ def _of_run(run: Path, task: int | None, device: str, batch: int, context_s: flo
         classes=separator.classes,
         sources=separator.visual_sources(),
         rate_hz=spec.sample_rate_hz,
-        sizes={role: max(SIZES[role], int(getattr(encoder, "size", 0))) for role, encoder in encoders.items()},
+        sizes={role: _size(SIZES[role], int(getattr(encoder, "size", 0))) for role, encoder in encoders.items()},
         ran=f"PyTorch, {chosen}",
         separate=lambda mixture, seen, names, report: separate_audio(
             separator, mixture, seen, names, batch=batch, context_s=context_s, progress=report
         ),
         check=functools.partial(check_timelines, separator),
     )
+
+
+def _size(usual: tuple[int, int], wanted: int) -> tuple[int, int]:
+    """No smaller than what the encoder brings its pictures to."""
+    return max(usual[0], wanted), max(usual[1], wanted)
 
 
 def _of_bundle(
