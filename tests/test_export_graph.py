@@ -201,6 +201,24 @@ def test_the_motion_mask_is_heard():
             tensor_specs(encoderless, ExportPlan(**asked))
 
 
+@pytest.mark.parametrize(("asked", "steps"), [(None, 6), (4, 4)])
+def test_stored_motion_features_bring_their_own_length(asked, steps, tmp_path, monkeypatch):
+    from avsep.export import bundle, gate
+    from avsep.separator import save_separator
+    from avsep.types import Batch
+
+    home = tmp_path / "run" / "tasks" / "00"
+    save_separator(small(), home / "separator")
+    (home / "task.json").write_text("{}")
+    (tmp_path / "run" / "run.yaml").write_text("a run's spec\n")
+    one = Batch(torch.zeros(1, 2, 8191), *torch.zeros(3, 1, 2), motion=torch.zeros(1, 2, 12, 6))
+    monkeypatch.setattr(gate, "held_out_batches", lambda *_, **__: [one, one])
+    plans = []
+    monkeypatch.setattr(bundle, "export", lambda separator, plan, *_, **__: plans.append(plan))
+    bundle.export_run(tmp_path / "run", tmp_path / "b", tasks=0, plan=ExportPlan(motion_steps=asked))
+    assert [plan.motion_steps for plan in plans] == [steps]
+
+
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
