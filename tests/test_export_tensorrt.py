@@ -708,6 +708,29 @@ def test_buffers_are_kept_between_calls_and_grow(jetson, tmp_path):
         running.run({"mixture": mixture, "class_ids": ids})
 
 
+def test_threads_wait_for_each_other(jetson, tmp_path, monkeypatch):
+    """They share the buffers: another's upload would replace the input before it was computed with."""
+    bundle = made_bundle(tmp_path / "bundle", {"separator.onnx": [[2, 3], "fixed"]})
+    tensorrt.build_bundle(bundle, progress=False)
+    upload = FakeCuda.upload
+    monkeypatch.setattr(FakeCuda, "upload", lambda *given: (upload(*given), time.sleep(0.005)))
+    results = {}
+    with engine.DeviceEngine(tensorrt.find_engine(bundle)) as running:
+
+        def work(k):
+            for _ in range(5):
+                inputs = {"mixture": np.full((2, 3), k, np.float32), "class_ids": np.zeros((1, 2), np.int64)}
+                results.setdefault(k, []).append(running.run(inputs)["sources"])
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for k in range(3):
+        np.testing.assert_array_equal(results[k], np.full((5, 2, 3), 2 * k, np.float32))
+
+
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
