@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from avsep.errors import ConfigError, ExportError, MissingExtraError
 from avsep.export.packing import staged
+from avsep.export.tensorrt import PLUGIN_DEFINITION, PLUGIN_GRAPH
 
 if TYPE_CHECKING:
     from avsep.spec import FrontEndSpec
@@ -280,8 +281,8 @@ def export_plugin(
         raise ExportError(f"{graph} leaves the number of sources open: the plugin takes fixed shapes")
     kernels = [compile_kernel(front_end, sources, capability) for capability in dict.fromkeys(sm)]
     files: dict[str, bytes] = {
-        "separator.plugin.onnx": model.SerializeToString(),
-        "avsep_plugin.py": (Path(__file__).parent / "plugin_definition.py").read_bytes(),
+        PLUGIN_GRAPH: model.SerializeToString(),
+        PLUGIN_DEFINITION: (Path(__file__).parent / "plugin_definition.py").read_bytes(),
     }
     table = {}
     for kernel in kernels:

@@ -21,6 +21,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ class Separator:
     Attributes:
         provider: what really runs, as its own library names it.
         passed_over: for each way that ``provider="auto"`` passed over, the reason in a line.
+        unused_engines: those of them for which an engine was built.
         context_samples: of each side of a chunk that are thrown away.
         classes: names of the classes it can separate.
         sample_rate_hz: of the audio it takes and gives.
@@ -80,6 +82,7 @@ class Separator:
         self.bundle = bundle
         self.graph = graph
         self.passed_over: tuple[str, ...] = ()
+        self.unused_engines: tuple[str, ...] = ()
         self.classes = bundle.classes or tuple(str(k) for k in range(int(manifest["separator"].get("num_classes", 0))))
         self.sample_rate_hz = bundle.sample_rate_hz
         self.precision = graph.precision
@@ -117,6 +120,7 @@ class Separator:
         threads: int = 0,
         *,
         context_s: float | None = None,
+        engines: str | os.PathLike[str] | None = None,
     ) -> Separator:
         """Open a bundle and make its graphs ready.
 
@@ -129,6 +133,7 @@ class Separator:
             threads: of ONNX Runtime; 0 leaves the number to it.
             context_s: seconds of each side of a chunk that are thrown away, at most a quarter of the chunk: more gives
                 finer seams for more computing. None: what the bundle says, an eighth of the chunk.
+            engines: folder of the engines, where they were built with ``--out``; None: ``engines`` in the bundle's.
 
         Raises:
             ExportError: the bundle is damaged, or does not run in this way here.
@@ -145,15 +150,19 @@ class Separator:
         for source in opened.manifest["visual"]:
             if source["graph"] is not None:
                 encoders[source["role"]] = next(g for g in opened.graphs if g.file == source["graph"])
-        engines, passed_over = open_session(opened, [graph, *encoders.values()], provider, threads)
+        running, passed_over = open_session(opened, [graph, *encoders.values()], provider, threads, engines)
         made = cls(
             opened,
             graph,
-            engines[0],
-            {role: (g, e) for (role, g), e in zip(encoders.items(), engines[1:], strict=True)},
+            running[0],
+            {role: (g, e) for (role, g), e in zip(encoders.items(), running[1:], strict=True)},
             chunking,
         )
         made.passed_over = passed_over
+        plans = [plan.name for plan in Path(engines or engines_folder(opened)).glob("*.plan")]
+        made.unused_engines = tuple(
+            line for line in passed_over if any(f".{line.partition(':')[0]}-sm" in name for name in plans)
+        )
         return made
 
     @property
@@ -168,14 +177,6 @@ class Separator:
     @property
     def context_samples(self) -> int:
         return self._chunking["context_samples"]
-
-    @property
-    def unused_engines(self) -> tuple[str, ...]:
-        """Why engines that were built of this bundle do not run, though ``provider="auto"`` might have taken them."""
-        folder = engines_folder(self.bundle)
-        return tuple(
-            line for line in self.passed_over if next(folder.glob(f"*.{line.partition(':')[0]}-sm*.plan"), None)
-        )
 
     @property
     def visual_sources(self) -> tuple[VisualSource, ...]:
@@ -627,6 +628,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--features", help="pictures or features of each class (.npz of avsep data features)")
     parser.add_argument("--out", required=True, help="folder for STEM_CLASS.wav and STEM_residual.wav")
     parser.add_argument("--provider", default="auto", help=f"one of {', '.join(PROVIDERS)} [auto]")
+    parser.add_argument("--engines", help="folder of engines that were built with --out [engines in the bundle's]")
     parser.add_argument("--precision", help="of the graph: fp32, fp16 or int8 [fp32 where there is one]")
     parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime [its own choice]")
     parser.add_argument(
@@ -650,7 +652,6 @@ def _separate_file(chosen: Any) -> str:
     import shutil
     import tempfile
     import time
-    from pathlib import Path
 
     from avsep.data.visualfile import read_visual_file
     from avsep.export.wav import FORMATS, read_wav, write_wav
@@ -665,7 +666,12 @@ def _separate_file(chosen: Any) -> str:
     mixture = audio.mean(axis=0, dtype=np.float64).astype(np.float32)
     features = None if chosen.features is None else read_visual_file(chosen.features)
     separator = Separator.load(
-        chosen.bundle, chosen.provider, chosen.precision, chosen.threads, context_s=chosen.context
+        chosen.bundle,
+        chosen.provider,
+        chosen.precision,
+        chosen.threads,
+        context_s=chosen.context,
+        engines=chosen.engines,
     )
     clipped = 0
     with separator:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -234,11 +235,16 @@ class _Buffers:
 
 
 def open_session(
-    bundle: Bundle, graphs: Sequence[Graph], provider: str = "auto", threads: int = 0
+    bundle: Bundle,
+    graphs: Sequence[Graph],
+    provider: str = "auto",
+    threads: int = 0,
+    engines: str | os.PathLike[str] | None = None,
 ) -> tuple[list[Engine], tuple[str, ...]]:
     """Make graphs ready, all in the same way.
 
-    ``auto`` takes engines that were built here, CUDA, or the CPU, in this order.
+    ``auto`` takes engines that were built here, CUDA, or the CPU, in this order. ``engines`` is the folder of the
+    engines, where it is not the bundle's own.
 
     Returns:
         An engine for each graph, and for each way that ``auto`` passed over the reason in a line.
@@ -249,11 +255,11 @@ def open_session(
     """
     check_provider(provider)
     if provider != "auto":
-        return _opened(bundle, graphs, provider, threads), ()
+        return _opened(bundle, graphs, provider, threads, engines), ()
     passed_over: list[str] = []
     for candidate in (*ENGINES, "cuda", "cpu"):
         try:
-            return _opened(bundle, graphs, candidate, threads), tuple(passed_over)
+            return _opened(bundle, graphs, candidate, threads, engines), tuple(passed_over)
         except ExportError as error:
             if candidate == "cpu":
                 raise
@@ -261,7 +267,9 @@ def open_session(
     raise AssertionError("unreachable: the last candidate returns or raises")
 
 
-def _opened(bundle: Bundle, graphs: Sequence[Graph], provider: str, threads: int) -> list[Engine]:
+def _opened(
+    bundle: Bundle, graphs: Sequence[Graph], provider: str, threads: int, engines: str | os.PathLike[str] | None
+) -> list[Engine]:
     opened: list[Engine] = []
     try:
         for graph in graphs:
@@ -270,7 +278,7 @@ def _opened(bundle: Bundle, graphs: Sequence[Graph], provider: str, threads: int
             else:
                 from avsep.export.engine import open_engine
 
-                opened.append(open_engine(bundle, graph, provider))
+                opened.append(open_engine(bundle, graph, provider, out=engines))
     except BaseException:
         for engine in opened:  # one graph has no engine: the others must not keep the device's memory
             engine.close()

@@ -76,7 +76,7 @@ DEFAULT_WORKSPACE_MIB = 1024
 ENGINES = "engines"  # folder of the engines in a bundle's folder
 FORMAT, VERSION = "avsep-engine", 1
 _BUNDLE_FORMAT, _BUNDLE_VERSION = "avsep-bundle", 2
-PLUGIN_GRAPH, _PLUGIN_DEFINITION = "separator.plugin.onnx", "avsep_plugin.py"
+PLUGIN_GRAPH, PLUGIN_DEFINITION = "separator.plugin.onnx", "avsep_plugin.py"
 _LEAST = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 0)}
 
 # First bytes of a plan; after them, from byte 24, major, minor, patch and build of what made it, in layout 0.
@@ -420,7 +420,7 @@ def _machine_for(target: str, compute_capability: int | str | None) -> Machine:
 
 def _load_plugin(folder: Path, machine: Machine) -> None:
     """Run a plugin's definition, which makes it known to TensorRT in this process."""
-    path = folder / _PLUGIN_DEFINITION
+    path = folder / PLUGIN_DEFINITION
     if machine.target != "tensorrt" or machine.gpu is None:
         raise BuildError("plugins are for TensorRT 10.9 and later; TensorRT-RTX takes none: build the plain graph")
     if not path.is_file():
@@ -442,7 +442,7 @@ def _verify_plugin(folder: Path) -> None:
     manifest = folder / "plugin.json"
     try:
         files = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])
-        stated = {name: str(files[name]) for name in (_PLUGIN_DEFINITION, PLUGIN_GRAPH)}
+        stated = {name: str(files[name]) for name in (PLUGIN_DEFINITION, PLUGIN_GRAPH)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BuildError(f"{manifest} is damaged ({type(error).__name__}: {_line(error)}): export it again") from None
     for name, digest in stated.items():
