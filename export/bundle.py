@@ -291,7 +291,8 @@ def export_run(
             bundles.append(_export_task(Path(run), task, place, plan, store, weights_licence, report, tell))
         except ExportError as error:
             which = f"task {task}: " if len(places) > 1 else ""
-            raise ExportError(f"{which}{error}") from None
+            left = f"{len(bundles)} before it are written" if bundles else "nothing was written"
+            raise ExportError(f"{which}{error}; {left}") from None
     return bundles
 
 

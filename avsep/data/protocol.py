@@ -105,6 +105,8 @@ class Protocol:
         if not isinstance(data, dict) or data.pop("format", None) != "avsep-protocol":
             raise DataError(f"{path} is not a protocol file ({again})")
         stated = data.pop("hash", None)
+        if not isinstance(data.get("name"), str) or not isinstance(data.get("version"), int):
+            raise DataError(f"{path} is a damaged protocol: it says no name and version ({again})")
         kind = PROTOCOLS.get(str(data.get("name")))
         if kind is None or data.get("version") != kind.version:
             known = ", ".join(f"{name} version {k.version}" for name, k in PROTOCOLS.items())
