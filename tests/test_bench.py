@@ -63,6 +63,7 @@ def simple_case(name="simple", ways=2, error=0.0, **kwargs):
     return Case(name, "a title", variants, lambda: agree("results", error, 0.1), "thing", 3, **kwargs)
 
 
+@pytest.mark.slow
 def test_train_end_to_end(preset, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out, plot = tmp_path / "results.csv", tmp_path / "results.png"
@@ -94,6 +95,7 @@ def test_train_end_to_end(preset, tmp_path, capsys):
     assert f"results appended to {out}" in shown.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_data_end_to_end(tmp_path):
     out = tmp_path / "results.csv"
     assert bench("data", "--mixtures", 4, "--batch", 2, "--clip-s", 7, "--repeats", 2, "--out", out) == 0
@@ -122,6 +124,7 @@ def test_reading_a_given_store(tone_store, crop):
     assert [f() for f in case.variants.values()] == [4, 4]
 
 
+@pytest.mark.slow
 def test_all_runs_every_group(monkeypatch, tmp_path):
     made = []
     for name in ("data_cases", "metrics_cases", "train_cases"):

@@ -138,6 +138,7 @@ def test_what_answers_wrongly_has_no_speed(folder, tmp_path, monkeypatch):
         measure(folder, providers=["cpu"])
 
 
+@pytest.mark.slow
 def test_no_compiler_is_said(folder, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     rows = by_name(measure(folder, run=folder / "separator", providers=["cpu"], compiled=True))

@@ -59,6 +59,7 @@ def make_case(*variants, **changes):
     return replace(case, **changes)
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out, plot = tmp_path / "kernels.csv", tmp_path / "kernels.png"
@@ -376,6 +377,7 @@ def test_the_suite_parses_and_names_mistakes(tmp_path):
     assert "has results already" in suite(tmp_path).stderr
 
 
+@pytest.mark.slow
 @needs_bash
 def test_the_suite_goes_on_without_time_and_says_so(tmp_path):
     """With no time at all every part is left out, which is no success: preparing, installing and summing up remain."""

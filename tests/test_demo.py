@@ -55,6 +55,7 @@ def test_it_leaves_what_it_says(small):
         )
 
 
+@pytest.mark.slow
 def test_a_second_call_goes_on_and_another_seed_is_refused(small):
     out, arguments, _ = small
     before = {p: p.stat().st_mtime_ns for p in (out / "store").rglob("*.wav")}
@@ -86,6 +87,7 @@ def test_fresh_removes_what_the_demo_made_and_nothing_else(tmp_path):
     assert json.loads((tmp_path / "demo.json").read_text()) == {"seed": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals of a process group")
 @pytest.mark.parametrize("kill", [True, False], ids=["kill", "ctrl-c"])
 def test_training_ends_with_the_demo(kill, tmp_path):

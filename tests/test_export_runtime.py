@@ -268,6 +268,7 @@ def test_features_as_arrays_and_functions(runtime, timelines):
     )
 
 
+@pytest.mark.slow
 def test_pictures_of_a_trained_run(tone_run, tone_store, tmp_path):
     """The encoders' graphs, fed with the store's pictures chunk by chunk, and no clicks of trained weights."""
     from avsep.data.store import Store

@@ -137,6 +137,7 @@ def test_synthesis_and_gradients(name, align_corners):
         assert error(one, other) < EXACT, k
 
 
+@pytest.mark.slow
 def test_synthesis_at_the_papers_size():
     logits, mixture, options = synthesis_inputs(LARGE["paper"])
     got = kernels.synthesise(logits, mixture, **options, length=65535, backend="triton")
