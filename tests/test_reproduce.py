@@ -110,6 +110,16 @@ def test_table1_is_thirteen_methods_on_two_separators(grid):
     assert not contrastive & {c.first_key for c in joint}
 
 
+@pytest.mark.parametrize(("repeats", "shared"), [(1, True), (4, False)])
+def test_a_limit_above_the_first_tasks_list_is_none(repeats, shared, presets, tone_store):
+    """Six clips are three batches of two, as many as the tiny preset's limit; four times as many are not."""
+    preset = load_grid_preset(str(presets / "grid.yaml"))
+    more = {"train": {"current_repeats": repeats}, "strategy_train": {"joint": {"steps_per_epoch": None}}}
+    preset = preset.model_copy(update=more)
+    grid = build_grid(["table1"], preset, Store.open(tone_store), seeds=1, bases=["iquery"], rows=["finetune", "joint"])
+    assert (len({c.first_key for c in grid.cells.values()}) == 1) is shared
+
+
 def test_tables_share_cells(presets, tone_store):
     preset = load_grid_preset(str(presets / "grid.yaml"))
     tables = ["table1", "table2", "table3", "figure3", "figure4"]

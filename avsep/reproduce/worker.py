@@ -218,4 +218,3 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that draws ends this one
     _die_with_standard_input()
     sys.exit(0 if run_unit(sys.argv[1]) else 1)
-
