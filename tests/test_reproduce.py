@@ -15,6 +15,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -27,11 +28,14 @@ from avsep.errors import ConfigError, DataError
 from avsep.evaluation.evaluate import evaluate_run
 from avsep.learner import ContinualLearner
 from avsep.memory.budget import estimate
+from avsep.registry import VISUAL_ENCODERS
 from avsep.reproduce import ResultStore, build_grid, build_tuning, load_grid_preset, worker
+from avsep.reproduce.dataset import store_object_features
 from avsep.reproduce.results import read_cell
 from avsep.reproduce.runner import LocalLauncher
 from avsep.reproduce.tables import published
 from avsep.spec import ComponentRef
+from avsep.types import VisualSource
 
 ROWS = ("finetune", "contavsep+memory", "joint")
 CHOSEN = [word for row in ROWS for word in ("--row", row)]
@@ -197,6 +201,42 @@ def test_a_strategy_that_cannot_be_built_is_the_cells_problem(presets, tone_stor
     problems = {c.row.name: c.problem for c in grid.cells.values()}
     assert "weight_mask must be 0 or more" in problems["contavsep+memory"]
     assert problems["joint"] == ""
+
+
+# ---------------------------------------------------------------------- data
+
+
+def test_object_features_are_stored_picture_by_picture(tone_store, tmp_path, monkeypatch):
+    class Mean(torch.nn.Module):
+        """The mean of each colour, as a frozen encoder of three pictures."""
+
+        frozen = True
+
+        def source(self):
+            return VisualSource(role="object", kind="frames", frames=3)
+
+        def forward(self, frames):
+            assert frames.shape[1] == 1
+            return frames.float().mean(dim=(3, 4))[:, 0]
+
+    monkeypatch.setattr(VISUAL_ENCODERS, "create", lambda name: Mean())
+    copy = Store.open(shutil.copytree(tone_store, tmp_path / "store"))
+    store = store_object_features(copy, "mean", progress=False)
+    assert store.features == {"mean": {"role": "object", "dim": 3, "steps": None}}
+    assert store.content_hash == copy.content_hash
+    for clip in store.clips[::9]:
+        timeline = store.timeline(clip)
+        assert timeline.features["mean"].dtype == np.float16
+        np.testing.assert_allclose(timeline.features["mean"], timeline.object.mean(axis=(2, 3)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["frame_cnn", "precomputed"])
+def test_only_a_frozen_encoder_of_pictures_can_be_stored(name, tone_store, monkeypatch):
+    params = {"features": "clip", "dim": 4} if name == "precomputed" else {}
+    made = VISUAL_ENCODERS.create(name, params, role="object")
+    monkeypatch.setattr(VISUAL_ENCODERS, "create", lambda _: made)
+    with pytest.raises(ConfigError, match=f"visual encoder '{name}' is no frozen encoder of object pictures"):
+        store_object_features(Store.open(tone_store), name, progress=False)
 
 
 # ---------------------------------------------------------------------- running it
