@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 
 from avsep.checkpoint import load_latest, load_state, rng_state, save_latest, save_state, set_rng_state
 from avsep.csvlog import CsvLog
-from avsep.data.mixing import TrainingMixtures, collate
+from avsep.data.mixing import TrainingMixtures, collate, epoch_steps
 from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip
 from avsep.data.tasks import TaskStream
@@ -212,7 +212,7 @@ class ContinualLearner:
             preset=preset,
         )
         if first_task is not None:
-            self._check_first_task(Path(first_task), spec)
+            self._check_first_task(Path(first_task), spec, stream)
         with FolderLock(out):
             state = self._open_run(out, spec, resume)
             stream.protocol.save(out / "protocol.json")
@@ -250,7 +250,7 @@ class ContinualLearner:
             self.exemplars = read_exemplars(out, done - 1)
         return done
 
-    def _check_first_task(self, other: Path, spec: RunSpec) -> None:
+    def _check_first_task(self, other: Path, spec: RunSpec, stream: TaskStream) -> None:
         """Refuse a run whose first task is not, to the last bit, the one that would be trained here."""
         finished_tasks(other)
         theirs = read_run_spec(other)
@@ -259,6 +259,8 @@ class ContinualLearner:
             strategy: Strategy = STRATEGIES.create(one.strategy.name, one.strategy.params)
             data = one.model_dump(mode="json", exclude={"store", "preset", "strategy", "memory", "protocol"})
             data["tasks"] = data["tasks"][:1]
+            items = len(stream.train_clips(stream.tasks[0])) * one.train.current_repeats
+            data["train"]["steps_per_epoch"] = epoch_steps(items, one.train)  # a limit above the list's is none
             for name in ("memory_repeats", "memory_share"):  # there are no exemplars yet
                 data["train"].pop(name)
             facts.append({**data, "strategy": strategy.first_task()})

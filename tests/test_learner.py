@@ -598,6 +598,18 @@ def test_a_first_task_taken_from_another_run_is_the_one_trained(tone_run, tone_s
     assert {r["task"] for r in _rows(taken / "logs" / "train.csv")} == {"1"}
 
 
+def test_a_limit_above_the_first_tasks_list_is_none(tone_store, tmp_path):
+    """Six clips are three batches of two: a limit of three steps acts in the second task alone."""
+    limited = {"epochs": 1, "current_repeats": 1, "steps_per_epoch": 3}
+    tiny_learner("finetune", "none", **limited).fit(_stream(tone_store), tmp_path / "other", progress=False)
+    learner = tiny_learner("joint", "none", **{**limited, "steps_per_epoch": None})
+    records = learner.fit(_stream(tone_store), tmp_path / "run", progress=False, first_task=tmp_path / "other")
+    assert [r["steps"] for r in records] == [3, 6]
+    learner = tiny_learner("joint", "none", **{**limited, "steps_per_epoch": 2})
+    with pytest.raises(ConfigError, match=r"train.steps_per_epoch is 3 there, 2 here"):
+        learner.fit(_stream(tone_store), tmp_path / "no", progress=False, first_task=tmp_path / "other")
+
+
 def test_a_first_task_of_another_kind_is_refused(tone_run, tone_store, tmp_path):
     for learner, key in (
         (tiny_learner("finetune", "none"), "strategy.weight_instance"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from avsep.data.store import Store
     from avsep.reproduce import Cell, GridPreset, ResultStore
     from avsep.reproduce.runner import Launcher
 
@@ -67,7 +67,7 @@ def command(
     from rich.console import Console
 
     from avsep.devices import pick_device
-    from avsep.errors import AvsepError
+    from avsep.errors import AvsepError, MissingExtraError
     from avsep.reproduce import (
         ResultStore,
         build_grid,
@@ -77,9 +77,12 @@ def command(
         run_grid,
         write_table,
     )
+    from avsep.reproduce.dataset import open_dataset
     from avsep.reproduce.runner import check_folder, claim, cores
     from avsep.reproduce.tables import markdown, places_in, render_into
 
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "reproduce", "the plots")
     console = Console()
     loaded = load_grid_preset(preset)
     wanted = _tables(tables)
@@ -88,7 +91,7 @@ def command(
     check_folder(out, resume)
     accelerator = pick_device(device).type
     started = _launcher(launcher, out, launcher_settings or [])
-    store, data_set = _store(dataset, loaded, out)
+    store, data_set = open_dataset(dataset, loaded, out / "store")
     if wanted == ["tune"]:
         grid = build_tuning(loaded, store, seeds=seeds, bases=bases)
     else:
@@ -174,28 +177,6 @@ def _tables(names: list[str]) -> list[str]:
         if name not in (*TABLES, "all"):
             raise UnknownNameError(f"no table named '{name}': {near_matches(name, (*TABLES, 'all'))}")
     return list(TABLES) if "all" in names else list(dict.fromkeys(names))
-
-
-def _store(dataset: str, preset: GridPreset, out: Path) -> tuple[Store, str]:
-    """The store, and what to call it in the tables."""
-    from avsep.data.store import Store
-
-    if dataset != "synth":
-        store = Store.open(dataset)
-        made = str(store.manifest.get("origin", {}).get("generator", ""))
-        return store, "offline benchmark" if made == "avsep data synth" else Path(dataset).resolve().name
-    from avsep.data.synthesis import synthesise
-
-    made_of = preset.dataset
-    store = synthesise(
-        out / "store",
-        size=made_of.size,
-        classes=made_of.classes,
-        seed=made_of.seed,
-        clips_per_class=made_of.clips_per_class,
-        clip_s=made_of.clip_s,
-    )
-    return store, "offline benchmark"
 
 
 def _launcher(name: str, out: Path, settings: list[str]) -> Launcher:

@@ -20,7 +20,7 @@ from avsep.errors import ConfigError, DataError
 from avsep.spec import FrontEndSpec, TrainSpec
 from avsep.types import Batch, VisualSource
 
-__all__ = ["Slot", "TrainingMixtures", "collate", "load_mixtures", "load_slot"]
+__all__ = ["Slot", "TrainingMixtures", "collate", "epoch_steps", "load_mixtures", "load_slot"]
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,7 @@ class TrainingMixtures(Dataset[list[Slot]]):
     @property
     def steps(self) -> int:
         """Batches an epoch, the last incomplete one dropped."""
-        full = len(self.list) // self.train.batch_size
-        return min(full, self.train.steps_per_epoch or full)
+        return epoch_steps(len(self.list), self.train)
 
     def __len__(self) -> int:
         return self.steps * self.train.batch_size
@@ -217,6 +216,12 @@ class TrainingMixtures(Dataset[list[Slot]]):
             return second_start(second, self.front_end.sample_rate_hz, length)
         room = clip.samples - length
         return int(rng.integers(room + 1 if room >= 0 else clip.samples))
+
+
+def epoch_steps(items: int, train: TrainSpec) -> int:
+    """Batches of an epoch whose list has ``items`` entries."""
+    full = items // train.batch_size
+    return min(full, train.steps_per_epoch or full)
 
 
 def _memory_repeats(train: TrainSpec, exemplars: Sequence[Clip]) -> list[int]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from avsep.data.mixing import epoch_steps
 from avsep.data.protocol import PROTOCOLS
 from avsep.data.store import Store
 from avsep.data.tasks import TaskStream, task_stream
@@ -324,6 +325,8 @@ def _cell(base: str, row: Row, seed: int, preset: GridPreset, separator: Separat
     except AvsepError as error:
         problem = str(error)
     trained = train.model_dump(mode="json", exclude={"memory_repeats", "memory_share"})  # there are no exemplars yet
+    items = len(stream.train_clips(stream.tasks[0])) * train.current_repeats
+    trained["steps_per_epoch"] = epoch_steps(items, train)  # a limit above the list's is none
     first_identity = {
         "separator": data["separator"],
         "train": trained,
@@ -362,6 +365,5 @@ def _steps(spec: RunSpec, train: TrainSpec, stream: TaskStream) -> tuple[int, in
         items = len(stream.train_clips(task, all_seen=joint)) * train.current_repeats
         each = train.memory_repeats if train.memory_share == "grow" else max(1, train.memory_repeats // max(1, kept))
         items += kept * len(task.old) * each
-        full = items // train.batch_size
-        counts.append(min(full, train.steps_per_epoch or full) * train.epochs)
+        counts.append(epoch_steps(items, train) * train.epochs)
     return max(1, counts[0]), max(1, sum(counts[1:]))

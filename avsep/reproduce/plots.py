@@ -20,13 +20,14 @@ def plot_table(table: Table, path: Path) -> None:
 
     bases = list(table.lines)
     with_paper = any(line.paper for lines in table.lines.values() for line in lines)
-    if table.name == "figure3":
-        figure = _curves(Figure, table, bases)
+    if table.steps:
+        figure, shown = _curves(Figure, table, bases), ""
     elif table.name in ("figure4", "table3"):
-        figure = _sizes(Figure, table, bases, with_paper)
+        figure, shown = _sizes(Figure, table, bases, with_paper), "; band: 95% interval"
     else:
-        figure = _dots(Figure, table, bases, with_paper)
-    figure.suptitle(f"{table.title}\nours: {table.heading}, {len(table.seeds)} seeds; bars: 95% intervals", fontsize=10)
+        figure, shown = _dots(Figure, table, bases, with_paper), "; bars: 95% intervals, strokes: seeds"
+    count = f"{len(table.seeds)} seed{'s' if len(table.seeds) > 1 else ''}"
+    figure.suptitle(f"{table.title}\nours: {table.heading}, {count}{shown}", fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130, metadata={"Software": None})  # the same bytes from the same numbers
 

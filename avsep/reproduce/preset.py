@@ -23,13 +23,15 @@ class _Model(BaseModel):
 
 
 class SynthSettings(_Model):
-    """What ``--dataset synth`` makes (:func:`avsep.data.synthesis.synthesise`)."""
+    """What ``--dataset synth`` makes (:func:`avsep.data.synthesis.synthesise`), and the frozen visual encoders whose
+    object features are stored with it."""
 
     size: str = "small"
     classes: tuple[str, ...] | None = None
     clips_per_class: tuple[int, int, int] | None = None
     clip_s: float | None = None
     seed: int = Field(0, ge=0)
+    features: tuple[str, ...] = ()
 
 
 class BasePreset(_Model):

@@ -20,7 +20,7 @@ __all__ = ["CellResult", "ResultStore", "cell_record", "read_cell", "write_cell"
 
 _FORMAT = "avsep-cell"
 _VERSION = 1
-_DIGITS = 4  # of a score in dB
+_DIGITS = 3  # of a score in dB
 
 
 @dataclass(frozen=True)

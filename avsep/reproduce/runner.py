@@ -77,7 +77,7 @@ class LocalLauncher(Launcher):
         }
         with open(unit.with_name("log.txt"), "ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "avsep.reproduce.worker", str(unit)],
+                [sys.executable, "-c", "from avsep.reproduce.worker import main; main()", str(unit)],
                 stdin=subprocess.PIPE,  # never written: its closing tells the worker that this process is gone
                 stdout=log,
                 stderr=subprocess.STDOUT,

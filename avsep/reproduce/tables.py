@@ -155,9 +155,9 @@ def _memory(memory: Any) -> str:
         return ""
     params = memory.params
     size = f"{params['per_class']} a class" if "per_class" in params else str(params.get("total", ""))
-    how = [] if memory.name == "random_per_class" else [memory.name.replace("_", " ")]
-    how += ["crops"] if params.get("keep") == "clip" else []
-    return " ".join([size, *how]).strip()
+    size += " crops" if params.get("keep") == "clip" else ""
+    how = "" if memory.name in ("random_per_class", "none") else memory.name.replace("_", " ")
+    return ", ".join(part for part in (size.strip(), how) if part) or "none"
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------

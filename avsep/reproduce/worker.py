@@ -1,4 +1,4 @@
-"""One cell, or one shared first task, in a process of its own: ``python -m avsep.reproduce.worker UNIT.json``.
+"""One cell, or one shared first task, in a process of its own.
 
 All it is told is a file, and all it tells are files in the same folder, so that it may run on another machine that sees
 the same folders: ``progress.json`` while it works, ``failed.json`` when it cannot, and for a cell its result.
@@ -214,10 +214,7 @@ def _die_with_standard_input() -> None:
 
 
 def main() -> None:
+    """A worker process; its argument is a unit's file."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that draws ends this one
     _die_with_standard_input()
     sys.exit(0 if run_unit(sys.argv[1]) else 1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,72 @@
+"""The data of a grid: a store that is there, or the offline benchmark, made if missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avsep.data.store import Clip, Store, add_features
+from avsep.data.synthesis import synthesise
+from avsep.errors import ConfigError
+from avsep.progress import Progress, progress_bar
+from avsep.registry import VISUAL_ENCODERS
+from avsep.reproduce.preset import GridPreset
+
+__all__ = ["SYNTH", "open_dataset", "store_object_features"]
+
+SYNTH = "synth"
+_BENCHMARK = "offline benchmark"
+
+
+def open_dataset(name: str, preset: GridPreset, folder: Path) -> tuple[Store, str]:
+    """The store ``name``, or for ``synth`` the offline benchmark in ``folder`` as the preset describes it, and what to
+    call it in tables. What is there of the benchmark is kept, and a killed making goes on."""
+    if name != SYNTH:
+        store = Store.open(name)
+        made_by = (store.manifest.get("origin") or {}).get("generator")
+        return store, _BENCHMARK if made_by == "avsep data synth" else Path(name).resolve().name
+    sizes = preset.dataset
+    for feature in sizes.features:
+        VISUAL_ENCODERS.create(feature)  # a missing package or weight shows before the clips are made
+    store = synthesise(
+        folder,
+        size=sizes.size,
+        classes=sizes.classes,
+        seed=sizes.seed,
+        clips_per_class=sizes.clips_per_class,
+        clip_s=sizes.clip_s,
+    )
+    for feature in sizes.features:
+        if feature not in store.features:
+            store = store_object_features(store, feature)
+    return store, _BENCHMARK
+
+
+def store_object_features(store: Store, encoder: str, *, progress: bool | Progress = True) -> Store:
+    """Add what a frozen visual encoder gives for each object picture of a store, under its name, as float16 vectors.
+
+    They are computed once and read by the ``precomputed`` encoder. Raises :class:`ConfigError` for an encoder that is
+    trained, whose vectors would change, or that takes no pictures.
+    """
+    import contextlib
+
+    import torch
+
+    network: Any = VISUAL_ENCODERS.create(encoder)
+    if not getattr(network, "frozen", False) or network.source().kind != "frames" or network.source().role != "object":
+        raise ConfigError(f"visual encoder '{encoder}' is no frozen encoder of object pictures: nothing to store")
+    with contextlib.ExitStack() as stack:
+        bars = progress if isinstance(progress, Progress) else stack.enter_context(progress_bar(progress))
+        bar = bars.add("object features", total=len(store.clips))
+
+        def features(clip: Clip) -> np.ndarray:
+            frames = store.timeline(clip).object
+            assert frames is not None
+            with torch.no_grad():
+                vectors = network(torch.from_numpy(np.array(frames))[:, None])  # each picture for itself
+            bars.advance(bar)
+            return vectors.numpy().astype(np.float16)
+
+        return add_features(store, encoder, "object", features)
