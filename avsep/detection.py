@@ -25,6 +25,8 @@ from avsep.io import read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from avsep.encoders._pretrained import HubModel
+
 __all__ = [
     "GIVEN",
     "PROMPTS",
@@ -36,6 +38,7 @@ __all__ = [
     "Found",
     "OWLv2Detector",
     "find_objects",
+    "owlv2_hub",
     "prepare_square",
     "propose_classes",
     "read_boxes",
@@ -187,6 +190,13 @@ def prepare_square(picture: Tensor, size: int, *, fill: float = _GREY) -> Tensor
     return (x - mean) / std
 
 
+def owlv2_hub() -> HubModel:
+    """Where OWLv2's weights are published."""
+    from avsep.encoders._pretrained import HubModel
+
+    return HubModel("google/owlv2-base-patch16-ensemble", "cfd3195ba4ea9592eec887ded089f4c08eff231d", "Apache-2.0")
+
+
 class OWLv2Detector:
     """OWLv2 base (ensemble), which finds what a text names; needs the extra ``vision``.
 
@@ -205,14 +215,12 @@ class OWLv2Detector:
             import transformers
         except ImportError:
             raise MissingExtraError("transformers", "vision", "finding objects") from None
-        from avsep.encoders._pretrained import HubModel, read_weights
+        from avsep.encoders._pretrained import read_weights
         from avsep.errors import CheckpointError
 
         if batch < 1:
             raise ValueError(f"batch must be positive, got {batch}")
-        self.hub = HubModel(
-            "google/owlv2-base-patch16-ensemble", "cfd3195ba4ea9592eec887ded089f4c08eff231d", "Apache-2.0"
-        )
+        self.hub = owlv2_hub()
         self.batch = batch
         folder = self.hub.locate(weights)
         kind = transformers.Owlv2ForObjectDetection

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,14 @@ from avsep.errors import DataError
 from avsep.media import cut_picture, iter_pictures, probe
 from avsep.types import VisualSource
 
+if TYPE_CHECKING:
+    from avsep.registry import ComponentSpec
+
 __all__ = [
     "MOTION_RATE_HZ",
     "OBJECT_RATE_HZ",
     "Encoders",
+    "extractors",
     "sample_pictures",
     "timelines_of_video",
     "track_objects",
@@ -61,11 +65,13 @@ def track_objects(
     *,
     every_s: float = 1.0,
     threshold: float = THRESHOLD,
+    span: tuple[float, float] | None = None,
     report: Report | None = None,
 ) -> BoxTrack:
     """Look for the classes in a picture every ``every_s`` seconds (:func:`avsep.detection.find_objects`).
 
-    A picture stands for the ``every_s`` seconds around it. Memory holds a few pictures at a time.
+    A picture stands for the ``every_s`` seconds around it. Memory holds a few pictures at a time. Of a ``span`` (two
+    seconds) the seconds count from its beginning.
 
     Raises:
         DataError: there is no video stream, or it cannot be decoded.
@@ -73,7 +79,7 @@ def track_objects(
     if not every_s > 0:
         raise ValueError(f"every_s must be above 0, got {every_s}")
     entries: dict[str, list[tuple[float, Found]]] = {name: [] for name in classes}
-    total = _about(path, 1 / every_s)
+    total = _about(path, 1 / every_s, span)
     group: list[NDArray[np.uint8]] = []
     done = 0
 
@@ -87,7 +93,7 @@ def track_objects(
         if report is not None:
             report(done, max(done, total))
 
-    for picture in iter_pictures(path, 1 / every_s):
+    for picture in iter_pictures(path, 1 / every_s, span=span):
         group.append(picture)
         if len(group) == _TOGETHER:
             look()
@@ -96,13 +102,25 @@ def track_objects(
     return BoxTrack(entries)
 
 
+def extractors(role: str) -> dict[str, ComponentSpec]:
+    """The registered encoders that make features to be stored, by name: frozen ones of published weights."""
+    from avsep.registry import VISUAL_ENCODERS
+
+    wanted = "encode" if role == "object" else "steps"  # single pictures, or a sequence of a whole video
+    return {
+        spec.name: spec
+        for spec in VISUAL_ENCODERS
+        if role in getattr(spec.factory, "provides", ()) and hasattr(spec.factory, wanted)
+    }
+
+
 class Encoders:
     """Extractors of stored features, by their name, each made when it is first asked for.
 
-    ``weights``: as the encoders' parameter of that name; ``device``: where they run.
+    ``weights``: as the encoders' parameter of that name, for all or by name; ``device``: where they run.
     """
 
-    def __init__(self, weights: str = "auto", device: Any = "cpu") -> None:
+    def __init__(self, weights: str | Mapping[str, str] = "auto", device: Any = "cpu") -> None:
         self._weights = weights
         self._device = device
         self._made: dict[str, Any] = {}
@@ -117,15 +135,17 @@ class Encoders:
         from avsep.registry import VISUAL_ENCODERS
 
         if source.name not in self._made:
-            known = {spec.name: spec for spec in VISUAL_ENCODERS}
-            spec = known.get(source.name)
-            provides = getattr(spec.factory, "provides", ()) if spec else ()
-            if spec is None or source.role not in provides or "weights" not in {p.name for p in spec.parameters}:
+            spec = extractors(source.role).get(source.name)
+            if spec is None:
                 raise DataError(
                     f"this separator looks at {source.role} features '{source.name}', which avsep has no extractor "
                     "for: give them with --features FILE.npz"
                 )
-            self._made[source.name] = VISUAL_ENCODERS.create(source.name, {"weights": self._weights}).to(self._device)
+            options = {}
+            if "weights" in {p.name for p in spec.parameters}:
+                weights = self._weights
+                options["weights"] = weights if isinstance(weights, str) else weights.get(source.name, "auto")
+            self._made[source.name] = VISUAL_ENCODERS.create(source.name, options).to(self._device)
         encoder = self._made[source.name]
         if source.dim and encoder.dim != source.dim:
             raise DataError(
@@ -159,9 +179,10 @@ def timelines_of_video(
     *,
     encoders: Encoders | None = None,
     sizes: Mapping[str, tuple[int, int]] | None = None,
+    span: tuple[float, float] | None = None,
     report: Report | None = None,
 ) -> dict[str, VisualTimeline]:
-    """What a separator's ``sources`` ask for of each class, on the video's time axis.
+    """What a separator's ``sources`` ask for of each class, on the time axis of the video, or of a ``span`` of it.
 
     Frames are cut out by the boxes of ``track`` and brought to the heights and widths ``sizes`` by role. Features of a
     registered encoder's name are extracted by it: of an object, one row a second from what lies within the box, in its
@@ -190,7 +211,7 @@ def timelines_of_video(
     count = 0
     by_features, of_motion = asked.get(("object", "features")), asked.get(("motion", "features"))
     if by_features or of_motion or ("object", "frames") in asked:
-        for second, picture in _pictures(path, OBJECT_RATE_HZ, report):
+        for second, picture in _pictures(path, OBJECT_RATE_HZ, report, span):
             count += 1
             for name in classes:
                 box = track.at(name, second)
@@ -199,11 +220,11 @@ def timelines_of_video(
                 if by_features:
                     rows[name].append(made.object(by_features, cut_picture(picture, box)))
     if of_motion:
-        found = _motion_features(path, classes, track, made, of_motion, count, report)
+        found = _motion_features(path, classes, track, made, of_motion, count, report, span)
         for name in classes:
             features[name][of_motion.name] = found[name]
     if ("motion", "frames") in asked:
-        for second, picture in _pictures(path, MOTION_RATE_HZ, report, grey=True):
+        for second, picture in _pictures(path, MOTION_RATE_HZ, report, span, grey=True):
             for name in classes:
                 movement[name].append(cut_picture(picture, track.at(name, second), side["motion"]))
     timelines = {}
@@ -229,13 +250,14 @@ def _motion_features(
     source: VisualSource,
     count: int,
     report: Report | None,
+    span: tuple[float, float] | None,
 ) -> dict[str, NDArray[np.float32]]:
     """Of each class the features of pictures spread over all ``count`` ones, one a second."""
     from avsep.encoders.videomae import spread_frames
 
     picked = set(spread_frames(count, encoders.get(source).frames).tolist())
     crops: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in classes}
-    for number, (second, picture) in enumerate(_pictures(path, OBJECT_RATE_HZ, report)):
+    for number, (second, picture) in enumerate(_pictures(path, OBJECT_RATE_HZ, report, span)):
         if number in picked:
             for name in classes:
                 crops[name].append(cut_picture(picture, track.at(name, second)))
@@ -246,16 +268,23 @@ def _motion_features(
 
 
 def _pictures(
-    path: str | os.PathLike[str], rate_hz: float, report: Report | None, grey: bool = False
+    path: str | os.PathLike[str],
+    rate_hz: float,
+    report: Report | None,
+    span: tuple[float, float] | None,
+    grey: bool = False,
 ) -> Iterator[tuple[float, NDArray[np.uint8]]]:
     """Pictures with the middle of their time, reported as they come."""
-    total = _about(path, rate_hz)
-    for number, picture in enumerate(iter_pictures(path, rate_hz, grey=grey)):
+    total = _about(path, rate_hz, span)
+    for number, picture in enumerate(iter_pictures(path, rate_hz, grey=grey, span=span)):
         yield (number + 0.5) / rate_hz, picture
         if report is not None:
             report(number + 1, max(number + 1, total))
 
 
-def _about(path: str | os.PathLike[str], rate_hz: float) -> int:
+def _about(path: str | os.PathLike[str], rate_hz: float, span: tuple[float, float] | None) -> int:
     """How many pictures come, by what the file says of its length."""
-    return max(1, round(probe(path).duration_s * rate_hz))
+    seconds = probe(path).duration_s
+    if span is not None:
+        seconds = min(seconds, span[1]) - span[0]
+    return max(1, round(seconds * rate_hz))

@@ -7,6 +7,7 @@ or by its first picture. Pictures come upright, as a player turns them.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -116,38 +117,46 @@ def read_media_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
 
 
 def iter_pictures(
-    path: str | os.PathLike[str], rate_hz: float, *, short_side: int | None = None, grey: bool = False
+    path: str | os.PathLike[str],
+    rate_hz: float,
+    *,
+    short_side: int | None = None,
+    grey: bool = False,
+    span: tuple[float, float] | None = None,
 ) -> Iterator[Picture]:
     """Pictures at a steady rate: uint8 [3, H, W], or [1, H, W] with ``grey``.
 
     Picture i is the one on display in the middle of the seconds [i, i + 1) / rate_hz, whatever the file's rate, also
     where that varies. ``short_side`` brings the shorter side to so many pixels. At least one picture comes. Memory does
-    not grow with the length.
+    not grow with the length. ``span``, two seconds, takes that part of the video as if it were the whole.
 
     Raises:
         DataError: there is no video stream, or it cannot be decoded.
     """
     if not rate_hz > 0:
         raise ValueError(f"rate_hz must be above 0, got {rate_hz}")
+    first, last_s = span or (0.0, math.inf)
     with _opened(path) as container:
         video = _video(container)
         if video is None:
             raise DataError(f"{path} has no video stream: there is nothing to see")
-        start = _start_s(container)
+        start = _start_s(container) + first
         shown: Any = None
         count = 0
         last = 0.0
         for frame in _frames(container, video, path):
             begins = (frame.time if frame.time is not None else last) - start
             if shown is not None:
-                while (count + 0.5) / rate_hz < begins:
+                while (count + 0.5) / rate_hz < min(begins, last_s - first):
                     yield _picture(shown, short_side, grey)
                     count += 1
             shown, last = frame, begins + start
+            if begins >= last_s - first:
+                break
         if shown is None:
             raise DataError(f"{path}: its video stream has no picture that can be decoded: the file is damaged")
         step = float(shown.duration * shown.time_base) if getattr(shown, "duration", None) else 0.0
-        ends = max(last - start + step, _stated_s(video, None))
+        ends = min(max(last - start + step, _stated_s(video, None) - first), last_s - first)
         while count == 0 or (count + 0.5) / rate_hz < ends:
             yield _picture(shown, short_side, grey)
             count += 1

@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from avsep.cli import _prepare
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from avsep.data.checking import StoreCheck
+    from avsep.data.checking import Availability, StoreCheck
     from avsep.data.store import Store
 
-app = typer.Typer(help="Make the offline benchmark; check and look at stores.", no_args_is_help=True)
+app = typer.Typer(
+    help="Make the offline benchmark or prepare your videos; check and look at stores.", no_args_is_help=True
+)
+app.command("prepare")(_prepare.command)
 
 _StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder.")]
 
@@ -96,6 +101,8 @@ def check(store: _StoreArgument) -> None:
         result = check_store(store, bars)
     console = Console()
     _print_check(console, result)
+    if result.availability is not None:
+        _print_availability(console, result.availability, list(result.classes))
     for problem in result.problems:
         console.print(f"[yellow]warning[/] {problem}", highlight=False)
     silent = [p for p in result.problems if "is silent" in p]
@@ -125,6 +132,42 @@ def _print_check(console: Console, result: StoreCheck) -> None:
             numbers = [f"{x:.4g}" for x in (f.mean, f.std, f.norm)]
             features.add_row(name, f.role, str(f.dim), *numbers, str(f.dead))
         console.print(features)
+
+
+def _print_availability(console: Console, found: Availability, classes: list[str]) -> None:
+    """Of each class and split: there / listed, and the published count where one is known."""
+    from rich.table import Table
+
+    from avsep.data.store import SPLITS
+
+    official = found.official
+    by_class = official.classes if official is not None and found.comparable else {}
+
+    def cell(name: str, split: str) -> str:
+        text = f"{found.there.get((name, split), 0)} of {found.listed.get((name, split), 0)}"
+        return f"{text} ({by_class[name][split]})" if name in by_class else text
+
+    title = f"{found.dataset}: there of listed" + (" (published)" if by_class else "")
+    table = Table("class", *SPLITS, title=title)
+    for name in classes:
+        table.add_row(name, *(cell(name, split) for split in SPLITS))
+    table.add_section()
+    sums = [f"{found.split(found.there, split)} of {found.split(found.listed, split)}" for split in SPLITS]
+    table.add_row("all", *sums)
+    console.print(table)
+    gone = sum(found.reasons.values())
+    if gone:
+        reasons = ", ".join(f"{n} {status}" for status, n in sorted(found.reasons.items()))
+        console.print(f"{gone} listed videos are not there: {reasons} (videos.csv says why)", highlight=False)
+    if official is None:
+        console.print(f"no published counts are known of {found.dataset}", highlight=False)
+        return
+    told = ", ".join(f"{split} {official.splits[split]}" for split in SPLITS)
+    console.print(f"published: {told} ({official.lists}; {official.source})", highlight=False, soft_wrap=True)
+    if not official.classes:
+        console.print("published counts of single classes are not known", highlight=False)
+    if not found.comparable:
+        console.print("its splits are not those lists': give them to avsep data prepare as --splits", highlight=False)
 
 
 @app.command("info")

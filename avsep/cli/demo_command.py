@@ -151,10 +151,10 @@ def _work(strategy: str, out: str, name: str, tasks: list[list[str]], seed: int,
     """Train and evaluate one run in a process of its own."""
     import signal
 
-    from avsep.data.synthesis import _die_with_parent
+    from avsep.processes import die_with_parent
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that draws ends this one
-    _die_with_parent()  # else it would train on unseen, and hold the run's lock, after a kill
+    die_with_parent()  # else it would train on unseen, and hold the run's lock, after a kill
     try:
         import torch
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from avsep.data.official import OFFICIAL, OfficialCounts
 from avsep.data.store import SPLITS, Clip, Store
 from avsep.errors import DataError, MissingExtraError
 from avsep.io import atomic_path
@@ -16,7 +18,15 @@ from avsep.progress import Progress
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["ClassSummary", "FeatureSummary", "StoreCheck", "check_store", "contact_sheet"]
+__all__ = [
+    "Availability",
+    "ClassSummary",
+    "FeatureSummary",
+    "StoreCheck",
+    "availability",
+    "check_store",
+    "contact_sheet",
+]
 
 SILENT_DB = -60.0  # a clip below this is reported as silent
 _BLOCK = 1 << 18  # samples read at a time
@@ -46,12 +56,52 @@ class FeatureSummary:
 
 
 @dataclass
+class Availability:
+    """Of a store prepared from videos: how many there are of how many.
+
+    ``there`` and ``listed`` count the clips and the videos of the data set's own list by (class, split); ``reasons``
+    the videos that are not there by status; ``official`` are published counts, or None where none are known.
+    ``comparable`` says whether the store's splits are the published ones.
+    """
+
+    dataset: str
+    there: dict[tuple[str, str], int]
+    listed: dict[tuple[str, str], int]
+    reasons: dict[str, int]
+    official: OfficialCounts | None
+    comparable: bool
+
+    def split(self, counts: dict[tuple[str, str], int], split: str) -> int:
+        """The sum over the classes."""
+        return sum(n for (_, s), n in counts.items() if s == split)
+
+
+@dataclass
 class StoreCheck:
-    """What :func:`check_store` found. ``problems`` are lines about single clips: silent, clipped, still pictures."""
+    """What :func:`check_store` found. ``problems`` are lines about single clips: silent, clipped, still pictures.
+    ``availability`` is None of a store that was not prepared from videos."""
 
     classes: dict[str, dict[str, ClassSummary]]
     features: dict[str, FeatureSummary]
     problems: list[str]
+    availability: Availability | None = None
+
+
+def availability(store: Store) -> Availability | None:
+    """How much of its data set a store has; None of a store that was not prepared from videos."""
+    origin = store.manifest.get("origin", {})
+    if origin.get("generator") != "avsep data prepare":
+        return None
+    skipped = store.manifest.get("skipped", [])
+    there = Counter((c.class_name, c.split) for c in store.clips)
+    return Availability(
+        dataset=origin.get("dataset", ""),
+        there=dict(there),
+        listed=dict(there + Counter((e["class"], e["split"]) for e in skipped)),
+        reasons=dict(Counter(e["status"] for e in skipped)),
+        official=OFFICIAL.get(origin.get("dataset", "")),
+        comparable=origin.get("splits", {}).get("by") == "published lists",
+    )
 
 
 def check_store(path: str | Path, bars: Progress | None = None) -> StoreCheck:
@@ -61,7 +111,7 @@ def check_store(path: str | Path, bars: Progress | None = None) -> StoreCheck:
     """
     bars = bars or Progress()
     store = Store.open(path, verify=True)
-    result = StoreCheck({n: {s: ClassSummary() for s in SPLITS} for n in store.classes}, {}, [])
+    result = StoreCheck({n: {s: ClassSummary() for s in SPLITS} for n in store.classes}, {}, [], availability(store))
     bar = bars.add("checking clips", len(store.clips))
     for clip in store.clips:
         summary = result.classes[clip.class_name][clip.split]

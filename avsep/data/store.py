@@ -7,8 +7,11 @@ Layout::
     object/ID.npy            uint8 [n, 3, H, W], ``object_rate_hz`` pictures a second
     motion/ID.npy            uint8 [m, c, h, w], ``motion_rate_hz`` pictures a second
     features/NAME/ID.npy     float [n, D] (object) or [D, T] (motion)
+    videos.csv               what became of each video (stores prepared from videos)
 
-The manifest is written last, so a folder without one is unfinished.
+The manifest is written last, so a folder without one is unfinished. ``clips`` are what can be read; a store prepared
+from videos also says of each clip where it comes from (``source``, with its hash), and lists under ``skipped`` the
+videos that could not be used, with ``status`` and ``reason``.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ STORE_VERSION = 1
 SPLITS = ("train", "val", "test")
 _FORMAT = "avsep-store"
 _JOURNAL = ".journal"
+VIDEOS_FILE = "videos.csv"
 _OPEN_MAPS = 64  # memory maps kept open per process; each holds a file descriptor
 
 
@@ -82,8 +86,8 @@ class Store:
         path = Path(path)
         if not (path / "manifest.json").is_file():
             if (path / _JOURNAL).is_dir():
-                raise DataError(f"{path} is an unfinished store: run the same avsep data synth {path} again")
-            way_out = "give the folder of one, or make one with avsep data synth FOLDER"
+                raise DataError(f"{path} is an unfinished store: run the command that made it again, {_begun_by(path)}")
+            way_out = "give the folder of one, or make one with avsep data synth FOLDER or avsep data prepare"
             if not path.exists():
                 raise DataError(f"there is no store {path}: {way_out}")
             raise DataError(f"{path} is not a store (it has no manifest.json): {way_out}")
@@ -289,6 +293,15 @@ class Store:
         return f"Store({str(self.path)!r}, {len(self.clips)} clips, {len(self.classes)} classes)"
 
 
+def _begun_by(path: Path) -> str:
+    """The command that made an unfinished store."""
+    try:
+        command = read_json(path / _JOURNAL / "header.json")["origin"]["generator"]
+    except (ConfigError, OSError, KeyError, TypeError):
+        command = "avsep data synth"
+    return f"{command} ... {path}"
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -441,10 +454,38 @@ class StoreWriter:
     def is_done(self, clip_id: str) -> bool:
         """Whether the journal has the clip and its files are whole."""
         try:
-            entry = read_json(self.path / _JOURNAL / f"{clip_id}.json")
-            return all(_record(self.path, r["path"]) == r for r in entry["files"].values())
-        except (ConfigError, OSError, KeyError, TypeError):
+            entry = self.noted(clip_id)
+            return entry is not None and all(_record(self.path, r["path"]) == r for r in entry["files"].values())
+        except (OSError, KeyError, TypeError, AttributeError):
             return False
+
+    def noted(self, clip_id: str) -> dict[str, Any] | None:
+        """What the journal says of a clip, or None."""
+        try:
+            return read_json(self.path / _JOURNAL / f"{clip_id}.json")
+        except (ConfigError, OSError):
+            return None
+
+    def note_skipped(self, clip_id: str, entry: Mapping[str, Any]) -> None:
+        """Note in the journal that a clip could not be made; ``entry`` is plain data without ``files``."""
+        _check_id(clip_id)
+        write_json(self.path / _JOURNAL / f"{clip_id}.json", {"id": clip_id, **entry})
+
+    def reopen(self) -> None:
+        """Take a finished store back to where clips are added: its manifest becomes a journal."""
+        manifest = read_json(self.path / "manifest.json")
+        for entry in [*manifest["clips"], *manifest.get("skipped", ())]:
+            write_json(self.path / _JOURNAL / f"{entry['id']}.json", entry)
+        write_json(self.path / _JOURNAL / "header.json", self.header)
+        (self.path / "manifest.json").unlink()
+
+    def forget_others(self, ids: Iterable[str]) -> None:
+        """Delete what there is of clips that are not among ``ids``."""
+        kept = set(ids)
+        for folder in ("audio", "object", "motion", "features", _JOURNAL):
+            for file in (self.path / folder).rglob("*"):
+                if file.is_file() and file.stem not in kept and file != self.path / _JOURNAL / "header.json":
+                    file.unlink()
 
     def write_clip(
         self,
@@ -455,15 +496,17 @@ class StoreWriter:
         *,
         object_frames: np.ndarray | None = None,
         motion_frames: np.ndarray | None = None,
+        features: Mapping[str, np.ndarray] | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """Write one clip's files and note it in the journal.
 
         ``audio`` [L] int16, or float in ±1 (clipped); ``object_frames`` uint8 [n, 3, H, W]; ``motion_frames`` uint8
-        [m, c, h, w]. Raises :class:`DataError` for an unknown split, an id that cannot be a file name, or non-finite
-        samples.
+        [m, c, h, w]; ``features`` by name, as :func:`add_features` takes them; ``about``, plain data, is kept with the
+        clip in the manifest. Raises :class:`DataError` for an unknown split, an id that cannot be a file name, or
+        non-finite samples or features.
         """
-        if not clip_id or clip_id.startswith(".") or any(c in clip_id for c in "/\\:"):
-            raise DataError(f"'{clip_id}' cannot be a clip's id: it must serve as a file name")
+        _check_id(clip_id)
         if split not in SPLITS:
             raise DataError(f"clip '{clip_id}': no split '{split}'; known: {', '.join(SPLITS)}")
         if audio.ndim != 1:
@@ -488,17 +531,25 @@ class StoreWriter:
                 )
             _save_array(self.path / f"{kind}/{clip_id}.npy", frames)
             files[kind] = _record(self.path, f"{kind}/{clip_id}.npy")
-        entry = {"id": clip_id, "class": class_name, "split": split, "samples": len(audio), "files": files}
-        write_json(self.path / _JOURNAL / f"{clip_id}.json", entry)
+        for name, array in (features or {}).items():
+            _check_features(name, clip_id, array)
+            _save_array(self.path / f"features/{name}/{clip_id}.npy", array)
+            files[f"features/{name}"] = _record(self.path, f"features/{name}/{clip_id}.npy")
+        entry = {"id": clip_id, "class": class_name, "split": split, "samples": len(audio), **(about or {})}
+        write_json(self.path / _JOURNAL / f"{clip_id}.json", {**entry, "files": files})
 
-    def finish(self, order: Sequence[str]) -> Store:
-        """Write the manifest with the clips in this order; everything else of the run is then removed."""
-        clips = []
+    def finish(self, order: Sequence[str], *, roles: Mapping[str, str] | None = None) -> Store:
+        """Write the manifest with the clips in this order; everything else of the run is then removed.
+
+        ``roles`` of the features written with the clips, by name; with it the manifest lists what was skipped, too.
+        """
+        clips: list[dict[str, Any]] = []
+        skipped: list[dict[str, Any]] = []
         for clip_id in order:
-            try:
-                clips.append(read_json(self.path / _JOURNAL / f"{clip_id}.json"))
-            except ConfigError:
-                raise DataError(f"{self.path}: clip '{clip_id}' was not written") from None
+            entry = self.noted(clip_id)
+            if entry is None:
+                raise DataError(f"{self.path}: clip '{clip_id}' was not written")
+            (clips if "files" in entry else skipped).append(entry)
         shapes = {}
         for kind in ("object", "motion"):
             files = [c["files"][kind]["path"] for c in clips if kind in c["files"]]
@@ -510,13 +561,43 @@ class StoreWriter:
             **self.header,
             "object_shape": shapes["object"],
             "motion_shape": shapes["motion"],
-            "features": {},
+            "features": {name: self._feature_record(name, role, clips) for name, role in (roles or {}).items()},
             "clips": clips,
+            **({} if roles is None else {"skipped": skipped}),
         }
         _check_manifest(self.path, manifest)
         write_json(self.path / "manifest.json", manifest)
         shutil.rmtree(self.path / _JOURNAL, ignore_errors=True)
         return Store.open(self.path)
+
+    def _feature_record(self, name: str, role: str, clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What the manifest says of features."""
+        kind = f"features/{name}"
+        widths = {
+            _width(role, np.load(self.path / c["files"][kind]["path"], mmap_mode="r", allow_pickle=False).shape)
+            for c in clips
+        }
+        if len(widths) != 1:
+            raise DataError(f"{self.path}: features '{name}' have different shapes: {sorted(widths, key=str)}")
+        dim, steps = widths.pop()
+        return {"role": role, "dim": dim, "steps": steps}
+
+
+def _check_id(clip_id: str) -> None:
+    if not clip_id or clip_id.startswith(".") or any(c in clip_id for c in "/\\:") or clip_id == "header":
+        raise DataError(f"'{clip_id}' cannot be a clip's id: it must serve as a file name")
+
+
+def _check_features(name: str, clip_id: str, array: np.ndarray) -> None:
+    if array.ndim != 2 or not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise DataError(
+            f"features '{name}' of clip '{clip_id}': {array.dtype} {list(array.shape)} is not a finite matrix"
+        )
+
+
+def _width(role: str, shape: Sequence[int]) -> tuple[int, int | None]:
+    """Dimensions and steps of stored features of this shape."""
+    return (shape[1], None) if role == "object" else (shape[0], shape[1])
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any], keys: Sequence[str]) -> str:
@@ -556,11 +637,8 @@ def add_features(
 
         def keep(clip_id: str, array: np.ndarray) -> None:
             array = np.asarray(array)
-            if array.ndim != 2 or not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
-                raise DataError(
-                    f"features '{name}' of clip '{clip_id}': {array.dtype} {list(array.shape)} is not a finite matrix"
-                )
-            widths.add((array.shape[1], None) if role == "object" else (array.shape[0], array.shape[1]))
+            _check_features(name, clip_id, array)
+            widths.add(_width(role, array.shape))
             if len(widths) > 1:
                 raise DataError(
                     f"features '{name}': clip '{clip_id}' differs in shape from those before: {sorted(widths, key=str)}"
@@ -606,5 +684,6 @@ def remove_store(path: str | Path) -> None:
     with FolderLock(path):
         # only what a store consists of: anything else in the folder is not ours to delete
         manifest.unlink(missing_ok=True)
+        (path / VIDEOS_FILE).unlink(missing_ok=True)
         for folder in ("audio", "object", "motion", "features", _JOURNAL):
             shutil.rmtree(path / folder, ignore_errors=True)

@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +30,7 @@ from avsep.data.store import SPLITS, Store, StoreWriter, remove_store
 from avsep.data.visualfile import timelines_of, write_visual_file
 from avsep.errors import AvsepError, ConfigError, DataError, UnknownNameError
 from avsep.io import made_folder, sha256_file
+from avsep.processes import die_with_parent
 from avsep.progress import Progress, progress_bar
 
 __all__ = ["SIZES", "TINY_CLASSES", "Size", "find_banks", "synthesise", "write_duet"]
@@ -161,19 +160,6 @@ def _bank(path: str) -> SoundFont:
     if path not in _opened:
         _opened[path] = SoundFont(path)
     return _opened[path]
-
-
-def _die_with_parent() -> None:
-    """End this worker when the process that started it is killed; it would otherwise wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch(sentinel: int) -> None:
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def _make_and_write(out: str, clip: _Clip) -> str:
@@ -312,7 +298,7 @@ def _run(out: str, todo: Sequence[_Clip], total: int, workers: int, bars: Progre
         return
     # spawn, not fork: the caller may hold threads (torch), which a fork would leave locked
     with ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_die_with_parent
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=die_with_parent
     ) as pool:
         futures = [pool.submit(_make_and_write, out, clip) for clip in todo]
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class HubModel:
         except ImportError:
             raise MissingExtraError("transformers", "vision", self.repository) from None
         reason = "it is not in the hub's cache"
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or it would tell of every attempt
         for local in (True, False):
             try:
                 # the PyTorch file only where there is no better one
