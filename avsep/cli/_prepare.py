@@ -166,9 +166,10 @@ def _print(result: Prepared) -> None:
         if not store.select(classes=[name], split=split)
     ]
     if lacking:
+        named = "; ".join(lacking[:4]) + ("; ..." if lacking[4:] else "")
         typer.echo(
-            f"note: {len(lacking)} classes lack clips of a split ({'; '.join(lacking[:4])}{'; ...' if lacking[4:] else ''}), "
-            "and cannot be learned and tested: leave them out by --tasks, or split otherwise",
+            f"note: {named}: a class is learned and tested where each split has a clip of it, so leave it out by "
+            "--tasks, or split otherwise",
             err=True,
         )
     if result.unlisted:

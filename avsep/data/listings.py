@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,8 @@ def _check_root(root: str | os.PathLike[str]) -> Path:
 def _check_shares(shares: Sequence[float]) -> tuple[float, ...]:
     if len(shares) != 3 or min(shares) < 0 or not all(map(math.isfinite, shares)) or sum(shares) <= 0:
         raise ConfigError(
-            f"shares {','.join(map(str, shares))}: give three numbers from 0 on, of train, val and test, such as 80,10,10"
+            f"shares {','.join(map(str, shares))}: give three numbers from 0 on, of train, val and test, "
+            "such as 80,10,10"
         )
     return tuple(float(s) for s in shares)
 
@@ -141,7 +142,7 @@ class _Files:
                 self._by_name.setdefault(name, []).append(file)
 
     def find(self, names: Iterable[str], class_name: str) -> str:
-        """The first that there is; of several of one name that in its class's folder, else the first in the alphabet."""
+        """The first that there is; of several of one name that in its class's folder, else the alphabet's first."""
         for name in names:
             if files := self._by_name.get(name):
                 return min(files, key=lambda f: (class_name not in Path(f).parts[:-1], f))
@@ -233,8 +234,8 @@ def _read_tree(root: Path, seed: int, shares: Sequence[float]) -> tuple[list[Vid
     if named and len(named) < len(folders):
         other = next(f for f in folders if f not in named)
         raise DataError(
-            f"{root} holds the folder '{named[0]}' of a split and '{other}', which is none: let it hold a folder a class, or "
-            "a folder a split (train, val, test) with a folder a class in each"
+            f"{root} holds the folder '{named[0]}' of a split and '{other}', which is none: let it hold a folder a "
+            "class, or a folder a split (train, val, test) with a folder a class in each"
         )
     depth = 2 if named else 1
     videos = []
@@ -242,8 +243,8 @@ def _read_tree(root: Path, seed: int, shares: Sequence[float]) -> tuple[list[Vid
         parts = Path(file).parts
         if len(parts) <= depth:
             raise DataError(
-                f"{root / file} lies in no class's folder: put it into {root / '/'.join((*parts[:-1], 'CLASS'))}, or give "
-                "a --table"
+                f"{root / file} lies in no class's folder: put it into {root / '/'.join((*parts[:-1], 'CLASS'))}, or "
+                "give a --table"
             )
         class_name = parts[depth - 1]
         rest = "-".join((*parts[depth:-1], Path(file).stem))
@@ -267,8 +268,8 @@ def _rows(table: Path, columns: Sequence[str]) -> Iterable[tuple[int, dict[str, 
             missing = [c for c in columns if c not in (reader.fieldnames or ())]
             if missing:
                 raise DataError(
-                    f"{table} has no column '{missing[0]}' (it has {', '.join(reader.fieldnames or ()) or 'none'}): begin "
-                    f"it with the line {','.join(columns)}"
+                    f"{table} has no column '{missing[0]}' (it has {', '.join(reader.fieldnames or ()) or 'none'}): "
+                    f"begin it with the line {','.join(columns)}"
                 )
             for row in reader:
                 yield reader.line_num, {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}
@@ -617,4 +618,9 @@ def _vggsound_rows(file: Path) -> Iterable[tuple[int, tuple[str, int, str, str]]
         raise DataError(f"{file} is not a CSV table ({error}): get it anew") from None
 
 
-DATASETS = {"music21": list_music21, "ave": list_ave, "vggsound": list_vggsound, "folder": list_folder}
+DATASETS: dict[str, Callable[..., Listing]] = {
+    "music21": list_music21,
+    "ave": list_ave,
+    "vggsound": list_vggsound,
+    "folder": list_folder,
+}

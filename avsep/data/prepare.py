@@ -1,8 +1,8 @@
 """From a data set's videos to a store: sound, pictures and features of each, and what became of every one.
 
-Each video is worked on alone, in one thread, and its files are whole or absent; the manifest is put together at the end
-in the order of the listing. So a killed run goes on where it was, and its result is the same byte for byte, however many
-processes worked on it.
+Each video is worked on alone, in one thread, and its files are whole or absent; the manifest is put together at the
+end in the order of the listing. So a killed run goes on where it was, and its result is the same byte for byte, however
+many processes worked on it.
 """
 
 from __future__ import annotations
@@ -589,14 +589,17 @@ class _RayWork:
 
 def _run_ray(out: str, root: str, recipe: Recipe, todo: Sequence[Video], jobs: int, done: _Run) -> None:
     """Work in actors of Ray Data, on the cluster that ``RAY_ADDRESS`` names or on this machine."""
+    import importlib
     import logging
 
-    import ray
-    import ray.data
-
+    # an optional package, which type checkers are not to look for
+    ray: Any = importlib.import_module("ray")
+    importlib.import_module("ray.data")
     mine = not ray.is_initialized()
     if mine:
-        here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(jobs, 1), "include_dashboard": False}
+        here: dict[str, Any] = (
+            {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(jobs, 1), "include_dashboard": False}
+        )
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **here)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
