@@ -15,6 +15,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "ExportError",
+    "LostRankError",
     "MissingExtraError",
     "MissingWeightsError",
     "NumericalError",
@@ -50,6 +51,10 @@ class RunError(AvsepError):
 
 class CheckpointError(RunError):
     """A checkpoint is damaged or belongs to another spec."""
+
+
+class LostRankError(RunError):
+    """Another of the processes that train together is gone, or has failed."""
 
 
 class ExportError(AvsepError):

@@ -30,8 +30,9 @@ from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip
 from avsep.data.tasks import TaskStream
 from avsep.devices import pick_device
-from avsep.errors import AvsepError, CheckpointError, ConfigError, NumericalError, RunError
+from avsep.errors import AvsepError, CheckpointError, ConfigError, LostRankError, NumericalError, RunError
 from avsep.io import FolderLock, read_json, write_json, write_yaml
+from avsep.launch import local_world_size, world_size
 from avsep.memory.base import (
     Candidates,
     Memory,
@@ -43,6 +44,7 @@ from avsep.memory.base import (
 from avsep.memory.candidates import JudgedCandidates
 from avsep.memory.none import NoMemory
 from avsep.progress import Progress, progress_bar
+from avsep.ranks import ALONE, Ranks, is_lost, synchronised
 from avsep.registry import MEMORIES, STRATEGIES
 from avsep.runs import STRATEGY_FILE, finished_tasks, read_exemplars, read_run_spec, separator_folder
 from avsep.seeding import seeded
@@ -89,10 +91,11 @@ class _Inputs:
 class _TrainingStep(nn.Module):
     """Forward pass and loss as one module, so that mixed precision wraps both."""
 
-    def __init__(self, student: Separator, strategy: Strategy) -> None:
+    def __init__(self, student: Separator, strategy: Strategy, ranks: Ranks = ALONE) -> None:
         super().__init__()
         self.student = student
         self.strategy = strategy
+        self.ranks = ranks
 
     def forward(self, inputs: _Inputs) -> dict[str, Tensor]:
         student, batch = self.student, inputs.batch
@@ -100,7 +103,7 @@ class _TrainingStep(nn.Module):
         visual = student.encode_visual(batch.object, batch.motion, batch.motion_mask)
         audio = student.audio_encoder(spectrograms.network_input)
         output = student.mask_decoder(audio, visual, batch.class_ids)
-        step = Step(batch, spectrograms, audio, visual, output, inputs.num_old)
+        step = Step(batch, spectrograms, audio, visual, output, inputs.num_old, self.ranks)
         terms = self.strategy.loss(student, inputs.teacher, step)
         auxiliary = getattr(student.mask_decoder, "auxiliary_losses", None)  # a decoder may bring terms of its own
         return terms if auxiliary is None else {**terms, **auxiliary(output, spectrograms, batch.class_ids)}
@@ -108,6 +111,10 @@ class _TrainingStep(nn.Module):
 
 class ContinualLearner:
     """Trains a separator on one task after another.
+
+    In processes that torchrun started, one a device, each makes the same learner and calls :meth:`fit` alike: they
+    share every batch of ``train.batch_size`` in equal parts, and rank 0 alone writes. The mixtures of a step do not
+    depend on the number of processes, nor does what is computed of them, but for rounding.
 
     Args:
         separator: a :class:`~avsep.separator.Separator`; it grows with the classes. Build it with as many classes as
@@ -137,12 +144,12 @@ class ContinualLearner:
         self.memory: MemoryPolicy = MEMORIES.create(self._memory_ref.name, self._memory_ref.params)
         self.train = train if isinstance(train, TrainSpec) else validated(TrainSpec, train or {}, "train")
         self.exemplars: Memory = {}
-        precision = self.train.precision
         if accelerator != "auto" and pick_device(accelerator).type != accelerator:
             raise ConfigError(
                 f"training takes no number of a device ('{accelerator}'): choose one with CUDA_VISIBLE_DEVICES"
             )
-        self.fabric = Fabric(accelerator=accelerator, devices=1, precision=_precision(precision, accelerator))
+        self.fabric = _fabric(accelerator, self.train.precision)
+        self.ranks = Ranks(self.fabric.global_rank, self.fabric.world_size)
         forks = multiprocessing.get_start_method() == "fork"
         self.workers = workers if workers is not None else (4 if forks and self.fabric.device.type != "cpu" else 0)
 
@@ -178,15 +185,24 @@ class ContinualLearner:
 
         Raises:
             RunError: the folder holds another run, or is being written by another process.
+            LostRankError: another of the processes that train together is gone.
             CheckpointError: the folder's run has another spec, or a file of it is damaged.
             ConfigError: the stream, the strategy and the separator do not go together, or ``first_task`` is of a run
                 whose first task would be another.
             NumericalError: the loss became NaN or infinite.
         """
-        if out is None:
+        try:
+            if out is not None:
+                return self._fit(stream, Path(out), resume, progress, preset, first_task)
             with tempfile.TemporaryDirectory(prefix="avsep-run-") as folder:
-                return self._fit(stream, Path(folder), False, progress, preset, first_task)
-        return self._fit(stream, Path(out), resume, progress, preset, first_task)
+                return self._fit(stream, Path(self.ranks.firsts(folder)), False, progress, preset, first_task)
+        except RuntimeError as error:
+            if self.ranks.several and is_lost(error):
+                raise LostRankError(
+                    f"process {self.ranks.rank} of {self.ranks.world} waited for another that is gone "
+                    f"({str(error).splitlines()[0][:120]}): start all of them again with --resume"
+                ) from None
+            raise
 
     def _fit(
         self,
@@ -198,7 +214,8 @@ class ContinualLearner:
         first_task: str | Path | None,
     ) -> list[dict[str, Any]]:
         self._check(stream)
-        self._check_folder(out, resume)
+        if self.ranks.first:
+            self._check_folder(out, resume)
         spec = RunSpec(
             separator=self.separator.spec,
             strategy=self._strategy_ref,
@@ -213,18 +230,26 @@ class ContinualLearner:
         )
         if first_task is not None:
             self._check_first_task(Path(first_task), spec, stream)
-        with FolderLock(out):
+        self._check_agreement(spec, resume)
+        progress = progress if self.ranks.first else False
+        with FolderLock(out) if self.ranks.first else contextlib.nullcontext():
             state = self._open_run(out, spec, resume)
-            stream.protocol.save(out / "protocol.json")
+            if self.ranks.first:
+                stream.protocol.save(out / "protocol.json")
+            self.ranks.wait()  # nobody writes before all have read
             first = int(state["progress"]["task"]) if state else self._restore(stream, out)
             if first_task is not None and not state and first == 0:
                 self._take_first_task(Path(first_task), stream, out, progress)
                 first = 1
+                self.ranks.wait()
             for task in stream.tasks[first:]:
                 with seeded(self.train.seed, task.index):  # so that what a task draws depends on nothing before it
                     self._learn(task, stream, out, state, progress)
                 state = None
-        return [read_json(out / "tasks" / f"{t.index:02d}" / "task.json") for t in stream.tasks]
+                self.ranks.wait()  # for what rank 0 has written
+        records = [read_json(out / "tasks" / f"{t.index:02d}" / "task.json") for t in stream.tasks]
+        self.ranks.wait()  # a temporary folder goes with rank 0
+        return records
 
     def _restore(self, stream: TaskStream, out: Path) -> int:
         """Stand where the last finished task ended, without a checkpoint; returns the number of finished tasks.
@@ -289,8 +314,37 @@ class ContinualLearner:
         ):
             self._finish(task, stream, out, record, None, bars)
 
+    def _check_agreement(self, spec: RunSpec, resume: bool) -> None:
+        """Refuse ranks that were not started alike."""
+        mine = {**spec.model_dump(mode="json", exclude={"store", "preset"}), "resume": resume}
+        for rank, theirs in enumerate(self.ranks.everyones(mine)):
+            if difference := _difference(mine, theirs):
+                key, here, there = difference
+                raise ConfigError(
+                    f"process {self.ranks.rank} was started with {key} = {here!r} and process {rank} with {there!r}: "
+                    "start all processes with the same command, on the same store"
+                )
+
+    def _check_ranks(self) -> None:
+        ranks, size = self.ranks.world, self.train.batch_size
+        if not self.strategy.across_ranks:
+            raise ConfigError(
+                f"strategy '{self._strategy_ref.name}' does not state that its loss holds over several processes "
+                f"(across_ranks), of which there are {ranks}: train with one"
+            )
+        if size % ranks:
+            raise ConfigError(
+                f"train.batch_size is the whole batch of a step, and {size} mixtures cannot be shared equally by "
+                f"{ranks} processes: set a multiple of {ranks} (train.batch_size={-(-size // ranks) * ranks}), or take "
+                "another number of processes"
+            )
+        with synchronised(self.ranks, self.separator):  # refuses what it cannot synchronise
+            pass
+
     def _check(self, stream: TaskStream) -> None:
         first = stream.tasks[0]
+        if self.ranks.several:
+            self._check_ranks()
         if self.strategy.needs_memory and isinstance(self.memory, NoMemory):
             raise ConfigError(
                 f"strategy '{self._strategy_ref.name}' learns from exemplars, and the memory is "
@@ -344,9 +398,18 @@ class ContinualLearner:
         return stream.store.select(classes=list(classes), split="train")
 
     def _open_run(self, out: Path, spec: RunSpec, resume: bool) -> dict[str, Any] | None:
+        if not self.ranks.first:
+            self.ranks.wait()
+            if not (out / "run.yaml").is_file():
+                raise RunError(
+                    f"process {self.ranks.rank} does not see {out}, which process 0 writes: give a folder that all "
+                    "machines share"
+                )
+            return load_latest(out / "state") if resume else None
         self._check_folder(out, resume)  # once more: another process may have been there before the lock was ours
         if not resume:
             write_yaml(out / "run.yaml", spec.model_dump(mode="json"))
+            self.ranks.wait()
             return None
         for leftover in out.glob("tasks/*/.separator-*"):  # of a kill while a separator was being written
             shutil.rmtree(leftover, ignore_errors=True)
@@ -361,6 +424,7 @@ class ContinualLearner:
                 f"{out} was started with another spec: {key} was {then!r}, now {now!r}; resume with the same settings, "
                 f"or choose another folder"
             )
+        self.ranks.wait()
         return load_latest(out / "state")
 
     # ------------------------------------------------------------------ one task
@@ -380,7 +444,7 @@ class ContinualLearner:
         self.strategy.freeze(student, task)
         optimizers = self._optimizers(student)
         roles = list(optimizers)
-        setup = self.fabric.setup(_TrainingStep(student, self.strategy), *optimizers.values())
+        setup = self.fabric.setup(_TrainingStep(student, self.strategy, self.ranks), *optimizers.values())
         module, ready = setup[0], dict(zip(roles, setup[1:], strict=True))
         precision = self.fabric.strategy.precision
         if state:
@@ -395,12 +459,15 @@ class ContinualLearner:
         started = time.perf_counter() - record.seconds
 
         logs = out / "logs"
-        train_log = CsvLog(logs / "train.csv", until=(task.index, record.step))
-        validation_log = CsvLog(logs / "validation.csv", until=(task.index, record.step))
+        kind = CsvLog if self.ranks.first else _NoLog
+        train_log = kind(logs / "train.csv", until=(task.index, record.step))
+        validation_log = kind(logs / "validation.csv", until=(task.index, record.step))
 
         def checkpoint() -> None:
             _check_finite(student, task, record.step, out)
             record.seconds = time.perf_counter() - started
+            if not self.ranks.first:
+                return
             save_latest(
                 out / "state",
                 f"task-{task.index:02d}-step-{record.step:07d}",
@@ -427,7 +494,7 @@ class ContinualLearner:
         label = f"{self._strategy_ref.name} {task.index + 1}/{len(stream)}"
         with (
             contextlib.nullcontext(progress) if isinstance(progress, Progress) else progress_bar(progress) as bars,
-            _tensorboard(logs / "tensorboard" / f"task-{task.index:02d}", record.step) as board,
+            _tensorboard(logs / "tensorboard" / f"task-{task.index:02d}", record.step, self.ranks.first) as board,
         ):
             bar = bars.add(label, total=total, done=record.step)
             while record.epoch < spec.epochs:
@@ -513,10 +580,14 @@ class ContinualLearner:
 
     def _batches(self, data: TrainingMixtures, done: int) -> Iterator[Batch]:
         """The epoch's batches from the ``done``-th on, on the training device."""
-        size = self.train.batch_size
-        return self._read(data, range(done * size, len(data)), size)
+        size, ranks = self.train.batch_size, self.ranks
+        if not ranks.several:
+            return self._read(data, range(done * size, len(data)), size)
+        part = size // ranks.world
+        begins = range(done * size + ranks.rank * part, len(data), size)
+        return self._read(data, [item for begin in begins for item in range(begin, begin + part)], part)
 
-    def _read(self, data: TrainingMixtures, items: range, batch_size: int) -> Iterator[Batch]:
+    def _read(self, data: TrainingMixtures, items: Sequence[int], batch_size: int) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
             Subset(data, items),
             batch_size=batch_size,
@@ -560,11 +631,17 @@ class ContinualLearner:
                 group["lr"] = spec.lr * factor
             rate = rate or spec.lr * factor
             optimizer.zero_grad()
-        terms: dict[str, Tensor] = module(_Inputs(batch, teacher, len(task.old)))
+        with synchronised(self.ranks, self.separator, teacher):
+            terms: dict[str, Tensor] = module(_Inputs(batch, teacher, len(task.old)))
         loss = torch.stack([t.float() for t in terms.values()]).sum()
-        values = [float(v) for v in torch.stack([t.detach().float() for t in terms.values()]).tolist()]
+        own = torch.stack([t.detach().float() for t in terms.values()])
+        values = [float(v) for v in self.ranks.mean(own).tolist()]
         named = dict(zip(terms, values, strict=True))
         if not all(map(math.isfinite, values)):
+            if self.ranks.several and bool(own.isfinite().all()):  # the rank whose clips they are tells more
+                raise LostRankError(
+                    f"the loss is not finite at task {task.index} step {record.step} on another process"
+                )
             raise NumericalError(
                 f"the loss is not finite at task {task.index} step {record.step} ({_format(named)}); the batch: "
                 f"{', '.join('+'.join(clips) for clips in batch.clips)}; the last good checkpoint is in "
@@ -593,14 +670,17 @@ class ContinualLearner:
         from avsep.evaluation.evaluate import evaluate_separator, mean_sdr
 
         mixtures = _thinned(stream.validation.at(task.index), self.train.validation_pairs)
+        ranks = self.ranks
+        first, last = (len(mixtures) * r // ranks.world for r in (ranks.rank, ranks.rank + 1))
         self.separator.eval()
-        scores = evaluate_separator(
+        own = evaluate_separator(
             self.separator,
             stream.store,
-            mixtures,
-            batch_size=self.train.batch_size,
+            mixtures[first:last],
+            batch_size=max(1, self.train.batch_size // ranks.world),
             device=self.fabric.device,
         )
+        scores = [score for part in ranks.everyones(own) for score in part]
         return mean_sdr(scores, degenerate=stream.validation.name == "paper")
 
     def _finish(
@@ -618,8 +698,16 @@ class ContinualLearner:
         started = time.perf_counter()
         self.strategy.after_task(student, teacher, task, _TaskData(self, stream, task, bars, label))
         student.eval()
+        if self.ranks.several:  # computed alike everywhere; devices may differ in the last bit
+            self.ranks.copy_firsts(student.state_dict())
+            self.strategy.load_state_dict(self.ranks.firsts(_on_cpu(self.strategy.state_dict())))
         self.exemplars = self._remember(stream, task, self.exemplars)
+        if self.ranks.several:
+            chosen = self.ranks.firsts(exemplars_to_plain(self.exemplars))
+            self.exemplars = exemplars_from_plain(chosen, "process 0")
         seconds_after = time.perf_counter() - started
+        if not self.ranks.first:
+            return
         target = separator_folder(out, task.index)
         save_separator(student, target)
         kept = self.strategy.state_dict()
@@ -708,13 +796,23 @@ class _Progress:
         self.seconds = seconds  # spent on the task, in all sessions, up to the last checkpoint
 
 
+class _NoLog:
+    """A :class:`~avsep.csvlog.CsvLog` of a rank that does not write."""
+
+    def __init__(self, path: Path, until: tuple[int, int]) -> None: ...
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+
 @contextlib.contextmanager
-def _tensorboard(folder: Path, step: int) -> Iterator[Callable[[str, float, int], Any]]:
+def _tensorboard(folder: Path, step: int, enabled: bool = True) -> Iterator[Callable[[str, float, int], Any]]:
     """A function (name, value, step) that logs to TensorBoard where it is installed, else does nothing.
 
     Steps after ``step``, which a run wrote after the checkpoint it now resumes from, are struck out.
     """
     try:
+        if not enabled:
+            raise ImportError
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         yield lambda *_: None
@@ -743,6 +841,52 @@ def _precision(precision: str, accelerator: str) -> Any:
     if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
     return "32-true"
+
+
+def _fabric(accelerator: str, precision: str) -> Fabric:
+    """One device; in processes that torchrun started, one a process, with DDP between them."""
+    if world_size() == 1:
+        return Fabric(accelerator=accelerator, devices=1, precision=_precision(precision, accelerator))
+    import inspect
+    import logging
+
+    from lightning_fabric.strategies import DDPStrategy
+    from torch.nn.parallel import DistributedDataParallel
+
+    here, kind = local_world_size(), pick_device(accelerator).type
+    if kind == "mps":
+        if accelerator != "auto":
+            raise ConfigError("several processes cannot train on mps: --device cpu")
+        kind = "cpu"
+    if kind == "cuda" and torch.cuda.device_count() < here:
+        raise ConfigError(
+            f"{here} processes on this machine and {torch.cuda.device_count()} CUDA device(s): start as many processes "
+            "as there are devices, or train on the CPU (--device cpu)"
+        )
+    if world_size() % here:
+        raise ConfigError(f"{world_size()} processes are not spread evenly over the machines ({here} on this one)")
+    # Buffers are running statistics, equal on all ranks since batch normalisation is synchronised. PyTorch 2.13 has
+    # renamed the switch.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    options: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it greets with a box of lines
+    fabric = Fabric(
+        accelerator=kind,
+        devices=here,
+        num_nodes=world_size() // here,
+        precision=_precision(precision, kind),
+        # Which parameters a loss reaches depends on strategy, decoder and batch. The buckets then also keep their
+        # order, so that a resume adds up gradients as before.
+        strategy=DDPStrategy(find_unused_parameters=True, **options),
+    )
+    fabric.launch()
+    return fabric
+
+
+def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def _seeded_build(spec: RunSpec, task: int) -> Separator:

@@ -21,25 +21,53 @@ def main(argv: list[str] | None = None) -> None:
     try:
         from avsep.cli.app import Interrupted, build_app
         from avsep.errors import AvsepError
+        from avsep.launch import follow_launcher, world_size
 
+        follow_launcher()
+        if world_size() > 1:  # DDP warns each process that it looks for unused parameters, and finds none
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         warnings.filterwarnings("ignore", category=FutureWarning)
         try:
-            build_app()(args=argv, standalone_mode=True)
+            build_app()(args=argv, standalone_mode=True, obj=sys.argv[1:] if argv is None else argv)
         except Interrupted as stop:
             _interrupted(str(stop))
         except AvsepError as error:
-            print(f"avsep: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
+            _fail(f"avsep: {' '.join(str(error).split())}", 2, error)
         except OSError as error:
-            print(f"avsep: {_os_error(error)}", file=sys.stderr)
-            sys.exit(2)
+            _fail(f"avsep: {_os_error(error)}", 2)
+        except Exception:
+            if world_size() == 1:
+                raise
+            import traceback
+
+            _fail(traceback.format_exc().rstrip(), 1)
     except KeyboardInterrupt:  # while modules were being imported
         _interrupted("")
 
 
 def _interrupted(way_on: str) -> None:
-    print(f"avsep: stopped{': ' if way_on else ''}{way_on}", file=sys.stderr)
-    sys.exit(130)
+    _fail(f"avsep: stopped{': ' if way_on else ''}{way_on}", 130)
+
+
+def _fail(text: str, code: int, error: Exception | None = None) -> None:
+    """Say what is wrong and end. Of several processes that train together one speaks, and none waits for the others."""
+    import os
+
+    from avsep.launch import speaks, world_size
+
+    if world_size() == 1:
+        print(text, file=sys.stderr)
+        sys.exit(code)
+    import time
+
+    from avsep.errors import LostRankError
+
+    if isinstance(error, LostRankError):
+        time.sleep(5)  # the one that is gone knows why, and this one is ended meanwhile
+    if speaks():
+        print(text, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)  # ending in order would wait for the group
 
 
 def _os_error(error: OSError) -> str:

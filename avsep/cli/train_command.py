@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ _ELSEWHERE = {
 
 
 def command(
+    context: typer.Context,
     store: Annotated[
         Path | None, typer.Argument(help="Store folder (with --resume: the run's own when omitted).")
     ] = None,
@@ -49,8 +51,12 @@ def command(
         typer.Option("--set", help="Any setting, e.g. train.batch_size=8, strategy.params.weight_mask=0 (repeatable)."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
+    devices: Annotated[
+        int | None,
+        typer.Option("--devices", min=1, help="Processes on this machine that share every batch, one a GPU [1]."),
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=0, help="Reader processes; never changes the result.")
+        int | None, typer.Option("--workers", min=0, help="Reader processes (of each); never changes the result.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out after a kill.")] = False,
 ) -> None:
@@ -111,12 +117,16 @@ def command(
         clip_samples=preliminary.separator.front_end.clip_samples,
     )
     spec = preliminary.model_copy(update={"tasks": tuple(t.classes for t in stream.tasks)})
+    if _launched(devices, device, context.obj):
+        return
     learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers)
     try:
         records = learner.fit(stream, out, resume=resume, preset=spec.preset)
     except KeyboardInterrupt:
         way_on = f"go on with: avsep train --out {out} --resume" if (out / "run.yaml").is_file() else ""
         raise KeyboardInterrupt(way_on) from None
+    if not learner.ranks.first:
+        return
 
     from rich.console import Console
     from rich.table import Table
@@ -136,6 +146,47 @@ def command(
         )
     Console().print(table)
     typer.echo(f"run written to {out}; next: avsep evaluate {out}")
+
+
+def _launched(devices: int | None, device: str, arguments: Sequence[str]) -> bool:
+    """Whether the command has been run by ``devices`` processes that this one started for it."""
+    from avsep.devices import pick_device
+    from avsep.errors import ConfigError
+    from avsep.launch import launch, local_world_size, world_size
+
+    if world_size() > 1:
+        if devices not in (None, local_world_size()):
+            raise ConfigError(
+                f"torchrun has started {local_world_size()} processes on this machine already: leave --devices out"
+            )
+        return False
+    if devices in (None, 1):
+        return False
+    assert devices is not None
+    if pick_device(device).type == "cuda":
+        import torch
+
+        if torch.cuda.device_count() < devices:
+            raise ConfigError(
+                f"--devices {devices} and {torch.cuda.device_count()} CUDA device(s) here: lower it, or train on the "
+                "CPU (--device cpu)"
+            )
+    if code := launch(devices, [*_this_program(), *arguments]):
+        raise typer.Exit(code)
+    return True
+
+
+def _this_program() -> list[str]:
+    """How this program was started, without its arguments."""
+    import __main__
+
+    if (
+        getattr(__main__, "__spec__", None) is None
+        and Path(sys.argv[0]).is_file()
+        and Path(sys.argv[0]).stem == "avsep"
+    ):
+        return [sys.executable, sys.argv[0]]  # the installed script
+    return [sys.executable, "-m", "avsep"]
 
 
 def _tasks(text: str) -> list[list[str]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from avsep.losses import attention_distillation, audio_visual_contrast, mask_losses
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy
-from avsep.strategies.teaching import ask, check_weights, embeddings, known_class_ids, old_mixtures
+from avsep.strategies.teaching import ask, check_weights, embeddings, gathered, known_class_ids, old_mixtures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,7 @@ class AVCIL(Strategy):
     """
 
     needs_memory = True
+    across_ranks = True
 
     def __init__(
         self,
@@ -71,8 +72,10 @@ class AVCIL(Strategy):
 
     def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
         taught = mixtures = attention = None
+        taught_anywhere = False
         if teacher is not None and self.needs_teacher:
             mixtures = old_mixtures(step)
+            taught_anywhere = step.any_old(len(mixtures) > 0)
             if len(mixtures):
                 taught, visual = ask(teacher, step, known_class_ids(step), mixtures)
                 if self.weight_attention > 0:
@@ -87,22 +90,24 @@ class AVCIL(Strategy):
         terms = {"separation": losses.separation}
         if self.weight_instance > 0 or self.weight_class > 0:
             instance, class_ = audio_visual_contrast(
-                embeddings(step.output),
-                step.batch.class_ids.flatten(),
-                step.batch.video_ids.flatten(),
+                gathered(step, embeddings(step.output)),
+                step.ranks.gather(step.batch.class_ids).flatten(),
+                step.ranks.gather(step.batch.video_ids).flatten(),
                 temperature=self.temperature,
             )
             if self.weight_instance > 0:
                 terms["instance"] = self.weight_instance * instance
             if self.weight_class > 0:
                 terms["class"] = self.weight_class * class_
-        if taught is not None and self.weight_mask > 0:
-            terms["mask"] = self.weight_mask * losses.distillation
-        if attention is not None:
+        if taught_anywhere and self.weight_mask > 0:
+            terms["mask"] = self.weight_mask * step.of_old(losses.distillation)
+        if taught_anywhere and self.weight_attention > 0:
             own = _motion_attention(student, step.visual, step.batch.class_ids)
-            assert own is not None
-            kept = attention_distillation(own[mixtures], attention, slots=step.is_old[mixtures])
-            terms["attention"] = self.weight_attention * kept
+            if own is not None:
+                kept = own.new_zeros(())
+                if attention is not None:
+                    kept = attention_distillation(own[mixtures], attention, slots=step.is_old[mixtures])
+                terms["attention"] = self.weight_attention * step.of_old(kept)
         return terms
 
 

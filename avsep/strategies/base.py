@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from avsep.losses import separation_loss
+from avsep.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +25,8 @@ class Step:
     """One training step after the student's forward pass, for a strategy's loss.
 
     ``batch`` the mixtures; ``spectrograms`` their analysis; ``audio``, ``visual`` and ``output`` the student's
-    features and masks; ``num_old`` the number of classes of earlier tasks, which occupy the first slots.
+    features and masks; ``num_old`` the number of classes of earlier tasks, which occupy the first slots. Where several
+    processes train together all of this is of one of their equal parts of the batch, and ``ranks`` leads to the others.
     """
 
     batch: Batch
@@ -32,11 +35,28 @@ class Step:
     visual: VisualFeatures
     output: MaskOutput
     num_old: int
+    ranks: Ranks = ALONE
 
     @property
     def is_old(self) -> Tensor:
         """[B, N] bool: slots of classes of earlier tasks (the set O of memory slots)."""
         return self.batch.class_ids < self.num_old
+
+    @cached_property
+    def all_old(self) -> Tensor:
+        """:attr:`is_old` of all ranks, in their order."""
+        return self.ranks.gather(self.is_old)
+
+    def any_old(self, here: bool) -> bool:
+        """Whether any rank has a slot of an earlier task, given whether this one has."""
+        return bool(self.all_old.any()) if self.ranks.several else here
+
+    def of_old(self, mean: Tensor) -> Tensor:
+        """A mean over this rank's old slots (0 if it has none), weighed so that its mean over the ranks is the mean
+        over the old slots of all."""
+        if not self.ranks.several:
+            return mean
+        return mean * (self.is_old.sum() * self.ranks.world / self.all_old.sum().clamp_min(1))
 
 
 class TaskData(Protocol):
@@ -60,13 +80,16 @@ class Strategy:
 
     Class attributes say what the learner prepares: ``needs_teacher`` a frozen copy of the previous task's separator;
     ``uses_all_data`` the training clips of all seen classes in place of exemplars; ``restarts`` fresh weights for
-    every task; ``needs_memory`` refuses the memory policy ``none``.
+    every task; ``needs_memory`` refuses the memory policy ``none``; ``across_ranks`` states that the mean over the
+    ranks of :meth:`loss`, each with its part of the batch, is the loss of the whole batch (:mod:`avsep.ranks`): without
+    it training with more than one process is refused.
     """
 
     needs_teacher = False
     uses_all_data = False
     restarts = False
     needs_memory = False
+    across_ranks = False
 
     def check(self, separator: Separator) -> None:
         """Raise :class:`~avsep.errors.ConfigError` with the reason where the separator lacks what the strategy needs.
@@ -98,7 +121,8 @@ class Strategy:
     def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
         """Named scalar terms, already weighted; their sum is what is minimised.
 
-        The mask decoder's own terms (``auxiliary_losses``), where it has any, are added by the learner.
+        The mask decoder's own terms (``auxiliary_losses``), where it has any, are added by the learner. On several
+        ranks all must give terms of the same names.
         """
         return {"separation": separation_loss(step.output, step.spectrograms)}
 
@@ -108,8 +132,9 @@ class Strategy:
     def after_task(self, student: Separator, teacher: Separator | None, task: Task, data: TaskData) -> None:
         """Called with the task's selected weights, in evaluation mode, before they are stored.
 
-        It may change the student in place. A run that is killed within it, or before the next task's first checkpoint,
-        calls it again from the same weights and state.
+        It may change the student in place. Every rank calls it with the same data, and rank 0's outcome is kept. A run
+        that is killed within it, or before the next task's first checkpoint, calls it again from the same weights and
+        state.
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class EWC(Strategy):
     latest weights stand for them.
     """
 
+    across_ranks = True
+
     def __init__(self, *, weight: float = 100.0, decay: float = 1.0, fisher_samples: int = 1000) -> None:
         check_weights(weight=weight)
         if not 0 <= decay <= 1:

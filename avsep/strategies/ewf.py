@@ -46,6 +46,7 @@ class EWF(Strategy):
     """
 
     needs_teacher = True
+    across_ranks = True
 
     def __init__(self, *, distillation: float = 0.3, reestimate_batch_norm: bool = False) -> None:
         check_weights(distillation=distillation)

@@ -11,3 +11,5 @@ __all__ = ["FineTune"]
 @STRATEGIES.register("finetune", source="lower bound of Table 1, Pian et al., NeurIPS 2024")
 class FineTune(Strategy):
     """Train on from the previous task's weights with the separation loss alone; with a memory this is plain replay."""
+
+    across_ranks = True

@@ -14,3 +14,4 @@ class Joint(Strategy):
 
     uses_all_data = True
     restarts = True
+    across_ranks = True

@@ -43,6 +43,8 @@ class LwF(Strategy):
     from PyTorch's global generator, whose state the learner sets from (seed, task) and keeps in its checkpoints.
     """
 
+    across_ranks = True
+
     def __init__(self, *, weight_mask: float = 0.3, variant: Literal["old_slot", "grown_teacher"] = "old_slot") -> None:
         check_weights(weight_mask=weight_mask)
         if variant not in ("old_slot", "grown_teacher"):
@@ -75,7 +77,8 @@ class LwF(Strategy):
                 taught, _ = ask(self._with_new_slots(teacher, student), step, class_ids)
             losses = mask_losses(step.output, step.spectrograms, taught=taught)
             return {"separation": losses.separation, "mask": self.weight_mask * losses.distillation}
-        drawn = torch.randint(step.num_old, class_ids.shape).to(class_ids.device)
+        whole = (step.ranks.world * len(class_ids), class_ids.shape[1])  # every rank draws for all
+        drawn = step.ranks.part(torch.randint(step.num_old, whole)).to(class_ids.device)
         slots = class_ids.where(step.is_old, drawn)
         output = student.mask_decoder(step.audio, step.visual, slots)
         taught, _ = ask(teacher, step, slots)

@@ -44,6 +44,8 @@ class PLOP(Strategy):
     are labelled as background in new pictures, and masks of asked classes know no background.
     """
 
+    across_ranks = True
+
     def __init__(self, *, weight_features: float = 0.01, weight_logits: float = 0.0005) -> None:
         check_weights(weight_features=weight_features, weight_logits=weight_logits)
         self.weight_features = weight_features
@@ -70,9 +72,12 @@ class PLOP(Strategy):
         if self.weight_features > 0:
             distances = [pod_distance(maps[name], taught[name]) for name in maps]
             terms["features"] = scale * self.weight_features * torch.stack(distances).sum()
-        if self.weight_logits > 0 and output is not None:
-            own, theirs = (masks.logits[slots][:, None] for masks in (step.output, output))  # [slots, 1, F, T]
-            terms["logits"] = scale * self.weight_logits * pod_distance(own, theirs)
+        if self.weight_logits > 0 and (agnostic or step.any_old(output is not None)):
+            distance = step.output.logits.new_zeros((), dtype=torch.float32)
+            if output is not None:
+                own, theirs = (masks.logits[slots][:, None] for masks in (step.output, output))  # [slots, 1, F, T]
+                distance = pod_distance(own, theirs)
+            terms["logits"] = scale * self.weight_logits * (distance if agnostic else step.of_old(distance))
         return terms
 
     @torch.no_grad()

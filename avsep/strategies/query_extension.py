@@ -29,6 +29,8 @@ class QueryExtension(Strategy):
     trains the layers that turn a slot into its mask; those are shared, so old masks then change.
     """
 
+    across_ranks = True
+
     def __init__(self, *, head: bool = False) -> None:
         self.head = head
         self._old_rows: Tensor | None = None

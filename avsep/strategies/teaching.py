@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from avsep.strategies.base import Step
     from avsep.types import MaskOutput, VisualFeatures
 
-__all__ = ["ask", "check_weights", "embeddings", "known_class_ids", "old_mixtures"]
+__all__ = ["ask", "check_weights", "embeddings", "gathered", "known_class_ids", "old_mixtures"]
 
 
 def old_mixtures(step: Step) -> Tensor:
@@ -50,6 +50,11 @@ def embeddings(output: MaskOutput) -> dict[str, Tensor]:
     """Audio, motion and object embeddings as [B N, D]; a modality the decoder does not have is left out."""
     named = {"audio": output.audio, "motion": output.motion, "object": output.object}
     return {name: value.flatten(0, 1) for name, value in named.items() if value is not None}
+
+
+def gathered(step: Step, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows [n, D] by name, followed through by those of all ranks: [world n, D]."""
+    return {name: step.ranks.gather(value) for name, value in rows.items()}
 
 
 def check_weights(**weights: float) -> None:

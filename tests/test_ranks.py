@@ -1,0 +1,171 @@
+"""Several processes that train together: equal to one, in one line when something is wrong. On the CPU, with gloo."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rank_checks
+import torch
+import yaml
+from conftest import TINY_SEPARATOR, TINY_TRAIN, tiny_learner
+from continual_runs import differing, first_task, weights
+from rank_checks import STEPS, kill, one_step, stream_of
+from safetensors.torch import load_file
+from torch import nn
+
+from avsep.errors import ConfigError
+from avsep.ranks import ALONE, Ranks, synchronised
+
+SCRIPT = Path(rank_checks.__file__)
+LAUNCH = "import sys; from avsep.launch import launch; sys.exit(launch(2, [sys.executable, *sys.argv[1:]]))"
+
+
+def started(*arguments, **how):
+    """Two processes that run ``rank_checks.py``, as ``avsep train --devices 2`` starts them."""
+    command = [sys.executable, "-c", LAUNCH, str(SCRIPT), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, **how)
+
+
+@pytest.fixture(scope="module")
+def found(tone_store, tmp_path_factory):
+    """The folder that two processes have left their results in."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "first").symlink_to(first_task(tone_store, "contavsep"))
+    kill(tone_store, folder / "killed_by_one", folder / "first")
+    result = started("several", folder, tone_store)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_two_ranks_take_the_step_of_one(name, found):
+    """Terms, gradients and running statistics; one of the ranks has no slot of an old class."""
+    one, two = one_step(name), load_file(found / f"{name}.safetensors")
+    assert one.keys() == two.keys()
+    assert any(k.startswith("gradient") for k in one)
+    # the terms themselves, and PLOP's distances, pass through float32
+    for key, value in one.items():
+        double = value.dtype == torch.float64 and not key.startswith("term")
+        limits = {"rtol": 1e-8, "atol": 1e-10} if double else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(two[key], value, **limits, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_mixtures_and_metrics_do_not_depend_on_the_number_of_ranks(found, tone_store):
+    facts = json.loads((found / "facts.json").read_text())
+    learner, stream = tiny_learner(validation_pairs=3), stream_of(tone_store)
+    data = learner._epoch(stream, stream.tasks[0], 0)
+    assert facts["drawn"] == [[c for m in batch.clips for c in m] for batch in learner._batches(data, 1)]
+    learner = tiny_learner(validation_pairs=3)
+    assert facts["sdr"] == pytest.approx(learner._validate(stream, stream.tasks[0], None), abs=1e-5)
+
+
+def _rows(run):
+    with open(run / "logs" / "train.csv", newline="") as file:
+        return [{k: float(v or 0) for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_a_resume_with_as_many_ranks_is_the_same_to_the_last_bit(found):
+    assert differing(weights(found / "whole"), weights(found / "killed")) == []
+    assert _rows(found / "whole") == _rows(found / "killed")
+
+
+def test_a_resume_with_another_number_of_ranks_goes_on_alike(found, tone_store):
+    assert len(_rows(found / "killed_for_one")) == 2
+    rank_checks.fit(tone_store, found / "killed_for_one", resume=True)
+    whole = _rows(found / "whole")
+    for run in (found / "killed_for_one", found / "killed_by_one"):
+        rows = _rows(run)
+        assert [r["step"] for r in rows] == [1, 2, 3]
+        for mine, theirs in zip(rows, whole, strict=True):
+            # Adam makes of rounding in a gradient near 0 a step of the learning rate's size
+            assert mine == pytest.approx(theirs, rel=1e-5 if mine["step"] == 1 else 1e-2)
+        records = [json.loads((r / "tasks" / "00" / "task.json").read_text()) for r in (run, found / "whole")]
+        assert records[0]["exemplars"] == records[1]["exemplars"] != {}
+    # the step after the change is taken from the very weights of the checkpoint
+    assert _rows(found / "killed_for_one")[:2] == whole[:2]
+    assert _rows(found / "killed_for_one")[2] == pytest.approx(whole[2], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    path = tmp_path_factory.mktemp("preset") / "tiny.yaml"
+    train = {**TINY_TRAIN, "validation_pairs": 1, "epochs": 1}
+    path.write_text(yaml.safe_dump({"summary": "tests", "separator": TINY_SEPARATOR, "train": train}))
+    return path
+
+
+def test_an_error_on_one_rank_is_one_line_and_ends_all(preset, tone_store):
+    result = started("broken", preset.parent, tone_store, "error")
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1] == "avsep: clip 'x' is gone"
+    assert result.stderr.count("avsep:") == 1
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_told_of_and_ends_all(preset, tone_store):
+    result = started("broken", preset.parent, tone_store, "kill")
+    assert result.returncode == 1
+    assert "avsep: process 1 of 2 was ended by signal 9 (out of memory?); go on with --resume" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_what_several_ranks_cannot_do_is_refused(monkeypatch):
+    learner = tiny_learner(batch_size=3)
+    learner.ranks = Ranks(0, 2)
+    with pytest.raises(ConfigError, match=r"3 mixtures cannot be shared equally by 2 processes.*train\.batch_size=4"):
+        learner._check_ranks()
+    learner = tiny_learner()
+    learner.ranks = Ranks(1, 2)
+    monkeypatch.setattr(type(learner.strategy), "across_ranks", False)
+    with pytest.raises(ConfigError, match="strategy 'contavsep' does not state that its loss holds over several"):
+        learner._check_ranks()
+
+    class Own(nn.BatchNorm2d):
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ConfigError, match="Own normalises a batch in its own way"), synchronised(Ranks(0, 2), Own(3)):
+        pass
+
+
+def test_ranks_that_were_started_differently_are_refused(monkeypatch):
+    learner = tiny_learner()
+    monkeypatch.setattr(Ranks, "everyones", lambda self, value: [value, {**value, "resume": True}])
+    spec = learner.train  # any settings will do
+
+    with pytest.raises(ConfigError, match="process 0 was started with resume = False and process 1 with True"):
+        learner._check_agreement(spec, False)
+
+
+def test_one_process_synchronises_nothing():
+    norm, x = nn.BatchNorm2d(3), torch.randn(2, 3, 4, 4)
+    with synchronised(ALONE, norm):
+        assert type(norm) is nn.BatchNorm2d
+    assert ALONE.gather(x) is x
+    assert ALONE.part(x) is x
+    with synchronised(Ranks(0, 2), norm, None):
+        assert isinstance(norm, nn.SyncBatchNorm)
+        assert torch.equal(norm.eval()(x), nn.BatchNorm2d(3).eval()(x))
+    assert type(norm) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("devices", ["2", "0"])
+def test_wrong_numbers_of_devices(devices, tone_store, tmp_path, capsys, monkeypatch):
+    from avsep.cli import main
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(SystemExit) as stop:
+        main(f"train {tone_store} --out {tmp_path / 'run'} --devices {devices} --device cuda".split())
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert ("--devices 2 and 1 CUDA device(s) here" if devices == "2" else "greater than or equal to 1") in error
+    assert not (tmp_path / "run").exists()
