@@ -67,6 +67,15 @@ def _version(value: bool) -> None:
 
 
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
     """Continual audio-visual sound separation."""
+    from avsep.errors import ConfigError
+    from avsep.launch import world_size
+
+    if world_size() > 1 and context.invoked_subcommand != "train":
+        raise ConfigError(
+            f"{world_size()} processes were started, and only avsep train shares its work between processes: run "
+            f"avsep {context.invoked_subcommand} without torchrun"
+        )
