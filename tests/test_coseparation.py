@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -330,6 +331,23 @@ def test_consistency_is_the_cross_entropy_of_what_is_heard():
     torch.testing.assert_close(terms["consistency"], expected, rtol=1e-4, atol=1e-5)
     terms["consistency"].backward()
     assert decoder.up[0].own.weight.grad.abs().max() > 0  # through the masks
+
+
+def test_a_detached_embedding_moves_the_classifier_and_the_object_but_no_mask():
+    encoder, decoder = decoder_of(detach_embedding=True)
+    x, visual, class_ids = inputs()
+    output = decoder(encoder(x), visual, class_ids)
+    plain = decoder_of()[1](encoder(x), visual, class_ids)
+    assert torch.equal(output.audio, plain.audio)
+    (output.audio * output.object).mean().backward(retain_graph=True)
+    assert decoder.up[0].own.weight.grad is None
+    assert decoder.object_proj.weight.grad.abs().max() > 0
+    assert next(decoder.classifier.parameters()).grad.abs().max() > 0
+    spectrograms = SimpleNamespace(network_input=x)
+    loss = decoder.auxiliary_losses(output, spectrograms, class_ids)["consistency"]
+    torch.testing.assert_close(loss, decoder.auxiliary_losses(plain, spectrograms, class_ids)["consistency"])
+    loss.backward()
+    assert decoder.up[0].own.weight.grad.abs().max() > 0  # the consistency loss still teaches the masks
 
 
 def test_the_classifier_runs_once_and_only_when_asked(monkeypatch):

@@ -53,7 +53,10 @@ class ConditionedUNet(nn.Module):
     output a class. Its cross-entropy with the source's class is the consistency loss, weighed by
     ``consistency_weight`` (:meth:`auxiliary_losses`); its last vector is the audio embedding f_a, as wide as f_o, the
     object's vector. The classifier runs only where one of the two is asked for: not at test time, and in no exported
-    graph.
+    graph. At first all sources of a mixture have one mask and sound alike, and a term that compares f_a with f_o then
+    pulls the sources together through their masks, whatever its weight, as long as nothing parts them. With
+    ``detach_embedding`` f_a has no gradient to the masks (the consistency loss has, and pays for a second pass of the
+    classifier): such terms teach the classifier and the object's vector, and the masks through that vector alone.
 
     The co-separation loss of the paper sums the masks of all objects of a video before they are compared with its ratio
     mask. Here a video has one object and there are no scene images, so it is the separation loss
@@ -79,6 +82,7 @@ class ConditionedUNet(nn.Module):
         project: bool = True,
         consistency_weight: float = 0.05,
         log_floor: float = 1e-10,
+        detach_embedding: bool = False,
     ) -> None:
         super().__init__()
         if dim < 8 or dim % 8:
@@ -96,6 +100,7 @@ class ConditionedUNet(nn.Module):
         self.num_classes = num_classes
         self.consistency_weight = consistency_weight
         self.log_floor = log_floor
+        self.detach_embedding = detach_embedding
         self.object_proj = nn.Linear(object_dim, dim) if project else nn.Identity()
         # d_7 first, d_1 last; d_k has the channels of e_(k-1) and reads [d_(k+1), e_k]; in place of d_8 is the object
         out = (*reversed(skip_channels[:-1]), 1)
@@ -136,7 +141,9 @@ class ConditionedUNet(nn.Module):
         logits = d.unflatten(0, (batch, sources)).squeeze(2)  # [B, N, F, T]
         return MaskOutput(
             logits=logits,
-            audio=functools.partial(self._listen, audio.spectrogram, logits),
+            audio=functools.partial(
+                self._listen, audio.spectrogram, logits.detach() if self.detach_embedding else logits
+            ),
             object=object_embedding,
             classify=self.classifier.fc,
             maps=maps,
@@ -151,8 +158,12 @@ class ConditionedUNet(nn.Module):
     def auxiliary_losses(self, output: MaskOutput, spectrograms: Spectrograms, class_ids: Tensor) -> dict[str, Tensor]:
         """The consistency loss, weighted: cross-entropy of what is heard in each source with its class, the mean over
         sources. Empty where its weight is 0."""
-        class_logits = output.class_logits if self.consistency_weight > 0 else None
-        if class_logits is None:
+        if self.consistency_weight == 0:
             return {}
+        if self.detach_embedding:  # heard once more, with the masks' gradient
+            class_logits = self.classifier.fc(self._listen(spectrograms.network_input, output.logits))
+        else:
+            assert output.class_logits is not None
+            class_logits = output.class_logits
         loss = F.cross_entropy(class_logits.flatten(0, 1).float(), class_ids.flatten())
         return {"consistency": self.consistency_weight * loss}
