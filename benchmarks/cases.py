@@ -469,48 +469,55 @@ def _chords(rng: np.random.Generator, sources: int, length: int, rate_hz: int = 
 def data_cases(
     store: Store,
     *,
+    shards: Store | None = None,
     batch: int = 8,
     mixtures: int = 64,
-    workers: Sequence[int] = (0, 1),
+    workers: Sequence[int] = (0, 2),
     front_end: FrontEndSpec | None = None,
 ) -> Iterator[Case]:
-    """Training mixtures read from a store, against reading every file of a clip whole and cutting it afterwards.
+    """Training mixtures read from a store, and from the same in ``shards``, against reading every file of a clip whole
+    in the training process and cutting it afterwards.
 
-    Both draw the same crops and make the same batches. ``front_end`` gives the crop's length (its rate is the store's).
+    All draw the same crops and make the same batches, in as many reader processes as ``workers`` say in turn (the
+    first is the baseline's). ``front_end`` gives the crop's length (its rate is the store's).
     """
     front_end = front_end or FrontEndSpec(sample_rate_hz=store.sample_rate_hz)
+    readers = {"whole files": _WholeFileStore(store.path, store.manifest), "store": store}
+    if shards is not None:
+        readers["shards"] = shards
+    sets = {name: _mixtures_of(of, batch, mixtures, front_end) for name, of in readers.items()}
+    data = sets["store"]
+    kinds = " and ".join(f"{s.role} {s.kind}" for s in data.visual_sources)
+    seconds = sum(c.samples for c in data.clips) / len(data.clips) / store.sample_rate_hz
+    loaders = {
+        name + (f", {count} worker{'s' * (count != 1)}" if count else ""): _loader(of, batch, count)
+        for count in workers
+        for name, of in sets.items()
+    }
+    yield Case(
+        name="data",
+        title="training mixtures read and collated; every file was read before, so it is in the system's cache",
+        variants={name: _passer(loader) for name, loader in loaders.items()},
+        check=_batches_check(loaders),
+        item="slot",
+        items=len(data) * data.train.sources,
+        in_process=max(workers) == 0,
+        settings=f"batch {batch}, {len(data)} mixtures, audio, {kinds}, {len(data.clips)} clips of {seconds:.1f} s on "
+        f"average, crops of {front_end.clip_s:.1f} s",
+    )
+
+
+def _mixtures_of(store: Store, batch: int, mixtures: int, front_end: FrontEndSpec) -> TrainingMixtures:
     store.require_rate(front_end.sample_rate_hz)
     clips = store.select(split="train")
     if not clips:
         raise DataError(f"{store.path} has no training clips: give another store")
     if not 1 <= batch <= mixtures:
         raise ConfigError(f"{mixtures} mixtures cannot be read in batches of {batch}")
-    visual_sources = _visual_sources(store)
     steps = mixtures // batch
     train = TrainSpec(batch_size=batch, current_repeats=math.ceil(mixtures / len(clips)), steps_per_epoch=steps)
-
-    def dataset(of: Store) -> TrainingMixtures:
-        numbers = {name: number for number, name in enumerate(of.classes)}
-        return TrainingMixtures(of, clips, [], train, front_end, visual_sources, numbers, task=0, epoch=0)
-
-    readers = {"whole files": dataset(_WholeFileStore(store.path, store.manifest)), "avsep": dataset(store)}
-    slots = steps * batch * train.sources
-    kinds = " and ".join(f"{s.role} {s.kind}" for s in visual_sources)
-    seconds = sum(c.samples for c in clips) / len(clips) / store.sample_rate_hz
-
-    for count in workers:
-        loaders = {name: _loader(data, batch, count) for name, data in readers.items()}
-        yield Case(
-            name=f"data, {count} workers" if count != 1 else "data, 1 worker",
-            title="training mixtures read and collated; every file was read before, so it is in the system's cache",
-            variants={name: _passer(loader) for name, loader in loaders.items()},
-            check=_batches_check(loaders),
-            item="slot",
-            items=slots,
-            in_process=count == 0,
-            settings=f"batch {batch}, {steps * batch} mixtures, audio, {kinds}, clips of {seconds:.1f} s on average, "
-            f"crops of {front_end.clip_s:.1f} s",
-        )
+    numbers = {name: number for number, name in enumerate(store.classes)}
+    return TrainingMixtures(store, clips, [], train, front_end, _visual_sources(store), numbers, task=0, epoch=0)
 
 
 def _visual_sources(store: Store) -> list[VisualSource]:
@@ -546,13 +553,15 @@ def _passer(loader: DataLoader[Any]) -> Callable[[], object]:
 def _batches_check(loaders: dict[str, DataLoader[Any]]) -> Callable[[], str]:
     def check() -> str:
         worst = 0.0
-        for one, other in zip(*loaders.values(), strict=True):
-            for field in ("sources", "object", "motion", "class_ids", "video_ids"):
-                a, b = getattr(one, field), getattr(other, field)
-                if (a is None) != (b is None) or (a is not None and a.shape != b.shape):
-                    worst = math.inf
-                elif a is not None:
-                    worst = max(worst, (a.double() - b.double()).abs().max().item())
+        first, *others = loaders.values()
+        for other in others:
+            for one, another in zip(first, other, strict=True):
+                for field in ("sources", "object", "motion", "class_ids", "video_ids"):
+                    a, b = getattr(one, field), getattr(another, field)
+                    if (a is None) != (b is None) or (a is not None and a.shape != b.shape):
+                        worst = math.inf
+                    elif a is not None:
+                        worst = max(worst, (a.double() - b.double()).abs().max().item())
         return agree("batches", worst, 0.0)
 
     return check
@@ -573,7 +582,13 @@ class _WholeFileStore(Store):
         out[max(-start, 0) : max(-start, 0) + len(cut)] = cut
         return out
 
-    def read_visual(self, clip: Clip, source: VisualSource, *, centre_s: float, duration_s: float) -> np.ndarray:
+    def read_crop(self, clip: Clip, start: int, samples: int, gain: float = 1.0) -> np.ndarray:
+        crop = self.read_audio(clip, start, samples - 1, tile=clip.samples < samples)
+        return np.append(np.clip(crop * np.float32(gain), -1.0, 1.0), np.float32(0.0))
+
+    def read_visual(
+        self, clip: Clip, source: VisualSource, *, centre_s: float, duration_s: float, copy: bool = True
+    ) -> np.ndarray:
         kind = source.role if source.kind == "frames" else f"features/{source.name}"
         file = self.file(clip, kind)
         assert file is not None
@@ -585,7 +600,7 @@ class _WholeFileStore(Store):
             motion_rate_hz=self.motion_rate_hz,
             features={source.name: whole},
         )
-        return timeline.read(source, centre_s, duration_s)
+        return timeline.read(source, centre_s, duration_s, copy=copy)
 
 
 def temporary_store(

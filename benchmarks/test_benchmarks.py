@@ -13,12 +13,16 @@ from avsep.benchmarks import cases
 from avsep.benchmarks.kernel_cases import KernelCase, Variant, kernel_cases
 from avsep.benchmarks.kernels import calls_of, check_case
 from avsep.benchmarks.measure import Case
+from avsep.data.shards import shard_store
 from avsep.errors import MissingExtraError
 
 # case -> (its variants, repeats, the function that gives the cases of its group)
 KNOWN: dict[str, tuple[tuple[str, ...], int, Callable[[Any], Iterator[Case]]]] = {
-    "data, 0 workers": (("whole files", "avsep"), 9, lambda folder: _data(folder)),
-    "data, 1 worker": (("whole files", "avsep"), 9, lambda folder: _data(folder)),
+    "data": (
+        tuple(f"{n}{w}" for w in ("", ", 2 workers") for n in ("whole files", "store", "shards")),
+        9,
+        lambda folder: _data(folder),
+    ),
     "metrics": (("mir_eval", "avsep"), 5, lambda _: cases.metrics_cases()),
     "train step": (("literal", "avsep"), 3, lambda _: cases.train_cases()),
     "unet": (("literal", "avsep", "avsep, plain upsampling"), 3, lambda _: cases.train_cases()),
@@ -26,7 +30,8 @@ KNOWN: dict[str, tuple[tuple[str, ...], int, Callable[[Any], Iterator[Case]]]] =
 
 
 def _data(folder: Any) -> Iterator[Case]:
-    yield from cases.data_cases(cases.temporary_store(folder / "store"))
+    store = cases.temporary_store(folder / "store", clips=160)
+    yield from cases.data_cases(store, shards=shard_store(store, folder / "shards", shard_mb=64))
 
 
 SPEEDS = [(name, number) for name, (variants, _, _) in KNOWN.items() for number in range(len(variants))]

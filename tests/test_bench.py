@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from conftest import TINY_FRONT_END
 
 from avsep.benchmarks import cases, measure
 from avsep.benchmarks.measure import COLUMNS, Case, CheckFailed, Timing, agree, interleaved, peak_memory_bytes
+from avsep.benchmarks.reading import reading_memory
 from avsep.benchmarks.run import run_cases
 from avsep.cli import main
 from avsep.data.store import Store
@@ -98,14 +100,20 @@ def test_train_end_to_end(preset, tmp_path, capsys):
 @pytest.mark.slow
 def test_data_end_to_end(tmp_path):
     out = tmp_path / "results.csv"
-    assert bench("data", "--mixtures", 4, "--batch", 2, "--clip-s", 7, "--repeats", 2, "--out", out) == 0
+    sizes = ("--mixtures", 4, "--batch", 2, "--clips", 4, "--clip-s", 7, "--workers", 1)
+    assert bench("data", *sizes, "--repeats", 2, "--out", out) == 0
     found = rows(out)
-    assert [(r["case"], r["variant"]) for r in found] == [
-        (case, variant) for case in ("data, 0 workers", "data, 1 worker") for variant in ("whole files", "avsep")
-    ]
+    names = ["whole files", "store", "shards"]
+    assert [r["variant"] for r in found] == [*names, *(f"{name}, 1 worker" for name in names)]
     for row in found:  # 4 mixtures of 2 slots a pass
         assert float(row["per_second"]) == pytest.approx(8e3 / float(row["median_ms"]), rel=1e-2)
-    assert [bool(r["peak_memory_mb"]) for r in found[2:]] == [False, False]  # a worker's memory is not the process's
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's own memory")
+def test_memory_of_reading(tone_store):
+    found = reading_memory(tone_store, batch=2, mixtures=4, passes=2)
+    assert found["clips"] == 28
+    assert 0 < found["before_mb"] <= found["peak_mb"] < found["before_mb"] + 60
 
 
 def test_metrics_end_to_end(tmp_path):

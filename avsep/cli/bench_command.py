@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,13 +54,27 @@ def data(
     store: _Store = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Mixtures of two slots in a batch.")] = 8,
     mixtures: Annotated[int, typer.Option("--mixtures", min=1, help="Mixtures read in one pass.")] = 64,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Reader processes, beside none.")] = 2,
+    clips: Annotated[int, typer.Option("--clips", min=2, help="Clips of a temporary store.")] = 160,
     clip_s: Annotated[float, typer.Option("--clip-s", min=0.1, help="Seconds of a temporary store's clips.")] = 20.0,
+    shard_mb: Annotated[float, typer.Option("--shard-mb", help="Size of the shards.")] = 64,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Peak memory with temporary stores of 1, 4 and 16 times the clips (Linux).")
+    ] = False,
     repeats: _Repeats = 9,
     out: _Out = _OUT,
     plot: _Plot = None,
 ) -> None:
-    """Reading training mixtures, against loading whole files, with no and with one reader process."""
-    _run(_data(store, batch, mixtures, clip_s), repeats, out, plot)
+    """Reading training mixtures from a store and from shards, against loading whole files in the training process."""
+    if memory:
+        _reading_memory(batch, mixtures, clip_s, shard_mb, out)
+    else:
+        _run(
+            _data(store, batch, mixtures, clip_s, clips, shard_mb, (0, workers) if workers else (0,)),
+            repeats,
+            out,
+            plot,
+        )
 
 
 @app.command("metrics")
@@ -133,7 +146,7 @@ def everything(
     """Data, metrics and train, one after the other."""
 
     def cases() -> Iterator[Case]:
-        yield from _data(store, 8, 64, 20.0)
+        yield from _data(store, 8, 64, 20.0, 160, 64, (0, 2))
         yield from _metrics(4, 2, 65280)
         yield from _train(preset, batch, classes, None, device)
 
@@ -223,19 +236,56 @@ def _train(preset: str, batch: int, classes: int, memory_share: float | None, de
     yield from train_cases(preset, batch=batch, classes=classes, memory_share=memory_share, device=str(chosen))
 
 
-def _data(store: Path | None, batch: int, mixtures: int, clip_s: float) -> Iterator[Case]:
+def _data(
+    store: Path | None,
+    batch: int,
+    mixtures: int,
+    clip_s: float,
+    clips: int,
+    shard_mb: float,
+    workers: tuple[int, ...],
+) -> Iterator[Case]:
     import tempfile
 
     from avsep.benchmarks.cases import data_cases, temporary_store
+    from avsep.data.shards import shard_store
     from avsep.data.store import Store
 
-    with contextlib.ExitStack() as stack:
-        if store is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-bench-"))
-            opened = temporary_store(Path(folder) / "store", clip_s=clip_s)
-        else:
-            opened = Store.open(store)
-        yield from data_cases(opened, batch=batch, mixtures=mixtures)
+    with tempfile.TemporaryDirectory(prefix="avsep-bench-") as folder:
+        place = Path(folder)
+        opened = temporary_store(place / "store", clips=clips, clip_s=clip_s) if store is None else Store.open(store)
+        shards = shard_store(opened, place / "shards", shard_mb=shard_mb)
+        yield from data_cases(opened, shards=shards, batch=batch, mixtures=mixtures, workers=workers)
+
+
+def _reading_memory(batch: int, mixtures: int, clip_s: float, shard_mb: float, out: Path) -> None:
+    import tempfile
+
+    from rich.console import Console
+
+    from avsep.benchmarks.cases import temporary_store
+    from avsep.benchmarks.measure import append_rows, check_results
+    from avsep.benchmarks.reading import memory_rows
+    from avsep.benchmarks.run import print_rows
+    from avsep.data.shards import shard_store
+    from avsep.progress import progress_bar
+
+    check_results(out)
+    with tempfile.TemporaryDirectory(prefix="avsep-bench-") as folder, progress_bar() as bars:
+        bar = bars.add("reading in fresh processes", total=9)
+        stores: dict[str, Path] = {}
+        for times in (1, 4, 16):
+            made = temporary_store(Path(folder) / f"clips-{times}", clips=12 * times, clip_s=clip_s)
+            stores[f"store, {times}x the clips"] = made.path
+            stores[f"shards, {times}x the clips"] = shard_store(
+                made, Path(folder) / f"shards-{times}", shard_mb=shard_mb
+            ).path
+            longer = temporary_store(Path(folder) / f"longer-{times}", clips=12, clip_s=clip_s * times)
+            stores[f"store, {times}x as long clips"] = longer.path
+        rows = list(memory_rows(stores, batch=batch, mixtures=mixtures, done=lambda: bars.advance(bar)))
+        append_rows(out, rows)
+    print_rows(Console(), "peak of a process's own memory while it reads", rows)
+    typer.echo(f"\nresults appended to {out}")
 
 
 def _metrics(batch: int, sources: int, length: int) -> Iterator[Case]:

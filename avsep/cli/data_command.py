@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from avsep.data.store import Store
 
 app = typer.Typer(
-    help="Make the offline benchmark or prepare your videos; check and look at stores.", no_args_is_help=True
+    help="Make the offline benchmark or prepare your videos; check, shard and look at stores.", no_args_is_help=True
 )
 app.command("prepare")(_prepare.command)
 
@@ -170,6 +170,29 @@ def _print_availability(console: Console, found: Availability, classes: list[str
         console.print("its splits are not those lists': give them to avsep data prepare as --splits", highlight=False)
 
 
+@app.command("shard")
+def shard(
+    store: _StoreArgument,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the sharded store.")],
+    shard_mb: Annotated[float, typer.Option("--shard-mb", help="Size of a shard in millions of bytes.")] = 512,
+    disk: Annotated[
+        list[Path] | None,
+        typer.Option("--disk", help="Folder on another disk that takes its share of the shards; repeat for more."),
+    ] = None,
+) -> None:
+    """Write a store's files into a few WebDataset tars, which are read like the store. Continues a killed run."""
+    from avsep.data.shards import shard_store
+    from avsep.data.store import Store
+    from avsep.progress import progress_bar
+
+    try:
+        with progress_bar() as bars:
+            made = shard_store(Store.open(store), out, shard_mb=shard_mb, folders=disk or (), bars=bars)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on where it was") from None
+    typer.echo(f"{made.path}: {_extent(made)} in {len(made.manifest['shards'])} shards")
+
+
 @app.command("info")
 def info(store: _StoreArgument) -> None:
     """What a store holds and where it comes from."""
@@ -193,6 +216,8 @@ def info(store: _StoreArgument) -> None:
             value = ", ".join(f"{bank['name']} (SHA-256 {bank['sha256'][:12]}...)" for bank in value)
         lines.append((key.replace("_", " "), str(value)))
     lines += [("licence", str(manifest.get("licence", ""))), ("content hash", opened.content_hash)]
+    if manifest.get("shards"):
+        lines.append(("shards", f"{len(manifest['shards'])} in {', '.join(manifest['shard_folders'])}"))
     for name, text in lines:
         typer.echo(f"{name:18} {text}")
 

@@ -119,7 +119,7 @@ def check_store(path: str | Path, bars: Progress | None = None) -> StoreCheck:
         summary.seconds += clip.samples / store.sample_rate_hz
         for kind in store.manifest["clips"][clip.index]["files"]:
             summary.kinds[kind] = summary.kinds.get(kind, 0) + 1
-        if store.file(clip, "audio") is not None:
+        if "audio" in store.manifest["clips"][clip.index]["files"]:
             level_db, clipped = _level(store, clip)
             summary.levels_db.append(level_db)
             if level_db < SILENT_DB:

@@ -6,13 +6,14 @@ of reading and a resume in mid-epoch cannot change it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from avsep.data.protocol import TestMixture, second_start, seconds_of
 from avsep.data.store import Clip, Store
@@ -53,31 +54,41 @@ def load_slot(
     length = front_end.clip_samples
     if clip.samples == 0:
         raise DataError(f"clip '{clip.id}' has no samples: run avsep data check on the store")
-    audio = store.read_audio(clip, start, length - 1, tile=clip.samples < length)
-    audio = np.clip(audio * np.float32(gain), -1.0, 1.0)
-    audio = np.concatenate([audio, np.zeros(1, np.float32)])
-    if not np.isfinite(audio).all():
-        raise DataError(f"clip '{clip.id}' holds NaN or infinite samples: run avsep data check on the store")
+    audio = store.read_crop(clip, start, length, gain)
     centre_s = (start + length // 2) / front_end.sample_rate_hz
     visual = {
-        source.role: store.read_visual(clip, source, centre_s=centre_s, duration_s=front_end.clip_s)
+        source.role: store.read_visual(clip, source, centre_s=centre_s, duration_s=front_end.clip_s, copy=False)
         for source in visual_sources
     }
     return Slot(audio=audio, visual=visual, clip=clip, class_id=class_id, is_memory=is_memory)
 
 
 def collate(mixtures: Sequence[Sequence[Slot]]) -> Batch:
-    """Stack mixtures of N slots each into a :class:`Batch`; sources are scaled by 1/N (1/2 for the published pairs)."""
-    count = len(mixtures[0])
-    sources = np.stack([[s.audio for s in m] for m in mixtures]) / np.float32(count)  # [B, N, L]
+    """Stack mixtures of N slots each into a :class:`Batch`; sources are scaled by 1/N (1/2 for the published pairs).
+
+    In a reader process the tensors are made in shared memory, where the training process finds them without a copy.
+    """
+    first = mixtures[0]
+    shape = (len(mixtures), len(first))
+    sources = _empty((*shape, len(first[0].audio)), first[0].audio)  # [B, N, L]
+    for b, n, slot in _places(mixtures):
+        np.divide(slot.audio, np.float32(shape[1]), out=sources.numpy()[b, n])
 
     def visual(role: str) -> torch.Tensor | None:
-        if role not in mixtures[0][0].visual:
+        if role not in first[0].visual:
             return None
-        return torch.from_numpy(np.stack([[s.visual[role] for s in m] for m in mixtures]))
+        out = _empty((*shape, *first[0].visual[role].shape), first[0].visual[role])
+        for b, n, slot in _places(mixtures):
+            if slot.visual[role].shape != out.shape[2:]:
+                raise DataError(
+                    f"clips '{first[0].clip.id}' and '{slot.clip.id}' have {role} inputs of different shapes, "
+                    f"{list(out.shape[2:])} and {list(slot.visual[role].shape)}: they cannot be in one batch"
+                )
+            out.numpy()[b, n] = slot.visual[role]
+        return out
 
     return Batch(
-        sources=torch.from_numpy(sources),
+        sources=sources,
         class_ids=torch.tensor([[s.class_id for s in m] for m in mixtures], dtype=torch.int64),
         video_ids=torch.tensor([[s.clip.index for s in m] for m in mixtures], dtype=torch.int64),
         is_memory=torch.tensor([[s.is_memory for s in m] for m in mixtures], dtype=torch.bool),
@@ -85,6 +96,18 @@ def collate(mixtures: Sequence[Sequence[Slot]]) -> Batch:
         motion=visual("motion"),
         clips=tuple(tuple(s.clip.id for s in m) for m in mixtures),
     )
+
+
+def _empty(shape: Sequence[int], like: np.ndarray) -> torch.Tensor:
+    dtype = torch.from_numpy(np.empty(0, like.dtype)).dtype
+    if get_worker_info() is None:
+        return torch.empty(*shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * like.itemsize)  # as PyTorch's own collation does
+    return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))
+
+
+def _places(mixtures: Sequence[Sequence[Slot]]) -> Iterator[tuple[int, int, Slot]]:
+    return ((b, n, slot) for b, mixture in enumerate(mixtures) for n, slot in enumerate(mixture))
 
 
 def load_mixtures(

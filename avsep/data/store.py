@@ -11,24 +11,27 @@ Layout::
 
 The manifest is written last, so a folder without one is unfinished. ``clips`` are what can be read; a store prepared
 from videos also says of each clip where it comes from (``source``, with its hash), and lists under ``skipped`` the
-videos that could not be used, with ``status`` and ``reason``.
+videos that could not be used, with ``status`` and ``reason``. Large data sets may have their files in shards instead
+(:mod:`avsep.data.shards`); a store of either kind is opened and read alike.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
-import threading
 import wave
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from avsep.data.maps import ArrayOnDisk, FileMaps, MappedFile, OpenFile
+from avsep.data.shards import check_shards, find_shards
 from avsep.data.visualfile import VisualTimeline
 from avsep.errors import ConfigError, DataError, UnknownNameError, near_matches
 from avsep.io import FolderLock, atomic_path, read_json, sha256_file, write_json
@@ -41,7 +44,10 @@ SPLITS = ("train", "val", "test")
 _FORMAT = "avsep-store"
 _JOURNAL = ".journal"
 VIDEOS_FILE = "videos.csv"
-_OPEN_MAPS = 64  # memory maps kept open per process; each holds a file descriptor
+_BYTE = np.dtype(np.uint8)
+_PCM = np.dtype("<i2")
+_OPEN_MAPS = 64  # memory maps kept open per process, beside those of shards; each holds a file descriptor
+_OPEN_SHARDS = 128
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,10 @@ class Store:
             Clip(entry["id"], entry["class"], entry["split"], entry["samples"], index)
             for index, entry in enumerate(manifest["clips"])
         )
-        self._maps: OrderedDict[Path, np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
+        self._maps = FileMaps(_OPEN_MAPS)
+        self._shards = find_shards(path, manifest)
+        self._shard_maps = FileMaps(_OPEN_SHARDS)
+        self._root = str(path)
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> Store:
@@ -101,27 +109,49 @@ class Store:
         return store
 
     def _check_files(self, verify: bool) -> None:
+        for file, shard in zip(self._shards, self.manifest.get("shards", ()), strict=True):
+            self._check_file(Path(file), "a shard", shard, verify)
         for entry in self.manifest["clips"]:
             for kind, record in entry["files"].items():
-                file = self.path / record["path"]
-                try:
-                    size = file.stat().st_size
-                except FileNotFoundError:
-                    raise DataError(
-                        f"{file} is missing ({kind} of clip '{entry['id']}'): make the store again"
-                    ) from None
-                if size != record["bytes"]:
-                    raise DataError(
-                        f"{file} has {size} bytes instead of {record['bytes']}: it is truncated or was replaced; "
-                        f"make the store again"
-                    )
-                if verify and sha256_file(file) != record["sha256"]:
-                    raise DataError(
-                        f"{file} does not match its hash in the manifest: it is damaged; make the store again"
-                    )
+                if "shard" not in record:
+                    self._check_file(self.path / record["path"], f"{kind} of clip '{entry['id']}'", record, verify)
+                elif verify:
+                    for _ in self.blocks(record, 1 << 20):
+                        pass
         if verify:
             for clip in self.clips:
                 self.read_audio(clip, 0, 0)
+
+    @staticmethod
+    def _check_file(file: Path, what: str, record: Mapping[str, Any], verify: bool) -> None:
+        try:
+            size = file.stat().st_size
+        except FileNotFoundError:
+            way_out = "put it back, or name its folder in shard_folders of manifest.json, or " * (what == "a shard")
+            raise DataError(f"{file} is missing ({what}): {way_out}make the store again") from None
+        if size != record["bytes"]:
+            raise DataError(
+                f"{file} has {size} bytes instead of {record['bytes']}: it is truncated or was replaced; make the "
+                f"store again"
+            )
+        if verify and sha256_file(file) != record["sha256"]:
+            raise DataError(f"{file} does not match its hash in the manifest: it is damaged; make the store again")
+
+    def blocks(self, record: Mapping[str, Any], size: int) -> Iterator[memoryview]:
+        """The bytes of one of a clip's files, by its record in the manifest, at most ``size`` at a time.
+
+        Raises :class:`DataError` at the end where they do not match their hash.
+        """
+        digest = hashlib.sha256()
+        with self._opened(record) as file:
+            for start in range(0, record["bytes"], size):
+                block = file.numbers(_BYTE, start, min(size, record["bytes"] - start))
+                digest.update(block)
+                yield block.data
+        if digest.hexdigest() != record["sha256"]:
+            raise DataError(
+                f"{self._name(record)} does not match its hash in the manifest: it is damaged; make the store again"
+            )
 
     @property
     def content_hash(self) -> str:
@@ -186,9 +216,10 @@ class Store:
         return [known[clip_id] for clip_id in ids]
 
     def file(self, clip: Clip, kind: str) -> Path | None:
-        """The path of one of a clip's files (``audio``, ``object``, ``motion``, ``features/NAME``), or None."""
-        record = self.manifest["clips"][clip.index]["files"].get(kind)
-        return None if record is None else self.path / record["path"]
+        """The path of one of a clip's files (``audio``, ``object``, ``motion``, ``features/NAME``), or None where it
+        has none or keeps it in a shard."""
+        record = self._records(clip).get(kind)
+        return None if record is None or "shard" in record else self.path / record["path"]
 
     def read_audio(self, clip: Clip, start: int = 0, samples: int | None = None, *, tile: bool = False) -> np.ndarray:
         """Read float32 [samples] from sample ``start`` on (default: to the clip's end), ±1 full scale.
@@ -201,7 +232,7 @@ class Store:
             raise DataError(f"clip '{clip.id}': cannot read {samples} samples")
         out = np.zeros(samples, np.float32)
         if tile and clip.samples and not 0 <= start <= clip.samples - samples:
-            whole = self._pcm(clip, 0, clip.samples)
+            whole = self._pcm(clip, 0, clip.samples).astype(np.float32) / np.float32(32768)
             out[:] = np.take(whole, np.arange(start, start + samples), mode="wrap")
             return out
         low, high = max(start, 0), min(start + samples, clip.samples)
@@ -209,68 +240,105 @@ class Store:
             out[low - start : high - start] = self._pcm(clip, low, high - low)
         elif samples == 0:
             self._pcm(clip, 0, 0)
+        out *= np.float32(1 / 32768)
         return out
 
-    def _pcm(self, clip: Clip, start: int, samples: int) -> np.ndarray:
-        file = self.file(clip, "audio")
-        if file is None:
-            raise DataError(f"clip '{clip.id}' of {self.path} has no audio: this store holds features only")
-        try:
-            with wave.open(str(file), "rb") as audio:
-                form = (audio.getframerate(), audio.getnchannels(), audio.getsampwidth(), audio.getnframes())
-                if form != (self.sample_rate_hz, 1, 2, clip.samples):
-                    raise DataError(
-                        f"{file} is {form[0]} Hz, {form[1]} channels, {8 * form[2]} bit, {form[3]} samples; the "
-                        f"manifest says {self.sample_rate_hz} Hz, 1 channel, 16 bit, {clip.samples} samples"
-                    )
-                audio.setpos(start)
-                data = audio.readframes(samples)
-        except FileNotFoundError:
-            raise DataError(f"{file} is missing: make the store again") from None
-        except (wave.Error, EOFError) as error:
-            raise DataError(f"{file} is not a readable WAV file ({error}): make the store again") from None
-        pcm = np.frombuffer(data, "<i2")
-        if len(pcm) != samples:
-            raise DataError(f"{file} ends early: make the store again")
-        return pcm.astype(np.float32) / np.float32(32768)
+    def read_crop(self, clip: Clip, start: int, samples: int, gain: float = 1.0) -> np.ndarray:
+        """A crop as training takes it: float32 [samples] from sample ``start`` on, times ``gain``, clipped to ±1.
 
-    def _map(self, file: Path) -> np.ndarray:
-        with self._lock:
-            if file in self._maps:
-                self._maps.move_to_end(file)
-                return self._maps[file]
+        As :meth:`read_audio` in one pass: silence outside the clip, and one that is shorter than the crop repeats. The
+        last sample is zero, as published.
+        """
+        out = np.empty(samples, np.float32)
+        out[-1:] = 0.0
+        scale = np.float32(gain) / np.float32(32768)  # exact, so that the product is rounded once
+        low, high = max(start, 0), min(start + samples - 1, clip.samples)
+        if clip.samples < samples and high - low < samples - 1:
+            wrapped = np.arange(start, start + samples - 1)
+            out[:-1] = np.take(self._pcm(clip, 0, clip.samples), wrapped, mode="wrap")
+        else:
+            out[: max(low - start, 0)] = 0.0
+            out[max(high - start, 0) : -1] = 0.0
+            if high > low:
+                out[low - start : high - start] = self._pcm(clip, low, high - low)
+        out *= scale
+        return np.clip(out, -1.0, 1.0, out=out) if abs(gain) > 1 else out
+
+    def _pcm(self, clip: Clip, start: int, samples: int) -> np.ndarray:
+        """int16 [samples] from sample ``start`` on."""
+        record = self._records(clip).get("audio")
+        if record is None:
+            raise DataError(f"clip '{clip.id}' of {self.path} has no audio: this store holds features only")
+        with self._opened(record) as file:
             try:
-                array = np.load(file, mmap_mode="r", allow_pickle=False)
-            except FileNotFoundError:
-                raise DataError(f"{file} is missing: make the store again") from None
-            except (ValueError, EOFError) as error:
-                raise DataError(f"{file} is not a readable array ({error}): make the store again") from None
-            self._maps[file] = array
-            while len(self._maps) > _OPEN_MAPS:
-                self._maps.popitem(last=False)
-            return array
+                layout = file.pcm_layout()
+            except ValueError as error:
+                where = self._name(record)
+                raise DataError(f"{where} is not a readable WAV file ({error}): make the store again") from None
+            if layout[:4] != (self.sample_rate_hz, 1, 16, clip.samples):
+                raise DataError(
+                    f"{self._name(record)} is {layout.rate_hz} Hz, {layout.channels} channels, {layout.bits} bit, "
+                    f"{layout.frames} samples; the manifest says {self.sample_rate_hz} Hz, 1 channel, 16 bit, "
+                    f"{clip.samples} samples"
+                )
+            pcm = file.numbers(_PCM, layout.offset + _PCM.itemsize * start, samples)
+        if len(pcm) != samples:
+            raise DataError(f"{self._name(record)} ends early: make the store again")
+        return pcm
+
+    def _opened(self, record: Mapping[str, Any]) -> MappedFile | OpenFile:
+        """One of a clip's files, to be read from once."""
+        return self._in_shard(record) if "shard" in record else OpenFile(f"{self._root}/{record['path']}")
+
+    def _mapped(self, record: Mapping[str, Any]) -> MappedFile:
+        """One of a clip's files, to be held."""
+        if "shard" in record:
+            return self._in_shard(record)
+        return MappedFile(self._maps.get(f"{self._root}/{record['path']}"))
+
+    def _in_shard(self, record: Mapping[str, Any]) -> MappedFile:
+        start = record["offset"]
+        return MappedFile(self._shard_maps.get(self._shards[record["shard"]])[start : start + record["bytes"]])
+
+    def _name(self, record: Mapping[str, Any]) -> str:
+        if "shard" in record:
+            return f"{record['path']} in {self._shards[record['shard']]}"
+        return str(self.path / record["path"])
+
+    def _records(self, clip: Clip) -> dict[str, dict[str, Any]]:
+        return self.manifest["clips"][clip.index]["files"]  # type: ignore[no-any-return]
 
     def timeline(self, clip: Clip) -> VisualTimeline:
         """All that the store has to see of a clip, as memory maps."""
-        return self._timeline(clip, [k for k in self.manifest["clips"][clip.index]["files"] if k != "audio"])
+        arrays = {}
+        for kind, record in self._records(clip).items():
+            if kind != "audio":
+                with self._readable(record):
+                    arrays[kind] = self._mapped(record).array()
+        return self._timeline(clip, arrays)
 
-    def _timeline(self, clip: Clip, kinds: Iterable[str]) -> VisualTimeline:
-        arrays: dict[str, np.ndarray] = {}
-        for kind in kinds:
-            file = self.file(clip, kind)
-            if file is not None:
-                arrays[kind] = self._map(file)
+    def _timeline(self, clip: Clip, arrays: Mapping[str, np.ndarray | ArrayOnDisk]) -> VisualTimeline:
         return VisualTimeline(
-            object=arrays.get("object"),
-            motion=arrays.get("motion"),
+            object=arrays.get("object"),  # type: ignore[arg-type]
+            motion=arrays.get("motion"),  # type: ignore[arg-type]
             object_rate_hz=self.object_rate_hz,
             motion_rate_hz=self.motion_rate_hz,
-            features={k.removeprefix("features/"): a for k, a in arrays.items() if k.startswith("features/")},
+            features={k.removeprefix("features/"): a for k, a in arrays.items() if k.startswith("features/")},  # type: ignore[misc]
             where=f"clip '{clip.id}' of {self.path}",
         )
 
-    def read_visual(self, clip: Clip, source: VisualSource, *, centre_s: float, duration_s: float) -> np.ndarray:
-        """What ``source`` asks for around ``centre_s``; shapes as :meth:`VisualTimeline.read`."""
+    @contextlib.contextmanager
+    def _readable(self, record: Mapping[str, Any]) -> Iterator[None]:
+        """Says which file it is that holds no readable array."""
+        try:
+            yield
+        except ValueError as error:
+            raise DataError(f"{self._name(record)} is not a readable array ({error}): make the store again") from None
+
+    def read_visual(
+        self, clip: Clip, source: VisualSource, *, centre_s: float, duration_s: float, copy: bool = True
+    ) -> np.ndarray:
+        """What ``source`` asks for around ``centre_s``; shapes and ``copy`` as in :meth:`VisualTimeline.read`."""
         kind = source.role if source.kind == "frames" else f"features/{source.name}"
         if source.kind == "features" and source.name in self.features:
             role = self.features[source.name]["role"]
@@ -279,9 +347,12 @@ class Store:
                     f"features '{source.name}' of {self.path} describe the {role}, not the {source.role}: use them in "
                     f"the {role}_encoder"
                 )
-        if self.file(clip, kind) is None:
+        record = self._records(clip).get(kind)
+        if record is None:
             return self.timeline(clip).read(source, centre_s, duration_s)  # raises, naming what there is
-        return self._timeline(clip, [kind]).read(source, centre_s, duration_s)
+        with self._readable(record), self._opened(record) as file:
+            copy = copy and isinstance(file, MappedFile)  # what is read by position is nobody else's
+            return self._timeline(clip, {kind: file.array()}).read(source, centre_s, duration_s, copy=copy)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
@@ -350,6 +421,7 @@ def _check_manifest(path: Path, manifest: Any) -> None:
             for entry in clips:
                 if f"features/{name}" not in entry["files"]:
                     raise DataError(f"{where}: clip '{entry['id']}' lacks the features '{name}'")
+        check_shards(where, manifest)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where} is damaged: {type(error).__name__} {error}; make the store again") from None
 
@@ -685,5 +757,5 @@ def remove_store(path: str | Path) -> None:
         # only what a store consists of: anything else in the folder is not ours to delete
         manifest.unlink(missing_ok=True)
         (path / VIDEOS_FILE).unlink(missing_ok=True)
-        for folder in ("audio", "object", "motion", "features", _JOURNAL):
+        for folder in ("audio", "object", "motion", "features", "shards", _JOURNAL):
             shutil.rmtree(path / folder, ignore_errors=True)

@@ -28,7 +28,7 @@ __all__ = ["VisualTimeline", "read_visual_file", "timelines_of", "write_visual_f
 
 @dataclass(frozen=True)
 class VisualTimeline:
-    """What is known of one video, as arrays or memory maps.
+    """What is known of one video, as arrays, memory maps or open files.
 
     ``object`` uint8 [n, 3, H, W] pictures at ``object_rate_hz``, ``motion`` uint8 [m, c, h, w] at ``motion_rate_hz``;
     picture i covers the seconds [i, i + 1) / rate. ``features``: by name, object features [n, D] (one row a picture,
@@ -43,13 +43,14 @@ class VisualTimeline:
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
     where: str = "the video"
 
-    def read(self, source: VisualSource, centre_s: float, duration_s: float) -> np.ndarray:
+    def read(self, source: VisualSource, centre_s: float, duration_s: float, *, copy: bool = True) -> np.ndarray:
         """Cut what ``source`` asks for around ``centre_s``, ``duration_s`` seconds long.
 
         Returns uint8 [K, 3, H, W] (object pictures: ``source.frames`` consecutive ones, the middle one covers
         ``centre_s``), float32 [K, D] (object features, likewise), uint8 [M, c, h, w] (motion pictures: M =
         round(duration_s * rate) from round((centre_s - duration_s / 2) * rate) on) or float32 [D, T] (motion
-        features). Beyond the ends the border picture repeats.
+        features). Beyond the ends the border picture repeats. Without ``copy`` what is given may be a view of the
+        memory map, not to be written to.
 
         Raises :class:`DataError` when the video lacks the kind or the feature, or the width differs.
         """
@@ -60,8 +61,8 @@ class VisualTimeline:
             if source.role == "motion":
                 count = max(1, _round(duration_s * self.motion_rate_hz))
                 first = _round((centre_s - duration_s / 2) * self.motion_rate_hz)
-                return _clamped(array, first, count)  # [M, c, h, w]
-            return self._around(array, source, centre_s)  # [K, 3, H, W]
+                return _clamped(array, first, count, copy)  # [M, c, h, w]
+            return self._around(array, source, centre_s, copy)  # [K, 3, H, W]
         if source.kind != "features":
             raise DataError(f"a visual source is of kind frames or features, not '{source.kind}'")
         if source.name not in self.features:
@@ -77,13 +78,13 @@ class VisualTimeline:
                 f"the extractor that it was trained with"
             )
         if source.role == "object":
-            return self._around(array, source, centre_s).astype(np.float32)  # [K, D]
+            return self._around(array, source, centre_s, False).astype(np.float32)  # [K, D]
         return np.array(array, dtype=np.float32)  # [D, T]
 
-    def _around(self, array: np.ndarray, source: VisualSource, centre_s: float) -> np.ndarray:
+    def _around(self, array: np.ndarray, source: VisualSource, centre_s: float, copy: bool) -> np.ndarray:
         count = max(1, source.frames)
         middle = math.floor(centre_s * self.object_rate_hz + 1e-9)
-        return _clamped(array, middle - count // 2, count)
+        return _clamped(array, middle - count // 2, count, copy)
 
     def _has(self) -> str:
         kinds = [f"{name} frames" for name in ("object", "motion") if getattr(self, name) is not None]
@@ -96,11 +97,11 @@ def _round(value: float) -> int:
     return math.floor(value + 0.5)
 
 
-def _clamped(array: np.ndarray, first: int, count: int) -> np.ndarray:
+def _clamped(array: np.ndarray, first: int, count: int, copy: bool) -> np.ndarray:
     """``count`` rows of ``array`` from ``first`` on, the border row standing for those beyond the ends."""
     low, high = max(first, 0), min(first + count, len(array))
     if high - low == count:
-        return np.array(array[low:high])
+        return np.array(array[low:high]) if copy else array[low:high]
     index = np.clip(np.arange(first, first + count), 0, len(array) - 1)
     start = int(index[0])
     return np.asarray(array[start : int(index[-1]) + 1])[index - start]
