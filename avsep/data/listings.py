@@ -290,7 +290,8 @@ def _read_table(root: Path, table: Path, seed: int, shares: Sequence[float]) -> 
         if ".." in file.parts:
             raise DataError(f"{where}: {row['path']} lies outside {root}: give paths below --root")
         span = _span(where, row.get("start", ""), row.get("end", ""))
-        video_id = row.get("id") or "-".join([row["class"], *file.with_suffix("").parts])
+        parts = file.with_suffix("").parts
+        video_id = row.get("id") or "-".join(parts if parts[0] == row["class"] else (row["class"], *parts))
         if span is not None and not row.get("id"):
             video_id += f"-{span[0]:g}"
         video_id = _usable_id(video_id)
