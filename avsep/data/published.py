@@ -22,7 +22,7 @@ __all__ = ["PICKLES", "read_published"]
 
 PICKLES = (".npy", ".pkl", ".pickle")
 _MOST_BYTES = 1 << 28
-_MOST_VALUES = 5_000_000
+_MOST_VALUES = 1_000_000
 _PLAIN = re.compile(r"[<>|=]?[biufSU]\d+")
 
 
