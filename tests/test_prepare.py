@@ -141,6 +141,7 @@ def test_each_damage_is_told_with_its_reason(shelf):
         assert entry["status"] == status, name
         assert name in entry["reason"]
         assert str(shelf) not in entry["reason"]
+        assert entry["source"] is None if name == "gone.mp4" else entry["source"]["path"] == f"bad/{name}"
         assert "\n" not in entry["reason"]
     clip = store.manifest["clips"][0]
     assert clip["source"]["path"] == "ding/000.mp4"

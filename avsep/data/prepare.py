@@ -232,6 +232,7 @@ def _make(out: str, root: str, recipe: Recipe, video: Video) -> str:
         path = Path(root) / video.file
         if not video.file:
             raise _SkippedError("missing", f"there is no {video.looked_for}")
+        source = {"path": video.file}  # all that is known of what cannot be read
         source = _source(path, video)
         mono, span, seconds = _hear(path, recipe, video)
         about = {"duration_s": seconds, "status": "ok", "source": source}

@@ -546,6 +546,10 @@ class StoreWriter:
     def reopen(self) -> None:
         """Take a finished store back to where clips are added: its manifest becomes a journal."""
         manifest = read_json(self.path / "manifest.json")
+        if manifest.get("shards"):
+            raise DataError(
+                f"{self.path} is in shards, which take no more clips: add them to the store they are made of"
+            )
         for entry in [*manifest["clips"], *manifest.get("skipped", ())]:
             write_json(self.path / _JOURNAL / f"{entry['id']}.json", entry)
         write_json(self.path / _JOURNAL / "header.json", self.header)
