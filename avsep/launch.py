@@ -57,6 +57,9 @@ def launch(count: int, command: Sequence[str]) -> int:
 
     When one fails the others are ended. Ctrl-C and SIGTERM are handed on, and should this process itself be killed, the
     ranks end too (:func:`follow_launcher`).
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, when no rank had come so far as to speak of it.
     """
     from datetime import timedelta
 
@@ -87,12 +90,15 @@ def launch(count: int, command: Sequence[str]) -> int:
                 failed = _first_failure(ranks, stopped)
             finally:
                 _end(ranks)
+    told = store.check([_told_key()])
     if stopped:
+        if stopped[0] == signal.SIGINT and not told:
+            raise KeyboardInterrupt
         return 128 + stopped[0]
     if failed is None:
         return 0
     code = ranks[failed].returncode
-    if code < 0 and not store.check([_told_key()]):  # killed from outside, so that it could not say so
+    if code < 0 and not told:  # killed from outside, so that it could not say so
         why = " (out of memory?)" if code == -signal.SIGKILL else ""
         print(
             f"avsep: process {failed} of {count} was ended by signal {-code}{why}; go on with --resume", file=sys.stderr

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from avsep.errors import ConfigError
+from avsep.launch import launch
 from avsep.ranks import ALONE, Ranks, synchronised
 
 SCRIPT = Path(rank_checks.__file__)
@@ -155,6 +159,67 @@ def test_one_process_synchronises_nothing():
         assert isinstance(norm, nn.SyncBatchNorm)
         assert torch.equal(norm.eval()(x), nn.BatchNorm2d(3).eval()(x))
     assert type(norm) is nn.BatchNorm2d
+
+
+# what a rank does that notes its process id, and no more
+_NOTE = "import os, sys, time; rank = os.environ['RANK']; open(f'{sys.argv[1]}/{rank}', 'w').write(str(os.getpid()));"
+
+
+def _ends(folder, code):
+    """The exit code of two ranks that run ``code``, once both are seen to be gone."""
+    started_s = time.monotonic()
+    try:
+        return launch(2, [sys.executable, "-c", f"{_NOTE} {code}", str(folder)])
+    finally:
+        assert time.monotonic() - started_s < 60
+        for note in folder.iterdir():
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(note.read_text()), 0)
+
+
+def test_ranks_end_together(tmp_path, capfd):
+    assert _ends(tmp_path, "print(rank + os.environ['WORLD_SIZE'])") == 0
+    assert sorted(capfd.readouterr().out.split()) == ["02", "12"]
+    assert _ends(tmp_path, "sys.exit(3) if rank == '1' else time.sleep(100)") == 3
+    assert capfd.readouterr().err == ""
+    assert _ends(tmp_path, "os.kill(os.getpid(), 9) if rank == '1' else time.sleep(100)") == 1
+    line = "avsep: process 1 of 2 was ended by signal 9 (out of memory?); go on with --resume\n"
+    assert capfd.readouterr().err == line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all_ranks(number, tmp_path):
+    def send():
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=send, daemon=True).start()
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(100)"
+    if number == signal.SIGINT:
+        with pytest.raises(KeyboardInterrupt):
+            _ends(tmp_path, code)
+    else:
+        assert _ends(tmp_path, code) == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def test_ranks_do_not_outlive_their_launcher(tmp_path):
+    """As a rank, with this test as the launcher: it ends when the pipe does."""
+    reading, writing = os.pipe()
+    code = "import time; from avsep.launch import follow_launcher as f; f(); print(1, flush=True); time.sleep(100)"
+    rank = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "AVSEP_LAUNCHER_PIPE": str(reading)},
+        pass_fds=(reading,),
+        stdout=subprocess.PIPE,
+    )
+    assert rank.stdout.readline() == b"1\n"
+    os.close(writing)
+    assert rank.wait(30) == 1
+    os.close(reading)
+    rank.stdout.close()
 
 
 @pytest.mark.parametrize("devices", ["2", "0"])

@@ -117,10 +117,10 @@ def command(
         clip_samples=preliminary.separator.front_end.clip_samples,
     )
     spec = preliminary.model_copy(update={"tasks": tuple(t.classes for t in stream.tasks)})
-    if _launched(devices, device, context.obj):
-        return
-    learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers)
     try:
+        if _launched(devices, device, context.obj):
+            return
+        learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers)
         records = learner.fit(stream, out, resume=resume, preset=spec.preset)
     except KeyboardInterrupt:
         way_on = f"go on with: avsep train --out {out} --resume" if (out / "run.yaml").is_file() else ""
