@@ -16,18 +16,22 @@ class CsvLog:
     """Rows with ``task`` and ``step`` columns, appended and flushed one by one.
 
     Opening drops rows beyond ``until`` = (task, step), which a run wrote after the checkpoint it now resumes from, and
-    a last line that a kill cut short. A new column rewrites the file with empty cells before it.
+    a last line that a kill cut short. A new column rewrites the file with empty cells before it. ``found`` is the last
+    (task, step) that stood there, (-1, -1) where nothing did.
     """
 
     def __init__(self, path: Path, until: tuple[int, int]) -> None:
         self.path = path
         self.columns: list[str] = []
         rows = []
+        self.found = (-1, -1)
         if path.exists():
             with open(path, encoding="utf-8", newline="") as file:
                 reader = csv.DictReader(file)
                 self.columns = list(reader.fieldnames or [])
-                rows = [r for r in reader if _whole(r, self.columns) and (int(r["task"]), int(r["step"])) <= until]
+                whole = [r for r in reader if _whole(r, self.columns)]
+            self.found = max([self.found, *((int(r["task"]), int(r["step"])) for r in whole)])
+            rows = [r for r in whole if (int(r["task"]), int(r["step"])) <= until]
         self._rewrite(rows)
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:

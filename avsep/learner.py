@@ -2,7 +2,7 @@
 
 A run folder holds ``run.yaml`` (the :class:`~avsep.spec.RunSpec`), for every finished task ``tasks/TT/separator`` with
 ``tasks/TT/task.json`` and, where the strategy keeps something for the next task, ``tasks/TT/strategy.safetensors``,
-``state/`` (the resume checkpoint), ``logs/*.csv``, ``protocol.json`` and, once evaluated and reported,
+``state/`` (the resume checkpoint), ``logs/``, ``protocol.json`` and, once evaluated and reported,
 ``evaluation.json`` and ``report.html``.
 """
 
@@ -14,9 +14,9 @@ import multiprocessing
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_fabric import Fabric
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from avsep.checkpoint import load_latest, load_state, rng_state, save_latest, save_state, set_rng_state
-from avsep.csvlog import CsvLog
 from avsep.data.mixing import TrainingMixtures, collate, epoch_steps
 from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip
@@ -33,6 +32,7 @@ from avsep.devices import pick_device
 from avsep.errors import AvsepError, CheckpointError, ConfigError, LostRankError, NumericalError, RunError
 from avsep.io import FolderLock, read_json, write_json, write_yaml
 from avsep.launch import local_world_size, world_size
+from avsep.loggers import choose_loggers
 from avsep.memory.base import (
     Candidates,
     Memory,
@@ -46,12 +46,16 @@ from avsep.memory.none import NoMemory
 from avsep.progress import Progress, progress_bar
 from avsep.ranks import ALONE, Ranks, is_lost, synchronised
 from avsep.registry import MEMORIES, STRATEGIES
+from avsep.runlog import NORM_EVERY, TaskLog, chosen_mixtures, gradient_norm, is_pictured
 from avsep.runs import STRATEGY_FILE, finished_tasks, read_exemplars, read_run_spec, separator_folder
 from avsep.seeding import seeded
 from avsep.separator import Separator, build_from_spec, load_separator, save_separator
 from avsep.spec import ComponentRef, OptimizerSpec, RunSpec, TrainSpec, validated
 from avsep.strategies.base import Step, Strategy
 from avsep.types import Batch, Task, move_to
+
+if TYPE_CHECKING:
+    from avsep.evaluation.evaluate import MixtureScore
 
 __all__ = ["ContinualLearner", "learning_rate_factor"]
 
@@ -125,6 +129,8 @@ class ContinualLearner:
         accelerator: Lightning Fabric's: ``auto``, ``cpu``, ``cuda``, ``mps``.
         workers: reader processes; by default none on a CPU, where they would compete with training, and where they
             cannot be forked (they would import the caller's script again), else 4. The result does not depend on it.
+        loggers: beside the CSV logs, by name, dotted path or made already (:func:`avsep.loggers.choose_loggers`);
+            TensorBoard where it is installed when omitted. The result does not depend on them.
     """
 
     def __init__(
@@ -136,14 +142,18 @@ class ContinualLearner:
         train: TrainSpec | dict[str, Any] | None = None,
         accelerator: str = "auto",
         workers: int | None = None,
+        loggers: Sequence[Any] | None = None,
     ) -> None:
         self.separator = separator
+        self._loggers = choose_loggers(loggers)
         self._strategy_ref = _ref(strategy, "strategy")
         self._memory_ref = _ref(memory, "memory")
         self.strategy: Strategy = STRATEGIES.create(self._strategy_ref.name, self._strategy_ref.params)
         self.memory: MemoryPolicy = MEMORIES.create(self._memory_ref.name, self._memory_ref.params)
         self.train = train if isinstance(train, TrainSpec) else validated(TrainSpec, train or {}, "train")
         self.exemplars: Memory = {}
+        self._gradient_norm: float | None = None  # of the last step, and the last validation's scores: for the logs
+        self._scores: list[MixtureScore] = []
         if accelerator != "auto" and pick_device(accelerator).type != accelerator:
             raise ConfigError(
                 f"training takes no number of a device ('{accelerator}'): choose one with CUDA_VISIBLE_DEVICES"
@@ -458,11 +468,6 @@ class ContinualLearner:
         best: dict[str, Tensor] | None = state.get("best") or None if state else None
         started = time.perf_counter() - record.seconds
 
-        logs = out / "logs"
-        kind = CsvLog if self.ranks.first else _NoLog
-        train_log = kind(logs / "train.csv", until=(task.index, record.step))
-        validation_log = kind(logs / "validation.csv", until=(task.index, record.step))
-
         def checkpoint() -> None:
             _check_finite(student, task, record.step, out)
             record.seconds = time.perf_counter() - started
@@ -494,7 +499,7 @@ class ContinualLearner:
         label = f"{self._strategy_ref.name} {task.index + 1}/{len(stream)}"
         with (
             contextlib.nullcontext(progress) if isinstance(progress, Progress) else progress_bar(progress) as bars,
-            _tensorboard(logs / "tensorboard" / f"task-{task.index:02d}", record.step, self.ranks.first) as board,
+            self._log(task, out, record, bars) as log,
         ):
             bar = bars.add(label, total=total, done=record.step)
             while record.epoch < spec.epochs:
@@ -505,19 +510,19 @@ class ContinualLearner:
                     record.step += 1
                     loss = sum(terms.values())
                     row = {"task": task.index, "epoch": record.epoch, "step": record.step, "loss": loss, **terms}
-                    train_log.write({**row, "lr": rate, "seconds": time.perf_counter() - started})
-                    for name, value in {"loss": loss, **terms}.items():
-                        board(name, value, record.step)
+                    rates = {role: o.param_groups[0]["lr"] for role, o in ready.items()}
+                    row |= {"lr": rate, "seconds": time.perf_counter() - started}
+                    log.train(row, rates, self._gradient_norm)
                     bars.advance(bar, note=f"loss {loss:.3f}" + _best_note(record))
                     if record.step % spec.checkpoint_every == 0 and record.step % epoch_data.steps:
                         checkpoint()
                 record.epoch += 1
                 if record.epoch % spec.validate_every == 0 or record.epoch == spec.epochs:
                     score = self._validate(stream, task, bars)
-                    validation_log.write(
-                        {"task": task.index, "epoch": record.epoch, "step": record.step, "sdr_db": score}
-                    )
-                    board("validation_sdr_db", score, record.step)
+                    told = {"task": task.index, "epoch": record.epoch, "step": record.step, "sdr_db": score}
+                    log.validation(told, self._scores, [t.classes for t in stream.tasks[: task.index + 1]])
+                    if is_pictured(-(-record.epoch // spec.validate_every), -(-spec.epochs // spec.validate_every)):
+                        self._picture(log, stream, task, record.step)
                     if record.best_sdr_db is None or score > record.best_sdr_db:
                         record.best_sdr_db, record.best_epoch, record.best_step = score, record.epoch, record.step
                         best = {k: v.detach().to("cpu", copy=True) for k, v in student.state_dict().items()}
@@ -525,6 +530,31 @@ class ContinualLearner:
             if best is not None:
                 student.load_state_dict(best)
             self._finish(task, stream, out, record, teacher, bars)
+            self._picture(log, stream, task, record.step + 1, sounds=True)  # a step on: a resume strikes it out
+
+    def _log(self, task: Task, out: Path, record: _Progress, bars: Progress) -> TaskLog:
+        before = [read_json(out / "tasks" / f"{t:02d}" / "task.json")["steps"] + 1 for t in range(task.index)]
+        return TaskLog(
+            self._loggers,
+            out / "logs",
+            task=task.index,
+            step=record.step,
+            offset=sum(before),
+            bars=bars,
+            run=read_run_spec(out).model_dump(mode="json"),
+            enabled=self.fabric.is_global_zero,
+        )
+
+    def _picture(self, log: TaskLog, stream: TaskStream, task: Task, step: int, *, sounds: bool = False) -> None:
+        log.media(
+            self.separator,
+            stream.store,
+            chosen_mixtures(stream.validation.at(task.index)),
+            step,
+            batch_size=self.train.batch_size,
+            device=self.fabric.device,
+            sounds=sounds,
+        )
 
     def _prepare_student(self, task: Task) -> None:
         spec = self.separator.spec
@@ -650,6 +680,9 @@ class ContinualLearner:
             )
         self.fabric.backward(loss)
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)  # of 16-mixed
+        self._gradient_norm = None
+        if record.step % NORM_EVERY == 0:
+            self._gradient_norm = gradient_norm(self.separator, 1.0 if scaler is None else scaler.get_scale())
         if (limit := self.train.gradient_clip) is not None:
             for optimizer in optimizers.values():  # one not finite: the scaler skips, or the next loss tells
                 self.fabric.clip_gradients(module, optimizer, max_norm=limit, error_if_nonfinite=False)
@@ -681,6 +714,7 @@ class ContinualLearner:
             device=self.fabric.device,
         )
         scores = [score for part in ranks.everyones(own) for score in part]
+        self._scores = scores
         return mean_sdr(scores, degenerate=stream.validation.name == "paper")
 
     def _finish(
@@ -794,31 +828,6 @@ class _Progress:
         self.best_epoch = best_epoch
         self.best_step = best_step
         self.seconds = seconds  # spent on the task, in all sessions, up to the last checkpoint
-
-
-class _NoLog:
-    """A :class:`~avsep.csvlog.CsvLog` of a rank that does not write."""
-
-    def __init__(self, path: Path, until: tuple[int, int]) -> None: ...
-
-    def write(self, row: dict[str, Any]) -> None: ...
-
-
-@contextlib.contextmanager
-def _tensorboard(folder: Path, step: int, enabled: bool = True) -> Iterator[Callable[[str, float, int], Any]]:
-    """A function (name, value, step) that logs to TensorBoard where it is installed, else does nothing.
-
-    Steps after ``step``, which a run wrote after the checkpoint it now resumes from, are struck out.
-    """
-    try:
-        if not enabled:
-            raise ImportError
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        yield lambda *_: None
-        return
-    with SummaryWriter(str(folder), purge_step=step + 1) as writer:
-        yield writer.add_scalar
 
 
 def _best_note(record: _Progress) -> str:

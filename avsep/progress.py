@@ -15,6 +15,10 @@ class Progress:
     def __init__(self, display: Any = None) -> None:
         self._display = display
 
+    @property
+    def shown(self) -> bool:
+        return self._display is not None
+
     def add(self, label: str, total: int | None, done: int = 0) -> int:
         if self._display is None:
             return 0

@@ -58,6 +58,14 @@ def command(
     workers: Annotated[
         int | None, typer.Option("--workers", min=0, help="Reader processes (of each); never changes the result.")
     ] = None,
+    logger: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--logger",
+            help="tensorboard, files, wandb, mlflow, package.module.Class or none; parameters as NAME:key=value,... "
+            "(repeatable) [tensorboard where installed]. The CSV logs are always written.",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out after a kill.")] = False,
 ) -> None:
     """Learn a store's classes task after task."""
@@ -66,6 +74,7 @@ def command(
     from avsep.errors import CheckpointError, ConfigError
     from avsep.fidelity import apply_fidelity
     from avsep.learner import ContinualLearner
+    from avsep.loggers import choose_loggers
     from avsep.runs import read_run_spec
     from avsep.spec import RunSpec, apply_settings, load_preset, validated
 
@@ -102,6 +111,7 @@ def command(
             raise ConfigError(f"--set {setting} would have no effect: {way}")
     apply_settings(data, [*(settings or []), *([f"train.seed={seed}"] if seed is not None else [])])
 
+    choose_loggers(logger)  # a mistake in their names is said before anything begins
     opened = Store.open(store)
     if tasks is not None and classes_per_task is not None:
         raise ConfigError("give --tasks or --classes-per-task, not both")
@@ -120,7 +130,7 @@ def command(
     try:
         if _launched(devices, device, context.obj):
             return
-        learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers)
+        learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers, loggers=logger)
         records = learner.fit(stream, out, resume=resume, preset=spec.preset)
     except KeyboardInterrupt:
         way_on = f"go on with: avsep train --out {out} --resume" if (out / "run.yaml").is_file() else ""

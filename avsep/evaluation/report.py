@@ -487,6 +487,9 @@ def _component(ref: Any) -> str:
     return ref.name + (f" ({inside})" if inside else "")
 
 
+_NO_LOSS = {"task", "epoch", "step", "lr", "seconds", "gradient_norm"}  # columns of train.csv
+
+
 def _curves(logs: Path) -> tuple[list[Series], Series | None, list[float]]:
     """Loss terms and validation over the step of the whole run, from the learner's logs; rows cut short are skipped."""
     train = _read_log(logs / "train.csv")
@@ -497,9 +500,9 @@ def _curves(logs: Path) -> tuple[list[Series], Series | None, list[float]]:
         offsets[task] = total
         total += max(r["step"] for r in train if int(r["task"]) == task)
         boundaries.append(total)
-    terms = [c for c in (train[0] if train else {}) if c not in {"task", "epoch", "step", "lr", "seconds"}]
-    for row in train[1:]:
-        terms += [c for c in row if c not in terms and c not in {"task", "epoch", "step", "lr", "seconds"}]
+    terms: list[str] = []
+    for row in train:
+        terms += [c for c in row if c not in terms and c not in _NO_LOSS and not c.startswith("lr_")]
     if len(terms) == 2:  # the loss and its only term are the same curve
         terms = ["loss"]
     losses = []
