@@ -32,7 +32,7 @@ from avsep.devices import pick_device
 from avsep.errors import AvsepError, CheckpointError, ConfigError, LostRankError, NumericalError, RunError
 from avsep.io import FolderLock, read_json, write_json, write_yaml
 from avsep.launch import local_world_size, world_size
-from avsep.loggers import choose_loggers
+from avsep.loggers import choose_loggers, closing
 from avsep.memory.base import (
     Candidates,
     Memory,
@@ -242,7 +242,7 @@ class ContinualLearner:
             self._check_first_task(Path(first_task), spec, stream)
         self._check_agreement(spec, resume)
         progress = progress if self.ranks.first else False
-        with FolderLock(out) if self.ranks.first else contextlib.nullcontext():
+        with FolderLock(out) if self.ranks.first else contextlib.nullcontext(), closing(self._loggers):
             state = self._open_run(out, spec, resume)
             if self.ranks.first:
                 stream.protocol.save(out / "protocol.json")

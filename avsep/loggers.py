@@ -7,12 +7,13 @@ logs are written whatever is chosen.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lightning_fabric.loggers import Logger, TensorBoardLogger
 from avsep.errors import ConfigError, MissingExtraError, UnknownNameError, near_matches
 from avsep.io import atomic_path, read_json, write_json
 
-__all__ = ["FilesLogger", "LoggerChoice", "MlflowLogger", "WandbLogger", "choose_loggers"]
+__all__ = ["FilesLogger", "LoggerChoice", "MlflowLogger", "WandbLogger", "choose_loggers", "closing"]
 
 
 class FilesLogger(Logger):
@@ -187,6 +188,7 @@ class LoggerChoice:
         self.kind = kind
         self.params = dict(params)
         self.logger: Logger | None = None
+        self.failed = False
 
     @property
     def per_task(self) -> bool:
@@ -203,6 +205,20 @@ class LoggerChoice:
             folders = {key: place for key in ("root_dir", "save_dir") if key in known}
             self.logger = self.kind(**{**folders, **self.params})
         return self.logger
+
+
+@contextlib.contextmanager
+def closing(choices: Sequence[LoggerChoice]) -> Iterator[None]:
+    """Tells the loggers of a whole run how it ended; one that fails at that is no reason to fail."""
+    status = "failed"
+    try:
+        yield
+        status = "success"
+    finally:
+        for choice in choices:
+            if choice.logger is not None and not choice.failed:
+                with contextlib.suppress(Exception):
+                    choice.logger.finalize(status)
 
 
 def choose_loggers(names: Sequence[str | Logger] | None) -> list[LoggerChoice]:

@@ -9,6 +9,7 @@ sounds at the end alone; gradient norms every ``NORM_EVERY`` steps.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import threading
 import warnings
@@ -74,7 +75,9 @@ class TaskLog:
                 self._csv[name] = log = CsvLog(logs / f"{name}.csv", until=(task, step))
                 self._told[name] = log.found
         for choice in choices:
-            with self._guarded(choice.name), _undisturbed():
+            if choice.failed:
+                continue
+            with self._guarded(choice.name, choice), _undisturbed():
                 new = choice.logger is None and not choice.per_task
                 logger = choice.open(logs, task, step)
                 if new and run is not None:
@@ -88,8 +91,8 @@ class TaskLog:
 
     def __exit__(self, kind: object, *_: object) -> None:
         for choice, logger in self._choices:
-            if choice.per_task and choice.name not in self._stopped:
-                with self._guarded(choice.name):
+            if choice.per_task and not choice.failed:
+                with self._guarded(choice.name, choice):
                     logger.finalize("success" if kind is None else "failed")
         threading.excepthook = self._hook
 
@@ -99,11 +102,13 @@ class TaskLog:
             self._hook(arguments)
 
     @contextlib.contextmanager
-    def _guarded(self, name: str) -> Iterator[None]:
+    def _guarded(self, name: str, choice: LoggerChoice | None = None) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             self._stopped.add(name)
+            if choice is not None:
+                choice.failed = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             text = f"logging to {name} has stopped ({reason}); the training goes on without it"
             if self._bars is not None and self._bars.shown:
@@ -115,20 +120,15 @@ class TaskLog:
         """``call`` with each logger and the step it counts by."""
         for choice, logger in self._choices:
             told = not choice.per_task and (self._task, step) <= self._told.get(kind, (-1, -1))
-            if choice.name in self._stopped or told:
+            if choice.failed or told:
                 continue
-            with self._guarded(choice.name), _undisturbed():
+            with self._guarded(choice.name, choice), _undisturbed():
                 call(logger, step if choice.per_task else self._offset + step)
 
     def _row(self, name: str, row: dict[str, Any]) -> None:
         if name in self._csv and f"{name}.csv" not in self._stopped:
             with self._guarded(f"{name}.csv"):
                 self._csv[name].write(row)
-
-    @property
-    def listens(self) -> bool:
-        """Whether anything is written at all."""
-        return bool(self._csv or self._choices)
 
     def train(self, row: dict[str, Any], rates: Mapping[str, float], norm: float | None) -> None:
         """One step: ``row`` has task, epoch, step, loss, its terms, lr and seconds; ``rates`` by parameter group."""
@@ -159,7 +159,7 @@ class TaskLog:
         sounds: bool = False,
     ) -> None:
         """Masks of a few mixtures as pictures, and with ``sounds`` the mixtures, references and what was separated."""
-        if not self._choices or all(c.name in self._stopped for c, _ in self._choices):
+        if "pictures" in self._stopped or all(choice.failed for choice, _ in self._choices):
             return
         from avsep.evaluation.evaluate import evaluate_separator
 
@@ -173,7 +173,7 @@ class TaskLog:
                 assert kept is not None
                 name = "+".join(score.mixture.clips)
                 image = mask_picture(separator, kept, score.mixture.classes)
-                self._each(lambda logger, at, n=name, i=image: _picture(logger, f"masks/{n}", i, at), step)  # type: ignore[misc]
+                self._each(functools.partial(_picture, f"masks/{name}", image), step)
                 if not sounds:
                     continue
                 parts = {"mixture": kept.mixture}
@@ -181,9 +181,7 @@ class TaskLog:
                     parts[f"{place + 1}-{of}-separated"] = kept.estimates[place]
                     parts[f"{place + 1}-{of}-reference"] = kept.references[place]
                 for part, audio in parts.items():
-                    self._each(
-                        lambda logger, at, k=f"sounds/{name}/{part}", a=audio: _sound(logger, k, a, rate_hz, at), step
-                    )  # type: ignore[misc]
+                    self._each(functools.partial(_sound, f"sounds/{name}/{part}", audio, rate_hz), step)
 
 
 def is_pictured(number: int, validations: int) -> bool:
@@ -245,19 +243,21 @@ def _coloured(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(places, stops, _STOPS[:, c]) for c in range(3)], axis=-1).round().astype(np.uint8)
 
 
-def _picture(logger: Any, key: str, image: np.ndarray, step: int) -> None:
+def _picture(key: str, image: np.ndarray, logger: Any, step: int) -> None:
+    experiment = getattr(logger, "experiment", None)
     if hasattr(logger, "log_image"):
         logger.log_image(key=key, images=[image], step=step)
-    elif hasattr(experiment := getattr(logger, "experiment", None), "add_image"):
-        experiment.add_image(key, image, step, dataformats="HWC")  # type: ignore[union-attr]
+    elif experiment is not None and hasattr(experiment, "add_image"):
+        experiment.add_image(key, image, step, dataformats="HWC")
 
 
-def _sound(logger: Any, key: str, audio: np.ndarray, rate_hz: int, step: int) -> None:
+def _sound(key: str, audio: np.ndarray, rate_hz: int, logger: Any, step: int) -> None:
     audio = np.clip(audio, -1, 1)
+    experiment = getattr(logger, "experiment", None)
     if hasattr(logger, "log_audio"):
         logger.log_audio(key=key, audios=[audio], step=step, sample_rate=[rate_hz])
-    elif hasattr(experiment := getattr(logger, "experiment", None), "add_audio"):
-        experiment.add_audio(key, torch.from_numpy(audio)[None], step, sample_rate=rate_hz)  # type: ignore[union-attr]
+    elif experiment is not None and hasattr(experiment, "add_audio"):
+        experiment.add_audio(key, torch.from_numpy(audio)[None], step, sample_rate=rate_hz)
 
 
 def _means(scores: Sequence[MixtureScore], tasks: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -103,7 +103,7 @@ def _empty(shape: Sequence[int], like: np.ndarray) -> torch.Tensor:
     if get_worker_info() is None:
         return torch.empty(*shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * like.itemsize)  # as PyTorch's own collation does
-    return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))
+    return torch.empty(0, dtype=dtype).set_(storage).view(*shape)
 
 
 def _places(mixtures: Sequence[Sequence[Slot]]) -> Iterator[tuple[int, int, Slot]]:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from avsep.data.maps import ArrayOnDisk, FileMaps, MappedFile, OpenFile
+from avsep.data.maps import FileMaps, MappedFile, OpenFile
 from avsep.data.shards import check_shards, find_shards
 from avsep.data.visualfile import VisualTimeline
 from avsep.errors import ConfigError, DataError, UnknownNameError, near_matches
@@ -146,7 +146,7 @@ class Store:
         with self._opened(record) as file:
             for start in range(0, record["bytes"], size):
                 block = file.numbers(_BYTE, start, min(size, record["bytes"] - start))
-                digest.update(block)
+                digest.update(block.data)
                 yield block.data
         if digest.hexdigest() != record["sha256"]:
             raise DataError(
@@ -306,7 +306,7 @@ class Store:
         return str(self.path / record["path"])
 
     def _records(self, clip: Clip) -> dict[str, dict[str, Any]]:
-        return self.manifest["clips"][clip.index]["files"]  # type: ignore[no-any-return]
+        return self.manifest["clips"][clip.index]["files"]
 
     def timeline(self, clip: Clip) -> VisualTimeline:
         """All that the store has to see of a clip, as memory maps."""
@@ -317,13 +317,13 @@ class Store:
                     arrays[kind] = self._mapped(record).array()
         return self._timeline(clip, arrays)
 
-    def _timeline(self, clip: Clip, arrays: Mapping[str, np.ndarray | ArrayOnDisk]) -> VisualTimeline:
+    def _timeline(self, clip: Clip, arrays: Mapping[str, Any]) -> VisualTimeline:
         return VisualTimeline(
-            object=arrays.get("object"),  # type: ignore[arg-type]
-            motion=arrays.get("motion"),  # type: ignore[arg-type]
+            object=arrays.get("object"),
+            motion=arrays.get("motion"),
             object_rate_hz=self.object_rate_hz,
             motion_rate_hz=self.motion_rate_hz,
-            features={k.removeprefix("features/"): a for k, a in arrays.items() if k.startswith("features/")},  # type: ignore[misc]
+            features={k.removeprefix("features/"): a for k, a in arrays.items() if k.startswith("features/")},
             where=f"clip '{clip.id}' of {self.path}",
         )
 
