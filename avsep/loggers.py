@@ -188,6 +188,7 @@ class LoggerChoice:
         self.kind = kind
         self.params = dict(params)
         self.logger: Logger | None = None
+        self.begun = False
         self.failed = False
 
     @property

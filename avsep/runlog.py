@@ -78,10 +78,10 @@ class TaskLog:
             if choice.failed:
                 continue
             with self._guarded(choice.name, choice), _undisturbed():
-                new = choice.logger is None and not choice.per_task
                 logger = choice.open(logs, task, step)
-                if new and run is not None:
+                if run is not None and not choice.begun and not choice.per_task:
                     logger.log_hyperparams(_flat(run))
+                choice.begun = True
                 self._choices.append((choice, logger))
 
     def __enter__(self) -> TaskLog:
@@ -109,7 +109,8 @@ class TaskLog:
             self._stopped.add(name)
             if choice is not None:
                 choice.failed = True
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            cause = error.__cause__ or error  # Fabric's loggers wrap what went wrong
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             text = f"logging to {name} has stopped ({reason}); the training goes on without it"
             if self._bars is not None and self._bars.shown:
                 self._bars.say(text)
