@@ -166,8 +166,10 @@ def test_it_learns_in_mixed_precision(tone_run, tone_store, tmp_path):
     assert mixed[0]["separation"] != full[0]["separation"]
 
 
-def test_joint_starts_from_fresh_weights(tone_store, tmp_path):
-    learner = tiny_learner("joint", "none", epochs=1, steps_per_epoch=1)
+@pytest.mark.parametrize("from_scratch", [True, False])
+def test_joint_starts_from_fresh_weights_or_goes_on(from_scratch, tone_store, tmp_path):
+    strategy = ("joint", {"from_scratch": from_scratch})
+    learner = tiny_learner(strategy, "none", epochs=1, steps_per_epoch=1)
     before = {}
     original = ContinualLearner._optimizers
 
@@ -181,7 +183,7 @@ def test_joint_starts_from_fresh_weights(tone_store, tmp_path):
     finally:
         ContinualLearner._optimizers = original
     trained = _weights(tmp_path / "run", 0)["audio_encoder.down.0.weight"]
-    assert not torch.equal(before[4], trained)
+    assert torch.equal(before[4], trained) != from_scratch
     assert not torch.equal(before[4], before[2])
 
 
