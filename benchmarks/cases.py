@@ -471,7 +471,7 @@ def data_cases(
     *,
     shards: Store | None = None,
     batch: int = 8,
-    mixtures: int = 64,
+    mixtures: int = 256,
     workers: Sequence[int] = (0, 2),
     front_end: FrontEndSpec | None = None,
 ) -> Iterator[Case]:

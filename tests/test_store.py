@@ -171,6 +171,18 @@ def test_open_maps_are_bounded(made: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert timeline.read(MOTION, 1, 1)[0, 0, 0, 0] == 4
 
 
+def test_files_beyond_those_held_are_read_by_position(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Store.open(made)
+    monkeypatch.setattr("avsep.data.store._HELD_MAPS", 2)
+    store = Store.open(made)
+    for clip in store.clips * 2:
+        for source in (OBJECT, MOTION):
+            one, other = (s.read_visual(clip, source, centre_s=1, duration_s=1) for s in (store, held))
+            assert np.array_equal(one, other)
+        assert np.array_equal(store.read_crop(clip, -9, 700, 1.2), held.read_crop(clip, -9, 700, 1.2))
+    assert (len(store._held), len(held._held)) == (2, 18)
+
+
 def test_a_store_of_another_rate_is_refused(made: Path) -> None:
     store = Store.open(made)
     store.require_rate(RATE)

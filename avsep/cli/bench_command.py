@@ -53,7 +53,7 @@ def train(
 def data(
     store: _Store = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Mixtures of two slots in a batch.")] = 8,
-    mixtures: Annotated[int, typer.Option("--mixtures", min=1, help="Mixtures read in one pass.")] = 64,
+    mixtures: Annotated[int, typer.Option("--mixtures", min=1, help="Mixtures read in one pass.")] = 256,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Reader processes, beside none.")] = 2,
     clips: Annotated[int, typer.Option("--clips", min=2, help="Clips of a temporary store.")] = 160,
     clip_s: Annotated[float, typer.Option("--clip-s", min=0.1, help="Seconds of a temporary store's clips.")] = 20.0,
@@ -146,7 +146,7 @@ def everything(
     """Data, metrics and train, one after the other."""
 
     def cases() -> Iterator[Case]:
-        yield from _data(store, 8, 64, 20.0, 160, 64, (0, 2))
+        yield from _data(store, 8, 256, 20.0, 160, 64, (0, 2))
         yield from _metrics(4, 2, 65280)
         yield from _train(preset, batch, classes, None, device)
 

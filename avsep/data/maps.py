@@ -21,7 +21,7 @@ import numpy as np
 
 from avsep.errors import DataError
 
-__all__ = ["ArrayOnDisk", "FileMaps", "MappedFile", "OpenFile", "PcmLayout", "array_in", "pcm_layout"]
+__all__ = ["ArrayOnDisk", "FileMaps", "MappedFile", "OpenFile", "PcmLayout", "array_in", "pcm_layout", "room_for_maps"]
 
 _HEAD = 128  # bytes of a file that hold the header of most arrays, and of every WAV file written here
 
@@ -40,6 +40,14 @@ class FileMaps:
     def __len__(self) -> int:
         return len(self._maps)
 
+    def get_if_room(self, path: str) -> np.ndarray | None:
+        """As :meth:`get`, but None where the file is not mapped and the limit is reached: then nothing is closed."""
+        with self._lock:
+            found = self._maps.get(path)
+            if found is None and len(self._maps) < self.limit:
+                found = self._maps[path] = _mapped(path)
+            return found
+
     def get(self, path: str) -> np.ndarray:
         """uint8 [size of the file]. Raises :class:`DataError` where it is missing or cannot be read."""
         with self._lock:
@@ -51,6 +59,16 @@ class FileMaps:
             while len(self._maps) > self.limit:
                 self._maps.popitem(last=False)
             return found
+
+
+def room_for_maps(most: int) -> int:
+    """How many files may be held open for maps: ``most``, or a quarter of what the system lets a process open."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return most
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most if soft == resource.RLIM_INFINITY else max(1, min(most, soft // 4))
 
 
 def _opened(path: str) -> int:
@@ -114,17 +132,17 @@ class OpenFile:
 
     def _read(self, start: int, count: int) -> np.ndarray:
         out = np.empty(count, np.uint8)
-        done = 0
-        while done < count:
-            if not (got := _read_into(self._handle, out[done:], start + done)):
-                break
+        done = _read_into(self._handle, out, start)
+        while 0 < done < count and (got := _read_into(self._handle, out[done:], start + done)):
             done += got
-        return out[:done]
+        return out if done == count else out[:done]
 
     def numbers(self, dtype: np.dtype, start: int, count: int) -> np.ndarray:
         """``count`` numbers from byte ``start`` on; fewer where the file ends before."""
         data = self._read(start, count * dtype.itemsize)
-        return data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
+        if len(data) % dtype.itemsize:
+            data = data[: len(data) // dtype.itemsize * dtype.itemsize]
+        return data.view(dtype)
 
     def pcm_layout(self) -> PcmLayout:
         """As :func:`pcm_layout`."""
@@ -135,10 +153,10 @@ class OpenFile:
 
     def array(self) -> ArrayOnDisk:
         """The array of a .npy file, of which only what is asked for is read; raises ValueError as :func:`array_in`."""
-        head = self._read(0, _HEAD)
+        head = self._read(0, _HEAD).tobytes()
         if (end := _header_end(head)) > len(head):
-            head = self._read(0, end)
-        return ArrayOnDisk(self, end, *_header(bytes(head[:end])))
+            head = self._read(0, end).tobytes()
+        return ArrayOnDisk(self, end, *_header(head[:end]))
 
 
 def _read_into(handle: int, out: np.ndarray, start: int) -> int:
@@ -170,8 +188,9 @@ class ArrayOnDisk:
         if self._order != "C" or step != 1:
             return np.asarray(self)[rows]
         each = math.prod(self.shape[1:])
-        found = self._file.numbers(self.dtype, self._offset + first * each * self.dtype.itemsize, (last - first) * each)
-        if len(found) != (last - first) * each:
+        count = (last - first) * each
+        found = self._file.numbers(self.dtype, self._offset + first * each * self.dtype.itemsize, count)
+        if len(found) != count:
             raise ValueError("it ends early")
         return found.reshape(last - first, *self.shape[1:])
 
@@ -221,7 +240,7 @@ def pcm_layout(data: np.ndarray) -> PcmLayout:
 
 def array_in(data: np.ndarray) -> np.ndarray:
     """The array in a .npy file's bytes (uint8 [n]), without a copy; raises ValueError with what is wrong."""
-    offset = _header_end(data)
+    offset = _header_end(data[:12].tobytes())
     dtype, shape, order = _header(bytes(data[:offset]))
     try:
         return np.ndarray(shape, dtype, buffer=data, offset=offset, order=order)
@@ -229,12 +248,11 @@ def array_in(data: np.ndarray) -> np.ndarray:
         raise ValueError("it ends early") from None
 
 
-def _header_end(data: np.ndarray) -> int:
-    head = bytes(data[:12])
+def _header_end(head: bytes) -> int:
     if head[:6] != b"\x93NUMPY" or len(head) < 12 or head[6] not in (1, 2, 3):
         raise ValueError("it is no .npy file")
-    start, form = (10, "<H") if head[6] == 1 else (12, "<I")
-    return int(start + struct.unpack_from(form, head, 8)[0])
+    start = 10 if head[6] == 1 else 12
+    return start + int.from_bytes(head[8:start], "little")
 
 
 @functools.lru_cache(maxsize=1024)  # arrays of one shape have one header, and NumPy parses it as Python

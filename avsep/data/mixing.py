@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,38 +63,41 @@ def load_slot(
     return Slot(audio=audio, visual=visual, clip=clip, class_id=class_id, is_memory=is_memory)
 
 
-def collate(mixtures: Sequence[Sequence[Slot]]) -> Batch:
+def collate(mixtures: Collection[Sequence[Slot]]) -> Batch:
     """Stack mixtures of N slots each into a :class:`Batch`; sources are scaled by 1/N (1/2 for the published pairs).
 
-    In a reader process the tensors are made in shared memory, where the training process finds them without a copy.
+    A mixture that is loaded as it is asked for (:class:`TrainingMixtures`) goes to its place while it is still in the
+    processor's cache. In a reader process the tensors are made in shared memory, where the training process finds them
+    without a copy.
     """
-    first = mixtures[0]
-    shape = (len(mixtures), len(first))
-    sources = _empty((*shape, len(first[0].audio)), first[0].audio)  # [B, N, L]
-    for b, n, slot in _places(mixtures):
-        np.divide(slot.audio, np.float32(shape[1]), out=sources.numpy()[b, n])
-
-    def visual(role: str) -> torch.Tensor | None:
-        if role not in first[0].visual:
-            return None
-        out = _empty((*shape, *first[0].visual[role].shape), first[0].visual[role])
-        for b, n, slot in _places(mixtures):
-            if slot.visual[role].shape != out.shape[2:]:
-                raise DataError(
-                    f"clips '{first[0].clip.id}' and '{slot.clip.id}' have {role} inputs of different shapes, "
-                    f"{list(out.shape[2:])} and {list(slot.visual[role].shape)}: they cannot be in one batch"
-                )
-            out.numpy()[b, n] = slot.visual[role]
-        return out
-
+    sources = torch.empty(0)
+    visual: dict[str, torch.Tensor] = {}
+    labels: list[list[tuple[int, int, bool, str]]] = []
+    first: Slot | None = None
+    for b, mixture in enumerate(mixtures):
+        if first is None:
+            first = mixture[0]
+            shape = (len(mixtures), len(mixture))
+            sources = _empty((*shape, len(first.audio)), first.audio)  # [B, N, L]
+            visual = {role: _empty((*shape, *array.shape), array) for role, array in first.visual.items()}
+        for n, slot in enumerate(mixture):
+            np.divide(slot.audio, np.float32(len(mixture)), out=sources.numpy()[b, n])
+            for role, batch in visual.items():
+                if slot.visual[role].shape != batch.shape[2:]:
+                    raise DataError(
+                        f"clips '{first.clip.id}' and '{slot.clip.id}' have {role} inputs of different shapes, "
+                        f"{list(batch.shape[2:])} and {list(slot.visual[role].shape)}: they cannot be in one batch"
+                    )
+                batch.numpy()[b, n] = slot.visual[role]
+        labels.append([(s.class_id, s.clip.index, s.is_memory, s.clip.id) for s in mixture])
     return Batch(
         sources=sources,
-        class_ids=torch.tensor([[s.class_id for s in m] for m in mixtures], dtype=torch.int64),
-        video_ids=torch.tensor([[s.clip.index for s in m] for m in mixtures], dtype=torch.int64),
-        is_memory=torch.tensor([[s.is_memory for s in m] for m in mixtures], dtype=torch.bool),
-        object=visual("object"),
-        motion=visual("motion"),
-        clips=tuple(tuple(s.clip.id for s in m) for m in mixtures),
+        class_ids=torch.tensor([[label[0] for label in m] for m in labels], dtype=torch.int64),
+        video_ids=torch.tensor([[label[1] for label in m] for m in labels], dtype=torch.int64),
+        is_memory=torch.tensor([[label[2] for label in m] for m in labels], dtype=torch.bool),
+        object=visual.get("object"),
+        motion=visual.get("motion"),
+        clips=tuple(tuple(label[3] for label in m) for m in labels),
     )
 
 
@@ -104,10 +107,6 @@ def _empty(shape: Sequence[int], like: np.ndarray) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * like.itemsize)  # as PyTorch's own collation does
     return torch.empty(0, dtype=dtype).set_(storage).view(*shape)
-
-
-def _places(mixtures: Sequence[Sequence[Slot]]) -> Iterator[tuple[int, int, Slot]]:
-    return ((b, n, slot) for b, mixture in enumerate(mixtures) for n, slot in enumerate(mixture))
 
 
 def load_mixtures(
@@ -130,6 +129,21 @@ def load_mixtures(
             slots.append(load_slot(store, by_id[clip_id], start, front_end, visual_sources, class_index[name]))
         rows.append(slots)
     return collate(rows)
+
+
+class _Loaded(Collection[list[Slot]]):
+    def __init__(self, data: TrainingMixtures, items: Sequence[int]) -> None:
+        self._data = data
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        return (self._data[item] for item in self._items)
+
+    def __contains__(self, item: object) -> bool:
+        return item in list(self)
 
 
 class TrainingMixtures(Dataset[list[Slot]]):
@@ -195,6 +209,10 @@ class TrainingMixtures(Dataset[list[Slot]]):
 
     def __len__(self) -> int:
         return self.steps * self.train.batch_size
+
+    def __getitems__(self, items: Sequence[int]) -> Collection[list[Slot]]:
+        """The items of a batch, each loaded as it is asked for; a DataLoader calls this."""
+        return _Loaded(self, items)
 
     def __getitem__(self, item: int) -> list[Slot]:
         rng = self._rng(item)

@@ -17,7 +17,6 @@ videos that could not be used, with ``status`` and ``reason``. Large data sets m
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from avsep.data.maps import FileMaps, MappedFile, OpenFile
+from avsep.data.maps import FileMaps, MappedFile, OpenFile, room_for_maps
 from avsep.data.shards import check_shards, find_shards
 from avsep.data.visualfile import VisualTimeline
 from avsep.errors import ConfigError, DataError, UnknownNameError, near_matches
@@ -48,6 +47,7 @@ _BYTE = np.dtype(np.uint8)
 _PCM = np.dtype("<i2")
 _OPEN_MAPS = 64  # memory maps kept open per process, beside those of shards; each holds a file descriptor
 _OPEN_SHARDS = 128
+_HELD_MAPS = 256  # of the files that training reads from; those beyond are read by position
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Store:
         )
         self._maps = FileMaps(_OPEN_MAPS)
         self._shards = find_shards(path, manifest)
-        self._shard_maps = FileMaps(_OPEN_SHARDS)
+        self._shard_maps = FileMaps(room_for_maps(_OPEN_SHARDS))
+        self._held = FileMaps(room_for_maps(_HELD_MAPS))
         self._root = str(path)
 
     @classmethod
@@ -288,7 +289,11 @@ class Store:
 
     def _opened(self, record: Mapping[str, Any]) -> MappedFile | OpenFile:
         """One of a clip's files, to be read from once."""
-        return self._in_shard(record) if "shard" in record else OpenFile(f"{self._root}/{record['path']}")
+        if "shard" in record:
+            return self._in_shard(record)
+        path = f"{self._root}/{record['path']}"
+        held = self._held.get_if_room(path)
+        return OpenFile(path) if held is None else MappedFile(held)
 
     def _mapped(self, record: Mapping[str, Any]) -> MappedFile:
         """One of a clip's files, to be held."""
@@ -313,8 +318,10 @@ class Store:
         arrays = {}
         for kind, record in self._records(clip).items():
             if kind != "audio":
-                with self._readable(record):
+                try:
                     arrays[kind] = self._mapped(record).array()
+                except ValueError as error:
+                    raise self._unreadable(record, error) from None
         return self._timeline(clip, arrays)
 
     def _timeline(self, clip: Clip, arrays: Mapping[str, Any]) -> VisualTimeline:
@@ -327,13 +334,8 @@ class Store:
             where=f"clip '{clip.id}' of {self.path}",
         )
 
-    @contextlib.contextmanager
-    def _readable(self, record: Mapping[str, Any]) -> Iterator[None]:
-        """Says which file it is that holds no readable array."""
-        try:
-            yield
-        except ValueError as error:
-            raise DataError(f"{self._name(record)} is not a readable array ({error}): make the store again") from None
+    def _unreadable(self, record: Mapping[str, Any], error: ValueError) -> DataError:
+        return DataError(f"{self._name(record)} is not a readable array ({error}): make the store again")
 
     def read_visual(
         self, clip: Clip, source: VisualSource, *, centre_s: float, duration_s: float, copy: bool = True
@@ -350,9 +352,12 @@ class Store:
         record = self._records(clip).get(kind)
         if record is None:
             return self.timeline(clip).read(source, centre_s, duration_s)  # raises, naming what there is
-        with self._readable(record), self._opened(record) as file:
+        with self._opened(record) as file:
             copy = copy and isinstance(file, MappedFile)  # what is read by position is nobody else's
-            return self._timeline(clip, {kind: file.array()}).read(source, centre_s, duration_s, copy=copy)
+            try:
+                return self._timeline(clip, {kind: file.array()}).read(source, centre_s, duration_s, copy=copy)
+            except ValueError as error:
+                raise self._unreadable(record, error) from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
