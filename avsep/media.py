@@ -235,15 +235,16 @@ def _frames(container: Any, stream: Any, path: str | os.PathLike[str]) -> Iterat
     """Decoded frames; single ones that are damaged are passed over, as players do."""
     av = _av()
     broken = 0
-    for packet in container.demux(stream):
-        try:
-            yield from packet.decode()
-        except av.FFmpegError as error:
-            broken += 1
-            if broken > 100:
-                raise DataError(
-                    f"{path}: its pictures cannot be decoded ({_reason(error)}): the file is damaged"
-                ) from None
+    try:
+        for packet in container.demux(stream):
+            try:
+                yield from packet.decode()
+            except av.FFmpegError:
+                broken += 1
+                if broken > 100:
+                    raise
+    except av.FFmpegError as error:  # too many of them, or the file cannot be read on
+        raise DataError(f"{path}: its pictures cannot be decoded ({_reason(error)}): the file is damaged") from None
 
 
 def _start_s(container: Any) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pickle
+import tracemalloc
 from collections import OrderedDict
 
 import numpy as np
@@ -167,6 +169,15 @@ def test_vggsound_with_its_split_and_with_av_cils(tmp_path):
     ]
 
 
+def test_splits_of_two_names_and_json_as_windows_writes_it(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "id,class,split\na,hum,train\nb,hum,Train\nc,hum,training\nd,hum,val\na,hum,train\n"
+    )
+    assert read_splits(tmp_path / "a.csv") == {"train": {"hum": ["a", "b", "c"]}, "val": {"hum": ["d"]}}
+    (tmp_path / "b.json").write_text('{"valid": {"hum": ["a"]}, "val": {"hum": ["b"]}}', encoding="utf-8-sig")
+    assert read_splits(tmp_path / "b.json") == {"val": {"hum": ["a", "b"]}}
+
+
 # --- what others have pickled ---------------------------------------------------------------------------------------
 
 
@@ -230,6 +241,69 @@ def test_hostile_ones_are_refused_and_nothing_of_them_is_run(name, suffix, tmp_p
     assert not (tmp_path / "mark").exists()
 
 
+def npy(descr, shape, body=b""):
+    header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + body
+
+
+def doubled(times):
+    value = ["x"]
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+GREEDY = {
+    "a place far out in the memo": (".pkl", lambda: b"\x80\x02]r\x00\x00\x00\x08."),
+    "the same in letters": (".pkl", lambda: b"]p134217728\n."),
+    "a byte array that is not there": (".pkl", lambda: b"\x80\x05\x96" + (1 << 30).to_bytes(8, "little") + b"."),
+    "bytes by their number": (
+        ".pkl",
+        lambda: pickle.dumps(Calls(np._core.numeric._frombuffer, 1 << 29, np.dtype("i1"), (1 << 29,), "C")),
+    ),
+    "the name of a type": (".pkl", lambda: pickle.dumps(Calls(np.dtype, doubled(22)))),
+    "bytes in letters": (".pkl", lambda: pickle.dumps(Calls(codecs.encode, doubled(22), "latin1"))),
+    "sets of one list": (
+        ".pkl",
+        lambda: b"(]q\x00(" + b"K\x01" * 50_000 + b"ecbuiltins\nset\nq\x01" + b"h\x01h\x00\x85R" * 900 + b"l.",
+    ),
+    "the same bytes again": (
+        ".pkl",
+        lambda: b"\x80\x03B" + (1 << 20).to_bytes(4, "little") + b"a" * (1 << 20) + b"q\x00](" + b"h\x00" * 200 + b"e.",
+    ),
+    "a number of a million digits": (".pkl", lambda: pickle.dumps({"train": {1 << 4_000_000: ["a"]}})),
+    "an array that is not there": (".npy", lambda: npy("<f8", (1 << 27,))),
+    "an array of nothing": (".npy", lambda: npy("<f8", (1 << 24, 0))),
+    "a text of no letters": (".npy", lambda: npy("<U0", (1 << 24,))),
+    "an array of times": (".npy", lambda: npy("<M8[s]", (1,), bytes(8))),
+    "numbers without end": (".npy", lambda: npy("|i1", (8_000_000,), bytes(8_000_000))),
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_a_few_bytes_that_ask_for_much_memory_are_refused(name, tmp_path):
+    suffix, make = GREEDY[name]
+    path = tmp_path / f"lists{suffix}"
+    path.write_bytes(make())
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError) as error:
+            read_published(path)
+        assert tracemalloc.get_traced_memory()[1] < 48e6
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500 + len(str(path))
+
+
+def test_plain_arrays_are_read(tmp_path):
+    for number, array in enumerate(
+        (np.array(["a", "é"]), np.arange(6).reshape(2, 3), np.asfortranarray([[1, 2], [3, 4]]))
+    ):
+        np.save(tmp_path / f"{number}.npy", array)
+        assert read_published(tmp_path / f"{number}.npy") == array.tolist()
+
+
 def test_what_a_pickle_may_call_cannot_be_changed_by_it(tmp_path):
     """BUILD on a stand-in would set attributes for all pickles that come later."""
     from avsep.data.published import _StandIn
@@ -238,7 +312,7 @@ def test_what_a_pickle_may_call_cannot_be_changed_by_it(tmp_path):
         (tmp_path / "a.pkl").write_bytes(b"\x80\x02cnumpy\nndarray\n" + state + b"b.")
         with pytest.raises(DataError, match="nothing of it was run"):
             read_published(tmp_path / "a.pkl")
-    assert not hasattr(_StandIn("ndarray"), "a")
+    assert not hasattr(_StandIn("ndarray", [0]), "a")
     for data in (b"", b"\x80\x04", b"garbage", b"\x80\x02cnumpy\nndarray\n(tR."):
         (tmp_path / "a.pkl").write_bytes(data)
         with pytest.raises(DataError):

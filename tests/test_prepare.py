@@ -100,6 +100,13 @@ def test_killed_and_resumed_it_is_the_same_store(shelf, tmp_path):
     assert not (out / "manifest.json").exists()
     noted = len(list((out / ".journal").glob("*.json"))) - 1
     assert 5 <= noted < 24
+    # what a failing disk or a kill in the middle of a write may leave
+    whole = next(
+        p for p in sorted((out / "audio").glob("[!.]*.wav")) if (out / ".journal" / f"{p.stem}.json").is_file()
+    )
+    whole.write_bytes(whole.read_bytes()[:-2] + b"xx")
+    (out / "audio" / ".half-written.wav").write_bytes(b"RIFF")
+    (out / "motion" / "nobody's.npy").write_bytes(b"")
     result = make(listed(shelf), out)
     assert contents(out) == contents(shelf / "store")
     assert len(result.skipped) == 10
@@ -178,12 +185,6 @@ if __name__ == "__main__":
     assert [(e["id"], e["status"]) for e in store.manifest["skipped"]] == [("hum-crash", "crashed")]
 
 
-def test_ray_gives_the_same_bytes(shelf, tmp_path):
-    pytest.importorskip("ray.data")
-    make(listed(shelf), tmp_path / "store", jobs=2, engine="ray")
-    assert contents(tmp_path / "store") == contents(shelf / "store")
-
-
 # --- what is made ---------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +194,36 @@ def weights(tmp_path_factory):
     folder = write_small(tmp_path_factory.mktemp("weights"))
     write_owlv2(folder / "owlv2-base-patch16-ensemble")
     return folder
+
+
+@pytest.fixture(scope="module")
+def seen(weights, tmp_path_factory):
+    """Six videos, two of them damaged, and a store with pictures and features made in this process."""
+    folder = tmp_path_factory.mktemp("seen")
+    for k in range(4):
+        write_good(folder / "videos" / CLASSES[k % 2] / f"{k}.mp4", k)
+    data = (folder / "videos" / CLASSES[0] / "0.mp4").read_bytes()
+    (folder / "videos" / CLASSES[0] / "cut.mp4").write_bytes(data[: len(data) // 2])
+    (folder / "videos" / CLASSES[1] / "text.mp4").write_bytes(b"la la la " * 99)
+    made = make(list_folder(folder / "videos"), folder / "store", recipe={"weights": weights, "frames": True})
+    assert [e["status"] for e in made.skipped] == ["broken", "broken"]
+    assert sorted(made.store.features) == ["clip_vit_b32", "videomae_base"]
+    return folder
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.slow
+def test_features_are_the_same_bytes_in_other_processes(seen, weights, tmp_path, jobs):
+    make(list_folder(seen / "videos"), tmp_path / "store", jobs, recipe={"weights": weights, "frames": True})
+    assert contents(tmp_path / "store") == contents(seen / "store")
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes(seen, weights, tmp_path):
+    pytest.importorskip("ray.data")
+    recipe = {"weights": weights, "frames": True}
+    make(list_folder(seen / "videos"), tmp_path / "store", jobs=2, recipe=recipe, engine="ray")
+    assert contents(tmp_path / "store") == contents(seen / "store")
 
 
 def test_it_is_what_separate_would_compute(weights, tmp_path):
@@ -304,6 +335,36 @@ def test_a_finished_store_takes_in_what_came_later_when_asked(tmp_path, capsys):
     make(list_folder(root), tmp_path / "store", recipe=SOUND, update=True)
     make(list_folder(root), tmp_path / "fewer", recipe=SOUND)
     assert contents(tmp_path / "store") == contents(tmp_path / "fewer")
+
+
+def test_a_video_replaced_by_one_of_its_size_is_made_again(tmp_path, monkeypatch):
+    """Also where the new file keeps an old time; what nobody touched is not read again."""
+    from avsep.data import prepare as module
+
+    root = tmp_path / "videos"
+    for k in range(3):
+        write_good(root / "hum" / f"{k}.mp4", k)
+    size = max(p.stat().st_size for p in root.glob("*/*")) + 64
+    for path in root.glob("*/*"):  # one size for all of them
+        data = path.read_bytes()
+        path.write_bytes(data + (size - len(data)).to_bytes(4, "big") + b"free" + bytes(size - len(data) - 8))
+    make(list_folder(root), tmp_path / "store", recipe=SOUND)
+    for found in ("manifest.json", "videos.csv"):
+        os.utime(tmp_path / "store" / found, (time.time() + 60, time.time() + 60))  # as if finished a minute later
+    read = []
+    hashed = module.sha256_file
+    monkeypatch.setattr(module, "sha256_file", lambda path: read.append(Path(path).name) or hashed(path))
+    make(list_folder(root), tmp_path / "store", recipe=SOUND, update=True)
+    assert read == []
+    os.utime(tmp_path / "store" / "manifest.json", (time.time(), time.time()))
+    old = (root / "hum" / "1.mp4").stat()
+    (root / "hum" / "1.mp4").write_bytes((root / "hum" / "2.mp4").read_bytes())
+    os.utime(root / "hum" / "1.mp4", (old.st_atime - 1000, old.st_mtime - 1000))
+    updated = make(list_folder(root), tmp_path / "store", recipe=SOUND, update=True)
+    entries = {e["id"]: e for e in updated.store.manifest["clips"]}
+    assert entries["hum-1"]["files"]["audio"]["sha256"] == entries["hum-2"]["files"]["audio"]["sha256"]
+    make(list_folder(root), tmp_path / "fresh", recipe=SOUND)
+    assert contents(tmp_path / "store") == contents(tmp_path / "fresh")
 
 
 def test_other_options_are_refused_on_resuming(shelf, tmp_path, monkeypatch):

@@ -120,6 +120,11 @@ def _two_names(d: Desk) -> list:
     return d.argv()
 
 
+def _latin_1(d: Desk) -> list:
+    shutil.copy(d.shelf / "good.mp4", os.fsdecode(os.fsencode(d.root) + b"/ding/caf\xe9.mp4"))
+    return d.argv()
+
+
 def _all_damaged(d: Desk) -> list:
     return d.argv(root=d.file("dead/ding/a.mp4", b"no video").parents[1])
 
@@ -141,6 +146,7 @@ REFUSED = {
         *("'train'", "'ding'"),
     ),
     "two videos of one name": (_two_names, "'ding-a'", "a.mkv", "rename"),
+    "a name that is not UTF-8": (_latin_1, "caf\ufffd.mp4", "UTF-8", "rename"),
     "unknown data set": (lambda d: d.argv(dataset="music-21"), "'music-21'", "'music21'"),
     "unknown class": (lambda d: d.argv("--classes", "dign"), "'dign'", "'ding'"),
     "class twice": (lambda d: d.argv("--classes", "ding,ding"), "'ding'", "twice"),
@@ -192,12 +198,27 @@ REFUSED = {
         "nothing of it was run",
     ),
     "hostile array": (_hostile_array, "mkdir", "nothing of it was run"),
+    "annotations nested without end": (
+        lambda d: [
+            d.root,
+            d.file("videos/MUSIC21_solo_videos.json", "[" * 100000),
+            *d.argv(dataset="music21"),
+        ][2:],
+        *("MUSIC21_solo_videos.json", "JSON"),
+    ),
     "truncated pickle": (
         lambda d: d.argv("--splits", d.file("l.pkl", pickle.dumps({"train": {"a": ["b"]}})[:-9]), dataset="music21"),
         *("l.pkl", "copy it again"),
     ),
     "splits that are none": (lambda d: d.splits({"ding": ["a"]}), "lists.pkl", "'ding'", "train, val and test"),
     "numbers for classes": (lambda d: d.splits({"train": {0: ["a"]}}), "class 0", "category_encode_dict"),
+    "ids that lead out of the store": (
+        lambda d: d.splits({"train": {"ding": ["a", "x/../../y"]}}),
+        *("'x/../../y'", "'ding'", "correct the list"),
+    ),
+    "ids too long for a file": (lambda d: d.splits({"train": {"ding": ["a", "i" * 300]}}), "iii", "correct the list"),
+    "ids that are no text": (lambda d: d.splits({"train": {"ding": ["a", "\ud800"]}}), "\\ud800", "correct the list"),
+    "a class name of two lines": (lambda d: d.splits({"train": {"di\nng": ["a"]}}), r"'di\nng'", "class"),
     "one video in two splits": (lambda d: d.splits({"train": {"ding": ["a"]}, "test": {"ding": ["a"]}}), "a", "train"),
     # where the store goes
     "out is a file": (lambda d: d.argv(out=d.file("taken", "mine")), "taken", "is a file"),

@@ -19,7 +19,7 @@ from typing import Any
 
 from avsep.data.phrases import CLASSES
 from avsep.data.published import PICKLES, read_published
-from avsep.data.store import SPLITS
+from avsep.data.store import SPLITS, UNFIT, is_clip_id
 from avsep.errors import ConfigError, DataError, UnknownNameError, near_matches
 from avsep.io import sha256_file
 
@@ -169,9 +169,19 @@ def _listing(
                 raise UnknownNameError(f"no class '{name}' in {root}: {near_matches(name, there)}")
             if names.count(name) > 1:
                 raise ConfigError(f"class '{name}' comes twice: name it once")
-    kept = [v for name in names for v in videos if v.class_name == name]
+    place = {name: number for number, name in enumerate(names)}
+    kept = sorted((v for v in videos if v.class_name in place), key=lambda v: place[v.class_name])
     if not kept:
         raise DataError(f"{root} lists no videos of {dataset}: look whether it is the right folder")
+    for name in names:
+        if not name.strip() or UNFIT.search(name):
+            raise DataError(f"{name!r} cannot be the name of a class: write it in printed characters")
+    for video in kept:
+        if not is_clip_id(video.id):
+            raise DataError(
+                f"{video.id[:60]!r} of class '{video.class_name}' is listed and cannot be a video's id, which serves "
+                "as a file name: correct the list"
+            )
     for video_id, count in Counter(v.id for v in kept).items():
         if count > 1:
             files = [v.file or v.looked_for for v in kept if v.id == video_id]
@@ -189,7 +199,7 @@ def _listing(
 
 def _usable_id(text: str) -> str:
     """A text as an id, which serves as a file name."""
-    name = re.sub(r"[/\\:\s]+", "_", text).lstrip(".") or "video"
+    name = re.sub(rf"[/\\:\s]+|{UNFIT.pattern}", "_", text).lstrip(".") or "video"
     if len(name.encode()) > 180:
         name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return name
@@ -241,6 +251,9 @@ def _read_tree(root: Path, seed: int, shares: Sequence[float]) -> tuple[list[Vid
     videos = []
     for file in files:
         parts = Path(file).parts
+        if re.search("[\ud800-\udfff]", file):
+            shown = os.fsencode(file).decode(errors="replace")
+            raise DataError(f"the name of {root / shown} is not written in UTF-8: rename it")
         if len(parts) <= depth:
             raise DataError(
                 f"{root / file} lies in no class's folder: put it into {root / '/'.join((*parts[:-1], 'CLASS'))}, or "
@@ -366,7 +379,9 @@ def read_splits(path: str | os.PathLike[str]) -> dict[str, dict[str, list[str]]]
                 other = where.setdefault((name, video_id), split)
                 if other != split:
                     raise DataError(f"{place}: video {video_id} of '{name}' is in {other} and in {split}")
-            result.setdefault(split, {})[name] = list(dict.fromkeys(ids))
+            # "valid" and "val", or two names of a number, may say a class of one split in two parts
+            listed = result.setdefault(split, {}).setdefault(name, [])
+            result[split][name] = list(dict.fromkeys([*listed, *ids]))
     return result
 
 

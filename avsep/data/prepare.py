@@ -40,6 +40,7 @@ __all__ = ["ENGINES", "STATUSES", "Prepared", "Recipe", "check_places", "make_re
 PREPARE_VERSION = 1  # changes with what is made of a video
 LICENCE = "recordings and pictures are their makers'; the terms of the data set apply"
 ENGINES = ("processes", "ray")
+_CLOCKS_S = 5.0  # that those of two machines may differ
 STATUSES = {
     "ok": "in the store",
     "missing": "no file of its name",
@@ -451,7 +452,7 @@ def _todo(writer: StoreWriter, listing: Listing, bars: Progress) -> list[Video]:
             bar = bars.add("looking at what is there", len(listing.videos), done=number)
         if (
             entry is None
-            or not _still(entry, video, listing.root)
+            or not _still(entry, writer.noted_at(video.id), video, listing.root)
             or ("files" in entry and not writer.is_done(video.id))
         ):
             todo.append(video)
@@ -462,8 +463,12 @@ def _todo(writer: StoreWriter, listing: Listing, bars: Progress) -> list[Video]:
     return todo
 
 
-def _still(entry: dict[str, Any], video: Video, root: Path) -> bool:
-    """Whether a journal entry is of this video and its file has not changed; a file is known by its size."""
+def _still(entry: dict[str, Any], noted_at: float, video: Video, root: Path) -> bool:
+    """Whether a journal entry, of a time, is of this video and its file has not changed.
+
+    A file that was touched since then, or put where it is, must have the same hash; of others the size is enough, since
+    reading a large data set again takes hours.
+    """
     source = entry.get("source")
     if (entry.get("class"), entry.get("split")) != (video.class_name, video.split):
         return False
@@ -472,7 +477,11 @@ def _still(entry: dict[str, Any], video: Video, root: Path) -> bool:
     if source.get("path") != video.file:
         return False
     try:
-        return source.get("bytes") == (root / video.file).stat().st_size
+        found = (root / video.file).stat()
+        if source.get("bytes") != found.st_size:
+            return False
+        touched = max(found.st_mtime, found.st_ctime)  # a file renamed or copied with its old time has a new ctime
+        return touched < noted_at - _CLOCKS_S or source.get("sha256") == sha256_file(root / video.file)
     except OSError:
         return "bytes" not in source
 
@@ -533,7 +542,9 @@ def _run_processes(out: str, root: str, recipe: Recipe, todo: Sequence[Video], j
                 writer = StoreWriter.worker(out, recipe.rate_hz)
                 told = {"class": video.class_name, "split": video.split, "status": "crashed"}
                 reason = f"the process that decoded {video.file} died, twice: the file is damaged, or memory is short"
-                record = _source(Path(root) / video.file, video)
+                record: dict[str, Any] = {"path": video.file}
+                with contextlib.suppress(_SkippedError):  # gone meanwhile
+                    record = _source(Path(root) / video.file, video)
                 writer.note_skipped(video.id, {**told, "reason": reason, "source": record})
                 done("crashed")
 

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import wave
 from collections import Counter
@@ -48,6 +50,7 @@ _PCM = np.dtype("<i2")
 _OPEN_MAPS = 64  # memory maps kept open per process, beside those of shards; each holds a file descriptor
 _OPEN_SHARDS = 128
 _HELD_MAPS = 256  # of the files that training reads from; those beyond are read by position
+UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # of ids and names: no text, or no one line
 
 
 @dataclass(frozen=True)
@@ -543,6 +546,10 @@ class StoreWriter:
         except (ConfigError, OSError):
             return None
 
+    def noted_at(self, clip_id: str) -> float:
+        """When the journal was told of a clip: seconds, as of the file's change."""
+        return (self.path / _JOURNAL / f"{clip_id}.json").stat().st_mtime
+
     def note_skipped(self, clip_id: str, entry: Mapping[str, Any]) -> None:
         """Note in the journal that a clip could not be made; ``entry`` is plain data without ``files``."""
         _check_id(clip_id)
@@ -555,8 +562,10 @@ class StoreWriter:
             raise DataError(
                 f"{self.path} is in shards, which take no more clips: add them to the store they are made of"
             )
+        noted_ns = (self.path / "manifest.json").stat().st_mtime_ns
         for entry in [*manifest["clips"], *manifest.get("skipped", ())]:
             write_json(self.path / _JOURNAL / f"{entry['id']}.json", entry)
+            os.utime(self.path / _JOURNAL / f"{entry['id']}.json", ns=(noted_ns, noted_ns))
         write_json(self.path / _JOURNAL / "header.json", self.header)
         (self.path / "manifest.json").unlink()
 
@@ -664,8 +673,15 @@ class StoreWriter:
         return {"role": role, "dim": dim, "steps": steps}
 
 
+def is_clip_id(clip_id: str) -> bool:
+    """Whether it can be a clip's id: it serves as a file name, with a suffix and while it is written a prefix."""
+    if not clip_id or clip_id.startswith(".") or clip_id == "header" or any(c in clip_id for c in "/\\:"):
+        return False
+    return not UNFIT.search(clip_id) and len(clip_id.encode()) <= 200
+
+
 def _check_id(clip_id: str) -> None:
-    if not clip_id or clip_id.startswith(".") or any(c in clip_id for c in "/\\:") or clip_id == "header":
+    if not is_clip_id(clip_id):
         raise DataError(f"'{clip_id}' cannot be a clip's id: it must serve as a file name")
 
 
