@@ -56,7 +56,7 @@ def launch(count: int, command: Sequence[str]) -> int:
     """Run ``command`` as ``count`` ranks on this machine; returns the exit code when all have ended.
 
     When one fails the others are ended. Ctrl-C and SIGTERM are handed on, and should this process itself be killed, the
-    ranks end too (:func:`follow_launcher`).
+    ranks end too. The command must call :func:`follow_launcher` early: only then does Ctrl-C reach it.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, when no rank had come so far as to speak of it.
@@ -84,9 +84,10 @@ def launch(count: int, command: Sequence[str]) -> int:
         ranks: list[subprocess.Popen[bytes]] = []
         with _handed_on(ranks) as stopped:
             try:
-                for rank in range(count):
-                    own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                    ranks.append(subprocess.Popen(list(command), env=own, **how))
+                with _without_interrupts():
+                    for rank in range(count):
+                        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                        ranks.append(subprocess.Popen(list(command), env=own, **how))
                 failed = _first_failure(ranks, stopped)
             finally:
                 _end(ranks)
@@ -94,6 +95,9 @@ def launch(count: int, command: Sequence[str]) -> int:
     if stopped:
         if stopped[0] == signal.SIGINT and not told:
             raise KeyboardInterrupt
+        if stopped[0] != signal.SIGINT:
+            with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+                print(f"avsep: stopped by {signal.Signals(stopped[0]).name}; go on with --resume", file=sys.stderr)
         return 128 + stopped[0]
     if failed is None:
         return 0
@@ -159,6 +163,22 @@ def _handed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits for what is started inside: for this process till the end, for a rank until it can speak of it.
+
+    Python would end with a traceback while it starts.
+    """
+    if os.name != "posix":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def _kept_pipe() -> Iterator[tuple[int | None, dict[str, Any]]]:
     """A pipe whose other end closes with this process, however it ends; and how ranks are started with it.
 
@@ -176,7 +196,11 @@ def _kept_pipe() -> Iterator[tuple[int | None, dict[str, Any]]]:
 
 
 def follow_launcher() -> None:
-    """End this process when the one that :func:`launch` ran in is gone. Does nothing in others."""
+    """Let Ctrl-C through, and end this process when the one that :func:`launch` ran in is gone. Nothing in others.
+
+    Raises:
+        KeyboardInterrupt: when there was one before.
+    """
     if pipe := os.environ.pop(_LAUNCHER_PIPE, ""):
 
         def follow() -> None:
@@ -185,3 +209,4 @@ def follow_launcher() -> None:
             os._exit(1)
 
         threading.Thread(target=follow, daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

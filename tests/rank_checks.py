@@ -133,7 +133,7 @@ def kill(store, out, first):
 
 
 def several(folder: Path, store: str) -> None:
-    """All that test_ranks.py looks at, in one start of the processes."""
+    """All that test_ranks.py looks at, in one start of the processes; ends as :func:`broken` does."""
     learner = tiny_learner(validation_pairs=3)
     ranks = learner.ranks
     for name in STEPS:
@@ -152,6 +152,17 @@ def several(folder: Path, store: str) -> None:
     fit(store, folder / "killed_by_one", resume=True)
     if ranks.first:
         (folder / "facts.json").write_text(json.dumps(facts))
+    broken(folder, store, "error")
+
+
+def go_on(run: Path) -> None:
+    """Resume, with this process alone, a run that the command line began."""
+    from avsep.data.store import Store
+    from avsep.runs import read_run_spec
+
+    spec = read_run_spec(run)
+    stream = stream_of(Store.open(spec.store), spec.tasks)
+    ContinualLearner.from_spec(spec, accelerator="cpu").fit(stream, run, resume=True, progress=False)
 
 
 def broken(folder: Path, store: str, how: str) -> None:

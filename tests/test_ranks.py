@@ -37,14 +37,21 @@ def started(*arguments, **how):
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, **how)
 
 
+def write_preset(folder):
+    train = {**TINY_TRAIN, "validation_pairs": 1, "epochs": 1}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"summary": "", "separator": TINY_SEPARATOR, "train": train}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def found(tone_store, tmp_path_factory):
     """The folder that two processes have left their results in."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = write_preset(tmp_path_factory.mktemp("ranks"))
     (folder / "first").symlink_to(first_task(tone_store, "contavsep"))
     kill(tone_store, folder / "killed_by_one", folder / "first")
     result = started("several", folder, tone_store)
-    assert result.returncode == 0, result.stderr
+    assert (folder / "facts.json").is_file(), result.stderr
+    (folder / "end.json").write_text(json.dumps([result.returncode, result.stderr]))
     return folder
 
 
@@ -97,28 +104,51 @@ def test_a_resume_with_another_number_of_ranks_goes_on_alike(found, tone_store):
     assert _rows(found / "killed_for_one")[2] == pytest.approx(whole[2], rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def preset(tmp_path_factory):
-    path = tmp_path_factory.mktemp("preset") / "tiny.yaml"
-    train = {**TINY_TRAIN, "validation_pairs": 1, "epochs": 1}
-    path.write_text(yaml.safe_dump({"summary": "tests", "separator": TINY_SEPARATOR, "train": train}))
-    return path
-
-
-def test_an_error_on_one_rank_is_one_line_and_ends_all(preset, tone_store):
-    result = started("broken", preset.parent, tone_store, "error")
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1] == "avsep: clip 'x' is gone"
-    assert result.stderr.count("avsep:") == 1
-    assert "Traceback" not in result.stderr
+def test_an_error_on_one_rank_is_one_line_and_ends_all(found):
+    code, error = json.loads((found / "end.json").read_text())
+    assert code == 2
+    assert error.strip().splitlines()[-1] == "avsep: clip 'x' is gone"
+    assert error.count("avsep:") == 1
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_is_told_of_and_ends_all(preset, tone_store):
-    result = started("broken", preset.parent, tone_store, "kill")
+def test_a_rank_that_is_killed_is_told_of_and_ends_all(tone_store, tmp_path):
+    result = started("broken", write_preset(tmp_path), tone_store, "kill")
     assert result.returncode == 1
     assert "avsep: process 1 of 2 was ended by signal 9 (out of memory?); go on with --resume" in result.stderr
     assert "Traceback" not in result.stderr
+    run = tmp_path / "run-kill"
+    assert _rows(run)[-1]["step"] == 1
+    rank_checks.go_on(run)
+    assert len(list(run.glob("tasks/*/task.json"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_of_two_ranks_that_is_stopped_goes_on_with_one(number, tone_store, tmp_path):
+    run = tmp_path / "run"
+    command = f"-m avsep train {tone_store} --preset {write_preset(tmp_path) / 'tiny.yaml'} --out {run} --device cpu"
+    process = subprocess.Popen(
+        [sys.executable, *command.split(), "--devices", "2", "--set", "train.steps_per_epoch=30"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    until = time.monotonic() + 200
+    while not (run / "logs" / "train.csv").is_file() or len(_rows(run)) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    way_on = f"avsep train --out {run} --resume"
+    said = f": go on with: {way_on}" if number == signal.SIGINT else " by SIGTERM; go on with --resume"
+    assert [line for line in error.splitlines() if "avsep" in line] == [f"avsep: stopped{said}"]
+    assert "Traceback" not in error
+    rank_checks.go_on(run)
+    assert len(list(run.glob("tasks/*/task.json"))) == 2
 
 
 def test_what_several_ranks_cannot_do_is_refused(monkeypatch):
@@ -169,7 +199,7 @@ def _ends(folder, code):
     """The exit code of two ranks that run ``code``, once both are seen to be gone."""
     started_s = time.monotonic()
     try:
-        return launch(2, [sys.executable, "-c", f"{_NOTE} {code}", str(folder)])
+        return launch(2, [sys.executable, "-c", f"{_NOTE}{code}", str(folder)])
     finally:
         assert time.monotonic() - started_s < 60
         for note in folder.iterdir():
@@ -187,22 +217,48 @@ def test_ranks_end_together(tmp_path, capfd):
     assert capfd.readouterr().err == line
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_all_ranks(number, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_all_ranks(number, tmp_path, capfd):
+    """Ctrl-C also where a rank has only begun to start, without a traceback."""
+
     def send():
-        while len(list(tmp_path.iterdir())) < 2:
+        while len([note for note in tmp_path.iterdir() if note.stat().st_size]) < 2:
             time.sleep(0.02)
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
     threading.Thread(target=send, daemon=True).start()
-    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(100)"
+    code = """
+from avsep.launch import follow_launcher
+time.sleep(0.5)  # in which the signal comes
+try:
+    follow_launcher()
+    time.sleep(100)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
     if number == signal.SIGINT:
         with pytest.raises(KeyboardInterrupt):
             _ends(tmp_path, code)
+        assert capfd.readouterr().err == ""
     else:
         assert _ends(tmp_path, code) == 128 + number
+        name = signal.Signals(number).name
+        assert capfd.readouterr().err == f"avsep: stopped by {name}; go on with --resume\n"
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_wrong_usage_is_told_by_one_rank(speaks, capsys, monkeypatch):
+    from avsep.cli import main
+
+    monkeypatch.setattr("avsep.launch.speaks", lambda: speaks)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--bogus"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "--bogus" in error if speaks else error == ""
 
 
 def test_ranks_do_not_outlive_their_launcher(tmp_path):

@@ -19,11 +19,12 @@ def main(argv: list[str] | None = None) -> None:
     # also does something else (a step of 0.5 s took 13 s with two busy neighbours on two cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from avsep.cli.app import Interrupted, build_app
-        from avsep.errors import AvsepError
         from avsep.launch import follow_launcher, world_size
 
         follow_launcher()
+        from avsep.cli.app import Interrupted, build_app
+        from avsep.errors import AvsepError
+
         if world_size() > 1:  # DDP warns each process that it looks for unused parameters, and finds none
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -66,6 +67,8 @@ def _fail(text: str, code: int, error: Exception | None = None) -> None:
         time.sleep(5)  # the one that is gone knows why, and this one is ended meanwhile
     if speaks():
         print(text, file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # the first to end ends all, and the one that speaks is to come to its end
     sys.stdout.flush()
     os._exit(code)  # ending in order would wait for the group
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from typing import Any
 
 import typer
@@ -25,6 +26,10 @@ COMMANDS = (
 )
 
 
+# click's, of which newer versions of typer have a copy of their own
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
 class Interrupted(BaseException):
     """Ctrl-C, with how to go on, if the command knows. Not a KeyboardInterrupt, which typer ends with ``Aborted!``."""
 
@@ -35,6 +40,13 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             raise Interrupted(*stop.args) from None
+        except _UsageError:
+            from avsep.launch import speaks
+
+            if speaks():
+                raise
+            time.sleep(2)  # the first to end ends all, and the one that speaks is to come to its end
+            raise typer.Exit(2) from None
 
 
 def build_app() -> typer.Typer:
