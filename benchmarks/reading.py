@@ -65,13 +65,10 @@ def memory_rows(
 
 def reading_memory(path: str | Path, batch: int, mixtures: int, passes: int = _PASSES) -> dict[str, float]:
     """Read passes of different mixtures in this process, and look at its memory after every batch."""
-    import torch
-
     from avsep.benchmarks.cases import _loader, _mixtures_of
     from avsep.data.mixing import TrainingMixtures
     from avsep.spec import FrontEndSpec
 
-    torch.set_num_threads(1)
     before = peak = _anonymous_mb()
     store = Store.open(path)
     data: TrainingMixtures = _mixtures_of(store, batch, mixtures, FrontEndSpec(sample_rate_hz=store.sample_rate_hz))
@@ -102,4 +99,7 @@ def _anonymous_mb() -> float:
 
 
 if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(1)
     print(json.dumps(reading_memory(sys.argv[1], *map(int, sys.argv[2:]))))

@@ -17,6 +17,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+@pytest.fixture(autouse=True)
+def threads_stay():
+    """The last bits of a run depend on the number of threads: a test that left another would spoil those after it."""
+    threads = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == threads
+
+
 RATE = 11025
 TONES_HZ = {"ding": 330.0, "hum": 520.0, "peep": 830.0, "whirr": 1310.0}
 COUNTS = {"train": 3, "val": 2, "test": 2}

@@ -555,7 +555,8 @@ def test_models_are_selected_on_the_validation_protocol_that_was_asked_for(tone_
     stream = task_stream(
         tone_store, TINY_TASKS, validation_protocol="paper", clip_samples=TINY_FRONT_END["clip_samples"]
     )
-    learner = tiny_learner("finetune", "none", epochs=1, steps_per_epoch=1)
+    spec = tiny_run_spec("finetune", "none", epochs=1, steps_per_epoch=1)
+    learner = ContinualLearner.from_spec(spec, accelerator="cpu", loggers=[])  # pictures are scored too
     records = learner.fit(stream, tmp_path / "run", progress=False)
     assert read_run_spec(tmp_path / "run").validation_protocol == "paper"
     for task, (record, scores) in enumerate(zip(records, seen, strict=True)):
