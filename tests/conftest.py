@@ -26,6 +26,15 @@ def threads_stay():
     assert torch.get_num_threads() == threads
 
 
+@pytest.fixture
+def one_thread():
+    """PyTorch computes in one thread, and as before afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 RATE = 11025
 TONES_HZ = {"ding": 330.0, "hum": 520.0, "peep": 830.0, "whirr": 1310.0}
 COUNTS = {"train": 3, "val": 2, "test": 2}

@@ -226,7 +226,7 @@ def test_ray_gives_the_same_bytes(seen, weights, tmp_path):
     assert contents(tmp_path / "store") == contents(seen / "store")
 
 
-def test_it_is_what_separate_would_compute(weights, tmp_path):
+def test_it_is_what_separate_would_compute(weights, tmp_path, one_thread):  # as prepare does, for the last bits
     video = tmp_path / "videos" / "violin" / "one.mp4"
     video.parent.mkdir(parents=True)
     write_video(video, brightness_ramp(30), tone(3.0, channels=2), layout="stereo")

@@ -409,7 +409,7 @@ def test_tuning_chooses_by_validation_pairs_of_two_tasks(reproduce, presets, ton
     assert not any(score in said.out + said.err for score in tests - {f"{v:.2f} dB" for v in scores.values()})
 
 
-def test_jobs_of_submitit(reproduce, finished, tmp_path, monkeypatch):
+def test_jobs_of_submitit(reproduce, finished, tmp_path, monkeypatch, one_thread):
     """Through a stand-in for submitit: each unit is one job, with the parameters that were given."""
     given: list[dict] = []
 
