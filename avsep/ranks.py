@@ -82,9 +82,10 @@ class Ranks:
         """Rank 0's value (plain data and tensors on the CPU) on every rank."""
         if not self.several:
             return value
-        box = [value if self.first else None]
+        box: list[Any] = [value if self.first else None]
         dist.broadcast_object_list(box, 0)
-        return box[0]  # type: ignore[return-value]
+        found: _T = box[0]
+        return found
 
     def copy_firsts(self, tensors: dict[str, Tensor]) -> None:
         """Overwrite tensors with rank 0's of the same names, in place."""

@@ -35,6 +35,29 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+    """No published weights and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("AVSEP_WEIGHTS", raising=False)
+
+
+def dies_at_step(monkeypatch, number):
+    """A stand-in for a kill: training is interrupted before its ``number``-th step, until ``monkeypatch.undo()``."""
+    from avsep.learner import ContinualLearner
+
+    step, calls = ContinualLearner._step, []
+
+    def dies(self, *args):
+        calls.append(args)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(ContinualLearner, "_step", dies)
+
+
 RATE = 11025
 TONES_HZ = {"ding": 330.0, "hum": 520.0, "peep": 830.0, "whirr": 1310.0}
 COUNTS = {"train": 3, "val": 2, "test": 2}

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN, tiny_learner, tiny_run_spec
+from conftest import (
+    TINY_FRONT_END,
+    TINY_SEPARATOR,
+    TINY_TASKS,
+    TINY_TRAIN,
+    dies_at_step,
+    tiny_learner,
+    tiny_run_spec,
+)
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from safetensors.torch import load_file
@@ -437,15 +445,7 @@ def test_the_loss_scale_moves_once_a_step_and_survives_a_resume(tone_store, tmp_
     assert scaler.state_dict()["_growth_tracker"] == 6  # two tasks of three steps
 
     broken, _ = learner()
-    step, calls = ContinualLearner._step, []
-
-    def dies(self, *args):
-        calls.append(args)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    monkeypatch.setattr(ContinualLearner, "_step", dies)
+    dies_at_step(monkeypatch, 6)
     with pytest.raises(KeyboardInterrupt):
         broken.fit(stream, tmp_path / "run", progress=False)
     monkeypatch.undo()

@@ -28,14 +28,6 @@ def folders(tmp_path_factory):
     return root, models
 
 
-@pytest.fixture
-def nowhere(monkeypatch, tmp_path):
-    """No weights and no network."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("AVSEP_WEIGHTS", raising=False)
-
-
 def _pictures(*shape):
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 

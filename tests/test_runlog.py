@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FRONT_END, TINY_TASKS, tiny_run_spec
+from conftest import TINY_FRONT_END, TINY_TASKS, dies_at_step, tiny_run_spec
 from lightning_fabric.loggers import Logger
 from safetensors.torch import load_file
 
@@ -115,15 +115,7 @@ def test_tensorboard_is_read_back(tone_store, silent, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    step, calls = ContinualLearner._step, []
-
-    def dies(self, *args):
-        calls.append(args)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    monkeypatch.setattr(ContinualLearner, "_step", dies)
+    dies_at_step(monkeypatch, 6)
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         learner(["tensorboard"], **SHORT).fit(stream_of(tone_store), out, progress=False)

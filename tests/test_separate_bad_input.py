@@ -78,10 +78,7 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path, shelf, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("AVSEP_WEIGHTS", raising=False)
+def desk(tmp_path, shelf, nowhere):
     made = Desk(tmp_path / "desk", shelf)
     made.path.mkdir()
     return made

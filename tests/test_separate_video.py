@@ -210,10 +210,7 @@ def test_objects_are_found_and_written_down_as_boxes_to_correct(home, argv, tmp_
         assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
 
 
-def test_without_weights_the_whole_frame_is_shown_and_said_in_one_line(argv, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("AVSEP_WEIGHTS", raising=False)
+def test_without_weights_the_whole_frame_is_shown_and_said_in_one_line(argv, tmp_path, nowhere, capfd):
     assert run(*argv, "--out", tmp_path / "out") == 0
     said = [line for line in capfd.readouterr().err.splitlines() if "whole frame" in line]
     assert len(said) == 1
