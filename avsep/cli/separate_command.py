@@ -31,7 +31,7 @@ def command(
         str,
         typer.Option("--classes", help="Classes to separate, such as flute,piano; auto: those that are seen."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for <stem>_<class>.wav, <stem>_residual.wav and a page.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for NAME_CLASS.wav, NAME_residual.wav and a page.")],
     run: Annotated[Path | None, typer.Option("--run", help="Run folder, or a saved separator.")] = None,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="Exported bundle, in place of a run; needs no PyTorch.")
@@ -65,9 +65,7 @@ def command(
     ] = "model",
     subtype: Annotated[str, typer.Option("--format", help="Samples as PCM_16, PCM_24 or FLOAT.")] = "PCM_16",
     suffix: Annotated[str, typer.Option("--suffix", help="Files as wav or flac.")] = "wav",
-    page: Annotated[
-        bool, typer.Option("--page/--no-page", help="Write <stem>_separated.html, to hear and see.")
-    ] = True,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Write NAME_separated.html, to hear and see.")] = True,
     batch: Annotated[
         int | None,
         typer.Option("--batch", min=1, help="Chunks separated at once [4; with --bundle as the graph is made]."),
