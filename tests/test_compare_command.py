@@ -175,7 +175,7 @@ def test_many_methods_have_styles_of_their_own():
 
 def test_one_seed_and_paper_pairs_are_said():
     result = compare(cells("m", [0], paper=True), resamples=50)
-    assert "with one seed they cover the choice of test mixtures alone" in comparison_page.caption(result)
+    assert "with one seed they cover the choice of test clips alone" in comparison_page.caption(result)
     assert "protocol paper version 1" in comparison_page.caption(result).lower()
     for package in ("matplotlib", "jinja2"):
         pytest.importorskip(package)

@@ -123,16 +123,62 @@ def test_one_seed_and_one_list_is_the_plain_paired_bootstrap():
         assert (mine.mean, mine.low, mine.high) == pytest.approx((theirs.mean, theirs.low, theirs.high))
 
 
+def width(runs, **kwargs):
+    value = compare(runs, resamples=2000, **kwargs)["m"].values["sdr"]
+    return value.high - value.low
+
+
 def test_seeds_widen_the_interval_and_mixtures_are_not_counted_again():
-    def width(runs):
-        value = compare(runs, resamples=2000)["m"].values["sdr"]
-        return value.high - value.low
 
     alone, alike, apart = (width(cells("m", *a)) for a in (([1],), ([0, 1, 2],), ([0, 1, 2], 0.0, 3.0)))
     # three seeds that agree on every mixture say nothing new of the mixtures: the draw of these is shared
     assert alike == pytest.approx(alone, rel=0.1)
-    # seeds of means -3, 0, 3: a resample of three of them has a standard deviation of sqrt(6 / 3)
-    assert apart > 2 * 1.96 * np.sqrt(2) * 0.8
+    # seeds of means -3, 0, 3: their mean has the standard error 3 / sqrt(3), and t(2)'s 97.5 % quantile is 4.303
+    assert apart == pytest.approx(2 * 4.303 * np.sqrt(3), rel=0.15)
+
+
+def clips_and_scores(count=12, seed=0):
+    """Every pair of ``count`` clips of each of two classes is a mixture, whose score is what its clips add up to."""
+    rng = np.random.default_rng(seed)
+    effects = {(name, f"{name}{i}"): rng.standard_normal() for name in "ab" for i in range(count)}
+    pairs = [(("a", f"a{i}"), ("b", f"b{(i + k) % count}")) for i in range(count) for k in range(4)]
+    clips = {("task-0", number): pair for number, pair in enumerate(pairs)}
+    scores = evaluation(lambda t, j, key: sum(effects[c] for c in clips[key]), per_task=len(pairs), steps=1, cross=0)
+    return scores, clips
+
+
+def test_clips_that_are_in_several_mixtures_count_once():
+    scores, clips = clips_and_scores()
+    known, unknown = (width([Cell("m", 0, scores)], clips=given) for given in (clips, None))
+    # 24 clips with a spread of 1: each class's mean has the standard error 1 / sqrt(12); the mixture adds the two
+    true = 2 * 1.96 * np.sqrt(2 / 12)
+    assert 0.75 * true < known < 1.4 * true
+    assert unknown < 0.6 * true  # 48 mixtures taken for independent ones
+    rows = scores["after"][0]["rows"]
+    for row in rows:
+        place = sum(1 for other in rows[: rows.index(row)] if other["mixture"] == row["mixture"])
+        row["class"], row["clip"] = clips["task-0", row["mixture"]][place]
+    assert width([Cell("m", 0, scores)]) == known  # whole evaluations tell of their clips themselves
+
+
+def test_a_class_of_one_clip_is_resampled_with_others_like_it():
+    scores, _ = clips_and_scores()
+    clips = {("task-0", k): (("a", f"a{k}"), (f"class {k}", f"b{k}")) for k in range(48)}
+    assert width([Cell("m", 0, scores)], clips=clips) > 0.5
+
+
+def test_a_star_is_rare_where_nothing_differs():
+    """Seeds that differ by chance alone."""
+    rng = np.random.default_rng(5)
+    stars = 0
+    for _ in range(60):
+        levels = rng.standard_normal(6).tolist()
+        runs = [
+            Cell(("base", "m")[n // 3], n % 3, evaluation(lambda t, j, key, x=x: x, per_task=2, steps=1))
+            for n, x in enumerate(levels)
+        ]
+        stars += compare(runs, baseline="base", resamples=400)["m"].differences["sdr"].significant
+    assert stars <= 7  # of 60, 3 are expected; a bootstrap over the seeds gave 21
 
 
 def test_differences_are_paired_by_seed_and_mixture():

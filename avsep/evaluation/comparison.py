@@ -5,23 +5,29 @@
     compact_evaluation(evaluation) -> dict           # of evaluation.json; smaller, and enough for all below
     Cell(method, seed, evaluation, memory_bytes=None, seconds=None, name="")  # evaluation: whole or compact
     cells_of_runs(folders) -> list[Cell]             # of evaluated run folders; methods named after what they differ in
-    compare(cells, *, baseline=None, joint=(), confidence=0.95, resamples=10_000, seed=0) -> Comparison
+    clips_of_protocol(protocol) -> dict              # which clips are in each mixture, for compact evaluations
+    compare(cells, *, baseline=None, joint=(), clips=None, confidence=0.95, resamples=10_000, seed=0) -> Comparison
     Comparison.methods: tuple[MethodResult, ...]     # in the order of the cells; as_dict() is JSON
     MethodResult.values["average" | "forgetting" | "bwt" | "sdr" | "task-0" | ...] -> Estimate (mean, low, high)
     MethodResult.differences[...] -> Difference (mean, low, high, significant), to the baseline
 
-Intervals are percentile bootstrap intervals over seeds and test mixtures at once. The test mixtures are the same frozen
-lists for every seed and method, so seeds and mixtures are crossed: a resample draws seeds, and within each list
-mixtures, once for all methods (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1(2), 2007). Drawing other
-mixtures for each seed would count the same hard mixture as several independent ones and make the intervals too narrow.
-Differences are paired by seed and mixture. With one seed the interval covers the choice of test mixtures alone; with
-few, it still understates what another seed would change (by (S - 1) / S of the variance for S seeds).
+Intervals are percentile intervals of a paired bootstrap over test clips, widened by what seeds change. The test
+mixtures are the same frozen lists for every seed and method, and a clip is in several of them: mixtures drawn as if
+they were independent would make the intervals too narrow. So a resample draws the clips of each class anew, once for
+all methods and seeds, and a mixture counts as often as its clips were drawn, their numbers multiplied (Owen, The
+pigeonhole bootstrap, Annals of Applied Statistics 1(2), 2007; on the wide side, as is shown there). Where the clips are
+not known, mixtures are drawn within their lists.
+
+Three seeds are too few to resample: in one of 27 resamples it is the lowest alone. Of S seeds with the standard
+deviation s, each resample adds s / sqrt(S) times a draw of Student's t with S - 1 degrees of freedom, as the mean of
+few normal numbers differs from its expectation. Differences are paired by seed and mixture. With one seed the interval
+covers the choice of test clips alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +35,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from avsep.data.protocol import Protocol
 from avsep.errors import RunError, UnknownNameError, near_matches
 from avsep.evaluation.continual import (
     Interval,
@@ -51,11 +58,13 @@ __all__ = [
     "Estimate",
     "MethodResult",
     "cells_of_runs",
+    "clips_of_protocol",
     "compact_evaluation",
     "compare",
 ]
 
 _Array = NDArray[np.float64]
+_Clips = Mapping[tuple[str, int], tuple[tuple[str, str], ...]]
 _COLUMNS = ("list", "mixture", "task", "status", "degenerate", "ill_conditioned", *METRICS)
 _COUNTS = ("scored", "skipped", "silent_estimates", "degenerate")
 _IDENTITY = ("protocol", "protocol_version", "protocol_hash", "store_hash", "tasks")
@@ -193,6 +202,7 @@ def compare(
     *,
     baseline: str | None = None,
     joint: Iterable[Cell] = (),
+    clips: _Clips | None = None,
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
@@ -200,7 +210,9 @@ def compare(
     """Compare the methods of ``cells``; deterministic.
 
     ``baseline`` names the method that the others' differences are to; ``joint`` are runs of joint training, by whose
-    seeds intransigence is measured (they may be among ``cells`` too).
+    seeds intransigence is measured (they may be among ``cells`` too). ``clips`` tells of each mixture, by its list and
+    number, the class and id of its clips (:func:`clips_of_protocol`); left out, the evaluations' rows do, if they are
+    whole.
 
     Raises:
         RunError: no cell; a method has a seed twice; a run is not scored after every task; or the runs were tested on
@@ -256,26 +268,21 @@ def compare(
     points = {
         key: value[0] for key, value in measure(np.ones((1, layout.mixtures))).items() if np.isfinite(value).all()
     }
-    draws = {
-        count: np.concatenate(list(resampling_weights([count], resamples=resamples, seed=seed + 1)))
-        for count in {len(value) for value in points.values()}
-    }
     resampled: dict[tuple[str, str, str], list[_Array]] = {key: [] for key in points}
-    done = 0
-    for weights in resampling_weights(layout.sizes, resamples=resamples, seed=seed):
+    for weights in layout.resamples(clips, resamples=resamples, seed=seed):
         measured = measure(weights)
         for key, parts in resampled.items():
-            drawn = draws[measured[key].shape[1]][done : done + len(weights)]
-            parts.append((measured[key] * drawn).sum(axis=1) / drawn.sum(axis=1))
-        done += len(weights)
+            parts.append(measured[key].mean(axis=1))
+    of_seeds = {count: _seed_draws(count, resamples, seed + 1) for count in {len(value) for value in points.values()}}
 
     def estimates(name: str, what: str, kind: type[_E]) -> dict[str, _E]:
         made = {}
         for (owner, part, key), value in points.items():
             if (owner, part) == (name, what):
-                interval = percentile_interval(
-                    float(value.mean()), np.concatenate(resampled[owner, part, key]), confidence
-                )
+                drawn = np.concatenate(resampled[owner, part, key])
+                if len(value) > 1:
+                    drawn = drawn + of_seeds[len(value)] * value.std(ddof=1)
+                interval = percentile_interval(float(value.mean()), drawn, confidence)
                 made[key] = kind(**vars(interval), per_seed=tuple(value.tolist()))
         return made
 
@@ -311,6 +318,23 @@ def compare(
         store_hash=first["store_hash"],
         tasks=tuple(tuple(names) for names in first["tasks"]),
     )
+
+
+def clips_of_protocol(protocol: Protocol) -> dict[tuple[str, int], tuple[tuple[str, str], ...]]:
+    """Class and id of the clips of every test mixture, by its list and its number among those of a step."""
+    return {
+        (mixture.list_name, number): tuple(zip(mixture.classes, mixture.clips, strict=True))
+        for task in range(len(protocol.tasks))
+        for number, mixture in enumerate(protocol.at(task))
+    }
+
+
+def _seed_draws(seeds: int, resamples: int, seed: int) -> _Array:
+    """What the mean of ``seeds`` normal numbers may be off by, in units of their standard deviation, [resamples]."""
+    if seeds < 2:
+        return np.zeros(resamples)
+    drawn = np.random.Generator(np.random.Philox(seed)).standard_t(seeds - 1, size=resamples)
+    return np.asarray(drawn / math.sqrt(seeds), dtype=np.float64)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -465,6 +489,9 @@ class _Layout:
         lists = [name for name, _ in keys]
         self.sizes = [lists.count(name) for name in dict.fromkeys(lists)]
         self.mixtures = len(keys)
+        self._clips: dict[tuple[str, int], dict[str, str]] = {key: {} for key in keys}
+        for r in (r for step in rows for r in step if "clip" in r):
+            self._clips[r["list"], r["mixture"]][r["clip"]] = r["class"]
         kinds = ["all", *(["released"] if any(r["degenerate"] for step in rows for r in step) else [])]
         steps = range(self.steps)
         columns = [
@@ -472,6 +499,30 @@ class _Layout:
             *((kind, t, metric) for kind in kinds for t in steps for metric in METRICS),
         ]
         self.column = {key: number for number, key in enumerate(columns)}
+
+    def resamples(self, clips: _Clips | None, *, resamples: int, seed: int) -> Iterator[_Array]:
+        """How often each mixture counts, in blocks [r, mixtures]."""
+        members = [
+            {clip: name for name, clip in clips[key]} if clips is not None else self._clips[key] for key in self.row
+        ]
+        if not all(members):
+            yield from resampling_weights(self.sizes, resamples=resamples, seed=seed)
+            return
+        groups: dict[str, dict[str, None]] = {}
+        for clip, name in sorted((clip, name) for one in members for clip, name in one.items()):
+            groups.setdefault(name, {})[clip] = None
+        # a class with one clip cannot be resampled by itself
+        alone = [clip for found in groups.values() if len(found) == 1 for clip in found]
+        strata = [*([alone] if alone else []), *(list(found) for found in groups.values() if len(found) > 1)]
+        place = {clip: number for number, clip in enumerate(clip for stratum in strata for clip in stratum)}
+        inside = np.zeros((len(place), self.mixtures), dtype=bool)
+        for number, one in enumerate(members):
+            inside[[place[clip] for clip in one], number] = True
+        for drawn in resampling_weights([len(stratum) for stratum in strata], resamples=resamples, seed=seed):
+            weights = np.ones((len(drawn), self.mixtures))
+            for column, where in enumerate(inside):
+                weights[:, where] *= drawn[:, column, None]
+            yield weights
 
 
 class _Table:

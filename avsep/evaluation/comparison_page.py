@@ -66,10 +66,10 @@ def caption(comparison: Comparison) -> str:
     text = (
         f"Protocol {comparison.protocol} version {comparison.protocol_version} ({comparison.protocol_hash[:12]}), "
         f"store {comparison.store_hash[:12]}, {len(comparison.tasks)} tasks, counted from 0. Intervals: "
-        f"{comparison.confidence:.0%}, bootstrap over seeds and test mixtures"
+        f"{comparison.confidence:.0%}, bootstrap over test clips, with Student's t for the seeds"
     )
     if seeds[0] == 1:
-        text += "; with one seed they cover the choice of test mixtures alone"
+        text += "; with one seed they cover the choice of test clips alone"
     if comparison.baseline is not None:
         text += f". *: the interval of the difference to {comparison.baseline} leaves out 0"
     return text + "."

@@ -14,10 +14,10 @@ from avsep.progress import Progress, progress_bar
 from avsep.registry import VISUAL_ENCODERS
 from avsep.reproduce.preset import GridPreset
 
-__all__ = ["SYNTH", "open_dataset", "store_object_features"]
+__all__ = ["BENCHMARK", "SYNTH", "open_dataset", "store_object_features"]
 
 SYNTH = "synth"
-_BENCHMARK = "offline benchmark"
+BENCHMARK = "offline benchmark"
 
 
 def open_dataset(name: str, preset: GridPreset, folder: Path) -> tuple[Store, str]:
@@ -26,7 +26,7 @@ def open_dataset(name: str, preset: GridPreset, folder: Path) -> tuple[Store, st
     if name != SYNTH:
         store = Store.open(name)
         made_by = (store.manifest.get("origin") or {}).get("generator")
-        return store, _BENCHMARK if made_by == "avsep data synth" else Path(name).resolve().name
+        return store, BENCHMARK if made_by == "avsep data synth" else Path(name).resolve().name
     sizes = preset.dataset
     for feature in sizes.features:
         VISUAL_ENCODERS.create(feature)  # a missing package or weight shows before the clips are made
@@ -41,7 +41,7 @@ def open_dataset(name: str, preset: GridPreset, folder: Path) -> tuple[Store, st
     for feature in sizes.features:
         if feature not in store.features:
             store = store_object_features(store, feature)
-    return store, _BENCHMARK
+    return store, BENCHMARK
 
 
 def store_object_features(store: Store, encoder: str, *, progress: bool | Progress = True) -> Store:

@@ -44,10 +44,10 @@ def _dots(figure_class: Any, table: Table, bases: list[str], with_paper: bool) -
     panels = figure.subplots(len(bases), columns, squeeze=False, sharey="row")
     for base, line_of_panels in zip(bases, panels, strict=True):
         lines = table.lines[base]
-        labels = [f"{x.label}{', memory' if x.memory else ''}" for x in lines]
+        labels = [_label(x) for x in lines]
         ours = line_of_panels[0]
         for place, line in enumerate(lines):
-            if line.ours is None:
+            if line.ours is None or "sdr" not in line.ours.values:
                 continue
             value = line.ours.values["sdr"]
             ours.plot([value.low, value.high], [place, place], color=_OURS, lw=1.5)
@@ -80,10 +80,11 @@ def _curves(figure_class: Any, table: Table, bases: list[str]) -> Any:
                     continue
                 curve = line.ours.curves[metric]
                 steps = range(1, len(curve) + 1)
-                style = "-" if line.memory else ":" if line.row != "joint" else "--"
-                label = f"{line.label}{', memory' if line.memory else ''}"
+                style = "-" if _has_memory(line) else ":" if line.row != "joint" else "--"
                 colour = colours.setdefault(line.row.partition("+")[0], f"C{len(colours) % 10}")
-                panel.plot(steps, [v.mean for v in curve], style, marker="o", ms=3, lw=1.4, color=colour, label=label)
+                panel.plot(
+                    steps, [v.mean for v in curve], style, marker="o", ms=3, lw=1.4, color=colour, label=_label(line)
+                )
             panel.set_title(f"{BASE_TITLES.get(base, base)}, {title}", fontsize=9, loc="left")
             panel.set_xlabel("tasks learned", fontsize=8)
             panel.set_ylabel("dB, all classes seen", fontsize=8)
@@ -101,7 +102,8 @@ def _sizes(figure_class: Any, table: Table, bases: list[str], with_paper: bool) 
     figure = figure_class(figsize=(4.4 * columns + 0.6, 3.2 * len(bases) + 0.5), layout="constrained")
     panels = figure.subplots(len(bases), columns, squeeze=False)
     for base, row in zip(bases, panels, strict=True):
-        measured = [(_size(x), x.ours.values["sdr"]) for x in table.lines[base] if x.ours is not None]
+        with_scores = [x for x in table.lines[base] if x.ours is not None and "sdr" in x.ours.values]
+        measured = [(_size(x), x.ours.values["sdr"]) for x in with_scores if x.ours is not None]
         sizes = [k for k, _ in measured]
         row[0].plot(sizes, [v.mean for _, v in measured], "o-", color=_OURS, ms=4)
         row[0].fill_between(sizes, [v.low for _, v in measured], [v.high for _, v in measured], color=_OURS, alpha=0.2)
@@ -119,6 +121,14 @@ def _sizes(figure_class: Any, table: Table, bases: list[str], with_paper: bool) 
             panel.tick_params(labelsize=8)
             panel.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _has_memory(line: Line) -> bool:
+    return line.memory not in ("", "none")
+
+
+def _label(line: Line) -> str:
+    return line.label + (", memory" if _has_memory(line) else "")
 
 
 def _printed(base: str) -> dict[str, Any]:

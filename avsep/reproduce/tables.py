@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from avsep.errors import ConfigError
-from avsep.evaluation.comparison import Comparison, Estimate, MethodResult, compare
+from avsep.evaluation.comparison import Comparison, Difference, Estimate, MethodResult, clips_of_protocol, compare
 from avsep.io import read_yaml, write_text
+from avsep.reproduce.dataset import BENCHMARK
 from avsep.reproduce.grid import BASE_TITLES, Grid
 from avsep.reproduce.results import CellResult, ResultStore
 
@@ -30,6 +31,7 @@ TITLES = {
 _PAPER_TABLE = {"figure3": "table1", "figure4": "table3"}
 _SHOWN = ("sdr", "sir", "sar")
 _CONTINUAL = ("average", "forgetting", "bwt", "intransigence")
+_RELEASED = ("released_sdr", "released_sir", "released_sar")  # with degenerate pairs, where the protocol has such
 CONTROL = {
     "table1": "finetune+memory",
     "table2": "mask",
@@ -58,6 +60,7 @@ class Line:
     ours: MethodResult | None
     paper: tuple[float, float, float] | None
     missing: tuple[str, ...] = ()
+    commits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Table:
     seeds: tuple[int, ...]
     lines: dict[str, tuple[Line, ...]]
     control: str
-    commits: tuple[str, ...]
+    protocol: str
     notes: tuple[str, ...] = ()
     tasks: tuple[tuple[str, ...], ...] = field(default=())
 
@@ -79,6 +82,11 @@ class Table:
     def steps(self) -> bool:
         """Whether it shows every step, instead of the last one."""
         return self.name == "figure3"
+
+    @property
+    def commits(self) -> tuple[str, ...]:
+        """Of the code that made the cells."""
+        return tuple(dict.fromkeys(c for lines in self.lines.values() for line in lines for c in line.commits))
 
     @property
     def heading(self) -> str:
@@ -100,7 +108,7 @@ def build_table(
     failed = failed or {}
     printed = published().get(_PAPER_TABLE.get(name, name), {})
     lines: dict[str, tuple[Line, ...]] = {}
-    commits: dict[str, None] = {}
+    clips = clips_of_protocol(grid.stream.protocol)
     for base, rows in grid.rows[name].items():
         found: dict[str, list[CellResult]] = {}
         missing: dict[str, list[str]] = {}
@@ -112,8 +120,7 @@ def build_table(
                     missing.setdefault(row.name, []).append(f"seed {grid.cells[key].seed}: {reason}")
                 else:
                     found.setdefault(row.name, []).append(result)
-                    commits.setdefault(str(result.data.get("commit", "unknown")))
-        comparison = _compared(found, CONTROL[name], resamples)
+        comparison = _compared(found, CONTROL[name], clips, resamples)
         made = []
         for row in rows:
             numbers = printed.get(base, {}).get(row.name)
@@ -125,6 +132,7 @@ def build_table(
                     ours=comparison[row.name] if comparison is not None and row.name in found else None,
                     paper=None if numbers is None else tuple(numbers),
                     missing=tuple(missing.get(row.name, ())),
+                    commits=tuple(dict.fromkeys(str(r.data.get("commit", "unknown")) for r in found.get(row.name, ()))),
                 )
             )
         lines[base] = tuple(made)
@@ -136,18 +144,21 @@ def build_table(
         seeds=grid.seeds,
         lines=lines,
         control=CONTROL[name],
-        commits=tuple(commits),
+        protocol=f"{grid.stream.protocol.name} version {grid.stream.protocol.version}",
         notes=tuple(grid.notes.get(name, ())),
         tasks=tuple(t.classes for t in grid.stream.tasks),
     )
 
 
-def _compared(found: Mapping[str, Sequence[CellResult]], control: str, resamples: int) -> Comparison | None:
+def _compared(
+    found: Mapping[str, Sequence[CellResult]], control: str, clips: dict[tuple[str, int], Any], resamples: int
+) -> Comparison | None:
     cells = [result.compared(name) for name, members in found.items() for result in members]
     if not cells:
         return None
     joint = [c for c in cells if c.method == "joint"]
-    return compare(cells, baseline=control if control in found else None, joint=joint, resamples=resamples)
+    baseline = control if control in found else None
+    return compare(cells, baseline=baseline, joint=joint, clips=clips, resamples=resamples)
 
 
 def _memory(memory: Any) -> str:
@@ -168,22 +179,26 @@ def markdown(table: Table) -> str:
     count = len(table.seeds)
     ours = f"Ours: {table.heading}, {count} seed{'s' if count > 1 else ''}."
     if any(line.paper for lines in table.lines.values() for line in lines) and not table.steps:
-        ours += (
-            f" Paper: {published()['data_set']}, one seed. The two are of different data and sizes: set only the order "
-            "of the methods side by side."
-        )
+        ours += f" Paper: {published()['data_set']}, one seed."
+        if table.data_set == BENCHMARK:
+            ours += " The two are of different data and sizes: set only the order of the methods side by side."
     out = [f"**{table.title}.** {ours}"]
     for base, lines in table.lines.items():
         out += ["", f"*{BASE_TITLES.get(base, base)}*", ""]
         out += _steps_block(table, lines) if table.steps else _block(table, lines)
     control = next((x.label for lines in table.lines.values() for x in lines if x.row == table.control), "")
     what = "after the last task, " if not table.steps else ""
-    legend = f"dB {what}mean over seeds and the sources of all test mixtures of the classes seen, [95% interval]"
+    covers = "choice of test clips and seeds" if count > 1 else "choice of test clips alone, not of the seed"
+    legend = (
+        f"dB {what}mean over seeds and the sources of all test mixtures of the classes seen, [95% interval: {covers}]"
+    )
     if control and not table.steps:
         legend += f"; difference: SDR less that of {control}, * where its 95% interval leaves out 0"
     if not table.steps:
         legend += "; kept: what persists from task to task, in 10^6 bytes"
-    out += ["", f"{legend}."]
+    if any(_silent(line) for lines in table.lines.values() for line in lines):
+        legend += "; silent: mixtures, on average over seeds, that are left out because an estimate is silent"
+    out += ["", f"{legend}. Protocol {table.protocol}."]
     out += table.notes
     for base, lines in table.lines.items():
         for line in lines:
@@ -212,9 +227,8 @@ def _block(table: Table, lines: Sequence[Line]) -> list[str]:
             values, difference = line.ours.values, line.ours.differences.get("sdr")
             kept = line.ours.memory_bytes
             cells.append("" if kept is None else f"{kept / 1e6:.2f}")
-            cells.append(_interval(values.get("sdr")) + _partly(table, line))
-            star = "*" if difference is not None and difference.significant else ""
-            cells.append("" if difference is None else f"{_plain(difference.mean):+.2f}{star}")
+            cells.append(_interval(values.get("sdr")) + _partly(table, line) + _silent(line))
+            cells.append(_difference(difference, len(line.ours.seeds)))
             cells += [_number(values.get(k)) for k in ("sir", "sar", "forgetting")]
         if printed:
             cells += [f"{v:.2f}" for v in line.paper] if line.paper else [""] * 3
@@ -234,6 +248,19 @@ def _steps_block(table: Table, lines: Sequence[Line]) -> list[str]:
 
 def _partly(table: Table, line: Line) -> str:
     return f" ({len(line.ours.seeds)} of {len(table.seeds)} seeds)" if line.ours and line.missing else ""
+
+
+def _silent(line: Line) -> str:
+    count = line.ours.counts.get("silent_estimates", 0) if line.ours else 0
+    return f" ({count:g} silent)" if count else ""
+
+
+def _difference(value: Difference | None, seeds: int) -> str:
+    if value is None:
+        return ""
+    both = len(value.per_seed)
+    partly = f" ({both} of {seeds} seeds)" if both < seeds else ""
+    return f"{_plain(value.mean):+.2f}{'*' if value.significant else ''}{partly}"
 
 
 def _number(value: Estimate | None) -> str:
@@ -265,9 +292,10 @@ def csv_rows(table: Table) -> list[dict[str, Any]]:
                 "method": line.label,
                 "memory": line.memory,
                 "seeds": len(line.ours.seeds) if line.ours else 0,
-                "commit": " ".join(table.commits),
+                "protocol": table.protocol,
+                "commit": " ".join(line.commits),
             }
-            for metric in (*_SHOWN, "sdri", "si_sdr", *_CONTINUAL):
+            for metric in (*_SHOWN, "sdri", "si_sdr", *_CONTINUAL, *_RELEASED):
                 value = line.ours.values.get(metric) if line.ours else None
                 parts = (None, None, None) if value is None else (value.mean, value.low, value.high)
                 row |= {f"{metric}{end}": _text(v) for end, v in zip(("", "_low", "_high"), parts, strict=True)}
@@ -284,7 +312,7 @@ def csv_rows(table: Table) -> list[dict[str, Any]]:
                     curve = line.ours.curves.get(metric) if line.ours else None
                     row[f"{metric}_after_task_{step}"] = _text(curve[step].mean if curve else None)
             counts = line.ours.counts if line.ours else {}
-            row |= {k: counts.get(k, "") for k in ("scored", "skipped", "degenerate")}
+            row |= {k: counts.get(k, "") for k in ("scored", "skipped", "silent_estimates", "degenerate")}
             row["memory_bytes"] = (line.ours.memory_bytes if line.ours else None) or ""
             row |= dict(zip((f"paper_{m}" for m in _SHOWN), line.paper or ("", "", ""), strict=True))
             rows.append(row)
