@@ -186,6 +186,26 @@ def test_the_budget_turns_the_bytes_of_a_fisher_into_exemplars(presets, tone_sto
             assert estimate(bigger, tone_store).total > limit
 
 
+def test_training_is_changed_setting_by_setting(presets, tone_store):
+    """Under a strategy and then under a row, whose own change wins; what neither names stays as it was."""
+    preset = load_grid_preset(str(presets / "grid.yaml"))
+    base = preset.train_spec("iquery")
+    changed = {"decoder": {"lr": 0.5}, "memory_share": "grow", "epochs": 2}
+    preset = preset.model_copy(update={"strategy_train": {"contavsep": changed, "lwf": {"epochs": 3}}})
+    grid = build_grid(["table3"], preset, Store.open(tone_store), seeds=1)
+    (two,) = (grid.cells[k].spec.train for k in grid.keys("table3", "iquery", "K=2"))
+    assert (two.memory_share, two.epochs, two.seed) == ("constant", 2, 1234)
+    assert two.decoder == base.decoder.model_copy(update={"lr": 0.5})
+    assert {c.spec.train.epochs for c in build_tuning(preset, Store.open(tone_store)).cells.values()} == {1, 3}
+
+
+def test_exemplars_are_not_compared_over_one_task(presets, tone_store):
+    preset = load_grid_preset(str(presets / "grid.yaml")).model_copy(update={"tasks": (("ding", "peep"),)})
+    grid = build_grid(["table3"], preset, Store.open(tone_store), seeds=1)
+    assert grid.rows == {"table3": {"iquery": []}}
+    assert grid.notes["table3"][0].startswith("Nothing to compare: with one task")
+
+
 def test_the_papers_numbers_agree_where_tables_repeat_them():
     data = published()
     repeated = data["table1"]["iquery"]["contavsep+memory"]

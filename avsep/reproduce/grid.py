@@ -134,6 +134,8 @@ def _table3(preset: GridPreset, stream: TaskStream) -> tuple[list[Row], list[str
         for task in stream.tasks[:-1]
         for name in task.classes
     }
+    if not counts:
+        return [], ["Nothing to compare: with one task no class is of an earlier one, and no exemplar is replayed."]
     smallest = min(counts, key=lambda name: counts[name])
     rows, notes = [], []
     for k in preset.memory_sizes:
@@ -214,9 +216,7 @@ def build_grid(
     for table in tables:
         if table not in TABLES:
             raise UnknownNameError(f"no table named '{table}': {near_matches(table, TABLES)}")
-    for base in bases or ():
-        if base not in preset.bases:
-            raise UnknownNameError(f"no base separator named '{base}': {near_matches(base, preset.bases)}")
+    preset.check_bases(bases or ())
     specs, stream = _stream(preset, store)
 
     made: dict[str, dict[str, list[Row]]] = {}
@@ -302,7 +302,7 @@ def _spec(row: Row, train: TrainSpec, separator: SeparatorSpec, stream: TaskStre
 
 
 def _cell(base: str, row: Row, seed: int, preset: GridPreset, separator: SeparatorSpec, stream: TaskStream) -> Cell:
-    train = preset.train_spec(base, seed=seed, **preset.strategy_train.get(row.strategy, {}), **row.train)
+    train = preset.train_spec(base, preset.strategy_train.get(row.strategy, {}), row.train, {"seed": seed})
     spec = _spec(row, train, separator, stream)
     common = {
         "store_hash": spec.store_hash,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,19 @@ class GridPreset(_Model):
         data = {"num_classes": 1, **_merged(load_preset(entry.preset)["separator"], entry.separator)}
         return validated(SeparatorSpec, data, f"base '{base}'")
 
-    def train_spec(self, base: str, **more: Any) -> TrainSpec:
+    def train_spec(self, base: str, *changes: Mapping[str, Any]) -> TrainSpec:
+        """The base separator's training, with ``changes`` put over it one after the other."""
         entry = self.bases[base]
-        data = _merged(load_preset(entry.preset).get("train", {}), self.train)
-        return validated(TrainSpec, {**_merged(data, entry.train), **more}, f"base '{base}'")
+        data = load_preset(entry.preset).get("train", {})
+        for more in (self.train, entry.train, *changes):
+            data = _merged(data, more)
+        return validated(TrainSpec, data, f"base '{base}'")
+
+    def check_bases(self, names: Iterable[str]) -> None:
+        """Raise :class:`UnknownNameError` for a base separator that the preset does not have."""
+        for name in names:
+            if name not in self.bases:
+                raise UnknownNameError(f"no base separator named '{name}': {near_matches(name, self.bases)}")
 
 
 def _merged(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

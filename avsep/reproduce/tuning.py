@@ -39,8 +39,9 @@ def build_tuning(preset: GridPreset, store: Store, *, seeds: int = 1, bases: Seq
     """A grid whose cells learn the first two tasks, one for each value to choose from.
 
     Strategies that need a memory have the preset's, the others none. Raises :class:`ConfigError` where the preset has
-    nothing to tune or the store no second task.
+    nothing to tune or the store no second task, :class:`UnknownNameError` for a base that it does not have.
     """
+    preset.check_bases(bases or ())
     if not preset.tuning:
         raise ConfigError("the preset has nothing to tune: give it 'tuning', such as {lwf: {weight_mask: [0.1, 1]}}")
     tasks: Any = preset.tasks
@@ -63,7 +64,7 @@ def _rows(preset: GridPreset) -> list[Row]:
                 name = f"{strategy}-{parameter}={value}"
                 params = {**preset.strategies.get(strategy, {}), parameter: value}
                 memory = preset.memory if needs_memory else None
-                rows.append(Row(name, name, strategy, params, memory, preset.strategy_train.get(strategy, {})))
+                rows.append(Row(name, name, strategy, params, memory))
     return rows
 
 
