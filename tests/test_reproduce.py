@@ -531,6 +531,7 @@ def test_a_folder_of_another_grid_is_refused(finished, presets, reproduce, tone_
         (lambda text: text.replace('"epochs": 1', '"epochs": 2'), "is the result of another spec"),
         (lambda text: text.replace('"avsep-cell"', '"other"'), "is not the result of a cell"),
         (lambda text: text.replace('"final"', '"Final"'), "is damaged, KeyError"),
+            self.folder, self.cluster = folder, cluster
     ],
     ids=["cut", "edited", "other", "part missing"],
 )

@@ -104,6 +104,14 @@ class LocalLauncher(Launcher):
 
 
 class SubmititLauncher(Launcher):
+@dataclass(frozen=True)
+class _Job:
+    """A job of submitit, and the file in the unit's folder that has its number while it runs."""
+
+    job: Any
+    file: Path
+
+
     """Jobs of a cluster (Slurm) through submitit; the folders must be seen from its machines.
 
     ``cluster`` is submitit's: None for what it finds, ``slurm``, ``local`` or ``debug``; ``parameters`` are its
@@ -122,21 +130,39 @@ class SubmititLauncher(Launcher):
         except Exception as error:  # submitit's own, of many kinds
             raise ConfigError(f"submitit: {error}") from None
 
-    def start(self, unit: Path, threads: int) -> Any:
-        self._executor.update_parameters(cpus_per_task=threads)
-        return self._executor.submit(run_unit, str(unit))
+    def start(self, unit: Path, threads: int) -> _Job:
+        """Submit a job, or take over that of a command that was killed, which its jobs outlive."""
+        file = unit.with_name("job.json")
+        job = self._still_running(file)
+        if job is None:
+            self._executor.update_parameters(cpus_per_task=threads)
+            job = self._executor.submit(run_unit, str(unit))
+            write_json(file, {"job": str(job.job_id)})
+        return _Job(job, file)
 
-    def ended(self, handle: Any) -> str | None:
-        if not handle.done():
+    def _still_running(self, file: Path) -> Any | None:
+        if not file.is_file() or self._executor.cluster != "slurm":  # the others give no job by its number
+            return None
+        import submitit
+
+        job: Any = submitit.SlurmJob(folder=self._executor.folder, job_id=read_json(file)["job"])
+        # Slurm forgets old jobs, and one that it does not know would never end
+        return None if job.done(force_check=True) or job.state.upper() == "UNKNOWN" else job
+
+    def ended(self, handle: _Job) -> str | None:
+        job = handle.job
+        if not job.done():
             return None
         try:
-            handle.result()
+        handle.file.unlink(missing_ok=True)
+            job.result()
         except Exception as error:
-            return f"its job {handle.job_id} failed: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
+            return f"its job {job.job_id} failed: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
         return ""
 
-    def stop(self, handle: Any) -> None:
-        handle.cancel(check=False)
+    def stop(self, handle: _Job) -> None:
+        handle.job.cancel(check=False)
+        handle.file.unlink(missing_ok=True)
 
 
 class InlineLauncher(Launcher):
