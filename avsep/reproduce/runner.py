@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from avsep.progress import Progress, progress_bar
 from avsep.provenance import code_hash, commit
 from avsep.reproduce.grid import Cell, Grid, identity_key
 from avsep.reproduce.results import ResultStore
-from avsep.reproduce.worker import FAILED, PROGRESS, first_task_done, run_unit
+from avsep.reproduce.worker import FAILED, KEPT, PROGRESS, first_task_done, run_unit
 
 __all__ = [
     "LAUNCHERS",
@@ -103,7 +103,6 @@ class LocalLauncher(Launcher):
             handle.stdin.close()
 
 
-class SubmititLauncher(Launcher):
 @dataclass(frozen=True)
 class _Job:
     """A job of submitit, and the file in the unit's folder that has its number while it runs."""
@@ -113,6 +112,7 @@ class _Job:
 
 
     """Jobs of a cluster (Slurm) through submitit; the folders must be seen from its machines.
+class SubmititLauncher(Launcher):
 
     ``cluster`` is submitit's: None for what it finds, ``slurm``, ``local`` or ``debug``; ``parameters`` are its
     executor's (``timeout_min``, ``slurm_partition``, ...).
@@ -153,9 +153,9 @@ class _Job:
         job = handle.job
         if not job.done():
             return None
-        try:
         handle.file.unlink(missing_ok=True)
             job.result()
+        try:
         except Exception as error:
             return f"its job {job.job_id} failed: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
         return ""
@@ -241,7 +241,8 @@ def run_grid(
 ) -> Outcome:
     """Run the cells that ``results`` does not have.
 
-    ``keep`` leaves the run folders of finished cells in ``out/work``; ``finished`` gives the line that is shown when a
+    ``device`` is resolved where a cell runs. ``keep`` leaves the run folders of finished cells in ``out/work``, and
+    those that an earlier grid kept are left there in any case; ``finished`` gives the line that is shown when a
     cell is. A cell that fails is reported in the outcome, and the others go on.
 
     Raises:
@@ -294,25 +295,12 @@ class _Loop:
         todo = []
         for cell in self.grid.cells.values():
             if cell.key in self.results:
-                if not self.keep:
-                    shutil.rmtree(self._cell_folder(cell), ignore_errors=True)  # of a kill after it was finished
+                self._tidy(self._cell_folder(cell))  # of a kill after it was finished
             elif cell.problem:
                 self.failed[cell.key] = cell.problem
             else:
                 todo.append(cell)
         groups: dict[str, list[Cell]] = {}
-        for cell in todo:
-            if not first_task_done(self._cell_folder(cell) / "run"):
-                groups.setdefault(cell.first_key, []).append(cell)
-        firsts = []
-        for cells in groups.values():
-            folder = self._first_folder(cells[0])
-            if not first_task_done(folder / "run"):
-                label = f"{cells[0].base} first task s{cells[0].seed}"
-                spec = self._first_spec(cells[0], folder)
-                firsts.append(
-                    _Unit("first", cells[0].first_key, label, spec, cells[0].first_steps, folder, tuple(cells))
-                )
         units = [
             _Unit(
                 "cell",
@@ -325,7 +313,28 @@ class _Loop:
             )
             for cell in todo
         ]
-        return sorted(firsts, key=_longest_first), sorted(units, key=_longest_first)
+        return self._firsts(todo), sorted(units, key=_longest_first)
+
+    def _tidy(self, folder: Path) -> None:
+        """Remove what a finished cell leaves, where nobody has asked to keep it."""
+        if not self.keep and not (folder / KEPT).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _firsts(self, todo: Sequence[Cell]) -> list[_Unit]:
+        """The first tasks that must be run before ``todo``, the longest first."""
+        for cell in todo:
+            if not first_task_done(self._cell_folder(cell) / "run"):
+                groups.setdefault(cell.first_key, []).append(cell)
+        firsts = []
+        for cells in groups.values():
+            folder = self._first_folder(cells[0])
+            if not first_task_done(folder / "run"):
+                label = f"{cells[0].base} first task s{cells[0].seed}"
+                spec = self._first_spec(cells[0], folder)
+                firsts.append(
+                    _Unit("first", cells[0].first_key, label, spec, cells[0].first_steps, folder, tuple(cells))
+                )
+        return sorted(firsts, key=_longest_first)
 
     def _first_spec(self, cell: Cell, folder: Path) -> dict[str, Any]:
         """A run of the first task alone. Several strategies may share it: one that was begun stays as it is."""
@@ -366,6 +375,11 @@ class _Loop:
                 if self.running:
                     time.sleep(_POLL_S)
             bars.update(overall, total, total)
+                elif waiting and self._next(waiting) is None:  # a finished first task has been removed meanwhile
+                    again = self._firsts([cell for unit in waiting for cell in unit.cells])
+                    total += sum(unit.steps for unit in again)
+                    waiting[:0] = again
+                    time.sleep(_POLL_S)
             bars.advance(overall, 0, note=f"{ran}/{count} cells")
         finally:
             for one in self.running:
@@ -388,8 +402,8 @@ class _Loop:
 
     def _start(self, unit: _Unit, bars: Progress) -> None:
         unit.folder.mkdir(parents=True, exist_ok=True)
-        (unit.folder / PROGRESS).unlink(missing_ok=True)
-        (unit.folder / FAILED).unlink(missing_ok=True)
+        for name in (PROGRESS, FAILED, KEPT):
+            (unit.folder / name).unlink(missing_ok=True)
         cell = unit.cells[0]
         file = unit.folder / "unit.json"
         write_json(
@@ -439,11 +453,11 @@ class _Loop:
         """Take note of what became of a unit; whether it was finished."""
         self.results.refresh()
         done = first_task_done(unit.folder / "run") if unit.first else unit.key in self.results
-        if done and not (unit.folder / FAILED).is_file():
+        if done:  # whatever went wrong afterwards
             if not unit.first:
                 bars.say(self.finished(unit.cells[0]) if self.finished else f"finished {unit.label}")
-                if not self.keep:
-                    shutil.rmtree(unit.folder, ignore_errors=True)
+                self.failed.pop(unit.key, None)
+                self._tidy(unit.folder)
             return True
         reason = how or "it ended without a result and without a reason"
         with contextlib.suppress(AvsepError, KeyError, TypeError):

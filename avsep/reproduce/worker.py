@@ -22,9 +22,11 @@ from avsep.errors import AvsepError, RunError
 from avsep.io import FolderLock, read_json, write_json
 from avsep.progress import Progress
 
-__all__ = ["FAILED", "PROGRESS", "first_task_done", "run_unit"]
+__all__ = ["FAILED", "KEPT", "PROGRESS", "first_task_done", "run_unit"]
 
 PROGRESS, FAILED = "progress.json", "failed.json"
+KEPT = "kept"  # in the folder of a cell that was finished under --keep, which later commands leave alone
+_COMMITS = "commits.json"
 _LOCK_WAIT_S = 20.0  # a worker whose parent was just killed needs a moment to die
 _REPORT_S = 0.5
 
@@ -90,12 +92,14 @@ def _run(unit: dict[str, Any], folder: Path) -> None:
     import torch
 
     from avsep.data.tasks import task_stream
+    from avsep.devices import pick_device
     from avsep.learner import ContinualLearner
     from avsep.provenance import code_hash
     from avsep.spec import RunSpec, validated
 
     if code_hash() != unit["code"]:
         raise RunError("the library's source has changed since the command began: start it again")
+    device = pick_device(unit["device"])  # here: the command may run on a machine with others
     torch.set_num_threads(unit["threads"])
     spec = validated(RunSpec, unit["spec"], "cell")
     run = folder / "run"
@@ -113,13 +117,16 @@ def _run(unit: dict[str, Any], folder: Path) -> None:
     if not resume:  # what a kill may have left of its making
         shutil.rmtree(run, ignore_errors=True)
     progress = _FileProgress(folder / PROGRESS)
-    learner = ContinualLearner.from_spec(spec, accelerator=unit["device"])
+    learner = ContinualLearner.from_spec(spec, accelerator=device.type)
+    _note_commit(folder)
     first = None if first_task_done(run) else unit["first"]
     learner.fit(stream, run, resume=resume, progress=progress, preset=unit["preset"], first_task=first)
     if unit["kind"] == "first":
         shutil.rmtree(run / "state", ignore_errors=True)
         return
-    _finish(unit, spec, run, progress)
+    if unit["keep"]:
+        (folder / KEPT).touch()  # before the result, so that no kill comes between; a new start takes it away
+    _finish(unit, spec, run, progress, device)
     if not unit["keep"]:
         shutil.rmtree(run, ignore_errors=True)
 
@@ -137,14 +144,24 @@ def _wait_for(run: Path) -> None:
             time.sleep(0.2)
 
 
-def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress) -> None:
+def _note_commit(folder: Path) -> None:
+    """Add the present commit to those that have worked on a unit."""
+    from avsep.provenance import commit
+
+    write_json(folder / _COMMITS, list(dict.fromkeys([*_commits(folder), commit()])))
+
+
+def _commits(folder: Path) -> list[str]:
+    path = folder / _COMMITS
+    return read_json(path) if path.is_file() else []  # none of a unit that an earlier version began
+
+
+def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress, device: Any) -> None:
     """Score the run and write the cell's result."""
-    from avsep.devices import pick_device
     from avsep.evaluation.evaluate import evaluate_run
     from avsep.memory.budget import budget_of
     from avsep.reproduce.results import cell_record, write_cell
 
-    device = pick_device(unit["device"])
     progress.add("scoring", total=None)
     started = time.perf_counter()
     evaluation = evaluate_run(
@@ -173,12 +190,13 @@ def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress) -> N
                 "tasks": round(sum(seconds[1:]) + after, 1),
                 "scoring": round(scoring_s, 1),
             },
-            **_provenance(unit, device),
+            **_provenance(unit, device, [*_commits(Path(unit["first"]).parent), *_commits(run.parent)]),
         ),
     )
 
 
-def _provenance(unit: dict[str, Any], device: Any) -> dict[str, Any]:
+def _provenance(unit: dict[str, Any], device: Any, commits: list[str]) -> dict[str, Any]:
+    """``commit`` is the one that finished the cell, ``commits`` all that worked on it or on its first task."""
     import platform
     from datetime import datetime, timezone
 
@@ -189,10 +207,12 @@ def _provenance(unit: dict[str, Any], device: Any) -> dict[str, Any]:
 
     return {
         "commit": commit(),
+        "commits": list(dict.fromkeys(commits)),
         "code": unit["code"],
         "preset": unit["preset"],
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": device_name(device),
+        "device_kind": device.type,
         "threads": torch.get_num_threads(),
         "software": {
             "avsep": avsep.__version__,
