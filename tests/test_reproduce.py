@@ -24,15 +24,15 @@ from conftest import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
 from avsep.cli import main
 from avsep.data.store import Store
 from avsep.data.tasks import task_stream
-from avsep.errors import ConfigError, DataError
+from avsep.errors import ConfigError, DataError, RunError
 from avsep.evaluation.evaluate import evaluate_run
 from avsep.learner import ContinualLearner
 from avsep.memory.budget import estimate
 from avsep.registry import VISUAL_ENCODERS
-from avsep.reproduce import ResultStore, build_grid, build_tuning, load_grid_preset, worker
+from avsep.reproduce import ResultStore, build_grid, build_tuning, load_grid_preset, run_grid, worker
 from avsep.reproduce.dataset import store_object_features
 from avsep.reproduce.results import read_cell
-from avsep.reproduce.runner import LocalLauncher
+from avsep.reproduce.runner import Launcher, LocalLauncher, SubmititLauncher, claim
 from avsep.reproduce.tables import published
 from avsep.spec import ComponentRef
 from avsep.types import VisualSource
@@ -375,6 +375,90 @@ def test_a_worker_of_changed_source_refuses(reproduce, tmp_path, monkeypatch, ca
     assert "its first task: the library's source has changed since the command began" in capsys.readouterr().err
 
 
+class Pretended(Launcher):
+    """Units whose files are made at once, without training; ``after`` is called with each unit and its file."""
+
+    def __init__(self, after=lambda unit, file: None):
+        self.started: list[str] = []
+        self._after = after
+
+    def start(self, unit, threads):
+        data = json.loads(unit.read_text())
+        self.started.append(data["kind"])
+        done = unit.parent / "run/tasks/00/task.json" if data["kind"] == "first" else Path(data["result"])
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.write_text("{}")
+        self._after(data, unit)
+
+    def ended(self, handle):
+        return ""
+
+    def stop(self, handle):
+        pass
+
+
+@pytest.fixture
+def pair(presets, tone_store):
+    """A grid of two cells that share a first task."""
+    preset = load_grid_preset(str(presets / "grid.yaml"))
+    return build_grid(["table1"], preset, Store.open(tone_store), seeds=1, bases=["iquery"], rows=["finetune", "joint"])
+
+
+def test_what_is_there_is_done_whatever_went_wrong_afterwards(pair, tmp_path):
+    launcher = Pretended(lambda unit, file: file.with_name("failed.json").write_text('{"error": "no space left"}'))
+    options = {"results": ResultStore(tmp_path / "cells"), "jobs": 1, "progress": False, "launcher": launcher}
+    outcome = run_grid(pair, tmp_path, **options)
+    assert launcher.started == ["first", "cell", "cell"]
+    assert (set(outcome.finished), outcome.failed) == (set(pair.cells), {})
+
+
+def test_a_first_task_that_was_removed_is_learned_again(pair, tmp_path):
+    def remove(unit, file):
+        if launcher.started == ["first", "cell"]:
+            shutil.rmtree(Path(unit["first"]).parent)
+
+    launcher = Pretended(remove)
+    options = {"results": ResultStore(tmp_path / "cells"), "jobs": 1, "progress": False, "launcher": launcher}
+    assert len(run_grid(pair, tmp_path, **options).finished) == 2
+    assert launcher.started == ["first", "cell", "first", "cell"]
+
+
+def test_a_choice_of_rows_adds_to_a_finished_table(finished, reproduce, tmp_path, capsys):
+    """And what an earlier --keep has kept stays."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    kept = {p.name for p in (out / "work").iterdir()}
+    assert len(kept) == 2 + 3
+    assert reproduce("table1", "table2", "--row", "joint", "--out", out, "--resume") == 0
+    assert [r["row"] for r in rows_of(out / "table1.csv")] == list(ROWS)
+    assert [r["row"] for r in rows_of(out / "table2.csv")] == ["mask+instance+class"]  # table 1's ContAV-Sep
+    assert reproduce("table1", "budget", "--row", "joint", "--out", out, "--resume") == 0
+    assert "budget: no rows, not written." in capsys.readouterr().out
+    assert not (out / "budget.csv").exists()
+    assert {p.name for p in (out / "work").iterdir()} == kept
+
+
+def test_a_result_says_what_it_was_made_by(finished, tmp_path):
+    for path in (finished / "cells").glob("*.json"):
+        data = read_cell(path).data
+        assert (data["device_kind"], data["commits"]) == ("cpu", [data["commit"]])
+    folder = tmp_path / "unit"
+    worker.write_json(folder / "commits.json", ["earlier"])
+    worker._note_commit(folder)
+    assert worker._commits(folder) == ["earlier", data["commit"]]
+    assert worker._commits(tmp_path) == []
+
+
+def test_results_of_other_settings_are_counted(pair, tmp_path, reproduce, capsys):
+    cell = next(cell for cell in pair.cells.values() if cell.row.name == "joint")
+    elsewhere = ResultStore(tmp_path / "other").path(cell)
+    elsewhere.parent.mkdir()
+    elsewhere.with_name(elsewhere.name.replace(cell.key, "0" * 16)).write_text("{}")
+    options = ["--row", "joint", "--results", tmp_path / "other", "--out", tmp_path / "out", "--plan"]
+    assert reproduce("table1", *options) == 0
+    told = "--results: 1 of cells with these names not taken, being of other settings, data or version: iquery-joint"
+    assert told in capsys.readouterr().out
+
+
 def test_plan_runs_nothing(reproduce, tmp_path, capsys):
     assert reproduce("table1", "table2", *CHOSEN, "--out", tmp_path / "out", "--plan", base="both") == 0
     shown = capsys.readouterr().out
@@ -447,6 +531,7 @@ def test_jobs_of_submitit(reproduce, finished, tmp_path, monkeypatch, one_thread
 
     class AutoExecutor:
         def __init__(self, folder, cluster):
+            self.folder, self.cluster = folder, cluster
             given.append({"folder": Path(folder).name, "cluster": cluster})
 
         def update_parameters(self, **parameters):
@@ -468,6 +553,82 @@ def test_jobs_of_submitit(reproduce, finished, tmp_path, monkeypatch, one_thread
     assert mine["scores"] == theirs["scores"]
 
 
+def test_a_job_that_outlived_its_command_is_taken_over(tmp_path, monkeypatch):
+    submitted, states = [], {}
+
+    class SlurmJob:
+        def __init__(self, folder, job_id):
+            self.job_id = job_id
+
+        @property
+        def state(self):
+            return states[self.job_id]
+
+        def done(self, force_check=False):
+            return self.state == "COMPLETED"
+
+        def result(self):
+            return None
+
+    class AutoExecutor:
+        def __init__(self, folder, cluster):
+            self.folder, self.cluster = folder, cluster
+
+        def update_parameters(self, **parameters):
+            pass
+
+        def submit(self, function, argument):
+            submitted.append(str(len(submitted)))
+            states[submitted[-1]] = "RUNNING"
+            return SlurmJob(self.folder, submitted[-1])
+
+    monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=AutoExecutor, SlurmJob=SlurmJob))
+    unit = tmp_path / "unit.json"
+    SubmititLauncher(tmp_path, "slurm").start(unit, 1)  # and its command is killed
+    later = SubmititLauncher(tmp_path, "slurm")
+    handle = later.start(unit, 1)
+    assert (later.ended(handle), submitted) == (None, ["0"])
+    states["0"] = "UNKNOWN"  # to Slurm, which has forgotten it
+    handle = later.start(unit, 1)
+    assert submitted == ["0", "1"]
+    states["1"] = "COMPLETED"
+    assert later.ended(handle) == ""
+    later.start(unit, 1)
+    assert submitted == ["0", "1", "2"]
+
+
+def test_a_clusters_device_is_resolved_where_the_cell_runs(presets, tone_store, tmp_path, monkeypatch, capsys):
+    devices = []
+
+    class Job:
+        job_id = "7"
+
+        def done(self):
+            return True
+
+        def result(self):
+            raise RuntimeError("no such partition")
+
+    class AutoExecutor:
+        def __init__(self, folder, cluster):
+            pass
+
+        def update_parameters(self, **parameters):
+            pass
+
+        def submit(self, function, argument):
+            devices.append(json.loads(Path(argument).read_text())["device"])
+            return Job()
+
+    monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=AutoExecutor))
+    options = ["--dataset", tone_store, "--preset", presets / "grid.yaml", "--seeds", 1, "--launcher", "submitit"]
+    for device in ("auto", "cuda"):
+        assert run("table1", "--row", "joint", "--out", tmp_path / device, *options, "--device", device) == 2
+        assert "its job 7 failed: no such partition" in capsys.readouterr().err
+        assert json.loads((tmp_path / device / "reproduce.json").read_text())["device"] == device
+    assert set(devices) == {"auto", "cuda"}
+
+
 # ---------------------------------------------------------------------- what people get wrong
 
 
@@ -487,6 +648,10 @@ def test_jobs_of_submitit(reproduce, finished, tmp_path, monkeypatch, one_thread
         (["table1", "--out", "new", "--resume"], "nothing to resume in new"),
         (["table1", "--results", "nowhere"], "there is no folder of results nowhere"),
         (["table1", "--device", "tpu"], "tpu"),
+        (["table1", "--device", "cpu:0"], "training takes no number of a device ('cpu:0')"),
+        (["tune", "--base", "iqery"], "no base separator named 'iqery': did you mean 'iquery'"),
+        (["tune", "--row", "lwf"], "--row lwf is of the tables, and tune makes none"),
+        (["tune", "--readme", "a-file"], "--readme a-file is of the tables, and tune makes none"),
         (["tune", "table1"], "tune chooses what the tables are then run with: leave table1"),
         (["table1", "--readme", "page.md"], "cannot read page.md"),
         (["table1", "--readme", "a-file"], "a-file has no place for table1: put the lines <!-- reproduce:table1 -->"),
@@ -524,6 +689,33 @@ def test_a_folder_of_another_grid_is_refused(finished, presets, reproduce, tone_
     assert reproduce("table1", *CHOSEN, "--out", out, "--resume", "--any-code") == 0
 
 
+def test_a_grid_stays_on_its_kind_of_device(grid, tmp_path):
+    def again(device, **more):
+        claim(tmp_path, grid, preset="grid", given=grid.preset, device=device, **more)
+
+    again("cuda")
+    again("cuda")
+    for more in ({}, {"any_code": True}):
+        with pytest.raises(RunError, match="was begun with --device cuda, not cpu, whose numbers are others: go on"):
+            again("cpu", **more)
+    mark = json.loads((tmp_path / "reproduce.json").read_text())
+    old = {key: value for key, value in mark.items() if key not in ("device", "given_hash")}
+    (tmp_path / "reproduce.json").write_text(json.dumps(old))
+    again("cuda")  # an earlier version did not say
+    assert json.loads((tmp_path / "reproduce.json").read_text()) == mark
+
+
+@pytest.mark.parametrize("command", ["table1", "tune"])
+def test_another_preset_shows_before_the_data_set_is_touched(command, reproduce, tmp_path, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr("avsep.reproduce.dataset.open_dataset", lambda *args: opened.append(args))
+    mark = {"preset": "small", "preset_hash": "other", "given_hash": "other"}
+    (tmp_path / "reproduce.json").write_text(json.dumps(mark))
+    assert reproduce(command, "--out", tmp_path, "--resume") == 2
+    assert "was made with preset 'small', not with" in capsys.readouterr().err
+    assert not opened
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
@@ -531,7 +723,6 @@ def test_a_folder_of_another_grid_is_refused(finished, presets, reproduce, tone_
         (lambda text: text.replace('"epochs": 1', '"epochs": 2'), "is the result of another spec"),
         (lambda text: text.replace('"avsep-cell"', '"other"'), "is not the result of a cell"),
         (lambda text: text.replace('"final"', '"Final"'), "is damaged, KeyError"),
-            self.folder, self.cluster = folder, cluster
     ],
     ids=["cut", "edited", "other", "part missing"],
 )

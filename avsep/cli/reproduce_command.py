@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from avsep.reproduce import Cell, GridPreset, ResultStore
+    from avsep.reproduce import Cell, Grid, GridPreset, ResultStore
     from avsep.reproduce.runner import Launcher
 
 
@@ -66,8 +66,7 @@ def command(
     """
     from rich.console import Console
 
-    from avsep.devices import pick_device
-    from avsep.errors import AvsepError, MissingExtraError
+    from avsep.errors import MissingExtraError
     from avsep.reproduce import (
         ResultStore,
         build_grid,
@@ -78,6 +77,7 @@ def command(
         write_table,
     )
     from avsep.reproduce.dataset import open_dataset
+    from avsep.reproduce.grid import selection
     from avsep.reproduce.runner import check_folder, claim, cores
     from avsep.reproduce.tables import markdown, places_in, render_into
 
@@ -86,10 +86,13 @@ def command(
     console = Console()
     loaded = load_grid_preset(preset)
     wanted = _tables(tables)
+    if wanted == ["tune"]:
+        _refuse_with_tune(row, readme)
     places = [] if readme is None else places_in(readme, wanted)
     bases = None if base is None else (["iquery", "coseparation"] if base == "both" else [base])
-    check_folder(out, resume)
-    accelerator = pick_device(device).type
+    loaded.check_bases(bases or ())
+    check_folder(out, resume, preset=preset, given=loaded, tuning=wanted == ["tune"])
+    accelerator = _device(device, launcher)
     started = _launcher(launcher, out, launcher_settings or [])
     store, data_set = open_dataset(dataset, loaded, out / "store")
     if wanted == ["tune"]:
@@ -102,19 +105,26 @@ def command(
     todo = (
         f"{len(missing)} to be run from {firsts} first task{'s' if firsts > 1 else ''}" if missing else "all finished"
     )
-    console.print(f"{', '.join(wanted)}: {count} cell{'s' if count > 1 else ''}, {todo}", highlight=False)
+    console.print(f"{', '.join(wanted)}: {count} cell{'s' if count != 1 else ''}, {todo}", highlight=False)
+    if others := claimed.passed_over(missing):
+        console.print(
+            f"--results: {len(others)} of cells with these names not taken, being of other settings, data or version: "
+            f"{others[0].name}{', ...' if len(others) > 1 else ''}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if plan:
         for cell in missing:
             console.print(f"  {cell.name}: about {cell.steps} steps{_problem(cell)}", highlight=False, soft_wrap=True)
         return
-    claim(out, grid, preset=preset, any_code=any_code)
+    claim(out, grid, preset=preset, given=loaded, device=accelerator, any_code=any_code)
     name = Path(preset).stem
     try:
         outcome = run_grid(
             grid,
             out,
             results=claimed,
-            jobs=jobs or (1 if accelerator != "cpu" else max(1, cores() // loaded.threads)),
+            jobs=jobs or (1 if accelerator != "cpu" and launcher != "submitit" else max(1, cores() // loaded.threads)),
             device=accelerator,
             launcher=started,
             keep=keep,
@@ -126,21 +136,56 @@ def command(
         raise KeyboardInterrupt(f"go on with: {_again(tables, locals())}") from None
     if wanted == ["tune"]:
         _print_choices(grid, loaded, claimed)
-        wanted = []
+        return _raise_failed(grid, outcome.failed)
+    whole = build_grid(wanted, loaded, store, seeds=seeds, bases=bases) if row else grid
+    # a choice of rows adds to the tables that are there: rows finished before are shown with them
+    shown = selection(whole, lambda line, keys: not row or line.name in row or any(key in claimed for key in keys))
     for table_name in wanted:
-        table = build_table(grid, table_name, claimed, data_set=data_set, preset=name, failed=outcome.failed)
+        if table_name not in shown.rows:
+            said = [f"{table_name}: no rows, not written.", *whole.notes[table_name]]
+            console.print(" ".join(said), markup=False, highlight=False, soft_wrap=True)
+            continue
+        table = build_table(shown, table_name, claimed, data_set=data_set, preset=name, failed=outcome.failed)
         written = write_table(table, out)
         console.print()
         console.print(markdown(table), markup=False, highlight=False, soft_wrap=True)
         console.print(f"written to {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
         if readme is not None and table_name in places:
             render_into(readme, table)
-    if outcome.failed:
-        first = next(iter(outcome.failed))
+    _raise_failed(grid, outcome.failed)
+
+
+def _raise_failed(grid: Grid, failed: dict[str, str]) -> None:
+    """Say that cells failed, if some did."""
+    from avsep.errors import AvsepError
+
+    if failed:
+        first = next(iter(failed))
         raise AvsepError(
-            f"{len(outcome.failed)} of {count} cells failed, the others are finished; {grid.cells[first].name}: "
-            f"{outcome.failed[first]}"
+            f"{len(failed)} of {len(grid.cells)} cells failed, the others are finished; {grid.cells[first].name}: "
+            f"{failed[first]}"
         )
+
+
+def _refuse_with_tune(rows: list[str] | None, readme: Path | None) -> None:
+    from avsep.errors import ConfigError
+
+    given = f"--row {rows[0]}" if rows else f"--readme {readme}" if readme is not None else ""
+    if given:
+        raise ConfigError(f"{given} is of the tables, and tune makes none: leave it out")
+
+
+def _device(name: str, launcher: str) -> str:
+    """The kind of device that cells run on; on a cluster, whose machines may have others than this one, the name as it
+    was given, which is resolved there."""
+    from avsep.devices import pick_device
+    from avsep.errors import ConfigError
+
+    if ":" in name:
+        raise ConfigError(f"training takes no number of a device ('{name}'): choose one with CUDA_VISIBLE_DEVICES")
+    if launcher == "submitit" and name in ("auto", "cpu", "cuda", "mps"):
+        return name
+    return pick_device(name).type
 
 
 def _print_choices(grid: Any, preset: GridPreset, results: ResultStore) -> None:
@@ -218,4 +263,5 @@ def _again(tables: list[str], given: dict[str, Any]) -> str:
     for name, values in (("row", given["row"]), ("results", given["results"])):
         words += [w for v in values or [] for w in (f"--{name}", str(v))]
     words += [w for v in given["launcher_settings"] or [] for w in ("--launcher-set", v)]
-    return shlex.join([*words, *(["--keep"] if given["keep"] else []), "--resume"])
+    words += [word for word, on in (("--keep", given["keep"]), ("--any-code", given["any_code"])) if on]
+    return shlex.join([*words, "--resume"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,18 @@ from avsep.registry import STRATEGIES
 from avsep.reproduce.preset import GridPreset
 from avsep.spec import ComponentRef, RunSpec, SeparatorSpec, TrainSpec
 
-__all__ = ["BASES", "BASE_TITLES", "TABLES", "Cell", "Grid", "Row", "assemble", "build_grid", "identity_key"]
+__all__ = [
+    "BASES",
+    "BASE_TITLES",
+    "TABLES",
+    "Cell",
+    "Grid",
+    "Row",
+    "assemble",
+    "build_grid",
+    "identity_key",
+    "selection",
+]
 
 GRID_VERSION = 1  # raise it when a cell's result changes though nothing of its identity does
 
@@ -238,6 +249,17 @@ def build_grid(
                 of_base[base] = [row for row in lines if row.name in rows]
 
     return assemble(made, notes, preset, store, seeds=seeds)
+
+
+def selection(grid: Grid, wanted: Callable[[Row, Sequence[str]], bool]) -> Grid:
+    """The grid with those rows alone that are wanted, told by themselves and the keys of their cells. Bases and tables
+    that are left without rows are taken out."""
+    rows: dict[str, dict[str, list[Row]]] = {}
+    for table, of_base in grid.rows.items():
+        for base, lines in of_base.items():
+            if kept := [row for row in lines if wanted(row, grid.keys(table, base, row.name))]:
+                rows.setdefault(table, {})[base] = kept
+    return replace(grid, rows=rows)
 
 
 def _stream(preset: GridPreset, store: Store) -> tuple[dict[str, SeparatorSpec], TaskStream]:

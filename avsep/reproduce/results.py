@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,13 @@ class ResultStore:
         if key not in self._read:
             self._read[key] = read_cell(self._paths[key])
         return self._read[key]
+
+    def passed_over(self, cells: Iterable[Cell]) -> list[Path]:
+        """Results in the other folders that have the name of a cell that is not there, and another key: they are of
+        other settings, data or version."""
+        names = {self.path(cell).stem.rpartition("-")[0] for cell in cells if cell.key not in self}
+        files = (path for place in self._places[1:] for path in sorted(place.glob("*.json")))
+        return [path for path in files if path.stem.rpartition("-")[0] in names]
 
     def path(self, cell: Cell) -> Path:
         return cell_file(self.folder, cell)

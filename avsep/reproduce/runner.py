@@ -22,6 +22,7 @@ from avsep.io import FolderLock, read_json, refuse_file, write_json
 from avsep.progress import Progress, progress_bar
 from avsep.provenance import code_hash, commit
 from avsep.reproduce.grid import Cell, Grid, identity_key
+from avsep.reproduce.preset import GridPreset
 from avsep.reproduce.results import ResultStore
 from avsep.reproduce.worker import FAILED, KEPT, PROGRESS, first_task_done, run_unit
 
@@ -111,8 +112,8 @@ class _Job:
     file: Path
 
 
-    """Jobs of a cluster (Slurm) through submitit; the folders must be seen from its machines.
 class SubmititLauncher(Launcher):
+    """Jobs of a cluster (Slurm) through submitit; the folders must be seen from its machines.
 
     ``cluster`` is submitit's: None for what it finds, ``slurm``, ``local`` or ``debug``; ``parameters`` are its
     executor's (``timeout_min``, ``slurm_partition``, ...).
@@ -154,8 +155,8 @@ class SubmititLauncher(Launcher):
         if not job.done():
             return None
         handle.file.unlink(missing_ok=True)
-            job.result()
         try:
+            job.result()
         except Exception as error:
             return f"its job {job.job_id} failed: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
         return ""
@@ -300,7 +301,6 @@ class _Loop:
                 self.failed[cell.key] = cell.problem
             else:
                 todo.append(cell)
-        groups: dict[str, list[Cell]] = {}
         units = [
             _Unit(
                 "cell",
@@ -322,6 +322,7 @@ class _Loop:
 
     def _firsts(self, todo: Sequence[Cell]) -> list[_Unit]:
         """The first tasks that must be run before ``todo``, the longest first."""
+        groups: dict[str, list[Cell]] = {}
         for cell in todo:
             if not first_task_done(self._cell_folder(cell) / "run"):
                 groups.setdefault(cell.first_key, []).append(cell)
@@ -374,12 +375,12 @@ class _Loop:
                         ran += 1
                 if self.running:
                     time.sleep(_POLL_S)
-            bars.update(overall, total, total)
                 elif waiting and self._next(waiting) is None:  # a finished first task has been removed meanwhile
                     again = self._firsts([cell for unit in waiting for cell in unit.cells])
                     total += sum(unit.steps for unit in again)
                     waiting[:0] = again
                     time.sleep(_POLL_S)
+            bars.update(overall, total, total)
             bars.advance(overall, 0, note=f"{ran}/{count} cells")
         finally:
             for one in self.running:
@@ -455,8 +456,8 @@ class _Loop:
         done = first_task_done(unit.folder / "run") if unit.first else unit.key in self.results
         if done:  # whatever went wrong afterwards
             if not unit.first:
-                bars.say(self.finished(unit.cells[0]) if self.finished else f"finished {unit.label}")
                 self.failed.pop(unit.key, None)
+                bars.say(self.finished(unit.cells[0]) if self.finished else f"finished {unit.label}")
                 self._tidy(unit.folder)
             return True
         reason = how or "it ended without a result and without a reason"
@@ -474,12 +475,18 @@ def _longest_first(unit: _Unit) -> tuple[int, str]:
     return -unit.steps, unit.label
 
 
-def check_folder(out: Path, resume: bool) -> None:
-    """Refuse a folder that holds something else, or a grid that was not asked to be gone on with."""
+def check_folder(out: Path, resume: bool, *, preset: str, given: GridPreset, tuning: bool) -> None:
+    """Refuse a folder that holds something else, a grid that was not asked to be gone on with, or one of another preset
+    than ``given``: that must show before its data set is opened, to which a preset may add features."""
     refuse_file(out)
     if (out / MARK).is_file():
         if not resume:
             raise RunError(f"{out} holds a grid already: go on with --resume, or choose another --out")
+        found = read_json(out / MARK)
+        # tune's own preset depends on the data, and a mark of an earlier version has no other
+        then = found.get("given_hash") or (None if tuning else found.get("preset_hash"))
+        if then not in (None, _preset_hash(given)):
+            raise _other_preset(out, found, preset)
         return
     foreign = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
     if resume and not foreign:
@@ -488,11 +495,28 @@ def check_folder(out: Path, resume: bool) -> None:
         raise RunError(f"{out} is not empty and not a grid's folder (it has {foreign[0]}): choose another --out")
 
 
-def claim(out: Path, grid: Grid, *, preset: str, any_code: bool = False) -> None:
-    """Take a folder for a grid, or go on in one of the same preset, store and code; :class:`RunError` otherwise."""
+def _preset_hash(preset: GridPreset) -> str:
+    return identity_key(preset.model_dump(mode="json", exclude={"summary", "source", "measured"}))
+
+
+def _other_preset(out: Path, found: dict[str, Any], preset: str) -> RunError:
+    return RunError(
+        f"{out} was made with preset '{found.get('preset')}', not with '{preset}' as it is now: choose another --out"
+    )
+
+
+def claim(out: Path, grid: Grid, *, preset: str, given: GridPreset, device: str, any_code: bool = False) -> None:
+    """Take a folder for a grid, or go on in one of the same preset, store, device and code.
+
+    Raises :class:`RunError` for one of others. ``given`` is the preset as it was given, of which tuning takes a part;
+    ``device`` the kind of device, since each computes in its own precision, or the name to be resolved on the machines
+    of a cluster.
+    """
     mine = {
         "preset": preset,
-        "preset_hash": identity_key(grid.preset.model_dump(mode="json", exclude={"summary", "source", "measured"})),
+        "preset_hash": _preset_hash(grid.preset),
+        "given_hash": _preset_hash(given),
+        "device": device,
         "store_hash": grid.stream.store.content_hash,
         "code": code_hash(),
         "commit": commit(),
@@ -503,17 +527,21 @@ def claim(out: Path, grid: Grid, *, preset: str, any_code: bool = False) -> None
         return
     found = read_json(path)
     if found.get("preset_hash") != mine["preset_hash"]:
-        raise RunError(
-            f"{out} was made with preset '{found.get('preset')}', not with '{preset}' as it is now: choose another "
-            "--out"
-        )
+        raise _other_preset(out, found, preset)
     if found.get("store_hash") != mine["store_hash"]:
         raise RunError(
             f"{out} was made from another data set (hash {str(found.get('store_hash'))[:12]}, now "
             f"{mine['store_hash'][:12]}): choose another --out"
+        )
+    if found.get("device", device) != device:
+        raise RunError(
+            f"{out} was begun with --device {found['device']}, not {device}, whose numbers are others: go on with "
+            f"--device {found['device']}, or choose another --out"
         )
     if found.get("code") != mine["code"] and not any_code:
         raise RunError(
             f"{out} was made by another version of the library (commit {found.get('commit')}, now {mine['commit']}): "
             "go back to it, choose another --out, or mix the two with --any-code"
         )
+    if added := {name: mine[name] for name in ("given_hash", "device") if name not in found}:
+        write_json(path, {**found, **added})  # of a mark that an earlier version made
