@@ -22,6 +22,7 @@ import yaml
 from conftest import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
 
 from avsep.cli import main
+from avsep.cli.reproduce_command import _again
 from avsep.data.store import Store
 from avsep.data.tasks import task_stream
 from avsep.errors import ConfigError, DataError, RunError
@@ -457,6 +458,14 @@ def test_results_of_other_settings_are_counted(pair, tmp_path, reproduce, capsys
     assert reproduce("table1", *options) == 0
     told = "--results: 1 of cells with these names not taken, being of other settings, data or version: iquery-joint"
     assert told in capsys.readouterr().out
+
+
+def test_the_command_that_goes_on_has_the_options_of_the_first():
+    names = ("dataset", "preset", "seeds", "jobs", "base", "device", "launcher", "readme", "row", "results")
+    given = dict.fromkeys((*names, "launcher_settings"))
+    given |= {"out": "out", "seeds": 2, "row": ["joint"], "keep": True, "any_code": True}
+    told = _again(["table1"], given)
+    assert told == "avsep reproduce table1 --out out --seeds 2 --row joint --keep --any-code --resume"
 
 
 def test_plan_runs_nothing(reproduce, tmp_path, capsys):
