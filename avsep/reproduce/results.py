@@ -41,6 +41,11 @@ class CellResult:
         seconds = self.data["seconds"]
         return float(seconds["tasks"] + seconds["scoring"])
 
+    @property
+    def commits(self) -> tuple[str, ...]:
+        """Every commit of the library that worked on the cell or on its first task."""
+        return tuple(self.data.get("commits") or [str(self.data.get("commit", "unknown"))])
+
     def scores(self) -> dict[str, Any]:
         """As :func:`avsep.evaluation.comparison.compact_evaluation` gives them."""
         packed = self.data["scores"]

@@ -132,7 +132,7 @@ def build_table(
                     ours=comparison[row.name] if comparison is not None and row.name in found else None,
                     paper=None if numbers is None else tuple(numbers),
                     missing=tuple(missing.get(row.name, ())),
-                    commits=tuple(dict.fromkeys(str(r.data.get("commit", "unknown")) for r in found.get(row.name, ()))),
+                    commits=tuple(dict.fromkeys(c for r in found.get(row.name, ()) for c in r.commits)),
                 )
             )
         lines[base] = tuple(made)
