@@ -28,6 +28,16 @@ def _blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", _text(), flags=re.DOTALL)
 
 
+@pytest.mark.parametrize(
+    ("page", "tables"), [("README.md", ["table1"]), ("docs/reproduce.md", ["table2", "table3", "budget", "figure3"])]
+)
+def test_tables_are_those_that_were_measured(page, tables):
+    text = (README.parent / page).read_text(encoding="utf-8") if _text() else ""
+    for name in tables:
+        measured = (README.parent / f"benchmarks/results/reproduce/{name}.md").read_text(encoding="utf-8")
+        assert f"<!-- reproduce:{name} -->\n{measured}<!-- /reproduce:{name} -->" in text
+
+
 def test_composing():
     scope = {}
     exec(_blocks("python")[0], scope)
