@@ -40,7 +40,8 @@ def _titles(base: str) -> tuple[str, str]:
 def _dots(figure_class: Any, table: Table, bases: list[str], with_paper: bool) -> Any:
     columns = 2 if with_paper else 1
     rows = max(len(lines) for lines in table.lines.values())
-    figure = figure_class(figsize=(4.2 * columns + 1.4, (0.28 * rows + 0.9) * len(bases) + 0.6), layout="constrained")
+    width = max(4.2 * columns + 1.4, 7.2)  # of one panel: as wide as the title
+    figure = figure_class(figsize=(width, (0.28 * rows + 0.9) * len(bases) + 0.6), layout="constrained")
     panels = figure.subplots(len(bases), columns, squeeze=False, sharey="row")
     for base, line_of_panels in zip(bases, panels, strict=True):
         lines = table.lines[base]
