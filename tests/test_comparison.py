@@ -163,7 +163,7 @@ def test_clips_that_are_in_several_mixtures_count_once():
 
 def test_a_class_of_one_clip_is_resampled_with_others_like_it():
     scores, _ = clips_and_scores()
-    clips = {("task-0", k): (("a", f"a{k}"), (f"class {k}", f"b{k}")) for k in range(48)}
+    clips = {("task-0", k): ((f"one {k}", f"a{k}"), (f"other {k}", f"b{k}")) for k in range(48)}
     assert width([Cell("m", 0, scores)], clips=clips) > 0.5
 
 

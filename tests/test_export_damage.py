@@ -387,7 +387,7 @@ TARS = {
     "tar of a folder": (in_a_folder, ["bundle"]),
     "name that leads out": (packed(member("../evil.sh")), ["../evil.sh", "leads out"]),
     "name that leads out in the middle": (packed(member("a/../../evil.sh")), ["a/../../evil.sh", "leads out"]),
-    "absolute name": (packed(member("/tmp/evil.sh")), ["/tmp/evil.sh", "leads out"]),
+    "absolute name": (packed(member("/evil.sh")), ["/evil.sh", "leads out"]),
     "name of Windows": (packed(member("..\\evil.sh")), ["evil.sh"]),
     "symbolic link": (packed(link("x", "/etc/passwd", tarfile.SYMTYPE)), ["x", "link"]),
     "hard link": (packed(link("x", MANIFEST, tarfile.LNKTYPE)), ["x", "link"]),

@@ -1,0 +1,53 @@
+"""Tables of made-up results: what must be said of a row stands in it."""
+
+from __future__ import annotations
+
+from avsep.evaluation.comparison import Difference, Estimate, MethodResult
+from avsep.reproduce.dataset import BENCHMARK
+from avsep.reproduce.tables import Line, Table, csv_rows, markdown
+
+
+def table(data_set=BENCHMARK, *, silent=0.0, both=3):
+    ours = MethodResult(
+        method="m",
+        seeds=(0, 1, 2),
+        values={"sdr": Estimate(5.0, 4.0, 6.0, (4.5, 5.0, 5.5))},
+        differences={"sdr": Difference(1.0, 0.5, 1.5, (1.0,) * both)},
+        curves={},
+        matrix=((5.0,),),
+        counts={"scored": 10.0, "skipped": silent, "silent_estimates": silent, "degenerate": 0.0},
+        memory_bytes=2_000_000,
+    )
+    lines = (
+        Line("m", "method", "1 a class", ours, (7.0, 8.0, 9.0), commits=("aaa",)),
+        Line("control", "plain", "1 a class", None, None, commits=("bbb", "aaa")),
+    )
+    return Table("table1", "Table 1", data_set, "small", (0, 1, 2), {"iquery": lines}, "control", "fixed version 1")
+
+
+def row(made):
+    return next(line for line in markdown(made).splitlines() if line.startswith("| method | 2.00"))
+
+
+def test_silent_estimates_are_marked():
+    assert "5.00 [4.00, 6.00] |" in row(table())
+    assert "5.00 [4.00, 6.00] (1.5 silent) |" in row(table(silent=1.5))
+    assert "silent: mixtures" in markdown(table(silent=1.5))
+    assert "silent" not in markdown(table())
+    assert csv_rows(table(silent=1.5))[0]["silent_estimates"] == 1.5
+
+
+def test_a_difference_of_fewer_seeds_says_so():
+    assert "| +1.00* |" in row(table())
+    assert "| +1.00* (1 of 3 seeds) |" in row(table(both=1))
+
+
+def test_a_table_names_its_protocol_and_each_row_its_commits():
+    assert "Protocol fixed version 1." in markdown(table())
+    assert markdown(table()).endswith("Commit aaa, bbb.\n")
+    assert [r["commit"] for r in csv_rows(table())] == ["aaa", "bbb aaa"]
+
+
+def test_only_the_benchmark_is_said_to_be_other_data():
+    assert "different data and sizes" in markdown(table())
+    assert "different data and sizes" not in markdown(table("music21"))
