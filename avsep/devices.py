@@ -6,7 +6,7 @@ import torch
 
 from avsep.errors import ConfigError
 
-__all__ = ["pick_device"]
+__all__ = ["pick_device", "refuse_number"]
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -27,3 +27,9 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise ConfigError(f"unknown device '{name}': auto, cpu, cuda or mps") from None
+
+
+def refuse_number(name: str) -> None:
+    """Raise :class:`ConfigError` for a device with a number: training chooses by kind."""
+    if ":" in name:
+        raise ConfigError(f"training takes no number of a device ('{name}'): choose one with CUDA_VISIBLE_DEVICES")

@@ -28,7 +28,7 @@ from avsep.data.mixing import TrainingMixtures, collate, epoch_steps
 from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip
 from avsep.data.tasks import TaskStream
-from avsep.devices import pick_device
+from avsep.devices import pick_device, refuse_number
 from avsep.errors import AvsepError, CheckpointError, ConfigError, LostRankError, NumericalError, RunError
 from avsep.io import FolderLock, read_json, write_json, write_yaml
 from avsep.launch import local_world_size, world_size
@@ -154,10 +154,9 @@ class ContinualLearner:
         self.exemplars: Memory = {}
         self._gradient_norm: float | None = None  # of the last step, and the last validation's scores: for the logs
         self._scores: list[MixtureScore] = []
-        if accelerator != "auto" and pick_device(accelerator).type != accelerator:
-            raise ConfigError(
-                f"training takes no number of a device ('{accelerator}'): choose one with CUDA_VISIBLE_DEVICES"
-            )
+        if accelerator != "auto":
+            pick_device(accelerator)  # refuses one that is not here
+            refuse_number(accelerator)
         self.fabric = _fabric(accelerator, self.train.precision)
         self.ranks = Ranks(self.fabric.global_rank, self.fabric.world_size)
         forks = multiprocessing.get_start_method() == "fork"

@@ -178,11 +178,9 @@ def _refuse_with_tune(rows: list[str] | None, readme: Path | None) -> None:
 def _device(name: str, launcher: str) -> str:
     """The kind of device that cells run on; on a cluster, whose machines may have others than this one, the name as it
     was given, which is resolved there."""
-    from avsep.devices import pick_device
-    from avsep.errors import ConfigError
+    from avsep.devices import pick_device, refuse_number
 
-    if ":" in name:
-        raise ConfigError(f"training takes no number of a device ('{name}'): choose one with CUDA_VISIBLE_DEVICES")
+    refuse_number(name)
     if launcher == "submitit" and name in ("auto", "cpu", "cuda", "mps"):
         return name
     return pick_device(name).type
