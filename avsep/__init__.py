@@ -9,18 +9,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from avsep import _moved
+
 __version__ = "0.1.0"
+
+_moved.install()
 
 if TYPE_CHECKING:
     from avsep.data.store import Store
-    from avsep.learner import ContinualLearner
     from avsep.separator import Separator, build_separator, list_components, load_separator, save_separator
+    from avsep.training.learner import ContinualLearner
 
 # public name -> module that defines it
 _PUBLIC = {
-    "ContinualLearner": "avsep.learner",
+    "ContinualLearner": "avsep.training.learner",
     "Separator": "avsep.separator",
-    "Store": "avsep.data.store",
+    "Store": "avsep.data.store.files",
     "build_separator": "avsep.separator",
     "list_components": "avsep.separator",
     "load_separator": "avsep.separator",

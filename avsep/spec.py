@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from avsep.errors import ConfigError, UnknownNameError, near_matches
-from avsep.io import read_yaml
+from avsep.files import read_yaml
 from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS, MEMORIES, STRATEGIES, VISUAL_ENCODERS, Registry
 
 __all__ = [

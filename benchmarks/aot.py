@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avsep.errors import AvsepError, ConfigError, MissingExtraError
-from avsep.io import write_text
+from avsep.files import write_text
 from avsep.kernels._backend import OPERATIONS, interpreting
 
 if TYPE_CHECKING:

@@ -26,17 +26,16 @@ from avsep.benchmarks.reference import (
     PublishedUNet,
     literal_training_step,
 )
-from avsep.convert import convert_published
 from avsep.data.mixing import Slot, TrainingMixtures, collate
 from avsep.data.store import Clip, Store, StoreWriter
-from avsep.data.visualfile import VisualTimeline
 from avsep.encoders import UNet7
+from avsep.environment import seeded, version_of
 from avsep.errors import ConfigError, DataError, MissingExtraError
 from avsep.evaluation.bss import BssResult, bss_eval
-from avsep.provenance import version_of
+from avsep.media.timeline import VisualTimeline
 from avsep.registry import REGISTRIES
-from avsep.seeding import seeded
 from avsep.separator import Separator, build_from_spec
+from avsep.separator.convert import convert_published
 from avsep.spec import ComponentRef, FrontEndSpec, OptimizerSpec, SeparatorSpec, TrainSpec, load_preset, validated
 from avsep.strategies import ContAVSep, Step
 from avsep.types import Batch, Spectrograms, VisualSource

@@ -29,12 +29,12 @@ from avsep.benchmarks.measure import (
     interleaved,
     system_load,
 )
+from avsep.environment import version_of
 from avsep.errors import AvsepError, ConfigError, ExportError, MissingExtraError
-from avsep.export.bundle_reader import Bundle, Graph, open_bundle
-from avsep.export.parity import compare
-from avsep.export.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
-from avsep.export.transforms import istft, stft
-from avsep.provenance import version_of
+from avsep.export.build.parity import compare
+from avsep.export.runtime.reader import Bundle, Graph, open_bundle
+from avsep.export.runtime.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
+from avsep.export.runtime.transforms import istft, stft
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -354,7 +354,7 @@ def _torch_variants(
 
 def _separator(bundle: Bundle, run: str | os.PathLike[str], task: int | None) -> Separator:
     """The run's separator, for the bundle's length, held against the bundle's spec."""
-    from avsep.export.graph import with_length
+    from avsep.export.build.graph import with_length
     from avsep.separator import load_separator
 
     separator = load_separator(run, task)
@@ -447,7 +447,7 @@ def _peak_mb(process: Sequence[str]) -> tuple[float | str, float | str]:
 def _in_own_process(arguments: Sequence[str]) -> None:
     """Load what the arguments name, run it once and print the most bytes that this process held, and the GPU's."""
     from avsep.benchmarks.measure import _status_bytes
-    from avsep.export.engine import Cuda
+    from avsep.export.targets.engine import Cuda
 
     kind, path, *rest = arguments
     try:

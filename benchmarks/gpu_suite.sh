@@ -290,6 +290,7 @@ fi
 # The library's own pytest settings ask for plugins that may be missing here.
 cat >"$work/pytest.ini" <<'INI'
 [pytest]
+pythonpath = tests
 markers =
     gpu: needs an NVIDIA GPU
     slow: takes minutes
@@ -297,7 +298,7 @@ markers =
     timeout: of a test, where pytest-timeout is installed
 INI
 mkdir -p "$work/tests"
-cp "$here"/tests/*.py "$work/tests"
+cp -r "$here"/tests/. "$work/tests"
 
 tests() { # NAME BUDGET MARKERS FILE...
     local name=$1 budget=$2 markers=$3
@@ -323,7 +324,7 @@ parts+=(checks)
 part checks 140 "$run" -m avsep.benchmarks.kernels --check-only --no-compile --sizes "$sizes" \
     --device "$device" &
 if need pytest; then
-    for file in "$work"/tests/test_triton_*.py "$work"/tests/test_kernels_*.py; do
+    for file in "$work"/tests/kernels/test_triton_*.py "$work"/tests/kernels/test_kernels_*.py; do
         name=$(basename "$file" .py)
         case $name in
         test_kernels_aot) continue ;; # needs no GPU
@@ -335,7 +336,7 @@ if need pytest; then
     done
     parts+=(tests-gpu)
     if need pydantic yaml lightning_fabric safetensors soundfile soxr; then
-        mapfile -t files < <(grep -lE 'mark\.gpu|pytest\.mark\.gpu' "$work"/tests/test_*.py)
+        mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu|pytest\.mark\.gpu' "$work"/tests)
         if [ $dry = 1 ]; then
             skip tests-gpu "dry run"
         elif [ ${#files[@]} = 0 ]; then

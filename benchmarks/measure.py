@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from avsep.environment import commit, device_name
 from avsep.errors import AvsepError, ConfigError
-from avsep.io import write_text
+from avsep.files import write_text
 from avsep.progress import Progress
-from avsep.provenance import commit, device_name
 
 __all__ = [
     "COLUMNS",

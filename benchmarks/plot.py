@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from avsep.io import atomic_path
+from avsep.files import atomic_path
 
 __all__ = ["plot_rows"]
 

@@ -13,7 +13,7 @@ from avsep.benchmarks import cases
 from avsep.benchmarks.kernel_cases import KernelCase, Variant, kernel_cases
 from avsep.benchmarks.kernels import calls_of, check_case
 from avsep.benchmarks.measure import Case
-from avsep.data.shards import shard_store
+from avsep.data.store.sharding import shard_store
 from avsep.errors import MissingExtraError
 
 # case -> (its variants, repeats, the function that gives the cases of its group)

@@ -9,22 +9,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avsep.export.bundle import export, export_run
-    from avsep.export.bundle_reader import Bundle, open_bundle
-    from avsep.export.parity import Parity
-    from avsep.export.plan import ExportPlan
-    from avsep.export.verify import Verification, verify_bundle
+    from avsep.export.build.parity import Parity
+    from avsep.export.build.plan import ExportPlan
+    from avsep.export.bundle.export import export, export_run
+    from avsep.export.bundle.verify import Verification, verify_bundle
+    from avsep.export.runtime.reader import Bundle, open_bundle
 
 # public name -> module that defines it
 _PUBLIC = {
-    "Bundle": "avsep.export.bundle_reader",
-    "ExportPlan": "avsep.export.plan",
-    "Parity": "avsep.export.parity",
-    "Verification": "avsep.export.verify",
-    "export": "avsep.export.bundle",
-    "export_run": "avsep.export.bundle",
-    "open_bundle": "avsep.export.bundle_reader",
-    "verify_bundle": "avsep.export.verify",
+    "Bundle": "avsep.export.runtime.reader",
+    "ExportPlan": "avsep.export.build.plan",
+    "Parity": "avsep.export.build.parity",
+    "Verification": "avsep.export.bundle.verify",
+    "export": "avsep.export.bundle.export",
+    "export_run": "avsep.export.bundle.export",
+    "open_bundle": "avsep.export.runtime.reader",
+    "verify_bundle": "avsep.export.bundle.verify",
 }
 
 __all__ = ["Bundle", "ExportPlan", "Parity", "Verification", "export", "export_run", "open_bundle", "verify_bundle"]

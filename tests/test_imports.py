@@ -29,7 +29,7 @@ HEAVY = (
     "modules",
     [
         "avsep",
-        "avsep.errors, avsep.io, avsep.registry, avsep.spec, avsep.types",
+        "avsep.errors, avsep.files, avsep.registry, avsep.spec, avsep.types",
         "avsep.cli.app; avsep.cli.app.build_app()",
     ],
 )
@@ -45,7 +45,7 @@ def test_importing_avsep_touches_no_accelerator():
     code = (
         "import avsep, avsep.separator, avsep.kernels, torch, sys\n"
         "loaded = ['triton'] if 'triton' in sys.modules else []\n"
-        "import avsep.learner\n"
+        "import avsep.training.learner\n"
         "assert not torch.cuda.is_initialized()\n"
         "print(loaded + [m for m in ('onnxruntime', 'tensorrt', 'matplotlib') if m in sys.modules])"
     )
@@ -118,6 +118,6 @@ def test_imports_go_one_way():
 @pytest.mark.skipif(not (ROOT / "kernels").is_dir(), reason="needs the source tree")
 def test_importing_modules_alone_works():
     """No module relies on another having been imported before it."""
-    for module in ("avsep.convert", "avsep.encoders", "avsep.decoders"):
+    for module in ("avsep.separator.convert", "avsep.encoders", "avsep.decoders"):
         result = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, f"{module}: {result.stderr}"

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     # also does something else (a step of 0.5 s took 13 s with two busy neighbours on two cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from avsep.launch import follow_launcher, world_size
+        from avsep.distributed.launch import follow_launcher, world_size
 
         follow_launcher()
         from avsep.cli.app import Interrupted, build_app
@@ -54,7 +54,7 @@ def _fail(text: str, code: int, error: Exception | None = None) -> None:
     """Say what is wrong and end. Of several processes that train together one speaks, and none waits for the others."""
     import os
 
-    from avsep.launch import speaks, world_size
+    from avsep.distributed.launch import speaks, world_size
 
     if world_size() == 1:
         print(text, file=sys.stderr)

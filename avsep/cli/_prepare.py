@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from avsep.cli._text import extent, names_in
+
 if TYPE_CHECKING:
-    from avsep.data.listings import Listing
-    from avsep.data.prepare import Prepared
+    from avsep.data.prepare.listings import Listing
+    from avsep.data.prepare.videos import Prepared
 
 _SHOWN = 20  # skipped videos named one by one
 
@@ -71,8 +73,7 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Delete the store that is there and begin anew.")] = False,
 ) -> None:
     """Make a store of a data set's videos: sound, features, pictures. Continues a killed run."""
-    from avsep.cli.data_command import _names
-    from avsep.data.prepare import check_places, make_recipe, prepare
+    from avsep.data.prepare.videos import check_places, make_recipe, prepare
 
     listing = _listing(
         dataset,
@@ -80,7 +81,7 @@ def command(
         table=table,
         annotations=annotations,
         splits=splits,
-        classes=None if classes is None else _names(classes),
+        classes=None if classes is None else names_in(classes),
         events=events,
         shares=_shares(shares),
         seed=seed,
@@ -124,7 +125,7 @@ def _listing(dataset: str, root: Path, **options: Any) -> Listing:
     """Reads the layout; an option that would do nothing there is refused."""
     import inspect
 
-    from avsep.data.listings import DATASETS, SHARES
+    from avsep.data.prepare.listings import DATASETS, SHARES
     from avsep.errors import ConfigError, UnknownNameError, near_matches
 
     if dataset not in DATASETS:
@@ -143,13 +144,12 @@ def _print(result: Prepared) -> None:
 
     from rich.console import Console
 
-    from avsep.cli.data_command import _extent
-    from avsep.data.prepare import STATUSES
-    from avsep.data.store import SPLITS, VIDEOS_FILE
+    from avsep.data.prepare.videos import STATUSES
+    from avsep.data.store.files import SPLITS, VIDEOS_FILE
 
     store = result.store
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(f"{store.path}: {_extent(store)}")
+    console.print(f"{store.path}: {extent(store)}")
     counts = Counter({"ok": len(store.clips)}) + Counter(e["status"] for e in result.skipped)
     for status, meaning in STATUSES.items():
         if counts[status]:

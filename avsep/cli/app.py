@@ -41,7 +41,7 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt as stop:
             raise Interrupted(*stop.args) from None
         except _UsageError:
-            from avsep.launch import speaks
+            from avsep.distributed.launch import speaks
 
             if speaks():
                 raise
@@ -83,8 +83,8 @@ def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
     """Continual audio-visual sound separation."""
+    from avsep.distributed.launch import world_size
     from avsep.errors import ConfigError
-    from avsep.launch import world_size
 
     if world_size() > 1 and context.invoked_subcommand != "train":
         raise ConfigError(

@@ -173,7 +173,7 @@ def kernels(
 ) -> None:
     """The fused operations in every backend, with their peers and the hardware's limits."""
     from avsep.benchmarks.kernels import run
-    from avsep.devices import pick_device
+    from avsep.environment import pick_device
     from avsep.progress import progress_bar
 
     chosen = str(pick_device(device))
@@ -230,7 +230,7 @@ def aot(
 
 def _train(preset: str, batch: int, classes: int, memory_share: float | None, device: str) -> Iterator[Case]:
     from avsep.benchmarks.cases import train_cases
-    from avsep.devices import pick_device
+    from avsep.environment import pick_device
 
     chosen = pick_device(device)
     yield from train_cases(preset, batch=batch, classes=classes, memory_share=memory_share, device=str(chosen))
@@ -248,8 +248,8 @@ def _data(
     import tempfile
 
     from avsep.benchmarks.cases import data_cases, temporary_store
-    from avsep.data.shards import shard_store
     from avsep.data.store import Store
+    from avsep.data.store.sharding import shard_store
 
     with tempfile.TemporaryDirectory(prefix="avsep-bench-") as folder:
         place = Path(folder)
@@ -267,7 +267,7 @@ def _reading_memory(batch: int, mixtures: int, clip_s: float, shard_mb: float, o
     from avsep.benchmarks.measure import append_rows, check_results
     from avsep.benchmarks.reading import memory_rows
     from avsep.benchmarks.run import print_rows
-    from avsep.data.shards import shard_store
+    from avsep.data.store.sharding import shard_store
     from avsep.progress import progress_bar
 
     check_results(out)

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from avsep.memory.budget import Aligned, Budget
+    from avsep.evaluation.budget import Aligned, Budget
     from avsep.spec import RunSpec
 
 
@@ -35,9 +35,9 @@ def command(
     from rich.console import Console
 
     from avsep.errors import ConfigError
-    from avsep.memory.budget import align as aligned
-    from avsep.memory.budget import budget_of
-    from avsep.runs import read_run_spec
+    from avsep.evaluation.budget import align as aligned
+    from avsep.evaluation.budget import budget_of
+    from avsep.runs.folder import read_run_spec
 
     if to is not None and not align:
         raise ConfigError(f"--to {to} says what to align to: give --align with it")

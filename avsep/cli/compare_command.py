@@ -39,7 +39,7 @@ def command(
 
     from avsep.evaluation.comparison import cells_of_runs, compare
     from avsep.evaluation.comparison_page import csv_text, draw, require_dependencies, write_page
-    from avsep.io import write_text
+    from avsep.files import write_text
 
     require_dependencies(plot, html)
     cells = cells_of_runs(runs)
@@ -60,7 +60,7 @@ def _bounds(runs: list[Path], joint: list[Path] | None, cells: list[Cell]) -> li
     """The runs of joint training: those that are named, else those among the runs, where all have one separator."""
     from avsep.errors import RunError
     from avsep.evaluation.comparison import cells_of_runs
-    from avsep.runs import read_run_spec
+    from avsep.runs.folder import read_run_spec
 
     def separator(run: Path) -> dict[str, object]:
         return read_run_spec(run).separator.model_dump(exclude={"num_classes", "classes"})

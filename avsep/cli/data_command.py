@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from avsep.cli import _prepare
+from avsep.cli._text import extent, names_in
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from avsep.data.checking import Availability, StoreCheck
-    from avsep.data.store import Store
+    from avsep.data.store.checking import Availability, StoreCheck
 
 app = typer.Typer(
     help="Make the offline benchmark or prepare your videos; check, shard and look at stores.", no_args_is_help=True
@@ -45,13 +45,13 @@ def synth(
     """Make the offline benchmark from sampled instruments and drawn players. Continues a killed run."""
     from rich.console import Console
 
-    from avsep.data.synthesis import synthesise
+    from avsep.data.synth.synthesis import synthesise
 
     try:
         store = synthesise(
             out,
             size=size,
-            classes=None if classes is None else _names(classes),
+            classes=None if classes is None else names_in(classes),
             seed=seed,
             banks=bank,
             holdout_bank=holdout_bank,
@@ -62,12 +62,8 @@ def synth(
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
-    Console().print(f"{store.path}: {_extent(store)}", highlight=False)
+    Console().print(f"{store.path}: {extent(store)}", highlight=False)
     Console().print(f"content hash {store.content_hash}", highlight=False)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _counts(text: str) -> tuple[int, int, int]:
@@ -82,18 +78,12 @@ def _counts(text: str) -> tuple[int, int, int]:
     return train, val, test
 
 
-def _extent(store: Store) -> str:
-    minutes = sum(c.samples for c in store.clips) / store.sample_rate_hz / 60
-    size = sum(r["bytes"] for e in store.manifest["clips"] for r in e["files"].values())
-    return f"{len(store.clips)} clips of {len(store.classes)} classes, {minutes:.1f} minutes, {size / 1e6:.0f} MB"
-
-
 @app.command("check")
 def check(store: _StoreArgument) -> None:
     """Read a whole store: hashes, levels, what is there for each class and split, feature statistics."""
     from rich.console import Console
 
-    from avsep.data.checking import check_store
+    from avsep.data.store.checking import check_store
     from avsep.errors import DataError
     from avsep.progress import progress_bar
 
@@ -181,8 +171,8 @@ def shard(
     ] = None,
 ) -> None:
     """Write a store's files into a few WebDataset tars, which are read like the store. Continues a killed run."""
-    from avsep.data.shards import shard_store
     from avsep.data.store import Store
+    from avsep.data.store.sharding import shard_store
     from avsep.progress import progress_bar
 
     try:
@@ -190,7 +180,7 @@ def shard(
             made = shard_store(Store.open(store), out, shard_mb=shard_mb, folders=disk or (), bars=bars)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
-    typer.echo(f"{made.path}: {_extent(made)} in {len(made.manifest['shards'])} shards")
+    typer.echo(f"{made.path}: {extent(made)} in {len(made.manifest['shards'])} shards")
 
 
 @app.command("info")
@@ -202,7 +192,7 @@ def info(store: _StoreArgument) -> None:
     manifest = opened.manifest
     lines = [
         ("store", str(opened.path)),
-        ("extent", _extent(opened)),
+        ("extent", extent(opened)),
         ("clips", ", ".join(f"{split} {len(opened.select(split=split))}" for split in SPLITS)),
         ("classes", ", ".join(opened.classes)),
         ("audio", f"{opened.sample_rate_hz} Hz"),
@@ -225,7 +215,7 @@ def info(store: _StoreArgument) -> None:
 @app.command("banks")
 def banks() -> None:
     """List the SoundFont banks that are found on this machine; the first is the one that synth uses."""
-    from avsep.data.synthesis import NO_BANK, find_banks
+    from avsep.data.synth.synthesis import NO_BANK, find_banks
     from avsep.errors import DataError
 
     found = find_banks()
@@ -242,8 +232,8 @@ def sheet(
     per_class: Annotated[int, typer.Option("--per-class", min=1, max=20, help="Clips shown of each class.")] = 6,
 ) -> None:
     """Write a contact sheet of a store's pictures."""
-    from avsep.data.checking import contact_sheet
     from avsep.data.store import Store
+    from avsep.data.store.checking import contact_sheet
 
     typer.echo(contact_sheet(Store.open(store), out, per_class))
 
@@ -255,10 +245,10 @@ def features(
     out: Annotated[Path, typer.Option("--out", help="File to write (.npz).")] = Path("features.npz"),
 ) -> None:
     """Write clips' pictures and features to a file for ``avsep separate --features``."""
-    from avsep.data.store import Store
-    from avsep.data.visualfile import timelines_of, write_visual_file
+    from avsep.data.store import Store, timelines_of
+    from avsep.media.timeline import write_visual_file
 
-    write_visual_file(out, timelines_of(Store.open(store), _names(clips)))
+    write_visual_file(out, timelines_of(Store.open(store), names_in(clips)))
     typer.echo(out)
 
 
@@ -270,7 +260,7 @@ def mix(
 ) -> None:
     """Mix clips of a store to one recording, with the pictures and the references beside it."""
     from avsep.data.store import Store
-    from avsep.data.synthesis import write_duet
+    from avsep.data.synth.synthesis import write_duet
 
-    for path in write_duet(Store.open(store), _names(clips), out).values():
+    for path in write_duet(Store.open(store), names_in(clips), out).values():
         typer.echo(path)

@@ -53,7 +53,7 @@ def command(
     def section(title: str) -> None:
         console.print(f"\n[bold]{title}[/bold] [dim]({time.perf_counter() - started:.0f} s)[/dim]")
 
-    from avsep.data.synthesis import synthesise, write_duet
+    from avsep.data.synth.synthesis import synthesise, write_duet
 
     section("1/5 A benchmark of six sampled instruments with moving pictures")
     store = synthesise(out / "store", size="tiny", seed=seed, clips_per_class=clips)
@@ -107,7 +107,7 @@ def _claim(out: Path, seed: int, fresh: bool) -> None:
     """Take the folder for a demo of this seed; refuse one that holds anything else."""
     import shutil
 
-    from avsep.io import read_json, write_json
+    from avsep.files import read_json, write_json
 
     mark = out / "demo.json"
     if mark.is_file():
@@ -151,7 +151,7 @@ def _work(strategy: str, out: str, name: str, tasks: list[list[str]], seed: int,
     """Train and evaluate one run in a process of its own."""
     import signal
 
-    from avsep.processes import die_with_parent
+    from avsep.environment import die_with_parent
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that draws ends this one
     die_with_parent()  # else it would train on unseen, and hold the run's lock, after a kill
@@ -161,8 +161,8 @@ def _work(strategy: str, out: str, name: str, tasks: list[list[str]], seed: int,
         torch.set_num_threads(threads)
         from avsep.data.tasks import task_stream
         from avsep.evaluation.evaluate import evaluate_run
-        from avsep.learner import ContinualLearner
         from avsep.spec import RunSpec, load_preset, validated
+        from avsep.training.learner import ContinualLearner
 
         preset = load_preset(name)
         spec = validated(
@@ -243,7 +243,7 @@ def _train_both(out: Path, preset: str, tasks: list[list[str]], seed: int) -> No
 
 
 def _results(runs: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    from avsep.io import read_json
+    from avsep.files import read_json
 
     return {name: read_json(run / "evaluation.json") for name, run in runs.items()}
 
@@ -284,8 +284,8 @@ def _export(console: Console, run: Path, out: Path) -> None:
 
 
 def _separate(console: Console, run: Path, duet: dict[str, Path], classes: list[str], out: Path) -> None:
-    from avsep.data.visualfile import read_visual_file
-    from avsep.separate import separate_file
+    from avsep.inference.recordings import separate_file
+    from avsep.media.timeline import read_visual_file
     from avsep.separator import load_separator
 
     separated = separate_file(

@@ -23,7 +23,7 @@ def command(
     """Score a run: SDR, SIR, SAR, SDRi and SI-SDR after every task, average and forgetting."""
     from rich.console import Console
 
-    from avsep.devices import pick_device
+    from avsep.environment import pick_device
     from avsep.evaluation.evaluate import evaluate_run
     from avsep.progress import progress_bar
 

@@ -163,7 +163,7 @@ def run(
     from avsep.errors import ConfigError
     from avsep.export import ExportPlan, export_run
     from avsep.progress import progress_bar
-    from avsep.runs import finished_tasks
+    from avsep.runs.folder import finished_tasks
 
     if all_tasks and task:
         raise ConfigError(f"--all-tasks and --task {task[0]} ask for different things: give one of them")
@@ -207,7 +207,7 @@ def run(
     )
     capabilities = _capabilities(sm)
     if target in _ENGINE_TARGETS:
-        from avsep.export.engine import check_machine
+        from avsep.export.targets.engine import check_machine
 
         check_machine(target, capabilities)  # before the export takes its minutes
     said: list[str] = []
@@ -269,7 +269,7 @@ def _build(
     out: Path | None,
     force: bool,
 ) -> None:
-    from avsep.export.engine import build_engines
+    from avsep.export.targets.engine import build_engines
 
     build_engines(
         bundle,
@@ -439,7 +439,7 @@ def plugin(
     """
     from avsep.errors import ConfigError
     from avsep.export import open_bundle
-    from avsep.export.plugin import ARCHITECTURES, export_plugin
+    from avsep.export.targets.plugin import ARCHITECTURES, export_plugin
     from avsep.spec import FrontEndSpec
 
     wanted = _capabilities(sm)
@@ -455,6 +455,6 @@ def plugin(
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema of a bundle's manifest."""
-    from avsep.export.schema import schema_text
+    from avsep.export.bundle.schema import schema_text
 
     typer.echo(schema_text(), nl=False)

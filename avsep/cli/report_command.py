@@ -20,7 +20,7 @@ def command(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Write one HTML page of a run: scores, curves, and test mixtures to hear and to see."""
-    from avsep.devices import pick_device
+    from avsep.environment import pick_device
     from avsep.evaluation.report import write_report
     from avsep.progress import progress_bar
 

@@ -178,7 +178,7 @@ def _refuse_with_tune(rows: list[str] | None, readme: Path | None) -> None:
 def _device(name: str, launcher: str) -> str:
     """The kind of device that cells run on; on a cluster, whose machines may have others than this one, the name as it
     was given, which is resolved there."""
-    from avsep.devices import pick_device, refuse_number
+    from avsep.environment import pick_device, refuse_number
 
     refuse_number(name)
     if launcher == "submitit" and name in ("auto", "cpu", "cuda", "mps"):

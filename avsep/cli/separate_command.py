@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from avsep.data.visualfile import VisualTimeline
-    from avsep.detection import BoxTrack
+    from avsep.inference.recordings import Recording, SeparatedFile
+    from avsep.media.detection import BoxTrack
+    from avsep.media.timeline import VisualTimeline
     from avsep.progress import Progress
-    from avsep.separate import Recording, SeparatedFile
     from avsep.types import VisualSource
 
 
@@ -85,11 +85,11 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
     """Separate videos or sounds of any length into one file per class and the residual, with a page to hear and see."""
-    from avsep.data.visualfile import read_visual_file
-    from avsep.detection import read_boxes
     from avsep.errors import ConfigError
+    from avsep.inference.recordings import check_recordings, read_mono, separate_recordings, slots_of
+    from avsep.media.detection import read_boxes
+    from avsep.media.timeline import read_visual_file
     from avsep.progress import progress_bar
-    from avsep.separate import check_recordings, read_mono, separate_recordings, slots_of
 
     if (run is None) == (bundle is None):
         raise ConfigError("name one thing to separate with: --run RUN, or --bundle BUNDLE (of avsep export)")
@@ -194,10 +194,10 @@ class _Engine:
 
 def _of_run(run: Path, task: int | None, device: str, batch: int, context_s: float | None) -> _Engine:
     """A trained separator."""
-    from avsep.chunking import context_in_samples
-    from avsep.devices import pick_device
-    from avsep.footage import SIZES
-    from avsep.separate import check_timelines, separate_audio
+    from avsep.environment import pick_device
+    from avsep.inference.chunking import context_in_samples
+    from avsep.inference.recordings import check_timelines, separate_audio
+    from avsep.media.footage import SIZES
     from avsep.separator import load_separator
 
     chosen = pick_device(device)
@@ -227,7 +227,7 @@ def _of_bundle(
     bundle: Path, provider: str, precision: str | None, batch: int | None, context_s: float | None
 ) -> _Engine:
     """An exported bundle."""
-    from avsep.export.runtime import Separator
+    from avsep.export.runtime.separator import Separator
 
     separator = Separator.load(bundle, provider, precision, context_s=context_s)
     for reason in separator.unused_engines:
@@ -275,7 +275,7 @@ class _Looks:
     def check(self, files: list[Path], classes: list[str]) -> None:
         """Raise where a file shows nothing that the separator needs, or a class has no box."""
         from avsep.errors import ConfigError, DataError
-        from avsep.separate import is_video
+        from avsep.inference.recordings import is_video
 
         if self.track is not None and classes != ["auto"]:
             for name in classes:
@@ -296,9 +296,9 @@ class _Looks:
 
     def propose(self, path: Path) -> list[str]:
         """The classes for ``--classes auto``: those of the given boxes or features, else those that are seen."""
-        from avsep.detection import propose_classes
         from avsep.errors import DataError
-        from avsep.footage import sample_pictures
+        from avsep.media.detection import propose_classes
+        from avsep.media.footage import sample_pictures
 
         known = self.engine.classes
         if self.given or self.track is not None:
@@ -316,7 +316,7 @@ class _Looks:
         return names
 
     def timelines(self, path: Path, classes: list[str]) -> dict[str, VisualTimeline]:
-        from avsep.footage import Encoders, timelines_of_video
+        from avsep.media.footage import Encoders, timelines_of_video
 
         if self.given or not self.engine.sources:
             return self.given
@@ -338,7 +338,7 @@ class _Looks:
 
     def _track(self, path: Path, classes: list[str]) -> BoxTrack:
         from avsep.errors import MissingExtraError, MissingWeightsError
-        from avsep.footage import track_objects, whole_frame
+        from avsep.media.footage import track_objects, whole_frame
 
         if self.track is not None:
             return self.track
@@ -361,14 +361,14 @@ class _Looks:
         )
 
     def _detect(self) -> Any:
-        from avsep.detection import OWLv2Detector
+        from avsep.media.detection import OWLv2Detector
 
         if self._detector is None:
             self._detector = OWLv2Detector(weights=self.weights, device=self._place())
         return self._detector
 
     def _place(self) -> Any:
-        from avsep.devices import pick_device
+        from avsep.environment import pick_device
 
         return pick_device(self.device)
 
@@ -382,9 +382,9 @@ def _planned(
     page: bool,
 ) -> Recording:
     """A file with all that is written of it; without ``seen`` only to check the names of the files."""
-    from avsep.detection import GIVEN
-    from avsep.evaluation.separated_page import render_separated
-    from avsep.separate import Recording
+    from avsep.inference.page import render_separated
+    from avsep.inference.recordings import Recording
+    from avsep.media.detection import GIVEN
 
     track = looks.found.get(path)
     beside: dict[str, Callable[[Any], str]] = {}

@@ -72,11 +72,11 @@ def command(
     from avsep.data.store import Store
     from avsep.data.tasks import task_stream
     from avsep.errors import CheckpointError, ConfigError
-    from avsep.fidelity import apply_fidelity
-    from avsep.learner import ContinualLearner
-    from avsep.loggers import choose_loggers
-    from avsep.runs import read_run_spec
+    from avsep.presets.fidelity import apply_fidelity
+    from avsep.runs.folder import read_run_spec
     from avsep.spec import RunSpec, apply_settings, load_preset, validated
+    from avsep.training.learner import ContinualLearner
+    from avsep.training.loggers import choose_loggers
 
     if resume:
         spec = read_run_spec(out)
@@ -160,9 +160,9 @@ def command(
 
 def _launched(devices: int | None, device: str, arguments: Sequence[str]) -> bool:
     """Whether the command has been run by ``devices`` processes that this one started for it."""
-    from avsep.devices import pick_device
+    from avsep.distributed.launch import launch, local_world_size, world_size
+    from avsep.environment import pick_device
     from avsep.errors import ConfigError
-    from avsep.launch import launch, local_world_size, world_size
 
     if world_size() > 1:
         if devices not in (None, local_world_size()):

@@ -21,7 +21,7 @@ import numpy as np
 
 from avsep.data.store import Clip, Store
 from avsep.errors import ConfigError, DataError
-from avsep.io import read_json, write_json
+from avsep.files import read_json, write_json
 from avsep.types import Task
 
 __all__ = [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from avsep.decoders._classifier import SpectrogramClassifier
 from avsep.decoders._growth import check_growth
 from avsep.dsp import magnitude
-from avsep.encoders.conv7 import init_as_published
+from avsep.encoders.audio.conv7 import init_as_published
 from avsep.errors import ConfigError
 from avsep.registry import MASK_DECODERS
 from avsep.types import AudioFeatures, MaskOutput, Spectrograms, VisualFeatures

@@ -48,7 +48,7 @@ from avsep.evaluation.continual import (
 )
 from avsep.evaluation.evaluate import METRICS, current_evaluation, is_counted, rows_of_task, summarise
 from avsep.registry import MEMORIES, STRATEGIES, Registry
-from avsep.runs import read_run_spec
+from avsep.runs.folder import read_run_spec
 from avsep.spec import ComponentRef, RunSpec
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import IO
 
 from avsep.errors import ConfigError, MissingExtraError
 from avsep.evaluation.comparison import Comparison, Difference, Estimate, MethodResult
-from avsep.io import atomic_path, write_text
+from avsep.files import atomic_path, write_text
 
 __all__ = [
     "NAMES",

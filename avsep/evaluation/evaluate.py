@@ -25,8 +25,8 @@ from avsep.data.store import Store
 from avsep.errors import AvsepError, DataError, NumericalError, RunError
 from avsep.evaluation.bss import SILENCE, bss_eval, si_sdr
 from avsep.evaluation.continual import continual_scores
-from avsep.io import read_json, sha256_file, write_json
-from avsep.runs import finished_tasks, read_run_spec, separator_folder
+from avsep.files import read_json, sha256_file, write_json
+from avsep.runs.folder import finished_tasks, open_run_store, read_run_spec, separator_folder
 from avsep.types import Batch, move_to
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ __all__ = [
     "evaluate_separator",
     "is_counted",
     "mean_sdr",
-    "open_run_store",
     "rows_of",
     "rows_of_task",
     "summarise",
@@ -359,27 +358,6 @@ def _separator_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def open_run_store(run: Path, store: Store | str | Path | None, protocol: Protocol) -> Store:
-    """The run's store, or ``store`` in its place; raises :class:`DataError` when it is not the one trained on."""
-    spec = read_run_spec(run)
-    if not isinstance(store, Store):
-        where = store or spec.store
-        if not where:
-            raise RunError(f"{run} does not name its store: give it with --store")
-        try:
-            store = Store.open(where)
-        except DataError as error:
-            hint = "" if store else " (the run's own store; give another place with --store)"
-            raise DataError(f"{error}{hint}") from None
-    wanted = spec.store_hash or protocol.store_hash
-    if store.content_hash != wanted:
-        raise DataError(
-            f"{store.path} is not the store {run} was trained on: its hash is {store.content_hash[:12]}, the run's "
-            f"{wanted[:12]}; give the right one with --store"
-        )
-    return store
-
-
 def _previous(path: Path, identity: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """What an earlier evaluation of the same protocol and store holds, by task. A damaged file is computed anew."""
     if not path.is_file():
@@ -442,8 +420,8 @@ def evaluate_run(
     The result: ``format`` (``avsep-evaluation``), ``version``, ``protocol``, ``protocol_version``, ``protocol_hash``,
     ``store_hash``; ``tasks``, the class names of each; ``after``, one entry a scored task with its ``task``,
     ``separator`` hash, the ``seconds`` it was trained for, the bytes it keeps as ``memory``
-    (:meth:`avsep.memory.budget.Budget.plain`), ``lists`` (:func:`summarise` by list name), ``all`` (over all lists),
-    ``by_task`` (by the sources' task over all lists) and ``rows`` (:func:`rows_of`); and, when no task up to the last
+    (:meth:`avsep.evaluation.budget.Budget.plain`), ``lists`` (:func:`summarise` by list name), ``all`` (over all
+    lists), ``by_task`` (by the sources' task over all lists) and ``rows`` (:func:`rows_of`); and, when no task up to the last
     scored one is missing, ``matrices`` by metric (:func:`task_matrix`) and ``continual``, the measures of each matrix
     (:class:`avsep.evaluation.continual.ContinualScores`), with the SDR's once more as ``matrix``, ``average`` (by
     task), ``forgetting`` and ``bwt``.
@@ -507,7 +485,7 @@ def evaluate_run(
 
 def _costs(run: Path, task: int, store: Store) -> dict[str, Any]:
     """What learning a finished task took, and what it keeps for the next."""
-    from avsep.memory.budget import budget_of
+    from avsep.evaluation.budget import budget_of
 
     record = read_json(separator_folder(run, task).with_name("task.json"))
     return {"seconds": record.get("seconds"), "memory": budget_of(run, task, store=store).plain()}

@@ -16,8 +16,8 @@ import numpy as np
 
 from avsep.errors import AvsepError, RunError
 from avsep.evaluation.drawing import PAGE_BYTES, SignalView, dependencies, markup, page_environment, pretty
-from avsep.io import write_text
-from avsep.runs import finished_tasks, read_run_spec
+from avsep.files import write_text
+from avsep.runs.folder import finished_tasks, open_run_store, read_run_spec
 
 if TYPE_CHECKING:
     import torch
@@ -345,7 +345,7 @@ def gather(
     """Read the runs and separate the page's test mixtures with each run's last separator; raises as write_report."""
     import avsep
     from avsep.data.protocol import Protocol
-    from avsep.evaluation.evaluate import evaluate_separator, open_run_store
+    from avsep.evaluation.evaluate import evaluate_separator
     from avsep.separator import load_separator
 
     if mixtures < 0:

@@ -5,10 +5,11 @@ several tables share are run once, and so is a first task that several cells sha
 """
 
 from avsep.reproduce.grid import BASES, TABLES, Cell, Grid, Row, build_grid
+from avsep.reproduce.plots import write_table
 from avsep.reproduce.preset import GridPreset, load_grid_preset
 from avsep.reproduce.results import CellResult, ResultStore
 from avsep.reproduce.runner import LAUNCHERS, run_grid
-from avsep.reproduce.tables import Table, build_table, render_into, write_table
+from avsep.reproduce.tables import Table, build_table, render_into
 from avsep.reproduce.tuning import Choice, build_tuning, choices
 
 __all__ = [

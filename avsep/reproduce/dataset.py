@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from avsep.data.store import Clip, Store, add_features
-from avsep.data.synthesis import synthesise
+from avsep.data.synth.synthesis import synthesise
 from avsep.errors import ConfigError
 from avsep.progress import Progress, progress_bar
 from avsep.registry import VISUAL_ENCODERS

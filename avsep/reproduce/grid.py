@@ -173,7 +173,7 @@ def _table3(preset: GridPreset, stream: TaskStream) -> tuple[list[Row], list[str
 def _budget(base: str, preset: GridPreset, separator: SeparatorSpec, stream: TaskStream) -> tuple[list[Row], list[str]]:
     """Every method with the bytes that EWC without memory keeps: what its Fisher information takes, the others turn
     into exemplars."""
-    from avsep.memory.budget import align, estimate
+    from avsep.evaluation.budget import align, estimate
 
     rows = {row.name: row for row in _table1(preset)}
     ewc = rows["ewc"]

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 from typing import Any
 
-from avsep.io import atomic_path
+from avsep.files import atomic_path, write_text
 from avsep.reproduce.grid import BASE_TITLES
-from avsep.reproduce.tables import Line, Table, published
+from avsep.reproduce.tables import Line, Table, csv_rows, markdown, published
 
-__all__ = ["plot_table"]
+__all__ = ["plot_table", "write_table"]
 
 _OURS, _PAPER = "tab:blue", "0.55"
+
+
+def write_table(table: Table, folder: Path, *, plot: bool = True) -> list[Path]:
+    """Write ``NAME.csv``, ``NAME.md`` and, where matplotlib is installed, ``NAME.png``; returns what was written."""
+    rows = csv_rows(table)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["table"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    written = [folder / f"{table.name}.csv", folder / f"{table.name}.md"]
+    write_text(written[0], buffer.getvalue())
+    write_text(written[1], markdown(table))
+    if plot and any(line.ours for lines in table.lines.values() for line in lines):
+        written.append(folder / f"{table.name}.png")
+        plot_table(table, written[-1])
+    return written
 
 
 def plot_table(table: Table, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from avsep.errors import ConfigError, UnknownNameError, near_matches
-from avsep.io import read_yaml
+from avsep.files import read_yaml
 from avsep.spec import PRESETS, ComponentRef, SeparatorSpec, TrainSpec, load_preset, validated
 
 __all__ = ["BasePreset", "GridPreset", "SynthSettings", "list_grid_presets", "load_grid_preset"]
@@ -23,8 +23,8 @@ class _Model(BaseModel):
 
 
 class SynthSettings(_Model):
-    """What ``--dataset synth`` makes (:func:`avsep.data.synthesis.synthesise`), and the frozen visual encoders whose
-    object features are stored with it."""
+    """What ``--dataset synth`` makes (:func:`avsep.data.synth.synthesis.synthesise`), and the frozen visual
+    encoders whose object features are stored with it."""
 
     size: str = "small"
     classes: tuple[str, ...] | None = None

@@ -13,7 +13,7 @@ from typing import Any
 from avsep.errors import ConfigError, DataError
 from avsep.evaluation import comparison
 from avsep.evaluation.evaluate import METRICS
-from avsep.io import read_json, write_text
+from avsep.files import read_json, write_text
 from avsep.reproduce.grid import Cell, identity_key
 
 __all__ = ["CellResult", "ResultStore", "cell_record", "read_cell", "write_cell"]

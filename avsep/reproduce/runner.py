@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from avsep.environment import code_hash, commit
 from avsep.errors import AvsepError, ConfigError, MissingExtraError, RunError
-from avsep.io import FolderLock, read_json, refuse_file, write_json
+from avsep.files import FolderLock, read_json, refuse_file, write_json
 from avsep.progress import Progress, progress_bar
-from avsep.provenance import code_hash, commit
 from avsep.reproduce.grid import Cell, Grid, identity_key
 from avsep.reproduce.preset import GridPreset
 from avsep.reproduce.results import ResultStore

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +11,12 @@ from typing import Any
 
 from avsep.errors import ConfigError
 from avsep.evaluation.comparison import Comparison, Difference, Estimate, MethodResult, clips_of_protocol, compare
-from avsep.io import read_yaml, write_text
+from avsep.files import read_yaml, write_text
 from avsep.reproduce.dataset import BENCHMARK
 from avsep.reproduce.grid import BASE_TITLES, Grid
 from avsep.reproduce.results import CellResult, ResultStore
 
-__all__ = ["Line", "Table", "build_table", "markdown", "places_in", "published", "render_into", "write_table"]
+__all__ = ["Line", "Table", "build_table", "markdown", "places_in", "published", "render_into"]
 
 TITLES = {
     "table1": "Table 1: methods",
@@ -321,24 +319,6 @@ def csv_rows(table: Table) -> list[dict[str, Any]]:
 
 def _text(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def write_table(table: Table, folder: Path, *, plot: bool = True) -> list[Path]:
-    """Write ``NAME.csv``, ``NAME.md`` and, where matplotlib is installed, ``NAME.png``; returns what was written."""
-    rows = csv_rows(table)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["table"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    written = [folder / f"{table.name}.csv", folder / f"{table.name}.md"]
-    write_text(written[0], buffer.getvalue())
-    write_text(written[1], markdown(table))
-    if plot and any(line.ours for lines in table.lines.values() for line in lines):
-        from avsep.reproduce.plots import plot_table
-
-        written.append(folder / f"{table.name}.png")
-        plot_table(table, written[-1])
-    return written
 
 
 def places_in(page: Path, names: Sequence[str]) -> list[str]:

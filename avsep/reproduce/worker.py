@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from avsep.errors import AvsepError, RunError
-from avsep.io import FolderLock, read_json, write_json
+from avsep.files import FolderLock, read_json, write_json
 from avsep.progress import Progress
 
 __all__ = ["FAILED", "KEPT", "PROGRESS", "first_task_done", "run_unit"]
@@ -92,10 +92,9 @@ def _run(unit: dict[str, Any], folder: Path) -> None:
     import torch
 
     from avsep.data.tasks import task_stream
-    from avsep.devices import pick_device
-    from avsep.learner import ContinualLearner
-    from avsep.provenance import code_hash
+    from avsep.environment import code_hash, pick_device
     from avsep.spec import RunSpec, validated
+    from avsep.training.learner import ContinualLearner
 
     if code_hash() != unit["code"]:
         raise RunError("the library's source has changed since the command began: start it again")
@@ -146,7 +145,7 @@ def _wait_for(run: Path) -> None:
 
 def _note_commit(folder: Path) -> None:
     """Add the present commit to those that have worked on a unit."""
-    from avsep.provenance import commit
+    from avsep.environment import commit
 
     write_json(folder / _COMMITS, list(dict.fromkeys([*_commits(folder), commit()])))
 
@@ -158,8 +157,8 @@ def _commits(folder: Path) -> list[str]:
 
 def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress, device: Any) -> None:
     """Score the run and write the cell's result."""
+    from avsep.evaluation.budget import budget_of
     from avsep.evaluation.evaluate import evaluate_run
-    from avsep.memory.budget import budget_of
     from avsep.reproduce.results import cell_record, write_cell
 
     progress.add("scoring", total=None)
@@ -203,7 +202,7 @@ def _provenance(unit: dict[str, Any], device: Any, commits: list[str]) -> dict[s
     import torch
 
     import avsep
-    from avsep.provenance import commit, device_name, version_of
+    from avsep.environment import commit, device_name, version_of
 
     return {
         "commit": commit(),

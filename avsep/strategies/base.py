@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from avsep.distributed.ranks import ALONE, Ranks
 from avsep.losses import separation_loss
-from avsep.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,8 +81,8 @@ class Strategy:
     Class attributes say what the learner prepares: ``needs_teacher`` a frozen copy of the previous task's separator;
     ``uses_all_data`` the training clips of all seen classes in place of exemplars; ``restarts`` fresh weights for
     every task; ``needs_memory`` refuses the memory policy ``none``; ``across_ranks`` states that the mean over the
-    ranks of :meth:`loss`, each with its part of the batch, is the loss of the whole batch (:mod:`avsep.ranks`): without
-    it training with more than one process is refused.
+    ranks of :meth:`loss`, each with its part of the batch, is the loss of the whole batch
+    (:mod:`avsep.distributed.ranks`): without it training with more than one process is refused.
     """
 
     needs_teacher = False

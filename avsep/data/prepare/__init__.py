@@ -1,0 +1,1 @@
+"""Stores from videos: published data sets, or folders of one's own."""

@@ -1,0 +1,5 @@
+"""Stores: clips with their audio, pictures and features, as files or in shards."""
+
+from avsep.data.store.files import SPLITS, Clip, Store, StoreWriter, add_features, remove_store, timelines_of
+
+__all__ = ["SPLITS", "Clip", "Store", "StoreWriter", "add_features", "remove_store", "timelines_of"]

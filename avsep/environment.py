@@ -1,0 +1,168 @@
+"""Where work runs: devices, random seeds, worker processes, and what a result came from (commit, code, versions).
+
+Light: torch is loaded by what needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import platform
+import subprocess
+import threading
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from avsep.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "code_hash",
+    "commit",
+    "device_name",
+    "die_with_parent",
+    "pick_device",
+    "refuse_number",
+    "seeded",
+    "version_of",
+]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """A device by name; ``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: a device that does not exist here.
+    """
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, available in there.items() if available))
+    kind = name.partition(":")[0]
+    if kind not in there:
+        raise ConfigError(f"unknown device '{name}': auto, cpu, cuda or mps")
+    if not there[kind]:
+        raise ConfigError(f"this machine has no {kind} device that PyTorch can use: --device cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device '{name}': auto, cpu, cuda or mps") from None
+
+
+def refuse_number(name: str) -> None:
+    """Raise :class:`ConfigError` for a device with a number: training chooses by kind."""
+    if ":" in name:
+        raise ConfigError(f"training takes no number of a device ('{name}'): choose one with CUDA_VISIBLE_DEVICES")
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None, task: int = 0) -> Iterator[None]:
+    """The global generators seeded from (seed, task) inside, and as they were outside. None seeds nothing."""
+    if seed is None:
+        yield
+        return
+    import numpy as np
+    import torch
+
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(int(np.random.SeedSequence([seed, task]).generate_state(1)[0]))
+        yield
+
+
+def die_with_parent() -> None:
+    """End this worker when the process that started it is killed; it would otherwise wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+
+
+# what decides a result; commands, pages, benchmarks, exports and drivers of grids do not
+_DECIDES = (
+    "data",
+    "decoders",
+    "distributed",
+    "encoders",
+    "evaluation",
+    "losses",
+    "media",
+    "memory",
+    "runs",
+    "separator",
+    "strategies",
+    "training",
+)
+
+
+def commit() -> str:
+    """The commit of the source tree that avsep is in, ``-dirty`` when tracked files differ from it.
+
+    Where there is no such tree, what the variable ``AVSEP_COMMIT`` says, or unknown.
+    """
+    elsewhere = os.environ.get("AVSEP_COMMIT") or "unknown"
+    root = Path(__file__).resolve().parents[1]
+    try:
+        top = _git(root, "rev-parse", "--show-toplevel")
+        if Path(top).resolve() != root:  # installed somewhere inside another repository
+            return elsewhere
+        return _git(root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return elsewhere
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+@functools.cache
+def code_hash() -> str:
+    """SHA-256 over the source files that decide what a run gives, as they were when first asked for."""
+    package = Path(__file__).resolve().parent
+    kernels = package / "kernels" if (package / "kernels").is_dir() else package.parent / "kernels"
+    files: Iterable[Path] = [
+        *package.glob("*.py"),
+        *(p for name in _DECIDES for p in (package / name).rglob("*.py")),
+        *kernels.rglob("*.py"),
+    ]
+    digest = hashlib.sha256()
+    for name, path in sorted((str(p.relative_to(package.parent)), p) for p in files):
+        digest.update(name.removeprefix("avsep/").encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass  # not Linux: the platform's own name stands
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"

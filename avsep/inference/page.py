@@ -1,0 +1,122 @@
+"""One HTML page of what a recording was separated into: to hear and to see, in one file that needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from avsep.evaluation.drawing import PAGE_BYTES, SignalView, log_spectrogram, page_environment, pretty
+from avsep.inference.recordings import SeparatedSignals
+from avsep.media.timeline import VisualTimeline
+
+__all__ = ["render_separated"]
+
+_PICTURES = 6
+_FLOOR_DB = -90.0  # cells of the mixture below it are silence, and nothing is kept of silence
+
+
+@dataclass(frozen=True)
+class _Source:
+    class_name: str
+    signal: SignalView
+    mask: np.ndarray
+    pictures: np.ndarray | None
+    rules: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Page:
+    title: str
+    lead: str
+    note: str
+    mixture: SignalView
+    sources: Sequence[_Source]
+    residual: SignalView
+    gain: float
+    rate_hz: int
+    version: str
+
+
+def render_separated(
+    title: str,
+    classes: Sequence[str],
+    signals: SeparatedSignals,
+    timelines: Mapping[str, VisualTimeline] | None = None,
+    rules: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """The page as one HTML text.
+
+    The masks are those that the result amounts to: how much of the mixture's magnitude each source has. Where the
+    page would become larger than :data:`avsep.evaluation.drawing.PAGE_BYTES`, it shows the beginning and says so.
+
+    Args:
+        title: the recording's name.
+        classes: N class names, in the order of the sources.
+        timelines: what the separator saw of each class, for a few pictures of it.
+        rules: of each class how its object was found, in a few words each.
+
+    Raises MissingExtraError without jinja2 or matplotlib.
+    """
+    import avsep
+
+    environment = page_environment(signals.rate_hz)
+    total = len(signals.mixture)
+    shown = min(total, _fitting(len(classes)))
+    mixture = signals.mixture[:shown]
+    of_mixture = log_spectrogram(mixture, signals.rate_hz)
+    seconds, all_seconds = shown / signals.rate_hz, total / signals.rate_hz
+    note = f"{_time(all_seconds)}, mono, {signals.rate_hz:,} Hz."
+    if shown < total:
+        note += f" The page holds the first {_time(seconds)}; the files hold all of it."
+    sources = []
+    for name, source in zip(classes, signals.sources, strict=True):
+        part = source[:shown]
+        sources.append(
+            _Source(
+                class_name=name,
+                signal=SignalView(part, f"{pretty(name)}, separated"),
+                mask=_mask(log_spectrogram(part, signals.rate_hz), of_mixture),
+                pictures=_spread((timelines or {}).get(name)),
+                rules=(rules or {}).get(name, ()),
+            )
+        )
+    loudest = max(float(np.abs(s).max()) for s in (mixture, *(view.signal.audio for view in sources)))
+    page = _Page(
+        title=title,
+        lead=f"Separated into {', '.join(map(pretty, classes))}, and what is left.",
+        note=note,
+        mixture=SignalView(mixture, "mixture"),
+        sources=sources,
+        residual=SignalView(signals.residual[:shown], "residual"),
+        gain=0.9 / loudest if loudest > 0 else 1.0,
+        rate_hz=signals.rate_hz,
+        version=avsep.__version__,
+    )
+    return str(environment.get_template("separated.html").render(page=page))
+
+
+def _fitting(sources: int) -> int:
+    """Samples that fit in a page: 16 bits, a third more as text; of the pictures an upper estimate."""
+    signals = 2 + sources
+    return int((PAGE_BYTES - 500_000 - 2 * signals * 400_000) // (signals * 2 * 4 / 3))
+
+
+def _mask(source_db: np.ndarray, mixture_db: np.ndarray) -> np.ndarray:
+    """[rows, T] in 0..1."""
+    share = 10.0 ** ((source_db - mixture_db) / 20.0)
+    return np.where(mixture_db > _FLOOR_DB, np.clip(share, 0.0, 1.0), 0.0)
+
+
+def _spread(timeline: VisualTimeline | None) -> np.ndarray | None:
+    """A few pictures from all of the time."""
+    if timeline is None or timeline.object is None:
+        return None
+    count = len(timeline.object)
+    return timeline.object[np.unique(np.linspace(0, count - 1, min(count, _PICTURES)).round().astype(int))]
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    return f"{int(minutes)} min {rest:.0f} s" if minutes else f"{rest:.1f} s"

@@ -1,0 +1,290 @@
+"""From a video to what a separator looks at: objects over time, and their pictures or features by class.
+
+Pictures are taken at the rates of a store (1 a second of an object, 8 grey ones of its movement), cut out by the
+object's box, and brought to one size. torch is loaded only where features are extracted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avsep.errors import DataError
+from avsep.media.detection import THRESHOLD, WHOLE_FRAME, BoxTrack, Detector, Found, find_objects
+from avsep.media.timeline import VisualTimeline
+from avsep.media.video import cut_picture, iter_pictures, probe
+from avsep.types import VisualSource
+
+if TYPE_CHECKING:
+    from avsep.registry import ComponentSpec
+
+__all__ = [
+    "MOTION_RATE_HZ",
+    "OBJECT_RATE_HZ",
+    "Encoders",
+    "extractors",
+    "sample_pictures",
+    "timelines_of_video",
+    "track_objects",
+    "whole_frame",
+]
+
+OBJECT_RATE_HZ, MOTION_RATE_HZ = 1.0, 8.0
+SIZES = {"object": (112, 112), "motion": (48, 48)}  # height and width in pixels, as in the offline benchmark
+_TOGETHER = 8  # pictures that the detector is given at once
+
+# Told how many pictures were looked at, and of about how many.
+Report = Callable[[int, int], None]
+
+
+def whole_frame(classes: Sequence[str]) -> BoxTrack:
+    """Every class is the whole picture, at all times."""
+    return BoxTrack({name: [(0.0, Found((0.0, 0.0, 1.0, 1.0), 0.0, WHOLE_FRAME))] for name in classes})
+
+
+def sample_pictures(path: str | os.PathLike[str], most: int = 12) -> list[NDArray[np.uint8]]:
+    """At most ``most`` pictures [3, H, W] spread over a video."""
+    seconds = max(probe(path).duration_s, 1.0)
+    pictures = []
+    for picture in iter_pictures(path, most / seconds):
+        pictures.append(picture)
+        if len(pictures) == most:
+            break
+    return pictures
+
+
+def track_objects(
+    path: str | os.PathLike[str],
+    classes: Sequence[str],
+    detector: Detector,
+    *,
+    every_s: float = 1.0,
+    threshold: float = THRESHOLD,
+    span: tuple[float, float] | None = None,
+    report: Report | None = None,
+) -> BoxTrack:
+    """Look for the classes in a picture every ``every_s`` seconds (:func:`avsep.media.detection.find_objects`).
+
+    A picture stands for the ``every_s`` seconds around it. Memory holds a few pictures at a time. Of a ``span`` (two
+    seconds) the seconds count from its beginning.
+
+    Raises:
+        DataError: there is no video stream, or it cannot be decoded.
+    """
+    if not every_s > 0:
+        raise ValueError(f"every_s must be above 0, got {every_s}")
+    entries: dict[str, list[tuple[float, Found]]] = {name: [] for name in classes}
+    total = _about(path, 1 / every_s, span)
+    group: list[NDArray[np.uint8]] = []
+    done = 0
+
+    def look() -> None:
+        nonlocal done
+        for objects in find_objects(detector, group, classes, threshold=threshold):
+            for name, found in objects.items():
+                entries[name].append((done * every_s, found))
+            done += 1
+        group.clear()
+        if report is not None:
+            report(done, max(done, total))
+
+    for picture in iter_pictures(path, 1 / every_s, span=span):
+        group.append(picture)
+        if len(group) == _TOGETHER:
+            look()
+    if group:
+        look()
+    return BoxTrack(entries)
+
+
+def extractors(role: str) -> dict[str, ComponentSpec]:
+    """The registered encoders that make features to be stored, by name: frozen ones of published weights."""
+    from avsep.registry import VISUAL_ENCODERS
+
+    wanted = "encode" if role == "object" else "steps"  # single pictures, or a sequence of a whole video
+    return {
+        spec.name: spec
+        for spec in VISUAL_ENCODERS
+        if role in getattr(spec.factory, "provides", ()) and hasattr(spec.factory, wanted)
+    }
+
+
+class Encoders:
+    """Extractors of stored features, by their name, each made when it is first asked for.
+
+    ``weights``: as the encoders' parameter of that name, for all or by name; ``device``: where they run.
+    """
+
+    def __init__(self, weights: str | Mapping[str, str] = "auto", device: Any = "cpu") -> None:
+        self._weights = weights
+        self._device = device
+        self._made: dict[str, Any] = {}
+
+    def get(self, source: VisualSource) -> Any:
+        """The encoder that makes features of this name.
+
+        Raises:
+            DataError: there is none: the features come from elsewhere, and must be given.
+            MissingWeightsError: its weights are not here and cannot be downloaded.
+        """
+        from avsep.registry import VISUAL_ENCODERS
+
+        if source.name not in self._made:
+            spec = extractors(source.role).get(source.name)
+            if spec is None:
+                raise DataError(
+                    f"this separator looks at {source.role} features '{source.name}', which avsep has no extractor "
+                    "for: give them with --features FILE.npz"
+                )
+            options = {}
+            if "weights" in {p.name for p in spec.parameters}:
+                weights = self._weights
+                options["weights"] = weights if isinstance(weights, str) else weights.get(source.name, "auto")
+            self._made[source.name] = VISUAL_ENCODERS.create(source.name, options).to(self._device)
+        encoder = self._made[source.name]
+        if source.dim and encoder.dim != source.dim:
+            raise DataError(
+                f"this separator takes features '{source.name}' that are {source.dim} wide, and the weights at hand "
+                f"give {encoder.dim}: use those that it was trained with"
+            )
+        return encoder
+
+    def object(self, source: VisualSource, crop: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[3, h, w] -> [D]"""
+        import torch
+
+        with torch.inference_mode():
+            pictures = torch.from_numpy(crop)[None].to(self._device)
+            return self.get(source).encode(pictures)[0].float().cpu().numpy()
+
+    def motion(self, source: VisualSource, crops: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """M pictures [3, S, S] in order of time -> [D, T]"""
+        import torch
+
+        with torch.inference_mode():
+            frames = torch.from_numpy(np.stack(crops))[None].to(self._device)
+            return self.get(source)(frames)[0].float().cpu().numpy()
+
+
+def timelines_of_video(
+    path: str | os.PathLike[str],
+    classes: Sequence[str],
+    sources: Sequence[VisualSource],
+    track: BoxTrack,
+    *,
+    encoders: Encoders | None = None,
+    sizes: Mapping[str, tuple[int, int]] | None = None,
+    span: tuple[float, float] | None = None,
+    report: Report | None = None,
+) -> dict[str, VisualTimeline]:
+    """What a separator's ``sources`` ask for of each class, on the time axis of the video, or of a ``span`` of it.
+
+    Frames are cut out by the boxes of ``track`` and brought to the heights and widths ``sizes`` by role. Features of a
+    registered encoder's name are extracted by it: of an object, one row a second from what lies within the box, in its
+    own shape; of movement, one sequence for the whole video, from as many pictures as the encoder looks at.
+
+    Raises:
+        DataError: no video stream, a class without boxes, or features that no encoder here makes.
+        MissingWeightsError: an encoder's weights are not here and cannot be downloaded.
+    """
+    if not sources:
+        return {name: VisualTimeline() for name in classes}
+    for name in classes:
+        if name not in track.classes:
+            raise DataError(f"there are no boxes of class '{name}': there are those of {', '.join(track.classes)}")
+    made = encoders or Encoders()
+    side = {**SIZES, **(sizes or {})}
+    asked = {(s.role, s.kind): s for s in sources}
+    for source in sources:
+        if source.kind == "features":
+            made.get(source)  # what is missing shows before the video is decoded
+    frames: dict[str, list[Any]] = {name: [] for name in classes}
+    rows: dict[str, list[Any]] = {name: [] for name in classes}
+    movement: dict[str, list[Any]] = {name: [] for name in classes}
+    features: dict[str, dict[str, Any]] = {name: {} for name in classes}
+
+    count = 0
+    by_features, of_motion = asked.get(("object", "features")), asked.get(("motion", "features"))
+    if by_features or of_motion or ("object", "frames") in asked:
+        for second, picture in _pictures(path, OBJECT_RATE_HZ, report, span):
+            count += 1
+            for name in classes:
+                box = track.at(name, second)
+                if ("object", "frames") in asked:
+                    frames[name].append(cut_picture(picture, box, side["object"]))
+                if by_features:
+                    rows[name].append(made.object(by_features, cut_picture(picture, box)))
+    if of_motion:
+        found = _motion_features(path, classes, track, made, of_motion, count, report, span)
+        for name in classes:
+            features[name][of_motion.name] = found[name]
+    if ("motion", "frames") in asked:
+        for second, picture in _pictures(path, MOTION_RATE_HZ, report, span, grey=True):
+            for name in classes:
+                movement[name].append(cut_picture(picture, track.at(name, second), side["motion"]))
+    timelines = {}
+    for name in classes:
+        if by_features:
+            features[name][by_features.name] = np.stack(rows[name])
+        timelines[name] = VisualTimeline(
+            object=np.stack(frames[name]) if frames[name] else None,
+            motion=np.stack(movement[name]) if movement[name] else None,
+            object_rate_hz=OBJECT_RATE_HZ,
+            motion_rate_hz=MOTION_RATE_HZ,
+            features=features[name],
+            where=f"{Path(path).name}: '{name}'",
+        )
+    return timelines
+
+
+def _motion_features(
+    path: str | os.PathLike[str],
+    classes: Sequence[str],
+    track: BoxTrack,
+    encoders: Encoders,
+    source: VisualSource,
+    count: int,
+    report: Report | None,
+    span: tuple[float, float] | None,
+) -> dict[str, NDArray[np.float32]]:
+    """Of each class the features of pictures spread over all ``count`` ones, one a second."""
+    from avsep.encoders.visual.videomae import spread_frames
+
+    picked = set(spread_frames(count, encoders.get(source).frames).tolist())
+    crops: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in classes}
+    for number, (second, picture) in enumerate(_pictures(path, OBJECT_RATE_HZ, report, span)):
+        if number in picked:
+            for name in classes:
+                crops[name].append(cut_picture(picture, track.at(name, second)))
+    for name, parts in crops.items():
+        if len({part.shape for part in parts}) > 1:  # a box that moves: one shape for all
+            crops[name] = [cut_picture(part, (0.0, 0.0, 1.0, 1.0), (224, 224)) for part in parts]
+    return {name: encoders.motion(source, crops[name]) for name in classes}
+
+
+def _pictures(
+    path: str | os.PathLike[str],
+    rate_hz: float,
+    report: Report | None,
+    span: tuple[float, float] | None,
+    grey: bool = False,
+) -> Iterator[tuple[float, NDArray[np.uint8]]]:
+    """Pictures with the middle of their time, reported as they come."""
+    total = _about(path, rate_hz, span)
+    for number, picture in enumerate(iter_pictures(path, rate_hz, grey=grey, span=span)):
+        yield (number + 0.5) / rate_hz, picture
+        if report is not None:
+            report(number + 1, max(number + 1, total))
+
+
+def _about(path: str | os.PathLike[str], rate_hz: float, span: tuple[float, float] | None) -> int:
+    """How many pictures come, by what the file says of its length."""
+    seconds = probe(path).duration_s
+    if span is not None:
+        seconds = min(seconds, span[1]) - span[0]
+    return max(1, round(seconds * rate_hz))

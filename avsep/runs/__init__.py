@@ -1,0 +1,1 @@
+"""Run folders: what a training run writes, and how it is read."""

@@ -1,0 +1,136 @@
+"""Separators composed by name: from a spec, a preset or named parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from avsep.environment import seeded
+from avsep.errors import ConfigError, UnknownNameError, near_matches
+from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS, REGISTRIES, VISUAL_ENCODERS, ComponentSpec
+from avsep.separator.module import Separator
+from avsep.spec import FrontEndSpec, SeparatorSpec, load_preset, validated
+
+__all__ = ["build_from_spec", "build_separator", "list_components"]
+
+
+def build_from_spec(spec: SeparatorSpec) -> Separator:
+    """Build a separator with fresh weights.
+
+    Raises:
+        ConfigError: when a name, parameter or combination is wrong; nothing has been built then.
+    """
+    spec.check()
+    _check_sizes(spec)
+    audio_encoder = AUDIO_ENCODERS.create(spec.audio_encoder.name, spec.audio_encoder.params)
+    visual = {
+        role: None if ref is None else VISUAL_ENCODERS.create(ref.name, ref.params, role=role)
+        for role, ref in (("object", spec.object_encoder), ("motion", spec.motion_encoder))
+    }
+    mask_decoder = MASK_DECODERS.create(
+        spec.mask_decoder.name,
+        spec.mask_decoder.params,
+        num_classes=spec.num_classes,
+        mask_channels=getattr(audio_encoder, "mask_channels", None),
+        latent_channels=audio_encoder.latent_channels,
+        skip_channels=getattr(audio_encoder, "skip_channels", ()),
+        object_dim=None if visual["object"] is None else visual["object"].dim,
+        motion_dim=None if visual["motion"] is None else visual["motion"].dim,
+    )
+    return Separator(spec, audio_encoder, mask_decoder, visual["object"], visual["motion"])
+
+
+def _check_sizes(spec: SeparatorSpec) -> None:
+    multiple = getattr(AUDIO_ENCODERS.get(spec.audio_encoder.name).factory, "size_multiple", 1)
+    rows, frames = spec.front_end.log_rows, spec.front_end.frames
+    if rows % multiple:
+        raise ConfigError(
+            f"audio encoder '{spec.audio_encoder.name}' needs log_rows in multiples of {multiple}, got {rows}: "
+            f"try front_end.log_rows={max(1, round(rows / multiple)) * multiple}"
+        )
+    if frames % multiple:
+        hop = spec.front_end.hop
+        samples = max(1, round(frames / multiple)) * multiple * hop - 1
+        raise ConfigError(
+            f"audio encoder '{spec.audio_encoder.name}' needs time frames in multiples of {multiple}, and clip_samples="
+            f"{spec.front_end.clip_samples} at hop {hop} gives {frames}: try front_end.clip_samples={samples}"
+        )
+
+
+class _Unset:
+    """Stands for "not given" where None means "without"."""
+
+    def __repr__(self) -> str:
+        return "unset"
+
+
+_UNSET = _Unset()
+
+
+def build_separator(
+    preset: str | None = None,
+    *,
+    num_classes: int | None = None,
+    audio_encoder: Any = _UNSET,
+    object_encoder: Any = _UNSET,
+    motion_encoder: Any = _UNSET,
+    mask_decoder: Any = _UNSET,
+    classes: Sequence[str] = (),
+    front_end: FrontEndSpec | dict[str, Any] | None = None,
+    seed: int | None = None,
+) -> Separator:
+    """Build a separator from a preset, from named parts, or from a preset with some parts exchanged.
+
+    Args:
+        preset: a preset's name or the path of a YAML file like one; None to name the parts.
+        num_classes: number of classes; may be left out when ``classes`` are given.
+        audio_encoder: a component is a name, ``(name, {parameter: value})`` or ``{"name": ..., "params": {...}}``;
+            without a preset the audio encoder is ``unet7`` and the mask decoder ``query_transformer``.
+        object_encoder, motion_encoder: as above; None leaves the part out, also where a preset has it.
+        mask_decoder: as above.
+        classes: class names in slot order.
+        front_end: settings of the front end (:class:`avsep.spec.FrontEndSpec`) that replace the preset's one by one.
+        seed: of the first weights, which then do not depend on the global random state, nor change it.
+
+    Raises:
+        ConfigError: for a wrong name, parameter or combination, before anything is built.
+
+    Examples:
+        >>> separator = build_separator("iquery_small", num_classes=5)
+        >>> separator = build_separator(object_encoder="frame_cnn", mask_decoder=("query_transformer", {"dim": 64}),
+        ...                             num_classes=5)
+    """
+    if num_classes is None:
+        if not classes:
+            raise ConfigError("build_separator needs num_classes, or classes")
+        num_classes = len(classes)
+    data: dict[str, Any] = {"audio_encoder": "unet7", "mask_decoder": "query_transformer"}
+    if preset is not None:
+        data = dict(load_preset(preset)["separator"])
+    given = {
+        "audio_encoder": audio_encoder,
+        "object_encoder": object_encoder,
+        "motion_encoder": motion_encoder,
+        "mask_decoder": mask_decoder,
+    }
+    data.update({name: value for name, value in given.items() if value is not _UNSET})
+    if front_end is not None:
+        settings = front_end.model_dump() if isinstance(front_end, FrontEndSpec) else dict(front_end)
+        data["front_end"] = {**(data.get("front_end") or {}), **settings}
+    data.update(num_classes=num_classes, classes=tuple(classes))
+    where = "build_separator" if preset is None else f"preset '{preset}'"
+    with seeded(seed):
+        return build_from_spec(validated(SeparatorSpec, data, where))
+
+
+def list_components(kind: str | None = None) -> list[ComponentSpec]:
+    """Every registered component, or those of one kind (such as ``mask_decoders``).
+
+    Raises:
+        UnknownNameError: for a kind that does not exist.
+    """
+    if kind is None:
+        return [spec for registry in REGISTRIES.values() for spec in registry]
+    if kind not in REGISTRIES:
+        raise UnknownNameError(f"no kind of component named '{kind}': {near_matches(kind, REGISTRIES)}")
+    return list(REGISTRIES[kind])

@@ -1,0 +1,231 @@
+"""The separator: a front end, an audio encoder, visual encoders and a mask decoder, as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from avsep.dsp import FrontEnd
+from avsep.errors import ConfigError
+from avsep.spec import SeparatorSpec, validated
+from avsep.types import AudioFeatures, MaskOutput, Spectrograms, VisualFeatures, VisualSource
+
+__all__ = ["Separator"]
+
+
+class Separator(nn.Module):
+    """Waveforms and pictures in, waveforms out. Build one with :func:`build_separator` or :func:`build_from_spec`.
+
+    Dimensions: B mixtures, N sources in each, L samples, F log-frequency rows, T frames.
+    """
+
+    object_encoder: nn.Module | None
+    motion_encoder: nn.Module | None
+
+    def __init__(
+        self,
+        spec: SeparatorSpec,
+        audio_encoder: nn.Module,
+        mask_decoder: nn.Module,
+        object_encoder: nn.Module | None = None,
+        motion_encoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.front_end = FrontEnd(spec.front_end)
+        self.audio_encoder = audio_encoder
+        self.object_encoder = object_encoder
+        self.motion_encoder = motion_encoder
+        self.mask_decoder = mask_decoder
+        self._held = False
+        self._freeze()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in slot order; empty when only their number is known."""
+        return self.spec.classes
+
+    @property
+    def num_classes(self) -> int:
+        return self.spec.num_classes
+
+    def _frozen(self) -> Iterator[nn.Module]:
+        for encoder in (self.audio_encoder, self.object_encoder, self.motion_encoder):
+            if encoder is not None and getattr(encoder, "frozen", False):
+                yield encoder
+
+    def _freeze(self) -> None:
+        for encoder in self._frozen():
+            encoder.requires_grad_(False)
+            encoder.eval()
+
+    def freeze(self) -> None:
+        """Learn nothing from here on, and stay in evaluation mode, so that running statistics do not change either.
+
+        Parameters that get ``requires_grad_(True)`` afterwards do learn.
+        """
+        self._held = True
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Separator:
+        """As ``nn.Module.train``, but frozen encoders, and a frozen separator, stay in evaluation mode."""
+        super().train(mode and not self._held)
+        for encoder in self._frozen():
+            encoder.eval()
+        return self
+
+    def visual_sources(self) -> tuple[VisualSource, ...]:
+        """What the visual encoders want to be fed with, object before motion."""
+        encoders = (self.object_encoder, self.motion_encoder)
+        return tuple(encoder.source() for encoder in encoders if encoder is not None)  # type: ignore[operator]
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trainable parameters as ``audio``, ``visual`` and ``decoder``; frozen encoders are left out."""
+        parts: dict[str, tuple[nn.Module | None, ...]] = {
+            "audio": (self.audio_encoder,),
+            "visual": (self.object_encoder, self.motion_encoder),
+            "decoder": (self.mask_decoder,),
+        }
+        return {
+            name: [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+            for name, modules in parts.items()
+        }
+
+    def encode_visual(
+        self, object_input: Tensor | None, motion_input: Tensor | None, motion_mask: Tensor | None = None
+    ) -> VisualFeatures:
+        """Encode the pictures or stored features of each source.
+
+        Args:
+            object_input: [B, N, K, ...], frames or feature vectors, or None.
+            motion_input: [B, N, ...], frames in order of time or a feature sequence, or None.
+            motion_mask: [B, N, M] bool, True = valid, over the input's time steps. Where the encoder gives fewer
+                steps, one is valid when any of its input steps is.
+
+        Raises:
+            ConfigError: when an input that an encoder needs is missing.
+        """
+        return VisualFeatures(
+            object=_encode(self.object_encoder, object_input, "object"),
+            motion=(motion := _encode(self.motion_encoder, motion_input, "motion")),
+            motion_mask=None if motion is None or motion_mask is None else _fit_mask(motion_mask, motion.shape[-1]),
+        )
+
+    def forward(self, network_input: Tensor, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
+        """Masks for the asked classes.
+
+        Args:
+            network_input: [B, 1, F, T], as :meth:`analyse` gives it.
+            visual: encoded pictures of the N sources.
+            class_ids: [B, N] int64, each below ``num_classes``.
+
+        Raises:
+            ConfigError: when a class id is out of range (looked at where it costs nothing: ids on the CPU).
+        """
+        self._check_class_ids(class_ids)
+        return self.mask_decoder(self.audio_encoder(network_input), visual, class_ids.to(network_input.device))
+
+    @property
+    def has_taps(self) -> bool:
+        """Whether :meth:`taps` gives maps."""
+        return hasattr(self.audio_encoder, "taps")
+
+    def taps(self, audio: AudioFeatures, output: MaskOutput | None = None) -> dict[str, Tensor]:
+        """Feature maps by name, for methods that compare those of two separators of one spec.
+
+        They come before their activations, from the finest of the way down to the mask features; in a U-Net of seven
+        levels e3, e4, e5, d4, d2 and F (the mask features). Where the way up is the mask decoder's, there is no F: the
+        logits take its place.
+
+        Args:
+            audio: of the audio encoder.
+            output: of the mask decoder; without it the maps of sources are left out.
+
+        Returns:
+            [B, C, H, W] each, or [B*N, C, H, W] where each source has maps of its own.
+
+        Raises:
+            ConfigError: when the separator's parts give no maps.
+        """
+        if not self.has_taps:
+            raise ConfigError(f"audio encoder '{self.spec.audio_encoder.name}' has no taps, which give feature maps")
+        named: dict[str, Tensor] = self.audio_encoder.taps(audio)  # type: ignore[operator]
+        of_sources = {} if output is None else output.maps
+        return {**named, **{name: maps.flatten(0, 1) for name, maps in of_sources.items()}}
+
+    def analyse(self, sources: Tensor) -> Spectrograms:
+        """sources [B, N, L], already scaled so that their sum is the mixture -> the network's input and its targets."""
+        return self.front_end.analyse(sources)
+
+    def separate(self, mixture: Tensor, visual: VisualFeatures, class_ids: Tensor) -> Tensor:
+        """mixture [B, L] with L = ``spec.front_end.clip_samples`` -> sources [B, N, L].
+
+        Gradients flow unless the caller stops them; dropout and normalisation follow the module's mode.
+
+        Raises:
+            ConfigError: when L is another length (long audio: ``avsep.inference.chunking``), or a class id is out of
+                range.
+        """
+        length = self.spec.front_end.clip_samples
+        if mixture.ndim != 2 or mixture.shape[1] != length:
+            raise ConfigError(
+                f"separate takes a mixture [B, {length}], got {list(mixture.shape)}: longer audio is cut into "
+                "overlapping chunks by avsep.inference.chunking.separate_long"
+            )
+        spectrograms = self.analyse(mixture[:, None, :])
+        logits = self(spectrograms.network_input, visual, class_ids).logits
+        return self.front_end.synthesise(logits, spectrograms.mixture, length=length)
+
+    def grow(self, num_classes: int, classes: Sequence[str] | None = None) -> None:
+        """Make room for more classes; what is known of the old ones stays.
+
+        Args:
+            num_classes: the new number of classes.
+            classes: their names in slot order; the old names must come first.
+
+        Raises:
+            ConfigError: when there would be fewer classes, or the names do not continue the old ones.
+        """
+        names = self.classes if classes is None and num_classes == self.num_classes else tuple(classes or ())
+        if num_classes < self.num_classes:
+            raise ConfigError(f"cannot go from {self.num_classes} classes to {num_classes}: classes are only added")
+        if self.classes and names[: len(self.classes)] != self.classes:
+            raise ConfigError(
+                f"the classes {', '.join(names) or '(none given)'} do not continue those already learned: name "
+                f"{', '.join(self.classes)} first, in this order"
+            )
+        data = {**self.spec.model_dump(), "num_classes": num_classes, "classes": names}
+        spec = validated(SeparatorSpec, data, "grow")
+        self.mask_decoder.grow(num_classes)  # type: ignore[operator]
+        self.spec = spec
+
+    def _check_class_ids(self, class_ids: Tensor) -> None:
+        if class_ids.device.type != "cpu" or torch.compiler.is_compiling() or class_ids.numel() == 0:
+            return
+        low, high = int(class_ids.min()), int(class_ids.max())
+        if low < 0 or high >= self.num_classes:
+            raise ConfigError(
+                f"class id {low if low < 0 else high} is out of range: this separator knows {self.num_classes} classes "
+                f"(0 to {self.num_classes - 1}); grow() adds more"
+            )
+
+
+def _encode(encoder: nn.Module | None, inputs: Tensor | None, role: str) -> Tensor | None:
+    """[B, N, ...] -> [B, N, D] or [B, N, D, Tm]; None without an encoder."""
+    if encoder is None:
+        return None
+    if inputs is None:
+        article = "an" if role == "object" else "a"
+        raise ConfigError(f"this separator has {article} {role} encoder: give encode_visual its {role} input")
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not getattr(encoder, "frozen", False)):
+        return encoder(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+
+
+def _fit_mask(mask: Tensor, steps: int) -> Tensor:
+    """[B, N, M] -> [B, N, steps]: a step is valid when any input step it is pooled from is."""
+    if mask.shape[-1] == steps:
+        return mask
+    return nn.functional.adaptive_max_pool1d(mask.float(), steps) > 0.5

@@ -1,0 +1,178 @@
+"""Saved separators: a folder with ``separator.yaml`` (the spec) and ``model.safetensors`` (the weights).
+
+The weights file has the spec once more in its header, so that the two cannot be mixed up unnoticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+
+from avsep.encoders.visual._pretrained import weights_come_later
+from avsep.errors import CheckpointError, ConfigError, RunError
+from avsep.files import atomic_path, give_usual_rights, read_yaml, write_yaml
+from avsep.separator.build import build_from_spec
+from avsep.separator.module import Separator
+from avsep.spec import SeparatorSpec, validated
+
+__all__ = ["SPEC_FILE", "WEIGHTS_FILE", "load_separator", "save_separator"]
+
+SPEC_FILE = "separator.yaml"
+WEIGHTS_FILE = "model.safetensors"
+_FORMAT = "avsep-separator-1"
+
+
+def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None:
+    """Write ``separator.yaml`` and ``model.safetensors``, each whole or not at all.
+
+    A new folder appears complete, and saving again under the same spec replaces the weights in one step. Where both
+    files change in a folder that is there already, a kill between the two leaves whole weights beside the older yaml,
+    which :func:`load_separator` reports; nothing is lost, for the weights file holds its own spec.
+
+    Raises:
+        AvsepError: when the disk is full; what was there is unchanged.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise RunError(f"{target} is a file: a separator is saved as a folder, choose another name")
+    spec = separator.spec.model_dump(mode="json")
+    header = {"format": _FORMAT, "spec": json.dumps(spec, sort_keys=True)}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in separator.state_dict().items()}
+    if _saved_spec(target) == spec:
+        with atomic_path(target / WEIGHTS_FILE) as temporary:
+            temporary.write_bytes(safetensors_bytes(tensors, header))
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The pair changes together: write both beside the target before touching it.
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        give_usual_rights(staging)
+        with atomic_path(staging / WEIGHTS_FILE) as temporary:
+            temporary.write_bytes(safetensors_bytes(tensors, header))
+        write_yaml(staging / SPEC_FILE, spec)
+        if target.is_dir():
+            for name in (WEIGHTS_FILE, SPEC_FILE):
+                os.replace(staging / name, target / name)
+        else:
+            os.replace(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _saved_spec(folder: Path) -> Any:
+    try:
+        return read_yaml(folder / SPEC_FILE)
+    except ConfigError:
+        return None
+
+
+def load_separator(folder_or_run: str | os.PathLike[str], task: int | None = None) -> Separator:
+    """Load a saved separator, from its own folder or from a run (the last finished task, or ``task``), in eval mode.
+
+    The global random state is left as it was.
+
+    Raises:
+        CheckpointError: when the folder is not a separator or a run, is damaged, or its two files do not belong
+            together.
+    """
+    folder = _separator_folder(Path(folder_or_run), task)
+    weights = folder / WEIGHTS_FILE
+    inside = _spec_in_weights(weights)
+    spec = validated(SeparatorSpec, inside, str(weights))
+    if (folder / SPEC_FILE).exists():
+        _check_same_spec(folder, spec)
+    with torch.random.fork_rng(devices=[]), weights_come_later():
+        separator = build_from_spec(spec)
+    _load_weights(separator, weights)
+    return separator.eval()
+
+
+def _separator_folder(path: Path, task: int | None) -> Path:
+    if not path.exists():
+        raise CheckpointError(f"no such folder: {path}")
+    if (path / SPEC_FILE).is_file() or (path / WEIGHTS_FILE).is_file():
+        if task is not None:
+            raise CheckpointError(f"{path} is one separator, not a run, so it has no task {task}: leave the task out")
+        return path
+    tasks = path / "tasks"
+    if not tasks.is_dir() and not (path / "run.yaml").is_file():
+        raise CheckpointError(
+            f"{path} is neither a separator ({SPEC_FILE} and {WEIGHTS_FILE}) nor a run (tasks/00/separator)"
+        )
+    finished = {
+        int(entry.name): entry / "separator"
+        for entry in sorted(tasks.glob("*"))
+        if entry.name.isdigit() and (entry / "task.json").is_file() and (entry / "separator" / WEIGHTS_FILE).is_file()
+    }
+    if not finished:
+        raise CheckpointError(f"{path} has no finished task yet: train it further (avsep train --resume)")
+    if task is None:
+        return finished[max(finished)]
+    if task not in finished:
+        raise CheckpointError(f"{path} has no finished task {task}: it has {', '.join(str(t) for t in finished)}")
+    return finished[task]
+
+
+@contextlib.contextmanager
+def _open_weights(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"no such file: {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or truncated ({' '.join(str(error).split())}): restore it, or save it again"
+        ) from None
+
+
+def _spec_in_weights(path: Path) -> Any:
+    with _open_weights(path) as file:
+        header = file.metadata() or {}
+    if header.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} was not written by save_separator: its header does not say '{_FORMAT}'")
+    try:
+        return json.loads(header["spec"])
+    except (KeyError, ValueError):
+        raise CheckpointError(f"{path} has no readable spec in its header: save it again") from None
+
+
+def _check_same_spec(folder: Path, spec: SeparatorSpec) -> None:
+    try:
+        beside = validated(SeparatorSpec, read_yaml(folder / SPEC_FILE), str(folder / SPEC_FILE))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if beside != spec:
+        one, other = spec.model_dump(), beside.model_dump()
+        keys = [key for key in one if one[key] != other[key]]
+        raise CheckpointError(
+            f"{folder / SPEC_FILE} and the spec inside {WEIGHTS_FILE} differ in {', '.join(keys)}: copy both files of "
+            f"one save, or delete {SPEC_FILE} to go by the weights"
+        )
+
+
+def _load_weights(separator: Separator, path: Path) -> None:
+    """Copy the file's tensors into the separator, or raise one line and change nothing."""
+    with _open_weights(path) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    own = separator.state_dict()
+    if missing := sorted(own.keys() - state.keys()):
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors of its spec, among them '{missing[0]}'")
+    if extra := sorted(state.keys() - own.keys()):
+        raise CheckpointError(f"{path} has {len(extra)} tensors that its spec does not, among them '{extra[0]}'")
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            raise CheckpointError(
+                f"{path}: '{name}' has the shape {list(state[name].shape)}, the spec gives {list(value.shape)}"
+            )
+    separator.load_state_dict(state)

@@ -1,0 +1,1 @@
+"""Training: the task loop, its optimisers, batches and logs."""

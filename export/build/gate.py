@@ -1,0 +1,392 @@
+"""The quality gate: what an exported graph does to SDR, SIR and SAR, source by source, against PyTorch.
+
+The scores are those of the evaluation (:mod:`avsep.evaluation.bss`), of the same mixtures. A drift is the absolute
+difference of a source's score; the largest over all sources is held to the limit, since a mean hides a broken class.
+
+The mixtures of a run come from its three splits, each for one purpose: ranges are measured on training mixtures,
+layers are chosen on validation mixtures, and the gate is on test mixtures, which decided nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avsep.errors import ExportError
+from avsep.export.build.parity import open_session
+from avsep.export.build.plan import ExportPlan
+from avsep.types import Batch, VisualFeatures
+
+if TYPE_CHECKING:
+    from avsep.data.protocol import Protocol
+    from avsep.data.store import Store
+    from avsep.evaluation.bss import BssResult
+    from avsep.separator import Separator
+
+__all__ = [
+    "METRICS",
+    "MIXTURES",
+    "Gate",
+    "Reference",
+    "calibration_batches",
+    "encoded",
+    "graph_separator",
+    "held_out_batches",
+    "measure_gate",
+    "references",
+    "synthetic_batches",
+    "validation_batches",
+]
+
+METRICS = ("sdr", "sir", "sar")
+# Mixtures of a run that are scored, at most.
+MIXTURES = 16
+Array = NDArray[Any]
+# (mixture [B, L], features, class ids [B, N]) -> sources [B, N, L]
+Separate = Callable[[Tensor, VisualFeatures, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the gate found.
+
+    ``mixtures`` how many were scored; ``max_drift_db`` by metric the largest drift of any source; ``limit_db``;
+    ``overridden``: it was let pass on demand; ``on`` the mixtures' kind, ``held-out`` ones of the run's store or
+    ``synthetic`` ones, which say whether the graph computes the same but nothing of the separator's own sounds
+    (``validation`` and ``calibration`` ones where layers are chosen); ``worst`` the source with the largest drift, in
+    words.
+    """
+
+    mixtures: int
+    max_drift_db: dict[str, float]
+    limit_db: float
+    overridden: bool = False
+    on: str = "held-out"
+    worst: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.within(self.limit_db)
+
+    def within(self, limit_db: float) -> bool:
+        return self.mixtures > 0 and all(drift <= limit_db for drift in self.max_drift_db.values())
+
+    def require(self, name: str) -> None:
+        """Raise :class:`ExportError` unless the gate was passed or overridden."""
+        if self.passed or self.overridden:
+            return
+        if not self.mixtures:
+            raise ExportError(f"{name} cannot be gated: none of the {self.on} mixtures can be scored (--allow-drift)")
+        drifts = ", ".join(f"{m.upper()} {v:.3f}" for m, v in self.max_drift_db.items())
+        raise ExportError(
+            f"{name} drifts from PyTorch by {drifts} dB on {self.on} mixtures (worst: {self.worst}), more than "
+            f"{self.limit_db:g} dB: export in a higher precision, or accept it with --allow-drift (allow_drift=True)"
+        )
+
+    @property
+    def told_drift_db(self) -> dict[str, float]:
+        """JSON has no infinity: a source that the graph silenced counts as the largest drift there can be, 999 dB."""
+        return {metric: min(drift, 999.0) for metric, drift in self.max_drift_db.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "mixtures": self.mixtures,
+            "max_drift_db": self.told_drift_db,
+            "limit_db": self.limit_db,
+            "passed": self.passed,
+            "overridden": self.overridden and not self.passed,
+            "on": self.on,
+        }
+
+
+# --- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+def held_out_batches(
+    run: str | Path, task: int, separator: Separator, *, limit: int = MIXTURES, store: str | Path | None = None
+) -> list[Batch]:
+    """Held-out test mixtures of a run after ``task``, one a batch: spread evenly over its frozen protocol, without
+    degenerate ones.
+
+    Args:
+        separator: the task's, of the length that the mixtures are to have.
+        limit: most mixtures.
+        store: the run's store, where it is not in the place that the run names.
+
+    Raises:
+        DataError, RunError: the store is gone, is not the one trained on, or there is no protocol.
+    """
+    opened, protocol = _opened(run, store)
+    return _spread(opened, protocol, task, separator, limit)
+
+
+def validation_batches(
+    run: str | Path, task: int, separator: Separator, *, limit: int = MIXTURES, store: str | Path | None = None
+) -> list[Batch]:
+    """As :func:`held_out_batches`, of pairs of the validation split, by which the training chose its weights."""
+    from avsep.data.protocol import build_protocol
+    from avsep.data.tasks import make_tasks
+
+    opened, protocol = _opened(run, store)
+    tasks = make_tasks(protocol.tasks)
+    validation = build_protocol("fixed", opened, tasks, split="val", clip_samples=protocol.clip_samples)
+    return _spread(opened, validation, task, separator, limit)
+
+
+def _opened(run: str | Path, store: str | Path | None) -> tuple[Store, Protocol]:
+    from avsep.data.protocol import Protocol
+    from avsep.runs.folder import open_run_store
+
+    protocol = Protocol.load(Path(run) / "protocol.json")
+    return open_run_store(Path(run), store, protocol), protocol
+
+
+def _spread(store: Store, protocol: Protocol, task: int, separator: Separator, limit: int) -> list[Batch]:
+    from avsep.data.mixing import load_mixtures
+
+    mixtures = [m for m in protocol.at(task) if not m.degenerate]
+    count = min(limit, len(mixtures))
+    chosen = [mixtures[i * len(mixtures) // count] for i in range(count)]
+    sources, index = separator.visual_sources(), _class_index(separator)
+    return [load_mixtures(store, [m], separator.spec.front_end, sources, index) for m in chosen]
+
+
+def _class_index(separator: Separator) -> dict[str, int]:
+    return {name: number for number, name in enumerate(separator.classes)}
+
+
+def calibration_batches(
+    run: str | Path, task: int, separator: Separator, *, count: int = 64, store: str | Path | None = None
+) -> Iterator[Batch]:
+    """Training mixtures of ``task``, one a batch, as the run drew them: of its clips and the exemplars that were
+    remembered then, or of the clips of all classes so far, where the strategy trains on those.
+
+    Args:
+        separator: the task's, of the length that the mixtures are to have.
+        store: as for :func:`held_out_batches`.
+
+    Raises:
+        DataError, RunError: the store is gone or is not the one trained on.
+        UnknownNameError: the run's strategy is not registered here.
+    """
+    from avsep.data.mixing import TrainingMixtures, collate
+    from avsep.data.tasks import make_tasks
+    from avsep.registry import STRATEGIES
+    from avsep.runs.folder import read_exemplars, read_run_spec
+
+    spec = read_run_spec(run)
+    opened, protocol = _opened(run, store)
+    this = make_tasks(protocol.tasks)[task]
+    everything = bool(getattr(STRATEGIES.get(spec.strategy.name).factory, "uses_all_data", False))
+    clips = opened.select(classes=list(this.seen if everything else this.classes), split="train")
+    memory = read_exemplars(run, task - 1) if this.old and not everything else {}
+    kept = [exemplar for name in this.old for exemplar in memory.get(name, ())]
+    exemplars = opened.clips_by_id([exemplar.id for exemplar in kept])
+    crops = {exemplar.id: exemplar.start for exemplar in kept if exemplar.start is not None}
+    given, epoch = 0, 0
+    while given < count:
+        drawn = TrainingMixtures(
+            opened,
+            clips,
+            exemplars,
+            spec.train,
+            separator.spec.front_end,
+            separator.visual_sources(),
+            _class_index(separator),
+            task=task,
+            epoch=epoch,
+            crops=crops,
+        )
+        for item in range(min(len(drawn), count - given)):
+            yield collate([drawn[item]])
+            given += 1
+        epoch += 1
+
+
+def synthetic_batches(separator: Separator, plan: ExportPlan, count: int = 4) -> list[Batch]:
+    """Chords as sources and random features: for a separator without a run. Each batch is one mixture."""
+    from avsep.export.build.golden import golden_inputs
+    from avsep.export.build.plan import TensorSpec
+
+    front_end = separator.spec.front_end
+    made = []
+    for number in range(count):
+        chords = TensorSpec("mixture", "float32", (plan.sources, front_end.clip_samples))
+        sources = golden_inputs([chords], 1, front_end.sample_rate_hz, plan.seed + 1000 + number)["mixture"]
+        ids = (np.arange(plan.sources, dtype=np.int64) + number) % separator.num_classes
+        made.append(
+            Batch(
+                sources=torch.from_numpy(sources)[None] / plan.sources,
+                class_ids=torch.from_numpy(ids)[None],
+                video_ids=torch.arange(plan.sources)[None],
+                is_memory=torch.zeros(1, plan.sources, dtype=torch.bool),
+            )
+        )
+    return made
+
+
+def encoded(separator: Separator, batch: Batch, plan: ExportPlan, number: int = 0) -> VisualFeatures:
+    """The features of a batch; random ones for a synthetic batch, which has no pictures."""
+    from avsep.export.build.plan import tensor_specs
+
+    if batch.object is not None or batch.motion is not None:
+        with torch.inference_mode():
+            return separator.encode_visual(batch.object, batch.motion, batch.motion_mask)
+    rng = np.random.default_rng([plan.seed, number])
+    specs, _ = tensor_specs(separator, plan)
+    count, sources = batch.class_ids.shape
+    drawn = {
+        s.name: torch.from_numpy(rng.standard_normal((count, sources, *s.shape[2:])).astype(np.float32))
+        for s in specs
+        if s.name.endswith("_features")
+    }
+    return VisualFeatures(object=drawn.get("object_features"), motion=drawn.get("motion_features"))
+
+
+# --- the graph as a function ------------------------------------------------------------------------------------------
+
+
+def graph_separator(path: Path, separator: Separator, plan: ExportPlan, threads: int = 0) -> Separate:
+    """The exported graph as a function of any number of mixtures and sources.
+
+    A graph of fixed shapes is fed as many mixtures and sources at a time as it takes; where some are missing the last
+    one is repeated, and what it gives is dropped.
+    """
+    session, _ = open_session(path, threads=threads)
+    inputs = {i.name: i.shape for i in session.get_inputs()}
+    first = next(iter(inputs))
+    front_end = separator.spec.front_end
+
+    def run(mixture: Array, features: dict[str, Array]) -> Array:
+        if first == "mixture":
+            return np.asarray(session.run(None, {first: mixture, **features})[0])
+        from avsep.export.runtime.transforms import istft, stft
+
+        spectrum = stft(mixture, n_fft=front_end.n_fft, hop=front_end.hop, padding=front_end.padding)
+        (estimate,) = session.run(None, {first: spectrum, **features})
+        return np.clip(istft(estimate, hop=front_end.hop, length=front_end.clip_samples), -1.0, 1.0)
+
+    def separate(mixture: Tensor, visual: VisualFeatures, class_ids: Tensor) -> Tensor:
+        count, sources = class_ids.shape
+        given: dict[str, Array] = {"class_ids": class_ids.numpy()}
+        if visual.object is not None:
+            given["object_features"] = visual.object.numpy()
+        if visual.motion is not None:
+            given["motion_features"] = visual.motion.numpy()
+            mask = torch.ones(visual.motion.shape[:2] + visual.motion.shape[3:], dtype=torch.bool)
+            given["motion_mask"] = (mask if visual.motion_mask is None else visual.motion_mask).numpy()
+        given = {name: given[name] for name in inputs if name != first}
+        steps = inputs.get("motion_features", [None])[-1]
+        if "motion_features" in given and given["motion_features"].shape[-1] != steps:
+            raise ExportError(
+                f"{path.name} takes {steps} motion steps, and the mixtures have {given['motion_features'].shape[-1]}: "
+                f"export with motion_steps={given['motion_features'].shape[-1]}"
+            )
+        batch, width = inputs["class_ids"]
+        batch = batch if isinstance(batch, int) else count
+        width = width if isinstance(width, int) else sources
+        out = np.zeros((count, sources, mixture.shape[1]), np.float32)
+        for b in range(0, count, batch):
+            rows = np.minimum(np.arange(b, b + batch), count - 1)
+            for n in range(0, sources, width):
+                columns = np.minimum(np.arange(n, n + width), sources - 1)
+                part = {name: value[rows][:, columns] for name, value in given.items()}
+                kept = out[b : b + batch, n : n + width]
+                kept[:] = run(mixture.numpy()[rows], part)[: kept.shape[0], : kept.shape[1]]
+        return torch.from_numpy(out)
+
+    return separate
+
+
+# --- the measure ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Mixtures and how PyTorch's answer to them scores: what any number of graphs are held against."""
+
+    batch: Batch
+    visual: VisualFeatures
+    scores: BssResult
+
+
+def references(separator: Separator, batches: Iterable[Batch], plan: ExportPlan) -> list[Reference]:
+    """Run PyTorch on mixtures of the separator's length, on the CPU."""
+    made = []
+    for number, batch in enumerate(batches):
+        visual = encoded(separator, batch, plan, number)
+        with torch.inference_mode():
+            estimate = separator.separate(batch.mixture, visual, batch.class_ids)
+        made.append(Reference(batch, visual, _scores(separator, batch, estimate)))
+    return made
+
+
+def measure_gate(
+    path: Path, separator: Separator, plan: ExportPlan, expected: Iterable[Reference], *, on: str = "held-out"
+) -> Gate:
+    """Score the graph at ``path`` on mixtures that PyTorch was scored on.
+
+    Args:
+        separator: the one that was exported, of the graph's length.
+        expected: what PyTorch made of the mixtures.
+        on: what they are, for the record.
+
+    Raises:
+        ExportError: the graph gives NaN, or does not fit the mixtures.
+    """
+    separate = graph_separator(path, separator, plan)
+    scored: list[tuple[dict[str, Tensor], str]] = []
+    for one in expected:
+        estimate = separate(one.batch.mixture, one.visual, one.batch.class_ids)
+        if not bool(torch.isfinite(estimate).all()):
+            raise ExportError(f"{path.name} gives NaN or infinite samples for a mixture: export it in fp32")
+        scored += _drifts(separator, one, _scores(separator, one.batch, estimate))
+    return _summary(scored, plan, on)
+
+
+def _scores(separator: Separator, batch: Batch, estimate: Tensor) -> BssResult:
+    from avsep.evaluation.bss import bss_eval
+
+    front_end = separator.spec.front_end
+    length = (front_end.frames - 1) * front_end.hop  # as the evaluation: the last, incomplete hop is not scored
+    return bss_eval(batch.sources[..., :length], estimate[..., :length])
+
+
+def _drifts(separator: Separator, expected: Reference, got: BssResult) -> list[tuple[dict[str, Tensor], str]]:
+    """Of each mixture that can be scored: the drifts of its sources by metric, and what they are."""
+    batch = expected.batch
+    found = []
+    for b, (status, status_got) in enumerate(zip(expected.scores.status, got.status, strict=True)):
+        if status != "ok":
+            continue
+        drifts = {}
+        for metric in METRICS:
+            one, other = getattr(expected.scores, metric)[b], getattr(got, metric)[b]
+            same = (one == other) | (one.isnan() & other.isnan())  # also where a lone source has an infinite SIR
+            drifts[metric] = torch.where(same, 0.0, (one - other).abs()).nan_to_num(math.inf, math.inf)
+        if status_got != "ok":
+            drifts = {metric: torch.full_like(value, math.inf) for metric, value in drifts.items()}
+        names = separator.classes or tuple(f"class {i}" for i in range(separator.num_classes))
+        words = " + ".join(names[i] for i in batch.class_ids[b].tolist())
+        found.append((drifts, f"{words} of {' + '.join(batch.clips[b])}" if batch.clips else words))
+    return found
+
+
+def _summary(scored: Sequence[tuple[dict[str, Tensor], str]], plan: ExportPlan, on: str) -> Gate:
+    largest = dict.fromkeys(METRICS, 0.0)
+    worst, worst_drift = "", -1.0
+    for drifts, words in scored:
+        for metric, value in drifts.items():
+            largest[metric] = max(largest[metric], float(value.max()))
+        drift = max(float(value.max()) for value in drifts.values())
+        if drift > worst_drift:
+            worst, worst_drift = words, drift
+    return Gate(len(scored), largest, plan.gate_db, plan.allow_drift, on, worst)

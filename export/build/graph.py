@@ -1,0 +1,334 @@
+"""The exported computation: one real-valued graph from waveform to waveforms.
+
+ONNX has no usable inverse STFT and TensorRT 10.3 neither STFT nor complex numbers, so both transforms are convolutions
+with fixed bases. In polyphase form: the padded signal is cut into blocks of one hop, and a frame is a convolution over
+the few blocks that its window covers. The log-frequency warp, being linear and fixed, is a matrix along frequency (and,
+for the published ``align_corners=False``, another along time).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from avsep.decoders.conditioned_unet import SharedUpConv
+from avsep.encoders.audio.unet7 import UpConv, folded_kernel
+from avsep.errors import ExportError
+from avsep.kernels.stft_masking.reference import hann_window, linear_frequency_grid, log_frequency_grid
+from avsep.spec import FrontEndSpec
+from avsep.types import VisualFeatures
+
+if TYPE_CHECKING:
+    from avsep.separator import Separator
+
+__all__ = ["PolyphaseSTFT", "SpectralSeparator", "WaveformSeparator", "warp_matrices", "with_length"]
+
+Matrix = NDArray[np.float64]
+
+
+def _angles(n_fft: int) -> Matrix:
+    """2 pi k n / n_fft as [k, n]; the product is reduced modulo n_fft as integers, so that no digit is lost."""
+    k = np.arange(n_fft // 2 + 1, dtype=np.int64)[:, None]
+    n = np.arange(n_fft, dtype=np.int64)[None, :]
+    return 2 * np.pi * ((k * n) % n_fft) / n_fft
+
+
+class PolyphaseSTFT(nn.Module):
+    """Centred STFT with a periodic Hann window and its inverse, for one fixed length, without complex numbers.
+
+    Equal to ``torch.stft`` and ``torch.istft`` (both ``center=True``) up to rounding. The window is filled up with
+    zeros to whole hops; bases are made in float64.
+
+    Args:
+        samples: length L of the signals.
+        n_fft: window and transform length, even.
+        hop: frame advance, at most ``n_fft // 2``.
+        padding: what lies beyond the ends, ``zeros`` or ``reflect``.
+    """
+
+    analysis_basis: Tensor
+    synthesis_basis: Tensor
+    inverse_envelope: Tensor
+
+    def __init__(self, samples: int, n_fft: int, hop: int, padding: str = "zeros") -> None:
+        super().__init__()
+        self.samples, self.n_fft, self.hop, self.padding = samples, n_fft, hop, padding
+        self.bins = n_fft // 2 + 1
+        self.frames = 1 + samples // hop
+        self.taps = -(-n_fft // hop)
+        filled = self.taps * hop
+        window = hann_window(n_fft).numpy()
+        angles = _angles(n_fft)
+        analysis = np.zeros((2 * self.bins, filled))
+        analysis[:, :n_fft] = np.concatenate([np.cos(angles), -np.sin(angles)]) * window
+        # [2F, taps * hop] -> [2F, taps, hop] -> [2F, hop, taps], a Conv1d over blocks
+        self.register_buffer(
+            "analysis_basis",
+            torch.from_numpy(analysis.reshape(2 * self.bins, self.taps, hop).transpose(0, 2, 1).copy()).float(),
+            persistent=False,
+        )
+        # The inverse of a real signal's spectrum: bins between the first and the last stand for two each.
+        weight = np.full((self.bins, 1), 2.0 / n_fft)
+        weight[[0, -1]] = 1.0 / n_fft
+        synthesis = np.zeros((filled, 2 * self.bins))
+        synthesis[:n_fft] = (np.concatenate([weight * np.cos(angles), -weight * np.sin(angles)]) * window).T
+        synthesis[:, [self.bins, 2 * self.bins - 1]] = 0  # the imaginary parts there are ignored, as in irfft
+        self.register_buffer("synthesis_basis", torch.from_numpy(synthesis[:, :, None]).float(), persistent=False)
+        envelope = np.zeros((self.frames + self.taps - 1) * hop)
+        for frame in range(self.frames):
+            envelope[frame * hop : frame * hop + n_fft] += window**2
+        kept = envelope[n_fft // 2 : n_fft // 2 + samples]
+        self.register_buffer(
+            "inverse_envelope", torch.from_numpy(1 / np.maximum(kept, 1e-11)).float(), persistent=False
+        )
+
+    def analyse(self, signal: Tensor) -> Tensor:
+        """[B, L] -> [B, 2F, T], the real parts of the F bins, then the imaginary parts."""
+        left = self.n_fft // 2
+        right = (self.frames + self.taps - 1) * self.hop - left - self.samples  # positive for hop <= n_fft / 2
+        if self.padding == "reflect":
+            mirrored = min(right, left)
+            signal = F.pad(signal[:, None], (left, mirrored), mode="reflect")[:, 0]
+            left, right = 0, right - mirrored
+        signal = F.pad(signal, (left, right))
+        blocks = signal.unflatten(1, (-1, self.hop)).transpose(1, 2)  # [B, hop, T + taps - 1]
+        return F.conv1d(blocks, self.analysis_basis)
+
+    def synthesise(self, spectrum: Tensor) -> Tensor:
+        """[B, 2F, T] -> [B, L]"""
+        pieces = F.conv1d(spectrum, self.synthesis_basis)  # [B, taps * hop, T], windowed frames
+        total = F.pad(pieces[:, : self.hop], (0, self.taps - 1))
+        for tap in range(1, self.taps):  # the tap-th hop of frame t lies in block t + tap
+            piece = pieces[:, tap * self.hop : (tap + 1) * self.hop]
+            total = total + F.pad(piece, (tap, self.taps - 1 - tap))
+        signal = total.transpose(1, 2).flatten(1)  # [B, (T + taps - 1) * hop]
+        begin = self.n_fft // 2
+        return signal[:, begin : begin + self.samples] * self.inverse_envelope
+
+
+def _interpolation(coordinates: Matrix, size: int, align_corners: bool, border: bool) -> Matrix:
+    """Linear interpolation at normalised coordinates, as ``grid_sample`` does it: a matrix [len(coordinates), size]."""
+    if align_corners:
+        position = (coordinates + 1) / 2 * (size - 1)
+    else:
+        position = ((coordinates + 1) * size - 1) / 2
+    if border:
+        position = np.clip(position, 0, size - 1)
+    low = np.floor(position).astype(np.int64)
+    fraction = position - low
+    matrix = np.zeros((len(coordinates), size))
+    rows = np.arange(len(coordinates))
+    for index, share in ((low, 1 - fraction), (low + 1, fraction)):
+        inside = (index >= 0) & (index < size)
+        matrix[rows[inside], index[inside]] += share[inside]
+    return matrix
+
+
+def warp_matrices(spec: FrontEndSpec) -> tuple[Matrix, Matrix, Matrix | None]:
+    """The log-frequency warp as matrices: warp [F', F], unwarp [F, F'] and, unless it is the identity, time [T, T].
+
+    A magnitude X [F, T] becomes ``warp @ X @ time.T``, a mask M [F', T] becomes ``unwarp @ M @ time.T``.
+    """
+    bins, rows, frames = spec.n_fft // 2 + 1, spec.log_rows, spec.frames
+    border = spec.align_corners  # the published form reads zeros beyond the border
+    warp = _interpolation(log_frequency_grid(rows).numpy(), bins, spec.align_corners, border)
+    unwarp = _interpolation(linear_frequency_grid(bins).numpy(), rows, spec.align_corners, border)
+    if spec.align_corners:
+        return warp, unwarp, None
+    return warp, unwarp, _interpolation(np.linspace(-1, 1, frames), frames, False, False)
+
+
+def _constant_weights(module: nn.Module) -> None:
+    """Replace, in place, layers that compute their weights in each call by layers that hold the computed ones.
+
+    Runtimes would compute them once at best; TensorRT wants the kernel of a transposed convolution as a constant. Where
+    a normalisation follows the sum of two convolutions, which no runtime folds, it goes into both of them.
+    """
+    for name, child in list(module.named_children()):
+        if isinstance(child, UpConv) and child.fold:
+            kernel = folded_kernel(child.weight.detach())  # [in, out, 4, 4]
+            layer = nn.ConvTranspose2d(kernel.shape[0], kernel.shape[1], 4, stride=2, padding=1, bias=False)
+            layer.weight = nn.Parameter(kernel, requires_grad=False)
+            setattr(module, name, layer)
+        elif isinstance(child, SharedUpConv) and isinstance(child.norm, nn.BatchNorm2d):
+            _fold_norm(child, child.norm)
+        else:
+            _constant_weights(child)
+
+
+def _fold_norm(layer: SharedUpConv, norm: nn.BatchNorm2d) -> None:
+    """Fold the normalisation that follows the layer's sum into its convolutions, in float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert layer.own.bias is not None
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    shift = (layer.own.bias.double() - norm.running_mean.double()) * scale + norm.bias.double()
+    with torch.no_grad():
+        for convolution in (layer.own, layer.shared):
+            convolution.weight.copy_(convolution.weight.double() * scale[:, None, None])  # [in, out, 4, 4]
+        layer.own.bias.copy_(shift)
+    layer.norm = nn.Identity()
+
+
+def _mix_rows(x: Tensor, kernel: Tensor) -> Tensor:
+    """The matrix ``kernel`` [rows', rows, 1, 1] times x: [M, rows, T] -> [M, rows', T]"""
+    return F.conv2d(x.unsqueeze(2), kernel).squeeze(2)
+
+
+class _Logits(nn.Module):
+    """A separator up to its logits [B, N, F', T], which a decoder may leave to be formed outside of its own forward.
+
+    As one module, so that all of the network stands in one scope of the graph, which half precision goes by.
+    """
+
+    def __init__(self, network: Separator) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, network_input: Tensor, visual: VisualFeatures, class_ids: Tensor) -> Tensor:
+        return self.network(network_input, visual, class_ids).logits
+
+
+class _MaskedSeparator(nn.Module):
+    """What both forms of the graph share: a copy of the separator, and masks [B, N, bins, T] from a spectrum."""
+
+    warp: Tensor
+    unwarp: Tensor
+    time: Tensor | None
+    first_input = ""
+
+    def __init__(self, separator: Separator, *, motion_mask: bool = False) -> None:
+        super().__init__()
+        spec = separator.spec.front_end
+        self.separator = _Logits(copy.deepcopy(separator))
+        _constant_weights(self.separator)
+        self.has_object = separator.object_encoder is not None
+        self.has_motion = separator.motion_encoder is not None
+        self.motion_mask = motion_mask
+        # As kernels [out, in, 1, 1] of convolutions whose channels are the rows: TensorRT-RTX has no matrix product in
+        # fp32 for Turing, and cannot fuse a one-dimensional convolution with the sum of the logarithm after it.
+        for name, matrix in zip(("warp", "unwarp", "time"), warp_matrices(spec), strict=True):
+            kernel = None if matrix is None else torch.from_numpy(matrix[:, :, None, None].copy()).float()
+            self.register_buffer(name, kernel, persistent=False)
+
+    def masks(self, real: Tensor, imaginary: Tensor, features: tuple[Tensor, ...]) -> Tensor:
+        """real and imaginary [B, bins, T] of the mixture -> [B, N, bins, T]"""
+        given = dict(zip(self.input_names()[1:], features, strict=True))
+        magnitude = (real * real + imaginary * imaginary).sqrt() + 1e-10
+        warped = self._along_time(_mix_rows(magnitude, self.warp))  # [B, F', T]
+        visual = VisualFeatures(
+            object=given.get("object_features"),
+            motion=given.get("motion_features"),
+            motion_mask=given.get("motion_mask"),
+        )
+        logits = self.separator(torch.log1p(warped)[:, None], visual, given["class_ids"])  # [B, N, F', T]
+        masks = _mix_rows(torch.sigmoid(logits).flatten(0, 1), self.unwarp)  # [B * N, bins, T]
+        return self._along_time(masks).unflatten(0, tuple(logits.shape[:2]))
+
+    def _along_time(self, x: Tensor) -> Tensor:
+        """[M, rows, T] -> the same shape"""
+        return x if self.time is None else _mix_rows(x.transpose(1, 2), self.time).transpose(1, 2)
+
+    def input_names(self) -> tuple[str, ...]:
+        names = [self.first_input]
+        if self.has_object:
+            names.append("object_features")
+        if self.has_motion:
+            names.append("motion_features")
+            if self.motion_mask:
+                names.append("motion_mask")
+        return (*names, "class_ids")
+
+
+class WaveformSeparator(_MaskedSeparator):
+    """A separator as one function of plain tensors, for a fixed length: what is exported. It holds a copy.
+
+    Shapes:
+        mixture [B, L]; object_features [B, N, Do] and motion_features [B, N, Dm, Tm], the outputs of the visual
+        encoders, each only where the separator has that encoder; with ``motion_mask`` a bool [B, N, Tm] (True =
+        valid); class_ids int64 [B, N] -> sources [B, N, L].
+    """
+
+    first_input = "mixture"
+
+    def __init__(self, separator: Separator, *, motion_mask: bool = False) -> None:
+        super().__init__(separator, motion_mask=motion_mask)
+        spec = separator.spec.front_end
+        self.stft = PolyphaseSTFT(spec.clip_samples, spec.n_fft, spec.hop, spec.padding)
+
+    def forward(self, mixture: Tensor, *features: Tensor) -> Tensor:
+        """The features are those of :meth:`input_names`, in that order."""
+        spectrum = self.stft.analyse(mixture)  # [B, 2F, T]
+        real, imaginary = spectrum[:, : self.stft.bins], spectrum[:, self.stft.bins :]
+        mask = self.masks(real, imaginary, features)  # [B, N, F, T]
+        # The mixture's phase: real and imaginary part scaled alike.
+        estimate = torch.cat((mask * real[:, None], mask * imaginary[:, None]), dim=2)  # [B, N, 2F, T]
+        waveforms = self.stft.synthesise(estimate.flatten(0, 1))  # [B * N, L]
+        return waveforms.unflatten(0, (mixture.shape[0], mask.shape[1])).clamp(-1.0, 1.0)
+
+
+class SpectralSeparator(_MaskedSeparator):
+    """The same without the transforms, which are left to the caller (:mod:`avsep.export.runtime.transforms`). It holds a copy.
+
+    Shapes:
+        spectrum [B, 2, bins, T], the mixture's real and imaginary part; the others as in :class:`WaveformSeparator`
+        -> estimate [B, N, 2, bins, T], whose inverse transform is to be limited to +-1.
+    """
+
+    first_input = "spectrum"
+
+    def forward(self, spectrum: Tensor, *features: Tensor) -> Tensor:
+        """The features are those of :meth:`input_names`, in that order."""
+        mask = self.masks(spectrum[:, 0], spectrum[:, 1], features)  # [B, N, bins, T]
+        return mask[:, :, None] * spectrum[:, None]
+
+
+def with_length(separator: Separator, length_s: float | None) -> Separator:
+    """The separator for chunks of another length: the same modules, another front end. Itself where nothing changes.
+
+    A length within half a millisecond of the trained clip's is the clip's.
+
+    Raises:
+        ExportError: the audio encoder cannot take so many frames; names the nearest lengths that it can.
+    """
+    from avsep.registry import AUDIO_ENCODERS
+    from avsep.separator import Separator as _Separator
+    from avsep.spec import SeparatorSpec, validated
+
+    front_end = separator.spec.front_end
+    if length_s is None or abs(length_s - front_end.clip_s) < 5e-4:
+        return separator
+    rate, hop = front_end.sample_rate_hz, front_end.hop
+    samples = round(length_s * rate)
+    frames = 1 + samples // hop
+    name = separator.spec.audio_encoder.name
+    multiple = int(getattr(AUDIO_ENCODERS.get(name).factory, "size_multiple", 1))
+    if frames % multiple or samples < 1:
+        # T frames are given by (T - 1) hop to T hop - 1 samples; the longest of them is named
+        below, above = frames // multiple * multiple, (frames // multiple + 1) * multiple
+        near = " or ".join(f"{(f * hop - 1) / rate:.3f}" for f in (below, above) if f)
+        raise ExportError(
+            f"length_s {length_s:g} gives {frames} time frames, and audio encoder '{name}' takes multiples of "
+            f"{multiple}: the nearest are {near} s"
+        )
+    if front_end.padding == "reflect" and samples <= front_end.n_fft // 2:
+        raise ExportError(
+            f"length_s {length_s:g} is too short to be reflected: at least {front_end.n_fft / rate:.3f} s"
+        )
+    data = separator.spec.model_dump()
+    data["front_end"]["clip_samples"] = samples
+    spec = validated(SeparatorSpec, data, "length_s")
+    made = _Separator(
+        spec,
+        separator.audio_encoder,
+        separator.mask_decoder,
+        separator.object_encoder,
+        separator.motion_encoder,
+    )
+    return made.train(separator.training)

@@ -1,0 +1,389 @@
+"""The graphs of a bundle, one after another: written, audited, compared with PyTorch, gated.
+
+What is written depends on the plan: the separator's graph in each precision, and one graph for each visual encoder that
+computes. The lower precisions are made from the fp32 graph, whether it is kept or not.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from avsep.errors import ExportError
+from avsep.export.build.encoders import EncoderGraph, encoder_specs, exported_roles
+from avsep.export.build.gate import MIXTURES, Gate, encoded, measure_gate, references, synthetic_batches
+from avsep.export.build.golden import golden_inputs
+from avsep.export.build.graph import SpectralSeparator, WaveformSeparator
+from avsep.export.build.onnx import check_graph, write_onnx
+from avsep.export.build.operators import LEAST_TENSORRT
+from avsep.export.build.parity import Parity, compare, run_onnx
+from avsep.export.build.plan import TOLERANCE, ExportPlan, TensorSpec, profiles, tensor_specs
+from avsep.export.build.precision import HALF_OPERATORS, body_nodes, check_activations, to_half
+from avsep.export.build.quantise import calibrate, quantise, rank_layers, select_layers
+from avsep.export.runtime.transforms import istft, stft
+from avsep.types import Batch, VisualFeatures
+
+if TYPE_CHECKING:
+    from avsep.separator import Separator
+
+__all__ = ["GraphFile", "Progress", "write_graphs"]
+
+Array = NDArray[Any]
+# called with (what is being done, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
+
+# The tolerance of a graph whose precision has none of its own: this many times what was measured when it was made, and
+# no less than fp32's. Another processor rounds half precision otherwise.
+_TOLERANCE_FACTOR = 4.0
+# An encoder's features have no full scale: the tolerance is a share of the largest, or of this where all are near zero.
+_LEAST_FEATURE = 1e-3
+# Mixtures that layers are ranked on; the order matters, not the figures.
+_RANKING = 4
+# The shares of the gate's limit that layers are chosen by, one after the other: the gate is on other mixtures, whose
+# largest drift is another one.
+_SHARES = (0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """A graph that was written, and what the manifest says of it.
+
+    ``golden`` holds inputs and output by name; ``quantised`` says of an INT8 graph how its layers were chosen.
+    """
+
+    file: str
+    kind: str
+    precision: str
+    inputs: tuple[TensorSpec, ...]
+    output: TensorSpec
+    profiles: list[dict[str, dict[str, list[int]]]]
+    opset: int
+    operators: dict[str, int]
+    golden: dict[str, Array]
+    parity: Parity
+    tolerance: float
+    gate: Gate | None
+    quantised: dict[str, Any] | None = None
+
+    @property
+    def golden_file(self) -> str:
+        return f"{self.file.removesuffix('.onnx')}.golden.npz"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The graph's entry in the manifest."""
+        return {
+            "file": self.file,
+            "kind": self.kind,
+            "precision": self.precision,
+            "inputs": [spec.to_dict() for spec in self.inputs],
+            "outputs": [self.output.to_dict()],
+            "profiles": self.profiles,
+            "opset": self.opset,
+            "operators": self.operators,
+            "least_tensorrt": LEAST_TENSORRT,
+            "golden": self.golden_file,
+            "tolerance": self.tolerance,
+            "parity": self.parity.to_dict(),
+            "gate": None if self.gate is None else self.gate.to_dict(),
+            **({} if self.quantised is None else {"quantised": self.quantised}),
+        }
+
+
+def write_graphs(
+    separator: Separator,
+    plan: ExportPlan,
+    folder: Path,
+    held_out: Iterable[Batch] | None = None,
+    calibration: Iterable[Batch] | None = None,
+    validation: Iterable[Batch] | None = None,
+    progress: Progress | None = None,
+) -> list[GraphFile]:
+    """Write the graphs of a separator into ``folder``; golden arrays are returned, not written.
+
+    Args:
+        separator: on the CPU, in evaluation mode, of the plan's length (:func:`avsep.export.build.graph.with_length`).
+        held_out: mixtures for the gate, of that length. Without them synthetic ones show whether the graph computes
+            the same, and the gate says so.
+        calibration: training mixtures that INT8's ranges are measured on, of that length.
+        validation: mixtures that INT8's layers are chosen on, of that length, none of them in ``held_out``; some of
+            ``calibration`` where there are none.
+        progress: called with (what is being done, steps done, steps in all).
+
+    Raises:
+        ExportError: a graph cannot be written, is refused by the audit, differs by more than its tolerance, or drifts.
+    """
+    batches = None if held_out is None else list(held_out)
+    first = batches[0] if batches else None
+    steps = len(plan.precision) + len(exported_roles(separator))
+
+    def tell(done: int, label: str, what: str = "") -> None:
+        if progress is not None:
+            progress(f"{label}: {what}" if what else label, done, steps)
+
+    for role in exported_roles(separator):
+        encoder_specs(separator, role, plan, first)  # what cannot be exported is told before minutes are spent
+    made = []
+    with tempfile.TemporaryDirectory(prefix="avsep-export-") as scratch:
+        writer = _SeparatorWriter(separator, plan, folder, Path(scratch), batches, calibration, validation)
+        for done, precision in enumerate(plan.precision):
+            label = f"{writer.kind} {precision}"
+            tell(done, label)
+            made.append(writer.write(precision, functools.partial(tell, done, label)))
+    for done, role in enumerate(exported_roles(separator)):
+        tell(len(plan.precision) + done, f"{role} encoder")
+        made.append(_write_encoder(separator, role, plan, folder, first))
+    tell(steps, "graphs written")
+    return made
+
+
+class _SeparatorWriter:
+    """The separator's graph in the precisions of a plan."""
+
+    def __init__(
+        self,
+        separator: Separator,
+        plan: ExportPlan,
+        folder: Path,
+        scratch: Path,
+        held_out: list[Batch] | None,
+        calibration: Iterable[Batch] | None,
+        validation: Iterable[Batch] | None,
+    ) -> None:
+        self.separator, self.plan, self.folder, self.scratch = separator, plan, folder, scratch
+        self.kind = "spectral" if plan.spectral else "separator"
+        self.on = "synthetic" if held_out is None else "held-out"
+        self.held_out = references(
+            separator, synthetic_batches(separator, plan) if held_out is None else held_out, plan
+        )
+        self.calibration, self.validation = calibration, validation
+        self.inputs, self.output = tensor_specs(separator, plan)
+        form = SpectralSeparator if plan.spectral else WaveformSeparator
+        self.module = form(separator, motion_mask=plan.motion_mask).eval()
+        self.golden = self._golden(self.inputs)
+        self.reference = self._answer(self.golden)
+        self.single: Path | None = None
+
+    def _golden(self, specs: Iterable[TensorSpec]) -> dict[str, Array]:
+        front_end = self.separator.spec.front_end
+        stft = {"length": front_end.clip_samples}
+        stft |= {name: getattr(front_end, name) for name in ("n_fft", "hop", "padding")}
+        count = self.separator.spec.num_classes
+        return golden_inputs(list(specs), count, front_end.sample_rate_hz, self.plan.seed, stft=stft)
+
+    def _answer(self, inputs: Mapping[str, Array]) -> Array:
+        """What PyTorch answers, by the path that training and evaluation use."""
+        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        visual = VisualFeatures(
+            tensors.get("object_features"), tensors.get("motion_features"), tensors.get("motion_mask")
+        )
+        with torch.inference_mode():
+            if not self.plan.spectral:
+                return self.separator.separate(tensors["mixture"], visual, tensors["class_ids"]).numpy()
+            front_end = self.separator.spec.front_end
+            mixture = istft(inputs["spectrum"], hop=front_end.hop, length=front_end.clip_samples)
+            network_input = self.separator.analyse(torch.from_numpy(mixture)[:, None]).network_input
+            logits = self.separator(network_input, visual, tensors["class_ids"]).logits
+            masks = self.separator.front_end.unwarp(torch.sigmoid(logits))  # [B, N, bins, T]
+            return (masks[:, :, None] * tensors["spectrum"][:, None]).numpy()
+
+    def write(self, precision: str, tell: Callable[[str], None] = lambda what: None) -> GraphFile:
+        """Write, check, compare and gate one graph; ``tell`` is given what is being done, where it takes long."""
+        file = f"{self.kind}{'' if precision == 'fp32' else '.' + precision}.onnx"
+        path = self.folder / file
+        if self.single is None:
+            self.single = path if precision == "fp32" else self.scratch / "single.onnx"
+            self._trace(self.single)
+        elif precision == "fp32":
+            shutil.copyfile(self.single, path)
+        quantised = None
+        if precision == "fp16":
+            self._half(path)
+        elif precision == "int8":
+            quantised = self._int8(path, tell)
+        operators = check_graph(path, self.plan.opset)
+        limit = self.plan.tolerance_of(precision)
+        parity, tolerance = _measured(path, self.golden, self.reference, limit, "--tolerance")
+        gate = measure_gate(path, self.separator, self.plan, self.held_out, on=self.on)
+        gate.require(file)
+        return GraphFile(
+            file=file,
+            kind=self.kind,
+            precision=precision,
+            inputs=self.inputs,
+            output=self.output,
+            profiles=profiles(self.inputs, self.plan),
+            opset=self.plan.opset,
+            operators=operators,
+            golden={**self.golden, self.output.name: self.reference},
+            parity=parity,
+            tolerance=tolerance,
+            gate=gate,
+            quantised=quantised,
+        )
+
+    def _trace(self, path: Path) -> None:
+        # A size of 1 would be taken for a constant of the graph, where it is to stay open.
+        specs = [
+            replace(s, shape=tuple(max(n, 2) if axis in s.open_axes else n for axis, n in enumerate(s.shape)))
+            for s in self.inputs
+        ]
+        tensors = {name: torch.from_numpy(array) for name, array in self._golden(specs).items()}
+        open_axes = {s.name: s.open_axes for s in self.inputs}
+        write_onnx(self.module, tensors, self.output.name, path, self.plan.opset, open_axes=open_axes)
+
+    def _half(self, path: Path) -> None:
+        import onnx
+
+        assert self.single is not None
+        model = onnx.load(str(self.single))
+        half = to_half(model, body_nodes(model), HALF_OPERATORS)
+        check_activations(self.single, half, self.golden)
+        onnx.save(half, str(path))
+
+    def _int8(self, path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+        """INT8 convolutions, as many as stay within a share of the gate's limit on mixtures that are not the gate's;
+        the matrix products in half precision, since Turing has none in fp32 in TensorRT-RTX.
+
+        Returns:
+            How the layers were chosen, for the manifest.
+        """
+        import onnx
+
+        assert self.single is not None
+        if self.calibration is None:
+            raise ExportError(
+                "int8 needs training mixtures to measure its ranges on: export a run, or give calibration"
+            )
+        body = body_nodes(onnx.load(str(self.single)))
+        training = iter(self.calibration)
+        first = list(itertools.islice(training, MIXTURES))
+        tell("measuring ranges")
+        calibrated = calibrate(
+            self.single,
+            self._feeds(itertools.chain(first, training)),
+            progress=lambda done: tell(f"ranges of {done} mixtures"),
+        )
+        ranking = list(self._feeds(first[:_RANKING]))
+        many = len(calibrated.layers)
+        ranked = rank_layers(calibrated, ranking, progress=lambda done: tell(f"layer {done + 1} of {many} alone"))
+        on, batches = ("calibration", first) if self.validation is None else ("validation", self.validation)
+        expected = references(self.separator, batches, self.plan)
+
+        def save(layers: tuple[str, ...]) -> None:
+            onnx.save(to_half(quantise(calibrated, layers), body, ("Gemm", "MatMul")), str(path))
+
+        @functools.cache
+        def drift(layers: tuple[str, ...]) -> Gate:
+            tell(f"{len(layers)} of {many} layers")
+            save(layers)
+            return measure_gate(path, self.separator, self.plan, expected, on=on)
+
+        names = [name for name, _ in ranked]
+        layers: tuple[str, ...] = ()
+        for share in _SHARES:
+            limit = share * self.plan.gate_db
+            layers = layers or select_layers(names, lambda chosen, limit=limit: drift(chosen).within(limit))
+        if not layers and self.plan.allow_drift:
+            layers = tuple(names)
+        if not layers:
+            drift(tuple(names[:1])).require(f"{path.name} with one convolution in INT8")
+        chosen = drift(layers)
+        save(layers)
+        return {
+            "layers": len(layers),
+            "of": many,
+            "on": on,
+            "mixtures": chosen.mixtures,
+            "max_drift_db": chosen.told_drift_db,
+        }
+
+    def _feeds(self, batches: Iterable[Batch]) -> Any:
+        """Batches as inputs of the graph, one mixture and the graph's number of sources at a time."""
+        front_end = self.separator.spec.front_end
+        for number, batch in enumerate(batches):
+            visual = encoded(self.separator, batch, self.plan, number)
+            rows = np.resize(np.arange(batch.class_ids.shape[0]), self.plan.batch)
+            columns = np.resize(np.arange(batch.class_ids.shape[1]), self.plan.sources)
+            mixture = batch.mixture.numpy()[rows]
+            feed: dict[str, Array] = {}
+            for spec in self.inputs:
+                if spec.name == "mixture":
+                    feed[spec.name] = mixture
+                elif spec.name == "spectrum":
+                    feed[spec.name] = stft(mixture, n_fft=front_end.n_fft, hop=front_end.hop, padding=front_end.padding)
+                elif spec.name == "motion_mask":
+                    given = visual.motion_mask
+                    whole = np.ones(spec.shape, bool)
+                    feed[spec.name] = whole if given is None else given.numpy()[rows][:, columns]
+                else:
+                    value = {
+                        "object_features": visual.object,
+                        "motion_features": visual.motion,
+                        "class_ids": batch.class_ids,
+                    }[spec.name]
+                    assert value is not None
+                    feed[spec.name] = value.numpy()[rows][:, columns]
+            yield feed
+
+
+def _measured(
+    path: Path, golden: Mapping[str, Array], reference: Array, limit: float | None, whose: str
+) -> tuple[Parity, float]:
+    """Parity with the reference, and the tolerance for others to hold: ``limit``, or, without one, what was measured
+    with some room.
+
+    Raises :class:`ExportError` where the graph differs by more than the limit; ``whose`` limit it is, in words.
+    """
+    estimate, provider, seconds = run_onnx(path, golden)
+    parity = Parity(*compare(estimate, reference), provider=provider, seconds=seconds)
+    if limit is None:
+        return parity, max(TOLERANCE, _TOLERANCE_FACTOR * parity.max_error)
+    if not parity.max_error <= limit:
+        raise ExportError(
+            f"{path.name} differs from PyTorch by {parity.max_error:.2e} ({parity.error_db:.0f} dB), more than the "
+            f"tolerance {limit:.0e} ({whose})"
+        )
+    return parity, limit
+
+
+def _write_encoder(separator: Separator, role: str, plan: ExportPlan, folder: Path, batch: Batch | None) -> GraphFile:
+    """The graph of one visual encoder, in fp32. Its features may differ by a thousandth of the largest of them."""
+    given, output = encoder_specs(separator, role, plan, batch)
+    golden = golden_inputs([given], 1, 1, plan.seed)
+    traced = replace(given, shape=(2 if given.open_axes else 1, *given.shape[1:]))
+    example = torch.from_numpy(golden_inputs([traced], 1, 1, plan.seed)["frames"])
+    module = EncoderGraph(separator, role).eval()
+    module.prepare(example)
+    encoder = separator.object_encoder if role == "object" else separator.motion_encoder
+    assert encoder is not None
+    with torch.inference_mode():
+        reference = encoder(torch.from_numpy(golden["frames"])).numpy()
+    path = folder / f"{role}_encoder.onnx"
+    open_axes = {given.name: given.open_axes}
+    operators = write_onnx(module, {given.name: example}, output.name, path, plan.opset, open_axes=open_axes)
+    limit = TOLERANCE * max(float(np.abs(reference).max()), _LEAST_FEATURE)
+    parity, tolerance = _measured(path, golden, reference, limit, "a thousandth of its largest feature")
+    return GraphFile(
+        file=path.name,
+        kind=f"{role}_encoder",
+        precision="fp32",
+        inputs=(given,),
+        output=output,
+        profiles=profiles((given,), plan),
+        opset=plan.opset,
+        operators=operators,
+        golden={given.name: golden["frames"], output.name: reference},
+        parity=parity,
+        tolerance=tolerance,
+        gate=None,
+    )

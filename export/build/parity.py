@@ -1,0 +1,81 @@
+"""Does the exported graph give what PyTorch gives? Measured in ONNX Runtime; no torch is needed here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avsep.errors import ExportError
+from avsep.export.runtime.sessions import start_onnx
+
+__all__ = ["Parity", "compare", "open_session", "run_onnx"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a graph's output is from the reference's.
+
+    ``max_error`` the largest absolute difference in a sample; ``error_db`` the energy of the difference relative to
+    the reference's, in dB; ``provider`` the execution provider that really ran; ``seconds`` of one run.
+    """
+
+    max_error: float
+    error_db: float
+    provider: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(estimate: Array, reference: Array) -> tuple[float, float]:
+    """Largest absolute difference, and the error's energy relative to the reference's in dB.
+
+    Raises:
+        ExportError: shapes differ, or a value is not finite.
+    """
+    if estimate.shape != reference.shape:
+        raise ExportError(f"the graph gives the shape {list(estimate.shape)}, PyTorch {list(reference.shape)}")
+    for name, array in (("the graph", estimate), ("PyTorch", reference)):
+        if not np.isfinite(array).all():
+            raise ExportError(f"{name} gives NaN or infinite samples")
+    difference = estimate.astype(np.float64) - reference.astype(np.float64)
+    power = float(np.sum(np.square(reference, dtype=np.float64)))
+    error = float(np.sum(difference**2))
+    floor = 1e-30
+    error_db = 10 * float(np.log10((error + floor * power + 1e-300) / (power + 1e-300)))
+    return float(np.abs(difference).max(initial=0.0)), error_db
+
+
+def open_session(graph: Path | bytes, threads: int = 0) -> tuple[Any, str]:
+    """Load a graph, a file or its bytes, in ONNX Runtime on the CPU: the session and the provider that runs it.
+
+    Raises:
+        ExportError: onnxruntime is missing, or the graph cannot be loaded.
+    """
+    if isinstance(graph, bytes):
+        return start_onnx(graph, "the graph", threads=threads)
+    return start_onnx(str(graph), graph.name, threads=threads)
+
+
+def run_onnx(path: Path, inputs: Mapping[str, Array]) -> tuple[Array, str, float]:
+    """Run a graph of one output in ONNX Runtime. Returns the output, the provider that ran and the seconds.
+
+    Raises:
+        ExportError: as :func:`open_session`, or the graph does not take the inputs.
+    """
+    session, got = open_session(path)
+    try:
+        start = time.perf_counter()
+        (output,) = session.run(None, dict(inputs))
+        return np.asarray(output), got, time.perf_counter() - start
+    except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
+        raise ExportError(f"ONNX Runtime cannot run {Path(path).name}: {' '.join(str(error).split())[:300]}") from None

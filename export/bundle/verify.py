@@ -1,0 +1,174 @@
+"""Is a bundle what was exported, and does it compute here what it computed there? No torch is needed.
+
+On a device without the ``avsep`` command's packages: ``python -m avsep.export.bundle.verify BUNDLE [PROVIDER]``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from avsep.errors import AvsepError, ConfigError, ExportError
+from avsep.export.build.parity import compare
+from avsep.export.runtime.reader import Bundle, Graph, open_bundle
+from avsep.export.runtime.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
+
+__all__ = ["PROVIDERS", "GraphCheck", "Verification", "main", "verify_bundle"]
+
+# what may be asked for: a provider that runs, or is refused; never whichever is there
+PROVIDERS = (*ONNX_PROVIDERS, *ENGINES)
+_ONNX_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "uint8": "tensor(uint8)",
+    "bool": "tensor(bool)",
+}
+
+
+@dataclass(frozen=True)
+class GraphCheck:
+    """One graph on its golden inputs. ``max_error`` the largest absolute difference from the golden outputs;
+    ``error_db`` its energy relative to theirs; ``provider`` what really ran; ``seconds`` of one run, the first."""
+
+    file: str
+    kind: str
+    precision: str
+    provider: str
+    max_error: float
+    error_db: float
+    tolerance: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A bundle that holds, and what each of its graphs did."""
+
+    bundle: Bundle
+    graphs: tuple[GraphCheck, ...]
+
+    @property
+    def provider(self) -> str:
+        """The provider that really ran, of all graphs: only one is ever asked for."""
+        return self.graphs[0].provider
+
+
+def verify_bundle(
+    path: str | os.PathLike[str], provider: str | None = None, *, tolerance: float | None = None
+) -> Verification:
+    """Check a bundle's names, manifest and hashes, and run every graph on its golden inputs.
+
+    Args:
+        path: folder or tar.
+        provider: ``cpu`` (when None), ``cuda`` or ``onnxruntime-tensorrt`` of ONNX Runtime, ``tensorrt`` or
+            ``tensorrt-rtx`` for engines that were built here; it runs, or is refused.
+        tolerance: largest absolute difference; each graph's own when None.
+
+    Raises:
+        ExportError: a file is missing, changed, truncated or one too many; or a graph is not what the manifest says, or
+            computes something else. Names the file.
+        UnknownNameError: an unknown provider.
+    """
+    name = "cpu" if provider is None else provider
+    check_provider(name, PROVIDERS)
+    if tolerance is not None and not 0 < tolerance < float("inf"):
+        raise ConfigError(f"tolerance must be positive, got {tolerance}")
+    with open_bundle(path) as bundle:
+        checks = tuple(_check_graph(bundle, graph, name, tolerance) for graph in bundle.graphs)
+    return Verification(bundle, checks)
+
+
+def _check_graph(bundle: Bundle, graph: Graph, provider: str, tolerance: float | None) -> GraphCheck:
+    where = f"{bundle.path}: {graph.file}"
+    limit = graph.tolerance if tolerance is None else tolerance
+    inputs, golden = bundle.golden(graph)
+    engine: Engine
+    if provider in ONNX_PROVIDERS:
+        engine = session = OnnxSession(bundle, graph, provider)
+        _check_interface(session.session, graph, where)
+    else:
+        ((engine,), _) = open_session(bundle, [graph], provider)
+    ran = engine.provider
+    try:
+        start = time.perf_counter()
+        outputs = {name: np.array(array) for name, array in engine.run(inputs).items()}
+        seconds = time.perf_counter() - start
+    finally:
+        engine.close()
+    worst = (0.0, float("-inf"))
+    for name, reference in golden.items():
+        try:
+            worst = max(worst, compare(outputs[name], reference))
+        except ExportError as error:
+            raise ExportError(f"{where}, on {ran}: {error}") from None
+    max_error, error_db = worst
+    if not max_error <= limit:
+        raise ExportError(
+            f"{where} differs from its golden output by {max_error:.2e} ({error_db:.0f} dB), more than {limit:.0e}, "
+            f"on {ran}: {'export' if provider in ONNX_PROVIDERS else 'build'} it again"
+        )
+    return GraphCheck(graph.file, graph.kind, graph.precision, ran, max_error, error_db, limit, seconds)
+
+
+def _check_interface(session: Any, graph: Graph, where: str) -> None:
+    """Refuse a graph whose inputs and outputs are not those that the manifest tells of."""
+    for side, stated, found in (
+        ("takes", graph.inputs, session.get_inputs()),
+        ("gives", graph.outputs, session.get_outputs()),
+    ):
+        says = {
+            t.name: (_ONNX_TYPES[t.dtype], tuple(s if isinstance(s, int) else None for s in t.shape)) for t in stated
+        }
+        has = {t.name: (t.type, tuple(s if isinstance(s, int) else None for s in t.shape)) for t in found}
+        if says.keys() != has.keys():
+            raise ExportError(
+                f"{where} {side} {', '.join(has)}, the manifest says {', '.join(says)}: it is another graph, copy or "
+                "export the bundle again"
+            )
+        for name, (kind, shape) in has.items():
+            # an output's shape may stay open in a graph even where it is known
+            fits = len(shape) == len(says[name][1]) and all(
+                size == want or (side == "gives" and size is None)
+                for size, want in zip(shape, says[name][1], strict=True)
+            )
+            if kind != says[name][0] or not fits:
+                raise ExportError(
+                    f"{where} {side} {name} as {kind} {_dims(shape)}, the manifest says {says[name][0]} "
+                    f"{_dims(says[name][1])}: it is another graph, copy or export the bundle again"
+                )
+
+
+def _dims(shape: tuple[int | None, ...]) -> str:
+    return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line, with the standard library alone. Returns 0, or 2 with one line on the standard error."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not 1 <= len(given) <= 2 or given[0].startswith("-"):
+        print(f"usage: python -m avsep.export.bundle.verify BUNDLE [{'|'.join(PROVIDERS)}]", file=sys.stderr)
+        return 2
+    try:
+        result = verify_bundle(*given)
+    except (AvsepError, OSError) as error:
+        print(f"avsep: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    for check in result.graphs:
+        print(
+            f"{check.file}: {check.provider} differs by {check.max_error:.1e} ({check.error_db:.0f} dB), may by "
+            f"{check.tolerance:.1e}; {1e3 * check.seconds:.0f} ms"
+        )
+    print(f"all {len(result.bundle.files)} files match the manifest")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

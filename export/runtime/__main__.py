@@ -1,0 +1,5 @@
+import sys
+
+from avsep.export.runtime.separator import main
+
+sys.exit(main())

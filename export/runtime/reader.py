@@ -1,0 +1,536 @@
+"""Opening a bundle: a folder, or the same files in one tar. NumPy and the standard library alone.
+
+What is read is not trusted: names cannot lead out of the bundle, links are refused, the manifest is held against its
+schema, and bytes are handed out only where their SHA-256 is the manifest's. (Whoever can write a bundle can write a
+manifest to match: the hashes find damage and mix-ups; they are no signature.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+import weakref
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avsep.errors import ExportError
+from avsep.export.bundle.schema import SCHEMA_FILE, first_mistake
+
+__all__ = [
+    "BUILD_SCRIPT",
+    "FORMAT",
+    "MANIFEST",
+    "VERSION",
+    "Bundle",
+    "Graph",
+    "TensorInfo",
+    "is_built_here",
+    "open_bundle",
+]
+
+FORMAT = "avsep-bundle"
+VERSION = 2
+MANIFEST = "manifest.json"
+BUILD_SCRIPT = "build_engine.py"
+REQUIRED_FILES = (SCHEMA_FILE, "README.md", BUILD_SCRIPT, "LICENSE")
+
+# A manifest is some kilobytes and a bundle a handful of files; more is no bundle, and not worth the memory.
+_MOST_MANIFEST_BYTES = 8 << 20
+_MOST_FILES = 256
+_MOST_JSON_DEPTH = 64
+
+# What building an engine leaves in a bundle's folder on the device: not the bundle's, and not in its way.
+_BUILT_FOLDERS = ("engines", "__pycache__")
+_BUILT_SUFFIXES = (".plan", ".plan.json", ".engine", ".engine.json", ".timing", ".timing-cache", ".lock")
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of a graph; a dimension is a number, or ``"batch"`` or ``"sources"`` where it is dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def fits(self, array: Array) -> bool:
+        """Whether the array has this element type and shape."""
+        return (
+            array.dtype == np.dtype(self.dtype)
+            and array.ndim == len(self.shape)
+            and all(isinstance(want, str) or want == got for want, got in zip(self.shape, array.shape, strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph of a bundle, as its manifest describes it; ``entry`` is that part of the manifest."""
+
+    file: str
+    kind: str
+    precision: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    golden: str
+    tolerance: float
+    entry: Mapping[str, Any]
+
+    @property
+    def profiles(self) -> list[dict[str, dict[str, list[int]]]]:
+        """By profile and input name: the least, usual and largest shape."""
+        return list(self.entry["profiles"])
+
+
+@dataclass
+class Bundle:
+    """A bundle on disk whose manifest holds. ``path`` is its folder or its tar."""
+
+    path: Path
+    manifest: dict[str, Any]
+    graphs: tuple[Graph, ...]
+    _members: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)  # tar: name -> offset, size
+    _temporary: Path | None = field(default=None, repr=False)
+
+    @property
+    def is_tar(self) -> bool:
+        return self.path.is_file()
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.manifest["classes"])
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return int(self.manifest["sample_rate_hz"])
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file of the bundle, the manifest first."""
+        return (MANIFEST, *sorted(self.manifest["files"]))
+
+    @property
+    def megabytes(self) -> float:
+        """Size of all its files in MB (10^6 bytes)."""
+        return sum(self.size(name) for name in self.files) / 1e6
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self._members[name][1] if self.is_tar else (self.path / name).stat().st_size
+
+    def graph(self, kind: str = "separator", precision: str | None = None) -> Graph:
+        """The graph of a kind; without a precision the fp32 one, or the first where there is none.
+
+        Raises:
+            ExportError: the bundle has none such; says what it has.
+        """
+        found = [g for g in self.graphs if g.kind == kind and precision in (None, g.precision)]
+        if not found:
+            has = ", ".join(f"{g.kind} in {g.precision}" for g in self.graphs)
+            wanted = kind if precision is None else f"{kind} in {precision}"
+            raise ExportError(f"{self.path} holds no graph {wanted}: it has {has}")
+        return next((g for g in found if g.precision == "fp32"), found[0])
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            ExportError: it is not in the bundle, or not what the manifest says it is.
+        """
+        if name not in self.files:
+            raise ExportError(f"{self.path} has no file {_clean(name)}: it has {', '.join(self.files)}")
+        with _opened(self, name) as file:
+            data = file.read(self.size(name))
+        if name != MANIFEST and hashlib.sha256(data).hexdigest() != self.manifest["files"][name]:
+            raise ExportError(_differs(self.path, name))
+        return data
+
+    def check(self, name: str) -> None:
+        """Hash a file without keeping it; raises as :meth:`read` does."""
+        digest = hashlib.sha256()
+        with _opened(self, name) as file:
+            left = self.size(name)
+            while left and (block := file.read(min(1 << 20, left))):
+                digest.update(block)
+                left -= len(block)
+        if digest.hexdigest() != self.manifest["files"][name]:
+            raise ExportError(_differs(self.path, name))
+
+    def golden(self, graph: Graph) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Golden inputs and outputs of a graph, by name.
+
+        Raises:
+            ExportError: the file is damaged, or holds something else than the graph's inputs and outputs.
+        """
+        where = f"{self.path}: {graph.golden}"
+        arrays: dict[str, Array] = {}
+        try:
+            data = self.read(graph.golden)
+            _refuse_bomb(data, graph)
+            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+                for tensor in (*graph.inputs, *graph.outputs):
+                    if tensor.name not in archive.files:
+                        raise ExportError(f"{where} has no array '{tensor.name}': export it again")
+                    arrays[tensor.name] = archive[tensor.name]
+        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+            raise ExportError(f"{where} cannot be read ({_clean(str(error))}): export it again") from None
+        for tensor in (*graph.inputs, *graph.outputs):
+            array = arrays[tensor.name]
+            if not tensor.fits(array):
+                raise ExportError(
+                    f"{where}: array '{tensor.name}' is {array.dtype} {list(array.shape)}, the graph's is "
+                    f"{tensor.dtype} {list(tensor.shape)}: export it again"
+                )
+            if not np.isfinite(array).all():
+                raise ExportError(f"{where}: array '{tensor.name}' holds NaN or infinite values: export it again")
+        return {t.name: arrays[t.name] for t in graph.inputs}, {t.name: arrays[t.name] for t in graph.outputs}
+
+    def folder(self) -> Path:
+        """A folder with the bundle's files: its own, or for a tar a temporary one, which :meth:`close` removes."""
+        if not self.is_tar:
+            return self.path
+        if self._temporary is None:
+            temporary = Path(tempfile.mkdtemp(prefix="avsep-bundle-"))
+            weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)  # also when nobody closes it
+            self.extract(temporary)
+            self._temporary = temporary
+        return self._temporary
+
+    def extract(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the bundle's files, checked, into a folder that is there. Returns it."""
+        target = Path(folder)
+        for name in self.files:
+            (target / name).write_bytes(self.read(name))
+        return target
+
+    def close(self) -> None:
+        """Remove the temporary files of a tar, if any."""
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def is_built_here(name: str) -> bool:
+    """Whether a name in a bundle's folder is of something that was built from it on this device."""
+    return name in _BUILT_FOLDERS or name.endswith(_BUILT_SUFFIXES)
+
+
+def open_bundle(path: str | os.PathLike[str], *, hashes: bool = True) -> Bundle:
+    """Open a bundle and check it: names, manifest and (unless ``hashes`` is False) the SHA-256 of every file.
+
+    Without ``hashes`` each file is still checked when it is read (:meth:`Bundle.read`).
+
+    Raises:
+        ExportError: one line with the file's name: it is no bundle, of another version, or a file is missing, changed,
+            truncated, a link, or one too many.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise ExportError(f"no such bundle: {_clean(str(place))}")
+    if not place.is_dir() and not place.is_file():
+        raise ExportError(f"{place} is neither a folder nor a file: give a bundle")
+    members: dict[str, tuple[int, int]] = {}
+    if place.is_dir():
+        names = _names_in_folder(place)
+    else:
+        members = _members_of_tar(place)
+        names = set(members)
+    if MANIFEST not in names:
+        hint = _hint_for(place)
+        raise ExportError(f"{place} is not a bundle: it has no {MANIFEST}{hint}")
+    bundle = Bundle(place, {}, (), members)
+    if bundle.size(MANIFEST) > _MOST_MANIFEST_BYTES:
+        raise ExportError(f"{place}: {MANIFEST} is too long for a manifest: copy the bundle again")
+    with _opened(bundle, MANIFEST) as file:
+        manifest = _parse(file.read(bundle.size(MANIFEST)), f"{place}: {MANIFEST}")
+    _check_manifest(manifest, f"{place}: {MANIFEST}")
+    stated = set(manifest["files"])
+    if missing := sorted(stated - names):
+        raise ExportError(f"{place} lacks the file {missing[0]}: copy the bundle again")
+    extra = sorted(n for n in names - stated - {MANIFEST} if not (place.is_dir() and is_built_here(n)))
+    if extra:
+        raise ExportError(f"{place} has a file {_clean(extra[0])} that is not of the bundle: remove it")
+    bundle.manifest = manifest
+    bundle.graphs = tuple(_graph(entry) for entry in manifest["graphs"])
+    if hashes:
+        for name in sorted(stated):
+            bundle.check(name)
+    return bundle
+
+
+def _hint_for(place: Path) -> str:
+    if place.is_dir():
+        inner = sorted(p.name for p in place.iterdir() if (p / MANIFEST).is_file() or p.suffix == ".tar")
+        if inner:
+            return f"; it holds {', '.join(_clean(n) for n in inner[:4])}: name one of them"
+        if (place / "run.yaml").is_file():
+            return "; it is a run: export it first (avsep export RUN --out BUNDLE)"
+    return ""
+
+
+def _clean(text: str) -> str:
+    """One line of printable characters, not too long: names from an archive can hold anything."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+def _differs(path: Path, name: str) -> str:
+    return f"{path}: {name} is not the file that was exported (its SHA-256 differs): copy the bundle again"
+
+
+def _names_in_folder(folder: Path) -> set[str]:
+    names: set[str] = set()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if len(names) > _MOST_FILES:
+                raise ExportError(f"{folder} holds more than {_MOST_FILES} files: it is not a bundle")
+            if entry.is_symlink():
+                raise ExportError(
+                    f"{folder}: {_clean(entry.name)} is a link: a bundle holds plain files, copy it again"
+                )
+            if entry.is_dir(follow_symlinks=False):
+                if entry.name in _BUILT_FOLDERS:
+                    continue
+                if not (folder / MANIFEST).exists():
+                    continue  # no bundle at all; said by the caller
+                raise ExportError(
+                    f"{folder}: {_clean(entry.name)} is a folder, which a bundle does not have: remove it"
+                )
+            if not stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+                raise ExportError(f"{folder}: {_clean(entry.name)} is not a plain file: copy the bundle again")
+            names.add(entry.name)
+    return names
+
+
+def _members_of_tar(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each file of an uncompressed tar lies, as (offset, bytes). Nothing is unpacked."""
+    members: dict[str, tuple[int, int]] = {}
+    total = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                name = _clean(member.name)
+                if member.isdir() and member.name.strip("./") == "":
+                    continue  # `tar -cf bundle.tar -C bundle .` puts the folder itself in
+                if len(members) >= _MOST_FILES:
+                    raise ExportError(f"{path} holds more than {_MOST_FILES} files: it is not a bundle")
+                if not member.isreg() or member.issparse():
+                    kind = "a link" if member.issym() or member.islnk() else "not a plain file"
+                    raise ExportError(f"{path}: {name} is {kind}: a bundle holds plain files, copy it again")
+                plain = member.name.removeprefix("./")
+                if not _plain_name(plain):
+                    out = "leads out of" if ".." in plain.split("/") or plain.startswith(("/", "\\")) else "is none of"
+                    raise ExportError(f"{path}: the name {name} {out} a bundle: tar its files alone, without a folder")
+                if plain in members:
+                    raise ExportError(f"{path} holds the file {name} twice: it is not one that avsep made")
+                if member.offset_data + member.size > total:
+                    raise ExportError(f"{path} is truncated within {name}: copy it again")
+                members[plain] = (member.offset_data, member.size)
+    except tarfile.TarError as error:
+        with open(path, "rb") as file:
+            start = file.read(6)
+        if (
+            start[:2] == b"\x1f\x8b"
+            or start[:3] == b"BZh"
+            or start == b"\xfd7zXZ\x00"
+            or start[:4] == b"\x28\xb5\x2f\xfd"
+        ):
+            raise ExportError(f"{path} is compressed: uncompress it to a plain .tar first") from None
+        raise ExportError(f"{path} is neither a bundle's folder nor a readable tar ({_clean(str(error))})") from None
+    return members
+
+
+def _plain_name(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) is not None
+
+
+@contextlib.contextmanager
+def _opened(bundle: Bundle, name: str) -> Iterator[BinaryIO]:
+    """A file of the bundle, positioned at its first byte; read no more than its size."""
+    if bundle.is_tar:
+        with open(bundle.path, "rb") as whole:
+            whole.seek(bundle._members[name][0])
+            yield whole
+        return
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(bundle.path / name, flags)
+    except OSError as error:
+        raise ExportError(f"{bundle.path}: {name} cannot be opened ({error.strerror}): copy the bundle again") from None
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
+
+
+def _parse(data: bytes, where: str) -> Any:
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text} is too large a number")
+        return value
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            raise ValueError("a key stands twice")
+        return result
+
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_float=number, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ExportError(f"{where} is not valid JSON ({_clean(str(error))}): copy the bundle again") from None
+    if _depth(value) > _MOST_JSON_DEPTH:
+        raise ExportError(f"{where} is nested too deeply for a manifest: copy the bundle again")
+    return value
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, (dict, list))
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+    return depth
+
+
+def _check_manifest(manifest: Any, where: str) -> None:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ExportError(f"{where} is not of an avsep bundle (it has no format '{FORMAT}')")
+    if manifest.get("version") != VERSION:
+        found = manifest.get("version")
+        way_out = "export it again" if found == 1 else "update avsep, or export it again"
+        raise ExportError(f"{where} is of bundle version {_clean(str(found))}, this avsep reads {VERSION}: {way_out}")
+    mistake = first_mistake(manifest) or next(_inconsistencies(manifest), None)
+    if mistake:
+        raise ExportError(f"{where} is damaged: {_clean(mistake)}; copy the bundle again or export it again")
+
+
+def _inconsistencies(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What a schema cannot say."""
+    files = manifest["files"]
+    for name in files:
+        if not _plain_name(name) or name == MANIFEST:
+            yield f"{json.dumps(name)} is not the name of a file of a bundle"
+    graphs = manifest["graphs"]
+    for name in (*REQUIRED_FILES, *(g["file"] for g in graphs), *(g["golden"] for g in graphs)):
+        if name not in files:
+            yield f"it has no hash of a file {name}"
+    kinds = [(g["kind"], g["precision"]) for g in graphs]
+    for kind, precision in kinds:
+        if kinds.count((kind, precision)) > 1:
+            yield f"there are two graphs {kind} in {precision}"
+    if len({g["file"] for g in graphs}) < len(graphs):
+        yield "two graphs are one file"
+    if not any(kind in ("separator", "spectral") for kind, _ in kinds):
+        yield "there is no graph that separates"
+    if manifest["chunking"]["clip_samples"] != manifest["transform"]["clip_samples"]:
+        yield "chunking.clip_samples is not transform.clip_samples"
+    if 4 * manifest["chunking"]["context_samples"] > manifest["chunking"]["clip_samples"]:
+        yield "chunking.context_samples is more than a quarter of chunking.clip_samples"
+    if manifest["chunking"]["crossfade_samples"] > manifest["chunking"]["context_samples"]:
+        yield "chunking.crossfade_samples is more than chunking.context_samples"
+    roles = [source["role"] for source in manifest["visual"]]
+    if len(set(roles)) < len(roles):
+        yield "two visual sources have one role"
+    by_file = {g["file"]: g for g in graphs}
+    for source in manifest["visual"]:
+        if source["graph"] is not None and by_file.get(source["graph"], {}).get("kind") != f"{source['role']}_encoder":
+            yield f"the {source['role']} source names a graph {json.dumps(source['graph'])} that encodes nothing of it"
+    for graph in graphs:
+        yield from _graph_inconsistencies(graph, roles)
+
+
+def _graph_inconsistencies(graph: Mapping[str, Any], roles: list[str]) -> Iterator[str]:
+    inputs = {tensor["name"]: tensor["shape"] for tensor in graph["inputs"]}
+    names = [tensor["name"] for tensor in (*graph["inputs"], *graph["outputs"])]
+    if len(set(names)) < len(names):
+        yield f"two tensors of {graph['file']} have one name"
+    if graph["kind"] in ("separator", "spectral"):
+        first = "mixture" if graph["kind"] == "separator" else "spectrum"
+        expected = {first, "class_ids", *(f"{role}_features" for role in roles)}
+        optional = {"motion_mask"} if "motion" in roles else set()  # which steps are valid, where it was planned
+        if set(inputs) - optional != expected:
+            yield f"{graph['file']} takes {', '.join(inputs)} instead of {', '.join(sorted(expected))}"
+    for profile in graph["profiles"]:
+        for name, bounds in profile.items():
+            if name not in inputs:
+                yield f"a profile of {graph['file']} names an input {json.dumps(name)} that it does not have"
+                continue
+            shape = inputs[name]
+            if any(len(bounds[b]) != len(shape) for b in ("min", "opt", "max")):
+                yield f"a profile of {graph['file']} gives {name} another number of dimensions"
+            elif any(
+                not low <= usual <= high
+                for low, usual, high in zip(bounds["min"], bounds["opt"], bounds["max"], strict=True)
+            ):
+                yield f"a profile of {graph['file']} has min, opt and max of {name} out of order"
+            elif any(
+                isinstance(size, int) and not size == low == high
+                for size, low, high in zip(shape, bounds["min"], bounds["max"], strict=True)
+            ):
+                yield f"a profile of {graph['file']} gives {name} shapes that the graph does not take"
+
+
+def _graph(entry: Mapping[str, Any]) -> Graph:
+    return Graph(
+        file=entry["file"],
+        kind=entry["kind"],
+        precision=entry["precision"],
+        inputs=tuple(TensorInfo(t["name"], t["dtype"], tuple(t["shape"])) for t in entry["inputs"]),
+        outputs=tuple(TensorInfo(t["name"], t["dtype"], tuple(t["shape"])) for t in entry["outputs"]),
+        golden=entry["golden"],
+        tolerance=float(entry["tolerance"]),
+        entry=entry,
+    )
+
+
+# What a dynamic dimension of golden arrays may be at most, where no profile says what it is.
+_MOST_DYNAMIC = 64
+
+
+def _refuse_bomb(data: bytes, graph: Graph) -> None:
+    """Raise where the archive would unpack to more than the graph's arrays can take."""
+    open_sizes: dict[str, int] = {}
+    for profile in graph.profiles:
+        for tensor in graph.inputs:
+            for name, size in zip(tensor.shape, profile.get(tensor.name, {}).get("opt", ()), strict=False):
+                if isinstance(name, str):
+                    open_sizes[name] = size
+    most = 0
+    for tensor in (*graph.inputs, *graph.outputs):
+        sizes = [open_sizes.get(size, _MOST_DYNAMIC) if isinstance(size, str) else size for size in tensor.shape]
+        most += math.prod(sizes) * 8 + 4096  # 8: a wrong element type is to be told as such
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if sum(info.file_size for info in archive.infolist()) > most:
+            raise ValueError("it unpacks to more than the graph takes and gives")

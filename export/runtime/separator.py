@@ -1,0 +1,717 @@
+"""Separating with an exported bundle on the device: NumPy and one of onnxruntime, tensorrt or tensorrt_rtx, no torch.
+
+    from avsep.export.runtime.separator import Separator
+
+    separator = Separator.load("bundle", provider="cpu")
+    sources = separator.separate(mixture, {"flute": {"object": ..., "motion": ...}, ...}, ["flute", "piano"])
+
+    stream = separator.stream(["flute", "piano"], features)
+    for block in blocks:
+        play(stream.push(block))
+    play(stream.flush())
+
+On the command line: ``python -m avsep.export.runtime BUNDLE IN.wav --classes flute,piano --features F.npz --out DIR``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avsep.errors import AudioError, AvsepError, ConfigError, DataError, NumericalError
+from avsep.export.runtime.reader import Bundle, Graph, open_bundle
+from avsep.export.runtime.sessions import Engine, open_session
+from avsep.export.runtime.transforms import istft, stft
+from avsep.export.targets.engine import engines_folder
+from avsep.inference.chunking import LongStream, context_in_samples, default_crossfade, separate_long
+from avsep.inference.recordings import slots_of
+from avsep.media.timeline import VisualTimeline
+from avsep.types import VisualSource
+
+__all__ = ["Separator", "Stream", "main"]
+
+Array = NDArray[Any]
+Audio = NDArray[np.float32]
+# Called with the middle of a chunk and its length, in seconds of the recording; gives what is seen there.
+Sight = Callable[[float, float], Any]
+Features = Mapping[str, "VisualTimeline | Mapping[str, Any]"]
+
+# Decoders whose masks of one source do not depend on what else is asked for: any number of sources may be separated in
+# groups of as many as the graph takes.
+_INDEPENDENT_DECODERS = ("channel_synthesizer", "conditioned_unet", "query_transformer")
+# Samples beyond this are no audio in +-1, but integers that somebody made floats of.
+_LARGEST_SAMPLE = 100.0
+_MOST_ENCODED = 256  # results of visual encoders that are remembered
+
+
+class Separator:
+    """A bundle's separator. Made by :meth:`load`.
+
+    Buffers are kept between calls and used again: threads and streams may share a separator, and wait for each other
+    chunk by chunk.
+
+    Attributes:
+        provider: what really runs, as its own library names it.
+        passed_over: for each way that ``provider="auto"`` passed over, the reason in a line.
+        unused_engines: those of them for which an engine was built.
+        context_samples: of each side of a chunk that are thrown away.
+        classes: names of the classes it can separate.
+        sample_rate_hz: of the audio it takes and gives.
+        clip_samples: of a chunk.
+        precision: of the graph.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        graph: Graph,
+        engine: Engine,
+        encoders: Mapping[str, tuple[Graph, Engine]],
+        chunking: Mapping[str, int] | None = None,
+    ) -> None:
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.graph = graph
+        self.passed_over: tuple[str, ...] = ()
+        self.unused_engines: tuple[str, ...] = ()
+        self.classes = bundle.classes or tuple(str(k) for k in range(int(manifest["separator"].get("num_classes", 0))))
+        self.sample_rate_hz = bundle.sample_rate_hz
+        self.precision = graph.precision
+        self._chunking = dict(manifest["chunking"] if chunking is None else chunking)
+        self.clip_samples = self._chunking["clip_samples"]
+        self._transform = manifest["transform"]
+        self._decoder = str((manifest["separator"].get("mask_decoder") or {}).get("name", ""))
+        self._sources = tuple(
+            VisualSource(role=v["role"], kind=v["kind"], name=v["name"], dim=v["dim"], frames=v["frames"])
+            for v in manifest["visual"]
+        )
+        self._engine = engine
+        self._encoders = dict(encoders)
+        shapes = {tensor.name: tensor.shape for tensor in graph.inputs}
+        self._shapes = shapes
+        batch, sources = shapes["class_ids"]
+        largest = [profile["class_ids"]["max"] for profile in graph.profiles if "class_ids" in profile]
+        usual = [profile["class_ids"]["opt"] for profile in graph.profiles if "class_ids" in profile]
+        self._fixed_batch = batch if isinstance(batch, int) else None
+        self._fixed_sources = sources if isinstance(sources, int) else None
+        # an engine takes no more than its profile; ONNX Runtime takes anything, and keeps to it too
+        self._most_batch = largest[0][0] if largest else None
+        self._most_sources = largest[0][1] if largest else None
+        self._usual_batch = self._fixed_batch or (usual[0][0] if usual else 1)
+        self._usual_sources = self._fixed_sources or (usual[0][1] if usual else 1)
+        self._encoded: OrderedDict[tuple[str, bytes], Array] = OrderedDict()
+        self._lock = threading.Lock()  # engines give out buffers that their next call overwrites
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | os.PathLike[str] | Bundle,
+        provider: str = "auto",
+        precision: str | None = None,
+        threads: int = 0,
+        *,
+        context_s: float | None = None,
+        engines: str | os.PathLike[str] | None = None,
+    ) -> Separator:
+        """Open a bundle and make its graphs ready.
+
+        Args:
+            bundle: a folder or tar of ``avsep export``.
+            provider: ``cpu``, ``cuda`` or ``onnxruntime-tensorrt`` (ONNX Runtime's), ``tensorrt`` or ``tensorrt-rtx``
+                (an engine); it runs or is refused. ``auto``: an engine that was built here, CUDA or the CPU, whichever
+                runs first.
+            precision: of the graph, ``fp32``, ``fp16`` or ``int8``; None takes fp32 where the bundle has it.
+            threads: of ONNX Runtime; 0 leaves the number to it.
+            context_s: seconds of each side of a chunk that are thrown away, at most a quarter of the chunk: more gives
+                finer seams for more computing. None: what the bundle says, an eighth of the chunk.
+            engines: folder of the engines, where they were built with ``--out``; None: ``engines`` in the bundle's.
+
+        Raises:
+            ExportError: the bundle is damaged, or does not run in this way here.
+            UnknownNameError: an unknown provider.
+            ConfigError: threads or context out of range.
+        """
+        if threads < 0:
+            raise ConfigError(f"threads must not be negative, got {threads}")
+        opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, hashes=False)  # checked when read
+        chunking = _chunking(opened, context_s)
+        kinds = [kind for kind in ("separator", "spectral") if any(g.kind == kind for g in opened.graphs)]
+        graph = opened.graph(kinds[0], precision)
+        encoders = {}
+        for source in opened.manifest["visual"]:
+            if source["graph"] is not None:
+                encoders[source["role"]] = next(g for g in opened.graphs if g.file == source["graph"])
+        running, passed_over = open_session(opened, [graph, *encoders.values()], provider, threads, engines)
+        made = cls(
+            opened,
+            graph,
+            running[0],
+            {role: (g, e) for (role, g), e in zip(encoders.items(), running[1:], strict=True)},
+            chunking,
+        )
+        made.passed_over = passed_over
+        plans = [plan.name for plan in Path(engines or engines_folder(opened)).glob("*.plan")]
+        made.unused_engines = tuple(
+            line for line in passed_over if any(f".{line.partition(':')[0]}-sm" in name for name in plans)
+        )
+        return made
+
+    @property
+    def provider(self) -> str:
+        return self._engine.provider
+
+    @property
+    def latency_samples(self) -> int:
+        """The most samples between a sample's arrival in a stream and its coming out, without the computing."""
+        return self.clip_samples
+
+    @property
+    def context_samples(self) -> int:
+        return self._chunking["context_samples"]
+
+    @property
+    def visual_sources(self) -> tuple[VisualSource, ...]:
+        """What it wants to see of each class."""
+        return self._sources
+
+    @property
+    def picture_sizes(self) -> dict[str, tuple[int, int]]:
+        """Height and width in pixels of the pictures that the bundle's encoders take, by role."""
+        shapes = {role: graph.inputs[0].shape for role, (graph, _) in self._encoders.items()}
+        return {role: (int(shape[-2]), int(shape[-1])) for role, shape in shapes.items()}
+
+    def separate(
+        self,
+        mixture: Array,
+        features: Features | None = None,
+        classes: Sequence[str] = (),
+        rate_hz: int | None = None,
+        *,
+        batch: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Audio:
+        """Separate a mono mixture [L] of any length into [N, L] float32, a row for each of ``classes``, in their order.
+
+        Args:
+            mixture: float in +-1, or int16 or int32 at full scale.
+            features: for each class what is seen of it, on the recording's time axis: by role (``object``,
+                ``motion``) an array, or a function called with the middle of a chunk and its length in seconds; or a
+                :class:`~avsep.media.timeline.VisualTimeline`. Arrays: object features [D], or [n, D], one row a
+                second (``object_rate_hz`` beside them says otherwise); motion features [D, T], one sequence for the
+                whole recording; or pictures, uint8 [n, C, H, W], where the bundle has the encoder's graph (8 a second
+                for motion, or ``motion_rate_hz``). A function gives what the chunk sees: features [D], rows [K, D] or
+                [D, T], or pictures.
+            classes: names, each once.
+            rate_hz: the mixture's, to be held against the separator's.
+            batch: most chunks a call, for a graph whose batch is open.
+            progress: called with (chunks done, chunks in all).
+
+        Raises:
+            AudioError: the mixture is empty, not mono, of another rate, or holds NaN.
+            DataError: a class without features, or with those that the separator does not take.
+            ConfigError, UnknownNameError: no classes, unknown ones, or one twice.
+            NumericalError: the graph answers NaN.
+        """
+        ids = slots_of(self.classes, classes)
+        self._check_count(len(ids))
+        self._check_rate(rate_hz)
+        audio = _mono(mixture)
+        if audio.shape[0] == 0:
+            raise AudioError("the mixture is empty: there is nothing to separate")
+        views = self._views(features, classes)
+
+        def run(chunks: Audio, starts: Sequence[int]) -> Audio:
+            return self._run(chunks, starts, ids, views, audio.shape[0])
+
+        return separate_long(run, audio, batch=self._batch(batch), progress=progress, **self._chunking)
+
+    def stream(self, classes: Sequence[str], features: Features | None = None, rate_hz: int | None = None) -> Stream:
+        """Separate audio as it arrives, into the samples that :meth:`separate` gives of the whole.
+
+        Arguments and errors as there. What is seen may be a function of time, asked for each chunk when its last sample
+        has arrived; time zero is the stream's first sample.
+        """
+        ids = slots_of(self.classes, classes)
+        self._check_count(len(ids))
+        self._check_rate(rate_hz)
+        return Stream(self, ids, self._views(features, classes))
+
+    def check(self, features: Features | None, classes: Sequence[str]) -> None:
+        """Raise what :meth:`separate` would raise of these features and classes."""
+        self._check_count(len(slots_of(self.classes, classes)))
+        self._views(features, classes)
+
+    def warm_up(self, calls: int = 2) -> None:
+        """Run all graphs on zeros, so that the first chunk is as fast as the others."""
+        for _ in range(calls):
+            inputs = {}
+            for tensor in self.graph.inputs:
+                sizes = {"batch": self._usual_batch, "sources": self._usual_sources}
+                shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+                inputs[tensor.name] = np.zeros(shape, dtype=tensor.dtype)
+            with self._lock:
+                self._engine.run(inputs)
+                for graph, engine in self._encoders.values():
+                    engine.run({t.name: np.zeros(_sizes(t.shape), dtype=t.dtype) for t in graph.inputs})
+
+    def close(self) -> None:
+        """Give back the device's memory, and remove the temporary files of a bundle in a tar, if any."""
+        with self._lock:
+            for engine in (self._engine, *(engine for _, engine in self._encoders.values())):
+                engine.close()
+        self.bundle.close()
+
+    def __enter__(self) -> Separator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- audio --------------------------------------------------------------------------------------------------------
+
+    def _check_rate(self, rate_hz: int | None) -> None:
+        if rate_hz is not None and rate_hz != self.sample_rate_hz:
+            raise AudioError(
+                f"the audio has {rate_hz} Hz, and this separator takes {self.sample_rate_hz} Hz: resample it first "
+                f"(ffmpeg -i IN -ar {self.sample_rate_hz} -ac 1 OUT.wav), or use avsep separate --bundle, which does"
+            )
+
+    def _check_count(self, count: int) -> None:
+        fixed = self._fixed_sources
+        if self._decoder in _INDEPENDENT_DECODERS or (fixed is None and count <= (self._most_sources or count)):
+            return
+        if count != fixed:
+            takes = f"{fixed}" if fixed else f"at most {self._most_sources}"
+            raise ConfigError(
+                f"{count} classes are asked for, and this bundle's graph takes {takes} (the sources of its mask "
+                f"decoder '{self._decoder}' depend on each other): export it with --sources {count}"
+            )
+
+    def _batch(self, batch: int | None) -> int:
+        if batch is not None and batch < 1:
+            raise ConfigError(f"batch must be at least 1, got {batch}")
+        if self._fixed_batch is not None and batch not in (None, self._fixed_batch):
+            raise ConfigError(
+                f"this bundle's graph takes {self._fixed_batch} chunks a call, not {batch}: leave batch out, or "
+                "export it with --dynamic"
+            )
+        if batch is None:
+            return self._usual_batch
+        return min(batch, self._most_batch or batch)
+
+    def _run(
+        self, chunks: Audio, starts: Sequence[int], ids: Sequence[int], views: Sequence[_View], total: int
+    ) -> Audio:
+        """[b, clip] from the samples ``starts`` on -> [b, N, clip]; ``total`` samples are there in all."""
+        rows = self._fixed_batch or len(starts)
+        filled = np.zeros((rows, self.clip_samples), dtype=np.float32)
+        filled[: len(starts)] = chunks
+        seen = [self._seen(view, starts, total) for view in views]  # N times {input name: [b, ...]}
+        shared = {"mixture": filled} if self.graph.kind == "separator" else {"spectrum": self._analysed(filled)}
+        result = np.empty((len(starts), len(ids), self.clip_samples), dtype=np.float32)
+        step = self._fixed_sources or min(len(ids), self._most_sources or len(ids))
+        for first in range(0, len(ids), step):
+            group = list(range(first, min(first + step, len(ids))))
+            # A group that is not full is filled up with its last source, whose copies are dropped.
+            slots = group + [group[-1]] * ((self._fixed_sources or len(group)) - len(group))
+            inputs: dict[str, Array] = dict(shared)
+            inputs["class_ids"] = np.tile(np.asarray([ids[s] for s in slots], dtype=np.int64), (rows, 1))
+            for name in seen[0]:
+                stacked = np.stack([seen[s][name] for s in slots], axis=1)  # [b, N, ...]
+                inputs[name] = np.concatenate([stacked, np.repeat(stacked[-1:], rows - len(starts), axis=0)])
+            with self._lock:
+                (output,) = self._engine.run(inputs).values()
+                estimates = output if self.graph.kind == "separator" else self._synthesised(output)
+                result[:, group] = estimates[: len(starts), : len(group)]
+        if not np.isfinite(result).all():
+            raise NumericalError(
+                f"the graph answers NaN or infinite samples near {starts[0] / self.sample_rate_hz:.1f} s on "
+                f"{self.provider}: "
+                + ("check it with avsep export verify" if self.precision == "fp32" else "use the fp32 graph")
+            )
+        return result
+
+    def _analysed(self, mixture: Audio) -> Audio:
+        """[B, L] -> [B, 2, bins, T]"""
+        transform = self._transform
+        return stft(mixture, n_fft=transform["n_fft"], hop=transform["hop"], padding=transform["padding"])
+
+    def _synthesised(self, estimate: Array) -> Audio:
+        """[B, N, 2, bins, T] -> [B, N, L]"""
+        return np.clip(istft(estimate, hop=self._transform["hop"], length=self.clip_samples), -1, 1)
+
+    # --- what is seen -------------------------------------------------------------------------------------------------
+
+    def _views(self, features: Features | None, classes: Sequence[str]) -> list[_View]:
+        """What is seen of each class; arrays are read once here, so that mistakes show before anything is computed."""
+        views = []
+        for name in classes:
+            if not self._sources:
+                views.append(_View(name, {}, None))
+                continue
+            if features is None or name not in features:
+                has = ", ".join(sorted(features or {})) or "none"
+                raise DataError(f"there are no pictures or features of class '{name}': there are those of {has}")
+            given = features[name]
+            if isinstance(given, VisualTimeline):
+                view = _View(name, {}, given)
+            else:
+                view = _View(name, *self._split(name, given))
+            for source in self._sources:
+                if source.role not in view.sights:  # a function is not asked before its time
+                    middle_s, clip_s = self.clip_samples / 2 / self.sample_rate_hz, self._clip_s
+                    self._encode(source, view.read(source, middle_s, clip_s), name)
+            views.append(view)
+        return views
+
+    @property
+    def _clip_s(self) -> float:
+        return self.clip_samples / self.sample_rate_hz
+
+    def _split(self, name: str, given: Any) -> tuple[dict[str, Sight], VisualTimeline | None]:
+        """Functions by role, and the arrays as a timeline."""
+        if not isinstance(given, Mapping):
+            raise DataError(
+                f"the features of class '{name}' must be given by role, such as {{'object': array, 'motion': array}}"
+            )
+        known = {source.role for source in self._sources}
+        rates = {f"{role}_rate_hz" for role in ("object", "motion")}
+        for key in given:
+            if key not in known | rates | {"object", "motion"}:
+                raise DataError(f"class '{name}' has features '{key}': the roles are {' and '.join(sorted(known))}")
+        sights: dict[str, Sight] = {}
+        arrays: dict[str, Any] = {"features": {}, "where": f"class '{name}'"}
+        for rate in rates & given.keys():
+            if not 0 < float(given[rate]) < float("inf"):
+                raise DataError(f"class '{name}': {rate} must be positive, got {given[rate]}")
+            arrays[rate] = float(given[rate])
+        for source in self._sources:
+            if source.role not in given:
+                raise DataError(
+                    f"class '{name}' has no {source.role} features: this separator sees {' and '.join(sorted(known))}"
+                )
+            value = given[source.role]
+            if callable(value):
+                sights[source.role] = value
+                continue
+            array = np.asarray(value)
+            if array.ndim == 4:
+                _check_pictures(array, source.role, name)
+                arrays[source.role] = array
+                if source.kind != "frames":
+                    raise DataError(
+                        f"class '{name}': this separator takes {source.role} features, and was given pictures"
+                    )
+            elif source.role == "object" and source.kind == "features" and array.ndim == 2:
+                arrays["features"][source.name] = array  # cut and pooled as in training
+            elif source.role == "object" and array.ndim == 2:
+                sights["object"] = _rows(array, arrays.get("object_rate_hz", 1.0))
+                self._encode(source, array[0], name)
+            else:
+                self._encode(source, array, name)
+                sights[source.role] = _constant(array)
+        return sights, VisualTimeline(**arrays)
+
+    def _seen(self, view: _View, starts: Sequence[int], total: int) -> dict[str, Array]:
+        """The graph's inputs of one source in each chunk: [b, D], [b, D, T] and, where it is asked for, [b, T].
+
+        The object is looked up at the middle of what the chunk holds of the recording, motion over the whole chunk.
+        """
+        rows: dict[str, list[Array]] = {}
+        for start in starts:
+            for source in self._sources:
+                length = min(self.clip_samples, total - start) if source.role == "object" else self.clip_samples
+                middle_s = (start + length // 2) / self.sample_rate_hz
+                encoded = self._encode(source, view.read(source, middle_s, self._clip_s), view.name)
+                if source.role == "motion":
+                    steps = int(self._shapes["motion_features"][-1])
+                    if "motion_mask" in self._shapes:
+                        rows.setdefault("motion_mask", []).append(np.arange(steps) < encoded.shape[1])
+                    encoded = np.pad(encoded, ((0, 0), (0, steps - encoded.shape[1])))
+                rows.setdefault(f"{source.role}_features", []).append(encoded)
+        return {name: np.stack(parts) for name, parts in rows.items()}
+
+    def _encode(self, source: VisualSource, raw: Any, name: str) -> Array:
+        """What a chunk sees of a source, as the graph takes it: [D], or [D, T] with T at most the graph's.
+
+        Pictures go through the encoder's graph, once for the same pictures: as often as what is seen changes, whatever
+        the chunks are.
+        """
+        array = np.asarray(raw)
+        where = f"class '{name}': {source.role}"
+        if array.ndim == 4:
+            _check_pictures(array, source.role, name)
+            return self._pictures_encoded(source, array, where)
+        if array.dtype.kind not in "fiu" or array.size == 0:
+            raise DataError(f"{where} features must be numbers, got {array.dtype} {list(array.shape)}")
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise DataError(f"{where} features hold NaN or infinite values: extract them again")
+        wanted = self._shapes[f"{source.role}_features"]
+        width = int(wanted[2])
+        if source.role == "object":
+            if array.ndim == 2:
+                array = array.max(axis=0)  # of consecutive pictures, as the separator was trained
+            if array.shape != (width,):
+                raise DataError(
+                    f"{where} features are {array.shape[-1] if array.ndim == 1 else list(array.shape)} wide, and this "
+                    f"separator takes {width}: use the extractor that it was trained with"
+                )
+            return array
+        steps = int(wanted[3])
+        if array.ndim != 2 or array.shape[0] != width:
+            raise DataError(
+                f"{where} features have the shape {list(array.shape)}, and this separator takes [{width}, {steps}]: "
+                "use the extractor that it was trained with"
+            )
+        if array.shape[1] > steps or (array.shape[1] < steps and "motion_mask" not in self._shapes):
+            raise DataError(
+                f"{where} features have {array.shape[1]} steps, and this bundle's graph takes {steps}: export it with "
+                f"--motion-steps {array.shape[1]}"
+            )
+        return array
+
+    def _pictures_encoded(self, source: VisualSource, pictures: Array, where: str) -> Array:
+        if source.role not in self._encoders:
+            raise DataError(f"{where}: this bundle has no graph of a {source.role} encoder, so give features")
+        graph, engine = self._encoders[source.role]
+        (tensor,) = graph.inputs
+        shape = tensor.shape[1:]
+        if pictures.shape != shape:
+            raise DataError(
+                f"{where} pictures are {list(pictures.shape)}, and the bundle's {graph.file} takes {list(shape)} "
+                "(number, channels, height, width): bring them to that size, or export it for yours"
+            )
+        key = (source.role, hashlib.blake2b(pictures.tobytes(), digest_size=16).digest())
+        with self._lock:
+            found = self._encoded.pop(key, None)
+            if found is None:
+                first = tensor.shape[0] if isinstance(tensor.shape[0], int) else 1
+                block = np.broadcast_to(pictures.astype(tensor.dtype), (first, *pictures.shape))
+                (output,) = engine.run({tensor.name: block}).values()
+                found = np.array(output[0], dtype=np.float32)
+                if not np.isfinite(found).all():
+                    raise NumericalError(f"{graph.file} answers NaN or infinite features on {engine.provider}")
+            self._encoded[key] = found  # the last one used stands last
+            while len(self._encoded) > _MOST_ENCODED:
+                self._encoded.popitem(last=False)
+        return found
+
+
+class Stream:
+    """Audio in, separated audio out, block by block. Made by :meth:`Separator.stream`."""
+
+    def __init__(self, separator: Separator, ids: Sequence[int], views: Sequence[_View]) -> None:
+        self._separator = separator
+
+        def run(chunks: Audio, starts: Sequence[int]) -> Audio:
+            return separator._run(chunks, starts, ids, views, self._stream.received_samples)
+
+        self._stream = LongStream(run, len(ids), **separator._chunking)
+
+    @property
+    def provider(self) -> str:
+        return self._separator.provider
+
+    @property
+    def latency_samples(self) -> int:
+        """The most samples between a sample's arrival and its coming out, without the time of computing."""
+        return self._stream.latency_samples
+
+    def push(self, block: Array) -> Audio:
+        """Take the next samples [l], any number of them, and give those that are ready: [N, l'], l' >= 0.
+
+        A block that is no audio is refused and leaves the stream as it was; after any other error it cannot go on.
+        """
+        return self._stream.push(_mono(block))
+
+    def flush(self) -> Audio:
+        """The audio has ended: give the rest, [N, l']. The stream is used up then."""
+        return self._stream.flush()
+
+
+class _View:
+    """What is seen of one class: functions by role, and a timeline for the other roles."""
+
+    def __init__(self, name: str, sights: Mapping[str, Sight], timeline: VisualTimeline | None) -> None:
+        self.name = name
+        self.sights = sights
+        self._timeline = timeline
+
+    def read(self, source: VisualSource, middle_s: float, duration_s: float) -> Any:
+        if source.role in self.sights:
+            return self.sights[source.role](middle_s, duration_s)
+        assert self._timeline is not None
+        return self._timeline.read(source, centre_s=middle_s, duration_s=duration_s)
+
+
+def _chunking(bundle: Bundle, context_s: float | None) -> dict[str, int]:
+    """The bundle's chunking, with another context where one is asked for."""
+    stated: dict[str, int] = dict(bundle.manifest["chunking"])
+    if context_s is None:
+        return stated
+    clip = stated["clip_samples"]
+    context = context_in_samples(context_s, clip_samples=clip, sample_rate_hz=bundle.sample_rate_hz)
+    return {**stated, "context_samples": context, "crossfade_samples": default_crossfade(context)}
+
+
+def _constant(array: Array) -> Sight:
+    return lambda middle_s, duration_s: array
+
+
+def _rows(array: Array, rate_hz: float) -> Sight:
+    """Encoded already: the row of the moment, the last one beyond the end."""
+    return lambda middle_s, duration_s: array[min(max(int(middle_s * rate_hz + 1e-9), 0), len(array) - 1)]
+
+
+def _sizes(shape: Sequence[int | str]) -> list[int]:
+    return [1 if isinstance(size, str) else size for size in shape]
+
+
+def _check_pictures(array: Array, role: str, name: str) -> None:
+    if array.dtype != np.uint8 or array.size == 0:
+        raise DataError(
+            f"class '{name}': {role} pictures must be uint8 [number, channels, height, width], got {array.dtype} "
+            f"{list(array.shape)}"
+        )
+
+
+def _mono(samples: Array) -> Audio:
+    """[L] float32 in +-1.
+
+    Raises:
+        AudioError: what is given is no such thing; the message says what to do.
+    """
+    array = np.asarray(samples)
+    if array.ndim != 1:
+        raise AudioError(
+            f"the audio must be mono, [samples], got shape {list(array.shape)}: take the mean of its channels"
+        )
+    if array.dtype in (np.dtype(np.int16), np.dtype(np.int32)):
+        return (array / -float(np.iinfo(array.dtype).min)).astype(np.float32)
+    if array.dtype.kind != "f":
+        raise AudioError(f"audio samples must be float in +-1, int16 or int32, got {array.dtype}")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        count = int(array.size - np.isfinite(array).sum())
+        raise AudioError(f"the audio has {count} NaN or infinite samples: clean it first")
+    if array.size and (peak := float(np.abs(array).max())) > _LARGEST_SAMPLE:
+        raise AudioError(f"the audio reaches {peak:.0f}, and full scale is 1: divide 16-bit samples by 32768")
+    return array
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m avsep.export.runtime``: separate one WAV file. A mistake is one line and exit code 2."""
+    import argparse
+
+    from avsep.export.runtime.sessions import PROVIDERS
+
+    parser = argparse.ArgumentParser(
+        prog="python -m avsep.export.runtime",
+        description="Separate a WAV file with an exported bundle; needs NumPy and what runs the graph.",
+    )
+    parser.add_argument("bundle", help="folder or tar of avsep export")
+    parser.add_argument("audio", help="a WAV file at the separator's rate; channels are mixed to mono")
+    parser.add_argument("--classes", required=True, help="classes to separate, such as flute,piano")
+    parser.add_argument("--features", help="pictures or features of each class (.npz of avsep data features)")
+    parser.add_argument("--out", required=True, help="folder for STEM_CLASS.wav and STEM_residual.wav")
+    parser.add_argument("--provider", default="auto", help=f"one of {', '.join(PROVIDERS)} [auto]")
+    parser.add_argument("--engines", help="folder of engines that were built with --out [engines in the bundle's]")
+    parser.add_argument("--precision", help="of the graph: fp32, fp16 or int8 [fp32 where there is one]")
+    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime [its own choice]")
+    parser.add_argument(
+        "--context", type=float, help="seconds of each side of a chunk that are thrown away [as the bundle says]"
+    )
+    parser.add_argument("--format", default="PCM_16", help="of the samples written: PCM_16 or FLOAT [PCM_16]")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    chosen = parser.parse_args(arguments)
+    try:
+        print(_separate_file(chosen))
+    except (AvsepError, OSError) as error:
+        print(f"avsep: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("avsep: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _separate_file(chosen: Any) -> str:
+    import shutil
+    import tempfile
+    import time
+
+    from avsep.export.runtime.wav import FORMATS, read_wav, write_wav
+    from avsep.files import made_folder
+    from avsep.inference.recordings import check_targets, output_paths
+    from avsep.media.timeline import read_visual_file
+
+    names = [name.strip() for name in chosen.classes.split(",") if name.strip()]
+    path, out = Path(chosen.audio), Path(chosen.out)
+    if chosen.format not in FORMATS:
+        raise ConfigError(f"unknown sample format '{chosen.format}': one of {', '.join(FORMATS)}")
+    audio, rate_hz = read_wav(path)
+    mixture = audio.mean(axis=0, dtype=np.float64).astype(np.float32)
+    features = None if chosen.features is None else read_visual_file(chosen.features)
+    separator = Separator.load(
+        chosen.bundle,
+        chosen.provider,
+        chosen.precision,
+        chosen.threads,
+        context_s=chosen.context,
+        engines=chosen.engines,
+    )
+    clipped = 0
+    with separator:
+        slots_of(separator.classes, names)
+        if features is None and separator.visual_sources:
+            raise ConfigError("this separator looks at pictures: give --features FILE.npz (avsep data features)")
+        separator.check(features, names)
+        separator._check_rate(rate_hz)
+        targets = output_paths(path, names, out)
+        check_targets([path], [targets], out, chosen.overwrite)
+        for reason in separator.unused_engines:
+            print(f"note: {reason}", file=sys.stderr)
+        with made_folder(out):
+            staging = Path(tempfile.mkdtemp(prefix=".separating-", dir=out))
+            try:
+                begin = time.perf_counter()
+                sources = separator.separate(mixture, features, names, rate_hz, progress=_counter())
+                took_s = time.perf_counter() - begin
+                for target, signal in zip(targets, (*sources, mixture - sources.sum(axis=0)), strict=True):
+                    clipped += write_wav(staging / target.name, signal, rate_hz, chosen.format)
+                for target in targets:
+                    os.replace(staging / target.name, target)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    seconds = len(mixture) / rate_hz
+    line = f"{', '.join(str(t) for t in targets)}: {seconds:.2f} s in {took_s:.2f} s on {separator.provider}"
+    return line + (f"; {clipped} samples beyond full scale were clipped (--format FLOAT keeps them)" if clipped else "")
+
+
+def _counter() -> Callable[[int, int], None] | None:
+    """Chunks done, on a terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        end = "\r" + " " * 40 + "\r" if done == total else ""
+        print(f"\r{done} of {total} chunks{end}", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a bundle is compiled to on the device that runs it."""

@@ -1,0 +1,182 @@
+"""``avsep compare``: from run folders to tables, a picture and a page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import pytest
+import yaml
+
+from avsep.errors import RunError
+from avsep.evaluation import comparison_page
+from avsep.evaluation.budget import budget_of
+from avsep.evaluation.comparison import cells_of_runs, compare
+from avsep.evaluation.evaluate import evaluate_run
+from avsep.files import read_json
+from support.commands import run
+from support.evaluations import cells
+from support.pages import Page
+
+
+@pytest.fixture(scope="module")
+def scored(tone_run, tmp_path_factory):
+    folder = shutil.copytree(tone_run, tmp_path_factory.mktemp("compare") / "scored")
+    evaluate_run(folder)
+    return folder
+
+
+@pytest.fixture
+def variant(scored, tmp_path):
+    """A copy of the run that says of itself that it had other settings, and scores that lie ``shift`` dB higher."""
+
+    def make(name, shift=0.0, evaluation=None, **settings):
+        folder = shutil.copytree(scored, tmp_path / name)
+        spec = yaml.safe_load((folder / "run.yaml").read_text())
+        seed = settings.pop("seed", None)
+        spec |= settings
+        spec["train"]["seed"] = spec["train"]["seed"] if seed is None else seed
+        (folder / "run.yaml").write_text(yaml.safe_dump(spec))
+        scores = read_json(folder / "evaluation.json") | (evaluation or {})
+        for step in scores["after"]:
+            for row in step["rows"]:
+                if row["sdr"] is not None:
+                    row["sdr"] += shift
+        (folder / "evaluation.json").write_text(json.dumps(scores))
+        return folder
+
+    return make
+
+
+FINETUNE = {"strategy": "finetune", "memory": "none"}
+
+
+def test_runs_become_methods_by_what_they_differ_in(variant):
+    first, again = variant("first"), variant("again", seed=7)
+    plain = variant("plain", **FINETUNE)
+    found = cells_of_runs([first, again, plain])
+    assert [(c.method, c.seed) for c in found] == [
+        ("contavsep + random_per_class", 1234),
+        ("contavsep + random_per_class", 7),
+        ("finetune", 1234),
+    ]
+    assert found[0].name == str(first)
+    records = [read_json(first / "tasks" / t / "task.json") for t in ("00", "01")]
+    assert found[0].seconds == pytest.approx(sum(r["seconds"] for r in records))
+    assert found[0].memory_bytes == budget_of(first, 0).total  # what the last task begins with
+
+    default = variant("default", strategy={"name": "contavsep", "params": {"weight_mask": 0.3}}, seed=8)
+    lighter = variant("lighter", strategy={"name": "contavsep", "params": {"weight_mask": 0.0}})
+    names = [c.method for c in cells_of_runs([first, default, lighter, plain])]
+    assert names[0] == names[1] == "contavsep + random_per_class (weight_mask 0.3)"  # a default said aloud is no other
+    assert names[2:] == ["contavsep + random_per_class (weight_mask 0.0)", "finetune"]
+
+    presets = [variant("a", preset="a"), variant("b", preset="b")]
+    spec = yaml.safe_load((presets[1] / "run.yaml").read_text())
+    spec["train"]["epochs"] = 50
+    (presets[1] / "run.yaml").write_text(yaml.safe_dump(spec))
+    assert [c.method.partition("(")[2] for c in cells_of_runs(presets)] == ["preset a)", "preset b)"]
+
+
+def test_tables_files_and_picture(variant, tmp_path, capsys, monkeypatch):
+    for package in ("matplotlib", "jinja2"):
+        pytest.importorskip(package)
+    from PIL import Image
+
+    monkeypatch.setenv("COLUMNS", "160")
+    runs = [
+        variant("p0", **FINETUNE),
+        variant("p1", seed=7, **FINETUNE),
+        variant("c0", 1.5),
+        variant("c1", 1.5, seed=7),
+    ]
+    runs += [variant("j0", 2.0, strategy="joint", memory="none")]
+    files = [tmp_path / name for name in ("all.csv", "all.png", "all.html")]
+    outputs = [o for option, path in zip(("--csv", "--plot", "--html"), files, strict=True) for o in (option, path)]
+    assert run("compare", *runs, "--baseline", "finetune", *outputs) == 0
+    shown = capsys.readouterr().out
+    for text in ("less finetune", "+1.50 [+1.50, +1.50] *", "forgetting", "intransig.", "SI-SDR", "protocol", "task 1"):
+        assert text.lower() in shown.lower()
+
+    rows = {(r["method"], r["measure"]): r for r in csv.DictReader(files[0].read_text().splitlines())}
+    mine = rows["contavsep + random_per_class", "average"]
+    assert (mine["seeds"], float(mine["difference"]), mine["significant"]) == ("2", pytest.approx(1.5), "true")
+    assert rows["joint", "intransigence"]["seeds"] == rows["finetune", "intransigence"]["seeds"] == "1"
+    assert float(rows["finetune", "intransigence"]["mean"]) == pytest.approx(2.0)
+    assert float(rows["finetune", "seconds"]["mean"]) > 0
+    assert rows["finetune", "average"]["difference"] == ""
+    result = compare(cells_of_runs(runs), baseline="finetune")
+    assert float(mine["mean"]) == pytest.approx(result["contavsep + random_per_class"].values["average"].mean, abs=1e-6)
+
+    with Image.open(files[1]) as picture:
+        assert picture.width > picture.height > 300
+        assert len(picture.convert("RGB").getcolors(2**20)) > 20
+    page = Page(files[2].read_text(encoding="utf-8"))
+    assert len(page.all("table")) == 4
+    assert [i["src"][:22] for i in page.all("img")] == ["data:image/png;base64,"]
+    assert not [a for tag in ("script", "link") for a in page.all(tag) if "http" in str(a)]
+
+
+def test_joint_runs_bound_the_methods_of_their_separator(variant, capsys):
+    plain, joint = variant("plain", **FINETUNE), variant("joint", 3.0, strategy="joint", memory="none")
+    assert run("compare", plain, "--joint", joint) == 0
+    assert "3.00" in capsys.readouterr().out
+    spec = yaml.safe_load((joint / "run.yaml").read_text())
+    spec["separator"]["front_end"]["align_corners"] = False
+    (joint / "run.yaml").write_text(yaml.safe_dump(spec))
+    assert run("compare", plain, "--joint", joint) == 2
+    assert "trained another separator than" in capsys.readouterr().err
+    assert run("compare", plain, joint) == 0  # beside it, but no bound of it
+    assert "intransig" not in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_said_in_one_line(variant, tmp_path, capsys):
+    one, alike = variant("one"), variant("alike")
+    assert run("compare", one, alike) == 2
+    assert "are both method 'contavsep + random_per_class' with seed 1234" in capsys.readouterr().err
+    assert run("compare", one, variant("two", seed=7), "--baseline", "finetune") == 2
+    assert "no method 'finetune'" in capsys.readouterr().err
+    assert run("compare", one, "--plot", tmp_path / "a.gif") == 2
+    assert "name it a.png, a.svg, a.pdf" in capsys.readouterr().err
+    assert run("compare", one, "--html", tmp_path) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert run("compare", tmp_path) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+
+    other = variant("other", seed=7)
+    from avsep.data.protocol import Protocol
+
+    protocol = Protocol.load(other / "protocol.json")
+    fewer = Protocol(**{**vars(protocol), "mixtures": protocol.mixtures[1:]})
+    fewer.save(other / "protocol.json")
+    assert run("compare", one, other) == 2
+    assert f"run avsep evaluate {other}" in capsys.readouterr().err  # its scores are of other mixtures than its own
+    scores = read_json(other / "evaluation.json") | {"protocol_hash": fewer.hash}
+    (other / "evaluation.json").write_text(json.dumps(scores))
+    assert run("compare", one, other) == 2
+    assert "were tested on different mixtures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"protocol_version": 0}, {"version": 0}, {"store_hash": "0" * 64}])
+def test_scores_of_another_version_are_scored_again_and_never_mixed(change, variant):
+    old = variant("old", evaluation=change)
+    with pytest.raises(RunError, match="has no scores of its last task as it is now: run avsep evaluate"):
+        cells_of_runs([old])
+
+
+def test_many_methods_have_styles_of_their_own():
+    styles = [comparison_page._style(number) for number in range(24)]
+    assert len(set(styles)) == 24
+    places = [comparison_page._offset(number, 24) for number in range(24)]
+    assert max(map(abs, places)) < 0.2
+    assert comparison_page._offset(0, 1) == 0
+
+
+def test_one_seed_and_paper_pairs_are_said():
+    result = compare(cells("m", [0], paper=True), resamples=50)
+    assert "with one seed they cover the choice of test clips alone" in comparison_page.caption(result)
+    assert "protocol paper version 1" in comparison_page.caption(result).lower()
+    for package in ("matplotlib", "jinja2"):
+        pytest.importorskip(package)
+    assert "SDR+d" in comparison_page.render_page(result)

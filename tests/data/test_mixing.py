@@ -1,0 +1,227 @@
+"""Mixtures: what is cut, scaled and drawn."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from avsep.data.mixing import TrainingMixtures, collate, load_mixtures, load_slot
+from avsep.data.protocol import build_protocol
+from avsep.data.store import Clip, Store
+from avsep.data.tasks import make_tasks
+from avsep.errors import ConfigError, DataError
+from avsep.spec import FrontEndSpec, TrainSpec
+from avsep.types import VisualSource
+from support.tones import RATE, TINY_FRONT_END, make_tone_store
+
+FRONT_END = FrontEndSpec(**TINY_FRONT_END)
+SOURCES = (VisualSource("object", "frames", frames=3), VisualSource("motion", "frames"))
+CLASSES = {"ding": 0, "hum": 1, "peep": 2, "whirr": 3}
+
+
+@pytest.fixture
+def store(tone_store):
+    return Store.open(tone_store)
+
+
+def _epoch(store, task=1, epoch=0, exemplars=("ding-train-0",), crops=None, **settings):
+    train = TrainSpec(**{"batch_size": 4, "current_repeats": 4, "memory_repeats": 12, **settings})
+    clips = store.select(classes=["peep", "whirr"], split="train")
+    kept = [store.clip(e) for e in exemplars]
+    return TrainingMixtures(store, clips, kept, train, FRONT_END, SOURCES, CLASSES, task=task, epoch=epoch, crops=crops)
+
+
+def test_slot_is_gain_then_clip_with_a_last_zero(store):
+    clip = store.clip("ding-train-0")
+    slot = load_slot(store, clip, 1000, FRONT_END, (), 0, gain=4.0)
+    raw = store.read_audio(clip, 1000, FRONT_END.clip_samples)
+    assert slot.audio.shape == (8191,)
+    assert slot.audio[-1] == 0
+    np.testing.assert_array_equal(slot.audio[:-1], np.clip(4.0 * raw[:-1], -1, 1))
+    assert np.abs(slot.audio).max() == 1.0
+
+
+def test_a_short_clip_repeats(tmp_path):
+    store = Store.open(make_tone_store(tmp_path / "short", seconds=0.3))
+    clip = store.clip("hum-train-1")
+    whole = store.read_audio(clip)
+    slot = load_slot(store, clip, 500, FRONT_END, SOURCES, 0)
+    np.testing.assert_array_equal(slot.audio[: len(whole)], np.roll(whole, -500))
+    assert slot.audio[len(whole)] == whole[500]
+
+
+def test_batch_is_scaled_by_the_number_of_sources(store):
+    clips = [store.clip(i) for i in ("ding-train-0", "hum-train-0", "peep-train-0")]
+    slots = [load_slot(store, c, 0, FRONT_END, SOURCES, k) for k, c in enumerate(clips)]
+    batch = collate([slots, slots[::-1]])
+    assert batch.sources.shape == (2, 3, 8191)
+    torch.testing.assert_close(batch.sources[0, 1] * 3, torch.from_numpy(slots[1].audio))
+    torch.testing.assert_close(batch.mixture, batch.sources.sum(1))
+    assert batch.class_ids.tolist() == [[0, 1, 2], [2, 1, 0]]
+    assert batch.video_ids[0].tolist() == [c.index for c in clips]
+    assert batch.object.shape[:3] == (2, 3, 3)
+    assert batch.object.dtype == torch.uint8
+    assert batch.motion.shape[:2] == (2, 3)
+
+
+def test_a_batch_is_pinned_whole(store, monkeypatch):
+    slots = [load_slot(store, store.clip(i), 0, FRONT_END, SOURCES, 0) for i in ("ding-train-0", "hum-train-0")]
+    batch = collate([slots])
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
+    copy = torch.utils.data._utils.pin_memory.pin_memory(batch)  # what a DataLoader does
+    assert len(pinned) == 6
+    assert copy.sources is not batch.sources
+    assert torch.equal(copy.sources, batch.sources)
+    assert copy.clips == batch.clips
+
+
+def test_items_depend_on_nothing_but_their_number(store):
+    first, second = _epoch(store), _epoch(store)
+    backwards = {i: first[i] for i in reversed(range(len(first)))}
+    for i in range(len(second)):
+        for a, b in zip(second[i], backwards[i], strict=True):
+            assert a.clip == b.clip
+            np.testing.assert_array_equal(a.audio, b.audio)
+    other = _epoch(store, epoch=1)
+    assert any(a.clip != b.clip for i in range(len(other)) for a, b in zip(other[i], first[i], strict=True))
+    seeded = _epoch(store, seed=5)
+    assert any(a.clip != b.clip for i in range(len(other)) for a, b in zip(seeded[i], first[i], strict=True))
+
+
+def test_crops_move_and_gains_stay_in_range(store):
+    data = _epoch(store, gain=(0.5, 1.5))
+    starts = {float(s.audio[0]) for i in range(len(data)) for s in data[i]}
+    assert len(starts) > 10
+    peaks = [np.abs(s.audio).max() for i in range(len(data)) for s in data[i]]
+    assert min(peaks) > 0.05
+    assert max(peaks) <= 1
+
+
+def test_published_oversampling():
+    """Items an epoch and the share of memory slots of the published lists: 190/205/244/201 clips, 5 new classes."""
+    per_task, memory = [190, 205, 244, 201], [0, 5, 10, 15]
+    found, shares = [], []
+    for task, (current, kept) in enumerate(zip(per_task, memory, strict=True)):
+        clips = [Clip(f"c{i}", "a", "train", RATE, i) for i in range(current)]
+        kept_clips = [Clip(f"m{i}", "b", "train", RATE, 1000 + i) for i in range(kept)]
+        data = TrainingMixtures(
+            None, clips, kept_clips, TrainSpec(), FRONT_END, (), {"a": 0, "b": 1}, task=task, epoch=0
+        )
+        found.append(len(data.list))
+        shares.append(float(np.mean(data.list >= current)))
+        assert data.steps == len(data.list) // 32
+    assert found == [7600, 12200, 17760, 20040]
+    assert shares == pytest.approx([0, 0.328, 0.450, 0.599], abs=5e-4)
+
+
+def test_memory_slots_are_marked_and_drawn_by_their_repeats(store):
+    data = _epoch(store, steps_per_epoch=None, memory_repeats=24)
+    slots = [s for i in range(len(data)) for s in data[i]]
+    assert all(s.is_memory == (s.clip.class_name == "ding") for s in slots)
+    share = Counter(s.is_memory for s in slots)[True] / len(slots)
+    assert 0.3 < share < 0.7  # 24 of 48 items
+
+
+def test_different_class_partners(store):
+    data = _epoch(store, partner="different_class")
+    assert all(len({s.clip.class_name for s in data[i]}) == 2 for i in range(len(data)))
+    same = _epoch(store, partner="any")
+    assert any(len({s.clip.class_name for s in same[i]}) == 1 for i in range(len(same)))
+    with pytest.raises(ConfigError, match="partner=different_class needs 4 classes, but task 1 trains on 3"):
+        _epoch(store, partner="different_class", sources=4)
+
+
+def test_different_video_partners(store):
+    data = _epoch(store, partner="different_video")
+    items = [data[i] for i in range(len(data))]
+    assert all(len({s.clip.id for s in item}) == 2 for item in items)
+    assert any(len({s.clip.class_name for s in item}) == 1 for item in items)
+    assert any(len({s.clip.id for s in item}) == 1 for item in map(_epoch(store).__getitem__, range(len(data))))
+    with pytest.raises(ConfigError, match="partner=different_video needs 8 clips, but task 1 trains on 7"):
+        _epoch(store, partner="different_video", sources=8)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "middles"),
+    [(30, range(9, 23)), (18, (9, 10)), (17, (9,)), (12, range(4, 10)), (3, (1, 2, 3))],
+)
+def test_published_crops_are_around_the_middles_of_whole_seconds(seconds, middles):
+    published = FrontEndSpec()
+    clip = Clip("a", "a", "train", seconds * published.sample_rate_hz + 5, 0)
+    train = TrainSpec(batch_size=1, crop="published")
+    data = TrainingMixtures(None, [clip], [], train, published, (), {"a": 0}, task=0, epoch=0)
+    rng = np.random.default_rng(0)
+    found = {data._start(clip, rng) for _ in range(400)}
+    if seconds == 3:  # it repeats until it fills a crop of five whole seconds
+        middles = (1, 2, 3, 4, 5)
+    assert found == {int(11025 * (c - 0.5)) - 32767 for c in middles}
+    anywhere = TrainingMixtures(None, [clip], [], TrainSpec(batch_size=1), published, (), {"a": 0}, task=0, epoch=0)
+    assert len({anywhere._start(clip, rng) for _ in range(50)}) > 40
+
+
+def test_frozen_mixtures_load_as_a_batch(store):
+    protocol = build_protocol(
+        "fixed", store, make_tasks([["ding", "hum"], ["peep", "whirr"]]), split="test", clip_samples=8191
+    )
+    mixtures = protocol.at(1)[:5]
+    batch = load_mixtures(store, mixtures, FRONT_END, SOURCES, CLASSES)
+    assert batch.clips == tuple(m.clips for m in mixtures)
+    assert batch.class_ids.tolist() == [[CLASSES[c] for c in m.classes] for m in mixtures]
+    raw = store.read_audio(store.clip(mixtures[2].clips[1]), mixtures[2].starts[1], 8190)
+    np.testing.assert_allclose(batch.sources[2, 1, :-1].numpy() * 2, raw, atol=1e-7)
+    with pytest.raises(DataError, match="has not learned"):
+        load_mixtures(store, mixtures, FRONT_END, SOURCES, {"ding": 0})
+
+
+def test_a_kept_crop_is_always_the_same_and_changes_no_other_draw(store):
+    free, kept = _epoch(store), _epoch(store, crops={"ding-train-0": 777, "peep-train-0": 5})
+    length, seen = FRONT_END.clip_samples - 1, 0
+    for i in range(len(free)):
+        for a, b in zip(free[i], kept[i], strict=True):
+            assert (a.clip, a.is_memory) == (b.clip, b.is_memory)
+            if not b.is_memory:  # peep is no exemplar: its crop is free
+                np.testing.assert_array_equal(a.audio, b.audio)
+                continue
+            seen += 1
+            crop = store.read_audio(b.clip, 777, length)
+            gain = float(b.audio[:-1] @ crop / (crop @ crop))
+            np.testing.assert_allclose(b.audio[:-1], np.clip(gain * crop, -1, 1), atol=1e-6)
+            np.testing.assert_array_equal(
+                b.visual["motion"],
+                store.read_visual(b.clip, SOURCES[1], centre_s=(777 + 4095) / RATE, duration_s=FRONT_END.clip_s),
+            )
+    assert seen > 3
+
+
+def test_a_larger_memory_can_hold_its_share():
+    """The published lists: 201 clips at task 3 and 15 old classes, of which two have fewer than 30 clips; 30 exemplars
+    a class would be 0.977 of the list."""
+    sizes = (47, 39, 32, 28, 44, 33, 54, 14, 41, 63, 32, 76, 41, 46, 49)
+    clips = [Clip(f"c{i}", "a", "train", RATE, i) for i in range(201)]
+
+    def share(per_class, **settings):
+        kept = [
+            Clip(f"m{c}-{i}", f"o{c}", "train", RATE, i) for c in range(15) for i in range(min(per_class, sizes[c]))
+        ]
+        names = {"a": 0, **{f"o{c}": c + 1 for c in range(15)}}
+        data = TrainingMixtures(None, clips, kept, TrainSpec(**settings), FRONT_END, (), names, task=3, epoch=0)
+        return round(float(np.mean(data.list >= 201)), 3), len(data.list)
+
+    assert share(1) == share(1, memory_share="constant") == (0.599, 20040)
+    assert share(30)[0] == 0.977
+    assert share(30)[1] // 32 == 11051
+    assert share(4, memory_share="constant") == (0.599, 20040)
+    assert share(30, memory_share="constant") == (0.593, 201 * 40 + 13 * 30 * 26 + 28 * 28 + 14 * 57)
+    assert share(3, memory_share="constant", memory_repeats=2)[1] == 201 * 40 + 45
+
+
+def test_a_constant_share_is_of_each_class():
+    clips = [Clip(f"c{i}", "a", "train", RATE, i) for i in range(4)]
+    kept = [Clip(f"{name}{i}", name, "train", RATE, 9) for name, count in (("b", 1), ("c", 3)) for i in range(count)]
+    train = TrainSpec(memory_share="constant", memory_repeats=12, batch_size=2)
+    data = TrainingMixtures(None, clips, kept, train, FRONT_END, (), {"a": 0, "b": 1, "c": 2}, task=1, epoch=0)
+    assert np.bincount(data.list).tolist() == [40] * 4 + [12] + [4] * 3

@@ -1,0 +1,295 @@
+"""Several processes that train together: equal to one, in one line when something is wrong. On the CPU, with gloo."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+
+from avsep.distributed.launch import launch
+from avsep.distributed.ranks import ALONE, Ranks, synchronised
+from avsep.errors import ConfigError
+from support import rank_checks
+from support.continual_runs import differing, first_task, weights
+from support.rank_checks import STEPS, kill, one_step, stream_of
+from support.tones import TINY_SEPARATOR, TINY_TRAIN, tiny_learner
+
+SCRIPT = Path(rank_checks.__file__)
+LAUNCH = "import sys; from avsep.distributed.launch import launch; sys.exit(launch(2, [sys.executable, *sys.argv[1:]]))"
+
+
+def started(*arguments, **how):
+    """Two processes that run ``rank_checks.py``, as ``avsep train --devices 2`` starts them."""
+    command = [sys.executable, "-c", LAUNCH, str(SCRIPT), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, **how)
+
+
+def write_preset(folder):
+    train = {**TINY_TRAIN, "validation_pairs": 1, "epochs": 1}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"summary": "", "separator": TINY_SEPARATOR, "train": train}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(tone_store, tmp_path_factory):
+    """The folder that two processes have left their results in."""
+    folder = write_preset(tmp_path_factory.mktemp("ranks"))
+    (folder / "first").symlink_to(first_task(tone_store, "contavsep"))
+    kill(tone_store, folder / "killed_by_one", folder / "first")
+    result = started("several", folder, tone_store)
+    assert (folder / "facts.json").is_file(), result.stderr
+    (folder / "end.json").write_text(json.dumps([result.returncode, result.stderr]))
+    return folder
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_two_ranks_take_the_step_of_one(name, found):
+    """Terms, gradients and running statistics; one of the ranks has no slot of an old class."""
+    one, two = one_step(name), load_file(found / f"{name}.safetensors")
+    assert one.keys() == two.keys()
+    assert any(k.startswith("gradient") for k in one)
+    # the terms themselves, and PLOP's distances, pass through float32
+    for key, value in one.items():
+        double = value.dtype == torch.float64 and not key.startswith("term")
+        limits = {"rtol": 1e-8, "atol": 1e-10} if double else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(two[key], value, **limits, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_mixtures_and_metrics_do_not_depend_on_the_number_of_ranks(found, tone_store):
+    facts = json.loads((found / "facts.json").read_text())
+    learner, stream = tiny_learner(validation_pairs=3), stream_of(tone_store)
+    data = learner._epoch(stream, stream.tasks[0], 0)
+    assert facts["drawn"] == [[c for m in batch.clips for c in m] for batch in learner._batches(data, 1)]
+    learner = tiny_learner(validation_pairs=3)
+    assert facts["sdr"] == pytest.approx(learner._validate(stream, stream.tasks[0], None), abs=1e-5)
+
+
+def _rows(run):
+    with open(run / "logs" / "train.csv", newline="") as file:
+        return [{k: float(v or 0) for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_a_resume_with_as_many_ranks_is_the_same_to_the_last_bit(found):
+    assert differing(weights(found / "whole"), weights(found / "killed")) == []
+    assert _rows(found / "whole") == _rows(found / "killed")
+
+
+def test_a_resume_with_another_number_of_ranks_goes_on_alike(found, tone_store):
+    assert len(_rows(found / "killed_for_one")) == 2
+    rank_checks.fit(tone_store, found / "killed_for_one", resume=True)
+    whole = _rows(found / "whole")
+    for run in (found / "killed_for_one", found / "killed_by_one"):
+        rows = _rows(run)
+        assert [r["step"] for r in rows] == [1, 2, 3]
+        for mine, theirs in zip(rows, whole, strict=True):
+            # Adam makes of rounding in a gradient near 0 a step of the learning rate's size
+            assert mine == pytest.approx(theirs, rel=1e-5 if mine["step"] == 1 else 1e-2)
+        records = [json.loads((r / "tasks" / "00" / "task.json").read_text()) for r in (run, found / "whole")]
+        assert records[0]["exemplars"] == records[1]["exemplars"] != {}
+    # the step after the change is taken from the very weights of the checkpoint
+    assert _rows(found / "killed_for_one")[:2] == whole[:2]
+    assert _rows(found / "killed_for_one")[2] == pytest.approx(whole[2], rel=1e-5)
+
+
+def test_an_error_on_one_rank_is_one_line_and_ends_all(found):
+    code, error = json.loads((found / "end.json").read_text())
+    assert code == 2
+    assert error.strip().splitlines()[-1] == "avsep: clip 'x' is gone"
+    assert error.count("avsep:") == 1
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_told_of_and_ends_all(tone_store, tmp_path):
+    result = started("broken", write_preset(tmp_path), tone_store, "kill")
+    assert result.returncode == 1
+    assert "avsep: process 1 of 2 was ended by signal 9 (out of memory?); go on with --resume" in result.stderr
+    assert "Traceback" not in result.stderr
+    run = tmp_path / "run-kill"
+    assert _rows(run)[-1]["step"] == 1
+    rank_checks.go_on(run)
+    assert len(list(run.glob("tasks/*/task.json"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_of_two_ranks_that_is_stopped_goes_on_with_one(number, tone_store, tmp_path):
+    run = tmp_path / "run"
+    command = f"-m avsep train {tone_store} --preset {write_preset(tmp_path) / 'tiny.yaml'} --out {run} --device cpu"
+    process = subprocess.Popen(
+        [sys.executable, *command.split(), "--devices", "2", "--set", "train.steps_per_epoch=30"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    until = time.monotonic() + 200
+    while not (run / "logs" / "train.csv").is_file() or len(_rows(run)) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    way_on = f"avsep train --out {run} --resume"
+    said = f": go on with: {way_on}" if number == signal.SIGINT else " by SIGTERM; go on with --resume"
+    assert [line for line in error.splitlines() if "avsep" in line] == [f"avsep: stopped{said}"]
+    assert "Traceback" not in error
+    rank_checks.go_on(run)
+    assert len(list(run.glob("tasks/*/task.json"))) == 2
+
+
+def test_what_several_ranks_cannot_do_is_refused(monkeypatch):
+    learner = tiny_learner(batch_size=3)
+    learner.ranks = Ranks(0, 2)
+    with pytest.raises(ConfigError, match=r"3 mixtures cannot be shared equally by 2 processes.*train\.batch_size=4"):
+        learner._check_ranks()
+    learner = tiny_learner()
+    learner.ranks = Ranks(1, 2)
+    monkeypatch.setattr(type(learner.strategy), "across_ranks", False)
+    with pytest.raises(ConfigError, match="strategy 'contavsep' does not state that its loss holds over several"):
+        learner._check_ranks()
+
+    class Own(nn.BatchNorm2d):
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ConfigError, match="Own normalises a batch in its own way"), synchronised(Ranks(0, 2), Own(3)):
+        pass
+
+
+def test_ranks_that_were_started_differently_are_refused(monkeypatch):
+    learner = tiny_learner()
+    monkeypatch.setattr(Ranks, "everyones", lambda self, value: [value, {**value, "resume": True}])
+    spec = learner.train  # any settings will do
+
+    with pytest.raises(ConfigError, match="process 0 was started with resume = False and process 1 with True"):
+        learner._check_agreement(spec, False)
+
+
+def test_one_process_synchronises_nothing():
+    norm, x = nn.BatchNorm2d(3), torch.randn(2, 3, 4, 4)
+    with synchronised(ALONE, norm):
+        assert type(norm) is nn.BatchNorm2d
+    assert ALONE.gather(x) is x
+    assert ALONE.part(x) is x
+    with synchronised(Ranks(0, 2), norm, None):
+        assert isinstance(norm, nn.SyncBatchNorm)
+        assert torch.equal(norm.eval()(x), nn.BatchNorm2d(3).eval()(x))
+    assert type(norm) is nn.BatchNorm2d
+
+
+# what a rank does that notes its process id, and no more
+_NOTE = "import os, sys, time; rank = os.environ['RANK']; open(f'{sys.argv[1]}/{rank}', 'w').write(str(os.getpid()));"
+
+
+def _ends(folder, code):
+    """The exit code of two ranks that run ``code``, once both are seen to be gone."""
+    started_s = time.monotonic()
+    try:
+        return launch(2, [sys.executable, "-c", f"{_NOTE}{code}", str(folder)])
+    finally:
+        assert time.monotonic() - started_s < 60
+        for note in folder.iterdir():
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(note.read_text()), 0)
+
+
+def test_ranks_end_together(tmp_path, capfd):
+    assert _ends(tmp_path, "print(rank + os.environ['WORLD_SIZE'])") == 0
+    assert sorted(capfd.readouterr().out.split()) == ["02", "12"]
+    assert _ends(tmp_path, "sys.exit(3) if rank == '1' else time.sleep(100)") == 3
+    assert capfd.readouterr().err == ""
+    assert _ends(tmp_path, "os.kill(os.getpid(), 9) if rank == '1' else time.sleep(100)") == 1
+    line = "avsep: process 1 of 2 was ended by signal 9 (out of memory?); go on with --resume\n"
+    assert capfd.readouterr().err == line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_all_ranks(number, tmp_path, capfd):
+    """Ctrl-C also where a rank has only begun to start, without a traceback."""
+
+    def send():
+        while len([note for note in tmp_path.iterdir() if note.stat().st_size]) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=send, daemon=True).start()
+    code = """
+from avsep.distributed.launch import follow_launcher
+time.sleep(0.5)  # in which the signal comes
+try:
+    follow_launcher()
+    time.sleep(100)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+    if number == signal.SIGINT:
+        with pytest.raises(KeyboardInterrupt):
+            _ends(tmp_path, code)
+        assert capfd.readouterr().err == ""
+    else:
+        assert _ends(tmp_path, code) == 128 + number
+        name = signal.Signals(number).name
+        assert capfd.readouterr().err == f"avsep: stopped by {name}; go on with --resume\n"
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_wrong_usage_is_told_by_one_rank(speaks, capsys, monkeypatch):
+    from avsep.cli import main
+
+    monkeypatch.setattr("avsep.distributed.launch.speaks", lambda: speaks)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--bogus"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "--bogus" in error if speaks else error == ""
+
+
+def test_ranks_do_not_outlive_their_launcher(tmp_path):
+    """As a rank, with this test as the launcher: it ends when the pipe does."""
+    reading, writing = os.pipe()
+    code = (
+        "import time; from avsep.distributed.launch import follow_launcher as f; f(); print(1, flush=True); "
+        "time.sleep(100)"
+    )
+    rank = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "AVSEP_LAUNCHER_PIPE": str(reading)},
+        pass_fds=(reading,),
+        stdout=subprocess.PIPE,
+    )
+    assert rank.stdout.readline() == b"1\n"
+    os.close(writing)
+    assert rank.wait(30) == 1
+    os.close(reading)
+    rank.stdout.close()
+
+
+@pytest.mark.parametrize("devices", ["2", "0"])
+def test_wrong_numbers_of_devices(devices, tone_store, tmp_path, capsys, monkeypatch):
+    from avsep.cli import main
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(SystemExit) as stop:
+        main(f"train {tone_store} --out {tmp_path / 'run'} --devices {devices} --device cuda".split())
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert ("--devices 2 and 1 CUDA device(s) here" if devices == "2" else "greater than or equal to 1") in error
+    assert not (tmp_path / "run").exists()

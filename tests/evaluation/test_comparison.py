@@ -1,0 +1,222 @@
+"""Comparison of methods over seeds: on made-up scores whose truth is known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from avsep.errors import RunError, UnknownNameError
+from avsep.evaluation.comparison import Cell, compact_evaluation, compare
+from avsep.evaluation.continual import continual_scores, paired_bootstrap
+from avsep.evaluation.evaluate import METRICS, task_matrix
+from support.evaluations import FEW, TASKS, cells, evaluation, noise
+
+
+def test_means_are_those_of_the_evaluations():
+    runs = cells("m", [0, 1, 2], spread=1.0)
+    result = compare(runs, resamples=FEW)["m"]
+    matrices = [task_matrix([step["rows"] for step in c.evaluation["after"]]) for c in runs]
+    filled = [np.array(m, dtype=float) for m in matrices]
+    scores = [continual_scores(m) for m in filled]
+    assert result.values["average"].per_seed == pytest.approx([s.average[-1] for s in scores])
+    assert result.values["average"].mean == pytest.approx(np.mean([s.average[-1] for s in scores]))
+    assert result.values["forgetting"].mean == pytest.approx(np.mean([s.forgetting for s in scores]))
+    assert result.values["bwt"].mean == pytest.approx(np.mean([s.backward_transfer for s in scores]))
+    for j in range(3):
+        assert result.values[f"task-{j}"].mean == pytest.approx(np.mean([m[2, j] for m in filled]))
+    for metric in METRICS:
+        steps = [np.mean([c.evaluation["after"][t]["all"]["mean"][metric] for c in runs]) for t in range(3)]
+        assert result.values[metric].mean == pytest.approx(steps[-1])
+        assert [e.mean for e in result.curves[metric]] == pytest.approx(steps)
+    assert [e.mean for e in result.curves["average"]] == pytest.approx(np.mean([s.average for s in scores], axis=0))
+    assert np.array(result.matrix, dtype=float) == pytest.approx(np.mean(filled, axis=0), nan_ok=True)
+    assert result.seeds == (0, 1, 2)
+    assert (result.memory_bytes, result.seconds) == (1001, 10)
+    assert result.counts == {"scored": 48, "skipped": 0, "silent_estimates": 0, "degenerate": 0}
+    assert not any("released" in name for name in result.values)
+
+
+def test_the_compact_form_compares_alike():
+    runs = cells("m", [0, 1], spread=1.0)
+    small = [Cell(c.method, c.seed, json.loads(json.dumps(compact_evaluation(c.evaluation)))) for c in runs]
+    whole = [Cell(c.method, c.seed, c.evaluation) for c in runs]
+    first, second = (compare(c, resamples=FEW).as_dict() for c in (whole, small))
+    assert first == second
+
+
+def test_one_seed_and_one_list_is_the_plain_paired_bootstrap():
+    """The same draws, hence the same interval."""
+    one, two = (
+        Cell(name, 0, evaluation(lambda t, j, key, k=k: k + noise(k, *key), steps=1)) for k, name in enumerate("mn")
+    )
+    result = compare([one, two], baseline="m", resamples=500, seed=3)
+    rows = [c.evaluation["after"][0]["rows"] for c in (one, two)]
+    groups = [r["mixture"] for r in rows[0]]
+    alone = paired_bootstrap([r["sdr"] for r in rows[0]], groups=groups, resamples=500, seed=3)
+    pair = paired_bootstrap(
+        [r["sdr"] for r in rows[1]], [r["sdr"] for r in rows[0]], groups=groups, resamples=500, seed=3
+    )
+    for mine, theirs in ((result["m"].values["sdr"], alone), (result["n"].differences["sdr"], pair)):
+        assert (mine.mean, mine.low, mine.high) == pytest.approx((theirs.mean, theirs.low, theirs.high))
+
+
+def width(runs, **kwargs):
+    value = compare(runs, resamples=2000, **kwargs)["m"].values["sdr"]
+    return value.high - value.low
+
+
+def test_seeds_widen_the_interval_and_mixtures_are_not_counted_again():
+
+    alone, alike, apart = (width(cells("m", *a)) for a in (([1],), ([0, 1, 2],), ([0, 1, 2], 0.0, 3.0)))
+    # three seeds that agree on every mixture say nothing new of the mixtures: the draw of these is shared
+    assert alike == pytest.approx(alone, rel=0.1)
+    # seeds of means -3, 0, 3: their mean has the standard error 3 / sqrt(3), and t(2)'s 97.5 % quantile is 4.303
+    assert apart == pytest.approx(2 * 4.303 * np.sqrt(3), rel=0.15)
+
+
+def clips_and_scores(count=12, seed=0):
+    """Every pair of ``count`` clips of each of two classes is a mixture, whose score is what its clips add up to."""
+    rng = np.random.default_rng(seed)
+    effects = {(name, f"{name}{i}"): rng.standard_normal() for name in "ab" for i in range(count)}
+    pairs = [(("a", f"a{i}"), ("b", f"b{(i + k) % count}")) for i in range(count) for k in range(4)]
+    clips = {("task-0", number): pair for number, pair in enumerate(pairs)}
+    scores = evaluation(lambda t, j, key: sum(effects[c] for c in clips[key]), per_task=len(pairs), steps=1, cross=0)
+    return scores, clips
+
+
+def test_clips_that_are_in_several_mixtures_count_once():
+    scores, clips = clips_and_scores()
+    known, unknown = (width([Cell("m", 0, scores)], clips=given) for given in (clips, None))
+    # 24 clips with a spread of 1: each class's mean has the standard error 1 / sqrt(12); the mixture adds the two
+    true = 2 * 1.96 * np.sqrt(2 / 12)
+    assert 0.75 * true < known < 1.4 * true
+    assert unknown < 0.6 * true  # 48 mixtures taken for independent ones
+    rows = scores["after"][0]["rows"]
+    for row in rows:
+        place = sum(1 for other in rows[: rows.index(row)] if other["mixture"] == row["mixture"])
+        row["class"], row["clip"] = clips["task-0", row["mixture"]][place]
+    assert width([Cell("m", 0, scores)]) == known  # whole evaluations tell of their clips themselves
+
+
+def test_a_class_of_one_clip_is_resampled_with_others_like_it():
+    scores, _ = clips_and_scores()
+    clips = {("task-0", k): ((f"one {k}", f"a{k}"), (f"other {k}", f"b{k}")) for k in range(48)}
+    assert width([Cell("m", 0, scores)], clips=clips) > 0.5
+
+
+def test_a_star_is_rare_where_nothing_differs():
+    """Seeds that differ by chance alone."""
+    rng = np.random.default_rng(5)
+    stars = 0
+    for _ in range(60):
+        levels = rng.standard_normal(6).tolist()
+        runs = [
+            Cell(("base", "m")[n // 3], n % 3, evaluation(lambda t, j, key, x=x: x, per_task=2, steps=1))
+            for n, x in enumerate(levels)
+        ]
+        stars += compare(runs, baseline="base", resamples=400)["m"].differences["sdr"].significant
+    assert stars <= 7  # of 60, 3 are expected; a bootstrap over the seeds gave 21
+
+
+def test_differences_are_paired_by_seed_and_mixture():
+    runs = [*cells("base", [0, 1, 2], spread=5.0), *cells("better", [0, 1, 2], 0.5, 5.0)]
+    result = compare(runs, baseline="base", resamples=FEW)
+    value, difference = result["better"].values["average"], result["better"].differences["average"]
+    assert value.high - value.low > 3
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert difference.significant
+    assert difference.per_seed == pytest.approx((0.5, 0.5, 0.5))
+    assert not result["better"].differences["forgetting"].significant
+    assert result["base"].differences == {}
+    assert result.as_dict()["methods"][1]["differences"]["average"]["significant"] is True
+    with pytest.raises(UnknownNameError, match="no method 'bettr' to compare with: did you mean 'better'"):
+        compare(runs, baseline="bettr")
+
+
+def test_a_difference_is_over_the_seeds_both_have():
+    runs = [*cells("base", [0, 1]), *cells("other", [1, 2], spread=1.0)]
+    result = compare(runs, baseline="base", resamples=FEW)
+    assert len(result["other"].differences["sdr"].per_seed) == 1
+    assert compare(runs[:1] + runs[3:], baseline="base", resamples=FEW)["other"].differences == {}
+
+
+def test_what_only_one_method_has_a_score_of_is_in_no_difference():
+    def hard(t, j, key):
+        return -50.0 if key == ("task-0", 3) else 5.0
+
+    runs = [
+        Cell("base", 0, evaluation(hard)),
+        Cell("mute", 0, evaluation(hard, skipped={(2, "task-0", 3)})),
+    ]
+    result = compare(runs, baseline="base", resamples=FEW)
+    assert result["mute"].values["sdr"].mean > result["base"].values["sdr"].mean + 0.5
+    assert result["mute"].differences["sdr"].mean == pytest.approx(0)
+    assert result["mute"].differences["task-0"].mean == pytest.approx(0)
+    assert result["mute"].counts["skipped"] == result["mute"].counts["silent_estimates"] == 1
+
+
+def test_intransigence_is_to_the_joint_run_of_the_same_seed():
+    runs, joint = cells("m", [0, 1, 2]), cells("joint", [0, 1], 2.0, 1.0)
+    result = compare([*runs, *joint], joint=joint, resamples=FEW)
+    assert result["m"].values["intransigence"].per_seed == pytest.approx((1.0, 2.0))
+    assert result["joint"].values["intransigence"].mean == pytest.approx(0)
+    assert "intransigence" not in compare(runs, resamples=FEW)["m"].values
+
+
+def test_paper_pairs_are_given_with_and_without_the_degenerate_ones():
+    runs = cells("m", [0], paper=True)
+    result = compare(runs, resamples=FEW)["m"]
+    last = runs[0].evaluation["after"][-1]["all"]
+    assert result.values["sir"].mean == pytest.approx(last["mean"]["sir"])
+    assert result.values["released_sir"].mean == pytest.approx(last["with_degenerate"]["mean"]["sir"])
+    assert result.values["sir"].mean != pytest.approx(result.values["released_sir"].mean, abs=1e-3)
+    assert result.counts["degenerate"] == last["degenerate"] > 0
+
+
+def test_one_task_has_no_forgetting_and_json_no_nan():
+    result = compare(cells("m", [0], steps=1), resamples=FEW)
+    assert "forgetting" not in result["m"].values
+    json.dumps(result.as_dict(), allow_nan=False)
+    json.dumps(compare(cells("m", [0]), resamples=FEW).as_dict(), allow_nan=False)
+
+
+def test_the_same_every_time():
+    runs = [*cells("a", [0, 1]), *cells("b", [0, 1], 0.2, 1.0)]
+    first, second = (compare(runs, baseline="a", resamples=FEW, seed=4) for _ in range(2))
+    assert first == second
+    other = compare(list(reversed(runs)), baseline="a", resamples=FEW, seed=4)
+    assert other["b"] == first["b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"store_hash": "9" * 64}, r"different stores \(222222222222 and 999999999999\)"),
+        ({"tasks": TASKS[::-1]}, r"another order \(a, b; c, d; e, f and e, f; c, d; a, b\)"),
+        ({"protocol": "paper"}, r"different protocols \(fixed and paper\)"),
+        ({"protocol_version": 2}, r"versions of the protocol .* \(1 and 2\)"),
+        ({"protocol_hash": "7" * 64}, r"different mixtures \(111111111111 and 777777777777\)"),
+    ],
+)
+def test_runs_tested_on_something_else_are_refused(change, reason):
+    one, two = cells("m", [0]), cells("n", [0], **change)
+    with pytest.raises(RunError, match=f"m with seed 0 and n with seed 0 cannot be compared: .*{reason}"):
+        compare([*one, *two])
+    with pytest.raises(RunError, match="cannot be compared"):
+        compare(one, joint=two)
+
+
+def test_other_mistakes():
+    with pytest.raises(RunError, match="nothing to compare"):
+        compare([])
+    with pytest.raises(RunError, match="are both method 'm' with seed 0"):
+        compare([*cells("m", [0]), *cells("m", [0])])
+    (short,) = cells("m", [0])
+    short.evaluation["after"].pop()
+    with pytest.raises(RunError, match="scored after 2 of its 3 tasks"):
+        compare([short])
+    for wrong in ({"confidence": 1.0}, {"resamples": 0}):
+        with pytest.raises(ValueError, match="must"):
+            compare(cells("m", [0]), **wrong)

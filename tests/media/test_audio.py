@@ -1,0 +1,151 @@
+"""Audio files: what is read back is what was written; what cannot be used is one clear line."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import soundfile
+
+from avsep.errors import AudioError, AvsepError, ConfigError
+from avsep.media.audio import level_db, read_audio, resample, to_mono, write_audio
+
+
+def tone(seconds=0.5, rate_hz=11025, frequency_hz=440.0):
+    return (0.5 * np.sin(2 * np.pi * frequency_hz * np.arange(int(seconds * rate_hz)) / rate_hz)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.aiff"])
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_formats_and_channels(tmp_path, name, channels):
+    channels = min(channels, 2) if name == "a.mp3" else channels  # MP3 holds no more
+    audio = np.stack([tone(frequency_hz=220 * (c + 1)) for c in range(channels)])
+    soundfile.write(tmp_path / name, audio.T, 11025)
+    got, rate_hz = read_audio(tmp_path / name)
+    assert rate_hz == 11025
+    assert got.shape == audio.shape
+    assert got.dtype == np.float32
+    assert np.abs(got - audio).max() < (0.1 if name in {"a.ogg", "a.mp3"} else 1e-4)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+def test_written_file_reads_back(tmp_path, subtype):
+    audio = np.stack([tone(), -tone()])
+    assert write_audio(tmp_path / "new" / "b.wav", audio, 8000, subtype) == 0
+    got, rate_hz = read_audio(tmp_path / "new" / "b.wav")
+    assert rate_hz == 8000
+    np.testing.assert_allclose(got, audio, atol={"PCM_16": 2**-15, "PCM_24": 2**-22, "FLOAT": 0}[subtype])
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["b.wav"]
+
+
+def test_integer_formats_clip_and_never_wrap(tmp_path):
+    audio = np.array([1.5, -1.5, 1.0, -1.0, 0.25], dtype=np.float32)
+    assert write_audio(tmp_path / "c.wav", audio, 8000) == 2
+    got, _ = read_audio(tmp_path / "c.wav")
+    np.testing.assert_allclose(got[0], [1, -1, 1, -1, 0.25], atol=1e-4)
+    assert write_audio(tmp_path / "c.wav", audio, 8000, "FLOAT") == 0
+    np.testing.assert_array_equal(read_audio(tmp_path / "c.wav")[0][0], audio)
+
+
+def bad_files(folder):
+    whole = folder / "whole.wav"
+    soundfile.write(whole, tone(), 11025)
+    data = whole.read_bytes()
+    (folder / "truncated.wav").write_bytes(data[: len(data) // 2])
+    soundfile.write(folder / "whole.flac", tone(), 11025)
+    flac = (folder / "whole.flac").read_bytes()
+    (folder / "truncated.flac").write_bytes(flac[: len(flac) // 2])
+    soundfile.write(folder / "whole.mp3", tone(3.0), 11025)
+    mp3 = (folder / "whole.mp3").read_bytes()
+    (folder / "truncated.mp3").write_bytes(mp3[: len(mp3) // 2])
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "header.wav").write_bytes(data[:20])
+    (folder / "text.wav").write_text("not audio at all")
+    soundfile.write(folder / "zero.wav", np.zeros(0), 11025)
+    broken = tone()
+    broken[7] = np.nan
+    broken[9] = np.inf
+    soundfile.write(folder / "nan.wav", broken, 11025, subtype="FLOAT")
+    (folder / "folder.wav").mkdir()
+    return {
+        "truncated.wav": "truncated",
+        "truncated.flac": "truncated",
+        "truncated.mp3": "truncated",
+        "empty.wav": "0 bytes",
+        "header.wav": "cannot be read",
+        "text.wav": "cannot be read",
+        "zero.wav": "no samples",
+        "nan.wav": "2 NaN or infinite",
+        "folder.wav": "not a file",
+        "missing.wav": "no such",
+    }
+
+
+def test_every_bad_file_is_one_clear_line(tmp_path):
+    for name, fragment in bad_files(tmp_path).items():
+        with pytest.raises(AudioError, match=fragment) as caught:
+            read_audio(tmp_path / name)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_streamed_wav_without_a_known_length_is_not_truncated(tmp_path):
+    """Recorders that write to a pipe leave the largest size in the header."""
+    soundfile.write(tmp_path / "s.wav", tone(), 11025)
+    data = bytearray((tmp_path / "s.wav").read_bytes())
+    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
+    (tmp_path / "s.wav").write_bytes(data)
+    got, _ = read_audio(tmp_path / "s.wav")
+    np.testing.assert_allclose(got[0], tone(), atol=1e-4)
+
+
+@pytest.mark.parametrize(("from_hz", "to_hz"), [(44100, 11025), (8000, 11025), (11025, 48000), (96000, 11025)])
+def test_resampling_keeps_a_tone(from_hz, to_hz):
+    audio = np.stack([tone(1.0, from_hz), tone(1.0, from_hz, 300)])
+    got = resample(audio, from_hz, to_hz)
+    assert got.shape == (2, to_hz)
+    middle = slice(to_hz // 10, -to_hz // 10)
+    assert np.abs(got[0] - tone(1.0, to_hz))[middle].max() < 1e-3
+    np.testing.assert_allclose(resample(audio[1], from_hz, to_hz), got[1], atol=1e-6)
+
+
+def test_resampling_removes_what_the_new_rate_cannot_hold():
+    assert level_db(resample(tone(1.0, 44100, 9000.0), 44100, 11025)[1000:-1000]) < -80
+
+
+def test_resampling_lengths():
+    for length in (1, 2, 99, 11025, 65535):
+        for from_hz, to_hz in ((44100, 11025), (11025, 44100), (22050, 16000), (11025, 11025)):
+            assert resample(np.ones(length, np.float32), from_hz, to_hz).shape == (
+                max(round(length * to_hz / from_hz), 1),
+            )
+    with pytest.raises(AudioError, match="0 and 8000"):
+        resample(np.ones(4, np.float32), 0, 8000)
+
+
+def test_mono_is_the_mean_and_level_is_in_db():
+    np.testing.assert_allclose(to_mono(np.array([[1.0, 0.0], [0.0, 0.5]], np.float32)), [0.5, 0.25])
+    assert level_db(np.ones(5, np.float32)) == 0
+    assert level_db(np.full(5, 0.1, np.float32)) == pytest.approx(-20, abs=1e-5)
+    assert level_db(np.zeros(5, np.float32)) == -np.inf
+
+
+def test_nothing_is_half_written(tmp_path):
+    write_audio(tmp_path / "d.wav", tone(), 11025)
+    before = (tmp_path / "d.wav").read_bytes()
+    for bad, error in (
+        (np.full(9, np.nan, np.float32), AudioError),
+        (np.zeros(0, np.float32), AudioError),
+        (np.zeros((1, 2, 3), np.float32), AudioError),
+    ):
+        with pytest.raises(error):
+            write_audio(tmp_path / "d.wav", bad, 11025)
+    with pytest.raises(ConfigError, match="PCM_7"):
+        write_audio(tmp_path / "d.wav", tone(), 11025, "PCM_7")
+    with pytest.raises(ConfigError, match=r"\.wav"):
+        write_audio(tmp_path / "d.xyz", tone(), 11025)
+    with pytest.raises(ConfigError, match="FLOAT"):
+        write_audio(tmp_path / "d.flac", tone(), 11025, "FLOAT")
+    with pytest.raises((AvsepError, OSError)):
+        write_audio(tmp_path / "d.wav" / "e.wav", tone(), 11025)
+    assert [p.name for p in tmp_path.iterdir()] == ["d.wav"]
+    assert (tmp_path / "d.wav").read_bytes() == before

@@ -1,0 +1,147 @@
+"""Two tiny tasks for tests of strategies: a run, its weights, and the same run killed in mid-task and resumed.
+
+    run = trained(store, "lwf", "random_per_class")
+    resumed = resume_killed(store, run, "lwf", "random_per_class")
+    assert differing(weights(run), weights(resumed)) == []
+
+A run is two tasks of three steps with a checkpoint after the second step; its validation is left out. Runs with equal
+first tasks share one, which is trained when first needed and kept beside the store, as are the runs themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import avsep.training.learner
+from avsep.data.tasks import task_stream
+from avsep.spec import RunSpec, validated
+from avsep.training.learner import ContinualLearner
+from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
+
+# Base separators by name, each small enough for a step to take a few hundredths of a second.
+SEPARATORS: dict[str, dict[str, Any]] = {
+    "iquery": TINY_SEPARATOR,
+    "iquery_object": {**TINY_SEPARATOR, "motion_encoder": None},
+    "coseparation": {
+        "audio_encoder": {"name": "conv7", "params": {"base_channels": 4}},
+        "object_encoder": {"name": "frame_cnn", "params": {"dim": 16}},
+        "mask_decoder": {"name": "conditioned_unet", "params": {"dim": 16}},
+        "front_end": TINY_FRONT_END,
+    },
+    "coseparation_detached": {
+        "audio_encoder": {"name": "conv7", "params": {"base_channels": 4}},
+        "object_encoder": {"name": "frame_cnn", "params": {"dim": 16}},
+        "mask_decoder": {"name": "conditioned_unet", "params": {"dim": 16, "detach_embedding": True}},
+        "front_end": TINY_FRONT_END,
+    },
+    "sound_of_pixels": {
+        "audio_encoder": {"name": "unet7", "params": {"base_channels": 4, "mask_channels": 4, "log_floor": 1e-10}},
+        "object_encoder": {"name": "frame_cnn", "params": {"dim": 16}},
+        "mask_decoder": "channel_synthesizer",
+        "front_end": TINY_FRONT_END,
+    },
+}
+
+# (separator, memory) that a test of one strategy goes through: every separator, and both memories
+RUNS = [
+    ("iquery", "none"),
+    ("iquery", "random_per_class"),
+    ("iquery_object", "none"),
+    ("coseparation", "random_per_class"),
+    ("sound_of_pixels", "none"),
+]
+
+_TRAIN = {**TINY_TRAIN, "epochs": 1, "steps_per_epoch": 3, "checkpoint_every": 2}
+_MIDDLE = "task-01-step-0000002"
+
+
+def make_learner(strategy, memory="none", *, separator="iquery", accelerator="cpu", **settings) -> ContinualLearner:
+    """A learner over ``TINY_TASKS``. ``strategy`` and ``memory`` are names or (name, parameters), ``separator`` one of
+    ``SEPARATORS``, ``settings`` of the training."""
+    spec = {
+        "separator": SEPARATORS[separator],
+        "strategy": strategy,
+        "memory": memory,
+        "train": {**_TRAIN, **settings},
+        "tasks": TINY_TASKS,
+    }
+    learner = ContinualLearner.from_spec(validated(RunSpec, spec, "test"), accelerator=accelerator)
+    learner._validate = lambda *_: 0.0
+    return learner
+
+
+def _fit(learner: ContinualLearner, store: Path, out: Path, tasks=TINY_TASKS, **how) -> None:
+    stream = task_stream(store, tasks, clip_samples=TINY_FRONT_END["clip_samples"])
+    learner.fit(stream, out, progress=False, **how)
+
+
+def first_task(store: Path, strategy, separator="iquery", **settings) -> Path:
+    """A run of the first task alone, as ``strategy`` trains it; trained once."""
+    learner = make_learner(strategy, separator=separator, **settings)
+    out = _folder(store, separator, learner.strategy.first_task(), settings)
+    if not (out / "tasks" / "00" / "task.json").exists():
+        learner.strategy.needs_memory = False  # there is nothing to remember yet
+        _fit(learner, store, out, TINY_TASKS[:1])
+    return out
+
+
+def _folder(store: Path, *key: Any) -> Path:
+    return store.parent / f"run-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def train(store: Path, out: Path, strategy, memory="none", *, separator="iquery", **settings) -> Path:
+    """Learn both tasks into ``out``. Beside it stays ``killed_folder(out)``, the run as a kill -9 right after the
+    checkpoint in the middle of the second task would leave it."""
+    save = avsep.training.learner.save_latest
+
+    def saves(folder, name, state):
+        save(folder, name, state)
+        if name == _MIDDLE:
+            shutil.copytree(out, killed_folder(out))
+
+    first = first_task(store, strategy, separator, **settings)
+    with mock.patch.object(avsep.training.learner, "save_latest", saves):
+        _fit(make_learner(strategy, memory, separator=separator, **settings), store, out, first_task=first)
+    assert killed_folder(out).is_dir()
+    return out
+
+
+def trained(store: Path, strategy, memory="none", *, separator="iquery", **settings) -> Path:
+    """As :func:`train`, into a folder beside the store; trained once. Read only."""
+    out = _folder(store, separator, strategy, memory, settings)
+    if not out.exists():
+        train(store, out, strategy, memory, separator=separator, **settings)
+    return out
+
+
+def killed_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}-killed")
+
+
+def resume_killed(store: Path, out: Path, strategy, memory="none", *, separator="iquery", **settings) -> Path:
+    """Resume what :func:`train` left as if killed, once, in a new learner whose global generators stand elsewhere."""
+    torch.manual_seed(20)
+    killed = killed_folder(out)
+    assert not (killed / "tasks" / "01").exists()
+    _fit(make_learner(strategy, memory, separator=separator, **settings), store, killed, resume=True)
+    return killed
+
+
+def weights(out: Path, task: int = 1) -> dict[str, Tensor]:
+    """What a finished task left."""
+    return load_file(out / "tasks" / f"{task:02d}" / "separator" / "model.safetensors")
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that are not equal bit by bit."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]

@@ -1,0 +1,62 @@
+"""One training step for tests of strategies: a student of four classes, a teacher of two, and three mixtures."""
+
+from __future__ import annotations
+
+import torch
+
+from avsep import build_separator
+from avsep.strategies.base import Step
+from avsep.types import Batch
+from support.tones import TINY_FRONT_END, TINY_SEPARATOR
+
+PARTS = {k: v for k, v in TINY_SEPARATOR.items() if k != "front_end"}
+# mixtures: old + new, new + new, old + old of one video; slots 0-1 are old classes, 2-3 new
+CLASS_IDS = torch.tensor([[1, 3], [2, 3], [0, 0]])
+VIDEO_IDS = torch.tensor([[7, 1], [2, 3], [9, 9]])
+
+
+def student_and_teacher(**parts):
+    parts = {**PARTS, **parts}
+    student = build_separator(**parts, front_end=TINY_FRONT_END, num_classes=4, seed=1).train()
+    teacher = build_separator(**parts, front_end=TINY_FRONT_END, num_classes=2, seed=2).requires_grad_(False).eval()
+    return student, teacher
+
+
+def make_step(student, num_old=2, class_ids=CLASS_IDS, rows=slice(None), video_ids=VIDEO_IDS):
+    rng = torch.Generator().manual_seed(0)
+    sources = 0.2 * torch.randn(3, 2, TINY_FRONT_END["clip_samples"], generator=rng)[rows]
+    pictures = torch.randint(0, 255, (3, 2, 3, 3, 32, 32), dtype=torch.uint8, generator=rng)[rows]
+    motion = torch.randint(0, 255, (3, 2, 6, 1, 16, 16), dtype=torch.uint8, generator=rng)[rows]
+    batch = Batch(
+        sources=sources,
+        class_ids=class_ids[rows],
+        video_ids=video_ids[rows],
+        is_memory=class_ids[rows] < num_old,
+        object=pictures,
+        motion=None if student.motion_encoder is None else motion,
+    )
+    spectrograms = student.analyse(batch.sources)
+    visual = student.encode_visual(batch.object, batch.motion)
+    audio = student.audio_encoder(spectrograms.network_input)
+    return Step(batch, spectrograms, audio, visual, student.mask_decoder(audio, visual, batch.class_ids), num_old)
+
+
+def gradients(term, student):
+    """{name: gradient} of a term by every parameter of the student that it reaches with something other than 0."""
+    names, parameters = zip(*student.named_parameters(), strict=True)
+    found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    return {n: g for n, g in zip(names, found, strict=True) if g is not None and bool((g != 0).any())}
+
+
+def literal_pod(x, scales=(1, 2, 4)):
+    """PLOP's embedding, cell by cell."""
+    squares = x.double() ** 2
+    height, width = (n // 4 * 4 for n in x.shape[-2:])
+    parts = []
+    for s in scales:
+        h, w = height // s, width // s
+        for i in range(s):
+            for j in range(s):
+                cell = squares[:, :, i * h : (i + 1) * h, j * w : (j + 1) * w]
+                parts += [cell.mean(dim=3).flatten(1), cell.mean(dim=2).flatten(1)]
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,117 @@
+"""Every strategy over two tiny tasks: killed and resumed, with and without memory, and what its terms change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from avsep.data.tasks import task_stream
+from avsep.errors import ConfigError
+from support.continual_runs import differing, first_task, make_learner, resume_killed, trained, weights
+from support.tones import TINY_FRONT_END, TINY_TASKS
+
+MEMORIES = ("none", "random_per_class")
+GROWN = ("lwf", {"variant": "grown_teacher"})
+WITHOUT_FUSION_LOSS = ("ewf", {"distillation": 0.0})
+# strategies that are to go on after a kill as if nothing had happened, where they run at all
+RESUMED = [
+    *((name, memory) for name in ("finetune", "contavsep", "lwf", "query_extension") for memory in MEMORIES),
+    (GROWN, "none"),
+    (("ewf", {"reestimate_batch_norm": True}), "none"),
+    (("contavsep", {"instance": "features", "modality_pairs": "within"}), "random_per_class"),
+    ("avcil", "random_per_class"),
+]
+ON_EVERY_SEPARATOR = [
+    ("lwf", "none"),
+    ("ewf", "random_per_class"),
+    ("avcil", "random_per_class"),
+    ("contavsep", "random_per_class"),
+]
+# (strategy, without its term, memory): both begin with the same first task
+REGULARISERS = [
+    ("lwf", "finetune", "none"),
+    ("lwf", "finetune", "random_per_class"),
+    (GROWN, "finetune", "none"),
+    ("ewf", WITHOUT_FUSION_LOSS, "none"),
+    (WITHOUT_FUSION_LOSS, "finetune", "random_per_class"),
+    ("contavsep", ("contavsep", {"weight_mask": 0.0}), "random_per_class"),
+    ("avcil", ("avcil", {"weight_mask": 0.0}), "random_per_class"),
+    ("avcil", ("avcil", {"weight_attention": 0.0}), "random_per_class"),
+]
+# with every weight at 0 these are fine-tuning
+SWITCHED_OFF = [
+    (("contavsep", {"weight_instance": 0.0, "weight_class": 0.0, "weight_mask": 0.0}), "none"),
+    (("lwf", {"weight_mask": 0.0}), "none"),
+    (
+        ("avcil", {"weight_instance": 0.0, "weight_class": 0.0, "weight_mask": 0.0, "weight_attention": 0.0}),
+        "random_per_class",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _few_mixtures_for_batch_norm(monkeypatch):
+    monkeypatch.setattr("avsep.strategies.ewf._MIXTURES", 16)
+
+
+@pytest.mark.parametrize(("strategy", "memory"), RESUMED)
+def test_a_killed_run_goes_on_to_the_same_weights(strategy, memory, tone_store):
+    run = trained(tone_store, strategy, memory)
+    resumed = resume_killed(tone_store, run, strategy, memory)
+    assert differing(weights(run), weights(resumed)) == []
+
+
+@pytest.mark.parametrize("separator", ["coseparation", "sound_of_pixels"])
+@pytest.mark.parametrize(("strategy", "memory"), ON_EVERY_SEPARATOR)
+def test_it_acts_and_resumes_on_every_base_separator(strategy, memory, separator, tone_store):
+    run = trained(tone_store, strategy, memory, separator=separator)
+    resumed = resume_killed(tone_store, run, strategy, memory, separator=separator)
+    assert differing(weights(run), weights(resumed)) == []
+    plain = trained(tone_store, "finetune", memory, separator=separator)
+    changed = differing(weights(run), weights(plain))
+    assert any(name.startswith("audio_encoder") for name in changed)
+    assert any(name.startswith("mask_decoder") for name in changed)
+
+
+def test_query_extension_is_refused_where_classes_have_no_queries(tone_store, tmp_path):
+    stream = task_stream(tone_store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
+    for separator, decoder in (("coseparation", "conditioned_unet"), ("sound_of_pixels", "channel_synthesizer")):
+        with pytest.raises(ConfigError, match=f"mask decoder '{decoder}' has no class_queries"):
+            make_learner("query_extension", separator=separator).fit(stream, tmp_path / "run", progress=False)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("strategy", "without", "memory"), REGULARISERS)
+def test_a_regulariser_changes_the_weights(strategy, without, memory, tone_store):
+    acts, idle = weights(trained(tone_store, strategy, memory)), weights(trained(tone_store, without, memory))
+    changed = differing(acts, idle)
+    for part in ("audio_encoder", "object_encoder", "mask_decoder"):
+        assert any(name.startswith(part) for name in changed), part
+
+
+@pytest.mark.parametrize("weight", ["weight_instance", "weight_class"])
+@pytest.mark.parametrize("strategy", ["contavsep", "avcil"])
+def test_a_contrastive_term_changes_the_first_task_already(strategy, weight, tone_store):
+    acts, idle = (weights(first_task(tone_store, s), 0) for s in (strategy, (strategy, {weight: 0.0})))
+    assert "mask_decoder.object_proj.weight" in differing(acts, idle)
+
+
+@pytest.mark.parametrize(("strategy", "memory"), SWITCHED_OFF)
+def test_with_every_term_off_it_is_fine_tuning(strategy, memory, tone_store):
+    run, plain = trained(tone_store, strategy, memory), trained(tone_store, "finetune", memory)
+    assert differing(weights(run), weights(plain)) == []
+
+
+def test_fine_tuning_and_fusion_is_the_mean_of_the_two_endpoints(tone_store):
+    """Two tasks of two classes: a = sqrt(1/2)."""
+    plain = trained(tone_store, "finetune")
+    old, new = weights(first_task(tone_store, "finetune"), 0), weights(plain)
+    factor = 0.5**0.5
+    for name, value in weights(trained(tone_store, WITHOUT_FUSION_LOSS)).items():
+        if not value.is_floating_point():
+            assert torch.equal(value, new[name])
+        elif name == "mask_decoder.class_queries":
+            torch.testing.assert_close(value[:2], (1 - factor) * old[name] + factor * new[name][:2])
+            assert torch.equal(value[2:], new[name][2:])
+        else:
+            torch.testing.assert_close(value, (1 - factor) * old[name] + factor * new[name])
