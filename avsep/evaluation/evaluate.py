@@ -421,10 +421,10 @@ def evaluate_run(
     ``store_hash``; ``tasks``, the class names of each; ``after``, one entry a scored task with its ``task``,
     ``separator`` hash, the ``seconds`` it was trained for, the bytes it keeps as ``memory``
     (:meth:`avsep.evaluation.budget.Budget.plain`), ``lists`` (:func:`summarise` by list name), ``all`` (over all
-    lists), ``by_task`` (by the sources' task over all lists) and ``rows`` (:func:`rows_of`); and, when no task up to the last
-    scored one is missing, ``matrices`` by metric (:func:`task_matrix`) and ``continual``, the measures of each matrix
-    (:class:`avsep.evaluation.continual.ContinualScores`), with the SDR's once more as ``matrix``, ``average`` (by
-    task), ``forgetting`` and ``bwt``.
+    lists), ``by_task`` (by the sources' task over all lists) and ``rows`` (:func:`rows_of`); and, when no task up to
+    the last scored one is missing, ``matrices`` by metric (:func:`task_matrix`) and ``continual``, the measures of each
+    matrix (:class:`avsep.evaluation.continual.ContinualScores`), with the SDR's once more as ``matrix``, ``average``
+    (by task), ``forgetting`` and ``bwt``.
 
     Raises:
         RunError: not a run folder, no finished task, or a task that is not finished.

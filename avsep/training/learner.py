@@ -129,7 +129,8 @@ class ContinualLearner:
         workers: reader processes; by default none on a CPU, where they would compete with training, and where they
             cannot be forked (they would import the caller's script again), else 4. The result does not depend on it.
         loggers: beside the CSV logs, by name, dotted path or made already
-            (:func:`avsep.training.loggers.choose_loggers`); TensorBoard where it is installed when omitted. The result does not depend on them.
+            (:func:`avsep.training.loggers.choose_loggers`); TensorBoard where it is
+            installed when omitted. The result does not depend on them.
     """
 
     def __init__(

@@ -2,7 +2,8 @@
 """Build TensorRT engines from an avsep bundle, on the device that runs them.
 
 This one file is both ``avsep.export.targets.tensorrt`` and, copied as it is, the ``build_engine.py`` of each bundle. It
-needs Python 3.8 or later, the standard library, and ``tensorrt`` (10.3 and later, 11) or ``tensorrt_rtx``; nothing of avsep.
+needs Python 3.8 or later, the standard library, and ``tensorrt`` (10.3 and later, 11) or ``tensorrt_rtx``; nothing of
+avsep.
 
     python build_engine.py                      every graph of the bundle that this file lies in
     python build_engine.py --graph separator.fp16.onnx --workspace-mib 512
