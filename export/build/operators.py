@@ -36,7 +36,7 @@ _TYPES = {
 @functools.cache
 def operator_table() -> dict[str, dict[str, Any]]:
     """The table: operator -> ``supported`` by 10.3, ``since``, ``types``, ``note``, ``source``."""
-    text = resources.files("avsep.export").joinpath("trt_operators.json").read_text(encoding="utf-8")
+    text = resources.files("avsep.export.build").joinpath("trt_operators.json").read_text(encoding="utf-8")
     table: dict[str, dict[str, Any]] = json.loads(text)["operators"]
     return table
 
