@@ -1,0 +1,1 @@
+"""From a separator to checked ONNX graphs."""
