@@ -274,7 +274,9 @@ class WaveformSeparator(_MaskedSeparator):
 
 
 class SpectralSeparator(_MaskedSeparator):
-    """The same without the transforms, which are left to the caller (:mod:`avsep.export.runtime.transforms`). It holds a copy.
+    """The same without the transforms, which are left to the caller (:mod:`avsep.export.runtime.transforms`).
+
+    It holds a copy.
 
     Shapes:
         spectrum [B, 2, bins, T], the mixture's real and imaginary part; the others as in :class:`WaveformSeparator`

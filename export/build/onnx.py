@@ -107,7 +107,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_graph(path: Path, opset: int) -> dict[str, int]:
-    """Checker with full check, strict shape inference, and the audit of the operators (:mod:`avsep.export.build.operators`).
+    """Full checker, strict shape inference, and the audit of the operators (:mod:`avsep.export.build.operators`).
 
     Returns:
         How often each operator stands in the graph.
