@@ -427,31 +427,6 @@ def info(bundle: _Bundle) -> None:
     _show(Console(), [opened], "measured when it was made")
 
 
-@app.command("plugin")
-def plugin(
-    bundle: _Bundle,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the plugin's graph, kernels and definition.")],
-    sm: _Sm = None,
-) -> None:
-    """Experimental: the fused mask synthesis as a TensorRT plugin (10.9 and later, not 10.14), compiled without a GPU.
-
-    The plain graph stays the default; nothing else of a bundle needs this.
-    """
-    from avsep.errors import ConfigError
-    from avsep.export import open_bundle
-    from avsep.export.targets.plugin import ARCHITECTURES, export_plugin
-    from avsep.spec import FrontEndSpec
-
-    wanted = _capabilities(sm)
-    if bad := [part for part in wanted if not part.isdigit()]:
-        raise ConfigError(f"--sm {bad[0]!r} is no compute capability: such as {', '.join(map(str, ARCHITECTURES))}")
-    with open_bundle(bundle) as opened:
-        spec = FrontEndSpec(**opened.manifest["separator"]["front_end"])
-        graph = opened.folder() / opened.graph("separator").file
-        folder = export_plugin(graph, spec, out, [int(part) for part in wanted] or ARCHITECTURES)
-    typer.echo(f"plugin in {folder}; next, on the device: python3 build_engine.py --plugin {folder}")
-
-
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema of a bundle's manifest."""

@@ -27,7 +27,6 @@ import contextlib
 import ctypes
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -77,7 +76,6 @@ DEFAULT_WORKSPACE_MIB = 1024
 ENGINES = "engines"  # folder of the engines in a bundle's folder
 FORMAT, VERSION = "avsep-engine", 1
 _BUNDLE_FORMAT, _BUNDLE_VERSION = "avsep-bundle", 2
-PLUGIN_GRAPH, PLUGIN_DEFINITION = "separator.plugin.onnx", "avsep_plugin.py"
 _LEAST = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 0)}
 
 # First bytes of a plan; after them, from byte 24, major, minor, patch and build of what made it, in layout 0.
@@ -343,7 +341,6 @@ def build(
     workspace_mib: int = DEFAULT_WORKSPACE_MIB,
     timing_cache: str | os.PathLike[str] | None = None,
     compute_capability: int | str | None = None,
-    plugin: str | os.PathLike[str] | None = None,
     progress: bool | Report = True,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -355,7 +352,6 @@ def build(
         workspace_mib: most scratch memory that a layer may take.
         timing_cache: file that keeps measured times between builds (TensorRT alone; TensorRT-RTX has none).
         compute_capability: 86 or "8.6": for a GPU that is not here (TensorRT-RTX alone). None: for the GPU here.
-        plugin: folder of the plugin that the graph uses; its ``avsep_plugin.py`` is run.
         progress: a bar on the standard error, none, or a function of (what is being done, share of it done).
 
     Returns:
@@ -371,8 +367,6 @@ def build(
     if workspace_mib < 1:
         raise BuildError(f"the workspace must be at least 1 MiB, got {workspace_mib}")
     machine = _machine_for(target, compute_capability)
-    if plugin is not None:
-        _load_plugin(Path(plugin), machine)
     key = _key_of(graph, _sha256(graph), machine, compute_capability, profiles, precision)
     started = time.monotonic()
     with _made_parent(plan):
@@ -417,40 +411,6 @@ def _machine_for(target: str, compute_capability: int | str | None) -> Machine:
         raise BuildError("TensorRT builds for the GPU it runs on: leave --sm out, or use --target tensorrt-rtx")
     _member_rtx(module, compute_capability)
     return Machine(module, found, str(module.__version__), None)
-
-
-def _load_plugin(folder: Path, machine: Machine) -> None:
-    """Run a plugin's definition, which makes it known to TensorRT in this process."""
-    path = folder / PLUGIN_DEFINITION
-    if machine.target != "tensorrt" or machine.gpu is None:
-        raise BuildError("plugins are for TensorRT 10.9 and later; TensorRT-RTX takes none: build the plain graph")
-    if not path.is_file():
-        raise BuildError(f"{folder} is not a plugin's folder: it has no {path.name}")
-    _verify_plugin(folder)
-    try:
-        spec = importlib.util.spec_from_file_location("avsep_plugin", str(path))
-        assert spec is not None
-        assert spec.loader is not None
-        definition = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(definition)
-    except Exception as error:  # whatever TensorRT, or the definition itself, has against it
-        raise BuildError(f"the plugin of {folder} cannot be used ({_line(error)})") from None
-    definition.compute_capability = machine.gpu.capability  # type: ignore[attr-defined]
-
-
-def _verify_plugin(folder: Path) -> None:
-    """Hold the files of a plugin's folder against the hashes in its plugin.json."""
-    manifest = folder / "plugin.json"
-    try:
-        files = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])
-        stated = {name: str(files[name]) for name in (PLUGIN_DEFINITION, PLUGIN_GRAPH)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BuildError(f"{manifest} is damaged ({type(error).__name__}: {_line(error)}): export it again") from None
-    for name, digest in stated.items():
-        if not (folder / name).is_file():
-            raise BuildError(f"{folder} lacks the file {name}: copy the folder again")
-        if _sha256(folder / name) != digest:
-            raise BuildError(f"{folder / name} is not the file that was exported (its SHA-256 differs): copy it again")
 
 
 def _capability(value: int | str) -> str:
@@ -1185,11 +1145,6 @@ def _arguments() -> argparse.ArgumentParser:
         help=f"most scratch memory of a layer (default {DEFAULT_WORKSPACE_MIB}; less where memory is short)",
     )
     arguments.add_argument("--out", metavar="PATH", help=f"folder for the engines (default: {ENGINES} in the bundle)")
-    arguments.add_argument(
-        "--plugin",
-        metavar="DIR",
-        help="experimental: build the graph of this plugin's folder, there (avsep.export.targets.plugin)",
-    )
     arguments.add_argument("--check", action="store_true", help="build nothing: verify, parse, look at the engines")
     arguments.add_argument("--force", action="store_true", help="build again what is good already")
     arguments.add_argument("--verbose", action="store_true", help="TensorRT's own log")
@@ -1206,19 +1161,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 folder, graphs=options.graph, target=options.target, sm=options.sm, out=options.out
             ):
                 print(line)
-            return 0
-        if options.plugin is not None:
-            place = Path(options.plugin)
-            plan = Path(options.out) if options.out else place / "separator.plugin.plan"
-            build(
-                place / PLUGIN_GRAPH,
-                plan,
-                target=options.target,
-                workspace_mib=options.workspace_mib,
-                plugin=place,
-                verbose=options.verbose,
-            )
-            print(plan)
             return 0
         build_bundle(
             folder,

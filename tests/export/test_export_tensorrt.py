@@ -581,49 +581,6 @@ def test_tensorrt_is_not_called_without_a_driver(tmp_path, monkeypatch):
             call(bundle)
 
 
-def test_a_plugin_is_known_before_its_graph_is_parsed(jetson, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "plugin"
-    folder.mkdir()
-    graph = {"inputs": {"mixture": [2, 3]}, "outputs": {"sources": [2, 3]}}
-    (folder / "separator.plugin.onnx").write_bytes(fake_tensorrt.as_model(graph))
-    definition = folder / "avsep_plugin.py"
-
-    def define(text):
-        definition.write_text(text)
-        hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.suffix != ".json"}
-        (folder / "plugin.json").write_text(json.dumps({"files": hashes}))
-
-    define("import builtins\nbuiltins.avsep_seen = globals()\n")
-    assert tensorrt.main(["--plugin", str(folder)]) == 0
-    import builtins
-
-    assert builtins.avsep_seen["compute_capability"] == "8.7"
-    del builtins.avsep_seen
-    assert files_of(folder)[-2:] == ["separator.plugin.plan", "separator.plugin.plan.json"]
-    define("raise RuntimeError('TensorRT 10.3.0 takes no plugins')")
-    capsys.readouterr()
-    assert tensorrt.main(["--plugin", str(folder)]) == 2
-    assert "takes no plugins" in capsys.readouterr().err
-    definition.write_text("raise SystemExit('this was not exported')")
-    assert tensorrt.main(["--plugin", str(folder)]) == 2
-    assert "avsep_plugin.py is not the file that was exported" in capsys.readouterr().err
-    define("")
-    (folder / "separator.plugin.onnx").unlink()
-    with pytest.raises(BuildError, match=r"lacks the file separator\.plugin\.onnx"):
-        tensorrt.build(definition, folder / "a.plan", plugin=folder)
-    (folder / "plugin.json").write_text("{}")
-    with pytest.raises(BuildError, match=r"plugin\.json is damaged"):
-        tensorrt.build(definition, folder / "a.plan", plugin=folder)
-    definition.unlink()
-    with pytest.raises(BuildError, match=r"it has no avsep_plugin\.py"):
-        tensorrt.build(folder / "plugin.json", folder / "a.plan", plugin=folder)
-
-
-def test_rtx_takes_no_plugin(rtx, small_graph, tmp_path):
-    with pytest.raises(BuildError, match="takes none"):
-        tensorrt.build(small_graph, tmp_path / "a.plan", compute_capability=86, plugin=tmp_path)
-
-
 # ---------------------------------------------------------------- running
 
 
