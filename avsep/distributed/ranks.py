@@ -9,13 +9,12 @@ of the whole batch:
 - a mean over chosen slots, of which ranks have different numbers, is weighed by their share
   (:meth:`avsep.strategies.Step.of_old`).
 
-Where there is one process every method gives back what it got.
+Where there is one process every method returns its argument.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from avsep.errors import ConfigError
 
-__all__ = ["ALONE", "Ranks", "is_lost", "synchronised"]
+__all__ = ["ALONE", "Ranks", "is_lost", "synchronise_batch_norm"]
 
 _T = TypeVar("_T")
 
@@ -70,15 +69,15 @@ class Ranks:
         dist.all_reduce(total)
         return total / self.world
 
-    def everyones(self, value: _T) -> list[_T]:
-        """The plain values of all ranks, in their order."""
+    def all_gather(self, value: _T) -> list[_T]:
+        """The plain values of all ranks, in rank order."""
         if not self.several:
             return [value]
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value)
         return found
 
-    def firsts(self, value: _T) -> _T:
+    def broadcast(self, value: _T) -> _T:
         """Rank 0's value (plain data and tensors on the CPU) on every rank."""
         if not self.several:
             return value
@@ -87,7 +86,7 @@ class Ranks:
         found: _T = box[0]
         return found
 
-    def copy_firsts(self, tensors: dict[str, Tensor]) -> None:
+    def broadcast_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Overwrite tensors with rank 0's of the same names, in place."""
         if self.several:
             for tensor in tensors.values():
@@ -97,7 +96,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Until all ranks are here."""
-        self.everyones(None)
+        self.all_gather(None)
 
 
 ALONE = Ranks()
@@ -129,52 +128,56 @@ def is_lost(error: BaseException) -> bool:
 # --- batch normalisation --------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def synchronised(ranks: Ranks, *modules: nn.Module | None) -> Iterator[None]:
-    """Inside, batch normalisation in training mode takes its statistics over the batches of all ranks.
+def synchronise_batch_norm(module: nn.Module, ranks: Ranks) -> None:
+    """Compute the statistics of batch normalisation in training mode over the batches of all ranks, from here on.
 
-    The modules stay the same objects with the same parameters.
+    Changes the class of those parts of ``module`` and nothing else: objects, parameters and their names stay. With one
+    rank (:data:`ALONE`) the parts get their own class back.
 
     Raises:
         ConfigError: for a normalisation with a forward pass of its own, which cannot be synchronised.
     """
-    if not ranks.several:
-        yield
-        return
-    changed: list[tuple[nn.Module, type]] = []
-    try:
-        for module in modules:
-            for part in () if module is None else module.modules():
-                if isinstance(part, _BatchNorm) and not isinstance(part, nn.SyncBatchNorm):
-                    if type(part).forward is not _BatchNorm.forward:
-                        raise ConfigError(
-                            f"{type(part).__name__} normalises a batch in its own way, which cannot be done over "
-                            "several ranks: train with one process, or use nn.BatchNorm"
-                        )
-                    changed.append((part, type(part)))
-                    part.__class__ = _Synchronised
-        yield
-    finally:
-        for part, kind in changed:
-            part.__class__ = kind
+    for part in module.modules():
+        if not isinstance(part, _BatchNorm):
+            continue
+        if isinstance(part, _Synchronised):
+            if not ranks.several:
+                part.__class__ = type(part).__bases__[1]
+        elif ranks.several and not isinstance(part, nn.SyncBatchNorm):
+            kind: Any = type(part)
+            if kind.forward is not _BatchNorm.forward:
+                raise ConfigError(
+                    f"{kind.__name__} normalises a batch in its own way, which cannot be done over "
+                    "several ranks: train with one process, or use nn.BatchNorm"
+                )
+            part.__class__ = _synchronised(kind)
 
 
-class _Synchronised(nn.SyncBatchNorm):
-    """PyTorch's, which exists on accelerators only, and on the CPU a plain form of the same."""
+@functools.cache
+def _synchronised(kind: type[Any]) -> type[Any]:
+    return type(f"Synchronised{kind.__name__}", (_Synchronised, kind), {})
+
+
+class _Synchronised(_BatchNorm):
+    """PyTorch's, and on the CPU a plain form of it: PyTorch has none there, and DDP refuses its class."""
 
     process_group = None  # all ranks; here, since ``__init__`` does not run
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or input.device.type != "cpu":
+        if not self.training:
             return super().forward(input)
+        if input.device.type != "cpu":
+            return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
         share = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if share is None:  # the plain mean of all batches
                 share = 1.0 / float(self.num_batches_tracked)
-        return _Normalise.apply(
+        result: Tensor = _Normalise.apply(
             input, self.weight, self.bias, self.running_mean, self.running_var, self.eps, share or 0.0
         )
+        return result
 
 
 class _Normalise(torch.autograd.Function):

@@ -28,7 +28,7 @@ from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip
 from avsep.data.tasks import TaskStream
 from avsep.distributed.launch import local_world_size, world_size
-from avsep.distributed.ranks import ALONE, Ranks, is_lost, synchronised
+from avsep.distributed.ranks import ALONE, Ranks, is_lost, synchronise_batch_norm
 from avsep.environment import pick_device, refuse_number, seeded
 from avsep.errors import AvsepError, CheckpointError, ConfigError, LostRankError, NumericalError, RunError
 from avsep.files import FolderLock, read_json, write_json, write_yaml
@@ -204,7 +204,7 @@ class ContinualLearner:
             if out is not None:
                 return self._fit(stream, Path(out), resume, progress, preset, first_task)
             with tempfile.TemporaryDirectory(prefix="avsep-run-") as folder:
-                return self._fit(stream, Path(self.ranks.firsts(folder)), False, progress, preset, first_task)
+                return self._fit(stream, Path(self.ranks.broadcast(folder)), False, progress, preset, first_task)
         except RuntimeError as error:
             if self.ranks.several and is_lost(error):
                 raise LostRankError(
@@ -326,7 +326,7 @@ class ContinualLearner:
     def _check_agreement(self, spec: RunSpec, resume: bool) -> None:
         """Refuse ranks that were not started alike."""
         mine = {**spec.model_dump(mode="json", exclude={"store", "preset"}), "resume": resume}
-        for rank, theirs in enumerate(self.ranks.everyones(mine)):
+        for rank, theirs in enumerate(self.ranks.all_gather(mine)):
             if difference := _difference(mine, theirs):
                 key, here, there = difference
                 raise ConfigError(
@@ -347,8 +347,7 @@ class ContinualLearner:
                 f"{ranks} processes: set a multiple of {ranks} (train.batch_size={-(-size // ranks) * ranks}), or take "
                 "another number of processes"
             )
-        with synchronised(self.ranks, self.separator):  # refuses what it cannot synchronise
-            pass
+        synchronise_batch_norm(self.separator, self.ranks)
 
     def _check(self, stream: TaskStream) -> None:
         first = stream.tasks[0]
@@ -566,6 +565,7 @@ class ContinualLearner:
             with seeded(self.train.seed, task.index):
                 self.separator.grow(len(seen), classes=seen)
         self.separator.to(self.fabric.device)
+        synchronise_batch_norm(self.separator, self.ranks)
 
     def _load_student(self, tensors: dict[str, Tensor], out: Path) -> None:
         try:
@@ -577,6 +577,7 @@ class ContinualLearner:
         if not self.strategy.needs_teacher or task.index == 0:
             return None
         teacher = load_separator(out, task=task.index - 1).to(self.fabric.device)
+        synchronise_batch_norm(teacher, self.ranks)
         return teacher.requires_grad_(False).eval()
 
     def _optimizers(self, student: Separator) -> dict[str, torch.optim.Optimizer]:
@@ -660,8 +661,7 @@ class ContinualLearner:
                 group["lr"] = spec.lr * factor
             rate = rate or spec.lr * factor
             optimizer.zero_grad()
-        with synchronised(self.ranks, self.separator, teacher):
-            terms: dict[str, Tensor] = module(_Inputs(batch, teacher, len(task.old)))
+        terms: dict[str, Tensor] = module(_Inputs(batch, teacher, len(task.old)))
         loss = torch.stack([t.float() for t in terms.values()]).sum()
         own = torch.stack([t.detach().float() for t in terms.values()])
         values = [float(v) for v in self.ranks.mean(own).tolist()]
@@ -712,7 +712,7 @@ class ContinualLearner:
             batch_size=max(1, self.train.batch_size // ranks.world),
             device=self.fabric.device,
         )
-        scores = [score for part in ranks.everyones(own) for score in part]
+        scores = [score for part in ranks.all_gather(own) for score in part]
         self._scores = scores
         return mean_sdr(scores, degenerate=stream.validation.name == "paper")
 
@@ -727,16 +727,19 @@ class ContinualLearner:
     ) -> None:
         student = self.separator
         student.eval()
+        for module in (student, teacher):  # from here on every rank computes the same from the same data
+            if module is not None:
+                synchronise_batch_norm(module, ALONE)
         label = f"{self._strategy_ref.name} after task {task.index}"
         started = time.perf_counter()
         self.strategy.after_task(student, teacher, task, _TaskData(self, stream, task, bars, label))
         student.eval()
         if self.ranks.several:  # computed alike everywhere; devices may differ in the last bit
-            self.ranks.copy_firsts(student.state_dict())
-            self.strategy.load_state_dict(self.ranks.firsts(_on_cpu(self.strategy.state_dict())))
+            self.ranks.broadcast_tensors(student.state_dict())
+            self.strategy.load_state_dict(self.ranks.broadcast(_on_cpu(self.strategy.state_dict())))
         self.exemplars = self._remember(stream, task, self.exemplars)
         if self.ranks.several:
-            chosen = self.ranks.firsts(exemplars_to_plain(self.exemplars))
+            chosen = self.ranks.broadcast(exemplars_to_plain(self.exemplars))
             self.exemplars = exemplars_from_plain(chosen, "process 0")
         seconds_after = time.perf_counter() - started
         if not self.ranks.first:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from avsep.distributed.launch import launch
-from avsep.distributed.ranks import ALONE, Ranks, synchronised
+from avsep.distributed.ranks import ALONE, Ranks, synchronise_batch_norm
 from avsep.errors import ConfigError
 from support import rank_checks
 from support.continual_runs import differing, first_task, weights
@@ -33,7 +33,7 @@ LAUNCH = "import sys; from avsep.distributed.launch import launch; sys.exit(laun
 def started(*arguments, **how):
     """Two processes that run ``rank_checks.py``, as ``avsep train --devices 2`` starts them."""
     command = [sys.executable, "-c", LAUNCH, str(SCRIPT), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, **how)
 
 
@@ -166,13 +166,13 @@ def test_what_several_ranks_cannot_do_is_refused(monkeypatch):
         def forward(self, x):
             return x
 
-    with pytest.raises(ConfigError, match="Own normalises a batch in its own way"), synchronised(Ranks(0, 2), Own(3)):
-        pass
+    with pytest.raises(ConfigError, match="Own normalises a batch in its own way"):
+        synchronise_batch_norm(nn.Sequential(Own(3)), Ranks(0, 2))
 
 
 def test_ranks_that_were_started_differently_are_refused(monkeypatch):
     learner = tiny_learner()
-    monkeypatch.setattr(Ranks, "everyones", lambda self, value: [value, {**value, "resume": True}])
+    monkeypatch.setattr(Ranks, "all_gather", lambda self, value: [value, {**value, "resume": True}])
     spec = learner.train  # any settings will do
 
     with pytest.raises(ConfigError, match="process 0 was started with resume = False and process 1 with True"):
@@ -181,14 +181,25 @@ def test_ranks_that_were_started_differently_are_refused(monkeypatch):
 
 def test_one_process_synchronises_nothing():
     norm, x = nn.BatchNorm2d(3), torch.randn(2, 3, 4, 4)
-    with synchronised(ALONE, norm):
-        assert type(norm) is nn.BatchNorm2d
+    synchronise_batch_norm(norm, ALONE)
+    assert type(norm) is nn.BatchNorm2d
     assert ALONE.gather(x) is x
     assert ALONE.part(x) is x
-    with synchronised(Ranks(0, 2), norm, None):
-        assert isinstance(norm, nn.SyncBatchNorm)
-        assert torch.equal(norm.eval()(x), nn.BatchNorm2d(3).eval()(x))
-    assert type(norm) is nn.BatchNorm2d
+
+
+def test_synchronising_changes_a_class_and_nothing_else():
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    parts, parameters, state = list(module.modules()), list(module.parameters()), module.state_dict()
+    x = torch.randn(2, 3, 4, 4)
+    for ranks, own in ((Ranks(0, 2), False), (ALONE, True)):
+        for _ in range(2):  # the second time changes nothing
+            synchronise_batch_norm(module, ranks)
+            assert isinstance(module[1], nn.BatchNorm2d)
+            assert (type(module[1]) is nn.BatchNorm2d) is own
+            assert all(a is b for a, b in zip(module.modules(), parts, strict=True))
+            assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
+            assert module.state_dict().keys() == state.keys()
+        assert torch.equal(module[1].eval()(x), nn.BatchNorm2d(3).eval()(x))
 
 
 # what a rank does that notes its process id, and no more

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from avsep.data.tasks import task_stream
-from avsep.distributed.ranks import ALONE, Ranks, synchronised
+from avsep.distributed.ranks import ALONE, Ranks, synchronise_batch_norm
 from avsep.registry import STRATEGIES
 from avsep.separator import build_from_spec
 from avsep.spec import SeparatorSpec, validated
@@ -78,6 +78,8 @@ def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
     strategy.before_task(student, teacher, TASK)
     strategy.freeze(student, TASK)
     student.train()
+    for one in (student, teacher):
+        synchronise_batch_norm(one, ranks)
     module = _TrainingStep(student, strategy, ranks)
     batch = _batch(student, dtype)
     if ranks.several:
@@ -85,8 +87,7 @@ def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
         parts = {k: ranks.part(v) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
         batch = Batch(**parts)
     torch.manual_seed(7)  # a rank that drew for itself would draw otherwise
-    with synchronised(ranks, student, teacher):
-        terms = module(_Inputs(move_to(batch, "cpu"), teacher, 2))
+    terms = module(_Inputs(move_to(batch, "cpu"), teacher, 2))
     torch.stack([t.to(dtype) for t in terms.values()]).sum().backward()
     return {
         **{f"term {k}": ranks.mean(v.detach().to(dtype)) for k, v in terms.items()},
@@ -144,7 +145,7 @@ def several(folder: Path, store: str) -> None:
     stream = stream_of(store)
     facts = {"sdr": learner._validate(stream, stream.tasks[0], None)}
     drawn = [[c for m in b.clips for c in m] for b in learner._batches(learner._epoch(stream, stream.tasks[0], 0), 1)]
-    facts["drawn"] = [[c for part in parts for c in part] for parts in zip(*ranks.everyones(drawn), strict=True)]
+    facts["drawn"] = [[c for part in parts for c in part] for parts in zip(*ranks.all_gather(drawn), strict=True)]
     fit(store, folder / "whole", first_task=folder / "first")
     kill(store, folder / "killed", folder / "first")
     kill(store, folder / "killed_for_one", folder / "first")
