@@ -149,32 +149,23 @@ class FolderLock:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        from filelock import FileLock  # here, as PyYAML above
+
         self.folder = Path(folder)
-        self._file: Any = None
+        self._lock = FileLock(self.folder / ".lock", thread_local=False)
 
     def __enter__(self) -> FolderLock:
+        from filelock import Timeout
+
         refuse_file(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.folder / ".lock", "a+")  # held open on purpose
         try:
-            _lock(self._file)
-        except OSError:
-            self._file.close()
+            self._lock.acquire(blocking=False)
+        except Timeout:
             raise RunError(
                 f"{self.folder} is being written by another process: wait for it to end, or choose another folder"
             ) from None
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def _lock(file: Any) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._lock.release()
