@@ -275,7 +275,7 @@ class _Looks:
     def check(self, files: list[Path], classes: list[str]) -> None:
         """Raise where a file shows nothing that the separator needs, or a class has no box."""
         from avsep.errors import ConfigError, DataError
-        from avsep.inference.recordings import is_video
+        from avsep.media.video import is_video
 
         if self.track is not None and classes != ["auto"]:
             for name in classes:

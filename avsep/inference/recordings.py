@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from avsep.errors import AudioError, ConfigError, DataError, NumericalError, UnknownNameError, near_matches
 from avsep.files import made_folder, refuse_file, write_text
 from avsep.inference.chunking import context_in_samples, separate_long
-from avsep.media.audio import SUBTYPES, level_db, read_audio, resample, to_mono, write_audio
+from avsep.media.audio import SUBTYPES, level_db, resample, to_mono, write_audio
 from avsep.media.timeline import VisualTimeline
+from avsep.media.video import is_video, read_sound
 from avsep.types import VisualFeatures, VisualSource
 
 if TYPE_CHECKING:
@@ -104,33 +105,6 @@ def slots_of(known: Sequence[str], classes: Sequence[str]) -> list[int]:
     if repeated := sorted({name for name in classes if list(classes).count(name) > 1}):
         raise ConfigError(f"class '{repeated[0]}' is given twice: every class is separated once")
     return [list(known).index(name) for name in classes]
-
-
-# What libsndfile is asked for; anything else goes to PyAV (videos, and audio that libsndfile does not know).
-_SOUND_FILES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64"}
-
-
-def is_video(path: str | os.PathLike[str]) -> bool:
-    """Whether there are pictures to see in a file; those with the suffix of a sound are not looked into."""
-    if Path(path).suffix.lower() in _SOUND_FILES:
-        return False
-    from avsep.media.video import probe
-
-    return probe(path).has_video
-
-
-def read_sound(path: str | os.PathLike[str]) -> tuple[Audio, int]:
-    """The sound of an audio or video file as float32 [C, L] with its rate in Hz; that of a video comes mono.
-
-    Raises:
-        AudioError: as :func:`avsep.media.audio.read_audio` and :func:`avsep.media.video.read_media_audio`.
-        MissingExtraError: the file is a video, and PyAV is not installed.
-    """
-    if Path(path).suffix.lower() in _SOUND_FILES or not Path(path).is_file():
-        return read_audio(path)
-    from avsep.media.video import read_media_audio
-
-    return read_media_audio(path)
 
 
 def read_mono(path: str | os.PathLike[str]) -> tuple[Audio, int]:

@@ -18,11 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avsep.errors import AudioError, DataError, MissingExtraError
+from avsep.media.audio import read_audio
 
-__all__ = ["MediaInfo", "cut_picture", "iter_pictures", "probe", "read_media_audio"]
+__all__ = ["MediaInfo", "cut_picture", "is_video", "iter_pictures", "probe", "read_media_audio", "read_sound"]
 
 Audio = NDArray[np.float32]
 Picture = NDArray[np.uint8]
+
+# What libsndfile is asked for; anything else goes to PyAV (videos, and audio that libsndfile does not know).
+_SOUND_FILES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64"}
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,25 @@ def read_media_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
     elif lead < 0:
         samples = samples[-lead:]
     return samples[None], rate
+
+
+def is_video(path: str | os.PathLike[str]) -> bool:
+    """Whether a file holds a video stream; a file with the suffix of a sound is not opened."""
+    if Path(path).suffix.lower() in _SOUND_FILES:
+        return False
+    return probe(path).has_video
+
+
+def read_sound(path: str | os.PathLike[str]) -> tuple[Audio, int]:
+    """The sound of an audio or video file as float32 [C, L] with its rate in Hz; that of a video comes mono.
+
+    Raises:
+        AudioError: as :func:`avsep.media.audio.read_audio` and :func:`read_media_audio`.
+        MissingExtraError: the file is a video, and PyAV is not installed.
+    """
+    if Path(path).suffix.lower() in _SOUND_FILES or not Path(path).is_file():
+        return read_audio(path)
+    return read_media_audio(path)
 
 
 def iter_pictures(

@@ -268,8 +268,7 @@ def _without(reason: str, root: str) -> str:
 
 def _hear(path: Path, recipe: Recipe, video: Video) -> tuple[Any, tuple[float, float] | None, float]:
     """The sound at the store's rate, the part that was taken, and its seconds."""
-    from avsep.inference.recordings import read_sound
-    from avsep.media.video import probe
+    from avsep.media.video import probe, read_sound
 
     span = video.span
     with _decoding():
