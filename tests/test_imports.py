@@ -1,8 +1,7 @@
-"""Imports: light where people start, and one way: kernels <- avsep <- export <- cli, benchmarks."""
+"""Imports: light where people start, and from lower floors only."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -54,65 +53,16 @@ def test_importing_avsep_touches_no_accelerator():
     assert result.stdout.strip() == "[]"
 
 
-def layer(module: str) -> str:
-    """kernels, avsep, export, cli or benchmarks."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in {"kernels", "export", "cli", "benchmarks"} else "avsep"
-
-
-# what the modules of a layer may import; cli and benchmarks stand side by side at the end
-ALLOWED = {
-    "kernels": {"kernels"},
-    "avsep": {"kernels", "avsep"},
-    "export": {"kernels", "avsep", "export"},
-    "cli": {"kernels", "avsep", "export", "cli", "benchmarks"},
-    "benchmarks": {"kernels", "avsep", "export", "benchmarks"},
-}
-# small modules without imports of their own, open to every layer
-OPEN = {"avsep.errors", "avsep.types"}
-
-
-def sources():
-    """(module name, path) of every module of the library."""
-    for folder, package in (
-        ("avsep", "avsep"),
-        ("kernels", "avsep.kernels"),
-        ("export", "avsep.export"),
-        ("benchmarks", "avsep.benchmarks"),
-    ):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            yield ".".join((package, *(p for p in parts if p != "__init__"))), path
-
-
-def imported(tree: ast.AST, package: str):
-    """Names of the avsep modules that are imported anywhere in the file, inside functions too."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                up = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*up, *([base] if base else [])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
 @pytest.mark.skipif(not (ROOT / "kernels").is_dir(), reason="needs the source tree")
-def test_imports_go_one_way():
-    found = dict(sources())
-    assert len(found) > 20
-    wrong = []
-    for module, path in found.items():
-        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        for name in imported(ast.parse(path.read_text(encoding="utf-8")), package):
-            if name.partition(".")[0] != "avsep" or any(name == o or name.startswith(o + ".") for o in OPEN):
-                continue
-            if module == "avsep.__main__":  # `python -m avsep` starts the command line
-                continue
-            if layer(name) not in ALLOWED[layer(module)]:
-                wrong.append(f"{module} imports {name}")
-    assert not wrong, "\n".join(wrong)
+def test_every_room_imports_only_from_the_floors_below():
+    """The contracts of [tool.importlinter] in pyproject.toml, over every file of the library."""
+    pytest.importorskip("importlinter")
+    tool = [sys.executable, str(ROOT / "scripts" / "as_installed.py"), "imports"]
+    result = subprocess.run(tool, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    files = sum(1 for folder in ("avsep", "kernels", "export", "benchmarks") for _ in (ROOT / folder).rglob("*.py"))
+    assert f"Analyzed {files} files" in result.stdout
+    assert " kept, 0 broken" in result.stdout
 
 
 @pytest.mark.skipif(not (ROOT / "kernels").is_dir(), reason="needs the source tree")
