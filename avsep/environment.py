@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -29,10 +30,12 @@ __all__ = [
     "commit",
     "device_name",
     "die_with_parent",
+    "local_world_size",
     "pick_device",
     "refuse_number",
     "seeded",
     "version_of",
+    "world_size",
 ]
 
 
@@ -78,17 +81,33 @@ def seeded(seed: int | None, task: int = 0) -> Iterator[None]:
         yield
 
 
-def die_with_parent() -> None:
-    """End this worker when the process that started it is killed; it would otherwise wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
+def world_size() -> int:
+    """How many processes torchrun has started with this one, on all machines; 1 for an ordinary process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
-    def watch(sentinel: int) -> None:
+
+def local_world_size() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+
+
+def die_with_parent() -> None:
+    """End this worker or rank when the process that started it is killed; it would otherwise wait for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch_worker(sentinel: int) -> None:
         multiprocessing.connection.wait([sentinel])
         os._exit(1)
 
-    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+    def watch_rank(starter: int) -> None:
+        while os.getppid() == starter:
+            time.sleep(1)
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch_worker, args=(parent.sentinel,), daemon=True).start()
+    elif world_size() > 1:
+        threading.Thread(target=watch_rank, args=(os.getppid(),), daemon=True).start()
 
 
 # what decides a result; commands, pages, benchmarks, exports and drivers of grids do not

@@ -19,9 +19,10 @@ def main(argv: list[str] | None = None) -> None:
     # also does something else (a step of 0.5 s took 13 s with two busy neighbours on two cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from avsep.distributed.launch import follow_launcher, world_size
+        from avsep.environment import die_with_parent, world_size
 
-        follow_launcher()
+        if world_size() > 1:
+            die_with_parent()
         from avsep.cli.app import Interrupted, build_app
         from avsep.errors import AvsepError
 
@@ -47,28 +48,34 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _interrupted(way_on: str) -> None:
-    _fail(f"avsep: stopped{': ' if way_on else ''}{way_on}", 130)
+    import os
+
+    from avsep.environment import world_size
+
+    text = f"avsep: stopped{': ' if way_on else ''}{way_on}"
+    if way_on and world_size() > 1 and os.environ["RANK"] == "0":
+        print(text, file=sys.stderr, flush=True)  # torchrun reports no error of ranks that it interrupts
+    _fail(text, 130)
 
 
 def _fail(text: str, code: int, error: Exception | None = None) -> None:
-    """Say what is wrong and end. Of several processes that train together one speaks, and none waits for the others."""
+    """Print what is wrong and end. A rank of several records it for torchrun, which reports the first one, and ends
+    without waiting for the others."""
     import os
 
-    from avsep.distributed.launch import speaks, world_size
+    from avsep.environment import world_size
 
     if world_size() == 1:
         print(text, file=sys.stderr)
         sys.exit(code)
     import time
 
+    from avsep.distributed.launch import record_error
     from avsep.errors import LostRankError
 
     if isinstance(error, LostRankError):
-        time.sleep(5)  # the one that is gone knows why, and this one is ended meanwhile
-    if speaks():
-        print(text, file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)  # the first to end ends all, and the one that speaks is to come to its end
+        time.sleep(5)  # the rank that is gone knows why, and torchrun ends this one meanwhile
+    record_error(text)
     sys.stdout.flush()
     os._exit(code)  # ending in order would wait for the group
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import time
 from typing import Any
 
 import typer
@@ -27,7 +26,7 @@ COMMANDS = (
 
 
 # click's, of which newer versions of typer have a copy of their own
-_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+_UsageError: Any = typer.BadParameter.__bases__[0]
 
 
 class Interrupted(BaseException):
@@ -40,13 +39,13 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             raise Interrupted(*stop.args) from None
-        except _UsageError:
-            from avsep.distributed.launch import speaks
+        except _UsageError as error:
+            from avsep.environment import world_size
+            from avsep.errors import ConfigError
 
-            if speaks():
+            if world_size() == 1:
                 raise
-            time.sleep(2)  # the first to end ends all, and the one that speaks is to come to its end
-            raise typer.Exit(2) from None
+            raise ConfigError(error.format_message()) from None
 
 
 def build_app() -> typer.Typer:
@@ -83,7 +82,7 @@ def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
     """Continual audio-visual sound separation."""
-    from avsep.distributed.launch import world_size
+    from avsep.environment import world_size
     from avsep.errors import ConfigError
 
     if world_size() > 1 and context.invoked_subcommand != "train":

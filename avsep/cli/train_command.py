@@ -71,6 +71,7 @@ def command(
     """Learn a store's classes task after task."""
     from avsep.data.store import Store
     from avsep.data.tasks import task_stream
+    from avsep.environment import world_size
     from avsep.errors import CheckpointError, ConfigError
     from avsep.presets.fidelity import apply_fidelity
     from avsep.runs.folder import read_run_spec
@@ -134,6 +135,8 @@ def command(
         records = learner.fit(stream, out, resume=resume, preset=spec.preset)
     except KeyboardInterrupt:
         way_on = f"go on with: avsep train --out {out} --resume" if (out / "run.yaml").is_file() else ""
+        if world_size() > 1 and devices is not None:
+            way_on = ""  # the process that started this one prints it
         raise KeyboardInterrupt(way_on) from None
     if not learner.ranks.first:
         return
@@ -159,9 +162,9 @@ def command(
 
 
 def _launched(devices: int | None, device: str, arguments: Sequence[str]) -> bool:
-    """Whether the command has been run by ``devices`` processes that this one started for it."""
-    from avsep.distributed.launch import launch, local_world_size, world_size
-    from avsep.environment import pick_device
+    """Whether ``devices`` processes were to run the command; they have, then."""
+    from avsep.distributed.launch import launch
+    from avsep.environment import local_world_size, pick_device, world_size
     from avsep.errors import ConfigError
 
     if world_size() > 1:

@@ -1,212 +1,93 @@
-"""Several processes on one machine, and what a process knows of having been started as one of several.
-
-The environment is torchrun's, so that a rank need not know which of the two started it. This module imports nothing
-heavy: the command line asks it on every start.
-"""
+"""Several processes on this machine, started by torchrun (:mod:`torch.distributed.run`)."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import os
 import signal
-import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-__all__ = ["follow_launcher", "launch", "local_world_size", "speaks", "world_size"]
-
-_LAUNCHER_PIPE = "AVSEP_LAUNCHER_PIPE"
-_GRACE_S = 10.0
-
-
-def world_size() -> int:
-    """How many processes torchrun, or :func:`launch`, has started with this one; 1 for an ordinary process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-
-
-def local_world_size() -> int:
-    """How many of them are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
-
-
-def speaks() -> bool:
-    """Whether this process is to tell of an error: the first of the run that asks. An ordinary process always is."""
-    if world_size() == 1:
-        return True
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
-    try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
-        return int(store.add(_told_key(), 1)) == 1
-    except (KeyError, ValueError, RuntimeError):  # nobody to agree with: twice told is better than not at all
-        return True
-
-
-def _told_key() -> str:
-    return f"avsep/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+__all__ = ["launch", "record_error"]
 
 
 def launch(count: int, command: Sequence[str]) -> int:
-    """Run ``command`` as ``count`` ranks on this machine; returns the exit code when all have ended.
+    """Run ``command`` as ``count`` ranks on this machine and return the exit code.
 
-    When one fails the others are ended. Ctrl-C and SIGTERM are handed on, and should this process itself be killed, the
-    ranks end too. The command must call :func:`follow_launcher` early: only then does Ctrl-C reach it.
+    When one rank fails, the others are ended, and the error that it recorded (:func:`record_error`) is printed.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, when no rank had come so far as to speak of it.
+        KeyboardInterrupt: after Ctrl-C, when all ranks have ended.
     """
-    from datetime import timedelta
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    import torch.distributed as dist
-
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=30))
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_RUN_ID": "avsep",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    with _kept_pipe() as (pipe, how):
-        if pipe is not None:
-            environment[_LAUNCHER_PIPE] = str(pipe)
-        ranks: list[subprocess.Popen[bytes]] = []
-        with _handed_on(ranks) as stopped:
-            try:
-                with _without_interrupts():
-                    for rank in range(count):
-                        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                        ranks.append(subprocess.Popen(list(command), env=own, **how))
-                failed = _first_failure(ranks, stopped)
-            finally:
-                _end(ranks)
-    told = store.check([_told_key()])
-    if stopped:
-        if stopped[0] == signal.SIGINT and not told:
-            raise KeyboardInterrupt
-        if stopped[0] != signal.SIGINT:
-            with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
-                print(f"avsep: stopped by {signal.Signals(stopped[0]).name}; go on with --resume", file=sys.stderr)
-        return 128 + stopped[0]
-    if failed is None:
-        return 0
-    code = ranks[failed].returncode
-    if code < 0 and not told:  # killed from outside, so that it could not say so
-        why = " (out of memory?)" if code == -signal.SIGKILL else ""
-        print(
-            f"avsep: process {failed} of {count} was ended by signal {-code}{why}; go on with --resume", file=sys.stderr
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))  # the ranks inherit it
+    with tempfile.TemporaryDirectory(prefix="avsep-ranks-") as folder, _put_back():
+        config = LaunchConfig(  # torchrun --standalone --nproc-per-node COUNT
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id="avsep",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="127.0.0.1",  # the machine's own name, which torchrun takes, need not resolve
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
-    return code if code > 0 else 1
-
-
-def _first_failure(ranks: Sequence[subprocess.Popen[bytes]], stopped: list[int]) -> int | None:
-    """Wait for all ranks, or for the first to fail; which one it is."""
-    since = None
-    while True:
-        codes = [process.poll() for process in ranks]
-        for rank, code in enumerate(codes):
-            if code:
-                return rank
-        if None not in codes:
-            return None
-        if stopped and since is None:
-            since = time.monotonic()
-        if since is not None and time.monotonic() - since > _GRACE_S:
-            return None
-        time.sleep(0.05)
-
-
-def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End what still runs. A rank that waits for a lost one cannot even take note of Ctrl-C, but of SIGTERM."""
-    for process in ranks:
-        if process.poll() is None:
-            process.terminate()
-    until = time.monotonic() + _GRACE_S
-    for process in ranks:
         try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            elastic_launch(config, command[0])(*command[1:])
+        except SignalException as stop:
+            if stop.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+                print(f"avsep: stopped by {stop.sigval.name}; go on with --resume", file=sys.stderr)
+            return 128 + stop.sigval
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            print(_text(failure.message, rank, count, failure.exitcode), file=sys.stderr)
+            return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
+
+
+def _text(recorded: object, rank: int, count: int, code: int) -> str:
+    """What to print of a rank that failed."""
+    if isinstance(recorded, dict):  # by record_error; torchrun's own messages are text
+        return str(recorded["message"])
+    if code < 0:
+        why = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return f"avsep: process {rank} of {count} was ended by signal {-code}{why}; go on with --resume"
+    return f"avsep: process {rank} of {count} ended with exit code {code}"
 
 
 @contextlib.contextmanager
-def _handed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Hand Ctrl-C, SIGTERM and SIGHUP on to the ranks; yields the list of those that came."""
-    stopped: list[int] = []
-
-    def hand_on(number: int, _: Any) -> None:
-        if not stopped:
-            stopped.append(number)
-            for process in ranks:
-                if process.poll() is None:
-                    process.send_signal(number)
-
-    kinds = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {kind: signal.signal(kind, hand_on) for kind in kinds}
+def _put_back() -> Iterator[None]:
+    """Quieten torchrun, which logs every rank that ends, and put back the signal handlers that it changes."""
+    kinds = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        yield stopped
+        yield
     finally:
+        logging.disable(disabled)
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
 
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Ctrl-C waits for what is started inside: for this process till the end, for a rank until it can speak of it.
+def record_error(text: str) -> None:
+    """Write why this rank fails to the file that torchrun gave it, or to standard error where it gave none.
 
-    Python would end with a traceback while it starts.
+    torchrun reports the error of the rank that failed first.
     """
-    if os.name != "posix":
-        yield
+    if not (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        print(text, file=sys.stderr, flush=True)
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _kept_pipe() -> Iterator[tuple[int | None, dict[str, Any]]]:
-    """A pipe whose other end closes with this process, however it ends; and how ranks are started with it.
-
-    They get a session of their own, so that Ctrl-C reaches them once, through here.
-    """
-    if os.name != "posix":
-        yield None, {}
-        return
-    reading, writing = os.pipe()
-    try:
-        yield reading, {"pass_fds": (reading,), "start_new_session": True}
-    finally:
-        os.close(reading)
-        os.close(writing)
-
-
-def follow_launcher() -> None:
-    """Let Ctrl-C through, and end this process when the one that :func:`launch` ran in is gone. Nothing in others.
-
-    Raises:
-        KeyboardInterrupt: when there was one before.
-    """
-    if pipe := os.environ.pop(_LAUNCHER_PIPE, ""):
-
-        def follow() -> None:
-            with contextlib.suppress(OSError):
-                os.read(int(pipe), 1)
-            os._exit(1)
-
-        threading.Thread(target=follow, daemon=True).start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": {"message": text, "extraInfo": details}}, file)

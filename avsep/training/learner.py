@@ -27,9 +27,8 @@ from avsep.data.mixing import TrainingMixtures, collate, epoch_steps
 from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip
 from avsep.data.tasks import TaskStream
-from avsep.distributed.launch import local_world_size, world_size
 from avsep.distributed.ranks import ALONE, Ranks, is_lost, synchronise_batch_norm
-from avsep.environment import pick_device, refuse_number, seeded
+from avsep.environment import local_world_size, pick_device, refuse_number, seeded, world_size
 from avsep.errors import AvsepError, CheckpointError, ConfigError, LostRankError, NumericalError, RunError
 from avsep.files import FolderLock, read_json, write_json, write_yaml
 from avsep.memory.base import (

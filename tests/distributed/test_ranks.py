@@ -206,6 +206,22 @@ def test_synchronising_changes_a_class_and_nothing_else():
 _NOTE = "import os, sys, time; rank = os.environ['RANK']; open(f'{sys.argv[1]}/{rank}', 'w').write(str(os.getpid()));"
 
 
+def _is_gone(pid):
+    """Whether a process has ended, also where nobody has taken note of its end yet."""
+    try:
+        os.kill(pid, 0)
+        return " Z " in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+
+
+def _wait_for_notes(folder):
+    until = time.monotonic() + 60
+    while len([note for note in folder.iterdir() if note.stat().st_size]) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 def _ends(folder, code):
     """The exit code of two ranks that run ``code``, once both are seen to be gone."""
     started_s = time.monotonic()
@@ -213,45 +229,53 @@ def _ends(folder, code):
         return launch(2, [sys.executable, "-c", f"{_NOTE}{code}", str(folder)])
     finally:
         assert time.monotonic() - started_s < 60
-        for note in folder.iterdir():
-            with pytest.raises(ProcessLookupError):
-                os.kill(int(note.read_text()), 0)
+        assert all(_is_gone(int(note.read_text().split()[0])) for note in folder.iterdir())
 
 
 def test_ranks_end_together(tmp_path, capfd):
     assert _ends(tmp_path, "print(rank + os.environ['WORLD_SIZE'])") == 0
-    assert sorted(capfd.readouterr().out.split()) == ["02", "12"]
+    said = capfd.readouterr()
+    assert sorted(said.out.split()) == ["02", "12"]
+    assert said.err == ""
     assert _ends(tmp_path, "sys.exit(3) if rank == '1' else time.sleep(100)") == 3
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "avsep: process 1 of 2 ended with exit code 3\n"
     assert _ends(tmp_path, "os.kill(os.getpid(), 9) if rank == '1' else time.sleep(100)") == 1
     line = "avsep: process 1 of 2 was ended by signal 9 (out of memory?); go on with --resume\n"
     assert capfd.readouterr().err == line
 
 
+def test_the_error_of_the_rank_that_failed_first_is_printed(tmp_path, capfd):
+    """Rank 0 fails only since rank 1 did, and records that in the same second."""
+    code = """
+from avsep.distributed.launch import record_error
+while not os.path.exists(f"{sys.argv[1]}/1"):
+    time.sleep(0.01)
+record_error("avsep: clip 'x' is gone" if rank == "1" else "avsep: the other is gone")
+sys.exit(2) if rank == "1" else time.sleep(100)
+"""
+    assert _ends(tmp_path, code) == 2
+    assert capfd.readouterr().err == "avsep: clip 'x' is gone\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_all_ranks(number, tmp_path, capfd):
-    """Ctrl-C also where a rank has only begun to start, without a traceback."""
-
     def send():
-        while len([note for note in tmp_path.iterdir() if note.stat().st_size]) < 2:
-            time.sleep(0.02)
+        _wait_for_notes(tmp_path)
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
     threading.Thread(target=send, daemon=True).start()
     code = """
-from avsep.distributed.launch import follow_launcher
-time.sleep(0.5)  # in which the signal comes
 try:
-    follow_launcher()
     time.sleep(100)
-except KeyboardInterrupt:
-    sys.exit(7)
+except KeyboardInterrupt:  # a rank ends in order
+    open(f"{sys.argv[1]}/{rank}", "a").write(" ended")
 """
     if number == signal.SIGINT:
         with pytest.raises(KeyboardInterrupt):
             _ends(tmp_path, code)
         assert capfd.readouterr().err == ""
+        assert all(note.read_text().endswith(" ended") for note in tmp_path.iterdir())
     else:
         assert _ends(tmp_path, code) == 128 + number
         name = signal.Signals(number).name
@@ -259,37 +283,40 @@ except KeyboardInterrupt:
     assert signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize("speaks", [True, False])
-def test_wrong_usage_is_told_by_one_rank(speaks, capsys, monkeypatch):
-    from avsep.cli import main
+@pytest.mark.parametrize("file", ["error.json", ""])
+def test_a_rank_records_wrong_usage_for_torchrun(file, tmp_path):
+    """Which prints it once; where it gave no file, the rank does."""
+    path = str(tmp_path / file) if file else ""
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "1", "TORCHELASTIC_ERROR_FILE": path}
+    command = [sys.executable, "-m", "avsep", "train", "--bogus"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **torchrun})
+    assert result.returncode == 2
+    recorded = json.loads(Path(path).read_text())["message"]["message"] if file else result.stderr.strip()
+    assert recorded.startswith("avsep: No such option: --bogus")
+    assert result.stderr == ("" if file else f"{recorded}\n")
 
-    monkeypatch.setattr("avsep.distributed.launch.speaks", lambda: speaks)
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "--bogus"])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert "--bogus" in error if speaks else error == ""
+
+@pytest.mark.slow
+def test_a_mistake_under_torchrun_stands_in_its_summary(tone_store, tmp_path):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "avsep"]
+    train = ["train", str(tone_store), "--out", str(tmp_path / "run"), "--strategy", "ewk"]
+    result = subprocess.run([*run, *train], capture_output=True, text=True, timeout=200)
+    assert result.returncode == 1
+    assert "traceback : avsep: no strategy named 'ewk': did you mean" in result.stderr
+    assert 'File "' not in result.stderr.partition("Root Cause")[2]
 
 
 def test_ranks_do_not_outlive_their_launcher(tmp_path):
-    """As a rank, with this test as the launcher: it ends when the pipe does."""
-    reading, writing = os.pipe()
-    code = (
-        "import time; from avsep.distributed.launch import follow_launcher as f; f(); print(1, flush=True); "
-        "time.sleep(100)"
-    )
-    rank = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, "AVSEP_LAUNCHER_PIPE": str(reading)},
-        pass_fds=(reading,),
-        stdout=subprocess.PIPE,
-    )
-    assert rank.stdout.readline() == b"1\n"
-    os.close(writing)
-    assert rank.wait(30) == 1
-    os.close(reading)
-    rank.stdout.close()
+    code = f"{_NOTE}from avsep.environment import die_with_parent as f; f(); time.sleep(100)"
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, "-c", code, str(tmp_path)])
+    _wait_for_notes(tmp_path)
+    time.sleep(1)  # in which the ranks begin to watch
+    launcher.kill()
+    launcher.wait()
+    until = time.monotonic() + 30
+    while not all(_is_gone(int(note.read_text().split()[0])) for note in tmp_path.iterdir()):
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("devices", ["2", "0"])
