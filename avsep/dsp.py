@@ -89,11 +89,12 @@ class FrontEnd(nn.Module):
         )
 
     @torch.no_grad()
-    def analyse(self, sources: Tensor, *, backend: str = "auto") -> Spectrograms:
+    def analyse(self, sources: Tensor, *, targets: bool = True, backend: str = "auto") -> Spectrograms:
         """Everything training needs of N sources, whose sum is the mixture; no gradient.
 
         Args:
             sources: [B, N, L], N = 1 for a mixture alone; any L that is long enough for one frame.
+            targets: False leaves out the ratio masks, for separating alone.
             backend: of the kernels, ``auto``, ``torch`` or ``triton``.
 
         Raises:
@@ -106,6 +107,7 @@ class FrontEnd(nn.Module):
                 align_corners=self.spec.align_corners,
                 padding=self.spec.padding,
                 tables=self.tables,
+                targets=targets,
                 backend=backend,
             )
         except ValueError as error:

@@ -6,14 +6,25 @@ Dimensions: B batch, N sources, L samples, C channels, F frequency rows, T time 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["AudioFeatures", "Batch", "MaskOutput", "Spectrograms", "Task", "VisualFeatures", "VisualSource", "move_to"]
+__all__ = [
+    "AudioFeatures",
+    "Batch",
+    "MaskOutput",
+    "Prediction",
+    "Spectrograms",
+    "Task",
+    "VisualFeatures",
+    "VisualInputs",
+    "VisualSource",
+    "move_to",
+]
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,25 @@ class AudioFeatures:
     skips: tuple[Tensor, ...] = ()
     ups: tuple[Tensor, ...] = ()
     spectrogram: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class VisualInputs:
+    """What the visual encoders take, for N sources of B mixtures: frames (uint8) or stored features (float).
+
+    ``object`` [B, N, K, ...], pictures or vectors around the middle of the crop; ``motion`` [B, N, ...], frames in
+    order of time or one feature sequence; ``motion_mask`` [B, N, M] bool over the input's time steps, True = valid, or
+    None where all are. A role that no encoder asks for is None.
+    """
+
+    object: Tensor | None = None
+    motion: Tensor | None = None
+    motion_mask: Tensor | None = None
+
+    def __getitem__(self, mixtures: Tensor | slice) -> VisualInputs:
+        """The inputs of some of the mixtures."""
+        parts = (self.object, self.motion, self.motion_mask)
+        return VisualInputs(*(None if part is None else part[mixtures] for part in parts))
 
 
 @dataclass(frozen=True)
@@ -136,8 +166,9 @@ class MaskOutput:
 class Spectrograms:
     """The analysis of a batch of sources.
 
-    ``network_input`` [B, 1, F, T] log1p of the warped mixture magnitude; ``weight`` [B, 1, F, T]; ``ratio``
-    [B, N, F, T], the clamped ratio masks; ``mixture`` [B, n_fft/2+1, T], the complex STFT of the mixture.
+    ``network_input`` [B, 1, F, T] log1p of the warped mixture magnitude; ``mixture`` [B, n_fft/2+1, T], the complex
+    STFT of the mixture. The targets of training: ``weight`` [B, 1, F, T]; ``ratio`` [B, N, F, T], the clamped ratio
+    masks ([B, 0, F, T] where only sounds are to be separated).
     """
 
     network_input: Tensor
@@ -145,35 +176,47 @@ class Spectrograms:
     ratio: Tensor
     mixture: Tensor
 
+    def __getitem__(self, mixtures: Tensor | slice) -> Spectrograms:
+        """Those of some of the mixtures."""
+        parts = (self.network_input, self.weight, self.ratio, self.mixture)
+        return Spectrograms(*(part[mixtures] for part in parts))
+
 
 @dataclass(frozen=True)
 class Batch:
     """A batch of mixtures as the data pipeline gives it.
 
     ``sources`` [B, N, L] float32, already scaled by 1/N, so that their sum is the mixture; ``class_ids`` [B, N]
-    int64; ``video_ids`` [B, N] int64, equal exactly where two slots come from the same video; ``is_memory`` [B, N]
-    bool; ``object`` [B, N, K, ...] and ``motion`` [B, N, ...] are the inputs of the visual encoders, frames (uint8) or
-    stored features (float); ``motion_mask`` [B, N, Tm] bool, True = valid, or None where all are.
+    int64; ``video_ids`` [B, N] int64, equal exactly where two sources come from the same video; ``is_memory`` [B, N]
+    bool; ``visual``, the inputs of the visual encoders; ``clips`` the ids of the clips, by mixture and source.
     """
 
     sources: Tensor
     class_ids: Tensor
     video_ids: Tensor
     is_memory: Tensor
-    object: Tensor | None = None
-    motion: Tensor | None = None
-    motion_mask: Tensor | None = None
+    visual: VisualInputs = VisualInputs()
     clips: tuple[tuple[str, ...], ...] = ()
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory, which a GPU reads without waiting; PyTorch's DataLoader calls it."""
-        pinned = {f.name: v.pin_memory() for f in fields(self) if hasattr(v := getattr(self, f.name), "pin_memory")}
-        return replace(self, **pinned)
+        return _mapped(self, lambda tensor: tensor.pin_memory())
 
     @property
     def mixture(self) -> Tensor:
         """[B, L]"""
         return self.sources.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a separator makes of a batch (:meth:`avsep.Separator.predict`): the analysis, the encoders' features and
+    the masks of the classes that were asked for."""
+
+    spectrograms: Spectrograms
+    audio: AudioFeatures
+    visual: VisualFeatures
+    output: MaskOutput
 
 
 @dataclass(frozen=True)
@@ -194,9 +237,16 @@ _C = TypeVar("_C")
 
 def move_to(container: _C, device: torch.device | str, **kwargs: Any) -> _C:
     """A copy of a container of this module with every tensor on ``device``."""
-    moved = {}
+    return _mapped(container, lambda tensor: tensor.to(device, **kwargs))
+
+
+def _mapped(container: _C, change: Callable[[Tensor], Tensor]) -> _C:
+    """A copy of a container of this module, and of those in it, with every tensor changed."""
+    changed: dict[str, Any] = {}
     for field in fields(container):  # type: ignore[arg-type]
         value = getattr(container, field.name)
-        if hasattr(value, "to"):
-            moved[field.name] = value.to(device, **kwargs)
-    return replace(container, **moved)  # type: ignore[type-var]
+        if hasattr(value, "data_ptr"):  # a tensor, without importing torch
+            changed[field.name] = change(value)
+        elif is_dataclass(value):
+            changed[field.name] = _mapped(value, change)
+    return replace(container, **changed)  # type: ignore[type-var]

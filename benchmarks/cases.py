@@ -38,7 +38,7 @@ from avsep.separator import Separator, build_from_spec
 from avsep.separator.convert import convert_published
 from avsep.spec import ComponentRef, FrontEndSpec, OptimizerSpec, SeparatorSpec, TrainSpec, load_preset, validated
 from avsep.strategies import ContAVSep, Step
-from avsep.types import Batch, Spectrograms, VisualSource
+from avsep.types import Batch, Spectrograms, VisualInputs, VisualSource
 
 __all__ = ["data_cases", "memory_slots", "metrics_cases", "temporary_store", "train_cases", "unet_case"]
 
@@ -262,24 +262,23 @@ def _step_inputs(
     envelope = torch.rand(batch, sources, 1) * torch.linspace(0.2, 1, spec.clip_samples)
     audio = (0.1 * envelope * torch.randn(batch, sources, spec.clip_samples)).to(device)
     objects_width, motion_width = (s.dim for s in ours.visual_sources())
+    objects = torch.randn(batch, sources, 3, objects_width, device=device)  # K = 3 pictures
+    motion = torch.randn(batch, sources, motion_width, _MOTION_STEPS, device=device)
     mixtures = Batch(
         sources=audio,
         class_ids=class_ids.to(device),
         video_ids=video_ids.to(device),
         is_memory=is_memory.to(device),
-        object=torch.randn(batch, sources, 3, objects_width, device=device),  # K = 3 pictures
-        motion=torch.randn(batch, sources, motion_width, _MOTION_STEPS, device=device),
+        visual=VisualInputs(objects, motion),
     )
-    assert mixtures.object is not None
-    assert mixtures.motion is not None
     with torch.no_grad():
         analysed = ours.analyse(audio)
     literal = LiteralBatch(
         network_input=analysed.network_input,
         weight=analysed.weight,
         ratio=analysed.ratio,
-        objects=mixtures.object.amax(dim=2),
-        motion=mixtures.motion,
+        objects=objects.amax(dim=2),
+        motion=motion,
         class_ids=mixtures.class_ids,
         video_ids=mixtures.video_ids,
         is_memory=mixtures.is_memory,
@@ -299,7 +298,7 @@ def _library_step(
     """What the learner does in a step once the mixtures are analysed; without optimisers the gradients stay."""
     for optimizer in optimizers:
         optimizer.zero_grad()
-    visual = student.encode_visual(batch.object, batch.motion, batch.motion_mask)
+    visual = student.encode_visual(batch.visual)
     audio = student.audio_encoder(spectrograms.network_input)
     output = student.mask_decoder(audio, visual, batch.class_ids)
     terms = strategy.loss(student, teacher, Step(batch, spectrograms, audio, visual, output, num_old))

@@ -19,7 +19,7 @@ from avsep.data.protocol import TestMixture, second_start, seconds_of
 from avsep.data.store import Clip, Store
 from avsep.errors import ConfigError, DataError
 from avsep.spec import FrontEndSpec, TrainSpec
-from avsep.types import Batch, VisualSource
+from avsep.types import Batch, VisualInputs, VisualSource
 
 __all__ = ["Slot", "TrainingMixtures", "collate", "epoch_steps", "load_mixtures", "load_slot"]
 
@@ -95,8 +95,7 @@ def collate(mixtures: Collection[Sequence[Slot]]) -> Batch:
         class_ids=torch.tensor([[label[0] for label in m] for m in labels], dtype=torch.int64),
         video_ids=torch.tensor([[label[1] for label in m] for m in labels], dtype=torch.int64),
         is_memory=torch.tensor([[label[2] for label in m] for m in labels], dtype=torch.bool),
-        object=visual.get("object"),
-        motion=visual.get("motion"),
+        visual=VisualInputs(object=visual.get("object"), motion=visual.get("motion")),
         clips=tuple(tuple(label[3] for label in m) for m in labels),
     )
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from avsep.data.mixing import load_mixtures
 from avsep.data.protocol import Protocol, TestMixture
@@ -136,13 +135,12 @@ def evaluate_separator(
     was_training = separator.training
     separator.to(device).eval()
     front_end = separator.spec.front_end
-    class_index = {name: number for number, name in enumerate(separator.classes)}
     sources_wanted = separator.visual_sources()
     scores: list[MixtureScore] = []
     try:
         with torch.no_grad():
             for first, group in _batches(mixtures, batch_size):
-                batch = load_mixtures(store, group, front_end, sources_wanted, class_index)
+                batch = load_mixtures(store, group, front_end, sources_wanted, separator.class_index)
                 kept = [b for b in range(len(group)) if first + b in keep]
                 scores += _score_batch(separator, batch, group, device, kept, task_of)
                 if progress is not None:
@@ -175,7 +173,7 @@ def _score_batch(
     front_end = separator.spec.front_end
     length = (front_end.frames - 1) * front_end.hop
     moved = move_to(batch, device)
-    visual = separator.encode_visual(moved.object, moved.motion, moved.motion_mask)
+    visual = separator.encode_visual(moved.visual)
     # [B, N, L]; the last, incomplete hop is not scored
     estimates = separator.separate(moved.mixture, visual, moved.class_ids)[..., :length].float().cpu()
     for b, mixture in enumerate(group):
@@ -212,9 +210,7 @@ def _score_batch(
         found.append(MixtureScore(mixture, sources, status, ill))
     if kept:
         rows = torch.tensor(kept)
-        spectrograms = separator.analyse(moved.sources[rows])
-        part = separator.encode_visual(*(None if v is None else v[rows] for v in _visual_inputs(moved)))
-        logits = separator(spectrograms.network_input, part, moved.class_ids[rows]).logits
+        shown = separator.predict(moved, mixtures=rows)
         for place, b in enumerate(kept):
             found[b] = MixtureScore(
                 found[b].mixture,
@@ -225,17 +221,13 @@ def _score_batch(
                     mixture=mixed[b].numpy(),
                     references=references[b].numpy(),
                     estimates=estimates[b].numpy(),
-                    masks=torch.sigmoid(logits[place]).float().cpu().numpy(),
-                    ratios=spectrograms.ratio[place].float().cpu().numpy(),
-                    object=None if batch.object is None else batch.object[b].numpy(),
-                    motion=None if batch.motion is None else batch.motion[b].numpy(),
+                    masks=torch.sigmoid(shown.output.logits[place]).float().cpu().numpy(),
+                    ratios=shown.spectrograms.ratio[place].float().cpu().numpy(),
+                    object=None if batch.visual.object is None else batch.visual.object[b].numpy(),
+                    motion=None if batch.visual.motion is None else batch.visual.motion[b].numpy(),
                 ),
             )
     return found
-
-
-def _visual_inputs(batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return batch.object, batch.motion, batch.motion_mask
 
 
 # --- rows and summaries -----------------------------------------------------------------------------------------------

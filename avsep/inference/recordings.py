@@ -28,7 +28,7 @@ from avsep.inference.chunking import context_in_samples, separate_long
 from avsep.media.audio import SUBTYPES, level_db, resample, to_mono, write_audio
 from avsep.media.timeline import VisualTimeline
 from avsep.media.video import is_video, read_sound
-from avsep.types import VisualFeatures, VisualSource
+from avsep.types import VisualFeatures, VisualInputs, VisualSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,7 +163,7 @@ def _encode(
                 centre_s = (start + length // 2) / spec.sample_rate_hz
                 rows.append(torch.from_numpy(_read_checked(timeline, source, centre_s, spec.clip_s)))
             inputs[source.role] = torch.stack(rows)[:, None].to(device)  # [b, 1, ...]
-        encoded.append(separator.encode_visual(inputs.get("object"), inputs.get("motion")))
+        encoded.append(separator.encode_visual(VisualInputs(**inputs)))
     objects = [v.object for v in encoded if v.object is not None]
     motions = [v.motion for v in encoded if v.motion is not None]
     motion = mask = None

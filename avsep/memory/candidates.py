@@ -14,7 +14,7 @@ from avsep.errors import NumericalError
 from avsep.losses import separation_loss
 from avsep.memory.base import Candidates
 from avsep.separator import Separator
-from avsep.types import MaskOutput, Spectrograms, move_to
+from avsep.types import MaskOutput, move_to
 
 __all__ = ["JudgedCandidates"]
 
@@ -76,7 +76,7 @@ class JudgedCandidates(Candidates):
                     self._judge_batch(members[first : first + _BATCH])
 
     def _judge_batch(self, ids: Sequence[str]) -> None:
-        separator, index = self.separator, {name: i for i, name in enumerate(self.separator.classes)}
+        separator, index = self.separator, self.separator.class_index
         was_training = separator.training
         sources = separator.visual_sources()
         batch = move_to(
@@ -100,24 +100,17 @@ class JudgedCandidates(Candidates):
         )
         separator.eval()
         try:
-            spectrograms = separator.analyse(batch.sources)
-            visual = separator.encode_visual(batch.object, batch.motion, batch.motion_mask)
-            output = separator(spectrograms.network_input, visual, batch.class_ids)
+            found = separator.predict(batch)
         finally:
             separator.train(was_training)
+        output = found.output
         embeddings = [e[:, 0].float() for e in (output.audio, output.object, output.motion) if e is not None]  # [B, D]
         joined = F.normalize(torch.cat([F.normalize(e, dim=1) for e in embeddings], dim=1), dim=1)
         first = torch.tensor([[True, False]], device=self.device)
         for b, clip_id in enumerate(ids):
             one = slice(b, b + 1)
-            alone = Spectrograms(
-                network_input=spectrograms.network_input[one],
-                weight=spectrograms.weight[one],
-                ratio=spectrograms.ratio[one],
-                mixture=spectrograms.mixture[one],
-            )
             masks = MaskOutput(audio=output.audio[one], logits=output.logits[one])
-            error = float(separation_loss(masks, alone, slots=first))
+            error = float(separation_loss(masks, found.spectrograms[one], slots=first))
             feature = joined[b].cpu().numpy()
             if not (np.isfinite(error) and np.isfinite(feature).all()):
                 raise NumericalError(f"the separator's answer for clip '{clip_id}' is not finite: look at that clip")

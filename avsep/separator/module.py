@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from avsep.dsp import FrontEnd
 from avsep.errors import ConfigError
 from avsep.spec import SeparatorSpec, validated
-from avsep.types import AudioFeatures, MaskOutput, Spectrograms, VisualFeatures, VisualSource
+from avsep.types import (
+    AudioFeatures,
+    Batch,
+    MaskOutput,
+    Prediction,
+    Spectrograms,
+    VisualFeatures,
+    VisualInputs,
+    VisualSource,
+)
 
 __all__ = ["Separator"]
 
@@ -94,24 +103,55 @@ class Separator(nn.Module):
             for name, modules in parts.items()
         }
 
-    def encode_visual(
-        self, object_input: Tensor | None, motion_input: Tensor | None, motion_mask: Tensor | None = None
-    ) -> VisualFeatures:
-        """Encode the pictures or stored features of each source.
+    @property
+    def class_index(self) -> dict[str, int]:
+        """The class id of each class name."""
+        return {name: number for number, name in enumerate(self.classes)}
+
+    def predict(
+        self,
+        batch: Batch,
+        *,
+        class_ids: Tensor | None = None,
+        spectrograms: Spectrograms | None = None,
+        mixtures: Tensor | None = None,
+    ) -> Prediction:
+        """Analyse a batch, encode what is in it, and decode the masks of its classes.
 
         Args:
-            object_input: [B, N, K, ...], frames or feature vectors, or None.
-            motion_input: [B, N, ...], frames in order of time or a feature sequence, or None.
-            motion_mask: [B, N, M] bool, True = valid, over the input's time steps. Where the encoder gives fewer
-                steps, one is valid when any of its input steps is.
+            batch: B mixtures of N sources, on the separator's device.
+            class_ids: [B, N], the classes to decode in place of the batch's own.
+            spectrograms: the analysis of the whole batch, where it has been made already; returned as it is.
+            mixtures: int64 [M], the mixtures to take; all B when None.
+
+        Raises:
+            ConfigError: when an input that an encoder needs is missing, or a class id is out of range.
+        """
+        rows = slice(None) if mixtures is None else mixtures
+        ids = (batch.class_ids if class_ids is None else class_ids)[rows]
+        self._check_class_ids(ids)
+        if spectrograms is None:
+            spectrograms = self.analyse(batch.sources[rows])
+            network_input = spectrograms.network_input
+        else:
+            network_input = spectrograms.network_input[rows]
+        visual = self.encode_visual(batch.visual[rows])
+        audio = self.audio_encoder(network_input)
+        return Prediction(spectrograms, audio, visual, self.mask_decoder(audio, visual, ids))
+
+    def encode_visual(self, inputs: VisualInputs) -> VisualFeatures:
+        """Encode the pictures or stored features of each source.
+
+        Where the motion encoder gives fewer steps than its input has, a step is valid when any of its input steps is.
 
         Raises:
             ConfigError: when an input that an encoder needs is missing.
         """
+        motion, mask = _encode(self.motion_encoder, inputs.motion, "motion"), inputs.motion_mask
         return VisualFeatures(
-            object=_encode(self.object_encoder, object_input, "object"),
-            motion=(motion := _encode(self.motion_encoder, motion_input, "motion")),
-            motion_mask=None if motion is None or motion_mask is None else _fit_mask(motion_mask, motion.shape[-1]),
+            object=_encode(self.object_encoder, inputs.object, "object"),
+            motion=motion,
+            motion_mask=None if motion is None or mask is None else _fit_mask(mask, motion.shape[-1]),
         )
 
     def forward(self, network_input: Tensor, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
@@ -175,7 +215,7 @@ class Separator(nn.Module):
                 f"separate takes a mixture [B, {length}], got {list(mixture.shape)}: longer audio is cut into "
                 "overlapping chunks by avsep.inference.chunking.separate_long"
             )
-        spectrograms = self.analyse(mixture[:, None, :])
+        spectrograms = self.front_end.analyse(mixture[:, None, :], targets=False)
         logits = self(spectrograms.network_input, visual, class_ids).logits
         return self.front_end.synthesise(logits, spectrograms.mixture, length=length)
 

@@ -106,10 +106,8 @@ def fisher_diagonal(separator: Separator, batches: Iterable[Batch]) -> dict[str,
     sums: dict[str, Tensor] = {}
     count = 0
     for count, batch in enumerate(batches, 1):  # noqa: B007
-        spectrograms = separator.analyse(batch.sources)
-        visual = separator.encode_visual(batch.object, batch.motion, batch.motion_mask)
-        output = separator(spectrograms.network_input, visual, batch.class_ids)
-        loss = separation_loss(output, spectrograms)
+        found = separator.predict(batch)
+        loss = separation_loss(found.output, found.spectrograms)
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

@@ -96,8 +96,7 @@ def reestimate_batch_norm(student: Separator, data: TaskData) -> None:
         norm.momentum = None  # the plain mean of all batches
         norm.train()
     for batch in data.batches(_MIXTURES, batch_size=_BATCH):
-        visual = student.encode_visual(batch.object, batch.motion, batch.motion_mask)
-        student(student.analyse(batch.sources).network_input, visual, batch.class_ids)
+        student.predict(batch)
     for norm, (momentum, buffers) in zip(norms, before, strict=True):
         norm.momentum = momentum
         if not norm.num_batches_tracked:

@@ -87,6 +87,6 @@ class PLOP(Strategy):
         audio = teacher.audio_encoder(step.spectrograms.network_input)
         if not bool(slots.any()):
             return audio, None
-        visual = teacher.encode_visual(batch.object, batch.motion, batch.motion_mask)
+        visual = teacher.encode_visual(batch.visual)
         # a new class's slot is read only where the class does not matter
         return audio, teacher.mask_decoder(audio, visual, known_class_ids(step))

@@ -36,14 +36,8 @@ def ask(
         class_ids: [B, N], what is asked of each slot; each below the teacher's ``num_classes``.
         mixtures: int64 [M], the mixtures that are asked about; all B when None.
     """
-
-    def chosen(x: Tensor | None) -> Tensor | None:
-        return x if x is None or mixtures is None else x[mixtures]
-
-    batch = step.batch
-    visual = teacher.encode_visual(chosen(batch.object), chosen(batch.motion), chosen(batch.motion_mask))
-    rows = slice(None) if mixtures is None else mixtures
-    return teacher(step.spectrograms.network_input[rows], visual, class_ids[rows]), visual
+    found = teacher.predict(step.batch, class_ids=class_ids, spectrograms=step.spectrograms, mixtures=mixtures)
+    return found.output, found.visual
 
 
 def embeddings(output: MaskOutput) -> dict[str, Tensor]:

@@ -101,11 +101,9 @@ class _TrainingStep(nn.Module):
 
     def forward(self, inputs: _Inputs) -> dict[str, Tensor]:
         student, batch = self.student, inputs.batch
-        spectrograms = student.analyse(batch.sources)
-        visual = student.encode_visual(batch.object, batch.motion, batch.motion_mask)
-        audio = student.audio_encoder(spectrograms.network_input)
-        output = student.mask_decoder(audio, visual, batch.class_ids)
-        step = Step(batch, spectrograms, audio, visual, output, inputs.num_old, self.ranks)
+        found = student.predict(batch)
+        spectrograms, output = found.spectrograms, found.output
+        step = Step(batch, spectrograms, found.audio, found.visual, output, inputs.num_old, self.ranks)
         terms = self.strategy.loss(student, inputs.teacher, step)
         auxiliary = getattr(student.mask_decoder, "auxiliary_losses", None)  # a decoder may bring terms of its own
         return terms if auxiliary is None else {**terms, **auxiliary(output, spectrograms, batch.class_ids)}

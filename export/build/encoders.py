@@ -44,7 +44,7 @@ def encoder_specs(
     """
     encoder: Any = separator.object_encoder if role == "object" else separator.motion_encoder
     (source,) = (s for s in separator.visual_sources() if s.role == role)
-    stored = None if batch is None else (batch.object if role == "object" else batch.motion)
+    stored = None if batch is None else (batch.visual.object if role == "object" else batch.visual.motion)
     if plan.frame_size is not None:
         height, width = plan.frame_size
     elif stored is not None:

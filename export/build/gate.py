@@ -155,12 +155,8 @@ def _spread(store: Store, protocol: Protocol, task: int, separator: Separator, l
     mixtures = [m for m in protocol.at(task) if not m.degenerate]
     count = min(limit, len(mixtures))
     chosen = [mixtures[i * len(mixtures) // count] for i in range(count)]
-    sources, index = separator.visual_sources(), _class_index(separator)
+    sources, index = separator.visual_sources(), separator.class_index
     return [load_mixtures(store, [m], separator.spec.front_end, sources, index) for m in chosen]
-
-
-def _class_index(separator: Separator) -> dict[str, int]:
-    return {name: number for number, name in enumerate(separator.classes)}
 
 
 def calibration_batches(
@@ -200,7 +196,7 @@ def calibration_batches(
             spec.train,
             separator.spec.front_end,
             separator.visual_sources(),
-            _class_index(separator),
+            separator.class_index,
             task=task,
             epoch=epoch,
             crops=crops,
@@ -237,9 +233,9 @@ def encoded(separator: Separator, batch: Batch, plan: ExportPlan, number: int = 
     """The features of a batch; random ones for a synthetic batch, which has no pictures."""
     from avsep.export.build.plan import tensor_specs
 
-    if batch.object is not None or batch.motion is not None:
+    if batch.visual.object is not None or batch.visual.motion is not None:
         with torch.inference_mode():
-            return separator.encode_visual(batch.object, batch.motion, batch.motion_mask)
+            return separator.encode_visual(batch.visual)
     rng = np.random.default_rng([plan.seed, number])
     specs, _ = tensor_specs(separator, plan)
     count, sources = batch.class_ids.shape

@@ -328,7 +328,8 @@ def _export_task(
     stored = any(source.role == "motion" and source.kind == "features" for source in separator.visual_sources())
     if held_out and stored and plan.motion_steps is None:
         # stored features come in their own length, which is the data's and not the separator's
-        steps = {int(batch.motion.shape[-1]) for batch in held_out if batch.motion is not None}
+        motions = [batch.visual.motion for batch in held_out]
+        steps = {int(motion.shape[-1]) for motion in motions if motion is not None}
         if len(steps) == 1:
             plan = replace(plan, motion_steps=steps.pop())
     if "int8" in plan.precision:

@@ -284,6 +284,7 @@ def analyse(
     align_corners: bool = True,
     padding: str = "zeros",
     tables: StftTables | None = None,
+    targets: bool = True,
     backend: str = "auto",
 ) -> Analysis:
     """Network input, loss weight, ratio masks and the mixture's STFT of N sources.
@@ -301,6 +302,7 @@ def analyse(
         align_corners: False reproduces the published code's warp, which also resamples time and fades at the borders.
         padding: what lies beyond the ends, ``zeros`` or ``reflect``.
         tables: constants made by :func:`make_tables`; they then decide ``n_fft`` and ``log_rows``.
+        targets: False leaves out the ratio masks, which only training needs: they are then [B, 0, F, T].
         backend: ``auto``, ``torch`` or ``triton``.
 
     Raises:
@@ -323,16 +325,19 @@ def analyse(
     if use_triton:
         taps, rows = _taps(tables, "log", align_corners), tables.log_grid.shape[0]
         window = tables.window.to(torch.float32)
-        return Analysis(*_triton_analyse(sources, window, taps, hop, rows, align_corners, padding == "reflect"))
+        made = Analysis(*_triton_analyse(sources, window, taps, hop, rows, align_corners, padding == "reflect"))
+        return made if targets else made._replace(ratio=made.ratio[:, :0])
     with torch.autocast(sources.device.type, enabled=False):
         spectra = stft(sources.to(dtype), hop=hop, window=tables.window.to(dtype), padding=padding)
-        return _from_spectra(spectra, functools.partial(warp, tables=tables, align_corners=align_corners))
+        return _from_spectra(spectra, functools.partial(warp, tables=tables, align_corners=align_corners), targets)
 
 
-def _from_spectra(spectra: Tensor, to_log: Callable[[Tensor], Tensor]) -> Analysis:
+def _from_spectra(spectra: Tensor, to_log: Callable[[Tensor], Tensor], targets: bool = True) -> Analysis:
     """The sources' spectra, complex [B, N, bins, T], to what :func:`analyse` returns."""
     mixture = _sum_sources(spectra)
-    magnitudes = torch.cat(((_magnitude(mixture) + 1e-10)[:, None], _magnitude(spectra)), dim=1)  # [B, 1+N, bins, T]
+    magnitudes = (_magnitude(mixture) + 1e-10)[:, None]
+    if targets:
+        magnitudes = torch.cat((magnitudes, _magnitude(spectra)), dim=1)  # [B, 1+N, bins, T]
     warped = to_log(magnitudes)
     network_input = torch.log1p(warped[:, :1])
     ratio = (warped[:, 1:] / warped[:, :1]).clamp(0, 5)

@@ -62,9 +62,9 @@ def test_batch_is_scaled_by_the_number_of_sources(store):
     torch.testing.assert_close(batch.mixture, batch.sources.sum(1))
     assert batch.class_ids.tolist() == [[0, 1, 2], [2, 1, 0]]
     assert batch.video_ids[0].tolist() == [c.index for c in clips]
-    assert batch.object.shape[:3] == (2, 3, 3)
-    assert batch.object.dtype == torch.uint8
-    assert batch.motion.shape[:2] == (2, 3)
+    assert batch.visual.object.shape[:3] == (2, 3, 3)
+    assert batch.visual.object.dtype == torch.uint8
+    assert batch.visual.motion.shape[:2] == (2, 3)
 
 
 def test_a_batch_is_pinned_whole(store, monkeypatch):

@@ -350,7 +350,7 @@ def test_other_seeds_give_other_clips(made: Path, tmp_path: Path) -> None:
 _KILLED = """
 import os, signal, sys
 from avsep.data.store import files as store
-    from avsep.data.synth import synthesis
+from avsep.data.synth import synthesis
 count = 0
 save = store._save_array
 def save_until(path, array):

@@ -11,6 +11,7 @@ from avsep.encoders.visual._pretrained import prepare_pictures, weights_come_lat
 from avsep.encoders.visual.videomae import spread_frames
 from avsep.errors import CheckpointError, ConfigError, MissingWeightsError
 from avsep.registry import VISUAL_ENCODERS
+from avsep.types import VisualInputs
 from support.small_weights import SMALL
 
 transformers = pytest.importorskip("transformers")
@@ -195,7 +196,9 @@ def test_a_separator_with_a_pretrained_encoder_is_saved_with_its_weights(folders
     avsep.separator.save_separator(separator, tmp_path / "saved")
     again = avsep.load_separator(tmp_path / "saved")
     frames = _pictures(1, 2, 3, 3, 32, 32)
-    assert torch.equal(again.encode_visual(frames, None).object, separator.eval().encode_visual(frames, None).object)
+    assert torch.equal(
+        again.encode_visual(VisualInputs(frames)).object, separator.eval().encode_visual(VisualInputs(frames)).object
+    )
 
 
 def test_published_sizes_are_built_where_the_weights_come_later(nowhere):

@@ -206,13 +206,13 @@ def test_stored_motion_features_bring_their_own_length(asked, steps, tmp_path, m
     from avsep.export.build import gate
     from avsep.export.bundle import export as bundle
     from avsep.separator import save_separator
-    from avsep.types import Batch
+    from avsep.types import Batch, VisualInputs
 
     home = tmp_path / "run" / "tasks" / "00"
     save_separator(small(), home / "separator")
     (home / "task.json").write_text("{}")
     (tmp_path / "run" / "run.yaml").write_text("a run's spec\n")
-    one = Batch(torch.zeros(1, 2, 8191), *torch.zeros(3, 1, 2), motion=torch.zeros(1, 2, 12, 6))
+    one = Batch(torch.zeros(1, 2, 8191), *torch.zeros(3, 1, 2), visual=VisualInputs(motion=torch.zeros(1, 2, 12, 6)))
     monkeypatch.setattr(gate, "held_out_batches", lambda *_, **__: [one, one])
     plans = []
     monkeypatch.setattr(bundle, "export", lambda separator, plan, *_, **__: plans.append(plan))

@@ -10,6 +10,7 @@ from avsep.data.tasks import task_stream
 from avsep.evaluation.evaluate import evaluate_run
 from avsep.registry import STRATEGIES
 from avsep.training.learner import ContinualLearner
+from avsep.types import VisualInputs
 from support.continual_runs import SEPARATORS, resume_killed, train, weights
 from support.tones import TINY_FRONT_END, TINY_TASKS, tiny_run_spec
 
@@ -55,7 +56,7 @@ def test_the_separator_gives_the_same_as_on_the_cpu(tone_run):
     @torch.no_grad()
     def run(device):
         separator.to(device)
-        visual = separator.encode_visual(pictures.to(device), motion.to(device))
+        visual = separator.encode_visual(VisualInputs(pictures.to(device), motion.to(device)))
         return separator.separate(mixture.to(device), visual, class_ids.to(device)).cpu()
 
     torch.testing.assert_close(run("cuda"), run("cpu"), rtol=1e-3, atol=2e-3)  # TF32 convolutions

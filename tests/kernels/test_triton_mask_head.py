@@ -14,7 +14,7 @@ from avsep.kernels.mask_head import op, triton_kernel
 from avsep.kernels.mask_head.reference import mask_head_losses_reference, mask_head_reference
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step
-from avsep.types import Batch, MaskOutput
+from avsep.types import Batch, MaskOutput, VisualInputs
 from support.tones import TINY_FRONT_END, TINY_SEPARATOR
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -419,11 +419,13 @@ def _training_step(strategy, backend, monkeypatch):
         class_ids=CLASS_IDS.to(DEVICE),
         video_ids=torch.tensor([[7, 1], [2, 3], [9, 9]], device=DEVICE),
         is_memory=CLASS_IDS.to(DEVICE) < 2,
-        object=torch.randint(0, 255, (3, 2, 3, 3, 32, 32), dtype=torch.uint8, generator=rng).to(DEVICE),
-        motion=torch.randint(0, 255, (3, 2, 6, 1, 16, 16), dtype=torch.uint8, generator=rng).to(DEVICE),
+        visual=VisualInputs(
+            torch.randint(0, 255, (3, 2, 3, 3, 32, 32), dtype=torch.uint8, generator=rng).to(DEVICE),
+            torch.randint(0, 255, (3, 2, 6, 1, 16, 16), dtype=torch.uint8, generator=rng).to(DEVICE),
+        ),
     )
     spectrograms = student.analyse(batch.sources)
-    visual = student.encode_visual(batch.object, batch.motion)
+    visual = student.encode_visual(batch.visual)
     audio = student.audio_encoder(spectrograms.network_input)
     output = student.mask_decoder(audio, visual, batch.class_ids)
     monkeypatch.setenv("AVSEP_KERNELS", backend)

@@ -339,7 +339,7 @@ def test_features_and_errors_are_those_of_the_centre_crop_with_its_partner(store
     batch = collate([slots])
     with torch.no_grad():
         spectrograms = separator.analyse(batch.sources)
-        visual = separator.encode_visual(batch.object, batch.motion)
+        visual = separator.encode_visual(batch.visual)
         output = separator(spectrograms.network_input, visual, batch.class_ids)
         error = separation_loss(output, spectrograms, slots=torch.tensor([[True, False]]))
     assert errors[0] == pytest.approx(float(error), rel=1e-5)

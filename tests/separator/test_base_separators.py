@@ -16,7 +16,7 @@ from avsep.export import ExportPlan, export, verify_bundle
 from avsep.export.build.graph import WaveformSeparator
 from avsep.separator import build_separator, load_separator
 from avsep.spec import list_presets, load_preset
-from avsep.types import VisualFeatures
+from avsep.types import VisualFeatures, VisualInputs
 from support.continual_runs import SEPARATORS, differing, trained, weights
 
 BASES = ("coseparation", "sound_of_pixels")
@@ -47,7 +47,7 @@ def test_the_teacher_has_embeddings_and_masks_of_every_class(base, tone_store):
     separator.requires_grad_(False)
     pictures = torch.randint(0, 256, (2, 2, 3, 3, 32, 32), dtype=torch.uint8)
     x = torch.rand(2, 1, 128, 128)
-    visual = separator.encode_visual(pictures, None)
+    visual = separator.encode_visual(VisualInputs(pictures))
     with torch.no_grad():
         output = separator(x, visual, torch.tensor([[0, 1], [1, 0]]))
         other = separator(x, visual, torch.zeros(2, 2, dtype=torch.long))

@@ -11,6 +11,7 @@ from avsep.benchmarks.reference import PublishedPredictor, PublishedSeparator, P
 from avsep.errors import CheckpointError
 from avsep.separator import build_separator
 from avsep.separator.convert import convert_published, load_published, read_published
+from avsep.types import VisualInputs
 
 SIZES = {"object_dim": 6, "motion_dim": 5, "dim": 16, "heads": 4, "feedforward": 20, "mask_channels": 3}
 
@@ -67,7 +68,7 @@ def test_converted_equals_published(published, tmp_path):
     class_ids = torch.tensor([[0, 1, 3], [2, 3, 0]])
     with torch.no_grad():
         expected = published(x, objects.amax(dim=2), motion, class_ids)
-        output = separator(x, separator.encode_visual(objects, motion), class_ids)
+        output = separator(x, separator.encode_visual(VisualInputs(objects, motion)), class_ids)
     for mine, theirs in zip((output.logits, output.audio, output.object, output.motion), expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     assert expected[0].std() > 0.01  # not a comparison of zeros
@@ -183,13 +184,13 @@ def test_the_library_trains_as_the_literal_step(published, memory):
 
     mine, my_teacher = ours(student).train(), ours(teacher).eval()
     optimizer = torch.optim.SGD([p for group in mine.parameter_groups().values() for p in group], lr=0.1)
-    visual = mine.encode_visual(objects, motion)
+    visual = mine.encode_visual(VisualInputs(objects, motion))
     audio = mine.audio_encoder(x)
     terms = ContAVSep().loss(
         mine,
         my_teacher,
         Step(
-            batch=Batch(torch.zeros(0), class_ids, video_ids, class_ids < old_classes, objects, motion),
+            batch=Batch(torch.zeros(0), class_ids, video_ids, class_ids < old_classes, VisualInputs(objects, motion)),
             spectrograms=Spectrograms(x, weight, ratio, torch.zeros(0)),
             audio=audio,
             visual=visual,

@@ -18,7 +18,7 @@ from avsep.encoders._resnet import _Shortcut
 from avsep.errors import CheckpointError, ConfigError
 from avsep.separator import build_separator, load_separator, save_separator
 from avsep.separator.convert import convert_coseparation, load_coseparation
-from avsep.types import VisualFeatures
+from avsep.types import VisualFeatures, VisualInputs
 
 BASE, DIM, CLASSES = 4, 16, 5
 
@@ -126,7 +126,7 @@ def test_a_published_checkpoint_answers_as_the_literal_network(published, traini
     magnitudes = torch.expm1(x).repeat_interleave(3, 0)
     masks = unet(magnitudes.log(), vector)
     scores = classifier((magnitudes * masks + 1e-10).log())
-    output = separator(x, separator.encode_visual(pictures, None), torch.zeros(2, 3, dtype=torch.long))
+    output = separator(x, separator.encode_visual(VisualInputs(pictures)), torch.zeros(2, 3, dtype=torch.long))
     torch.testing.assert_close(output.logits.sigmoid().flatten(0, 1), masks[:, 0])
     torch.testing.assert_close(output.class_logits.flatten(0, 1), scores)
     assert masks.std() > 0.01

@@ -14,6 +14,7 @@ from avsep.errors import AvsepError, CheckpointError, ConfigError, MissingExtraE
 from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS, VISUAL_ENCODERS
 from avsep.separator import build_separator, list_components, load_separator, save_separator
 from avsep.spec import SeparatorSpec, validated
+from avsep.types import VisualInputs
 
 FRONT_END = {"clip_samples": 8191, "n_fft": 254, "hop": 64, "log_rows": 128}
 SMALL = {
@@ -99,7 +100,7 @@ def test_every_combination_learns_in_every_trainable_parameter_or_is_refused(aud
         separator = build_separator(num_classes=3, **parts, front_end=FRONT_END)
     except MissingExtraError as error:
         pytest.skip(str(error))
-    features = separator.encode_visual(*visual_inputs(separator))
+    features = separator.encode_visual(VisualInputs(*visual_inputs(separator)))
     class_ids = torch.tensor([[0, 1], [2, 0]])
     spectrogram = torch.rand(2, 1, 128, 128)
     output = separator(spectrogram, features, class_ids)
@@ -201,7 +202,7 @@ def test_any_number_of_sources_in_one_call(sources):
     assert spectrograms.network_input.shape == (2, 1, 128, 128)
     assert spectrograms.ratio.shape == (2, sources, 128, 128)
     with torch.no_grad():
-        features = separator.encode_visual(object_input, motion_input)
+        features = separator.encode_visual(VisualInputs(object_input, motion_input))
         estimates = separator.separate(waveforms.sum(dim=1), features, class_ids)
     assert estimates.shape == (2, sources, 8191)
     assert estimates.isfinite().all()
@@ -210,21 +211,21 @@ def test_any_number_of_sources_in_one_call(sources):
 def test_wrong_inputs_are_named():
     separator = small()
     object_input, motion_input = visual_inputs(separator)
-    features = separator.encode_visual(object_input, motion_input)
+    features = separator.encode_visual(VisualInputs(object_input, motion_input))
     with pytest.raises(ConfigError, match=r"takes a mixture \[B, 8191\], got \[2, 8000\]"):
         separator.separate(torch.zeros(2, 8000), features, torch.zeros(2, 2, dtype=torch.long))
     for bad in (3, -1):
         with pytest.raises(ConfigError, match=f"class id {bad} is out of range"):
             separator(torch.zeros(2, 1, 128, 128), features, torch.tensor([[0, bad], [0, 0]]))
     with pytest.raises(ConfigError, match="has a motion encoder"):
-        separator.encode_visual(object_input, None)
+        separator.encode_visual(VisualInputs(object_input))
 
 
 def test_a_mask_of_frames_becomes_a_mask_of_steps():
     separator = small(motion_encoder=("motion_cnn", {"dim": 8, "steps": 3}))
     object_input, motion_input = visual_inputs(separator)
     mask = torch.tensor([True, False, False, False, False, False]).expand(2, 2, 6)
-    features = separator.encode_visual(object_input, motion_input, mask)
+    features = separator.encode_visual(VisualInputs(object_input, motion_input, mask))
     assert features.motion_mask.tolist() == [[[True, False, False]] * 2] * 2
 
 

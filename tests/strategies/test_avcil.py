@@ -41,7 +41,7 @@ def test_the_literal_sum_and_its_gradient(separators):
     step = make_step(student)
     terms = STRATEGIES.create("avcil").loss(student, teacher, step)
     mixtures, class_ids, old = [0, 2], torch.tensor([[1, 0], [0, 0]]), torch.tensor([[True, False], [True, True]])
-    visual = teacher.encode_visual(step.batch.object[mixtures], step.batch.motion[mixtures])
+    visual = teacher.encode_visual(step.batch.visual[mixtures])
     taught = teacher(step.spectrograms.network_input[mixtures], visual, class_ids)
     instance, class_ = _contrast(step.output, (step.output.motion, step.output.object))
     mask = mask_l1_reference(

@@ -33,7 +33,7 @@ def _mixtures(separator):
     """Three batches of one mixture of old and new classes."""
     batch = make_step(separator, num_old=0, class_ids=torch.tensor([[1, 0], [0, 1], [1, 1]])).batch
     return [
-        replace(batch, **{k: getattr(batch, k)[i : i + 1] for k in ("sources", "class_ids", "object", "motion")})
+        replace(batch, **{k: getattr(batch, k)[i : i + 1] for k in ("sources", "class_ids", "visual")})
         for i in range(3)
     ]
 
@@ -86,7 +86,7 @@ def test_the_fisher_information_is_the_mean_of_squared_gradients_of_single_mixtu
     for batch in mixtures:
         separator.zero_grad()
         spectrograms = separator.analyse(batch.sources)
-        visual = separator.encode_visual(batch.object, batch.motion)
+        visual = separator.encode_visual(batch.visual)
         logits = separator(spectrograms.network_input, visual, batch.class_ids).logits
         mask_l1_reference(logits, spectrograms.ratio, spectrograms.weight).backward()
         for name, p in separator.named_parameters():

@@ -9,6 +9,7 @@ import torch
 
 from avsep.errors import ConfigError
 from avsep.registry import STRATEGIES
+from avsep.types import VisualInputs
 from support.continual_runs import RUNS, differing, resume_killed, train, weights
 from support.strategy_steps import literal_pod, make_step, student_and_teacher
 
@@ -36,7 +37,7 @@ def test_it_is_the_literal_sum_over_maps_and_old_slots(separators):
     assert terms["features"].item() == pytest.approx(expected, rel=1e-4)
 
     # old slots: the first of mixture 0 and both of mixture 2
-    visual = teacher.encode_visual(step.batch.object, step.batch.motion)
+    visual = teacher.encode_visual(step.batch.visual)
     taught = teacher.mask_decoder(audio, visual, torch.tensor([[1, 0], [0, 0], [0, 0]])).logits
     slots = [(0, 0), (2, 0), (2, 1)]
     old, theirs = (torch.stack([m[b, n] for b, n in slots])[:, None] for m in (step.output.logits.detach(), taught))
@@ -54,7 +55,9 @@ def test_masks_that_do_not_depend_on_the_class_are_compared_in_all_slots():
     step = make_step(student)
     terms = STRATEGIES.create("plop").loss(student, teacher, step)
     audio = teacher.audio_encoder(step.spectrograms.network_input)
-    taught = teacher.mask_decoder(audio, teacher.encode_visual(step.batch.object, None), step.batch.class_ids)
+    taught = teacher.mask_decoder(
+        audio, teacher.encode_visual(VisualInputs(step.batch.visual.object)), step.batch.class_ids
+    )
     scale = math.sqrt(4 / 2) / 6
     pairs = [(step.audio.skips[k - 1], audio.skips[k - 1]) for k in (3, 4, 5)]
     pairs += [(step.output.maps[name].flatten(0, 1), taught.maps[name].flatten(0, 1)) for name in ("d4", "d2")]

@@ -15,6 +15,7 @@ from avsep.kernels.similarity_distillation.reference import (
     similarity_distillation_reference,
 )
 from avsep.registry import STRATEGIES
+from avsep.types import VisualInputs
 from support.strategy_steps import CLASS_IDS, VIDEO_IDS, gradients, make_step, student_and_teacher
 
 
@@ -48,7 +49,7 @@ def test_contavsep_is_the_literal_sum_over_the_right_rows(separators):
     terms = STRATEGIES.create("contavsep").loss(student, teacher, step)
 
     mixtures = [0, 2]
-    visual = teacher.encode_visual(step.batch.object[mixtures], step.batch.motion[mixtures])
+    visual = teacher.encode_visual(step.batch.visual[mixtures])
     taught = teacher(step.spectrograms.network_input[mixtures], visual, torch.tensor([[1, 0], [0, 0]]))
     old_of_taught, old_of_batch = [0, 2, 3], [0, 4, 5]  # slots counted along mixtures
     z = [torch.cat([s, t[old_of_taught]]) for s, t in zip(_rows(step.output), _rows(taught), strict=True)]
@@ -172,12 +173,12 @@ def test_instances_by_equal_motion_features():
     student, teacher = student_and_teacher()
     strategy = STRATEGIES.create("contavsep", {"instance": "features"})
     step = make_step(student, video_ids=torch.arange(6).view(3, 2))  # ids that say nothing
-    motion = step.batch.motion.clone()
+    motion = step.batch.visual.motion.clone()
     motion[0, 1] = motion[1, 0]  # two new slots
     motion[2, 1] = motion[0, 0]  # two old ones
     motion[2, 0] = motion[1, 1]  # an old one and a new one: never of one video
-    batch = dataclasses.replace(step.batch, motion=motion)
-    visual = student.encode_visual(batch.object, motion)
+    batch = dataclasses.replace(step.batch, visual=VisualInputs(step.batch.visual.object, motion))
+    visual = student.encode_visual(batch.visual)
     output = student.mask_decoder(step.audio, visual, batch.class_ids)
     step = dataclasses.replace(step, batch=batch, visual=visual, output=output)
     videos = torch.tensor([[0, 1], [1, 2], [3, 0]])
@@ -217,7 +218,7 @@ def test_without_motion_the_one_pair_left_counts_whole():
     student, teacher = student_and_teacher(motion_encoder=None)
     step = make_step(student)
     terms = STRATEGIES.create("contavsep").loss(student, teacher, step)
-    visual = teacher.encode_visual(step.batch.object, None)
+    visual = teacher.encode_visual(VisualInputs(step.batch.visual.object))
     taught = teacher(step.spectrograms.network_input, visual, CLASS_IDS.where(CLASS_IDS < 2, 0))
     old = [0, 4, 5]
     z = [

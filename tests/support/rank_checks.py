@@ -17,7 +17,7 @@ from avsep.registry import STRATEGIES
 from avsep.separator import build_from_spec
 from avsep.spec import SeparatorSpec, validated
 from avsep.training.learner import ContinualLearner, _Inputs, _TrainingStep
-from avsep.types import Batch, Task, move_to
+from avsep.types import Batch, Task, VisualInputs, move_to
 from support.continual_runs import SEPARATORS, make_learner
 from support.tones import TINY_FRONT_END, TINY_TASKS, tiny_learner
 
@@ -57,8 +57,9 @@ def _batch(separator, dtype):
         class_ids=CLASS_IDS,
         video_ids=VIDEO_IDS,
         is_memory=CLASS_IDS < 2,
-        object=pictures.to(dtype) / 255,
-        motion=None if separator.motion_encoder is None else motion.to(dtype) / 255,
+        visual=VisualInputs(
+            pictures.to(dtype) / 255, None if separator.motion_encoder is None else motion.to(dtype) / 255
+        ),
     )
 
 
@@ -84,7 +85,8 @@ def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
     batch = _batch(student, dtype)
     if ranks.several:
         module = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
-        parts = {k: ranks.part(v) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+        rows = ranks.part(torch.arange(len(batch.sources)))
+        parts = {k: v[rows] for k, v in vars(batch).items() if k != "clips"}
         batch = Batch(**parts)
     torch.manual_seed(7)  # a rank that drew for itself would draw otherwise
     terms = module(_Inputs(move_to(batch, "cpu"), teacher, 2))

@@ -6,7 +6,7 @@ import torch
 
 from avsep import build_separator
 from avsep.strategies.base import Step
-from avsep.types import Batch
+from avsep.types import Batch, VisualInputs
 from support.tones import TINY_FRONT_END, TINY_SEPARATOR
 
 PARTS = {k: v for k, v in TINY_SEPARATOR.items() if k != "front_end"}
@@ -32,11 +32,10 @@ def make_step(student, num_old=2, class_ids=CLASS_IDS, rows=slice(None), video_i
         class_ids=class_ids[rows],
         video_ids=video_ids[rows],
         is_memory=class_ids[rows] < num_old,
-        object=pictures,
-        motion=None if student.motion_encoder is None else motion,
+        visual=VisualInputs(pictures, None if student.motion_encoder is None else motion),
     )
     spectrograms = student.analyse(batch.sources)
-    visual = student.encode_visual(batch.object, batch.motion)
+    visual = student.encode_visual(batch.visual)
     audio = student.audio_encoder(spectrograms.network_input)
     return Step(batch, spectrograms, audio, visual, student.mask_decoder(audio, visual, batch.class_ids), num_old)
 
