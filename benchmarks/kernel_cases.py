@@ -539,7 +539,8 @@ def _pass_cases(batch: int, f: _FrontEnd, device: str) -> Iterator[KernelCase]:
         return padded.unfold(2, f.n_fft, f.hop) * window  # [B, N, T, n_fft]
 
     def spectra(x: Inputs) -> Tensor:
-        return torch.fft.rfft(frames_of(x["sources"], tables.window)).contiguous()
+        spectrum: Tensor = torch.fft.rfft(frames_of(x["sources"], tables.window))
+        return spectrum.contiguous()
 
     def logits_and_mixture(seed: int) -> Inputs:
         mixture = spectra({"sources": signal(seed, 1, f.samples)})[:, 0].transpose(1, 2)  # frame by frame, as analysed

@@ -182,7 +182,7 @@ def elapsed_s(
             function()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / iterations
+        return float(start.elapsed_time(end)) / 1e3 / iterations
     begin = time.perf_counter()
     for _ in range(iterations):
         function()

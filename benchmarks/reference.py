@@ -76,7 +76,8 @@ class _EncoderLayer(nn.Module):
     def forward(self, source: Tensor, positions: Tensor) -> Tensor:
         at = source + positions
         source = self.norm1(source + self.self_attn(at, at, source)[0])
-        return self.norm2(source + self.linear2(F.relu(self.linear1(source))))
+        encoded: Tensor = self.norm2(source + self.linear2(F.relu(self.linear1(source))))
+        return encoded
 
 
 class _DecoderLayer(nn.Module):
@@ -111,7 +112,8 @@ class _DecoderLayer(nn.Module):
             target = self.norm1(target + self.self_attn(at, at, target)[0])
             heard = self.multihead_attn(target + queries, memory + positions, memory)[0]
             target = self.norm2(target + heard)
-        return self.norm3(target + self.linear2(F.relu(self.linear1(target))))
+        decoded: Tensor = self.norm3(target + self.linear2(F.relu(self.linear1(target))))
+        return decoded
 
 
 class _Stack(nn.Module):

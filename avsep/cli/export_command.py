@@ -183,7 +183,7 @@ def run(
         tasks = (task[0] if len(set(task)) == 1 else task) if task else finished[-1]
     if tar and isinstance(tasks, int) and out.suffix.lower() != ".tar":
         raise ConfigError(f"--tar is for several tasks: for a tar of one, name it so, such as --out {out}.tar")
-    given = {
+    given: dict[str, Any] = {
         "max_batch": max_batch,
         "max_sources": max_sources,
         "calibration": calibration,

@@ -310,7 +310,8 @@ class _Factor:
         columns = right.transpose(1, 2).reshape(members * taps, queries)
         columns = torch.linalg.solve_triangular(self.upper.T, columns, upper=False)
         columns = torch.linalg.solve_triangular(self.upper, columns, upper=True)
-        return columns.T.reshape(queries, members, taps)
+        solutions: Tensor = columns.T.reshape(queries, members, taps)
+        return solutions
 
 
 def _fill_gram(gram: Tensor, lags: Tensor, quiet: Tensor, taps: int, jitter: float) -> None:
@@ -348,7 +349,8 @@ def _cholesky_in_place(matrix: Tensor) -> bool:
 
 def _project_back(reference_f: Tensor, query_f: Tensor, taps: int, size: int) -> Tensor:
     """Correlations [..., N, Q, taps] of the delays 0..taps-1 of references [..., N, K] with queries [..., Q, K]."""
-    return torch.fft.irfft(reference_f[..., :, None, :].conj() * query_f[..., None, :, :], n=size)[..., :taps]
+    lags: Tensor = torch.fft.irfft(reference_f[..., :, None, :].conj() * query_f[..., None, :, :], n=size)
+    return lags[..., :taps]
 
 
 def _solve(factor: _Factor, right: Tensor, reference_f: Tensor, query_f: Tensor, taps: int, size: int) -> Tensor:
@@ -365,7 +367,7 @@ def _solve(factor: _Factor, right: Tensor, reference_f: Tensor, query_f: Tensor,
 
 def _apply(filters: Tensor, reference_f: Tensor, size: int) -> Tensor:
     """Spectra [..., K] of the references [..., M, K] filtered by ``filters`` [..., M, taps] and summed."""
-    filters_f = torch.fft.rfft(filters, n=size)
+    filters_f: Tensor = torch.fft.rfft(filters, n=size)
     total = filters_f[..., 0, :] * reference_f[..., 0, :]
     for m in range(1, filters.shape[-2]):
         total.addcmul_(filters_f[..., m, :], reference_f[..., m, :].expand_as(total))
@@ -399,7 +401,8 @@ def _check_finite(name: str, signals: Tensor) -> None:
 
 
 def _is_silent(signals: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(signals, ord=1, dim=-1, dtype=torch.float64) <= SILENCE
+    size: Tensor = torch.linalg.vector_norm(signals, ord=1, dim=-1, dtype=torch.float64)
+    return size <= SILENCE
 
 
 def _unit_energy(signals: Tensor) -> Tensor:
@@ -418,7 +421,8 @@ def _ratio_db(signal: Tensor, noise: Tensor) -> Tensor:
 
 def _energy(spectrum: Tensor) -> Tensor:
     """[B, K] -> [B]: the energy of a real signal from its half spectrum, up to the FFT's factor size / 2 (Parseval)."""
-    total = torch.linalg.vector_norm(torch.view_as_real(spectrum).flatten(1), dim=-1).square()
+    length: Tensor = torch.linalg.vector_norm(torch.view_as_real(spectrum).flatten(1), dim=-1)
+    total = length.square()
     ends = spectrum[:, 0].abs().square() + spectrum[:, -1].abs().square()  # the only bins that stand for themselves
     return total - ends / 2
 

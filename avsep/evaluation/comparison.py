@@ -27,7 +27,7 @@ covers the choice of test clips alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -429,7 +429,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 def _check_same(one: Cell, other: Cell) -> None:
     """Raise RunError, with the reason, where two runs were not tested on the same thing."""
     a, b = one.evaluation, other.evaluation
-    reasons = (
+    reasons: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
         ("store_hash", "were trained on different stores", lambda e: str(e.get("store_hash"))[:12]),
         ("tasks", "learned different classes, or in another order", lambda e: _order(e.get("tasks", ()))),
         ("protocol", "were tested under different protocols", lambda e: str(e.get("protocol"))),

@@ -484,7 +484,7 @@ def _component(ref: Any) -> str:
     if ref is None:
         return "none"
     inside = ", ".join(f"{key} {value}" for key, value in ref.params.items())
-    return ref.name + (f" ({inside})" if inside else "")
+    return f"{ref.name} ({inside})" if inside else str(ref.name)
 
 
 _NO_LOSS = {"task", "epoch", "step", "lr", "seconds", "gradient_norm"}  # columns of train.csv
@@ -592,7 +592,8 @@ def _pictures(kept: Kept, source: int, score: MixtureScore, store: Store) -> np.
     """The object pictures the separator saw; where it saw stored features, the store's pictures of that moment."""
     seen = kept.object
     if seen is not None and seen.dtype == np.uint8 and seen.ndim == 5:  # [N, K, 3, H, W]
-        return seen[source][:3]
+        shown: np.ndarray = seen[source][:3]
+        return shown
     clip = store.clip(score.mixture.clips[source])
     frames = store.timeline(clip).object
     if frames is None or not len(frames):

@@ -114,7 +114,10 @@ def _spread(timeline: VisualTimeline | None) -> np.ndarray | None:
     if timeline is None or timeline.object is None:
         return None
     count = len(timeline.object)
-    return timeline.object[np.unique(np.linspace(0, count - 1, min(count, _PICTURES)).round().astype(int))]
+    chosen: np.ndarray = timeline.object[
+        np.unique(np.linspace(0, count - 1, min(count, _PICTURES)).round().astype(int))
+    ]
+    return chosen
 
 
 def _time(seconds: float) -> str:

@@ -24,7 +24,7 @@ def attention_distillation(attention: Tensor, taught: Tensor, *, slots: Tensor |
     taught = taught.detach().float()
     # where a weight has underflown to 0 the logarithm is cut off, or 0 times infinity would be NaN
     logarithm = torch.log(attention.float().clamp_min(torch.finfo(torch.float32).tiny))
-    divergence = (torch.special.xlogy(taught, taught) - taught * logarithm).sum(dim=2)  # [B, N]
+    divergence: Tensor = (torch.special.xlogy(taught, taught) - taught * logarithm).sum(dim=2)  # [B, N]
     if slots is None:
         return divergence.mean()
     return (divergence * slots).sum() / slots.sum().clamp_min(1)

@@ -58,4 +58,5 @@ def pod_distance(x: Tensor, y: Tensor) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         difference = x.float().square() - y.float().square()
-        return torch.linalg.vector_norm(pod_embedding(difference), dim=1).mean()
+        distances: Tensor = torch.linalg.vector_norm(pod_embedding(difference), dim=1)
+        return distances.mean()

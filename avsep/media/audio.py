@@ -77,7 +77,8 @@ def to_mono(audio: Audio) -> Audio:
     """The mean of the channels: [C, L] to [L]."""
     if audio.ndim != 2:
         raise AudioError(f"audio must be [channels, samples], got shape {list(audio.shape)}")
-    return audio[0].copy() if audio.shape[0] == 1 else audio.mean(axis=0, dtype=np.float64).astype(np.float32)
+    mono: Audio = audio[0].copy() if audio.shape[0] == 1 else audio.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return mono
 
 
 def resample(audio: Audio, from_hz: int, to_hz: int) -> Audio:

@@ -160,7 +160,8 @@ class Encoders:
 
         with torch.inference_mode():
             pictures = torch.from_numpy(crop)[None].to(self._device)
-            return self.get(source).encode(pictures)[0].float().cpu().numpy()
+            features: torch.Tensor = self.get(source).encode(pictures)[0]
+            return features.float().cpu().numpy()
 
     def motion(self, source: VisualSource, crops: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """M pictures [3, S, S] in order of time -> [D, T]"""
@@ -168,7 +169,8 @@ class Encoders:
 
         with torch.inference_mode():
             frames = torch.from_numpy(np.stack(crops))[None].to(self._device)
-            return self.get(source)(frames)[0].float().cpu().numpy()
+            features: torch.Tensor = self.get(source)(frames)[0]
+            return features.float().cpu().numpy()
 
 
 def timelines_of_video(

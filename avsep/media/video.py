@@ -281,9 +281,10 @@ def _stated_s(stream: Any, container: Any) -> float:
 
 
 def _mono(frame: Any) -> Audio:
-    channels = frame.to_ndarray()  # [C, n]
+    channels: NDArray[Any] = frame.to_ndarray()  # [C, n]
     heard = [i for i, channel in enumerate(frame.layout.channels) if not channel.name.startswith("LFE")]
-    return channels[heard or slice(None)].mean(axis=0, dtype=np.float64).astype(np.float32)
+    mean: Audio = channels[heard or slice(None)].mean(axis=0, dtype=np.float64).astype(np.float32)
+    return mean
 
 
 def _rotation(frame: Any) -> int:

@@ -65,7 +65,7 @@ def store_object_features(store: Store, encoder: str, *, progress: bool | Progre
             frames = store.timeline(clip).object
             assert frames is not None
             with torch.no_grad():
-                vectors = network(torch.from_numpy(np.array(frames))[:, None])  # each picture for itself
+                vectors: torch.Tensor = network(torch.from_numpy(np.array(frames))[:, None])  # each picture for itself
             bars.advance(bar)
             return vectors.numpy().astype(np.float16)
 

@@ -151,7 +151,8 @@ def _label(line: Line) -> str:
 
 
 def _printed(base: str) -> dict[str, Any]:
-    return published()["table3"].get(base, {})
+    printed: dict[str, Any] = published()["table3"].get(base, {})
+    return printed
 
 
 def _number(row: str) -> int:

@@ -340,7 +340,8 @@ class _Loop:
     def _first_spec(self, cell: Cell, folder: Path) -> dict[str, Any]:
         """A run of the first task alone. Several strategies may share it: one that was begun stays as it is."""
         if (folder / "unit.json").is_file() and (folder / "run" / "run.yaml").is_file():
-            return read_json(folder / "unit.json")["spec"]
+            begun: dict[str, Any] = read_json(folder / "unit.json")["spec"]
+            return begun
         spec = cell.spec.model_dump(mode="json")
         return {**spec, "tasks": spec["tasks"][:1], "protocol": "fixed"}
 

@@ -16,7 +16,7 @@ __all__ = ["cross_entropy", "normalise", "similarity_distillation_reference"]
 
 def normalise(x: Tensor) -> Tensor:
     """Rows of [n, D] at length 1; a row of zeros stays zero and gets no gradient."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / length.clamp_min(1e-12) * (length > 1e-12)
 
 

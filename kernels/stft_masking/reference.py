@@ -69,13 +69,14 @@ def stft_reference(signal: Tensor, n_fft: int, hop: int, padding: str = "zeros")
     flat = F.pad(flat, (n_fft // 2, n_fft // 2), mode="reflect" if padding == "reflect" else "constant")
     window = hann_window(n_fft, dtype=signal.dtype)
     frames = flat.unfold(2, n_fft, hop)[0] * window  # [M, T, n_fft]
-    return torch.fft.rfft(frames).transpose(1, 2).reshape(*leading, n_fft // 2 + 1, -1)
+    spectrum: Tensor = torch.fft.rfft(frames)
+    return spectrum.transpose(1, 2).reshape(*leading, n_fft // 2 + 1, -1)
 
 
 def istft_reference(spectrum: Tensor, n_fft: int, hop: int, length: int) -> Tensor:
     """Windowed overlap-add divided by the sum of the squared windows: [..., n_fft/2+1, T] -> [..., length]."""
     window = hann_window(n_fft, dtype=spectrum.real.dtype)
-    pieces = torch.fft.irfft(spectrum.transpose(-1, -2), n=n_fft) * window  # [..., T, n_fft]
+    pieces: Tensor = torch.fft.irfft(spectrum.transpose(-1, -2), n=n_fft) * window  # [..., T, n_fft]
     frames = pieces.shape[-2]
     total = pieces.new_zeros(*pieces.shape[:-2], n_fft + hop * (frames - 1))
     envelope = pieces.new_zeros(n_fft + hop * (frames - 1))

@@ -388,7 +388,8 @@ def read_splits(path: str | os.PathLike[str]) -> dict[str, dict[str, list[str]]]
 def _split_folder(folder: Path) -> dict[str, Any]:
     whole = [p for p in sorted(folder.iterdir()) if p.stem == "all_classId_vid_dict" and _is_list(p)]
     if whole:
-        return read_published(whole[0])
+        splits: dict[str, Any] = read_published(whole[0])
+        return splits
     data = {}
     for split in SPLITS:
         files = [

@@ -201,7 +201,7 @@ def _numbers(dtype: Any, data: Any) -> list[Any]:
     text = dtype.order + dtype.kind
     if not _PLAIN.fullmatch(text):
         raise _RefusedError(f"an array of {text[:40]}")
-    return np.frombuffer(data, np.dtype(text)).tolist()
+    return list(np.frombuffer(data, np.dtype(text)).tolist())
 
 
 def _plain(value: Any, left: list[int] | None = None, depth: int = 0) -> Any:

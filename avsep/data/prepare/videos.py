@@ -205,7 +205,7 @@ class _SkippedError(Exception):
         self.status, self.reason = status, reason
 
 
-_looks: dict[str, Any] = {}  # the extractors of this process, by what they are
+_looks: dict[str, tuple[Any, Any]] = {}  # the extractors of this process, by what they are
 
 
 def _looking(recipe: Recipe) -> tuple[Any, Any]:

@@ -180,7 +180,8 @@ class Store:
     @property
     def features(self) -> dict[str, dict[str, Any]]:
         """Stored features by name: ``{"role": ..., "dim": D, "steps": T or None}``."""
-        return self.manifest["features"]
+        features: dict[str, dict[str, Any]] = self.manifest["features"]
+        return features
 
     def _feature(self, name: str) -> dict[str, Any]:
         if name not in self.features:
@@ -314,7 +315,8 @@ class Store:
         return str(self.path / record["path"])
 
     def _records(self, clip: Clip) -> dict[str, dict[str, Any]]:
-        return self.manifest["clips"][clip.index]["files"]
+        records: dict[str, dict[str, Any]] = self.manifest["clips"][clip.index]["files"]
+        return records
 
     def timeline(self, clip: Clip) -> VisualTimeline:
         """All that the store has to see of a clip, as memory maps."""
@@ -552,7 +554,8 @@ class StoreWriter:
     def noted(self, clip_id: str) -> dict[str, Any] | None:
         """What the journal says of a clip, or None."""
         try:
-            return read_json(self.path / _JOURNAL / f"{clip_id}.json")
+            entry: dict[str, Any] = read_json(self.path / _JOURNAL / f"{clip_id}.json")
+            return entry
         except (ConfigError, OSError):
             return None
 

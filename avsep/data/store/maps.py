@@ -243,7 +243,8 @@ def array_in(data: np.ndarray) -> np.ndarray:
     offset = _header_end(data[:12].tobytes())
     dtype, shape, order = _header(bytes(data[:offset]))
     try:
-        return np.ndarray(shape, dtype, buffer=data, offset=offset, order=order)
+        array: np.ndarray = np.ndarray(shape, dtype, buffer=data, offset=offset, order=order)
+        return array
     except TypeError:
         raise ValueError("it ends early") from None
 

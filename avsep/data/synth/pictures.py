@@ -726,4 +726,5 @@ def motion_frames(
     """uint8 [m, 1, 48, 48], one gray picture for each 1 / ``rate_hz`` seconds."""
     rgb = draw(player, look, poses(player, notes, _times(duration_s, rate_hz)), MOTION_SIZE)
     weights = np.array([77, 150, 29], np.uint32).reshape(3, 1, 1)  # ITU-R BT.601 luma, in 256ths
-    return ((rgb * weights).sum(axis=1, keepdims=True) >> 8).astype(np.uint8)  # [m, 1, 48, 48]
+    gray: np.ndarray = ((rgb * weights).sum(axis=1, keepdims=True) >> 8).astype(np.uint8)  # [m, 1, 48, 48]
+    return gray

@@ -361,7 +361,7 @@ def _range(value: int | None) -> tuple[int, int]:
 
 def _by_key(key: int, cents_per_key: int) -> float:
     """Factor on a duration for a key's distance from key 60; the specification's range is ±1200 cents a key."""
-    return 2.0 ** ((60 - key) * min(max(cents_per_key, -1200), 1200) / 1200)
+    return float(2.0 ** ((60 - key) * min(max(cents_per_key, -1200), 1200) / 1200))
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
