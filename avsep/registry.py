@@ -1,9 +1,10 @@
 """Components by name: audio and visual encoders, mask decoders, strategies and memory policies.
 
-A component is a plain class or function with keyword-only parameters, each typed and with a default from its source::
+A component is a class with keyword-only parameters, each typed and with a default from its source. It derives from the
+base of its kind, which declares what the rest of the library reads of it::
 
     @MASK_DECODERS.register("query_transformer", source="Chen et al., iQuery, CVPR 2023")
-    class QueryTransformer(nn.Module): ...
+    class QueryTransformer(MaskDecoder): ...
 
 Packages outside avsep add components through the entry-point group ``avsep.components``: each entry point names a
 module (or a callable without arguments) whose import registers what it brings.
@@ -15,12 +16,18 @@ import importlib
 import inspect
 import numbers
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 from avsep.errors import ConfigError, UnknownNameError, near_matches
+
+if TYPE_CHECKING:
+    from avsep.decoders.base import MaskDecoder
+    from avsep.encoders.base import AudioEncoder, VisualEncoder
+    from avsep.memory.base import MemoryPolicy
+    from avsep.strategies.base import Strategy
 
 __all__ = [
     "AUDIO_ENCODERS",
@@ -29,14 +36,30 @@ __all__ = [
     "REGISTRIES",
     "STRATEGIES",
     "VISUAL_ENCODERS",
+    "Component",
     "ComponentSpec",
     "Parameter",
     "Registry",
 ]
 
 ENTRY_POINT_GROUP = "avsep.components"
-_T = TypeVar("_T", bound=Callable[..., Any])
 _REQUIRED = inspect.Parameter.empty
+
+
+class Component:
+    """What a component of any kind declares at its class, so that it can be read before anything is built.
+
+    ``needs`` and ``provides`` are names of tensors (``mask_features``, ``latent``, ``skips``, ``bottleneck``,
+    ``spectrogram``, ``object``, ``motion``) that the composer checks against each other. ``bottleneck`` stands for the
+    latent of an encoder that ends there, and leaves the way up to the decoder.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    provides: ClassVar[tuple[str, ...]] = ()
+
+
+_C = TypeVar("_C", bound=Component)
+_Class = TypeVar("_Class", bound=type[Component])
 
 
 @dataclass(frozen=True)
@@ -57,23 +80,30 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class ComponentSpec:
+class ComponentSpec(Generic[_C]):
     """What the registry knows of a component before anything is built.
 
-    ``needs`` and ``provides`` are names of tensors (``mask_features``, ``latent``, ``skips``, ``bottleneck``,
-    ``spectrogram``, ``object``, ``motion``) that the composer checks against each other. ``bottleneck`` stands for the
-    latent of an encoder that ends there, and leaves the way up to the decoder.
+    ``factory`` is its class; ``example`` are parameters of a small one, which tests build.
     """
 
     kind: str
     name: str
-    factory: Callable[..., Any]
+    factory: type[_C]
     summary: str
     source: str
     parameters: tuple[Parameter, ...]
     package: str
-    needs: frozenset[str] = frozenset()
-    provides: frozenset[str] = frozenset()
+    example: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the tensors that it takes (:class:`Component`)."""
+        return frozenset(self.factory.needs)
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Names of the tensors that it gives (:class:`Component`)."""
+        return frozenset(self.factory.provides)
 
     @property
     def settings(self) -> tuple[Parameter, ...]:
@@ -123,34 +153,59 @@ def _parameters(factory: Callable[..., Any], wiring: frozenset[str]) -> tuple[Pa
     return tuple(found)
 
 
-class Registry:
-    """Names to component factories, of one kind."""
+class Registry(Generic[_C]):
+    """Names to component classes, of one kind."""
 
-    def __init__(self, kind: str, key: str, wiring: frozenset[str] = frozenset()) -> None:
+    def __init__(self, kind: str, key: str, wiring: frozenset[str] = frozenset(), *, base: str | None = None) -> None:
         self.kind = kind  # "mask decoder"
         self.key = key  # "mask_decoders", as in `avsep list mask_decoders`
         self._wiring = wiring
-        self._components: dict[str, ComponentSpec] = {}
+        # A dotted path: the bases are above this module, and their modules import it.
+        self._base = f"{__name__}.{Component.__name__}" if base is None else base
+        self._components: dict[str, ComponentSpec[_C]] = {}
 
-    def register(self, name: str, *, source: str = "") -> Callable[[_T], _T]:
-        """Decorator. Raises ``ValueError`` when the name is taken: a second component never replaces a first."""
+    def _check_base(self, name: str, factory: object) -> None:
+        module, _, base_name = self._base.rpartition(".")
+        base = getattr(importlib.import_module(module), base_name)
+        if not (inspect.isclass(factory) and issubclass(factory, base)):
+            own = factory.__name__ if inspect.isclass(factory) else "..."
+            raise TypeError(
+                f"{self.kind} '{name}' must be a class that derives from {self._base}, which declares what is read of "
+                f"it: write 'class {own}({base_name}):'"
+            )
 
-        def decorate(factory: _T) -> _T:
+    def register(
+        self, name: str, *, source: str = "", example: Mapping[str, Any] | None = None
+    ) -> Callable[[_Class], _Class]:
+        """Decorator of a component's class.
+
+        Args:
+            name: by which it is composed.
+            source: the paper or library it comes from.
+            example: parameters of a small one, which builds and runs within a second; the defaults when omitted. The
+                test over every registered component takes them.
+
+        Raises:
+            ValueError: the name is taken (a second component never replaces a first), or there is no docstring.
+            TypeError: it is no class of this kind, or takes a parameter by position.
+        """
+
+        def decorate(factory: _Class) -> _Class:
             if name in self._components:
                 raise ValueError(f"{self.kind} '{name}' is registered already, by {self._components[name].package}")
+            self._check_base(name, factory)
             summary = _first_line(factory)
             if not summary:
                 raise ValueError(f"{self.kind} '{name}' needs a docstring: its first line is what `avsep list` shows")
             self._components[name] = ComponentSpec(
                 kind=self.kind,
                 name=name,
-                factory=factory,
+                factory=cast("type[_C]", factory),
                 summary=summary,
                 source=source,
                 parameters=_parameters(factory, self._wiring),
                 package=factory.__module__.partition(".")[0],
-                needs=frozenset(getattr(factory, "needs", ())),
-                provides=frozenset(getattr(factory, "provides", ())),
+                example=dict(example or {}),
             )
             return factory
 
@@ -160,50 +215,60 @@ class Registry:
         load_components()
         return sorted(self._components)
 
-    def __iter__(self) -> Iterator[ComponentSpec]:
+    def __iter__(self) -> Iterator[ComponentSpec[_C]]:
         return iter([self._components[name] for name in self.names()])
 
     def __contains__(self, name: object) -> bool:
         load_components()
         return name in self._components
 
-    def get(self, name: str) -> ComponentSpec:
+    def get(self, name: str) -> ComponentSpec[_C]:
         """The component's spec; an unknown name raises with the near matches."""
         load_components()
         if name not in self._components:
-            raise UnknownNameError(
-                f"no {self.kind} named '{name}': {near_matches(name, self._components)} (see: avsep list {self.key})"
-            )
+            hint = near_matches(name, self._components)
+            broken = "".join(f"; {failure}" for failure in _failures)
+            raise UnknownNameError(f"no {self.kind} named '{name}': {hint} (see: avsep list {self.key}){broken}")
         return self._components[name]
 
-    def create(self, name: str, params: dict[str, Any] | None = None, **wiring: Any) -> Any:
+    def create(self, name: str, params: Mapping[str, Any] | None = None, **wiring: Any) -> _C:
         """Build a component from people's ``params`` and the composer's ``wiring``."""
         spec = self.get(name)
         params = dict(params or {})
         spec.check(params)
         takes = {p.name for p in spec.parameters if p.wiring}
+        make: Callable[..., _C] = spec.factory
         try:
-            return spec.factory(**params, **{k: v for k, v in wiring.items() if k in takes})
+            return make(**params, **{k: v for k, v in wiring.items() if k in takes})
         except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:  # also torch's own
             raise ConfigError(f"{self.kind} '{name}': {error}") from error
 
 
-# What a mask decoder is told of the encoders beside it, and of the classes; people never set these by hand.
+# What a mask decoder is given of the encoders beside it, and of the classes; people never set these by hand.
 _DECODER_WIRING = frozenset(
     {"num_classes", "mask_channels", "latent_channels", "skip_channels", "object_dim", "motion_dim"}
 )
 
-AUDIO_ENCODERS = Registry("audio encoder", "audio_encoders")
-# A visual encoder that can serve as either is told which of the two it is.
-VISUAL_ENCODERS = Registry("visual encoder", "visual_encoders", wiring=frozenset({"role"}))
-MASK_DECODERS = Registry("mask decoder", "mask_decoders", wiring=_DECODER_WIRING)
-STRATEGIES = Registry("strategy", "strategies")
-MEMORIES = Registry("memory policy", "memories")
+AUDIO_ENCODERS: Registry[AudioEncoder] = Registry(
+    "audio encoder", "audio_encoders", base="avsep.encoders.base.AudioEncoder"
+)
+# A visual encoder that can serve as either is given which of the two it is.
+VISUAL_ENCODERS: Registry[VisualEncoder] = Registry(
+    "visual encoder", "visual_encoders", frozenset({"role"}), base="avsep.encoders.base.VisualEncoder"
+)
+MASK_DECODERS: Registry[MaskDecoder] = Registry(
+    "mask decoder", "mask_decoders", _DECODER_WIRING, base="avsep.decoders.base.MaskDecoder"
+)
+STRATEGIES: Registry[Strategy] = Registry("strategy", "strategies", base="avsep.strategies.base.Strategy")
+MEMORIES: Registry[MemoryPolicy] = Registry("memory policy", "memories", base="avsep.memory.base.MemoryPolicy")
 
-REGISTRIES = {r.key: r for r in (AUDIO_ENCODERS, VISUAL_ENCODERS, MASK_DECODERS, STRATEGIES, MEMORIES)}
+REGISTRIES: dict[str, Registry[Any]] = {
+    r.key: r for r in (AUDIO_ENCODERS, VISUAL_ENCODERS, MASK_DECODERS, STRATEGIES, MEMORIES)
+}
 
 _BUILTIN = ("avsep.encoders", "avsep.decoders", "avsep.strategies", "avsep.memory")
 _loaded = False
+_failures: list[str] = []  # what other packages' components failed with, for who misses one of them
 
 
 def load_components() -> None:
@@ -224,7 +289,7 @@ def load_components() -> None:
             if callable(loaded) and not inspect.isclass(loaded):
                 loaded()
         except Exception as error:
-            warnings.warn(
-                f"components of '{entry.name}' ({entry.value}) could not be loaded: {type(error).__name__}: {error}",
-                stacklevel=2,
-            )
+            reason = f"{type(error).__name__}: {error}"
+            failure = f"components of '{entry.name}' ({entry.value}) could not be loaded: {reason}"
+            _failures.append(failure)
+            warnings.warn(failure, stacklevel=2)

@@ -75,7 +75,7 @@ class ComponentRef(_Model):
             raise ValueError("a component is a name, (name, {parameters}) or {name: ..., params: {...}}")
         return value
 
-    def check(self, registry: Registry) -> None:
+    def check(self, registry: Registry[Any]) -> None:
         registry.get(self.name).check(self.params)
 
 
@@ -132,13 +132,13 @@ class SeparatorSpec(_Model):
 
     def check(self) -> None:
         """Raise when a name, a parameter or the combination is wrong; nothing is built."""
-        parts = [
-            ("audio_encoder", self.audio_encoder, AUDIO_ENCODERS),
-            ("mask_decoder", self.mask_decoder, MASK_DECODERS),
-            ("object_encoder", self.object_encoder, VISUAL_ENCODERS),
-            ("motion_encoder", self.motion_encoder, VISUAL_ENCODERS),
+        parts: list[tuple[ComponentRef | None, Registry[Any]]] = [
+            (self.audio_encoder, AUDIO_ENCODERS),
+            (self.mask_decoder, MASK_DECODERS),
+            (self.object_encoder, VISUAL_ENCODERS),
+            (self.motion_encoder, VISUAL_ENCODERS),
         ]
-        for _, ref, registry in parts:
+        for ref, registry in parts:
             if ref is not None:
                 ref.check(registry)
         provided = set(AUDIO_ENCODERS.get(self.audio_encoder.name).provides)

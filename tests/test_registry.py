@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 from avsep.errors import ConfigError, UnknownNameError
-from avsep.registry import REGISTRIES, VISUAL_ENCODERS, Registry
+from avsep.registry import MASK_DECODERS, REGISTRIES, VISUAL_ENCODERS, Component, Registry
 from avsep.spec import TrainSpec, load_preset, validated
 
 
@@ -19,7 +19,7 @@ def registry():
     registry = Registry("gadget", "gadgets", wiring=frozenset({"width"}))
 
     @registry.register("lamp", source="a paper")
-    class Lamp:
+    class Lamp(Component):
         """Lights up.
 
         And more.
@@ -71,14 +71,30 @@ def test_a_name_is_taken_once(registry):
 
 
 def test_what_cannot_be_listed_is_refused(registry):
-    with pytest.raises(ValueError, match="docstring"):
-        registry.register("silent")(lambda *, a=1: None)
+    class Silent(Component):
+        def __init__(self, *, a=1):
+            pass
 
-    def positional(a=1):
+    class Positional(Component):
         """Does something."""
 
+        def __init__(self, a=1):
+            pass
+
+    class Stranger:
+        """Does something, but declares nothing."""
+
+    with pytest.raises(ValueError, match="docstring"):
+        registry.register("silent")(Silent)
     with pytest.raises(TypeError, match="'a' must be keyword-only"):
-        registry.register("positional")(positional)
+        registry.register("positional")(Positional)
+    with pytest.raises(
+        TypeError, match=r"'stranger' must be a class .*registry\.Component.*'class Stranger\(Component\)"
+    ):
+        registry.register("stranger")(Stranger)
+    with pytest.raises(TypeError, match=r"mask decoder 'gadget' must be .* avsep\.decoders\.base\.MaskDecoder"):
+        MASK_DECODERS.register("gadget")(Positional)
+    assert "gadget" not in MASK_DECODERS
 
 
 @pytest.mark.parametrize("key", REGISTRIES)
@@ -120,12 +136,12 @@ def test_installed_packages_add_components_and_broken_ones_only_warn(tmp_path):
         tmp_path,
         "othershop",
         '''
-        from torch import nn
+        from avsep.encoders import VisualEncoder
         from avsep.registry import VISUAL_ENCODERS
         from avsep.types import VisualSource
 
         @VISUAL_ENCODERS.register("othershop_mean", source="elsewhere")
-        class Mean(nn.Module):
+        class Mean(VisualEncoder):
             """Mean over frames."""
 
             provides = ("object",)
@@ -143,6 +159,18 @@ def test_installed_packages_add_components_and_broken_ones_only_warn(tmp_path):
         ''',
     )
     make_package(tmp_path, "brokenshop", "raise RuntimeError('out of order')")
+    make_package(
+        tmp_path,
+        "oldshop",
+        '''
+        from torch import nn
+        from avsep.registry import VISUAL_ENCODERS
+
+        @VISUAL_ENCODERS.register("oldshop_mean")
+        class Mean(nn.Module):
+            """Mean over frames, without the base."""
+        ''',
+    )
     result = run_python(
         """
         import warnings
@@ -153,6 +181,13 @@ def test_installed_packages_add_components_and_broken_ones_only_warn(tmp_path):
             separator = avsep.build_separator("iquery_small", num_classes=2, **parts)
         assert any("brokenshop" in str(w.message) and "out of order" in str(w.message) for w in caught)
         assert separator.visual_sources()[0].frames == 4
+        try:
+            avsep.build_separator("iquery_small", num_classes=2, object_encoder="oldshop_mean")
+        except avsep.errors.UnknownNameError as error:
+            assert "oldshop_mean" in str(error) and "write 'class Mean(VisualEncoder):'" in str(error), error
+            assert "\\n" not in str(error)
+        else:
+            raise AssertionError("built")
         spec = [s for s in avsep.list_components("visual_encoders") if s.name == "othershop_mean"][0]
         print(spec.package, spec.source)
         """,

@@ -209,7 +209,7 @@ def _of_run(run: Path, task: int | None, device: str, batch: int, context_s: flo
         classes=separator.classes,
         sources=separator.visual_sources(),
         rate_hz=spec.sample_rate_hz,
-        sizes={role: _size(SIZES[role], int(getattr(encoder, "size", 0))) for role, encoder in encoders.items()},
+        sizes={role: _size(SIZES[role], None if e is None else e.size) for role, e in encoders.items()},
         ran=f"PyTorch, {chosen}",
         separate=lambda mixture, seen, names, report: separate_audio(
             separator, mixture, seen, names, batch=batch, context_s=context_s, progress=report
@@ -218,9 +218,9 @@ def _of_run(run: Path, task: int | None, device: str, batch: int, context_s: flo
     )
 
 
-def _size(usual: tuple[int, int], wanted: int) -> tuple[int, int]:
+def _size(usual: tuple[int, int], wanted: int | None) -> tuple[int, int]:
     """No smaller than what the encoder brings its pictures to."""
-    return max(usual[0], wanted), max(usual[1], wanted)
+    return max(usual[0], wanted or 0), max(usual[1], wanted or 0)
 
 
 def _of_bundle(

@@ -30,9 +30,9 @@ class SpectrogramClassifier(ResNet18):
         """Rows for more classes; the old ones stay. The parameters are new objects afterwards."""
         old, new = self.fc, self._rows(num_classes - self.fc.out_features).to(self.fc.weight)
         grown = nn.Linear(self.channels, num_classes, device="meta")
-        for name in ("weight", "bias"):
-            rows = torch.cat((getattr(old, name).detach(), getattr(new, name).detach()))
-            setattr(grown, name, nn.Parameter(rows, requires_grad=getattr(old, name).requires_grad))
+        for name, before in old.named_parameters():
+            rows = torch.cat((before.detach(), new.get_parameter(name).detach()))
+            grown.register_parameter(name, nn.Parameter(rows, requires_grad=before.requires_grad))
         self.fc = grown
 
     def forward(self, spectrogram: Tensor) -> Tensor:

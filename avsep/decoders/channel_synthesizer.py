@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from avsep.decoders._growth import check_growth
+from avsep.decoders.base import MaskDecoder
 from avsep.errors import ConfigError
 from avsep.kernels import mask_head
 from avsep.registry import MASK_DECODERS
@@ -26,7 +26,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @MASK_DECODERS.register("channel_synthesizer", source="Zhao et al., The Sound of Pixels, ECCV 2018")
-class ChannelSynthesizer(nn.Module):
+class ChannelSynthesizer(MaskDecoder):
     """Each mask is a weighted sum of the mask features, the object giving the weights; class-agnostic masks.
 
     logits = sum_c scale_c a(v_c) F_c + bias, where v is a linear map of the object feature to one value a channel, a
@@ -43,6 +43,7 @@ class ChannelSynthesizer(nn.Module):
 
     needs = ("mask_features", "spectrogram", "object")
     class_agnostic = True
+    independent_sources = True
 
     def __init__(
         self,
@@ -63,13 +64,8 @@ class ChannelSynthesizer(nn.Module):
         self.audio_proj = nn.Linear(mask_channels, mask_channels)
 
     def grow(self, num_classes: int) -> None:
-        """Note that there are more classes; nothing depends on them.
-
-        Raises:
-            ConfigError: when there would be fewer classes than now.
-        """
-        check_growth(self.num_classes, num_classes, "classes")
-        self.num_classes = num_classes
+        """Note that there are more classes; nothing depends on them."""
+        super().grow(num_classes)
 
     def forward(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
         if visual.object is None:
@@ -93,4 +89,5 @@ class ChannelSynthesizer(nn.Module):
             share = torch.sigmoid(logits.to(spectrogram.dtype)) * spectrogram  # [B, N, F, T]
             share = share / share.sum(dim=(2, 3), keepdim=True).clamp(min=1e-6)
             heard = torch.einsum("bnft,bcft->bnc", share, features)
-        return self.audio_proj(heard)
+        embedding: Tensor = self.audio_proj(heard)
+        return embedding

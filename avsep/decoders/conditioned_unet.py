@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avsep.decoders._classifier import SpectrogramClassifier
-from avsep.decoders._growth import check_growth
+from avsep.decoders.base import MaskDecoder
 from avsep.dsp import magnitude
 from avsep.encoders.audio.conv7 import init_as_published
 from avsep.errors import ConfigError
@@ -34,14 +35,16 @@ class SharedUpConv(nn.Module):
 
     def forward(self, own: Tensor, shared: Tensor, shape: tuple[int, int]) -> Tensor:
         total = self.own(own).unflatten(0, shape) + self.shared(shared)[:, None]  # [B, N, out, 2H, 2W]
-        return self.norm(total.flatten(0, 1))
+        maps: Tensor = self.norm(total.flatten(0, 1))
+        return maps
 
 
 @MASK_DECODERS.register(
     "conditioned_unet",
     source="Gao and Grauman, Co-Separating Sounds of Visual Objects, ICCV 2019; fed as by ContAV-Sep (NeurIPS 2024)",
+    example={"dim": 16},
 )
-class ConditionedUNet(nn.Module):
+class ConditionedUNet(MaskDecoder):
     """A U-Net's way up for every source, with its object's vector at the bottleneck; class-agnostic masks.
 
     ``dim`` is the width of the object's vector, a linear map of the object feature (with ``project`` off the feature
@@ -71,6 +74,7 @@ class ConditionedUNet(nn.Module):
 
     needs = ("bottleneck", "skips", "spectrogram", "object")
     class_agnostic = True
+    independent_sources = True
 
     def __init__(
         self,
@@ -112,16 +116,9 @@ class ConditionedUNet(nn.Module):
         self.classifier = SpectrogramClassifier(num_classes=num_classes, width=dim // 8)
 
     def grow(self, num_classes: int) -> None:
-        """Make room for ``num_classes`` classes in the classifier; the old rows stay, the masks do not change.
-
-        The last layer's parameters are new objects afterwards: optimisers made before do not know them.
-
-        Raises:
-            ConfigError: when there would be fewer classes than now.
-        """
-        check_growth(self.num_classes, num_classes, "outputs")
+        """Make room for ``num_classes`` classes in the classifier; the old rows stay, the masks do not change."""
+        super().grow(num_classes)
         self.classifier.grow(num_classes)
-        self.num_classes = num_classes
 
     def forward(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
         if visual.object is None:
@@ -153,7 +150,8 @@ class ConditionedUNet(nn.Module):
         """f_a [B, N, D]: what the classifier makes of the separated spectrograms."""
         mask = logits.to(spectrogram.dtype).sigmoid()
         separated = (magnitude(spectrogram) * mask + self.log_floor).log()  # [B, N, F, T]
-        return self.classifier(separated.flatten(0, 1)[:, None]).unflatten(0, logits.shape[:2])
+        embedding: Tensor = self.classifier(separated.flatten(0, 1)[:, None])
+        return torch.unflatten(embedding, 0, logits.shape[:2])
 
     def auxiliary_losses(self, output: MaskOutput, spectrograms: Spectrograms, class_ids: Tensor) -> dict[str, Tensor]:
         """The consistency loss, weighted: cross-entropy of what is heard in each source with its class, the mean over

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avsep.decoders._growth import check_growth
+from avsep.decoders.base import MaskDecoder
 from avsep.errors import ConfigError
 from avsep.registry import MASK_DECODERS
 from avsep.types import AudioFeatures, MaskOutput, VisualFeatures
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, T, D] -> [B, h, T, D/h]
+        return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)  # [B, T, D] -> [B, h, T, D/h]
 
     def _project(self, x: Tensor, part: int) -> Tensor:
         """Part 0, 1 or 2 of the packed projection, query, key or value, by heads: [B, T, D] -> [B, h, T, D/h]."""
@@ -69,7 +69,8 @@ class Attention(nn.Module):
         """query [B, Tq, D], key and value [B, Tk, D]; ``mask`` bool [B, 1, 1, Tk], True = take part."""
         q, k, v = self._project(query, 0), self._project(key, 1), self._project(value, 2)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, h, Tq, D/h]
-        return self.out(x.transpose(1, 2).flatten(2))
+        attended: Tensor = self.out(x.transpose(1, 2).flatten(2))
+        return attended
 
     def weights(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
         """What :meth:`forward` weighs the values with: [B, h, Tq, Tk], fp32 (or float64), rows of sum 1."""
@@ -89,7 +90,8 @@ class FeedForward(nn.Module):
         self.linear2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(F.relu(self.linear1(x)))
+        out: Tensor = self.linear2(F.relu(self.linear1(x)))
+        return out
 
 
 class EncoderLayer(nn.Module):
@@ -106,7 +108,8 @@ class EncoderLayer(nn.Module):
         """tokens [B, HW, D], positions [HW, D] -> [B, HW, D]"""
         at = tokens + positions
         tokens = self.self_norm(tokens + self.self_attention(at, at, tokens))
-        return self.feedforward_norm(tokens + self.feedforward(tokens))
+        tokens = self.feedforward_norm(tokens + self.feedforward(tokens))
+        return tokens
 
 
 class MotionLayer(nn.Module):
@@ -122,7 +125,8 @@ class MotionLayer(nn.Module):
     def forward(self, slots: Tensor, queries: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """slots [B*N, Q, D], queries [Q, D], key and value [B*N, Tm, D] -> [B*N, Q, D]"""
         slots = self.motion_norm(slots + self.motion_attention(slots + queries, key, value, mask))
-        return self.feedforward_norm(slots + self.feedforward(slots))
+        slots = self.feedforward_norm(slots + self.feedforward(slots))
+        return slots
 
 
 class AudioLayer(nn.Module):
@@ -154,13 +158,16 @@ class AudioLayer(nn.Module):
         at = (slots + queries).reshape(batch, sources * count, dim)
         heard = self.audio_attention(at, key, value).reshape(batch, sources, count, dim)
         slots = self.audio_norm(slots + heard)
-        return self.feedforward_norm(slots + self.feedforward(slots))
+        slots = self.feedforward_norm(slots + self.feedforward(slots))
+        return slots
 
 
 @MASK_DECODERS.register(
-    "query_transformer", source="Chen et al., iQuery, CVPR 2023, as used by ContAV-Sep (NeurIPS 2024)"
+    "query_transformer",
+    source="Chen et al., iQuery, CVPR 2023, as used by ContAV-Sep (NeurIPS 2024)",
+    example={"dim": 16, "heads": 2, "feedforward": 16, "encoder_layers": 1, "layers": 2},
 )
-class QueryTransformer(nn.Module):
+class QueryTransformer(MaskDecoder):
     """Transformer with one learnable query a class; masks are the class slot's vector times the mask features.
 
     ``dim`` is the width, ``heads`` and ``feedforward`` those of every layer, ``encoder_layers`` act on the audio
@@ -179,7 +186,9 @@ class QueryTransformer(nn.Module):
     """
 
     needs = ("mask_features", "latent", "object")
-    class_agnostic = False
+    independent_sources = True
+    query_parameter = "class_queries"
+    mask_head = "head"
 
     def __init__(
         self,
@@ -240,11 +249,10 @@ class QueryTransformer(nn.Module):
         Raises:
             ConfigError: when there would be fewer classes than now.
         """
-        check_growth(self.num_classes, num_classes, "queries")
+        super().grow(num_classes)
         old = self.class_queries
-        new = torch.randn(num_classes - self.num_classes, self.dim).to(old)
+        new = torch.randn(num_classes - len(old), self.dim).to(old)
         self.class_queries = nn.Parameter(torch.cat((old.detach(), new)), requires_grad=old.requires_grad)
-        self.num_classes = num_classes
 
     def forward(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
         if visual.object is None:
@@ -295,7 +303,7 @@ class QueryTransformer(nn.Module):
         key, _, mask = self._motion_tokens(visual)
         query = (self.object_proj(visual.object) + self.class_queries[class_ids]).flatten(0, 1)[:, None, :]
         weights = self.motion_layer.motion_attention.weights(query, key.flatten(0, 1), mask)  # [B*N, h, 1, Tm]
-        return weights.mean(dim=1).squeeze(1).unflatten(0, class_ids.shape)
+        return torch.unflatten(weights.mean(dim=1).squeeze(1), 0, class_ids.shape)
 
     def _motion_tokens(self, visual: VisualFeatures) -> tuple[Tensor, Tensor, Tensor | None]:
         """Projected motion with and without positions, [B, N, Tm, D] each, and the attention's mask [B*N, 1, 1, Tm]."""

@@ -2,6 +2,7 @@
 
 from avsep.encoders.audio.conv7 import Conv7
 from avsep.encoders.audio.unet7 import UNet7
+from avsep.encoders.base import AudioEncoder, VisualEncoder
 from avsep.encoders.visual.clip import ClipViTB32, SigLIP2Base
 from avsep.encoders.visual.efficientnet import EfficientNetLite0
 from avsep.encoders.visual.frame_cnn import FrameCNN
@@ -12,6 +13,7 @@ from avsep.encoders.visual.resnet18_map import ResNet18Map
 from avsep.encoders.visual.videomae import VideoMAEBase
 
 __all__ = [
+    "AudioEncoder",
     "ClipViTB32",
     "Conv7",
     "EfficientNetLite0",
@@ -23,4 +25,5 @@ __all__ = [
     "SigLIP2Base",
     "UNet7",
     "VideoMAEBase",
+    "VisualEncoder",
 ]

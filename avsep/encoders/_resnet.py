@@ -73,4 +73,5 @@ class ResNet18(nn.Module):
         if not torch.compiler.is_exporting():
             x = x.contiguous(memory_format=torch.channels_last)  # as in unet7, for speed
         x = F.max_pool2d(F.relu(self.bn1(x)), 3, stride=2, padding=1)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x

@@ -216,8 +216,12 @@ def _budget(
     *,
     basis: str,
 ) -> Budget:
-    encoders = ("audio_encoder", "object_encoder", "motion_encoder")
-    frozen = tuple(f"{e}." for e in encoders if getattr(getattr(separator, e), "frozen", False))
+    encoders = {
+        "audio_encoder.": separator.audio_encoder,
+        "object_encoder.": separator.object_encoder,
+        "motion_encoder.": separator.motion_encoder,
+    }
+    frozen = tuple(prefix for prefix, encoder in encoders.items() if encoder is not None and encoder.frozen)
     parameters = {name for name, _ in separator.named_parameters()}
     sizes = {"parameters": 0, "buffers": 0, "frozen": 0}
     for name, value in separator.state_dict().items():

@@ -21,6 +21,7 @@ from avsep.media.video import cut_picture, iter_pictures, probe
 from avsep.types import VisualSource
 
 if TYPE_CHECKING:
+    from avsep.encoders.base import VisualEncoder
     from avsep.registry import ComponentSpec
 
 __all__ = [
@@ -102,16 +103,11 @@ def track_objects(
     return BoxTrack(entries)
 
 
-def extractors(role: str) -> dict[str, ComponentSpec]:
+def extractors(role: str) -> dict[str, ComponentSpec[VisualEncoder]]:
     """The registered encoders that make features to be stored, by name: frozen ones of published weights."""
     from avsep.registry import VISUAL_ENCODERS
 
-    wanted = "encode" if role == "object" else "steps"  # single pictures, or a sequence of a whole video
-    return {
-        spec.name: spec
-        for spec in VISUAL_ENCODERS
-        if role in getattr(spec.factory, "provides", ()) and hasattr(spec.factory, wanted)
-    }
+    return {spec.name: spec for spec in VISUAL_ENCODERS if role in spec.factory.extracts}
 
 
 class Encoders:
@@ -123,9 +119,9 @@ class Encoders:
     def __init__(self, weights: str | Mapping[str, str] = "auto", device: Any = "cpu") -> None:
         self._weights = weights
         self._device = device
-        self._made: dict[str, Any] = {}
+        self._made: dict[str, VisualEncoder] = {}
 
-    def get(self, source: VisualSource) -> Any:
+    def get(self, source: VisualSource) -> VisualEncoder:
         """The encoder that makes features of this name.
 
         Raises:

@@ -11,6 +11,7 @@ import numpy as np
 
 from avsep.data.protocol import centre_start
 from avsep.errors import ConfigError
+from avsep.registry import Component
 
 if TYPE_CHECKING:
     from avsep.data.store import Clip
@@ -130,7 +131,7 @@ class Candidates:
         return max(self.clips[clip_id].samples - self.front_end.clip_samples, 0)
 
 
-class MemoryPolicy(ABC):
+class MemoryPolicy(Component, ABC):
     """Chooses exemplars. Subclasses override :meth:`update`, and :meth:`check` where a budget can be unfillable.
 
     Class attributes: ``by_class``, how many exemplars each class has is settled by the sizes of the classes (False:
@@ -146,7 +147,7 @@ class MemoryPolicy(ABC):
             raise ValueError(f"keep must be one of {', '.join(KEEPS)}, got {keep!r}")
         self.keep = keep
 
-    def check(self, candidates: Mapping[str, int]) -> None:  # noqa: B027  (nothing to refuse, unless a policy says so)
+    def check(self, candidates: Mapping[str, int]) -> None:
         """Raise :class:`~avsep.errors.ConfigError` if the budget cannot be filled.
 
         ``candidates``: training clips per class, of every task but the last. Called before anything is trained.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -54,8 +53,8 @@ def store_object_features(store: Store, encoder: str, *, progress: bool | Progre
 
     import torch
 
-    network: Any = VISUAL_ENCODERS.create(encoder)
-    if not getattr(network, "frozen", False) or network.source().kind != "frames" or network.source().role != "object":
+    network = VISUAL_ENCODERS.create(encoder)
+    if not network.frozen or network.source().kind != "frames" or network.source().role != "object":
         raise ConfigError(f"visual encoder '{encoder}' is no frozen encoder of object pictures: nothing to store")
     with contextlib.ExitStack() as stack:
         bars = progress if isinstance(progress, Progress) else stack.enter_context(progress_bar(progress))

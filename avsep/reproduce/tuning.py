@@ -58,7 +58,7 @@ def build_tuning(preset: GridPreset, store: Store, *, seeds: int = 1, bases: Seq
 def _rows(preset: GridPreset) -> list[Row]:
     rows = []
     for strategy, grids in preset.tuning.items():
-        needs_memory = getattr(STRATEGIES.get(strategy).factory, "needs_memory", False)
+        needs_memory = STRATEGIES.get(strategy).factory.needs_memory
         for parameter, values in grids.items():
             for value in values:
                 name = f"{strategy}-{parameter}={value}"

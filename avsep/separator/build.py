@@ -31,9 +31,9 @@ def build_from_spec(spec: SeparatorSpec) -> Separator:
         spec.mask_decoder.name,
         spec.mask_decoder.params,
         num_classes=spec.num_classes,
-        mask_channels=getattr(audio_encoder, "mask_channels", None),
+        mask_channels=audio_encoder.mask_channels,
         latent_channels=audio_encoder.latent_channels,
-        skip_channels=getattr(audio_encoder, "skip_channels", ()),
+        skip_channels=audio_encoder.skip_channels,
         object_dim=None if visual["object"] is None else visual["object"].dim,
         motion_dim=None if visual["motion"] is None else visual["motion"].dim,
     )
@@ -41,7 +41,7 @@ def build_from_spec(spec: SeparatorSpec) -> Separator:
 
 
 def _check_sizes(spec: SeparatorSpec) -> None:
-    multiple = getattr(AUDIO_ENCODERS.get(spec.audio_encoder.name).factory, "size_multiple", 1)
+    multiple = AUDIO_ENCODERS.get(spec.audio_encoder.name).factory.size_multiple
     rows, frames = spec.front_end.log_rows, spec.front_end.frames
     if rows % multiple:
         raise ConfigError(
@@ -123,7 +123,7 @@ def build_separator(
         return build_from_spec(validated(SeparatorSpec, data, where))
 
 
-def list_components(kind: str | None = None) -> list[ComponentSpec]:
+def list_components(kind: str | None = None) -> list[ComponentSpec[Any]]:
     """Every registered component, or those of one kind (such as ``mask_decoders``).
 
     Raises:

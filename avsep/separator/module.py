@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from avsep.decoders.base import MaskDecoder
 from avsep.dsp import FrontEnd
+from avsep.encoders.base import AudioEncoder, VisualEncoder
 from avsep.errors import ConfigError
 from avsep.spec import SeparatorSpec, validated
 from avsep.types import (
@@ -30,16 +32,18 @@ class Separator(nn.Module):
     Dimensions: B mixtures, N sources in each, L samples, F log-frequency rows, T frames.
     """
 
-    object_encoder: nn.Module | None
-    motion_encoder: nn.Module | None
+    audio_encoder: AudioEncoder
+    object_encoder: VisualEncoder | None
+    motion_encoder: VisualEncoder | None
+    mask_decoder: MaskDecoder
 
     def __init__(
         self,
         spec: SeparatorSpec,
-        audio_encoder: nn.Module,
-        mask_decoder: nn.Module,
-        object_encoder: nn.Module | None = None,
-        motion_encoder: nn.Module | None = None,
+        audio_encoder: AudioEncoder,
+        mask_decoder: MaskDecoder,
+        object_encoder: VisualEncoder | None = None,
+        motion_encoder: VisualEncoder | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -62,7 +66,7 @@ class Separator(nn.Module):
 
     def _frozen(self) -> Iterator[nn.Module]:
         for encoder in (self.audio_encoder, self.object_encoder, self.motion_encoder):
-            if encoder is not None and getattr(encoder, "frozen", False):
+            if encoder is not None and encoder.frozen:
                 yield encoder
 
     def _freeze(self) -> None:
@@ -89,7 +93,7 @@ class Separator(nn.Module):
     def visual_sources(self) -> tuple[VisualSource, ...]:
         """What the visual encoders want to be fed with, object before motion."""
         encoders = (self.object_encoder, self.motion_encoder)
-        return tuple(encoder.source() for encoder in encoders if encoder is not None)  # type: ignore[operator]
+        return tuple(encoder.source() for encoder in encoders if encoder is not None)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trainable parameters as ``audio``, ``visual`` and ``decoder``; frozen encoders are left out."""
@@ -171,7 +175,7 @@ class Separator(nn.Module):
     @property
     def has_taps(self) -> bool:
         """Whether :meth:`taps` gives maps."""
-        return hasattr(self.audio_encoder, "taps")
+        return bool(self.audio_encoder.tap_names)
 
     def taps(self, audio: AudioFeatures, output: MaskOutput | None = None) -> dict[str, Tensor]:
         """Feature maps by name, for methods that compare those of two separators of one spec.
@@ -192,7 +196,7 @@ class Separator(nn.Module):
         """
         if not self.has_taps:
             raise ConfigError(f"audio encoder '{self.spec.audio_encoder.name}' has no taps, which give feature maps")
-        named: dict[str, Tensor] = self.audio_encoder.taps(audio)  # type: ignore[operator]
+        named = self.audio_encoder.taps(audio)
         of_sources = {} if output is None else output.maps
         return {**named, **{name: maps.flatten(0, 1) for name, maps in of_sources.items()}}
 
@@ -239,7 +243,7 @@ class Separator(nn.Module):
             )
         data = {**self.spec.model_dump(), "num_classes": num_classes, "classes": names}
         spec = validated(SeparatorSpec, data, "grow")
-        self.mask_decoder.grow(num_classes)  # type: ignore[operator]
+        self.mask_decoder.grow(num_classes)
         self.spec = spec
 
     def _check_class_ids(self, class_ids: Tensor) -> None:
@@ -253,15 +257,15 @@ class Separator(nn.Module):
             )
 
 
-def _encode(encoder: nn.Module | None, inputs: Tensor | None, role: str) -> Tensor | None:
+def _encode(encoder: VisualEncoder | None, inputs: Tensor | None, role: str) -> Tensor | None:
     """[B, N, ...] -> [B, N, D] or [B, N, D, Tm]; None without an encoder."""
     if encoder is None:
         return None
     if inputs is None:
         article = "an" if role == "object" else "a"
         raise ConfigError(f"this separator has {article} {role} encoder: give encode_visual its {role} input")
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not getattr(encoder, "frozen", False)):
-        return encoder(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
+        return torch.unflatten(encoder(inputs.flatten(0, 1)), 0, inputs.shape[:2])
 
 
 def _fit_mask(mask: Tensor, steps: int) -> Tensor:

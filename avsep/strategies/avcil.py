@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from avsep.separator import Separator
-    from avsep.types import VisualFeatures
 
 __all__ = ["AVCIL"]
 
@@ -79,7 +78,7 @@ class AVCIL(Strategy):
             if len(mixtures):
                 taught, visual = ask(teacher, step, known_class_ids(step), mixtures)
                 if self.weight_attention > 0:
-                    attention = _motion_attention(teacher, visual, known_class_ids(step)[mixtures])
+                    attention = teacher.mask_decoder.motion_attention(visual, known_class_ids(step)[mixtures])
         losses = mask_losses(
             step.output,
             step.spectrograms,
@@ -102,16 +101,10 @@ class AVCIL(Strategy):
         if taught_anywhere and self.weight_mask > 0:
             terms["mask"] = self.weight_mask * step.of_old(losses.distillation)
         if taught_anywhere and self.weight_attention > 0:
-            own = _motion_attention(student, step.visual, step.batch.class_ids)
+            own = student.mask_decoder.motion_attention(step.visual, step.batch.class_ids)
             if own is not None:
                 kept = own.new_zeros(())
                 if attention is not None:
                     kept = attention_distillation(own[mixtures], attention, slots=step.is_old[mixtures])
                 terms["attention"] = self.weight_attention * step.of_old(kept)
         return terms
-
-
-def _motion_attention(separator: Separator, visual: VisualFeatures, class_ids: Tensor) -> Tensor | None:
-    """[B, N, Tm], or None where the mask decoder has no motion attention."""
-    look = getattr(separator.mask_decoder, "motion_attention", None)
-    return None if look is None else look(visual, class_ids)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from avsep.distributed.ranks import ALONE, Ranks
 from avsep.losses import separation_loss
+from avsep.registry import Component
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,7 +76,7 @@ class TaskData(Protocol):
         """
 
 
-class Strategy:
+class Strategy(Component):
     """Base: trains on the current task (and exemplars, if the memory gives any) with the separation loss alone.
 
     Class attributes say what the learner prepares: ``needs_teacher`` a frozen copy of the previous task's separator;

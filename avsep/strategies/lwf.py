@@ -110,4 +110,4 @@ class LwF(Strategy):
 
 
 def _class_agnostic(separator: Separator) -> bool:
-    return bool(getattr(separator.mask_decoder, "class_agnostic", False))
+    return separator.mask_decoder.class_agnostic

@@ -12,7 +12,7 @@ import torch
 
 from avsep.errors import ConfigError
 from avsep.losses import pod_distance
-from avsep.registry import STRATEGIES
+from avsep.registry import AUDIO_ENCODERS, STRATEGIES
 from avsep.strategies.base import Step, Strategy
 from avsep.strategies.teaching import check_weights, known_class_ids
 
@@ -54,17 +54,18 @@ class PLOP(Strategy):
 
     def check(self, separator: Separator) -> None:
         if not separator.has_taps:
-            spec = separator.spec
+            name = separator.spec.audio_encoder.name
+            having = ", ".join(spec.name for spec in AUDIO_ENCODERS if spec.factory.tap_names)
             raise ConfigError(
-                f"strategy 'plop' compares feature maps, but neither audio encoder '{spec.audio_encoder.name}' nor "
-                f"mask decoder '{spec.mask_decoder.name}' has taps: choose another strategy, or audio encoder 'unet7'"
+                f"strategy 'plop' compares feature maps, and audio encoder '{name}' has no taps, which give them: "
+                f"choose another strategy, or an audio encoder with taps ({having})"
             )
 
     def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
         terms = super().loss(student, teacher, step)
         if teacher is None or not self.needs_teacher:
             return terms
-        agnostic = getattr(student.mask_decoder, "class_agnostic", False)
+        agnostic = student.mask_decoder.class_agnostic
         slots = torch.ones_like(step.is_old) if agnostic else step.is_old
         audio, output = self._teach(teacher, step, slots)
         maps, taught = student.taps(step.audio, step.output), teacher.taps(audio, output)

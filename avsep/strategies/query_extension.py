@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from avsep.errors import ConfigError
-from avsep.registry import STRATEGIES
+from avsep.registry import MASK_DECODERS, STRATEGIES
 from avsep.strategies.base import Strategy
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ class QueryExtension(Strategy):
 
     def check(self, separator: Separator) -> None:
         decoder, name = separator.mask_decoder, separator.spec.mask_decoder.name
-        if not isinstance(getattr(decoder, "class_queries", None), nn.Parameter):
+        if not decoder.query_parameter:
             raise ConfigError(
-                f"strategy 'query_extension' trains the queries of new classes, and mask decoder '{name}' has no "
-                "class_queries: use query_transformer, or another strategy"
+                f"strategy 'query_extension' trains the queries of new classes, and mask decoder '{name}' has none: "
+                f"use {_with_queries()}, or another strategy"
             )
-        if self.head and not isinstance(getattr(decoder, "head", None), nn.Module):
+        if self.head and not decoder.mask_head:
             raise ConfigError(
                 f"strategy 'query_extension' with head=true trains the decoder's head, and mask decoder '{name}' has "
                 "none: leave head out"
@@ -55,7 +55,7 @@ class QueryExtension(Strategy):
         student.freeze()
         queries = _queries(student).requires_grad_(True)
         if self.head:
-            student.mask_decoder.get_submodule("head").requires_grad_(True)
+            student.mask_decoder.get_submodule(student.mask_decoder.mask_head).requires_grad_(True)
         old = len(task.old)
         self._old_rows = queries[:old].detach().clone()
         is_new = torch.arange(len(queries), device=queries.device)[:, None] >= old
@@ -68,4 +68,8 @@ class QueryExtension(Strategy):
 
 
 def _queries(separator: Separator) -> nn.Parameter:
-    return separator.mask_decoder.get_parameter("class_queries")
+    return separator.mask_decoder.get_parameter(separator.mask_decoder.query_parameter)
+
+
+def _with_queries() -> str:
+    return " or ".join(spec.name for spec in MASK_DECODERS if spec.factory.query_parameter)

@@ -105,8 +105,7 @@ class _TrainingStep(nn.Module):
         spectrograms, output = found.spectrograms, found.output
         step = Step(batch, spectrograms, found.audio, found.visual, output, inputs.num_old, self.ranks)
         terms = self.strategy.loss(student, inputs.teacher, step)
-        auxiliary = getattr(student.mask_decoder, "auxiliary_losses", None)  # a decoder may bring terms of its own
-        return terms if auxiliary is None else {**terms, **auxiliary(output, spectrograms, batch.class_ids)}
+        return {**terms, **student.mask_decoder.auxiliary_losses(output, spectrograms, batch.class_ids)}
 
 
 class ContinualLearner:

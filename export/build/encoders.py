@@ -19,6 +19,7 @@ from avsep.errors import ExportError
 from avsep.export.build.plan import ExportPlan, TensorSpec
 
 if TYPE_CHECKING:
+    from avsep.encoders.base import VisualEncoder
     from avsep.separator import Separator
     from avsep.types import Batch
 
@@ -42,7 +43,8 @@ def encoder_specs(
     Raises:
         ExportError: the encoder does not say its size, or how many steps it gives.
     """
-    encoder: Any = separator.object_encoder if role == "object" else separator.motion_encoder
+    encoder = separator.object_encoder if role == "object" else separator.motion_encoder
+    assert encoder is not None
     (source,) = (s for s in separator.visual_sources() if s.role == role)
     stored = None if batch is None else (batch.visual.object if role == "object" else batch.visual.motion)
     if plan.frame_size is not None:
@@ -50,7 +52,7 @@ def encoder_specs(
     elif stored is not None:
         height, width = (int(n) for n in stored.shape[-2:])
     else:
-        height = width = _own(encoder, role, "size", "the side of its pictures, in pixels (or give --frame-size)")
+        height = width = _own(encoder.size, encoder, role, "size", "the side of its frames, in pixels (or --frame-size)")
     frames, channels = source.frames, 3
     if role == "motion":
         seconds = separator.spec.front_end.clip_s
@@ -61,17 +63,16 @@ def encoder_specs(
     axes = {0: "batch"} if plan.dynamic else {}
     count = 1
     given = TensorSpec("frames", "uint8", (count, frames, channels, height, width), axes)
-    shape: tuple[int, ...] = (count, int(encoder.dim))
+    shape: tuple[int, ...] = (count, encoder.dim)
     if role == "motion":
-        shape = (*shape, _own(encoder, role, "steps", "the steps in time that it gives"))
+        shape = (*shape, _own(encoder.steps, encoder, role, "steps", "the steps in time that it gives"))
     return given, TensorSpec("features", "float32", shape, axes)
 
 
-def _own(encoder: Any, role: str, name: str, what: str) -> int:
-    value = getattr(encoder, name, None)
+def _own(value: int | None, encoder: VisualEncoder, role: str, name: str, what: str) -> int:
     if value is None:
-        raise ExportError(f"the {role} encoder {type(encoder).__name__} has no attribute '{name}': {what}")
-    return int(value)
+        raise ExportError(f"the {role} encoder {type(encoder).__name__} does not set '{name}', {what}")
+    return value
 
 
 class EncoderGraph(nn.Module):

@@ -181,7 +181,7 @@ def calibration_batches(
     spec = read_run_spec(run)
     opened, protocol = _opened(run, store)
     this = make_tasks(protocol.tasks)[task]
-    everything = bool(getattr(STRATEGIES.get(spec.strategy.name).factory, "uses_all_data", False))
+    everything = STRATEGIES.get(spec.strategy.name).factory.uses_all_data
     clips = opened.select(classes=list(this.seen if everything else this.classes), split="train")
     memory = read_exemplars(run, task - 1) if this.old and not everything else {}
     kept = [exemplar for name in this.old for exemplar in memory.get(name, ())]

@@ -299,7 +299,6 @@ def with_length(separator: Separator, length_s: float | None) -> Separator:
     Raises:
         ExportError: the audio encoder cannot take so many frames; names the nearest lengths that it can.
     """
-    from avsep.registry import AUDIO_ENCODERS
     from avsep.separator import Separator as _Separator
     from avsep.spec import SeparatorSpec, validated
 
@@ -310,7 +309,7 @@ def with_length(separator: Separator, length_s: float | None) -> Separator:
     samples = round(length_s * rate)
     frames = 1 + samples // hop
     name = separator.spec.audio_encoder.name
-    multiple = int(getattr(AUDIO_ENCODERS.get(name).factory, "size_multiple", 1))
+    multiple = separator.audio_encoder.size_multiple
     if frames % multiple or samples < 1:
         # T frames are given by (T - 1) hop to T hop - 1 samples; the longest of them is named
         below, above = frames // multiple * multiple, (frames // multiple + 1) * multiple

@@ -173,12 +173,12 @@ def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSp
         inputs = [TensorSpec("mixture", "float32", (batch, length), mixture_axes)]
         output = TensorSpec("sources", "float32", (batch, sources, length), source_axes)
     if separator.object_encoder is not None:
-        width = int(separator.object_encoder.dim)  # type: ignore[arg-type]
+        width = separator.object_encoder.dim
         inputs.append(TensorSpec("object_features", "float32", (batch, sources, width), source_axes))
     if separator.motion_encoder is not None:
         encoder = separator.motion_encoder
-        steps = int(getattr(encoder, "steps", plan.motion_steps or _MOTION_STEPS))
-        shape = (batch, sources, int(encoder.dim), steps)  # type: ignore[arg-type]
+        steps = encoder.steps or plan.motion_steps or _MOTION_STEPS
+        shape = (batch, sources, encoder.dim, steps)
         inputs.append(TensorSpec("motion_features", "float32", shape, source_axes))
         if plan.motion_mask:
             inputs.append(TensorSpec("motion_mask", "bool", (batch, sources, steps), source_axes))
@@ -192,8 +192,8 @@ def _check_visual(separator: Separator, plan: ExportPlan) -> None:
     if motion is None and (plan.motion_mask or plan.motion_steps is not None):
         name = "motion_mask" if plan.motion_mask else "motion_steps"
         raise ConfigError(f"{name} is of motion features, but this separator has no motion encoder: leave it out")
-    steps = getattr(motion, "steps", plan.motion_steps)
-    if plan.motion_steps is not None and plan.motion_steps != steps:
+    steps = None if motion is None else motion.steps
+    if None not in (plan.motion_steps, steps) and plan.motion_steps != steps:
         raise ConfigError(
             f"motion_steps {plan.motion_steps} is not what this separator's motion encoder gives, which is {steps}: "
             "leave it out"

@@ -178,10 +178,9 @@ def _manifest(
 def _all_licences(separator: Separator, stated: str) -> str:
     """The licence that was stated, and those of published weights that are in the bundle's encoders."""
     known = []
-    for role in ("object", "motion"):
-        hub = getattr(getattr(separator, f"{role}_encoder"), "hub", None)
-        if hub is not None:
-            known.append(f"of the {role} encoder {hub.licence} ({hub.repository})")
+    for role, encoder in (("object", separator.object_encoder), ("motion", separator.motion_encoder)):
+        if encoder is not None and encoder.hub is not None:
+            known.append(f"of the {role} encoder {encoder.hub.licence} ({encoder.hub.repository})")
     return "; ".join([stated or "of what was trained: not stated", *known]) if known else stated
 
 

@@ -163,7 +163,7 @@ def test_precomputed_passes_features_and_refuses_other_widths():
 
 
 def test_efficientnet_without_its_package_names_the_extra(monkeypatch):
-    from avsep.encoders import efficientnet
+    from avsep.encoders.visual import efficientnet
 
     monkeypatch.setattr(efficientnet, "_PACKAGE", "no_such_package_of_weights")
     with pytest.raises(MissingExtraError, match=r"avsep\[efficientnet\]"):
@@ -171,7 +171,7 @@ def test_efficientnet_without_its_package_names_the_extra(monkeypatch):
 
 
 def test_efficientnet_with_a_damaged_file_says_so(monkeypatch, tmp_path):
-    from avsep.encoders import efficientnet
+    from avsep.encoders.visual import efficientnet
 
     (tmp_path / "broken_weights.py").write_text("")
     (tmp_path / "models").mkdir()

@@ -404,11 +404,11 @@ def test_an_encoder_that_does_not_say_its_size_is_named():
 
     separator = small(("frame_cnn", {"dim": 8, "size": 24}), ("motion_cnn", {"dim": 8, "size": 24, "steps": 3}))
     del separator.object_encoder.size
-    with pytest.raises(ExportError, match=r"object encoder FrameCNN has no attribute 'size'.*--frame-size"):
+    with pytest.raises(ExportError, match=r"object encoder FrameCNN does not set 'size'.*--frame-size"):
         encoder_specs(separator, "object", ExportPlan())
     assert encoder_specs(separator, "object", ExportPlan(frame_size=(5, 6)))[0].shape[-2:] == (5, 6)
     del separator.motion_encoder.steps
-    with pytest.raises(ExportError, match="motion encoder MotionCNN has no attribute 'steps'"):
+    with pytest.raises(ExportError, match="motion encoder MotionCNN does not set 'steps'"):
         encoder_specs(separator, "motion", ExportPlan())
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from torch import nn
 
 from avsep.cli import main
+from avsep.encoders import VisualEncoder
 from avsep.errors import DataError
 from avsep.inference.chunking import default_context, plan_chunks
 from avsep.media import detection
@@ -316,10 +316,10 @@ def test_a_box_that_moves_gives_motion_features_too(home, tmp_path, monkeypatch)
 def test_a_bundle_sees_what_the_run_sees(home, tiny_bundle, tmp_path, monkeypatch):
     """Features extracted for its graph; the same sounds as with the separator itself."""
 
-    class Colours(nn.Module):
+    class Colours(VisualEncoder):
         """Stands for an extractor: means of the colours, and their squares."""
 
-        provides, dim = ("object",), 8
+        provides, extracts, dim = ("object",), ("object",), 8
 
         def __init__(self, *, weights: str = "auto") -> None:
             super().__init__()
@@ -327,6 +327,12 @@ def test_a_bundle_sees_what_the_run_sees(home, tiny_bundle, tmp_path, monkeypatc
         def encode(self, pictures):
             mean = pictures.float().mean(dim=(2, 3)) / 255
             return torch.cat((mean, mean**2, mean[:, :2] ** 3), dim=1)
+
+        def source(self):
+            return VisualSource(role="object", kind="frames", frames=1)
+
+        def forward(self, inputs):
+            return self.encode(inputs[:, 0])
 
     monkeypatch.setitem(VISUAL_ENCODERS._components, "clip", None)  # put back afterwards
     del VISUAL_ENCODERS._components["clip"]

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import avsep.separator as module
+from avsep.encoders import VisualEncoder
 from avsep.errors import AvsepError, CheckpointError, ConfigError, MissingExtraError, RunError, UnknownNameError
 from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS, VISUAL_ENCODERS
 from avsep.separator import build_separator, list_components, load_separator, save_separator
 from avsep.spec import SeparatorSpec, validated
-from avsep.types import VisualInputs
+from avsep.types import VisualInputs, VisualSource
 
 FRONT_END = {"clip_samples": 8191, "n_fft": 254, "hop": 64, "log_rows": 128}
 SMALL = {
@@ -63,7 +64,7 @@ def names(registry, role=None):
 def combinations():
     """All but those with encoders whose weights come from a hub, which have tests of their own."""
     objects, motions = (
-        [name for name in names(VISUAL_ENCODERS, role) if not hasattr(VISUAL_ENCODERS.get(name).factory, "hub")]
+        [name for name in names(VISUAL_ENCODERS, role) if VISUAL_ENCODERS.get(name).factory.hub is None]
         for role in ("object", "motion")
     )
     visual = itertools.product(objects, [*motions, None])
@@ -108,7 +109,7 @@ def test_every_combination_learns_in_every_trainable_parameter_or_is_refused(aud
     assert output.audio.shape == output.object.shape  # CrossSDC compares them
     # as in training: masks, what the decoder adds of its own, and embeddings
     loss = output.logits.square().mean() + (output.audio * output.object).mean()
-    for term in getattr(separator.mask_decoder, "auxiliary_losses", lambda *_: {})(output, None, class_ids).values():
+    for term in separator.mask_decoder.auxiliary_losses(output, None, class_ids).values():
         loss = loss + term
     loss.backward()
     groups = separator.parameter_groups()
@@ -248,7 +249,7 @@ def test_grow_keeps_old_queries_and_the_spec_in_step():
     assert separator.mask_decoder.num_classes == 4
 
 
-class _Frozen(torch.nn.Module):
+class _Frozen(VisualEncoder):
     provides = ("object",)
     frozen = True
     dim = 4
@@ -256,6 +257,12 @@ class _Frozen(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.BatchNorm1d(4)
+
+    def source(self):
+        return VisualSource(role="object", kind="features", name="vectors", dim=4, frames=1)
+
+    def forward(self, inputs):
+        return self.layer(inputs.amax(dim=1))
 
 
 def test_frozen_encoders_stay_in_eval_mode_and_out_of_the_groups():

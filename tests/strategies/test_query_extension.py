@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from avsep.decoders import QueryTransformer
 from avsep.errors import ConfigError
 from avsep.registry import STRATEGIES
 from avsep.types import Task
@@ -73,15 +74,13 @@ def test_the_first_task_trains_everything():
     assert strategy.first_task() == {}
 
 
-def test_a_decoder_without_class_queries_is_refused():
+def test_a_decoder_without_class_queries_is_refused(monkeypatch):
     student, _ = student_and_teacher()
     strategy = STRATEGIES.create("query_extension", {"head": True})
     strategy.check(student)
-    del student.mask_decoder.head
+    monkeypatch.setattr(QueryTransformer, "mask_head", "")
     with pytest.raises(ConfigError, match="'query_transformer' has none: leave head out"):
         strategy.check(student)
-    del student.mask_decoder.class_queries
-    with pytest.raises(
-        ConfigError, match="mask decoder 'query_transformer' has no class_queries: use query_transformer"
-    ):
+    monkeypatch.setattr(QueryTransformer, "query_parameter", "")
+    with pytest.raises(ConfigError, match="queries of new classes, and mask decoder 'query_transformer' has none"):
         strategy.check(student)

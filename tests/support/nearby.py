@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from avsep.decoders import MaskDecoder
+from avsep.encoders import AudioEncoder
 from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS
 from avsep.types import AudioFeatures, MaskOutput
 
 NEARBY, ONE_VECTOR = "test_nearby", "test_one_vector"
 
 
-class Nearby(nn.Module):
+class Nearby(AudioEncoder):
     """An audio encoder that hears a few frames around each: what it gives of a moment does not depend on the chunk."""
 
     provides = ("mask_features", "latent", "skips")
@@ -32,14 +34,19 @@ class Nearby(nn.Module):
         return AudioFeatures(mask_features=features, latent=features)
 
 
-class OneVector(nn.Module):
+class OneVector(MaskDecoder):
     """A mask decoder with a vector for each class, and no attention to the whole chunk."""
 
     needs = ("mask_features",)
+    independent_sources = True
 
     def __init__(self, *, num_classes: int, mask_channels: int, latent_channels: int, object_dim: int, motion_dim=None):
         super().__init__()
+        self.num_classes = num_classes
         self.vectors = nn.Parameter(6 * torch.randn(num_classes, mask_channels))
+
+    def grow(self, num_classes):
+        raise NotImplementedError
 
     def forward(self, audio, visual, class_ids):
         vectors = self.vectors[class_ids]  # [B, N, C]

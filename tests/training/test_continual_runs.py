@@ -76,7 +76,7 @@ def test_it_acts_and_resumes_on_every_base_separator(strategy, memory, separator
 def test_query_extension_is_refused_where_classes_have_no_queries(tone_store, tmp_path):
     stream = task_stream(tone_store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
     for separator, decoder in (("coseparation", "conditioned_unet"), ("sound_of_pixels", "channel_synthesizer")):
-        with pytest.raises(ConfigError, match=f"mask decoder '{decoder}' has no class_queries"):
+        with pytest.raises(ConfigError, match=f"mask decoder '{decoder}' has none: use query_transformer, or"):
             make_learner("query_extension", separator=separator).fit(stream, tmp_path / "run", progress=False)
         assert not (tmp_path / "run").exists()
 

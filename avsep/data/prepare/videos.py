@@ -177,7 +177,7 @@ def _extractors(recipe: Recipe, weights: str | os.PathLike[str]) -> tuple[dict[s
         known = extractors(role)
         if name not in known:
             raise UnknownNameError(f"no extractor of {role} features '{name}' ({near_matches(name, known)}), or none")
-        hubs[name] = getattr(known[name].factory, "hub", None)
+        hubs[name] = known[name].factory.hub
     if recipe.detector:
         from avsep.media.detection import owlv2_hub
 

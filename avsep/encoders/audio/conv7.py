@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from avsep.dsp import log_magnitude
 from avsep.encoders.audio._sizes import check_size
+from avsep.encoders.base import AudioEncoder
 from avsep.registry import AUDIO_ENCODERS
 from avsep.types import AudioFeatures
 
@@ -24,8 +25,12 @@ def init_as_published(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-@AUDIO_ENCODERS.register("conv7", source="Gao and Grauman, Co-Separating Sounds of Visual Objects, ICCV 2019")
-class Conv7(nn.Module):
+@AUDIO_ENCODERS.register(
+    "conv7",
+    source="Gao and Grauman, Co-Separating Sounds of Visual Objects, ICCV 2019",
+    example={"base_channels": 4},
+)
+class Conv7(AudioEncoder):
     """Seven convolutions down to a bottleneck at 1/128, without a way up: for ``conditioned_unet``.
 
     Each is 4x4, stride 2, with a bias, a normalisation and a leaky ReLU (0.2). ``base_channels`` is the width of the
@@ -40,6 +45,7 @@ class Conv7(nn.Module):
 
     provides = ("latent", "bottleneck", "skips", "spectrogram")
     size_multiple = 128
+    tap_names = ("e3", "e4", "e5")
 
     def __init__(self, *, base_channels: int = 64, log_floor: float = 1e-10) -> None:
         super().__init__()

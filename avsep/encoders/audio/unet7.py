@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from avsep.dsp import log_magnitude
 from avsep.encoders.audio._sizes import check_size
+from avsep.encoders.base import AudioEncoder
 from avsep.registry import AUDIO_ENCODERS
 from avsep.types import AudioFeatures
 
@@ -54,9 +55,11 @@ class UpConv(nn.Module):
 
 
 @AUDIO_ENCODERS.register(
-    "unet7", source="Chen et al., iQuery, CVPR 2023 (after Zhao et al., Sound of Pixels, ECCV 2018)"
+    "unet7",
+    source="Chen et al., iQuery, CVPR 2023 (after Zhao et al., Sound of Pixels, ECCV 2018)",
+    example={"base_channels": 4, "mask_channels": 4},
 )
-class UNet7(nn.Module):
+class UNet7(AudioEncoder):
     """Seven-level U-Net on the log-frequency magnitude: mask features at full size, latent at 1/8.
 
     Down: convolution 4x4, stride 2; up: nearest upsampling by 2 and convolution 3x3; none has a bias. At the defaults
@@ -75,6 +78,7 @@ class UNet7(nn.Module):
 
     provides = ("mask_features", "latent", "skips", "spectrogram")
     size_multiple = 128
+    tap_names = ("e3", "e4", "e5", "d4", "d2", "F")
 
     def __init__(
         self,

@@ -13,12 +13,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avsep.encoders.base import VisualEncoder
 from avsep.encoders.visual._frames import check_frames
 from avsep.errors import CheckpointError, MissingExtraError, MissingWeightsError
 from avsep.types import VisualSource
@@ -110,13 +111,14 @@ def _checked(folder: Path, model: HubModel) -> Path:
     return folder
 
 
-class FrozenPretrained(nn.Module):
+class FrozenPretrained(VisualEncoder):
     """Base of encoders around a model of the ``transformers`` library; frozen, always in evaluation mode.
 
-    Subclasses name ``hub`` and make the model in :meth:`_model`.
+    Subclasses name ``hub``, make the model's configuration in :meth:`_kind` and read the sizes off it in
+    :meth:`_set_sizes`.
     """
 
-    hub: HubModel
+    hub: ClassVar[HubModel]
     frozen = True
 
     def _load(self, weights: str) -> None:
@@ -132,11 +134,16 @@ class FrozenPretrained(nn.Module):
             self.model = kind(config)
         else:
             self.model = read_weights(kind, config, folder)
+        self._set_sizes(self.model.config)
         self.requires_grad_(False)
         self.train(False)
 
     def _kind(self, transformers: Any, folder: Path | None) -> tuple[Any, Any]:
         """The model's class and its configuration, the folder's or the published one."""
+        raise NotImplementedError
+
+    def _set_sizes(self, config: Any) -> None:
+        """Set ``dim`` and ``size``, and of a motion encoder ``frames`` and ``steps``."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> FrozenPretrained:
@@ -150,11 +157,13 @@ class FrozenPictures(FrozenPretrained):
     """
 
     provides = ("object",)
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    resized: int | None = None
-    square = False
-    mode = "bicubic"
+    extracts = ("object",)
+    size: int
+    mean: ClassVar[tuple[float, float, float]]
+    std: ClassVar[tuple[float, float, float]]
+    resized: ClassVar[int | None] = None
+    square: ClassVar[bool] = False
+    mode: ClassVar[str] = "bicubic"
 
     def __init__(self, *, frames: int = 3, weights: str = "auto", batch: int = 64) -> None:
         super().__init__()
@@ -164,18 +173,12 @@ class FrozenPictures(FrozenPretrained):
         self.batch = batch
         self._load(weights)
 
-    @property
-    def size(self) -> int:
-        """The side of the square that the model looks at, in pixels."""
-        return int(self.model.config.image_size)
-
     def source(self) -> VisualSource:
         return VisualSource(role="object", kind="frames", frames=self.frames)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Single pictures [n, 3, H, W], uint8 0..255 or float 0..1 -> [n, dim]."""
         how: dict[str, Any] = {"resized": self.resized, "square": self.square, "mode": self.mode}
-        parts = pictures.split(self.batch)
+        parts = torch.split(pictures, self.batch)
         return torch.cat([self._features(prepare_pictures(p, self.size, self.mean, self.std, **how)) for p in parts])
 
     def _features(self, pictures: Tensor) -> Tensor:
@@ -184,7 +187,7 @@ class FrozenPictures(FrozenPretrained):
 
     def forward(self, frames: Tensor) -> Tensor:
         check_frames(frames, 3, type(self).__name__)
-        return self.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).amax(dim=1)
+        return torch.unflatten(self.encode(frames.flatten(0, 1)), 0, frames.shape[:2]).amax(dim=1)
 
 
 def read_weights(kind: Any, config: Any, folder: Path) -> nn.Module:

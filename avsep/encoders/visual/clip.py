@@ -40,12 +40,12 @@ class ClipViTB32(FrozenPictures):
             folder
         )
 
-    @property
-    def dim(self) -> int:
-        return int(self.model.config.projection_dim)
+    def _set_sizes(self, config: Any) -> None:
+        self.dim, self.size = int(config.projection_dim), int(config.image_size)
 
     def _features(self, pictures: Tensor) -> Tensor:
-        return self.model(pixel_values=pictures).image_embeds
+        features: Tensor = self.model(pixel_values=pictures).image_embeds
+        return features
 
 
 @VISUAL_ENCODERS.register("siglip2_base", source="Tschannen et al., SigLIP 2, arXiv 2502.14786, 2025")
@@ -65,9 +65,9 @@ class SigLIP2Base(FrozenPictures):
         config = transformers.SiglipVisionConfig  # its defaults are base, patch 16, 224 pixels
         return transformers.SiglipVisionModel, config() if folder is None else config.from_pretrained(folder)
 
-    @property
-    def dim(self) -> int:
-        return int(self.model.config.hidden_size)
+    def _set_sizes(self, config: Any) -> None:
+        self.dim, self.size = int(config.hidden_size), int(config.image_size)
 
     def _features(self, pictures: Tensor) -> Tensor:
-        return self.model(pixel_values=pictures).pooler_output
+        features: Tensor = self.model(pixel_values=pictures).pooler_output
+        return features

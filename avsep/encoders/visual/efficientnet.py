@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avsep.encoders.base import VisualEncoder
 from avsep.encoders.visual._frames import check_frames
 from avsep.errors import CheckpointError, MissingExtraError
 from avsep.registry import VISUAL_ENCODERS
@@ -66,12 +67,16 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
         y = F.relu6(self._bn1(self._depthwise_conv(y)))
-        y = self._bn2(self._project_conv(y))
-        return x + y if self.residual else y
+        out: Tensor = self._bn2(self._project_conv(y))
+        return x + out if self.residual else out
 
 
-@VISUAL_ENCODERS.register("efficientnet_lite0", source="Tan & Le, EfficientNet, ICML 2019; Lite0 weights of TensorFlow")
-class EfficientNetLite0(nn.Module):
+@VISUAL_ENCODERS.register(
+    "efficientnet_lite0",
+    source="Tan & Le, EfficientNet, ICML 2019; Lite0 weights of TensorFlow",
+    example={"size": 32},
+)
+class EfficientNetLite0(VisualEncoder):
     """Frozen ImageNet features (1280-d) of K frames, maximum over frames; needs the extra ``efficientnet``.
 
     ``frames`` is K, ``size`` the side in pixels that frames are resized to (224 as trained; smaller is faster).
@@ -84,7 +89,9 @@ class EfficientNetLite0(nn.Module):
     """
 
     provides = ("object",)
+    size: int
     frozen = True
+    extracts = ("object",)
     dim = 1280
 
     def __init__(self, *, frames: int = 3, size: int = 224) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from avsep.encoders.base import VisualEncoder
 from avsep.encoders.visual._frames import ConvNormReLU, check_frames, to_float
 from avsep.registry import VISUAL_ENCODERS
 from avsep.types import VisualSource
@@ -12,8 +13,12 @@ from avsep.types import VisualSource
 __all__ = ["FrameCNN"]
 
 
-@VISUAL_ENCODERS.register("frame_cnn", source="this library; sized for two CPU cores")
-class FrameCNN(nn.Module):
+@VISUAL_ENCODERS.register(
+    "frame_cnn",
+    source="this library; sized for two CPU cores",
+    example={"dim": 16, "size": 16, "channels": 4},
+)
+class FrameCNN(VisualEncoder):
     """Small trainable CNN on K colour frames; the maximum over frames is the object feature.
 
     ``dim`` is the feature width, ``frames`` K, ``size`` the side in pixels that frames of any size are brought to,
@@ -24,7 +29,7 @@ class FrameCNN(nn.Module):
     """
 
     provides = ("object",)
-    frozen = False
+    size: int
 
     def __init__(self, *, dim: int = 64, frames: int = 3, size: int = 56, channels: int = 16) -> None:
         super().__init__()
@@ -51,4 +56,5 @@ class FrameCNN(nn.Module):
         batch, count = frames.shape[:2]
         x = self.body(to_float(frames.flatten(0, 1), self.size))  # [B*K, 4c, h, w]
         pooled = torch.cat((x.mean(dim=(2, 3)), x.amax(dim=(2, 3))), dim=1)  # [B*K, 8c]
-        return self.head(pooled).reshape(batch, count, self.dim).amax(dim=1)
+        features: Tensor = self.head(pooled)
+        return features.reshape(batch, count, self.dim).amax(dim=1)

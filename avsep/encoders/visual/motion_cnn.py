@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avsep.encoders.base import VisualEncoder
 from avsep.encoders.visual._frames import ConvNormReLU, check_frames, to_float
 from avsep.registry import VISUAL_ENCODERS
 from avsep.types import VisualSource
@@ -13,8 +14,12 @@ from avsep.types import VisualSource
 __all__ = ["MotionCNN"]
 
 
-@VISUAL_ENCODERS.register("motion_cnn", source="this library; sized for two CPU cores")
-class MotionCNN(nn.Module):
+@VISUAL_ENCODERS.register(
+    "motion_cnn",
+    source="this library; sized for two CPU cores",
+    example={"dim": 16, "steps": 3, "size": 16, "channels": 4},
+)
+class MotionCNN(VisualEncoder):
     """Small trainable CNN on grey frames and their differences, pooled to a few steps in time.
 
     ``dim`` is the feature width, ``steps`` the number Tm of time steps given out, ``size`` the side in pixels that
@@ -25,7 +30,8 @@ class MotionCNN(nn.Module):
     """
 
     provides = ("motion",)
-    frozen = False
+    size: int
+    steps: int
 
     def __init__(self, *, dim: int = 64, steps: int = 12, size: int = 48, channels: int = 8) -> None:
         super().__init__()
@@ -47,12 +53,13 @@ class MotionCNN(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         check_frames(frames, 1, "motion_cnn")
         batch, count = frames.shape[:2]
-        x = to_float(frames.flatten(0, 1), self.size).unflatten(0, (batch, count))  # [B, M, 1, s, s]
+        x = torch.unflatten(to_float(frames.flatten(0, 1), self.size), 0, (batch, count))  # [B, M, 1, s, s]
         # Differences are small next to the pictures; signed and absolute, so that neither direction nor amount is lost.
         difference = 4.0 * F.pad(x[:, 1:] - x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))  # the first frame has none
         x = torch.cat((x, difference, difference.abs()), dim=2).flatten(0, 1)  # [B*M, 3, s, s]
         x = self.body(x)  # [B*M, 2c, s/8, s/8]
         pooled = torch.cat((x.mean(dim=(2, 3)), x.amax(dim=(2, 3))), dim=1)  # [B*M, 4c]
-        sequence = pooled.unflatten(0, (batch, count)).transpose(1, 2)  # [B, 4c, M]
+        sequence = torch.unflatten(pooled, 0, (batch, count)).transpose(1, 2)  # [B, 4c, M]
         sequence = F.relu(self.temporal(sequence))  # [B, dim, M]
-        return self.head(F.adaptive_avg_pool1d(sequence, self.steps))
+        sequence = self.head(F.adaptive_avg_pool1d(sequence, self.steps))
+        return sequence

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from avsep.encoders.base import VisualEncoder
 from avsep.errors import ConfigError
 from avsep.registry import VISUAL_ENCODERS
 from avsep.types import VisualSource
@@ -12,9 +13,11 @@ __all__ = ["Precomputed"]
 
 
 @VISUAL_ENCODERS.register(
-    "precomputed", source="Pian et al., ContAV-Sep, NeurIPS 2024: frozen CLIP and VideoMAE features"
+    "precomputed",
+    source="Pian et al., ContAV-Sep, NeurIPS 2024: frozen CLIP and VideoMAE features",
+    example={"features": "stored", "dim": 8},
 )
-class Precomputed(nn.Module):
+class Precomputed(VisualEncoder):
     """Features stored with the clips: objects by maximum over consecutive frames, motion as it is.
 
     ``features`` is their name in the store, ``dim`` their width, ``frames`` the K consecutive object vectors taken

@@ -34,13 +34,9 @@ class ResNet18(FrozenPictures):
         sizes = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
         return transformers.ResNetModel, config(**sizes)
 
-    @property
-    def size(self) -> int:
-        return 224
-
-    @property
-    def dim(self) -> int:
-        return int(self.model.config.hidden_sizes[-1])
+    def _set_sizes(self, config: Any) -> None:
+        self.dim, self.size = int(config.hidden_sizes[-1]), 224
 
     def _features(self, pictures: Tensor) -> Tensor:
-        return self.model(pixel_values=pictures).last_hidden_state.amax(dim=(2, 3))
+        maps: Tensor = self.model(pixel_values=pictures).last_hidden_state
+        return maps.amax(dim=(2, 3))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avsep.encoders._resnet import ResNet18
+from avsep.encoders.base import VisualEncoder
 from avsep.encoders.visual._frames import check_frames
 from avsep.registry import VISUAL_ENCODERS
 from avsep.types import VisualSource
@@ -17,8 +18,12 @@ _MEAN = (0.485, 0.456, 0.406)  # of ImageNet, by which its weights were trained
 _STD = (0.229, 0.224, 0.225)
 
 
-@VISUAL_ENCODERS.register("resnet18_map", source="Gao and Grauman, Co-Separating Sounds of Visual Objects, ICCV 2019")
-class ResNet18Map(ResNet18):
+@VISUAL_ENCODERS.register(
+    "resnet18_map",
+    source="Gao and Grauman, Co-Separating Sounds of Visual Objects, ICCV 2019",
+    example={"dim": 16, "size": 32, "width": 8, "channels": 4},
+)
+class ResNet18Map(VisualEncoder, ResNet18):
     """Trainable ResNet-18 on K colour frames, its last map reduced to a vector; maximum over frames.
 
     The map is reduced by a 1x1 convolution to ``channels`` channels (with normalisation and ReLU) and a linear map to
@@ -31,7 +36,7 @@ class ResNet18Map(ResNet18):
     """
 
     provides = ("object",)
-    frozen = False
+    size: int
 
     def __init__(
         self, *, dim: int = 512, frames: int = 1, size: int = 224, width: int = 64, channels: int = 128
@@ -63,4 +68,5 @@ class ResNet18Map(ResNet18):
             x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False, antialias=larger)
         mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device)[:, None, None] for v in (_MEAN, _STD))
         x = self.conv1x1(self.features((x - mean) / std))  # [B*K, channels, size/32, size/32]
-        return self.fc(x.flatten(1)).reshape(batch, count, self.dim).amax(dim=1)
+        features: Tensor = self.fc(x.flatten(1))
+        return features.reshape(batch, count, self.dim).amax(dim=1)

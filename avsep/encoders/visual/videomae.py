@@ -48,6 +48,9 @@ class VideoMAEBase(FrozenPretrained):
     """
 
     provides = ("motion",)
+    extracts = ("motion",)
+    size: int
+    steps: int
     hub = HubModel("MCG-NJU/videomae-base", "dc740ceda42fce44faed2ea03c6d447db72f6af9", "CC-BY-NC-4.0")
 
     def __init__(self, *, weights: str = "auto") -> None:
@@ -60,24 +63,9 @@ class VideoMAEBase(FrozenPretrained):
             return transformers.VideoMAEModel, config.from_pretrained(folder)
         return transformers.VideoMAEModel, config(use_mean_pooling=False)  # as pretrained, with the last normalisation
 
-    @property
-    def dim(self) -> int:
-        return int(self.model.config.hidden_size)
-
-    @property
-    def frames(self) -> int:
-        """The frames that are looked at: 16."""
-        return int(self.model.config.num_frames)
-
-    @property
-    def size(self) -> int:
-        """The side of the square that the model looks at, in pixels."""
-        return int(self.model.config.image_size)
-
-    @property
-    def steps(self) -> int:
-        """Steps in time that come out: 8."""
-        return self.frames // int(self.model.config.tubelet_size)
+    def _set_sizes(self, config: Any) -> None:
+        self.dim, self.size, self.frames = int(config.hidden_size), int(config.image_size), int(config.num_frames)
+        self.steps = self.frames // int(config.tubelet_size)
 
     def source(self) -> VisualSource:
         return VisualSource(role="motion", kind="frames")
@@ -90,8 +78,8 @@ class VideoMAEBase(FrozenPretrained):
         check_frames(frames, 3, "videomae_base")
         frames = frames[:, spread_frames(frames.shape[1], self.frames).to(frames.device)]
         x = prepare_pictures(frames.flatten(0, 1), self.size, _MEAN, _STD, mode="bilinear")
-        x = x.unflatten(0, frames.shape[:2])
+        x = torch.unflatten(x, 0, frames.shape[:2])
         if missing := self.frames - x.shape[1]:
             x = torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), dim=1)
-        tokens = self.model(pixel_values=x).last_hidden_state  # [B, steps * places, D]
-        return tokens.unflatten(1, (self.steps, -1)).amax(dim=2).transpose(1, 2)  # [B, D, steps]
+        tokens: Tensor = self.model(pixel_values=x).last_hidden_state  # [B, steps * places, D]
+        return torch.unflatten(tokens, 1, (self.steps, -1)).amax(dim=2).transpose(1, 2)  # [B, D, steps]

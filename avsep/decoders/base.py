@@ -1,0 +1,71 @@
+"""What a mask decoder declares: all that the rest of the library reads of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from avsep.errors import ConfigError
+from avsep.registry import Component
+from avsep.types import AudioFeatures, MaskOutput, Spectrograms, VisualFeatures
+
+__all__ = ["MaskDecoder"]
+
+
+class MaskDecoder(nn.Module, Component, ABC):
+    """Base of mask decoders: features of a mixture and of its sources in, a mask for each source out.
+
+    ``needs`` names the features it takes (see :class:`~avsep.registry.Component`). Its constructor takes those of
+    ``num_classes``, ``mask_channels``, ``latent_channels``, ``skip_channels``, ``object_dim`` and ``motion_dim`` (None
+    without a motion encoder) that it has a use for; a decoder that takes ``motion_dim`` may stand beside a motion
+    encoder.
+
+    Attributes:
+        class_agnostic: its masks do not depend on the class ids.
+        independent_sources: the mask of one source does not depend on which others are separated beside it, so that
+            many may be separated in groups. False where it is not known.
+        query_parameter: name of the parameter with a row a class, the class's query, which the masks depend on; empty
+            of a decoder without.
+        mask_head: name of the submodule that turns a query's vector into its mask; empty of a decoder without.
+        num_classes: classes known so far. Every decoder sets it, and :meth:`grow` changes it.
+    """
+
+    class_agnostic: ClassVar[bool] = False
+    independent_sources: ClassVar[bool] = False
+    query_parameter: ClassVar[str] = ""
+    mask_head: ClassVar[str] = ""
+
+    num_classes: int
+
+    @abstractmethod
+    def forward(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
+        """Features of B mixtures with N sources each, and class_ids [B, N] int64 -> masks and embeddings."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput: ...
+
+    @abstractmethod
+    def grow(self, num_classes: int) -> None:
+        """Make room for ``num_classes`` classes; what is known of the old ones stays.
+
+        A decoder calls this method of the base, which sets ``num_classes``, and then adds its own rows, if it has any.
+        Parameters that get more rows are new objects afterwards: optimisers made before do not know them.
+
+        Raises:
+            ConfigError: when there would be fewer classes than now.
+        """
+        if num_classes < self.num_classes:
+            raise ConfigError(f"cannot go from {self.num_classes} classes to {num_classes}: classes are only added")
+        self.num_classes = num_classes
+
+    def auxiliary_losses(self, output: MaskOutput, spectrograms: Spectrograms, class_ids: Tensor) -> dict[str, Tensor]:
+        """Named scalar terms of the decoder's own, already weighted, that training adds to the strategy's."""
+        return {}
+
+    def motion_attention(self, visual: VisualFeatures, class_ids: Tensor) -> Tensor | None:
+        """How each source's query attends to the steps of its motion, [B, N, Tm], each row of sum 1; None of a decoder
+        without such an attention."""
+        return None

@@ -1,0 +1,95 @@
+"""What an audio encoder and a visual encoder declare: all that the rest of the library reads of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from avsep.registry import Component
+from avsep.types import AudioFeatures, VisualSource
+
+if TYPE_CHECKING:
+    from avsep.encoders.visual._pretrained import HubModel
+
+__all__ = ["AudioEncoder", "VisualEncoder"]
+
+
+class AudioEncoder(nn.Module, Component, ABC):
+    """Base of audio encoders: a spectrogram in, feature maps out.
+
+    ``provides`` names what a mask decoder finds among the features (see :class:`~avsep.registry.Component`).
+
+    Attributes:
+        size_multiple: the spectrogram's F and T must be multiples of it.
+        frozen: it is not trained, and always in evaluation mode.
+        tap_names: names of the maps that :meth:`taps` gives, from the finest of the way down; none of an encoder
+            whose maps are not compared by methods that compare feature maps.
+        mask_channels: C of the mask features; None of an encoder that gives none.
+        latent_channels: D of the latent. Every encoder sets it.
+        skip_channels: channels of the skip maps, finest first; none of an encoder that gives none.
+    """
+
+    size_multiple: ClassVar[int] = 1
+    frozen: ClassVar[bool] = False
+    tap_names: ClassVar[tuple[str, ...]] = ()
+
+    mask_channels: int | None = None
+    latent_channels: int
+    skip_channels: tuple[int, ...] = ()
+
+    @abstractmethod
+    def forward(self, spectrogram: Tensor) -> AudioFeatures:
+        """[B, 1, F, T], log1p of the warped mixture magnitude -> feature maps."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, spectrogram: Tensor) -> AudioFeatures: ...
+
+    def taps(self, audio: AudioFeatures) -> dict[str, Tensor]:
+        """The maps [B, C, H, W] of ``tap_names``, of this encoder's own features."""
+        return {}
+
+
+class VisualEncoder(nn.Module, Component, ABC):
+    """Base of visual encoders: frames or stored features of a source in, its object or motion features out.
+
+    ``provides`` holds ``object``, ``motion`` or both, the roles it can serve in.
+
+    Attributes:
+        frozen: it is not trained, and always in evaluation mode.
+        extracts: the roles that its features can be stored in, for the ``precomputed`` encoder: those of an encoder
+            with published weights. Of an object extractor :meth:`encode` takes single pictures; a motion extractor
+            takes pictures of a whole video, ``frames`` of them.
+        hub: where its published weights come from; None of an encoder without.
+        dim: width D of its features. Every encoder sets it.
+        frames: pictures (or stored vectors) that it takes; 0 where it takes as many as there are.
+        size: side in pixels that frames are brought to; None of an encoder that takes any, or no frames.
+        steps: steps in time Tm of its motion features; None of an encoder without, or where the input decides.
+    """
+
+    frozen: ClassVar[bool] = False
+    extracts: ClassVar[tuple[str, ...]] = ()
+    hub: ClassVar[HubModel | None] = None
+
+    dim: int
+    frames: int = 0
+    size: int | None = None
+    steps: int | None = None
+
+    @abstractmethod
+    def source(self) -> VisualSource:
+        """What the encoder is to be fed with."""
+
+    @abstractmethod
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Frames or stored features of B sources -> [B, D] of an object, [B, D, Tm] of motion."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, inputs: Tensor) -> Tensor: ...
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Single pictures [n, 3, H, W], uint8 0..255 or float 0..1 -> [n, D], of an object extractor."""
+        raise NotImplementedError(f"{type(self).__name__} does not extract object features")
