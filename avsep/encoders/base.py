@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
+from avsep.encoders.hub import HubModel
 from avsep.registry import Component
 from avsep.types import AudioFeatures, VisualSource
-
-if TYPE_CHECKING:
-    from avsep.encoders.visual._pretrained import HubModel
 
 __all__ = ["AudioEncoder", "VisualEncoder"]
 

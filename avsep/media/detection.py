@@ -25,7 +25,7 @@ from avsep.files import read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from avsep.encoders.visual._pretrained import HubModel
+    from avsep.encoders.hub import HubModel
 
 __all__ = [
     "GIVEN",
@@ -192,7 +192,7 @@ def prepare_square(picture: Tensor, size: int, *, fill: float = _GREY) -> Tensor
 
 def owlv2_hub() -> HubModel:
     """Where OWLv2's weights are published."""
-    from avsep.encoders.visual._pretrained import HubModel
+    from avsep.encoders.hub import HubModel
 
     return HubModel("google/owlv2-base-patch16-ensemble", "cfd3195ba4ea9592eec887ded089f4c08eff231d", "Apache-2.0")
 

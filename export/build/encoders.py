@@ -52,7 +52,9 @@ def encoder_specs(
     elif stored is not None:
         height, width = (int(n) for n in stored.shape[-2:])
     else:
-        height = width = _own(encoder.size, encoder, role, "size", "the side of its frames, in pixels (or --frame-size)")
+        height = width = _own(
+            encoder.size, encoder, role, "size", "the side of its frames, in pixels (or --frame-size)"
+        )
     frames, channels = source.frames, 3
     if role == "motion":
         seconds = separator.spec.front_end.clip_s

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from avsep.encoders.visual._pretrained import FrozenPictures, HubModel
+from avsep.encoders.hub import HubModel
+from avsep.encoders.visual._pretrained import FrozenPictures
 from avsep.registry import VISUAL_ENCODERS
 
 __all__ = ["ResNet18"]

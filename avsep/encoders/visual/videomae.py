@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from avsep.encoders.hub import HubModel
 from avsep.encoders.visual._frames import check_frames
-from avsep.encoders.visual._pretrained import FrozenPretrained, HubModel, prepare_pictures
+from avsep.encoders.visual._pretrained import FrozenPretrained, prepare_pictures
 from avsep.errors import ConfigError
 from avsep.registry import VISUAL_ENCODERS
 from avsep.types import VisualSource
