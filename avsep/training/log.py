@@ -245,11 +245,13 @@ def _coloured(values: np.ndarray) -> np.ndarray:
 
 
 def _picture(key: str, image: np.ndarray, logger: Any, step: int) -> None:
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if hasattr(logger, "log_image"):
         logger.log_image(key=key, images=[image], step=step)
     elif experiment is not None and hasattr(experiment, "add_image"):
         experiment.add_image(key, image, step, dataformats="HWC")
+    elif hasattr(logger, "run_id"):  # MLflow's client
+        experiment.log_image(logger.run_id, image, artifact_file=f"{key}-{step:06d}.png")
 
 
 def _sound(key: str, audio: np.ndarray, rate_hz: int, logger: Any, step: int) -> None:

@@ -1,8 +1,8 @@
-"""Loggers by name: Lightning Fabric's, thin ones of other services, and any by its dotted path.
+"""Loggers by name: Lightning's, and any class of the same kind by its dotted path.
 
 ``tensorboard`` (a folder a task in ``logs/tensorboard``), ``files`` (pictures and sounds as PNG and WAV in
-``logs/files``), ``wandb``, ``mlflow``, or ``package.module.Class``, a :class:`lightning_fabric.loggers.Logger`. The CSV
-logs are written whatever is chosen.
+``logs/files``), ``wandb``, ``mlflow``, or ``package.module.Class``, a :class:`lightning_fabric.loggers.Logger` or one
+of ``lightning.pytorch.loggers``. The CSV logs are written whatever is chosen.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import importlib
 import importlib.util
 import inspect
 import json
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lightning_fabric.loggers import Logger, TensorBoardLogger
 from avsep.errors import ConfigError, MissingExtraError, UnknownNameError, near_matches
 from avsep.files import atomic_path, read_json, write_json
 
-__all__ = ["FilesLogger", "LoggerChoice", "MlflowLogger", "WandbLogger", "choose_loggers", "closing"]
+__all__ = ["FilesLogger", "LoggerChoice", "choose_loggers", "closing"]
 
 
 class FilesLogger(Logger):
@@ -68,126 +68,51 @@ class FilesLogger(Logger):
             write_audio(self._path(key, step, ".wav"), audio, rate_hz)
 
 
-class _Kept(Logger):
-    """A logger of a service that knows a run by an id, kept in ``save_dir`` so that a resume goes on with it."""
+@dataclass(frozen=True)
+class _Known:
+    """A logger with a short name: its dotted path, the packages it needs and the extra that brings them.
 
-    def __init__(self, save_dir: str) -> None:
-        self.save_dir = save_dir
-        self._run: Any = None
+    ``defaults`` and ``renamed`` are of its parameters; ``resumes_by`` is the one for the id of a run to go on with.
+    """
 
-    @property
-    def version(self) -> str | None:
-        file = Path(self.save_dir) / "run.json"
-        return str(read_json(file)["id"]) if file.is_file() else None
-
-    def _keep(self, run_id: str) -> str:
-        write_json(Path(self.save_dir) / "run.json", {"id": run_id})
-        return run_id
+    path: str
+    packages: tuple[str, ...]
+    extra: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    resumes_by: str | None = None
 
 
-class WandbLogger(_Kept):
-    """Weights & Biases. ``params``: of ``wandb.init`` (project, name, entity, mode, ...)."""
-
-    def __init__(self, *, save_dir: str, **params: Any) -> None:
-        super().__init__(save_dir)
-        self._params = params
-
-    @property
-    def name(self) -> str:
-        return "wandb"
-
-    @property
-    def experiment(self) -> Any:
-        if self._run is None:
-            import wandb
-
-            Path(self.save_dir).mkdir(parents=True, exist_ok=True)
-            run_id = self.version or self._keep(uuid.uuid4().hex[:12])
-            options = {"project": "avsep", **self._params}
-            self._run = wandb.init(dir=self.save_dir, id=run_id, resume="allow", **options)
-        return self._run
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.experiment.log(dict(metrics), step=step)
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self.experiment.config.update(params, allow_val_change=True)
-
-    def log_image(self, key: str, images: Sequence[np.ndarray], step: int) -> None:
-        import wandb
-
-        self.experiment.log({key: [wandb.Image(image) for image in images]}, step=step)
-
-    def log_audio(self, key: str, audios: Sequence[np.ndarray], step: int, sample_rate: Sequence[int]) -> None:
-        import wandb
-
-        sounds = [wandb.Audio(a, sample_rate=r) for a, r in zip(audios, sample_rate, strict=True)]
-        self.experiment.log({key: sounds}, step=step)
-
-    def finalize(self, status: str) -> None:
-        if self._run is not None:
-            self._run.finish(0 if status == "success" else 1)
-
-
-class MlflowLogger(_Kept):
-    """MLflow, at ``tracking_uri`` (default: MLflow's own, such as MLFLOW_TRACKING_URI)."""
-
-    def __init__(self, *, save_dir: str, experiment: str = "avsep", tracking_uri: str | None = None) -> None:
-        super().__init__(save_dir)
-        self._experiment = experiment
-        self._tracking_uri = tracking_uri
-
-    @property
-    def name(self) -> str:
-        return "mlflow"
-
-    @property
-    def experiment(self) -> Any:
-        if self._run is None:
-            from mlflow.tracking import MlflowClient
-
-            self._run = client = MlflowClient(tracking_uri=self._tracking_uri)
-            if self.version is None:
-                found = client.get_experiment_by_name(self._experiment)
-                number = found.experiment_id if found else client.create_experiment(self._experiment)
-                self._keep(client.create_run(number).info.run_id)
-        return self._run
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        for name, value in metrics.items():
-            self.experiment.log_metric(self.version, name, value, step=step)
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        client, run = self.experiment, self.version
-        for name, value in params.items():
-            client.log_param(run, name, str(value)[:500])
-
-    def log_image(self, key: str, images: Sequence[np.ndarray], step: int) -> None:
-        for image in images:
-            self.experiment.log_image(self.version, image, artifact_file=f"{key}-{step:06d}.png")
-
-    def finalize(self, status: str) -> None:
-        if self._run is not None and self.version is not None:
-            self._run.set_terminated(self.version, "FINISHED" if status == "success" else "FAILED")
-
-
-# name -> (class, package that must be there, extra that brings it)
-_KNOWN: dict[str, tuple[type[Logger], str | None, str]] = {
-    "tensorboard": (TensorBoardLogger, "tensorboard", "tensorboard"),
-    "files": (FilesLogger, "PIL", "report"),
-    "wandb": (WandbLogger, "wandb", "wandb"),
-    "mlflow": (MlflowLogger, "mlflow", "mlflow"),
+_KNOWN = {
+    "tensorboard": _Known("lightning_fabric.loggers.TensorBoardLogger", ("tensorboard",), "tensorboard"),
+    "files": _Known("avsep.training.loggers.FilesLogger", ("PIL",), "report"),
+    "wandb": _Known(
+        "lightning.pytorch.loggers.WandbLogger",
+        ("wandb", "lightning"),
+        "wandb",
+        defaults={"project": "avsep"},
+        resumes_by="version",
+    ),
+    "mlflow": _Known(
+        "lightning.pytorch.loggers.MLFlowLogger",
+        ("mlflow", "lightning"),
+        "mlflow",
+        defaults={"experiment_name": "avsep"},
+        renamed={"experiment": "experiment_name"},
+        resumes_by="run_id",
+    ),
 }
+_METHODS = ("log_metrics", "log_hyperparams", "finalize")
 
 
 class LoggerChoice:
     """A logger that was asked for: made for a run's folder, with its ``name`` for messages."""
 
-    def __init__(self, name: str, kind: type[Logger], params: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, kind: type[Any], params: Mapping[str, Any]) -> None:
         self.name = name
         self.kind = kind
         self.params = dict(params)
-        self.logger: Logger | None = None
+        self.logger: Any = None
         self.begun = False
         self.failed = False
 
@@ -196,21 +121,34 @@ class LoggerChoice:
         """TensorBoard: a folder and a step count of its own for each task, from which steps can be struck out."""
         return issubclass(self.kind, TensorBoardLogger)
 
-    def open(self, logs: Path, task: int, step: int) -> Logger:
-        """The logger for a run's ``logs`` folder. Of TensorBoard, events after ``step`` of ``task`` are struck out."""
+    def open(self, logs: Path, task: int, step: int) -> Any:
+        """The logger for a run's ``logs`` folder. Of TensorBoard, events after ``step`` of ``task`` are struck out.
+
+        A service that knows a run by an id goes on with the one in ``run.json``.
+        """
         if self.per_task:
-            options = {"root_dir": str(logs / "tensorboard"), "name": "", "version": f"task-{task:02d}"}
-            return self.kind(**{**options, "purge_step": step + 1, "default_hp_metric": False, **self.params})
-        if self.logger is None:
-            place, known = str(logs / self.name.rpartition(".")[2]), inspect.signature(self.kind).parameters
-            folders = {key: place for key in ("root_dir", "save_dir") if key in known}
-            self.logger = self.kind(**{**folders, **self.params})
+            place = {"root_dir": str(logs / "tensorboard"), "name": "", "version": f"task-{task:02d}"}
+            return self.kind(**{**place, "purge_step": step + 1, "default_hp_metric": False, **self.params})
+        if self.logger is not None:
+            return self.logger
+        folder = logs / self.name.rpartition(".")[2]
+        taken = inspect.signature(self.kind).parameters
+        options: dict[str, Any] = {key: str(folder) for key in ("root_dir", "save_dir") if key in taken}
+        known, kept = _KNOWN.get(self.name), folder / "run.json"
+        resumes_by = None if known is None else known.resumes_by
+        if resumes_by is not None and kept.is_file():
+            options[resumes_by] = str(read_json(kept)["id"])
+        self.logger = self.kind(**{**options, **self.params})
+        if resumes_by is not None and not kept.is_file():
+            folder.mkdir(parents=True, exist_ok=True)  # where the run writes, which begins with its experiment
+            _ = self.logger.experiment
+            write_json(kept, {"id": self.logger.version})
         return self.logger
 
 
 @contextlib.contextmanager
 def closing(choices: Sequence[LoggerChoice]) -> Iterator[None]:
-    """Tells the loggers of a whole run how it ended; one that fails at that is no reason to fail."""
+    """Finish the loggers of a whole run with how it ended; one that fails at that is no reason to fail."""
     status = "failed"
     try:
         yield
@@ -220,9 +158,11 @@ def closing(choices: Sequence[LoggerChoice]) -> Iterator[None]:
             if choice.logger is not None and not choice.failed:
                 with contextlib.suppress(Exception):
                     choice.logger.finalize(status)
+                    if choice.name == "wandb":  # Lightning leaves that to the end of the process
+                        choice.logger.experiment.finish(0 if status == "success" else 1)
 
 
-def choose_loggers(names: Sequence[str | Logger] | None) -> list[LoggerChoice]:
+def choose_loggers(names: Sequence[Any] | None) -> list[LoggerChoice]:
     """The loggers of ``--logger``: names or dotted paths with parameters (``wandb:project=mine,mode=offline``), or
     loggers that are made already. None: TensorBoard where it is installed. ``none`` or ``csv``: the CSV logs alone.
 
@@ -232,15 +172,21 @@ def choose_loggers(names: Sequence[str | Logger] | None) -> list[LoggerChoice]:
         names = ["tensorboard"] if importlib.util.find_spec("tensorboard") is not None else []
     chosen = []
     for text in names:
-        if isinstance(text, Logger):
+        if not isinstance(text, str):
             chosen.append(LoggerChoice(type(text).__name__, type(text), {}))
             chosen[-1].logger = text
             continue
         name, _, rest = text.partition(":")
         if name in ("none", "csv") and not rest:
             continue
-        kind = _class_of(name)
+        kind, known = _class_of(name), _KNOWN.get(name)
         params = _params(text, rest)
+        if known is not None:
+            params = {**known.defaults, **{known.renamed.get(key, key): value for key, value in params.items()}}
+        if name == "mlflow" and "tracking_uri" not in params:  # Lightning's default is a store that MLflow has given up
+            import mlflow
+
+            params["tracking_uri"] = mlflow.get_tracking_uri()
         try:
             inspect.signature(kind).bind_partial(**params)
         except TypeError as error:
@@ -249,22 +195,22 @@ def choose_loggers(names: Sequence[str | Logger] | None) -> list[LoggerChoice]:
     return chosen
 
 
-def _class_of(name: str) -> type[Logger]:
-    if name in _KNOWN:
-        kind, package, extra = _KNOWN[name]
-        if package is not None and importlib.util.find_spec(package) is None:
-            raise MissingExtraError({"PIL": "Pillow"}.get(package, package), extra, f"the logger '{name}'")
-        return kind
-    module, dot, attribute = name.rpartition(".")
+def _class_of(name: str) -> type[Any]:
+    known = _KNOWN.get(name)
+    if known is not None:
+        for package in known.packages:
+            if importlib.util.find_spec(package) is None:
+                raise MissingExtraError({"PIL": "Pillow"}.get(package, package), known.extra, f"the logger '{name}'")
+    module, dot, attribute = (name if known is None else known.path).rpartition(".")
     if not dot:
         raise UnknownNameError(
             f"no logger '{name}': {near_matches(name, [*_KNOWN, 'csv', 'none'])} (or give the dotted path of a class)"
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found: Any = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"logger '{name}' cannot be imported: {error}") from None
-    if not (isinstance(found, type) and issubclass(found, Logger)):
+    if not (isinstance(found, type) and all(hasattr(found, method) for method in _METHODS)):
         raise ConfigError(f"'{name}' is not a lightning_fabric.loggers.Logger: give the dotted path of such a class")
     return found
 

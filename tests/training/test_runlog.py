@@ -18,8 +18,8 @@ from avsep.data.protocol import TestMixture
 from avsep.data.tasks import task_stream
 from avsep.errors import ConfigError, MissingExtraError, UnknownNameError
 from avsep.training.learner import ContinualLearner
-from avsep.training.log import PICTURES, TaskLog, chosen_mixtures, gradient_norm, is_pictured
-from avsep.training.loggers import choose_loggers
+from avsep.training.log import PICTURES, TaskLog, _picture, chosen_mixtures, gradient_norm, is_pictured
+from avsep.training.loggers import choose_loggers, closing
 from support.tones import TINY_FRONT_END, TINY_TASKS, dies_at_step, tiny_run_spec
 
 SHORT = {"epochs": 1, "checkpoint_every": 1000}
@@ -209,27 +209,87 @@ def test_gradient_norm():
     assert gradient_norm(torch.nn.Linear(1, 1)) == 0.0
 
 
+def log_twice(text, folder):
+    """What a run and its resume do with a logger: its two versions, as the service has named them."""
+    versions = []
+    for step in (5, 6):
+        choices = choose_loggers([text])
+        with closing(choices), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logger = choices[0].open(folder, 0, 0)
+            logger.log_hyperparams({"a": 1})
+            logger.log_metrics({"loss": float(step)}, step)
+            _picture("masks/k", np.zeros((2, 2, 3), np.uint8), logger, step)
+            versions.append(logger.version)
+    return versions
+
+
 def test_wandb_and_mlflow_go_on_with_their_run(tmp_path, monkeypatch):
-    """Against stand-ins that keep what they are given."""
-    made, logged = [], []
-    run = types.SimpleNamespace(
-        log=lambda d, step: logged.append((step, d)), config={}, finish=lambda code: logged.append(("end", code))
-    )
-    stand_in = types.ModuleType("wandb")
-    stand_in.init = lambda **options: (made.append(options), run)[1]  # type: ignore[attr-defined]
-    stand_in.Image = stand_in.Audio = lambda data, **_: "media"  # type: ignore[attr-defined]
-    stand_in.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-    monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    for _ in range(2):
-        (choice,) = choose_loggers(["wandb:project=mine,mode=offline"])
-        logger = choice.open(tmp_path, 0, 0)
-        logger.log_hyperparams({"a": 1})
-        logger.log_metrics({"loss": 1.0}, 5)
-        logger.log_image("k", [np.zeros((2, 2, 3), np.uint8)], 5)  # type: ignore[attr-defined]
-        logger.finalize("success")
-    assert made[0] == {**made[1]}
-    assert (made[0]["project"], made[0]["mode"], made[0]["resume"]) == ("mine", "offline", "allow")
-    assert logged[:3] == [(5, {"loss": 1.0}), (5, {"k": ["media"]}), ("end", 0)]
+    """Against stand-ins of Lightning's classes that keep what they are given."""
+    made, said = [], []
+
+    class Stub:
+        def __init__(self, save_dir=".", version=None, run_id=None, **params):
+            made.append({"save_dir": save_dir, "id": version or run_id, **params})
+            self.version = version or run_id or "0123"
+            self.run_id = self.version
+            self.experiment = types.SimpleNamespace(
+                log_image=lambda run, image, artifact_file: said.append((run, artifact_file)),
+                finish=lambda code: said.append(("finished", code)),
+            )
+
+        def log_metrics(self, metrics, step=None):
+            said.append((metrics, step))
+
+        def log_hyperparams(self, params):
+            pass
+
+        def finalize(self, status):
+            pass
+
+    class WandbLogger(Stub):
+        def log_image(self, key, images, step):
+            said.append((key, step))
+
+    stand_in = types.SimpleNamespace(WandbLogger=WandbLogger, MLFlowLogger=Stub)
+    service = types.SimpleNamespace(get_tracking_uri=lambda: "http://there")
+    monkeypatch.setitem(sys.modules, "lightning.pytorch.loggers", stand_in)
+    monkeypatch.setitem(sys.modules, "mlflow", service)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert log_twice("wandb:project=mine,mode=offline", tmp_path) == ["0123", "0123"]
+    place = {"save_dir": str(tmp_path / "wandb")}
+    assert made == [{**place, "id": known, "project": "mine", "mode": "offline"} for known in (None, "0123")]
+    assert said[:3] == [({"loss": 5.0}, 5), ("masks/k", 5), ("finished", 0)]
+    assert len(said) == 6
+    made.clear(), said.clear()
+    assert log_twice("mlflow:experiment=e", tmp_path) == ["0123", "0123"]
+    place = {"save_dir": str(tmp_path / "mlflow"), "tracking_uri": "http://there"}
+    assert made == [{**place, "id": known, "experiment_name": "e"} for known in (None, "0123")]
+    assert said[:2] == [({"loss": 5.0}, 5), ("0123", "masks/k-000005.png")]
+
+
+def test_wandb_itself(tmp_path):
+    pytest.importorskip("wandb")
+    pytest.importorskip("lightning")
+    first, second = log_twice("wandb:mode=offline", tmp_path)
+    assert first == second
+    assert len(list(tmp_path.rglob(f"run-{first}.wandb"))) == 2  # parts of one run
+
+
+def test_mlflow_itself(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    pytest.importorskip("lightning")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow.tracking import MlflowClient
+
+    where = f"file:{tmp_path / 'service'}"
+    first, second = log_twice(f"mlflow:tracking_uri={where}", tmp_path)
+    assert first == second
+    client = MlflowClient(where)
+    assert [(m.step, m.value) for m in client.get_metric_history(first, "loss")] == [(5, 5.0), (6, 6.0)]
+    assert len(client.list_artifacts(first, "masks")) == 2
+    assert client.get_run(first).info.status == "FINISHED"
+    assert client.get_experiment_by_name("avsep") is not None
 
 
 @pytest.mark.parametrize(
