@@ -49,8 +49,8 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         new = MOVED[spec.name]
-        # past the import system's own frames, to the line that imports
-        warnings.warn(f"{spec.name} is now {new}: import that", FutureWarning, stacklevel=6)
+        # at the line that imports: warnings do not count the import system's own frames
+        warnings.warn(f"{spec.name} is now {new}: import that", FutureWarning, stacklevel=2)
         module = importlib.import_module(new)
         self._spec = module.__spec__
         return module

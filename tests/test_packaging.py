@@ -1,8 +1,14 @@
-"""What is installed: every folder of the library."""
+"""What is installed: every folder of the library, found from every folder."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -25,3 +31,40 @@ def test_every_folder_with_python_files_is_a_package_that_is_installed():
             assert (path.parent / "__init__.py").is_file(), f"{path.parent} has no __init__.py: no wheel would have it"
             found.add(".".join((package, *path.parent.relative_to(ROOT / folder).parts)))
     assert installed == found
+
+
+def run(command, cwd):
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    result = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.strip()
+
+
+def test_an_editable_install_is_found_from_the_folder_that_holds_the_clone(tmp_path):
+    """There the clone's root, a folder called avsep without an __init__.py, could be taken for the package."""
+    pytest.importorskip("setuptools", minversion="77")
+    clone = tmp_path / "avsep"
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    build = "import sys; from setuptools.build_meta import build_editable; build_editable(sys.argv[1])"
+    run([sys.executable, "-c", build, tmp_path], cwd=clone)
+
+    venv.create(tmp_path / "environment", with_pip=False, symlinks=os.name != "nt")
+    python = tmp_path / "environment" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    installed = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], cwd=tmp_path))
+    (wheel,) = tmp_path.glob("avsep-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+        (record,) = (name for name in archive.namelist() if name.endswith("/RECORD"))
+        assert {line.split(",")[0] for line in archive.read(record).decode().splitlines()} == set(archive.namelist())
+
+    look = (
+        "from importlib.util import find_spec; print(*(find_spec(name).origin for name in ('avsep', 'avsep.kernels')))"
+    )
+    for folder in (tmp_path, clone, installed):
+        found = run([python, "-c", look], folder)
+        assert found == f"{clone / 'avsep' / '__init__.py'} {clone / 'kernels' / '__init__.py'}"
