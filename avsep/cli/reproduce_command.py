@@ -224,7 +224,7 @@ def _tables(names: list[str]) -> list[str]:
 
 def _launcher(name: str, out: Path, settings: list[str]) -> Launcher:
     from avsep.errors import ConfigError, UnknownNameError, near_matches
-    from avsep.reproduce.runner import LAUNCHERS, InlineLauncher, LocalLauncher, SubmititLauncher
+    from avsep.reproduce.runner import LAUNCHERS, InlineJob, LocalJob, SubmititLauncher
     from avsep.spec import apply_settings
 
     if name not in LAUNCHERS:
@@ -232,7 +232,7 @@ def _launcher(name: str, out: Path, settings: list[str]) -> Launcher:
     if name != "submitit":
         if settings:
             raise ConfigError("--launcher-set is of --launcher submitit: leave it out")
-        return InlineLauncher() if name == "inline" else LocalLauncher()
+        return InlineJob if name == "inline" else LocalJob
     parameters: dict[str, Any] = apply_settings({}, settings)
     return SubmititLauncher(out, parameters.pop("cluster", None), parameters)
 

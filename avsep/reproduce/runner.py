@@ -11,11 +11,10 @@ import shutil
 import subprocess
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from avsep.environment import code_hash, commit
 from avsep.errors import AvsepError, ConfigError, MissingExtraError, RunError
@@ -28,9 +27,10 @@ from avsep.reproduce.worker import FAILED, KEPT, PROGRESS, first_task_done, run_
 
 __all__ = [
     "LAUNCHERS",
-    "InlineLauncher",
+    "InlineJob",
+    "Job",
     "Launcher",
-    "LocalLauncher",
+    "LocalJob",
     "Outcome",
     "SubmititLauncher",
     "check_folder",
@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 MARK = "reproduce.json"
+JOB = "job.json"  # in the folder of a unit that a cluster runs
 _POLL_S = 0.2
 
 
@@ -51,33 +52,37 @@ def cores() -> int:
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-class Launcher(ABC):
-    """Starts units and tells whether they still run."""
+class Job(Protocol):
+    """A unit that was started, with the methods of submitit's jobs."""
 
-    @abstractmethod
-    def start(self, unit: Path, threads: int) -> Any:
-        """Start the worker on a unit's file; returns a handle."""
+    def done(self) -> bool: ...
 
-    @abstractmethod
-    def ended(self, handle: Any) -> str | None:
-        """None while it runs; else how it ended (empty: of itself)."""
+    def result(self) -> Any:
+        """Raise where the job ended without having come to the unit's end."""
 
-    @abstractmethod
-    def stop(self, handle: Any) -> None:
-        """End a unit that runs; it can be gone on with later."""
+    def cancel(self, check: bool = True) -> None:
+        """End the job; the unit can be gone on with later."""
 
 
-class LocalLauncher(Launcher):
-    """Processes on this machine. They die with this one."""
+Launcher = Callable[[Path, int], Job]
+"""Starts the worker on a unit's file, with a number of threads."""
 
-    def start(self, unit: Path, threads: int) -> subprocess.Popen[bytes]:
+
+class LocalJob:
+    """A process on this machine, which ends with this one.
+
+    submitit has jobs of this kind too, but they outlive a command that is killed, find no GPU (their
+    CUDA_VISIBLE_DEVICES is empty unless GPUs are asked for by number), end at a time limit, and need a POSIX system.
+    """
+
+    def __init__(self, unit: Path, threads: int) -> None:
         environment = {
             "OMP_WAIT_POLICY": "PASSIVE",
             **os.environ,
             **{f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "MKL", "OPENBLAS")},
         }
         with open(unit.with_name("log.txt"), "ab") as log:
-            return subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-c", "from avsep.reproduce.worker import main; main()", str(unit)],
                 stdin=subprocess.PIPE,  # never written: its closing tells the worker that this process is gone
                 stdout=log,
@@ -85,34 +90,45 @@ class LocalLauncher(Launcher):
                 env=environment,
             )
 
-    def ended(self, handle: subprocess.Popen[bytes]) -> str | None:
-        code = handle.poll()
-        if code is None:
-            return None
-        if handle.stdin is not None:
-            handle.stdin.close()
-        return "" if code in (0, 1) else f"its process died (exit code {code}); is memory short?"
+    def done(self) -> bool:
+        return self.process.poll() is not None
 
-    def stop(self, handle: subprocess.Popen[bytes]) -> None:
-        handle.terminate()
+    def result(self) -> None:
+        code = self.process.wait()
+        if code not in (0, 1):
+            raise RunError(f"its process died (exit code {code}); is memory short?")
+
+    def cancel(self, check: bool = True) -> None:
+        self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            handle.wait(10)
-        if handle.poll() is None:
-            handle.kill()
-            handle.wait()
-        if handle.stdin is not None:
-            handle.stdin.close()
+            self.process.wait(10)
+        self.process.kill()  # does nothing to one that has ended
+        self.process.wait()
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A job of submitit, and the file in the unit's folder that has its number while it runs."""
+class InlineJob:
+    """A unit that is run in this process, before anything else goes on: for a debugger."""
 
-    job: Any
-    file: Path
+    def __init__(self, unit: Path, threads: int) -> None:
+        import torch
+
+        before = torch.get_num_threads()
+        try:
+            run_unit(unit)
+        finally:
+            torch.set_num_threads(before)
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> None:
+        pass
+
+    def cancel(self, check: bool = True) -> None:
+        pass
 
 
-class SubmititLauncher(Launcher):
+class SubmititLauncher:
     """Jobs of a cluster (Slurm) through submitit; the folders must be seen from its machines.
 
     ``cluster`` is submitit's: None for what it finds, ``slurm``, ``local`` or ``debug``; ``parameters`` are its
@@ -124,22 +140,20 @@ class SubmititLauncher(Launcher):
             import submitit
         except ImportError:
             raise MissingExtraError("submitit", "cluster", "the launcher submitit") from None
-        self._parameters = {"timeout_min": 24 * 60, **(parameters or {})}
         try:
             self._executor = submitit.AutoExecutor(folder=folder / "submitit", cluster=cluster)
-            self._executor.update_parameters(**self._parameters)
+            self._executor.update_parameters(**{"timeout_min": 24 * 60, **(parameters or {})})
         except Exception as error:  # submitit's own, of many kinds
             raise ConfigError(f"submitit: {error}") from None
 
-    def start(self, unit: Path, threads: int) -> _Job:
+    def __call__(self, unit: Path, threads: int) -> Job:
         """Submit a job, or take over that of a command that was killed, which its jobs outlive."""
-        file = unit.with_name("job.json")
-        job = self._still_running(file)
+        job = self._still_running(unit.with_name(JOB))
         if job is None:
             self._executor.update_parameters(cpus_per_task=threads)
             job = self._executor.submit(run_unit, str(unit))
-            write_json(file, {"job": str(job.job_id)})
-        return _Job(job, file)
+            write_json(unit.with_name(JOB), {"job": str(job.job_id)})
+        return job
 
     def _still_running(self, file: Path) -> Any | None:
         if not file.is_file() or self._executor.cluster != "slurm":  # the others give no job by its number
@@ -150,42 +164,19 @@ class SubmititLauncher(Launcher):
         # Slurm forgets old jobs, and one that it does not know would never end
         return None if job.done(force_check=True) or job.state.upper() == "UNKNOWN" else job
 
-    def ended(self, handle: _Job) -> str | None:
-        job = handle.job
-        if not job.done():
-            return None
-        handle.file.unlink(missing_ok=True)
-        try:
-            job.result()
-        except Exception as error:
-            return f"its job {job.job_id} failed: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
-        return ""
-
-    def stop(self, handle: _Job) -> None:
-        handle.job.cancel(check=False)
-        handle.file.unlink(missing_ok=True)
-
-
-class InlineLauncher(Launcher):
-    """Everything in this process, one unit after the other: for a debugger."""
-
-    def start(self, unit: Path, threads: int) -> None:
-        import torch
-
-        before = torch.get_num_threads()
-        try:
-            run_unit(unit)
-        finally:
-            torch.set_num_threads(before)
-
-    def ended(self, handle: Any) -> str | None:
-        return ""
-
-    def stop(self, handle: Any) -> None:
-        pass
-
 
 LAUNCHERS = ("local", "inline", "submitit")
+
+
+def _failure(job: Any) -> str:
+    """Why a job that is done did not come to its unit's end; empty where it did."""
+    try:
+        job.result()
+    except RunError as error:
+        return str(error)
+    except Exception as error:  # submitit's own, and what the job raised
+        return f"its job {job.job_id} failed: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
+    return ""
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -210,10 +201,9 @@ class _Unit:
 
 @dataclass
 class _Running:
-    handle: Any
+    job: Job
     unit: _Unit
     bar: int
-    started: float
 
 
 @dataclass(frozen=True)
@@ -251,7 +241,7 @@ def run_grid(
     """
     started = time.perf_counter()
     with FolderLock(out):
-        loop = _Loop(grid, out, results, jobs, device, launcher or LocalLauncher(), keep, title, preset, finished)
+        loop = _Loop(grid, out, results, jobs, device, launcher or LocalJob, keep, title, preset, finished)
         with progress_bar(progress) as bars:
             return loop.run(bars, started)
 
@@ -366,10 +356,10 @@ class _Loop:
                 bars.update(overall, int(done_steps + partial), total)
                 bars.advance(overall, 0, note=f"{ran}/{count} cells")
                 for one in list(self.running):
-                    how = self.launcher.ended(one.handle)
-                    if how is None:
+                    if not one.job.done():
                         continue
-                    self.running.remove(one)
+                    how = _failure(one.job)
+                    self._forget(one)
                     bars.remove(one.bar)
                     done_steps += one.unit.steps
                     if self._settle(one.unit, how, waiting, bars) and not one.unit.first:
@@ -384,9 +374,14 @@ class _Loop:
             bars.update(overall, total, total)
             bars.advance(overall, 0, note=f"{ran}/{count} cells")
         finally:
-            for one in self.running:
-                self.launcher.stop(one.handle)
+            for one in list(self.running):
+                one.job.cancel(check=False)
+                self._forget(one)
         return self._outcome(ran, started)
+
+    def _forget(self, one: _Running) -> None:
+        self.running.remove(one)
+        (one.unit.folder / JOB).unlink(missing_ok=True)
 
     def _outcome(self, ran: int, started: float) -> Outcome:
         finished = tuple(key for key in self.grid.cells if key in self.results)
@@ -432,8 +427,8 @@ class _Loop:
                 "keep": self.keep,
             },
         )
-        handle = self.launcher.start(file.resolve(), self.grid.preset.threads)
-        self.running.append(_Running(handle, unit, bars.add(unit.label, total=None), time.perf_counter()))
+        job = self.launcher(file.resolve(), self.grid.preset.threads)
+        self.running.append(_Running(job, unit, bars.add(unit.label, total=None)))
 
     def _share(self, one: _Running, bars: Progress) -> float:
         """How much of a running unit is done, as its worker says."""

@@ -31,7 +31,7 @@ from avsep.registry import VISUAL_ENCODERS
 from avsep.reproduce import ResultStore, build_grid, build_tuning, load_grid_preset, run_grid, worker
 from avsep.reproduce.dataset import store_object_features
 from avsep.reproduce.results import read_cell
-from avsep.reproduce.runner import Launcher, LocalLauncher, SubmititLauncher, claim
+from avsep.reproduce.runner import LocalJob, SubmititLauncher, _failure, claim
 from avsep.reproduce.tables import published
 from avsep.spec import ComponentRef
 from avsep.training.learner import ContinualLearner
@@ -376,26 +376,21 @@ def test_a_worker_of_changed_source_refuses(reproduce, tmp_path, monkeypatch, ca
     assert "its first task: the library's source has changed since the command began" in capsys.readouterr().err
 
 
-class Pretended(Launcher):
+class Pretended:
     """Units whose files are made at once, without training; ``after`` is called with each unit and its file."""
 
     def __init__(self, after=lambda unit, file: None):
         self.started: list[str] = []
         self._after = after
 
-    def start(self, unit, threads):
+    def __call__(self, unit, threads):
         data = json.loads(unit.read_text())
         self.started.append(data["kind"])
         done = unit.parent / "run/tasks/00/task.json" if data["kind"] == "first" else Path(data["result"])
         done.parent.mkdir(parents=True, exist_ok=True)
         done.write_text("{}")
         self._after(data, unit)
-
-    def ended(self, handle):
-        return ""
-
-    def stop(self, handle):
-        pass
+        return types.SimpleNamespace(done=lambda: True, result=lambda: None)
 
 
 @pytest.fixture
@@ -477,13 +472,13 @@ def test_plan_runs_nothing(reproduce, tmp_path, capsys):
 
 def test_a_worker_that_is_killed_is_told_apart(tmp_path):
     (tmp_path / "unit.json").write_text("{}")
-    launcher = LocalLauncher()
-    handle = launcher.start(tmp_path / "unit.json", 1)
-    assert launcher.ended(handle) is None
-    handle.kill()
-    handle.wait()
-    assert launcher.ended(handle) == "its process died (exit code -9); is memory short?"
-    launcher.stop(handle)
+    job = LocalJob(tmp_path / "unit.json", 1)
+    assert not job.done()
+    job.process.kill()
+    job.process.wait()
+    assert job.done()
+    assert _failure(job) == "its process died (exit code -9); is memory short?"
+    job.cancel()
 
 
 # ---------------------------------------------------------------------- pages, launchers
@@ -593,16 +588,17 @@ def test_a_job_that_outlived_its_command_is_taken_over(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=AutoExecutor, SlurmJob=SlurmJob))
     unit = tmp_path / "unit.json"
-    SubmititLauncher(tmp_path, "slurm").start(unit, 1)  # and its command is killed
+    SubmititLauncher(tmp_path, "slurm")(unit, 1)  # and its command is killed
     later = SubmititLauncher(tmp_path, "slurm")
-    handle = later.start(unit, 1)
-    assert (later.ended(handle), submitted) == (None, ["0"])
+    job = later(unit, 1)
+    assert (job.job_id, job.done(), submitted) == ("0", False, ["0"])
     states["0"] = "UNKNOWN"  # to Slurm, which has forgotten it
-    handle = later.start(unit, 1)
+    job = later(unit, 1)
     assert submitted == ["0", "1"]
     states["1"] = "COMPLETED"
-    assert later.ended(handle) == ""
-    later.start(unit, 1)
+    assert job.done()
+    assert _failure(job) == ""
+    later(unit, 1)
     assert submitted == ["0", "1", "2"]
 
 
