@@ -1,0 +1,74 @@
+"""The examples of CONTRIBUTING.md, all in one training."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from avsep.registry import REGISTRIES, load_components
+from support.source_tree import ROOT
+from support.tones import TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
+
+GUIDE = ROOT / "CONTRIBUTING.md"
+pytestmark = pytest.mark.skipif(not GUIDE.is_file(), reason="needs the source tree")
+
+# section -> the registry that its example adds to
+ADDS = {
+    "An audio encoder": "audio_encoders",
+    "A mask decoder": "mask_decoders",
+    "A memory policy": "memories",
+}
+
+
+def examples():
+    """The Python of every section, by its heading."""
+    sections = re.split(r"^#+ (.+)$", GUIDE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    found = {}
+    for heading, text in zip(sections[::2], sections[1::2], strict=True):
+        if code := "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)):
+            found[heading] = code
+    return found
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The names that the examples register, by registry; they are gone afterwards."""
+    load_components()
+    before = {key: set(registry._components) for key, registry in REGISTRIES.items()}
+    for registry in REGISTRIES.values():
+        monkeypatch.setattr(registry, "_components", dict(registry._components))
+    for heading, code in examples().items():
+        exec(compile(code, f"CONTRIBUTING.md, {heading}", "exec"), {"__name__": "somebodys_package"})
+    return {key: sorted(set(r._components) - before[key]) for key, r in REGISTRIES.items()}
+
+
+def test_every_section_has_an_example_that_adds_one_component(registered):
+    assert set(examples()) == {*ADDS, "A kernel"}
+    assert {key: len(names) for key, names in registered.items() if names} == dict.fromkeys(ADDS.values(), 1)
+    for key, (name,) in ((key, names) for key, names in registered.items() if names):
+        assert REGISTRIES[key].get(name).summary.endswith(".")
+
+
+def test_the_examples_learn_two_tasks_together(registered, tone_store, tmp_path):
+    from avsep.data.tasks import task_stream
+    from avsep.runs.folder import read_exemplars
+    from avsep.spec import RunSpec, validated
+    from avsep.training.learner import ContinualLearner
+
+    (encoder,), (decoder,), (memory,) = (registered[k] for k in ("audio_encoders", "mask_decoders", "memories"))
+    separator = {"audio_encoder": encoder, "mask_decoder": decoder, "front_end": TINY_SEPARATOR["front_end"]}
+    spec = validated(
+        RunSpec,
+        {
+            "separator": separator,
+            "strategy": "finetune",
+            "memory": memory,
+            "train": TINY_TRAIN,
+            "tasks": TINY_TASKS,
+        },
+        "test",
+    )
+    stream = task_stream(tone_store, TINY_TASKS, clip_samples=separator["front_end"]["clip_samples"])
+    ContinualLearner.from_spec(spec, accelerator="cpu").fit(stream, tmp_path / "run", progress=False)
+    assert sorted(read_exemplars(tmp_path / "run", 1)) == sorted(TINY_TASKS[0])
