@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+from avsep.data.store import Store
 from support.tones import TINY_FRONT_END, TINY_TASKS, bundle_separator, make_tone_store, tiny_learner
 
 # Without a GPU the Triton kernels run under Triton's interpreter, which must be known before Triton is imported. What
@@ -48,6 +49,12 @@ def nowhere(monkeypatch, tmp_path):
 def tone_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of four classes of tones. Read only."""
     return make_tone_store(tmp_path_factory.mktemp("tones") / "store")
+
+
+@pytest.fixture
+def store(tone_store: Path) -> Store:
+    """``tone_store``, open."""
+    return Store.open(tone_store)
 
 
 @pytest.fixture(scope="session")

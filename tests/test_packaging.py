@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import venv
@@ -13,12 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import avsep
+from support.source_tree import FOLDERS, ROOT, copy_sources
 
-ROOT = Path(avsep.__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the source tree")
-
-FOLDERS = {"avsep": "avsep", "kernels": "avsep.kernels", "export": "avsep.export", "benchmarks": "avsep.benchmarks"}
 
 
 def test_every_folder_with_python_files_is_a_package_that_is_installed():
@@ -45,11 +41,7 @@ def run(command, cwd):
 def test_an_editable_install_is_found_from_the_folder_that_holds_the_clone(tmp_path):
     """There the clone's root, a folder called avsep without an __init__.py, could be taken for the package."""
     pytest.importorskip("setuptools", minversion="77")
-    clone = tmp_path / "avsep"
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, clone)
+    clone = copy_sources(tmp_path / "avsep")
     build = "import sys; from setuptools.build_meta import build_editable; build_editable(sys.argv[1])"
     run([sys.executable, "-c", build, tmp_path], cwd=clone)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import sys
 from pathlib import Path
@@ -16,12 +15,12 @@ from avsep.benchmarks import cases, measure
 from avsep.benchmarks.measure import COLUMNS, Case, CheckFailed, Timing, agree, interleaved, peak_memory_bytes
 from avsep.benchmarks.reading import reading_memory
 from avsep.benchmarks.run import run_cases
-from avsep.cli import main
 from avsep.data.store import Store
 from avsep.encoders.audio import unet7
 from avsep.errors import ConfigError, MissingExtraError
 from avsep.spec import FrontEndSpec
 from avsep.strategies import ContAVSep
+from support.commands import csv_rows, run
 from support.tones import TINY_FRONT_END
 
 PRESET = {
@@ -48,16 +47,7 @@ def preset(tmp_path):
 
 def bench(*arguments):
     """Exit code of ``avsep bench ...``."""
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", *map(str, arguments)])
-    return stop.value.code
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        assert reader.fieldnames == list(COLUMNS)
-        return list(reader)
+    return run("bench", *arguments)
 
 
 def simple_case(name="simple", ways=2, error=0.0, **kwargs):
@@ -71,7 +61,7 @@ def test_train_end_to_end(preset, tmp_path, capsys):
     out, plot = tmp_path / "results.csv", tmp_path / "results.png"
     options = ("--preset", preset, "--batch", 2, "--classes", 4, "--repeats", 2, "--out", out)
     assert bench("train", *options, "--plot", plot) == 0
-    found = rows(out)
+    found = csv_rows(out, COLUMNS)
     assert [(r["case"], r["variant"]) for r in found] == [
         ("train step", "literal"),
         ("train step", "avsep"),
@@ -102,7 +92,7 @@ def test_data_end_to_end(tmp_path):
     out = tmp_path / "results.csv"
     sizes = ("--mixtures", 4, "--batch", 2, "--clips", 4, "--clip-s", 7, "--workers", 1)
     assert bench("data", *sizes, "--repeats", 2, "--out", out) == 0
-    found = rows(out)
+    found = csv_rows(out, COLUMNS)
     names = ["whole files", "store", "shards"]
     assert [r["variant"] for r in found] == [*names, *(f"{name}, 1 worker" for name in names)]
     for row in found:  # 4 mixtures of 2 slots a pass
@@ -120,8 +110,8 @@ def test_metrics_end_to_end(tmp_path):
     pytest.importorskip("mir_eval.separation")
     out = tmp_path / "results.csv"
     assert bench("metrics", "--batch", 1, "--length", 4096, "--repeats", 1, "--out", out) == 0
-    assert [r["variant"] for r in rows(out)] == ["mir_eval", "avsep"]
-    assert "mir_eval 0." in rows(out)[0]["settings"]
+    assert [r["variant"] for r in csv_rows(out, COLUMNS)] == ["mir_eval", "avsep"]
+    assert "mir_eval 0." in csv_rows(out, COLUMNS)[0]["settings"]
 
 
 @pytest.mark.parametrize("crop", [5000, 40000])  # within the clips of 1.5 s, and longer than they are
@@ -142,10 +132,10 @@ def test_all_runs_every_group(monkeypatch, tmp_path):
     assert bench("all", "--repeats", 1, "--out", out) == 0
     assert made == ["data_cases", "metrics_cases", "train_cases"]
     before = out.read_text()
-    assert len(rows(out)) == 6
+    assert len(csv_rows(out, COLUMNS)) == 6
     assert bench("all", "--repeats", 1, "--out", out) == 0  # a second run is appended
     assert out.read_text().startswith(before)
-    assert len(rows(out)) == 12
+    assert len(csv_rows(out, COLUMNS)) == 12
 
 
 def refusals(found, tmp_path, capsys):
@@ -153,7 +143,7 @@ def refusals(found, tmp_path, capsys):
     with pytest.raises(CheckFailed) as caught:
         run_cases(found, repeats=1, out=tmp_path / "results.csv", progress=False)
     shown = capsys.readouterr().out
-    kept = rows(tmp_path / "results.csv") if (tmp_path / "results.csv").exists() else []
+    kept = csv_rows(tmp_path / "results.csv", COLUMNS) if (tmp_path / "results.csv").exists() else []
     for case in {r["case"] for r in kept}:
         assert case in shown
     assert shown.count("median ms") == len({r["case"] for r in kept})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import subprocess
@@ -17,25 +16,16 @@ from avsep.benchmarks import kernel_cases, measure
 from avsep.benchmarks import kernels as bench_kernels
 from avsep.benchmarks.kernel_cases import KernelCase, Variant
 from avsep.benchmarks.kernels import COLUMNS, Ceilings, bars, measure_kernel_case, propose_table, run
-from avsep.cli import main
 from avsep.errors import ConfigError
 from avsep.kernels._backend import _TRITON_FROM, OPERATIONS
+from support import commands
 
 SUITE = Path(kernel_cases.__file__).resolve().parent / "gpu_suite.sh"
 CEILINGS = Ceilings(bytes_per_s=1e9, flop_per_s=1e9, launch_s=1e-6)
 
 
 def bench(*arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", "kernels", *map(str, arguments)])
-    return stop.value.code
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        assert reader.fieldnames == list(COLUMNS)
-        return list(reader)
+    return commands.run("bench", "kernels", *arguments)
 
 
 def make_case(*variants, **changes):
@@ -67,7 +57,7 @@ def test_end_to_end(tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter's minutes belong to the kernels' own tests
         assert bench(*names, "--sizes", "tiny", "--repeats", 2, "--out", out, "--plot", plot) == 0
-    found = rows(out)
+    found = commands.csv_rows(out, COLUMNS)
     assert {r["op"] for r in found} == set(OPERATIONS)
     shown = capsys.readouterr().out
     for row in found:
@@ -173,7 +163,7 @@ def test_a_wrong_backend_fails_the_command(monkeypatch, tmp_path, capsys):
     out = tmp_path / "kernels.csv"
     assert bench("--op", "similarity_distillation", "--sizes", "tiny", "--repeats", 1, "--out", out) == 2
     assert "no speed is given for 'similarity_distillation n=24', torch" in capsys.readouterr().err
-    torch_row = next(r for r in rows(out) if r["variant"] == "torch")
+    torch_row = next(r for r in commands.csv_rows(out, COLUMNS) if r["variant"] == "torch")
     assert torch_row["total_ms"] == ""
     assert torch_row["note"].startswith("refused")
 
@@ -399,5 +389,5 @@ def test_the_suite_goes_on_without_time_and_says_so(tmp_path):
 def test_the_suite_runs_dry(tmp_path):
     found = suite("--dry-run", tmp_path / "out")
     assert found.returncode == 0, found.stdout + found.stderr
-    assert {r["op"] for r in rows(tmp_path / "out" / "kernels.csv")} == set(OPERATIONS)
+    assert {r["op"] for r in commands.csv_rows(tmp_path / "out" / "kernels.csv", COLUMNS)} == set(OPERATIONS)
     assert "<testsuite" in (tmp_path / "out" / "tests.xml").read_text()

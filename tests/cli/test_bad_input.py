@@ -24,28 +24,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from avsep.cli import main
 from avsep.data.synth.synthesis import find_banks
+from support.commands import run
+from support.folders import contents
 from support.tones import RATE, TINY_SEPARATOR, TINY_TRAIN
 
 TASKS = "ding,hum;peep,whirr"
 EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-def run(argv: list[object]) -> int:
-    """The exit code of ``avsep ARGV``, in this process."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in argv])
-    return int(stop.value.code or 0)
-
-
 def lines_of(text: str) -> list[str]:
     """The lines of standard error that say something: not empty, not the bar of work that was done before."""
     return [line for line in text.splitlines() if line.strip() and "━" not in line]
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 @dataclass
@@ -90,7 +80,7 @@ class Desk:
 
     def features(self) -> Path:
         path = self.path / "features.npz"
-        assert run(["data", "features", self.tone_store, "--clips", "ding-test-0,peep-test-0", "--out", path]) == 0
+        assert run("data", "features", self.tone_store, "--clips", "ding-test-0,peep-test-0", "--out", path) == 0
         return path
 
     def wave(self, samples: object = None, name: str = "sound.wav", rate_hz: int = RATE) -> Path:
@@ -595,7 +585,7 @@ def test_one_line_and_nothing_lost(bad: Case, desk: Desk, capfd):
     argv = bad.command(desk)
     before = contents(desk.path)
     capfd.readouterr()
-    code = run(argv)
+    code = run(*argv)
     said, told = capfd.readouterr()
     lines = lines_of(told)
     assert len(lines) == 1, told
@@ -655,7 +645,7 @@ def disk(tmp_path) -> Iterator[SmallDisk]:
 
 def refused_for_space(argv: list, disk: SmallDisk, capfd) -> None:
     capfd.readouterr()
-    code = run(argv)
+    code = run(*argv)
     told = capfd.readouterr().err
     lines = lines_of(told)
     assert (len(lines), code) == (1, 2), told
@@ -678,7 +668,7 @@ def test_training_survives_a_full_disk(desk, disk, capfd):
         disk.leave(kilobytes)
         argv = ["train", "--out", out, "--resume"] if (out / "run.yaml").is_file() else desk.train("--out", out)
         if kilobytes is None:
-            assert run(argv) == 0, capfd.readouterr().err
+            assert run(*argv) == 0, capfd.readouterr().err
         else:
             refused_for_space(argv, disk, capfd)
             refused += 1
@@ -716,7 +706,7 @@ def test_a_full_disk_leaves_nothing_half_written(name, desk, disk, capfd):
         assert not out.exists()
     if name != "export":  # whose second time takes long, and is tested elsewhere
         disk.leave(None)
-        assert run(argv) == 0
+        assert run(*argv) == 0
         assert [p for p in disk.path.rglob("*") if p.is_file()]
 
 
@@ -732,12 +722,12 @@ def test_an_evaluation_on_a_full_disk_leaves_the_run_as_it_was(desk, disk, capfd
 @pytest.mark.skipif(not find_banks(), reason="no SoundFont bank here")
 def test_a_store_goes_on_after_a_full_disk(tmp_path, disk, capfd):
     options = ["--classes", "flute,piano", "--clips", "1,1,1", "--clip-s", "1", "--workers", "1"]
-    assert run(["data", "synth", tmp_path / "whole", *options]) == 0
+    assert run("data", "synth", tmp_path / "whole", *options) == 0
     disk.leave(100)
     if disk.mounted:
         refused_for_space(["data", "synth", disk.path / "store", *options], disk, capfd)
         disk.leave(70)
         refused_for_space(["data", "synth", disk.path / "store", *options], disk, capfd)
     disk.leave(None)
-    assert run(["data", "synth", disk.path / "store", *options]) == 0
+    assert run("data", "synth", disk.path / "store", *options) == 0
     assert contents(disk.path / "store") == contents(tmp_path / "whole")

@@ -22,11 +22,6 @@ SOURCES = (VisualSource("object", "frames", frames=3), VisualSource("motion", "f
 CLASSES = {"ding": 0, "hum": 1, "peep": 2, "whirr": 3}
 
 
-@pytest.fixture
-def store(tone_store):
-    return Store.open(tone_store)
-
-
 def _epoch(store, task=1, epoch=0, exemplars=("ding-train-0",), crops=None, **settings):
     train = TrainSpec(**{"batch_size": 4, "current_repeats": 4, "memory_repeats": 12, **settings})
     clips = store.select(classes=["peep", "whirr"], split="train")

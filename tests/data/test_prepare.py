@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import yaml
 
-from avsep.cli import main
 from avsep.data.prepare.listings import list_folder, list_vggsound, split_of
 from avsep.data.prepare.videos import make_recipe, prepare
 from avsep.data.store import Store
@@ -23,21 +22,17 @@ from avsep.errors import DataError
 from avsep.inference.recordings import read_mixture
 from avsep.media.footage import Encoders, timelines_of_video, track_objects
 from avsep.types import VisualSource
+from support.commands import run
+from support.folders import contents
 from support.media_files import brightness_ramp, tone, write_video
 from support.small_weights import write_owlv2, write_small
 from support.tones import TINY_FRONT_END, TINY_TRAIN
-from support.video_shelf import CLASSES, DAMAGED, contents, write_collection, write_good
+from support.video_shelf import CLASSES, DAMAGED, write_collection, write_good
 
 pytest.importorskip("av")
 PICTURES = {"object": None, "motion": None, "frames": True, "frame_size": 32, "detector": None}
 SOUND = {"object": None, "motion": None}
 AS_OPTIONS = ["--object", "none", "--motion", "none", "--frames", "--frame-size", "32", "--detector", "none"]
-
-
-def run(*argv: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in argv])
-    return int(stop.value.code or 0)
 
 
 def make(listing, out, jobs=0, recipe=PICTURES, **options):

@@ -20,9 +20,10 @@ from avsep.cli import main
 from avsep.data.prepare.listings import list_folder
 from avsep.data.prepare.videos import make_recipe, prepare
 from avsep.data.store import Store
+from support.folders import contents
 from support.media_files import tone, write_video
 from support.tones import make_tone_store
-from support.video_shelf import DAMAGED, contents, write_damaged, write_good
+from support.video_shelf import DAMAGED, write_damaged, write_good
 
 pytest.importorskip("av")
 SOUND = ("--object", "none", "--motion", "none")

@@ -21,6 +21,7 @@ from avsep.errors import ConfigError, DataError, RunError
 from avsep.files import FolderLock
 from avsep.spec import FrontEndSpec
 from avsep.types import VisualSource
+from support.folders import contents
 from support.tones import RATE, TINY_FRONT_END, TINY_TASKS, tiny_run_spec
 
 SHARD_MB = 0.2
@@ -46,10 +47,6 @@ def made(source, tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(made, tmp_path) -> Path:
     return shutil.copytree(made, tmp_path / "copy")
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def failure(argv: list[object], capsys: pytest.CaptureFixture) -> str:

@@ -17,6 +17,7 @@ from avsep.data.store.checking import check_store
 from avsep.errors import DataError, RunError, UnknownNameError
 from avsep.media.timeline import VisualTimeline, read_visual_file, write_visual_file
 from avsep.types import VisualSource
+from support.folders import contents
 
 RATE = 11025
 SECONDS = 4
@@ -70,10 +71,6 @@ def _edit(path: Path, **changes: object) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     manifest.update(changes)
     (path / "manifest.json").write_text(json.dumps(manifest))
-
-
-def _contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 # reading
@@ -359,7 +356,7 @@ def test_stopped_writer_continues_to_the_same_bytes(made: Path, tmp_path: Path) 
         ids += [_write(writer, n) for n in range(3, 6)]
         _write(writer, 2)
         writer.finish(ids)
-    assert _contents(path) == _contents(made)
+    assert contents(path) == contents(made)
 
 
 def test_two_writers_and_other_settings_are_refused(made: Path, tmp_path: Path) -> None:
@@ -376,13 +373,13 @@ def test_two_writers_and_other_settings_are_refused(made: Path, tmp_path: Path) 
         StoreWriter(path, classes=CLASSES, sample_rate_hz=RATE, origin={"seed": 2}),
     ):
         pass
-    before = _contents(made)
+    before = contents(made)
     with (
         pytest.raises(DataError, match="other settings"),
         StoreWriter(made, classes=CLASSES, sample_rate_hz=16000, origin=ORIGIN),
     ):
         pass
-    assert _contents(made) == before
+    assert contents(made) == before
 
 
 def test_strange_folders_are_neither_filled_nor_deleted(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from avsep.data.synth.soundfont import Note, SoundFont
 from avsep.data.synth.synthesis import SIZES, TINY_CLASSES, find_banks, synthesise, write_duet
 from avsep.errors import ConfigError, DataError, UnknownNameError
 from avsep.media.timeline import read_visual_file
+from support.folders import contents
 
 PAPER_ORDER = [
     *("accordion", "bagpipe", "bassoon", "clarinet", "drum"),
@@ -303,10 +304,6 @@ needs_bank = pytest.mark.skipif(not find_banks(), reason="no SoundFont bank on t
 SMALL = {"classes": ["drum", "flute"], "clips_per_class": (2, 1, 1), "clip_s": 2.0, "progress": False}
 
 
-def _contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not find_banks():
@@ -332,7 +329,7 @@ def test_store_has_what_was_asked_for(made: Path) -> None:
 
 def test_order_processes_and_other_classes_change_nothing(made: Path, tmp_path: Path) -> None:
     both = synthesise(tmp_path / "b", workers=2, **SMALL)  # type: ignore[arg-type]
-    assert _contents(both.path) == _contents(made)
+    assert contents(both.path) == contents(made)
     alone = synthesise(tmp_path / "a", **{**SMALL, "classes": ["flute"]}, workers=1)  # type: ignore[arg-type]
     whole = Store.open(made)
     for clip in alone.clips:
@@ -382,7 +379,7 @@ def test_killed_run_continues_to_the_same_bytes(made: Path, tmp_path: Path, monk
     monkeypatch.setattr(synthesis, "_make_and_write", count)
     synthesise(path, workers=1, **SMALL)  # type: ignore[arg-type]
     assert len(finished) == 6  # of eight: two were whole
-    assert _contents(path) == _contents(made)
+    assert contents(path) == contents(made)
 
 
 _WORKERS = """
@@ -423,14 +420,14 @@ def test_workers_die_with_the_process_that_started_them(tmp_path: Path) -> None:
 
 
 def test_finished_store_is_opened_and_others_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = _contents(made)
+    before = contents(made)
     monkeypatch.setattr(synthesis, "make_clip", lambda *_: pytest.fail("made a clip again"))
     assert len(synthesise(made, workers=1, **SMALL).clips) == 8  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"other settings \(seed: 0, now 7\).*--force"):
         synthesise(made, workers=1, seed=7, **SMALL)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError):  # a mistake must not cost the store that --force would replace
         synthesise(made, workers=1, force=True, **{**SMALL, "classes": ["flut"]})  # type: ignore[arg-type]
-    assert _contents(made) == before
+    assert contents(made) == before
 
 
 @needs_bank

@@ -29,11 +29,6 @@ RECORDING = ExemplarBytes(2 * 16537, 2 * 3 * 32 * 32, 12 * 16 * 16)
 CROP = ExemplarBytes(2 * 8191, 2 * 3 * 32 * 32, 6 * 16 * 16)
 
 
-@pytest.fixture
-def store(tone_store):
-    return Store.open(tone_store)
-
-
 def _spec(strategy="finetune", memory="none", **train):
     return tiny_run_spec(strategy, memory, **train)
 

@@ -17,23 +17,15 @@ import numpy as np
 import pytest
 import soundfile
 
-from avsep.cli import main
 from avsep.export.bundle.packing import write_arrays, write_tar
 from avsep.media.timeline import VisualTimeline, write_visual_file
+from support.commands import run
 from support.tones import bundle_separator
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
 
 GRAPH, GOLDEN, MANIFEST = "separator.onnx", "separator.golden.npz", "manifest.json"
-
-
-def run(*argv):
-    try:
-        main([str(a) for a in argv])
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
 
 
 def tree(folder):

@@ -14,13 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import avsep
 from avsep.export.bundle.packing import write_tar
 from avsep.inference.recordings import separate_audio
 from avsep.media.timeline import VisualTimeline
+from support.source_tree import ROOT, copy_sources
 from support.tones import bundle_separator
-
-ROOT = Path(avsep.__file__).resolve().parents[1]
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -53,9 +51,7 @@ def built_wheel(folder):
     """A wheel of the tree, made of a copy: setuptools leaves its own files beside what it builds."""
     if not (ROOT / "pyproject.toml").is_file():
         pytest.skip("needs the source tree")
-    tree = folder / "tree"
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*", "tests", "docs")
-    shutil.copytree(ROOT, tree, ignore=ignored)
+    tree = copy_sources(folder / "tree")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(folder)]
     try:
         major = int(importlib.metadata.version("setuptools").split(".")[0])

@@ -9,16 +9,13 @@ import pytest
 
 from avsep.errors import ConfigError
 from avsep.inference.chunking import LongStream, default_context, plan_chunks, separate_long
+from support.nearby import error_db
 
 CLIP, CONTEXT = 400, 64
 
 
 def identity(chunks, starts):
     return np.stack([0.25 * chunks, 0.75 * chunks], axis=1)
-
-
-def error_db(estimate, target):
-    return 10 * np.log10(np.sum((estimate - target) ** 2) / np.sum(target**2) + 1e-30)
 
 
 def boundary_lengths():

@@ -16,9 +16,10 @@ import pytest
 import soundfile
 import torch
 
-from avsep.cli import main
 from avsep.media.timeline import VisualTimeline, write_visual_file
 from avsep.separator import build_separator, save_separator
+from support.commands import run
+from support.folders import contents
 from support.media_files import tone, write_video
 from support.tones import TINY_SEPARATOR
 
@@ -82,16 +83,6 @@ def desk(tmp_path, shelf, nowhere):
     made = Desk(tmp_path / "desk", shelf)
     made.path.mkdir()
     return made
-
-
-def run(argv) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in argv])
-    return int(stop.value.code or 0)
-
-
-def contents(folder: Path) -> dict:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 def _link_away(d: Desk) -> list:
@@ -209,7 +200,7 @@ def test_refused_in_one_line_with_nothing_written(name, desk, capfd):
     make, *told = REFUSED[name]
     argv = make(desk)
     before = contents(desk.path)
-    assert run(argv) == 2
+    assert run(*argv) == 2
     shown = capfd.readouterr()
     lines = [line for line in shown.err.splitlines() if line.strip() and "━" not in line]
     assert len(lines) == 1, shown.err
@@ -225,7 +216,7 @@ def test_a_folder_that_cannot_be_written(desk, capfd, monkeypatch):
         real = os.access
         monkeypatch.setattr(os, "access", lambda path, mode: real(path, mode) and Path(path) != desk.path)
     try:
-        assert run(desk.argv()) == 2
+        assert run(*desk.argv()) == 2
         assert "desk cannot be written: choose another output folder" in capfd.readouterr().err
         assert not (desk.path / "out").exists()
     finally:
@@ -274,7 +265,7 @@ EXPECTED = {  # name -> (how, seconds of each file)
 def test_what_a_person_would_expect(name, desk):
     make, seconds = EXPECTED[name]
     argv = make(desk)
-    assert run(argv) == 0
+    assert run(*argv) == 0
     sounds = {p.stem.rpartition("_")[2]: soundfile.read(p) for p in (desk.path / "out").glob("*.wav")}
     assert sorted(sounds) == ["ding", "peep", "residual"]
     for sound, rate in sounds.values():

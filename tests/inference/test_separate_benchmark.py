@@ -8,18 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from avsep.cli import main
 from avsep.evaluation.bss import bss_eval
 from avsep.media.audio import read_audio
+from support.commands import run
 from support.duet_video import write_duet_video, write_halves
 
 pytest.importorskip("av")
-
-
-def run(*argv: object) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in argv])
-    assert not stop.value.code
 
 
 def improvement_db(sources: np.ndarray, files: list[Path]) -> list[float]:
@@ -36,9 +30,10 @@ def improvement_db(sources: np.ndarray, files: list[Path]) -> list[float]:
 @pytest.mark.timeout(5400)
 def test_both_instruments_come_out_better_than_the_mixture(tmp_path, capsys):
     """The demo's benchmark and training (ContAV-Sep, two tasks), then 30 s of h264 and AAC of what it never heard."""
-    run("data", "synth", tmp_path / "store", "--size", "tiny", "--workers", "2")
+    assert run("data", "synth", tmp_path / "store", "--size", "tiny", "--workers", "2") == 0
     train = ["--preset", "iquery_small", "--strategy", "contavsep", "--memory", "random_per_class"]
-    run("train", tmp_path / "store", *train, "--classes-per-task", "3", "--seed", "0", "--out", tmp_path / "run")
+    more = ("--classes-per-task", "3", "--seed", "0", "--out", tmp_path / "run")
+    assert run("train", tmp_path / "store", *train, *more) == 0
     found = {}
     for names in (("drum", "violin"), ("piano", "accordion")):  # an old and a new class each
         folder = tmp_path / "-".join(names)
@@ -46,7 +41,7 @@ def test_both_instruments_come_out_better_than_the_mixture(tmp_path, capsys):
         sources = write_duet_video(folder / "duet.mp4", names, seconds=30.0)
         boxes = write_halves(folder / "halves.json", names)
         argv = ["separate", folder / "duet.mp4", "--run", tmp_path / "run", "--classes", ",".join(names)]
-        run(*argv, "--boxes", boxes, "--out", folder / "out")
+        assert run(*argv, "--boxes", boxes, "--out", folder / "out") == 0
         assert (folder / "out" / "duet_separated.html").stat().st_size > 1_000_000
         found[names] = improvement_db(sources, [folder / "out" / f"duet_{name}.wav" for name in names])
     with capsys.disabled():
@@ -64,7 +59,7 @@ def test_the_same_way_with_a_separator_that_learned_nothing(tmp_path):
     sources = write_duet_video(tmp_path / "duet.mp4", names, seconds=4.0, fps=8)
     boxes = write_halves(tmp_path / "halves.json", names)
     argv = ["separate", tmp_path / "duet.mp4", "--run", tmp_path / "separator", "--classes", ",".join(names)]
-    run(*argv, "--boxes", boxes, "--out", tmp_path / "out")
+    assert run(*argv, "--boxes", boxes, "--out", tmp_path / "out") == 0
     files = [tmp_path / "out" / f"duet_{name}.wav" for name in (*names, "residual")]
     assert improvement_db(sources, files[:2]) == pytest.approx([0, 0], abs=3.0)
     total = sum(read_audio(path)[0][0] for path in files)[: sources.shape[1]]

@@ -10,7 +10,6 @@ import pytest
 import soundfile
 import torch
 
-from avsep.cli import main
 from avsep.encoders import VisualEncoder
 from avsep.errors import DataError
 from avsep.inference.chunking import default_context, plan_chunks
@@ -22,6 +21,7 @@ from avsep.media.video import iter_pictures, read_media_audio
 from avsep.registry import VISUAL_ENCODERS
 from avsep.separator import build_separator, save_separator
 from avsep.types import VisualSource
+from support.commands import run
 from support.media_files import tone, write_video
 from support.nearby import NEARBY, ONE_VECTOR, error_db, nearby_parts
 from support.tones import TINY_FRONT_END, TINY_SEPARATOR, bundle_separator
@@ -38,12 +38,6 @@ def picture(left, right, height=48, width=96):
     frame = np.empty((height, width, 3), np.uint8)
     frame[:, : width // 2], frame[:, width // 2 :] = left, right
     return frame
-
-
-def run(*argv) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in argv])
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from avsep.data.mixing import collate, load_slot
-from avsep.data.store import Clip, Store
+from avsep.data.store import Clip
 from avsep.data.tasks import task_stream
 from avsep.errors import CheckpointError, ConfigError, NumericalError, UnknownNameError
 from avsep.losses import separation_loss
@@ -301,11 +301,6 @@ def test_exemplars_as_plain_data():
 
 
 # --- what the separator says of the candidates ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def store(tone_store):
-    return Store.open(tone_store)
 
 
 def _separator(seed=0, classes=("ding", "hum")):

@@ -20,7 +20,6 @@ import pytest
 import torch
 import yaml
 
-from avsep.cli import main
 from avsep.cli.reproduce_command import _again
 from avsep.data.store import Store
 from avsep.data.tasks import task_stream
@@ -36,6 +35,7 @@ from avsep.reproduce.tables import published
 from avsep.spec import ComponentRef
 from avsep.training.learner import ContinualLearner
 from avsep.types import VisualSource
+from support import commands
 from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
 
 ROWS = ("finetune", "contavsep+memory", "joint")
@@ -60,9 +60,7 @@ def presets(tmp_path_factory) -> Path:
 
 
 def run(*argv: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(["reproduce", *(str(a) for a in argv)])
-    return int(stop.value.code or 0)
+    return commands.run("reproduce", *argv)
 
 
 @pytest.fixture

@@ -83,7 +83,3 @@ def write_collection(root: Path, count: int, encodes: int = 4) -> Path:
     with open(table, "w", newline="") as file:
         csv.writer(file).writerows([("path", "class", "split"), *rows])
     return table
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
