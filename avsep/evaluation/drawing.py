@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import itertools
 import wave
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,19 +17,23 @@ from avsep.errors import MissingExtraError
 
 __all__ = [
     "PAGE_BYTES",
+    "RANGE_DB",
     "Drawing",
     "SignalView",
     "dependencies",
     "log_spectrogram",
     "markup",
     "page_environment",
+    "palette",
     "pretty",
 ]
 
 PAGE_BYTES = 24 * 10**6
 """Less is shown where a page would become larger than this."""
 
-_RANGE_DB = 70.0  # of a spectrogram
+RANGE_DB = 70.0
+"""From the darkest to the brightest colour of a spectrogram, here and in the logs of training."""
+
 _LOWEST_HZ = 50.0
 _ROWS = 160  # of a spectrogram picture
 _COLUMNS = 3000  # at most; more than a screen shows
@@ -48,6 +53,18 @@ def dependencies() -> tuple[Any, Any, Any]:
     return jinja2, matplotlib, Image
 
 
+@functools.cache
+def palette(what: Literal["spectrogram", "mask"]) -> np.ndarray:
+    """uint8 [256, 3]: the colours of a spectrogram or a mask from 0 to 1. MissingExtraError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtraError("matplotlib", "report", "a picture of a spectrogram or a mask") from None
+    colours = matplotlib.colormaps[{"spectrogram": "magma", "mask": "viridis"}[what]](np.arange(256))
+    found: np.ndarray = (np.asarray(colours)[:, :3] * 255).round().astype(np.uint8)
+    return found
+
+
 @dataclass(frozen=True)
 class SignalView:
     """A signal [L] in ±1 to hear and to see."""
@@ -60,12 +77,8 @@ class Drawing:
     """Signals and arrays as ``data:`` addresses."""
 
     def __init__(self, sample_rate_hz: int) -> None:
-        _, matplotlib, self._image = dependencies()
+        _, _, self._image = dependencies()
         self.rate_hz = sample_rate_hz
-        self._palettes = {
-            name: (np.asarray(matplotlib.colormaps[name](np.arange(256)))[:, :3] * 255).round().astype(np.uint8)
-            for name in ("magma", "viridis")
-        }
 
     def audio(self, signal: SignalView, gain: float) -> str:
         """16-bit WAV."""
@@ -81,10 +94,10 @@ class Drawing:
     def spectrogram(self, signal: SignalView, gain: float) -> str:
         """Log-frequency magnitude in dB below a full-scale sine, after ``gain``."""
         level = log_spectrogram(signal.audio * gain, self.rate_hz)
-        return self._png(np.clip(1 + level / _RANGE_DB, 0, 1), "magma")
+        return self._png(np.clip(1 + level / RANGE_DB, 0, 1), "spectrogram")
 
     def mask(self, mask: np.ndarray) -> str:
-        return self._png(np.clip(mask, 0, 1), "viridis")
+        return self._png(np.clip(mask, 0, 1), "mask")
 
     def picture(self, frame: np.ndarray) -> str:
         """uint8 [3, H, W] or [1, H, W]"""
@@ -94,7 +107,7 @@ class Drawing:
         self._image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "JPEG", quality=85)
         return _data("image/jpeg", buffer.getvalue())
 
-    def _png(self, values: np.ndarray, palette: str) -> str:
+    def _png(self, values: np.ndarray, what: Literal["spectrogram", "mask"]) -> str:
         """[rows from low to high, columns] in 0..1, drawn with the low rows at the bottom, as an indexed PNG."""
         if values.shape[1] > _COLUMNS:  # of several columns the loudest, as of several bins
             starts = np.linspace(0, values.shape[1], _COLUMNS, endpoint=False).astype(int)
@@ -102,7 +115,7 @@ class Drawing:
         # 64 levels are beyond what the eye tells apart here, and compress to half
         levels = (np.round(values[::-1] * 63) * (255 / 63)).astype(np.uint8)
         image = self._image.fromarray(np.ascontiguousarray(levels)).convert("P")
-        image.putpalette(self._palettes[palette].tobytes())
+        image.putpalette(palette(what).tobytes())
         buffer = io.BytesIO()
         image.save(buffer, "PNG", optimize=True)
         return _data("image/png", buffer.getvalue())

@@ -37,7 +37,6 @@ __all__ = ["TaskLog", "chosen_mixtures", "gradient_norm", "mask_picture"]
 MIXTURES = 3
 PICTURES = 4
 NORM_EVERY = 10
-_RANGE_DB = 70.0
 
 
 class TaskLog:
@@ -209,20 +208,21 @@ def gradient_norm(separator: torch.nn.Module, scale: float = 1.0) -> float:
 def mask_picture(separator: Separator, kept: Kept, names: Sequence[str]) -> np.ndarray:
     """uint8 [H, W, 3]: the mixture's spectrogram, then each source's predicted and ideal mask on the same grid.
 
-    Low frequencies are at the bottom. The spectrogram's range is 70 dB; masks go from 0 (black) to 1 (white).
+    Low frequencies are at the bottom, and colours are those of the pages (:mod:`avsep.evaluation.drawing`).
     """
     from PIL import Image, ImageDraw
 
     from avsep.dsp import magnitude
+    from avsep.evaluation.drawing import RANGE_DB, palette
 
     device = next(separator.buffers()).device
     mixture = torch.from_numpy(kept.mixture).to(device)[None, None]
     level = 20 * torch.log10(magnitude(separator.analyse(mixture).network_input[0, 0]).clamp(min=1e-10)).cpu().numpy()
-    panels = [("mixture", _coloured(1 + (level - level.max()) / _RANGE_DB))]
+    values = [("mixture", "spectrogram", 1 + (level - level.max()) / RANGE_DB)]
     for place, name in enumerate(names):
         for what, masks in (("predicted", kept.masks), ("ideal", kept.ratios)):
-            grey = (np.clip(masks[place], 0, 1) * 255).round().astype(np.uint8)
-            panels.append((f"{name}, {what}", np.repeat(grey[..., None], 3, axis=2)))
+            values.append((f"{name}, {what}", "mask", masks[place]))
+    panels = [(text, palette(kind)[(np.clip(v, 0, 1) * 255).round().astype(int)]) for text, kind, v in values]
     height, width = panels[0][1].shape[:2]
     label, gap = 14, 6
     picture = Image.new("RGB", (len(panels) * (width + gap) - gap, height + label), (255, 255, 255))
@@ -232,16 +232,6 @@ def mask_picture(separator: Separator, kept: Kept, names: Sequence[str]) -> np.n
         write.text((left + 1, 1), text, fill=(0, 0, 0))
         picture.paste(Image.fromarray(np.ascontiguousarray(pixels[::-1])), (left, label))
     return np.asarray(picture)
-
-
-_STOPS = np.array([[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]], np.float64)
-
-
-def _coloured(values: np.ndarray) -> np.ndarray:
-    """[F, T] in 0..1 -> uint8 [F, T, 3], from black over violet to yellow."""
-    places = np.clip(values, 0, 1) * (len(_STOPS) - 1)
-    stops = np.arange(len(_STOPS))
-    return np.stack([np.interp(places, stops, _STOPS[:, c]) for c in range(3)], axis=-1).round().astype(np.uint8)
 
 
 def _picture(key: str, image: np.ndarray, logger: Any, step: int) -> None:

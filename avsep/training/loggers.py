@@ -28,7 +28,7 @@ __all__ = ["FilesLogger", "LoggerChoice", "choose_loggers", "closing"]
 
 
 class FilesLogger(Logger):
-    """Pictures as ``root_dir/NAME-STEP.png`` (needs Pillow) and sounds as WAV; numbers are left to the CSV logs."""
+    """Pictures as ``root_dir/NAME-STEP.png`` and sounds as WAV; numbers are left to the CSV logs."""
 
     def __init__(self, *, root_dir: str) -> None:
         self._root_dir = root_dir
@@ -85,7 +85,7 @@ class _Known:
 
 _KNOWN = {
     "tensorboard": _Known("lightning_fabric.loggers.TensorBoardLogger", ("tensorboard",), "tensorboard"),
-    "files": _Known("avsep.training.loggers.FilesLogger", ("PIL",), "report"),
+    "files": _Known("avsep.training.loggers.FilesLogger", ("matplotlib",), "report"),
     "wandb": _Known(
         "lightning.pytorch.loggers.WandbLogger",
         ("wandb", "lightning"),
@@ -200,7 +200,7 @@ def _class_of(name: str) -> type[Any]:
     if known is not None:
         for package in known.packages:
             if importlib.util.find_spec(package) is None:
-                raise MissingExtraError({"PIL": "Pillow"}.get(package, package), known.extra, f"the logger '{name}'")
+                raise MissingExtraError(package, known.extra, f"the logger '{name}'")
     module, dot, attribute = (name if known is None else known.path).rpartition(".")
     if not dot:
         raise UnknownNameError(

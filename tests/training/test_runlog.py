@@ -17,6 +17,7 @@ from avsep.cli import main
 from avsep.data.protocol import TestMixture
 from avsep.data.tasks import task_stream
 from avsep.errors import ConfigError, MissingExtraError, UnknownNameError
+from avsep.evaluation.drawing import palette
 from avsep.training.learner import ContinualLearner
 from avsep.training.log import PICTURES, TaskLog, _picture, chosen_mixtures, gradient_norm, is_pictured
 from avsep.training.loggers import choose_loggers, closing
@@ -191,6 +192,9 @@ def test_files_and_a_rank_that_writes_nothing(tone_store, silent, tmp_path):
 
     with Image.open(pictures[0]) as image:
         assert image.size == (5 * 128 + 4 * 6, 128 + 14)
+        pixels = np.asarray(image)[14:]
+    for panel, kind in ((pixels[:, :128], "spectrogram"), (pixels[:, -128:], "mask")):
+        assert set(map(tuple, panel.reshape(-1, 3).tolist())) <= set(map(tuple, palette(kind).tolist()))
 
 
 def test_how_often():
