@@ -548,17 +548,22 @@ def _passer(loader: DataLoader[Any]) -> Callable[[], object]:
     return one_pass
 
 
+def _tensors(batch: Batch) -> tuple[Tensor | None, ...]:
+    return batch.sources, batch.visual.object, batch.visual.motion, batch.class_ids, batch.video_ids
+
+
 def _batches_check(loaders: dict[str, DataLoader[Any]]) -> Callable[[], str]:
     def check() -> str:
         worst = 0.0
         first, *others = loaders.values()
         for other in others:
             for one, another in zip(first, other, strict=True):
-                for field in ("sources", "object", "motion", "class_ids", "video_ids"):
-                    a, b = getattr(one, field), getattr(another, field)
-                    if (a is None) != (b is None) or (a is not None and a.shape != b.shape):
+                for a, b in zip(_tensors(one), _tensors(another), strict=True):
+                    if a is None and b is None:
+                        continue
+                    if a is None or b is None or a.shape != b.shape:
                         worst = math.inf
-                    elif a is not None:
+                    else:
                         worst = max(worst, (a.double() - b.double()).abs().max().item())
         return agree("batches", worst, 0.0)
 
