@@ -202,6 +202,14 @@ def test_synchronising_changes_a_class_and_nothing_else():
         assert torch.equal(module[1].eval()(x), nn.BatchNorm2d(3).eval()(x))
 
 
+def test_accelerators_normalise_as_pytorch_does():
+    """Its own forward pass, here without other ranks."""
+    norm, x = nn.BatchNorm2d(3), torch.randn(2, 3, 4, 4)
+    synchronise_batch_norm(norm, Ranks(0, 2))
+    assert torch.equal(nn.SyncBatchNorm.forward(norm, x), nn.BatchNorm2d(3)(x))
+    assert norm.num_batches_tracked == 1
+
+
 # what a rank does that notes its process id, and no more
 _NOTE = "import os, sys, time; rank = os.environ['RANK']; open(f'{sys.argv[1]}/{rank}', 'w').write(str(os.getpid()));"
 
