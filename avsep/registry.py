@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from avsep.decoders.base import MaskDecoder
     from avsep.encoders.base import AudioEncoder, VisualEncoder
     from avsep.memory.base import MemoryPolicy
+    from avsep.mixers.base import Mixer
     from avsep.strategies.base import Strategy
 
 __all__ = [
     "AUDIO_ENCODERS",
     "MASK_DECODERS",
     "MEMORIES",
+    "MIXERS",
     "REGISTRIES",
     "STRATEGIES",
     "VISUAL_ENCODERS",
@@ -261,12 +263,13 @@ MASK_DECODERS: Registry[MaskDecoder] = Registry(
 )
 STRATEGIES: Registry[Strategy] = Registry("strategy", "strategies", base="avsep.strategies.base.Strategy")
 MEMORIES: Registry[MemoryPolicy] = Registry("memory policy", "memories", base="avsep.memory.base.MemoryPolicy")
+MIXERS: Registry[Mixer] = Registry("mixer", "mixers", base="avsep.mixers.base.Mixer")
 
 REGISTRIES: dict[str, Registry[Any]] = {
-    r.key: r for r in (AUDIO_ENCODERS, VISUAL_ENCODERS, MASK_DECODERS, STRATEGIES, MEMORIES)
+    r.key: r for r in (AUDIO_ENCODERS, VISUAL_ENCODERS, MASK_DECODERS, STRATEGIES, MEMORIES, MIXERS)
 }
 
-_BUILTIN = ("avsep.encoders", "avsep.decoders", "avsep.strategies", "avsep.memory")
+_BUILTIN = ("avsep.encoders", "avsep.decoders", "avsep.strategies", "avsep.memory", "avsep.mixers")
 _loaded = False
 _failures: list[str] = []  # what other packages' components failed with, for who misses one of them
 

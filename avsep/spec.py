@@ -6,11 +6,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from avsep.errors import ConfigError, UnknownNameError, near_matches
 from avsep.files import read_yaml
-from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS, MEMORIES, STRATEGIES, VISUAL_ENCODERS, Registry
+from avsep.registry import (
+    AUDIO_ENCODERS,
+    MASK_DECODERS,
+    MEMORIES,
+    MIXERS,
+    STRATEGIES,
+    VISUAL_ENCODERS,
+    Registry,
+)
 
 __all__ = [
     "ComponentRef",
@@ -43,7 +61,8 @@ def validated(model: type[_M], data: Any, where: str) -> _M:
         return model.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(str(p) for p in first["loc"])
+        # of a value of several kinds pydantic names the kind too
+        path = ".".join(str(p) for p in first["loc"] if not str(p).startswith(("ComponentRef", "tuple[")))
         if first["type"] == "extra_forbidden":
             owner: Any = model
             for part in first["loc"][:-1]:
@@ -210,6 +229,23 @@ class TrainSpec(_Model):
     audio: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec())
     visual: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec())
     decoder: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec())
+    groups: dict[str, OptimizerSpec] = Field(
+        default_factory=dict, description="optimisers of further parameter groups, by the group's name"
+    )
+    mixer: ComponentRef | None = Field(
+        None, description="which clips meet in a training mixture: as_published when unset"
+    )
+
+    @property
+    def optimizers(self) -> dict[str, OptimizerSpec]:
+        """The settings of each parameter group (:meth:`avsep.Separator.parameter_groups`), by its name."""
+        return {"audio": self.audio, "visual": self.visual, "decoder": self.decoder, **self.groups}
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What came with later versions is left out where it is unset: specs of the same run stay the same text."""
+        data: dict[str, Any] = handler(self)
+        return {key: value for key, value in data.items() if value or key not in ("groups", "mixer")}
 
     @field_validator("gain")
     @classmethod
@@ -225,11 +261,24 @@ def _task_lists(value: Any) -> Any:
     return value
 
 
+def _strategies(value: Any) -> Any:
+    """A list of components becomes a tuple of them; a list of one is the one, and ``(name, parameters)`` too."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    if len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], dict) and "name" not in value[1]:
+        return value
+    if not value:
+        raise ValueError("name at least one strategy")
+    return value[0] if len(value) == 1 else tuple(value)
+
+
 class RunSpec(_Model):
     """Everything that decides a run's result: separator, strategy, memory, training, tasks, protocol and the store."""
 
     separator: SeparatorSpec
-    strategy: ComponentRef
+    strategy: Annotated[ComponentRef | tuple[ComponentRef, ...], BeforeValidator(_strategies)] = Field(
+        description="a component, or a list of several that are combined"
+    )
     memory: ComponentRef = Field(default_factory=lambda: ComponentRef(name="none"))
     train: TrainSpec = Field(default_factory=lambda: TrainSpec())
     tasks: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_task_lists)] = ()
@@ -243,8 +292,21 @@ class RunSpec(_Model):
 
     def check(self) -> None:
         self.separator.check()
-        self.strategy.check(STRATEGIES)
+        for strategy in self.strategies:
+            strategy.check(STRATEGIES)
         self.memory.check(MEMORIES)
+        if self.train.mixer is not None:
+            self.train.mixer.check(MIXERS)
+
+    @property
+    def strategies(self) -> tuple[ComponentRef, ...]:
+        """The strategy, or all that are combined."""
+        return self.strategy if isinstance(self.strategy, tuple) else (self.strategy,)
+
+    @property
+    def strategy_name(self) -> str:
+        """The strategy's name; of several, their names with ``+`` between."""
+        return "+".join(s.name for s in self.strategies)
 
 
 def list_presets() -> dict[str, str]:
@@ -282,17 +344,33 @@ def apply_settings(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"setting {setting!r}: the value is not valid YAML") from None
-        node = data
+        node: Any = data
         *parents, last = key.split(".")
         for part in parents:
+            if isinstance(node, list):
+                node = _member(node, part, setting)
+                continue
             child = node.get(part)
             if isinstance(child, str):  # a component given by bare name: open it up so that params can be set
                 child = {"name": child}
             elif child is None:
                 child = {}
-            if not isinstance(child, dict):
+            if not isinstance(child, (dict, list)):
                 raise ConfigError(f"setting {setting!r}: '{part}' is a value, not a group")
             node[part] = child
             node = child
+        if isinstance(node, list):
+            raise ConfigError(f"setting {setting!r}: '{last}' is one of a list: set something of it")
         node[last] = value
     return data
+
+
+def _member(members: list[Any], name: str, setting: str) -> dict[str, Any]:
+    """The component called ``name`` in a list of components, opened up so that its parameters can be set."""
+    for number, member in enumerate(members):
+        if isinstance(member, str):
+            member = members[number] = {"name": member}
+        if isinstance(member, dict) and member.get("name") == name:
+            return member
+    known = [m["name"] if isinstance(m, dict) else str(m) for m in members]
+    raise UnknownNameError(f"setting {setting!r}: no '{name}' in the list: {near_matches(name, known)}")

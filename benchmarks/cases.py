@@ -26,13 +26,14 @@ from avsep.benchmarks.reference import (
     PublishedUNet,
     literal_training_step,
 )
-from avsep.data.mixing import Slot, TrainingMixtures, collate
+from avsep.data.mixing import Slot, collate
 from avsep.data.store import Clip, Store, StoreWriter
 from avsep.encoders import UNet7
 from avsep.environment import seeded, version_of
 from avsep.errors import ConfigError, DataError, MissingExtraError
 from avsep.evaluation.bss import BssResult, bss_eval
 from avsep.media.timeline import VisualTimeline
+from avsep.mixers.mixtures import TrainingMixtures
 from avsep.registry import REGISTRIES
 from avsep.separator import Separator, build_from_spec
 from avsep.separator.convert import convert_published
@@ -301,7 +302,7 @@ def _library_step(
     visual = student.encode_visual(batch.visual)
     audio = student.audio_encoder(spectrograms.network_input)
     output = student.mask_decoder(audio, visual, batch.class_ids)
-    terms = strategy.loss(student, teacher, Step(batch, spectrograms, audio, visual, output, num_old))
+    terms = strategy.loss(Step(batch, spectrograms, audio, visual, output, num_old, student, teacher))
     torch.stack(list(terms.values())).sum().backward()
     for optimizer in optimizers:
         optimizer.step()

@@ -66,7 +66,7 @@ def memory_rows(
 def reading_memory(path: str | Path, batch: int, mixtures: int, passes: int = _PASSES) -> dict[str, float]:
     """Read passes of different mixtures in this process, and look at its memory after every batch."""
     from avsep.benchmarks.cases import _loader, _mixtures_of
-    from avsep.data.mixing import TrainingMixtures
+    from avsep.mixers.mixtures import TrainingMixtures
     from avsep.spec import FrontEndSpec
 
     before = peak = _anonymous_mb()

@@ -37,12 +37,12 @@ def command(
     from avsep.errors import ConfigError
     from avsep.evaluation.budget import align as aligned
     from avsep.evaluation.budget import budget_of
-    from avsep.runs.folder import read_run_spec
+    from avsep.runs.folder import RunFolder
 
     if to is not None and not align:
         raise ConfigError(f"--to {to} says what to align to: give --align with it")
     names = _names(runs)
-    specs = {name: read_run_spec(run) for name, run in names.items()}
+    specs = {name: RunFolder(run).spec() for name, run in names.items()}
     console = Console()
     console.print(_kept(specs, {name: budget_of(run, task, store=store) for name, run in names.items()}))
     if align:
@@ -89,7 +89,7 @@ def _kept(specs: dict[str, RunSpec], budgets: dict[str, Budget]) -> Table:
     for name, b in budgets.items():
         spec = specs[name]
         table.add_row(
-            escape(f"{name}\n{spec.strategy.name}\n{spec.memory.name}"),
+            escape(f"{name}\n{spec.strategy_name}\n{spec.memory.name}"),
             str(b.task),
             _mb(b.model),
             _mb(b.strategy_state),

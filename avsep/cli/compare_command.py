@@ -60,15 +60,15 @@ def _bounds(runs: list[Path], joint: list[Path] | None, cells: list[Cell]) -> li
     """The runs of joint training: those that are named, else those among the runs, where all have one separator."""
     from avsep.errors import RunError
     from avsep.evaluation.comparison import cells_of_runs
-    from avsep.runs.folder import read_run_spec
+    from avsep.runs.folder import RunFolder
 
     def separator(run: Path) -> dict[str, object]:
-        return read_run_spec(run).separator.model_dump(exclude={"num_classes", "classes"})
+        return RunFolder(run).spec().separator.model_dump(exclude={"num_classes", "classes"})
 
     if joint is None:
         if any(separator(run) != separator(runs[0]) for run in runs[1:]):
             return []
-        return [c for run, c in zip(runs, cells, strict=True) if read_run_spec(run).strategy.name == "joint"]
+        return [c for run, c in zip(runs, cells, strict=True) if RunFolder(run).spec().strategy_name == "joint"]
     for bound in joint:
         for run in runs:
             if separator(bound) != separator(run):

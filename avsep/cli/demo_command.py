@@ -161,6 +161,7 @@ def _work(strategy: str, out: str, name: str, tasks: list[list[str]], seed: int,
         torch.set_num_threads(threads)
         from avsep.data.tasks import task_stream
         from avsep.evaluation.evaluate import evaluate_run
+        from avsep.runs.folder import RunFolder
         from avsep.spec import RunSpec, load_preset, validated
         from avsep.training.learner import ContinualLearner
 
@@ -181,7 +182,7 @@ def _work(strategy: str, out: str, name: str, tasks: list[list[str]], seed: int,
         run = Path(out) / strategy
         shown = _QueueProgress(strategy, messages)
         learner = ContinualLearner.from_spec(spec, accelerator="cpu")
-        learner.fit(stream, run, resume=(run / "run.yaml").is_file(), progress=shown, preset=name)
+        learner.fit(stream, run, resume=RunFolder(run).is_run, progress=shown, preset=name)
         for task in range(len(tasks)):
             shown.add(f"{strategy} test {task + 1}/{len(tasks)}", total=None)
             evaluate_run(run, tasks=[task], progress=lambda _task, done, total: shown.update(0, done, total))
@@ -244,8 +245,9 @@ def _train_both(out: Path, preset: str, tasks: list[list[str]], seed: int) -> No
 
 def _results(runs: dict[str, Path]) -> dict[str, dict[str, Any]]:
     from avsep.files import read_json
+    from avsep.runs.folder import RunFolder
 
-    return {name: read_json(run / "evaluation.json") for name, run in runs.items()}
+    return {name: read_json(RunFolder(run).evaluation_file) for name, run in runs.items()}
 
 
 def _print_scores(console: Console, results: dict[str, dict[str, Any]]) -> None:

@@ -28,8 +28,10 @@ class _RunByDefault(TyperGroup):
 
 def _is_a_run(args: list[str]) -> bool:
     """Whether the first word is a run folder that is called as a subcommand: ``avsep export run --out b``."""
+    from avsep.runs.folder import RunFolder
+
     alone = len(args) == 1 or args[1].startswith("-")
-    return alone and not {"-h", "--help"} & set(args[1:]) and (Path(args[0]) / "run.yaml").is_file()
+    return alone and not {"-h", "--help"} & set(args[1:]) and RunFolder(args[0]).is_run
 
 
 app = typer.Typer(
@@ -163,7 +165,7 @@ def run(
     from avsep.errors import ConfigError
     from avsep.export import ExportPlan, export_run
     from avsep.progress import progress_bar
-    from avsep.runs.folder import finished_tasks
+    from avsep.runs.folder import RunFolder
 
     if all_tasks and task:
         raise ConfigError(f"--all-tasks and --task {task[0]} ask for different things: give one of them")
@@ -177,7 +179,7 @@ def run(
             raise ConfigError(f"{option} {value} does nothing without {needs}: give that too, or leave it out")
     if target is not None:
         _check_target(target)
-    finished = finished_tasks(run)
+    finished = RunFolder(run).finished_tasks()
     tasks: int | list[int] | None = None
     if not all_tasks:
         tasks = (task[0] if len(set(task)) == 1 else task) if task else finished[-1]

@@ -74,13 +74,13 @@ def command(
     from avsep.environment import world_size
     from avsep.errors import CheckpointError, ConfigError
     from avsep.presets.fidelity import apply_fidelity
-    from avsep.runs.folder import read_run_spec
+    from avsep.runs.folder import RunFolder
     from avsep.spec import RunSpec, apply_settings, load_preset, validated
     from avsep.training.learner import ContinualLearner
     from avsep.training.loggers import choose_loggers
 
     if resume:
-        spec = read_run_spec(out)
+        spec = RunFolder(out).spec()
         data = spec.model_dump(mode="json")
         if preset is not None and preset != spec.preset:
             raise ConfigError(
@@ -134,7 +134,7 @@ def command(
         learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers, loggers=logger)
         records = learner.fit(stream, out, resume=resume, preset=spec.preset)
     except KeyboardInterrupt:
-        way_on = f"go on with: avsep train --out {out} --resume" if (out / "run.yaml").is_file() else ""
+        way_on = f"go on with: avsep train --out {out} --resume" if RunFolder(out).is_run else ""
         if world_size() > 1 and devices is not None:
             way_on = ""  # the process that started this one prints it
         raise KeyboardInterrupt(way_on) from None
@@ -144,7 +144,7 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{spec.strategy.name}, memory {spec.memory.name}")
+    table = Table(title=f"{spec.strategy_name}, memory {spec.memory.name}")
     for heading in ("task", "classes", "steps", "best epoch", "validation SDR dB", "minutes"):
         table.add_column(heading, justify="left" if heading == "classes" else "right")
     for record in records:

@@ -28,24 +28,18 @@ from typing import Any, Literal
 import torch
 
 from avsep.data.mixing import collate, load_slot
-from avsep.data.protocol import Protocol
 from avsep.data.store import Clip, Store
 from avsep.data.tasks import make_tasks
 from avsep.environment import seeded
 from avsep.errors import CheckpointError, ConfigError
 from avsep.memory.base import Candidates, Keep, MemoryPolicy, memory_rng
-from avsep.registry import MEMORIES, STRATEGIES
-from avsep.runs.folder import (
-    STRATEGY_FILE,
-    finished_tasks,
-    open_run_store,
-    read_exemplars,
-    read_run_spec,
-    separator_folder,
-)
+from avsep.registry import MEMORIES
+from avsep.runs.folder import RunFolder
+from avsep.runs.reading import open_run_store, read_exemplars
 from avsep.separator import Separator, build_from_spec, load_separator
 from avsep.spec import ComponentRef, FrontEndSpec, RunSpec, SeparatorSpec
-from avsep.strategies.base import Strategy
+from avsep.strategies import build_strategy
+from avsep.strategies.base import Strategy, TaskContext
 from avsep.types import Batch, Task, VisualSource
 
 __all__ = ["Aligned", "Budget", "ExemplarBytes", "align", "budget_of", "estimate", "exemplar_bytes"]
@@ -175,26 +169,26 @@ def budget_of(run: str | Path, task: int | None = None, *, store: Store | str | 
             or damaged.
     """
 
-    run = Path(run)
-    spec = read_run_spec(run)
-    finished = finished_tasks(run)
+    folder = RunFolder(run)
+    spec = folder.spec()
+    finished = folder.finished_tasks()
     if task is None:
         task = min(finished[-1], max(len(spec.tasks) - 2, 0))
     if task not in finished:
         raise CheckpointError(f"{run} has no finished task {task}: it has {', '.join(str(t) for t in finished)}")
     separator = load_separator(run, task)
-    strategy: Strategy = STRATEGIES.create(spec.strategy.name, spec.strategy.params)
+    strategy = build_strategy(spec.strategies)
     memory: MemoryPolicy = MEMORIES.create(spec.memory.name, spec.memory.params)
     kept = {e.id: memory.keep for of in read_exemplars(run, task).values() for e in of}
     weight = ExemplarBytes()
     if kept or strategy.uses_all_data:
-        opened = open_run_store(run, store, Protocol.load(run / "protocol.json"))
+        opened = open_run_store(folder, store)
         if strategy.uses_all_data:
             kept = {c.id: "recording" for c in opened.select(classes=list(separator.classes), split="train")}
         sources, front_end = separator.visual_sources(), separator.spec.front_end
         for clip in opened.clips_by_id(list(kept)):
             weight += exemplar_bytes(opened, clip, sources, front_end, keep=kept[clip.id])
-    state = separator_folder(run, task).with_name(STRATEGY_FILE)
+    state = folder.task(task).strategy_file
     return _budget(
         separator, strategy, task, _file_bytes(state) if state.is_file() else 0, len(kept), weight, basis="run"
     )
@@ -281,7 +275,7 @@ class _Estimator:
 
     def estimate(self, name: str, spec: RunSpec, memory: ComponentRef) -> Budget:
         tasks, index = self.stream(name, spec)
-        strategy: Strategy = STRATEGIES.create(spec.strategy.name, spec.strategy.params)
+        strategy = build_strategy(spec.strategies)
         separator = self._separator(spec.separator, tasks[index].seen)
         count, weight = self._exemplars(spec, strategy, memory, separator, tasks, index)
         return _budget(
@@ -303,16 +297,17 @@ class _Estimator:
         return self._separators[key]
 
     def _state(self, spec: RunSpec, strategy: Strategy, task: Task) -> int:
-        if type(strategy).state_dict is Strategy.state_dict:
+        if not strategy.keeps_state:
             return 0
         full = _of_classes(spec.separator, task.seen)
-        key = (full.model_dump_json(), spec.strategy.model_dump_json())
+        key = (full.model_dump_json(), str([ref.model_dump_json() for ref in spec.strategies]))
         if key not in self._states:
             with seeded(0):
                 separator = build_from_spec(full).eval()
                 first = Task(index=0, classes=task.seen, seen=task.seen)
-                strategy.before_task(separator, None, first)
-                strategy.after_task(separator, None, first, _OneMixture(self.store, separator))
+                ctx = TaskContext(first, separator, None, _OneMixture(self.store, separator))
+                strategy.begin_task(ctx)
+                strategy.after_task(ctx)
             self._states[key] = sum(_tensor_bytes(strategy.state_dict()))
         return self._states[key]
 
@@ -378,8 +373,6 @@ def _of_classes(spec: SeparatorSpec, classes: tuple[str, ...]) -> SeparatorSpec:
 class _OneMixture:
     """:class:`~avsep.strategies.TaskData` that gives one mixture, however many are asked for."""
 
-    is_last = False
-
     def __init__(self, store: Store, separator: Separator) -> None:
         self.store = store
         self.separator = separator
@@ -442,8 +435,8 @@ def align(
     fallback = memory if isinstance(memory, ComponentRef) else ComponentRef(name=memory)
     fallback.check(MEMORIES)
     for name, spec in methods.items():
-        if STRATEGIES.create(spec.strategy.name, spec.strategy.params).uses_all_data:
-            raise ConfigError(f"{name} ('{spec.strategy.name}') keeps all data, which no budget bounds: leave it out")
+        if build_strategy(spec.strategies).uses_all_data:
+            raise ConfigError(f"{name} ('{spec.strategy_name}') keeps all data, which no budget bounds: leave it out")
     if budget is None:
         budget = max(estimator.estimate(name, spec, spec.memory).total for name, spec in methods.items())
     return {name: _aligned(estimator, name, spec, budget, fallback) for name, spec in methods.items()}
@@ -487,7 +480,7 @@ def _aligned(estimator: _Estimator, name: str, spec: RunSpec, budget: int, fallb
     most = _last(least, most, fillable)
     bounded = estimator.estimate(name, spec, sized(least)).total <= budget
     if not bounded:
-        strategy: Strategy = STRATEGIES.create(spec.strategy.name, spec.strategy.params)
+        strategy = build_strategy(spec.strategies)
         if strategy.needs_memory:
             raise ConfigError(
                 f"{name} needs a memory, and {number}={least} takes it beyond the budget of {budget:,} bytes: raise "

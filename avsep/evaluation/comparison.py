@@ -48,7 +48,7 @@ from avsep.evaluation.continual import (
 )
 from avsep.evaluation.evaluate import METRICS, current_evaluation, is_counted, rows_of_task, summarise
 from avsep.registry import MEMORIES, STRATEGIES, Registry
-from avsep.runs.folder import read_run_spec
+from avsep.runs.folder import RunFolder
 from avsep.spec import ComponentRef, RunSpec
 
 __all__ = [
@@ -348,7 +348,7 @@ def cells_of_runs(folders: Sequence[str | Path]) -> list[Cell]:
     Raises:
         RunError: a folder is not a run, or has no scores of its separators as they are now.
     """
-    specs = [read_run_spec(folder) for folder in folders]
+    specs = [RunFolder(folder).spec() for folder in folders]
     cells = []
     for folder, spec, method in zip(folders, specs, _method_names(specs), strict=True):
         evaluation = current_evaluation(folder)
@@ -388,7 +388,7 @@ _NOT_METHOD = (
 
 def _method_names(specs: Sequence[RunSpec]) -> list[str]:
     facts = [_facts(spec) for spec in specs]
-    plain = [spec.strategy.name + ("" if spec.memory.name == "none" else f" + {spec.memory.name}") for spec in specs]
+    plain = [spec.strategy_name + ("" if spec.memory.name == "none" else f" + {spec.memory.name}") for spec in specs]
     names = []
     for mine, name in zip(facts, plain, strict=True):
         alike = [f for f, other in zip(facts, plain, strict=True) if other == name]
@@ -404,8 +404,11 @@ def _method_names(specs: Sequence[RunSpec]) -> list[str]:
 def _facts(spec: RunSpec) -> dict[str, str]:
     """Everything that makes a method, flat, with the parameters that were left at their defaults."""
     data = spec.model_dump(mode="json")
-    for part, ref, registry in (("strategy", spec.strategy, STRATEGIES), ("memory", spec.memory, MEMORIES)):
-        data[part]["params"] = _filled(ref, registry)
+    data["memory"]["params"] = _filled(spec.memory, MEMORIES)
+    if isinstance(spec.strategy, tuple):
+        data["strategy"] = {ref.name: _filled(ref, STRATEGIES) for ref in spec.strategy}
+    else:
+        data["strategy"]["params"] = _filled(spec.strategy, STRATEGIES)
     return {key: str(v) for key, v in _flat(data).items() if not key.startswith(_NOT_METHOD)}
 
 

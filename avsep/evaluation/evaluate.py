@@ -25,7 +25,8 @@ from avsep.errors import AvsepError, DataError, NumericalError, RunError
 from avsep.evaluation.bss import SILENCE, bss_eval, si_sdr
 from avsep.evaluation.continual import continual_scores
 from avsep.files import read_json, sha256_file, write_json
-from avsep.runs.folder import finished_tasks, open_run_store, read_run_spec, separator_folder
+from avsep.runs.folder import RunFolder
+from avsep.runs.reading import open_run_store
 from avsep.types import Batch, move_to
 
 if TYPE_CHECKING:
@@ -370,14 +371,14 @@ def current_evaluation(run_folder: str | Path) -> dict[str, Any] | None:
     """What the run's ``evaluation.json`` holds; None where there is none, or where it is of other mixtures, of another
     version of the protocol or of this file, of an earlier task than the last finished one, or of weights that are no
     longer there."""
-    run = Path(run_folder)
-    path = run / "evaluation.json"
+    run = RunFolder(run_folder)
+    path = run.evaluation_file
     if not path.is_file():
         return None
-    protocol = Protocol.load(run / "protocol.json")
-    last = finished_tasks(run)[-1]
-    steps = _previous(path, _identity(protocol, read_run_spec(run).store_hash or protocol.store_hash))
-    if last not in steps or steps[last].get("separator") != _separator_hash(separator_folder(run, last)):
+    protocol = Protocol.load(run.protocol_file)
+    last = run.finished_tasks()[-1]
+    steps = _previous(path, _identity(protocol, run.spec().store_hash or protocol.store_hash))
+    if last not in steps or steps[last].get("separator") != _separator_hash(run.task(last).separator):
         return None
     result: dict[str, Any] = read_json(path)
     return result
@@ -424,18 +425,18 @@ def evaluate_run(
     """
     from avsep.separator import load_separator
 
-    run = Path(run_folder)
-    finished = finished_tasks(run)
+    run = RunFolder(run_folder)
+    finished = run.finished_tasks()
     for task in tasks or ():
         if task not in finished:
             raise RunError(f"task {task} of {run} is not finished; finished: {', '.join(map(str, finished))}")
-    protocol = Protocol.load(run / "protocol.json")
+    protocol = Protocol.load(run.protocol_file)
     opened = open_run_store(run, store, protocol)
     task_of = {name: index for index, names in enumerate(protocol.tasks) for name in names}
     identity = _identity(protocol, opened.content_hash)
-    path = run / "evaluation.json"
+    path = run.evaluation_file
     steps = {t: step for t, step in _previous(path, identity).items() if t in finished}
-    hashes = {t: _separator_hash(separator_folder(run, t)) for t in finished}
+    hashes = {t: _separator_hash(run.task(t).separator) for t in finished}
     steps = {t: step for t, step in steps.items() if step.get("separator") == hashes[t]}
 
     result = _assemble(identity, steps, protocol)
@@ -456,7 +457,7 @@ def evaluate_run(
                 progress(task, done, total)
 
         scores = evaluate_separator(
-            load_separator(run, task=task),
+            load_separator(run.path, task=task),
             opened,
             mixtures,
             batch_size=batch_size,
@@ -475,12 +476,12 @@ def evaluate_run(
     return result
 
 
-def _costs(run: Path, task: int, store: Store) -> dict[str, Any]:
+def _costs(run: RunFolder, task: int, store: Store) -> dict[str, Any]:
     """What learning a finished task took, and what it keeps for the next."""
     from avsep.evaluation.budget import budget_of
 
-    record = read_json(separator_folder(run, task).with_name("task.json"))
-    return {"seconds": record.get("seconds"), "memory": budget_of(run, task, store=store).plain()}
+    record = run.task(task).record()
+    return {"seconds": record.get("seconds"), "memory": budget_of(run.path, task, store=store).plain()}
 
 
 def _summaries(rows: list[dict[str, Any]]) -> dict[str, Any]:

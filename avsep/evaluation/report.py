@@ -17,7 +17,8 @@ import numpy as np
 from avsep.errors import AvsepError, RunError
 from avsep.evaluation.drawing import PAGE_BYTES, SignalView, dependencies, markup, page_environment, pretty
 from avsep.files import write_text
-from avsep.runs.folder import finished_tasks, open_run_store, read_run_spec
+from avsep.runs.folder import RunFolder
+from avsep.runs.reading import open_run_store
 
 if TYPE_CHECKING:
     import torch
@@ -330,7 +331,7 @@ def write_report(
         MissingExtraError: Jinja2 or matplotlib is not installed.
     """
     dependencies()
-    target = Path(out) if out is not None else Path(run_folder) / "report.html"
+    target = Path(out) if out is not None else RunFolder(run_folder).report_file
     if target.is_dir():
         raise AvsepError(f"{target} is a folder: name the page, for example {target / 'report.html'}")
     context = gather([run_folder, *(compare or ())], mixtures=mixtures, store=store, device=device, progress=progress)
@@ -355,8 +356,8 @@ def gather(
     if mixtures < 0:
         raise AvsepError(f"the number of mixtures cannot be {mixtures}")
     folders = [Path(r) for r in runs]
-    finished = {folder: finished_tasks(folder) for folder in folders}
-    protocols = [Protocol.load(folder / "protocol.json") for folder in folders]
+    finished = {folder: RunFolder(folder).finished_tasks() for folder in folders}
+    protocols = [Protocol.load(RunFolder(folder).protocol_file) for folder in folders]
     protocol = protocols[0]
     for folder, other in zip(folders, protocols, strict=True):
         if other.hash != protocol.hash:
@@ -415,9 +416,9 @@ def _fitting(samples: int, sources: int, runs: int) -> int:
 
 
 def _run_names(folders: Sequence[Path]) -> list[str]:
-    specs = [read_run_spec(folder) for folder in folders]
+    specs = [RunFolder(folder).spec() for folder in folders]
     names = [
-        spec.strategy.name + ("" if spec.memory.name == "none" else f" + {spec.memory.name}").replace("_", " ")
+        spec.strategy_name + ("" if spec.memory.name == "none" else f" + {spec.memory.name}").replace("_", " ")
         for spec in specs
     ]
     return [
@@ -430,10 +431,10 @@ def _run_view(folder: Path, name: str, finished: int) -> RunView:
     from avsep.data.protocol import Protocol
     from avsep.evaluation.evaluate import current_evaluation
 
-    spec = read_run_spec(folder)
+    spec = RunFolder(folder).spec()
     separator = spec.separator
     parts = {
-        "strategy": _component(spec.strategy),
+        "strategy": " + ".join(_component(strategy) for strategy in spec.strategies),
         "memory": _component(spec.memory),
         "preset": spec.preset or "none",
         "audio encoder": _component(separator.audio_encoder),
@@ -441,11 +442,11 @@ def _run_view(folder: Path, name: str, finished: int) -> RunView:
         "motion encoder": _component(separator.motion_encoder),
         "mask decoder": _component(separator.mask_decoder),
         **_training(spec.train),
-        "test protocol": _protocol_text(Protocol.load(folder / "protocol.json")),
+        "test protocol": _protocol_text(Protocol.load(RunFolder(folder).protocol_file)),
         "validation": f"{spec.validation_protocol}, {spec.train.validation_pairs or 'all'} pairs of each list, every "
         f"{spec.train.validate_every} epochs",
     }
-    losses, validation, boundaries = _curves(folder / "logs")
+    losses, validation, boundaries = _curves(RunFolder(folder).logs)
     return RunView(
         name=name,
         folder=folder.name,

@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from avsep.data.mixing import epoch_steps
 from avsep.data.protocol import PROTOCOLS
 from avsep.data.store import Store
 from avsep.data.tasks import TaskStream, task_stream
 from avsep.errors import AvsepError, ConfigError, UnknownNameError, near_matches
 from avsep.evaluation.evaluate import EVALUATION_VERSION
-from avsep.registry import STRATEGIES
+from avsep.mixers.mixtures import epoch_steps
 from avsep.reproduce.preset import GridPreset
 from avsep.spec import ComponentRef, RunSpec, SeparatorSpec, TrainSpec
+from avsep.strategies import build_strategy
 
 __all__ = [
     "BASES",
@@ -340,10 +340,10 @@ def _cell(base: str, row: Row, seed: int, preset: GridPreset, separator: Separat
     data = spec.model_dump(mode="json", exclude={"store", "preset", "store_hash"})
     identity = {"spec": data, **common}
     problem = ""
-    first: dict[str, Any] = {}
+    first: dict[str, Any] | None = {}
     try:
         spec.check()
-        first = STRATEGIES.create(row.strategy, row.params).first_task()
+        first = build_strategy(ComponentRef(name=row.strategy, params=row.params)).first_task()
     except AvsepError as error:
         problem = str(error)
     trained = train.model_dump(mode="json", exclude={"memory_repeats", "memory_share"})  # there are no exemplars yet
@@ -353,7 +353,8 @@ def _cell(base: str, row: Row, seed: int, preset: GridPreset, separator: Separat
         "separator": data["separator"],
         "train": trained,
         "classes": list(stream.tasks[0].classes),
-        "strategy": first,
+        # a first task that is not to be shared is this row's own
+        "strategy": {"not_shared": data["strategy"]} if first is None else first,
         **common,
     }
     first_steps, steps = _steps(spec, train, stream)
@@ -380,7 +381,7 @@ def _features(separator: SeparatorSpec, store: Store) -> dict[str, str]:
 
 def _steps(spec: RunSpec, train: TrainSpec, stream: TaskStream) -> tuple[int, int]:
     """About how many steps the first task takes, and the others together; for progress and for the order of work."""
-    joint = spec.strategy.name == "joint"
+    joint = spec.strategy_name == "joint"
     kept = int(spec.memory.params.get("per_class", 1)) if spec.memory.name != "none" and not joint else 0
     counts = []
     for task in stream.tasks:

@@ -24,6 +24,7 @@ from avsep.reproduce.grid import Cell, Grid, identity_key
 from avsep.reproduce.preset import GridPreset
 from avsep.reproduce.results import ResultStore
 from avsep.reproduce.worker import FAILED, KEPT, PROGRESS, first_task_done, run_unit
+from avsep.runs.folder import RunFolder
 
 __all__ = [
     "LAUNCHERS",
@@ -329,7 +330,7 @@ class _Loop:
 
     def _first_spec(self, cell: Cell, folder: Path) -> dict[str, Any]:
         """A run of the first task alone. Several strategies may share it: one that was begun stays as it is."""
-        if (folder / "unit.json").is_file() and (folder / "run" / "run.yaml").is_file():
+        if (folder / "unit.json").is_file() and RunFolder(folder / "run").is_run:
             begun: dict[str, Any] = read_json(folder / "unit.json")["spec"]
             return begun
         spec = cell.spec.model_dump(mode="json")

@@ -21,6 +21,7 @@ from typing import Any
 from avsep.errors import AvsepError, RunError
 from avsep.files import FolderLock, read_json, write_json
 from avsep.progress import Progress
+from avsep.runs.folder import RunFolder
 
 __all__ = ["FAILED", "KEPT", "PROGRESS", "first_task_done", "run_unit"]
 
@@ -67,7 +68,7 @@ class _FileProgress(Progress):
 
 
 def first_task_done(run: Path) -> bool:
-    return (run / "tasks" / "00" / "task.json").is_file()
+    return RunFolder(run).task(0).record_file.is_file()
 
 
 def run_unit(file: str | Path) -> bool:
@@ -112,7 +113,7 @@ def _run(unit: dict[str, Any], folder: Path) -> None:
     if stream.store.content_hash != spec.store_hash:
         raise RunError(f"{unit['store']} is not the store that the command began with: it has been changed")
     _wait_for(run)
-    resume = (run / "run.yaml").is_file()
+    resume = RunFolder(run).is_run
     if not resume:  # what a kill may have left of its making
         shutil.rmtree(run, ignore_errors=True)
     progress = _FileProgress(folder / PROGRESS)
@@ -121,7 +122,7 @@ def _run(unit: dict[str, Any], folder: Path) -> None:
     first = None if first_task_done(run) else unit["first"]
     learner.fit(stream, run, resume=resume, progress=progress, preset=unit["preset"], first_task=first)
     if unit["kind"] == "first":
-        shutil.rmtree(run / "state", ignore_errors=True)
+        shutil.rmtree(RunFolder(run).state, ignore_errors=True)
         return
     if unit["keep"]:
         (folder / KEPT).touch()  # before the result, so that no kill comes between; a new start takes it away

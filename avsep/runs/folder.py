@@ -1,94 +1,144 @@
-"""Run folders: what is in one, whoever asks."""
+"""Run folders: every path and file name of a run, in one class.
+
+Layout::
+
+    run.yaml                          the run's spec (:class:`avsep.spec.RunSpec`)
+    protocol.json                     the test mixtures
+    tasks/TT/separator                the separator after task TT
+    tasks/TT/strategy.safetensors     what the strategy keeps for the next task, where it keeps something
+    tasks/TT/task.json                the task's record, written last: a task without one is not finished
+    state/                            the checkpoint that a resume goes on from
+    logs/                             train.csv, validation.csv and the loggers' own
+    evaluation.json, report.html      once evaluated and reported
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from avsep.data.protocol import Protocol
-from avsep.data.store.files import Store
-from avsep.errors import CheckpointError, ConfigError, DataError, RunError
-from avsep.files import read_json, read_yaml
+from avsep.errors import CheckpointError, ConfigError, RunError
+from avsep.files import read_json, read_yaml, write_json, write_yaml
 from avsep.spec import RunSpec, validated
 
-if TYPE_CHECKING:
-    from avsep.memory.base import Memory
-
-__all__ = ["STRATEGY_FILE", "finished_tasks", "open_run_store", "read_exemplars", "read_run_spec", "separator_folder"]
-
-STRATEGY_FILE = "strategy.safetensors"  # beside task.json, where the strategy keeps something for the next task
+__all__ = ["RunFolder", "TaskFolder"]
 
 
-def read_run_spec(run: str | Path) -> RunSpec:
-    """The spec of a run folder; raises :class:`RunError` where the folder is not one."""
-    path = Path(run) / "run.yaml"
-    if not path.is_file():
-        raise RunError(f"{run} is not a run folder: it has no run.yaml (see: avsep train --help)")
-    try:
-        return validated(RunSpec, read_yaml(path), str(path))
-    except ConfigError as error:
-        raise RunError(f"{error}; restore the file, or start another run") from None
+class TaskFolder:
+    """The folder of one task of a run."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.separator = path / "separator"
+        self.strategy_file = path / "strategy.safetensors"
+        self.record_file = path / "task.json"
 
-def separator_folder(run: str | Path, task: int) -> Path:
-    """Where the separator of a finished task lies."""
-    return Path(run) / "tasks" / f"{task:02d}" / "separator"
+    @property
+    def is_finished(self) -> bool:
+        return self.record_file.is_file() and self.separator.is_dir()
 
+    def record(self) -> dict[str, Any]:
+        """The task's record.
 
-def read_exemplars(run: str | Path, task: int) -> Memory:
-    """The memory after a finished task, by class.
-
-    Raises:
-        CheckpointError: the task's record is missing or damaged.
-    """
-    from avsep.memory.base import exemplars_from_plain
-
-    path = separator_folder(run, task).with_name("task.json")
-    try:
-        record = read_json(path)
-        return exemplars_from_plain(record["exemplars"] if isinstance(record, dict) else record, str(path))
-    except KeyError:
-        raise CheckpointError(f"{path} names no exemplars: it is damaged; train the task again") from None
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-
-
-def finished_tasks(run: str | os.PathLike[str]) -> list[int]:
-    """Indices of a run's finished tasks, in order.
-
-    Raises:
-        RunError: the folder is not a run, or none of its tasks is finished.
-    """
-    folder = Path(run)
-    if not (folder / "run.yaml").is_file():
-        raise RunError(f"{run} is not a run folder: it has no run.yaml (see: avsep train --help)")
-    found = sorted(
-        int(p.parent.name)
-        for p in folder.glob("tasks/*/task.json")
-        if p.parent.name.isdigit() and (p.parent / "separator").is_dir()
-    )
-    if not found:
-        raise RunError(f"{run} has no finished task yet: let avsep train go on (--resume)")
-    return found
-
-
-def open_run_store(run: Path, store: Store | str | Path | None, protocol: Protocol) -> Store:
-    """The run's store, or ``store`` in its place; raises :class:`DataError` when it is not the one trained on."""
-    spec = read_run_spec(run)
-    if not isinstance(store, Store):
-        where = store or spec.store
-        if not where:
-            raise RunError(f"{run} does not name its store: give it with --store")
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
         try:
-            store = Store.open(where)
-        except DataError as error:
-            hint = "" if store else " (the run's own store; give another place with --store)"
-            raise DataError(f"{error}{hint}") from None
-    wanted = spec.store_hash or protocol.store_hash
-    if store.content_hash != wanted:
-        raise DataError(
-            f"{store.path} is not the store {run} was trained on: its hash is {store.content_hash[:12]}, the run's "
-            f"{wanted[:12]}; give the right one with --store"
-        )
-    return store
+            found = read_json(self.record_file)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self.record_file} is damaged: it is no record of a task; train the task again")
+        return found
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        write_json(self.record_file, record)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a kill left while the task was being written."""
+        for leftover in self.path.glob(".separator-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self.path.glob(".strategy-*"):
+            leftover.unlink()
+
+
+class RunFolder:
+    """A run's folder, which need not be there yet."""
+
+    def __init__(self, path: str | os.PathLike[str] | RunFolder) -> None:
+        self.path = path.path if isinstance(path, RunFolder) else Path(path)
+        self.spec_file = self.path / "run.yaml"
+        self.protocol_file = self.path / "protocol.json"
+        self.evaluation_file = self.path / "evaluation.json"
+        self.report_file = self.path / "report.html"
+        self.state = self.path / "state"
+        self.logs = self.path / "logs"
+        self.tasks = self.path / "tasks"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether there is a run."""
+        return self.spec_file.is_file()
+
+    def task(self, index: int) -> TaskFolder:
+        return TaskFolder(self.tasks / f"{index:02d}")
+
+    def require(self) -> None:
+        """Raise :class:`RunError` where there is no run."""
+        if not self.is_run:
+            raise RunError(f"{self} is not a run folder: it has no run.yaml (see: avsep train --help)")
+
+    def spec(self) -> RunSpec:
+        """The run's spec.
+
+        Raises:
+            RunError: there is no run, or its spec is damaged.
+        """
+        self.require()
+        try:
+            return validated(RunSpec, read_yaml(self.spec_file), str(self.spec_file))
+        except ConfigError as error:
+            raise RunError(f"{error}; restore the file, or start another run") from None
+
+    def write_spec(self, spec: RunSpec) -> None:
+        write_yaml(self.spec_file, spec.model_dump(mode="json"))
+
+    def finished_tasks(self) -> list[int]:
+        """Indices of the finished tasks, in order.
+
+        Raises:
+            RunError: there is no run, or none of its tasks is finished.
+        """
+        self.require()
+        found = sorted(i for i, folder in self._task_folders() if folder.is_finished)
+        if not found:
+            raise RunError(f"{self} has no finished task yet: let avsep train go on (--resume)")
+        return found
+
+    def _task_folders(self) -> list[tuple[int, TaskFolder]]:
+        return [(int(p.name), TaskFolder(p)) for p in self.tasks.glob("*") if p.name.isdigit()]
+
+    def begun_tasks(self) -> int:
+        """The number of tasks from the first on whose record is there."""
+        count = 0
+        while self.task(count).record_file.is_file():
+            count += 1
+        return count
+
+    def remove_leftovers(self) -> None:
+        """Remove what a kill left while a task was being written."""
+        for _, folder in self._task_folders():
+            folder.remove_leftovers()
+
+    def foreign_entry(self) -> str | None:
+        """The name of something in the folder that is not this library's; None for an empty or missing folder."""
+        found = sorted(p.name for p in self.path.iterdir() if p.name != ".lock") if self.path.is_dir() else []
+        return found[0] if found else None

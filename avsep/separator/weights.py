@@ -21,11 +21,12 @@ from safetensors.torch import save as safetensors_bytes
 from avsep.encoders.visual._pretrained import weights_come_later
 from avsep.errors import CheckpointError, ConfigError, RunError
 from avsep.files import atomic_path, give_usual_rights, read_yaml, write_yaml
+from avsep.runs.folder import RunFolder
 from avsep.separator.build import build_from_spec
 from avsep.separator.module import Separator
 from avsep.spec import SeparatorSpec, validated
 
-__all__ = ["SPEC_FILE", "WEIGHTS_FILE", "load_separator", "save_separator"]
+__all__ = ["SPEC_FILE", "WEIGHTS_FILE", "load_separator", "save_separator", "weight_shapes"]
 
 SPEC_FILE = "separator.yaml"
 WEIGHTS_FILE = "model.safetensors"
@@ -104,15 +105,16 @@ def _separator_folder(path: Path, task: int | None) -> Path:
         if task is not None:
             raise CheckpointError(f"{path} is one separator, not a run, so it has no task {task}: leave the task out")
         return path
-    tasks = path / "tasks"
-    if not tasks.is_dir() and not (path / "run.yaml").is_file():
+    run = RunFolder(path)
+    if not run.tasks.is_dir() and not run.is_run:
         raise CheckpointError(
             f"{path} is neither a separator ({SPEC_FILE} and {WEIGHTS_FILE}) nor a run (tasks/00/separator)"
         )
+    folders = {int(entry.name): run.task(int(entry.name)) for entry in run.tasks.glob("*") if entry.name.isdigit()}
     finished = {
-        int(entry.name): entry / "separator"
-        for entry in sorted(tasks.glob("*"))
-        if entry.name.isdigit() and (entry / "task.json").is_file() and (entry / "separator" / WEIGHTS_FILE).is_file()
+        number: folder.separator
+        for number, folder in sorted(folders.items())
+        if folder.record_file.is_file() and (folder.separator / WEIGHTS_FILE).is_file()
     }
     if not finished:
         raise CheckpointError(f"{path} has no finished task yet: train it further (avsep train --resume)")
@@ -145,6 +147,12 @@ def _spec_in_weights(path: Path) -> Any:
         return json.loads(header["spec"])
     except (KeyError, ValueError):
         raise CheckpointError(f"{path} has no readable spec in its header: save it again") from None
+
+
+def weight_shapes(folder: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a saved separator's tensors by name, without reading them."""
+    with _open_weights(Path(folder) / WEIGHTS_FILE) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (not a dict)
 
 
 def _check_same_spec(folder: Path, spec: SeparatorSpec) -> None:

@@ -1,7 +1,9 @@
 """Continual strategies. One page a method."""
 
+from avsep.strategies.agem import AGEM
 from avsep.strategies.avcil import AVCIL
-from avsep.strategies.base import Step, Strategy, TaskData
+from avsep.strategies.base import Step, Strategy, TaskContext, TaskData
+from avsep.strategies.composition import Composition, build_strategy
 from avsep.strategies.contavsep import ContAVSep
 from avsep.strategies.ewc import EWC
 from avsep.strategies.ewf import EWF
@@ -10,12 +12,16 @@ from avsep.strategies.joint import Joint
 from avsep.strategies.lwf import LwF
 from avsep.strategies.plop import PLOP
 from avsep.strategies.query_extension import QueryExtension
+from avsep.strategies.weight_average import WeightAverage
+from avsep.strategies.weight_fusion import WeightFusion
 
 __all__ = [
+    "AGEM",
     "AVCIL",
     "EWC",
     "EWF",
     "PLOP",
+    "Composition",
     "ContAVSep",
     "FineTune",
     "Joint",
@@ -23,5 +29,9 @@ __all__ = [
     "QueryExtension",
     "Step",
     "Strategy",
+    "TaskContext",
     "TaskData",
+    "WeightAverage",
+    "WeightFusion",
+    "build_strategy",
 ]

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 from avsep.losses import attention_distillation, audio_visual_contrast, mask_losses
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy
-from avsep.strategies.teaching import ask, check_weights, embeddings, gathered, known_class_ids, old_mixtures
+from avsep.strategies.teaching import check_weights, embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from avsep.separator import Separator
 
 __all__ = ["AVCIL"]
 
@@ -69,42 +68,39 @@ class AVCIL(Strategy):
         used = {name: value for name, value in weights.items() if value > 0}
         return {**used, "temperature": self.temperature, "contrast": "avcil"} if used else {}
 
-    def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
-        taught = mixtures = attention = None
-        taught_anywhere = False
-        if teacher is not None and self.needs_teacher:
-            mixtures = old_mixtures(step)
-            taught_anywhere = step.any_old(len(mixtures) > 0)
-            if len(mixtures):
-                taught, visual = ask(teacher, step, known_class_ids(step), mixtures)
-                if self.weight_attention > 0:
-                    attention = teacher.mask_decoder.motion_attention(visual, known_class_ids(step)[mixtures])
+    def loss(self, step: Step) -> dict[str, Tensor]:
+        some_taught = step.teacher is not None and self.needs_teacher and step.any_old
+        taught = step.teacher_output(old_mixtures=True) if some_taught and len(step.old_mixtures) else None
         losses = mask_losses(
             step.output,
             step.spectrograms,
-            taught=taught if self.weight_mask > 0 else None,
-            mixtures=mixtures,
+            taught=taught.output if taught is not None and self.weight_mask > 0 else None,
+            mixtures=None if taught is None else taught.mixtures,
             slots=step.is_old,
         )
         terms = {"separation": losses.separation}
         if self.weight_instance > 0 or self.weight_class > 0:
             instance, class_ = audio_visual_contrast(
-                gathered(step, embeddings(step.output)),
-                step.ranks.gather(step.batch.class_ids).flatten(),
-                step.ranks.gather(step.batch.video_ids).flatten(),
+                {name: step.gather(value).flatten(0, 1) for name, value in embeddings(step.output).items()},
+                step.gather(step.batch.class_ids).flatten(),
+                step.gather(step.batch.video_ids).flatten(),
                 temperature=self.temperature,
             )
             if self.weight_instance > 0:
                 terms["instance"] = self.weight_instance * instance
             if self.weight_class > 0:
                 terms["class"] = self.weight_class * class_
-        if taught_anywhere and self.weight_mask > 0:
-            terms["mask"] = self.weight_mask * step.of_old(losses.distillation)
-        if taught_anywhere and self.weight_attention > 0:
-            own = student.mask_decoder.motion_attention(step.visual, step.batch.class_ids)
+        if some_taught and self.weight_mask > 0:
+            terms["mask"] = self.weight_mask * step.mean_over(step.is_old, losses.distillation)
+        if some_taught and self.weight_attention > 0:
+            own = step.student.mask_decoder.motion_attention(step.visual, step.batch.class_ids)
             if own is not None:
                 kept = own.new_zeros(())
-                if attention is not None:
-                    kept = attention_distillation(own[mixtures], attention, slots=step.is_old[mixtures])
-                terms["attention"] = self.weight_attention * step.of_old(kept)
+                if taught is not None and step.teacher is not None:
+                    mixtures = step.old_mixtures
+                    ids = step.known_class_ids[mixtures]
+                    theirs = step.teacher.mask_decoder.motion_attention(taught.visual, ids)
+                    assert theirs is not None
+                    kept = attention_distillation(own[mixtures], theirs, slots=step.is_old[mixtures])
+                terms["attention"] = self.weight_attention * step.mean_over(step.is_old, kept)
         return terms

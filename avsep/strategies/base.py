@@ -1,33 +1,79 @@
-"""What a continual strategy is: it sees masks and features, never class logits."""
+"""The contract of continual strategies: they see masks and features, never class logits.
+
+A strategy is one class on one page. The learner calls, in this order,
+
+- ``begin_task(ctx)`` when a task starts, and again on every resume within it;
+- ``loss(step)`` in every step, then ``after_backward(step)``, the clipping of gradients and the optimisers, then
+  ``after_step(step)``;
+- ``eval_weights(student)`` around every validation;
+- ``after_task(ctx)`` with the selected weights, before they are stored.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
 from avsep.distributed.ranks import ALONE, Ranks
+from avsep.errors import ConfigError
 from avsep.losses import separation_loss
 from avsep.registry import Component
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from avsep.separator import Separator
-    from avsep.types import AudioFeatures, Batch, MaskOutput, Spectrograms, Task, VisualFeatures
+    from avsep.types import AudioFeatures, Batch, MaskOutput, Prediction, Spectrograms, Task, VisualFeatures
 
-__all__ = ["Step", "Strategy", "TaskData"]
+__all__ = ["Step", "Strategy", "TaskContext", "TaskData", "TeacherOutput", "check_contract"]
+
+
+class TaskData(Protocol):
+    """The training mixtures of a task."""
+
+    def batches(self, count: int, *, batch_size: int = 1) -> Iterator[Batch]:
+        """``count`` random mixtures, drawn as in training (exemplars included), on the training device.
+
+        They depend on the run's seed and the task alone, so that a resume computes the same from them.
+        """
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """What a strategy is given at the beginning and at the end of a task.
+
+    ``student`` has the task's classes already; ``teacher``, the frozen separator of the task before, is there where
+    ``needs_teacher`` is set and there was one. ``old_shapes`` are the shapes of the student's tensors before the
+    classes of this task were added (empty in the first task): what is new of a tensor lies beyond them. ``steps``: of
+    the task, in all. ``resumed``: a run goes on within the task, with the weights and the state of its last checkpoint.
+    ``is_last``: no task follows, so that what only later ones would use need not be computed.
+    """
+
+    task: Task
+    student: Separator
+    teacher: Separator | None
+    data: TaskData
+    ranks: Ranks = ALONE
+    steps: int = 0
+    resumed: bool = False
+    is_last: bool = False
+    old_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One training step after the student's forward pass, for a strategy's loss.
+    """One training step after the student's forward pass.
 
-    ``batch`` the mixtures; ``spectrograms`` their analysis; ``audio``, ``visual`` and ``output`` the student's
-    features and masks; ``num_old`` the number of classes of earlier tasks, which occupy the first slots. Where several
-    processes train together all of this is of one of their equal parts of the batch, and ``ranks`` leads to the others.
+    ``batch`` the mixtures; ``spectrograms`` their analysis; ``audio``, ``visual`` and ``output`` the student's features
+    and masks; ``num_old`` the number of classes of earlier tasks, which have the first class ids; ``number`` the steps
+    of this task before this one. Where several processes train together, all of this is of one of their equal parts of
+    the batch: :meth:`gather` and :meth:`mean_over` own what that takes.
     """
 
     batch: Batch
@@ -36,44 +82,135 @@ class Step:
     visual: VisualFeatures
     output: MaskOutput
     num_old: int
+    student: Separator
+    teacher: Separator | None = None
     ranks: Ranks = ALONE
+    number: int = 0
+    _answers: dict[tuple[int | None, bool, bool], TeacherOutput] = field(default_factory=dict, init=False, repr=False)
 
-    @property
+    @cached_property
     def is_old(self) -> Tensor:
-        """[B, N] bool: slots of classes of earlier tasks (the set O of memory slots)."""
+        """[B, N] bool: the sources whose class is of an earlier task (the set O of memory slots)."""
         return self.batch.class_ids < self.num_old
+
+    @cached_property
+    def old_mixtures(self) -> Tensor:
+        """int64 [M]: the mixtures with a source of an earlier task."""
+        return torch.nonzero(self.is_old.any(dim=1)).squeeze(1)
+
+    @cached_property
+    def known_class_ids(self) -> Tensor:
+        """[B, N]: the class ids where the teacher knows them, elsewhere 0, since it has no query for a new class."""
+        return self.batch.class_ids.where(self.is_old, 0)
+
+    @cached_property
+    def separation(self) -> Tensor:
+        """The separation loss, a scalar (:func:`avsep.losses.separation_loss`)."""
+        return separation_loss(self.output, self.spectrograms)
 
     @cached_property
     def all_old(self) -> Tensor:
         """:attr:`is_old` of all ranks, in their order."""
         return self.ranks.gather(self.is_old)
 
-    def any_old(self, here: bool) -> bool:
-        """Whether any rank has a slot of an earlier task, given whether this one has."""
-        return bool(self.all_old.any()) if self.ranks.several else here
+    @property
+    def any_old(self) -> bool:
+        """Whether a source of an earlier task is in the batch, on any rank."""
+        return bool(self.all_old.any()) if self.ranks.several else len(self.old_mixtures) > 0
 
-    def of_old(self, mean: Tensor) -> Tensor:
-        """A mean over this rank's old slots (0 if it has none), weighed so that its mean over the ranks is the mean
-        over the old slots of all."""
+    def gather(self, x: Tensor) -> Tensor:
+        """[n, ...] of this rank -> [world n, ...] of all, in their order; gradients come back."""
+        return self.ranks.gather(x)
+
+    def mean_over(self, sources: Tensor, mean: Tensor) -> Tensor:
+        """``mean``, taken over this rank's chosen ``sources`` [B, N] bool (0 if it has none), weighted so that its mean
+        over the ranks is the mean over the chosen sources of all."""
         if not self.ranks.several:
             return mean
-        return mean * (self.is_old.sum() * self.ranks.world / self.all_old.sum().clamp_min(1))
+        everywhere = self.all_old if sources is self.is_old else self.gather(sources)
+        return mean * (sources.sum() * self.ranks.world / everywhere.sum().clamp_min(1))
+
+    def teacher_output(
+        self,
+        class_ids: Tensor | None = None,
+        *,
+        old_mixtures: bool = False,
+        batch_statistics: bool = False,
+        teacher: Separator | None = None,
+    ) -> TeacherOutput:
+        """What the teacher makes of the mixtures: computed when it is first read, once for all that ask alike.
+
+        Args:
+            class_ids: [B, N], the classes to decode, each below the teacher's ``num_classes``;
+                :attr:`known_class_ids` when None.
+            old_mixtures: decode :attr:`old_mixtures` alone, in place of all.
+            batch_statistics: let the teacher normalise with the statistics of the batch, as the published code does.
+            teacher: another separator to ask.
+        """
+        teacher = self.teacher if teacher is None else teacher
+        if teacher is None:
+            raise ConfigError("there is no teacher: set needs_teacher, and the first task never has one")
+        key = (None if class_ids is None else id(class_ids), old_mixtures, batch_statistics)
+        found = self._answers.get(key) if teacher is self.teacher else None
+        if found is None:
+            ids = self.known_class_ids if class_ids is None else class_ids
+            found = TeacherOutput(self, teacher, ids, self.old_mixtures if old_mixtures else None, batch_statistics)
+            if teacher is self.teacher:
+                self._answers[key] = found
+        return found
 
 
-class TaskData(Protocol):
-    """The training mixtures of a task that has just been learned, for what a strategy computes after it.
+class TeacherOutput:
+    """The teacher's features and masks of a step's mixtures, without gradients, computed when they are first read.
 
-    ``is_last``: no task follows, so that what only later ones would use need not be computed.
+    ``mixtures`` int64 [M]: which of the batch's B mixtures it is about; None: all. Sources of new classes were decoded
+    with a class id of their own choosing: never read their masks.
     """
 
+    def __init__(
+        self, step: Step, teacher: Separator, class_ids: Tensor, mixtures: Tensor | None, batch_statistics: bool
+    ) -> None:
+        self.mixtures = mixtures
+        self.class_ids = class_ids  # also keeps the tensor, and so its id, alive
+        self._step = step
+        self._teacher = teacher
+        self._batch_statistics = batch_statistics
+
+    @cached_property
+    def _prediction(self) -> Prediction:
+        step = self._step
+        self._teacher.train(self._batch_statistics)
+        with torch.no_grad():
+            return self._teacher.predict(
+                step.batch, class_ids=self.class_ids, spectrograms=step.spectrograms, mixtures=self.mixtures
+            )
+
     @property
-    def is_last(self) -> bool: ...
+    def output(self) -> MaskOutput:
+        return self._prediction.output
 
-    def batches(self, count: int, *, batch_size: int = 1) -> Iterator[Batch]:
-        """``count`` random mixtures, drawn as in training (exemplars included), on the training device.
+    @property
+    def visual(self) -> VisualFeatures:
+        return self._prediction.visual
 
-        They depend on the run's seed and the task alone, so that a resume computes the same from them.
-        """
+    @cached_property
+    def audio(self) -> AudioFeatures:
+        """The audio features of the mixtures; read after :attr:`output`, where both are, it costs nothing."""
+        if "_prediction" in self.__dict__:
+            return self._prediction.audio
+        rows = slice(None) if self.mixtures is None else self.mixtures
+        self._teacher.train(self._batch_statistics)
+        with torch.no_grad():
+            found: AudioFeatures = self._teacher.audio_encoder(self._step.spectrograms.network_input[rows])
+        return found
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[M, N, ...] of :attr:`mixtures` -> [B, N, ...] of the batch, 0 elsewhere."""
+        if self.mixtures is None:
+            return x
+        whole = x.new_zeros(len(self._step.is_old), *x.shape[1:])
+        whole[self.mixtures] = x
+        return whole
 
 
 class Strategy(Component):
@@ -83,7 +220,9 @@ class Strategy(Component):
     ``uses_all_data`` the training clips of all seen classes in place of exemplars; ``restarts`` fresh weights for
     every task; ``needs_memory`` refuses the memory policy ``none``; ``across_ranks`` states that the mean over the
     ranks of :meth:`loss`, each with its part of the batch, is the loss of the whole batch
-    (:mod:`avsep.distributed.ranks`): without it training with more than one process is refused.
+    (:mod:`avsep.distributed.ranks`): without it training with more than one process is refused;
+    ``changes_separation`` that the term ``separation`` of its :meth:`loss` is not the separation loss of the whole
+    batch, which matters where strategies are combined.
     """
 
     needs_teacher = False
@@ -91,6 +230,7 @@ class Strategy(Component):
     restarts = False
     needs_memory = False
     across_ranks = False
+    changes_separation = False
 
     def check(self, separator: Separator) -> None:
         """Raise :class:`~avsep.errors.ConfigError` with the reason where the separator lacks what the strategy needs.
@@ -98,39 +238,44 @@ class Strategy(Component):
         Called before anything is trained.
         """
 
-    def first_task(self) -> dict[str, Any]:
+    def first_task(self) -> dict[str, Any] | None:
         """What decides how the first task is trained, as plain data; empty: the separation loss alone.
 
         Runs that agree in this (and in everything that is not the strategy) have equal first tasks, and may share one.
+        None, which is the default: the first task is never shared.
         """
-        return {}
+        return None
 
-    def before_task(self, student: Separator, teacher: Separator | None, task: Task) -> None:
-        """Called when a task starts, after the student has grown and before the optimisers are made.
+    def begin_task(self, ctx: TaskContext) -> None:
+        """Called when a task starts, before the optimisers are made, and on every resume within it, after the
+        student's weights and the strategy's state have been loaded.
 
-        A resume within the task does not call it again (what it prepares belongs into :meth:`state_dict`), and a first
-        task that was taken from another run does not call it at all.
-        """
-
-    def freeze(self, student: Separator, task: Task) -> None:
-        """Set ``requires_grad_`` where not everything is to learn (see also :meth:`~avsep.Separator.freeze`).
-
-        Called before the optimisers are made: when a task starts, after :meth:`before_task`, and on every resume
-        within it, after the student's weights have been loaded.
+        The place for what a task needs, and for ``requires_grad_`` where not everything is to learn (see also
+        :meth:`avsep.Separator.freeze`). A first task that was taken from another run does not call it.
         """
 
-    def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
+    def loss(self, step: Step) -> dict[str, Tensor]:
         """Named scalar terms, already weighted; their sum is what is minimised.
 
         The mask decoder's own terms (``auxiliary_losses``), where it has any, are added by the learner. On several
         ranks all must give terms of the same names.
         """
-        return {"separation": separation_loss(step.output, step.spectrograms)}
+        return {"separation": step.separation}
 
-    def after_step(self, student: Separator) -> None:
+    def after_backward(self, step: Step) -> None:
+        """Called with the gradients in place, averaged over the ranks and unscaled, before they are clipped."""
+
+    def after_step(self, step: Step) -> None:
         """Called after every step of the optimisers, to put back what they moved and should not."""
 
-    def after_task(self, student: Separator, teacher: Separator | None, task: Task, data: TaskData) -> None:
+    def eval_weights(self, student: Separator) -> contextlib.AbstractContextManager[None]:
+        """A context in which the student has the weights that are validated, selected and stored: its own by default.
+
+        Outside of it the student goes on training with the weights that it had before.
+        """
+        return contextlib.nullcontext()
+
+    def after_task(self, ctx: TaskContext) -> None:
         """Called with the task's selected weights, in evaluation mode, before they are stored.
 
         It may change the student in place. Every rank calls it with the same data, and rank 0's outcome is kept. A run
@@ -138,10 +283,37 @@ class Strategy(Component):
         state.
         """
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the strategy may have something in its :meth:`state_dict`."""
+        return type(self).state_dict is not Strategy.state_dict
+
     def state_dict(self) -> dict[str, Any]:
-        """What must survive between tasks and across a resume: tensors and plain values, in flat form."""
+        """What must survive between tasks and across a resume: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint has {sorted(state)}")
+
+
+# What a strategy of version 0.1 has -> what it is now.
+_RENAMED = {"before_task": "begin_task(ctx)", "freeze": "begin_task(ctx), which a resume calls too"}
+_ARGUMENTS = {"loss": "step", "after_step": "step", "after_task": "ctx"}
+
+
+def check_contract(strategy: Strategy, name: str) -> None:
+    """Raise :class:`~avsep.errors.ConfigError` for a strategy that was written for an earlier version, with the line
+    that says what to rename."""
+    kind = type(strategy)
+    where = f"strategy '{name}' ({kind.__module__}.{kind.__qualname__}) is written for an earlier version of avsep"
+    for old, new in _RENAMED.items():
+        if hasattr(strategy, old):
+            raise ConfigError(f"{where}: its {old} is now {new}; rename it (CONTRIBUTING.md has an example)")
+    for method, argument in _ARGUMENTS.items():
+        takes = [p for p in inspect.signature(getattr(kind, method)).parameters if p != "self"]
+        if len(takes) != 1 or (method == "after_step" and takes[0] == "student"):
+            raise ConfigError(
+                f"{where}: {method}({', '.join(takes)}) is now {method}({argument}), and student, teacher, task and "
+                f"data are attributes of {argument}; rename them (CONTRIBUTING.md has an example)"
+            )

@@ -12,9 +12,8 @@ import torch
 from avsep.errors import ConfigError
 from avsep.losses import cross_sdc, mask_losses
 from avsep.registry import STRATEGIES
-from avsep.strategies.base import Step, Strategy
-from avsep.strategies.teaching import ask, check_weights, embeddings, gathered, known_class_ids, old_mixtures
-from avsep.types import MaskOutput
+from avsep.strategies.base import Step, Strategy, TeacherOutput
+from avsep.strategies.teaching import check_weights, embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,61 +90,44 @@ class ContAVSep(Strategy):
             return {}
         return {**used, "temperature": self.temperature, "contrast": self.modality_pairs}
 
-    def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
-        contrast = self.weight_instance > 0 or self.weight_class > 0
-        taught: MaskOutput | None = None
-        mixtures: Tensor | None = None
-        taught_anywhere = False
-        if teacher is not None and self.needs_teacher:
-            mixtures = old_mixtures(step)
-            taught_anywhere = step.any_old(len(mixtures) > 0)
-            if taught_anywhere:
-                taught, mixtures = self._teach(teacher, step, mixtures)
+    def loss(self, step: Step) -> dict[str, Tensor]:
+        taught: TeacherOutput | None = None
+        some_taught = step.teacher is not None and self.needs_teacher and step.any_old
+        faithful = self.teacher_batch_norm == "train"
+        if some_taught and (faithful or len(step.old_mixtures)):
+            taught = step.teacher_output(old_mixtures=not faithful, batch_statistics=faithful)
         losses = mask_losses(
             step.output,
             step.spectrograms,
-            taught=taught if self.weight_mask > 0 else None,
-            mixtures=mixtures,
+            taught=taught.output if taught is not None and self.weight_mask > 0 else None,
+            mixtures=None if taught is None else taught.mixtures,
             slots=step.is_old,
         )
         terms = {"separation": losses.separation}
-        if contrast:
-            instance, class_ = self._contrast(step, taught, mixtures, taught_anywhere)
+        if self.weight_instance > 0 or self.weight_class > 0:
+            instance, class_ = self._contrast(step, taught, some_taught)
             if self.weight_instance > 0:
                 terms["instance"] = self.weight_instance * instance
             if self.weight_class > 0:
                 terms["class"] = self.weight_class * class_
-        if taught_anywhere and self.weight_mask > 0:
-            terms["mask"] = self.weight_mask * step.of_old(losses.distillation)
+        if some_taught and self.weight_mask > 0:
+            terms["mask"] = self.weight_mask * step.mean_over(step.is_old, losses.distillation)
         return terms
 
-    def _teach(self, teacher: Separator, step: Step, mixtures: Tensor) -> tuple[MaskOutput | None, Tensor]:
-        """The teacher's output for the mixtures that own an old slot, None where there are none on this rank. Its new
-        slots mean nothing: never read them."""
-        faithful = self.teacher_batch_norm == "train"
-        teacher.train(faithful)
-        if faithful:
-            mixtures = torch.arange(len(step.is_old), device=mixtures.device)
-        if not len(mixtures):
-            return None, mixtures
-        return ask(teacher, step, known_class_ids(step), mixtures)[0], mixtures
-
-    def _contrast(
-        self, step: Step, taught: MaskOutput | None, mixtures: Tensor | None, taught_anywhere: bool
-    ) -> tuple[Tensor, Tensor]:
-        student = embeddings(step.output)  # [B N, D] each
+    def _contrast(self, step: Step, taught: TeacherOutput | None, some_taught: bool) -> tuple[Tensor, Tensor]:
+        own = embeddings(step.output)  # [B, N, D] each
+        student = {name: step.gather(value).flatten(0, 1) for name, value in own.items()}
         teacher, rows = None, None
-        if taught is not None and mixtures is not None:
-            n = step.is_old.shape[1]
-            slots = torch.nonzero(step.is_old[mixtures].flatten()).squeeze(1)  # old slots among the taught ones
-            teacher = {name: value[slots] for name, value in embeddings(taught).items()}
-            rows = mixtures[slots // n] * n + slots % n  # the same slots among all of the batch
-        if step.ranks.several and taught_anywhere:
-            teacher, rows = self._of_all(step, student, teacher, rows)
-        student = gathered(step, student)
+        if some_taught:
+            theirs = {name: torch.zeros_like(value, requires_grad=False) for name, value in own.items()}
+            if taught is not None:
+                found = embeddings(taught.output)
+                theirs = {name: taught.spread(found[name]).to(value.dtype) for name, value in own.items()}
+            rows = torch.nonzero(step.all_old.flatten()).squeeze(1)  # the sources of earlier tasks among all
+            teacher = {name: step.gather(value).flatten(0, 1)[rows] for name, value in theirs.items()}
         return cross_sdc(
             student,
-            step.ranks.gather(step.batch.class_ids).flatten(),
+            step.gather(step.batch.class_ids).flatten(),
             self._instances(step, student, teacher, rows),
             teacher=teacher,
             teacher_rows_index=rows,
@@ -153,29 +135,16 @@ class ContAVSep(Strategy):
             modality_pairs=self.modality_pairs,
         )
 
-    @staticmethod
-    def _of_all(
-        step: Step, student: dict[str, Tensor], teacher: dict[str, Tensor] | None, rows: Tensor | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The teacher's rows of all ranks, and which of all slots they are about."""
-        placed = {}  # in the student's shape, so that the ranks' parts are equal
-        for name, value in student.items():
-            placed[name] = torch.zeros_like(value, requires_grad=False)
-            if teacher is not None:
-                placed[name][rows] = teacher[name].to(value.dtype)
-        all_rows = torch.nonzero(step.all_old.flatten()).squeeze(1)
-        return {name: value[all_rows] for name, value in gathered(step, placed).items()}, all_rows
-
     def _instances(
         self, step: Step, student: dict[str, Tensor], teacher: dict[str, Tensor] | None, rows: Tensor | None
     ) -> Tensor:
-        """[B N]: equal where two slots are of one video."""
+        """[B N]: equal where two sources are of one video."""
         if self.instance == "id" or self.weight_instance == 0:
-            return step.ranks.gather(step.batch.video_ids).flatten()
+            return step.gather(step.batch.video_ids).flatten()
         if "motion" not in student:
             raise ConfigError("instance=features compares motion features, and the mask decoder gives none: use id")
         features = student["motion"].detach().clone()
         if teacher is not None and rows is not None:
             features[rows] = teacher["motion"].to(features.dtype)
         equal = torch.unique(features, dim=0, return_inverse=True)[1]
-        return 2 * equal + step.all_old.flatten()  # an old slot and a new one are never of one video
+        return 2 * equal + step.all_old.flatten()  # an old source and a new one are never of one video

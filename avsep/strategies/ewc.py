@@ -11,8 +11,8 @@ import torch
 
 from avsep.losses import separation_loss
 from avsep.registry import STRATEGIES
-from avsep.strategies.base import Step, Strategy, TaskData
-from avsep.strategies.teaching import check_weights
+from avsep.strategies.base import Step, Strategy, TaskContext
+from avsep.strategies.teaching import check_weights, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from avsep.separator import Separator
-    from avsep.types import Batch, Task
+    from avsep.types import Batch
 
 __all__ = ["EWC", "fisher_diagonal"]
 
@@ -58,10 +58,13 @@ class EWC(Strategy):
         self._fisher: dict[str, Tensor] = {}
         self._shares: dict[str, Tensor] = {}  # F / max F where the weights are, made when first needed
 
-    def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
-        terms = super().loss(student, teacher, step)
-        if teacher is not None and self.weight > 0:
-            terms["penalty"] = self.weight / 2 * self._distance(student, teacher)
+    def first_task(self) -> dict[str, Any]:
+        return {}
+
+    def loss(self, step: Step) -> dict[str, Tensor]:
+        terms = super().loss(step)
+        if step.teacher is not None and self.weight > 0:
+            terms["penalty"] = self.weight / 2 * self._distance(step.student, step.teacher)
         return terms
 
     def _distance(self, student: Separator, teacher: Separator) -> Tensor:
@@ -69,19 +72,20 @@ class EWC(Strategy):
         if not self._shares:
             largest = torch.stack([f.max() for f in self._fisher.values()]).max().clamp(min=torch.finfo().tiny)
             self._shares = {name: (f / largest).to(own[name].device) for name, f in self._fisher.items()}
-        parts = [
-            (share * (own[name][_rows_of(share)] - anchor[name]).square()).sum() for name, share in self._shares.items()
-        ]
+        parts = []
+        for name, share in self._shares.items():
+            moved = own[name][rows_of(share.shape)] - anchor[name]
+            parts.append((share * moved.square()).sum())
         return torch.stack(parts).sum()
 
-    def after_task(self, student: Separator, teacher: Separator | None, task: Task, data: TaskData) -> None:
-        if self.weight == 0 or data.is_last:
+    def after_task(self, ctx: TaskContext) -> None:
+        if self.weight == 0 or ctx.is_last:
             self.load_state_dict({})
             return
-        fisher = fisher_diagonal(student, data.batches(self.fisher_samples))
+        fisher = fisher_diagonal(ctx.student, ctx.data.batches(self.fisher_samples))
         for name, old in self._fisher.items():
             total = fisher.setdefault(name, torch.zeros_like(old))
-            total[_rows_of(old)] += self.decay * old.to(total.device)
+            total[rows_of(old.shape)] += self.decay * old.to(total.device)
         self.load_state_dict(fisher)
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,8 +118,3 @@ def fisher_diagonal(separator: Separator, batches: Iterable[Batch]) -> dict[str,
                 sums.setdefault(name, torch.zeros_like(gradient)).addcmul_(gradient, gradient)
     separator.train(training)
     return {name: total / count for name, total in sums.items()}
-
-
-def _rows_of(smaller: Tensor) -> tuple[slice, ...]:
-    """What of a tensor that has grown since was there when it had the shape of ``smaller``."""
-    return tuple(slice(n) for n in smaller.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Strategy
 
@@ -13,3 +15,6 @@ class FineTune(Strategy):
     """Train on from the previous task's weights with the separation loss alone; with a memory this is plain replay."""
 
     across_ranks = True
+
+    def first_task(self) -> dict[str, Any]:
+        return {}

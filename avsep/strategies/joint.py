@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Strategy
 
@@ -21,3 +23,6 @@ class Joint(Strategy):
 
     def __init__(self, *, from_scratch: bool = True) -> None:
         self.restarts = from_scratch
+
+    def first_task(self) -> dict[str, Any]:
+        return {}

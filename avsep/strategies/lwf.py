@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from avsep.errors import CheckpointError
-from avsep.losses import mask_distillation, mask_losses, separation_loss
+from avsep.losses import mask_distillation, mask_losses
 from avsep.registry import STRATEGIES
-from avsep.strategies.base import Step, Strategy, TaskData
-from avsep.strategies.teaching import ask, check_weights, known_class_ids
+from avsep.strategies.base import Step, Strategy, TaskContext
+from avsep.strategies.teaching import check_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from avsep.separator import Separator
-    from avsep.types import Task
 
 __all__ = ["LwF"]
 
@@ -55,37 +54,40 @@ class LwF(Strategy):
         self._new_rows: dict[str, Tensor] = {}  # the student's tensors that growth changed, as they were after it
         self._grown: Separator | None = None
 
-    def before_task(self, student: Separator, teacher: Separator | None, task: Task) -> None:
-        self._new_rows, self._grown = {}, None
-        if teacher is not None and self.variant == "grown_teacher" and not _class_agnostic(student):
-            known = teacher.state_dict()
+    def first_task(self) -> dict[str, Any]:
+        return {}
+
+    def begin_task(self, ctx: TaskContext) -> None:
+        self._grown = None
+        if ctx.resumed:  # the rows of the task's beginning are in the state
+            return
+        self._new_rows = {}
+        if ctx.teacher is not None and self.variant == "grown_teacher" and not _class_agnostic(ctx.student):
             self._new_rows = {
                 name: value.detach().clone()
-                for name, value in student.state_dict().items()
-                if name not in known or value.shape != known[name].shape
+                for name, value in ctx.student.state_dict().items()
+                if ctx.old_shapes.get(name) != tuple(value.shape)
             }
 
-    def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
+    def loss(self, step: Step) -> dict[str, Tensor]:
+        student, teacher = step.student, step.teacher
         if teacher is None or not self.needs_teacher:
-            return super().loss(student, teacher, step)
+            return super().loss(step)
         class_ids = step.batch.class_ids
         agnostic = _class_agnostic(student)
         if agnostic or self.variant == "grown_teacher":
             if agnostic:
-                taught, _ = ask(teacher, step, known_class_ids(step))
+                taught = step.teacher_output()
             else:
-                taught, _ = ask(self._with_new_slots(teacher, student), step, class_ids)
-            losses = mask_losses(step.output, step.spectrograms, taught=taught)
+                taught = step.teacher_output(class_ids, teacher=self._with_new_slots(teacher, student))
+            losses = mask_losses(step.output, step.spectrograms, taught=taught.output)
             return {"separation": losses.separation, "mask": self.weight_mask * losses.distillation}
         whole = (step.ranks.world * len(class_ids), class_ids.shape[1])  # every rank draws for all
         drawn = step.ranks.part(torch.randint(step.num_old, whole)).to(class_ids.device)
         slots = class_ids.where(step.is_old, drawn)
         output = student.mask_decoder(step.audio, step.visual, slots)
-        taught, _ = ask(teacher, step, slots)
-        return {
-            "separation": separation_loss(step.output, step.spectrograms),
-            "mask": self.weight_mask * mask_distillation(output, taught, step.spectrograms),
-        }
+        distillation = mask_distillation(output, step.teacher_output(slots).output, step.spectrograms)
+        return {"separation": step.separation, "mask": self.weight_mask * distillation}
 
     def _with_new_slots(self, teacher: Separator, student: Separator) -> Separator:
         """A copy of the teacher with the slots that the student began the task with; made once a task and resume."""
@@ -97,7 +99,7 @@ class LwF(Strategy):
             self._grown = grown.requires_grad_(False).eval()
         return self._grown
 
-    def after_task(self, student: Separator, teacher: Separator | None, task: Task, data: TaskData) -> None:
+    def after_task(self, ctx: TaskContext) -> None:
         self._new_rows, self._grown = {}, None
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Douillard et al., PLOP: Learning without Forgetting for Continual Semantic Segme
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,13 +14,12 @@ from avsep.errors import ConfigError
 from avsep.losses import pod_distance
 from avsep.registry import AUDIO_ENCODERS, STRATEGIES
 from avsep.strategies.base import Step, Strategy
-from avsep.strategies.teaching import check_weights, known_class_ids
+from avsep.strategies.teaching import check_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from avsep.separator import Separator
-    from avsep.types import AudioFeatures, MaskOutput
 
 __all__ = ["PLOP"]
 
@@ -61,33 +60,28 @@ class PLOP(Strategy):
                 f"choose another strategy, or an audio encoder with taps ({having})"
             )
 
-    def loss(self, student: Separator, teacher: Separator | None, step: Step) -> dict[str, Tensor]:
-        terms = super().loss(student, teacher, step)
-        if teacher is None or not self.needs_teacher:
+    def first_task(self) -> dict[str, Any]:
+        return {}
+
+    def loss(self, step: Step) -> dict[str, Tensor]:
+        terms = super().loss(step)
+        if step.teacher is None or not self.needs_teacher:
             return terms
-        agnostic = student.mask_decoder.class_agnostic
+        student, agnostic = step.student, step.student.mask_decoder.class_agnostic
         slots = torch.ones_like(step.is_old) if agnostic else step.is_old
-        audio, output = self._teach(teacher, step, slots)
-        maps, taught = student.taps(step.audio, step.output), teacher.taps(audio, output)
+        taught = step.teacher_output()
+        # a new class's masks are read only where the class does not matter
+        output = taught.output if bool(slots.any()) else None
+        maps, theirs = student.taps(step.audio, step.output), step.teacher.taps(taught.audio, output)
         scale = math.sqrt(student.num_classes / (student.num_classes - step.num_old)) / (len(maps) + 1)
         if self.weight_features > 0:
-            distances = [pod_distance(maps[name], taught[name]) for name in maps]
+            distances = [pod_distance(maps[name], theirs[name]) for name in maps]
             terms["features"] = scale * self.weight_features * torch.stack(distances).sum()
-        if self.weight_logits > 0 and (agnostic or step.any_old(output is not None)):
+        if self.weight_logits > 0 and (agnostic or step.any_old):
             distance = step.output.logits.new_zeros((), dtype=torch.float32)
             if output is not None:
-                own, theirs = (masks.logits[slots][:, None] for masks in (step.output, output))  # [slots, 1, F, T]
-                distance = pod_distance(own, theirs)
-            terms["logits"] = scale * self.weight_logits * (distance if agnostic else step.of_old(distance))
+                # [sources, 1, F, T]
+                distance = pod_distance(step.output.logits[slots][:, None], output.logits[slots][:, None])
+            weighted = distance if agnostic else step.mean_over(step.is_old, distance)
+            terms["logits"] = scale * self.weight_logits * weighted
         return terms
-
-    @torch.no_grad()
-    def _teach(self, teacher: Separator, step: Step, slots: Tensor) -> tuple[AudioFeatures, MaskOutput | None]:
-        """The teacher's maps of all mixtures; its masks too, where one of ``slots`` is to be read."""
-        batch = step.batch
-        audio = teacher.audio_encoder(step.spectrograms.network_input)
-        if not bool(slots.any()):
-            return audio, None
-        visual = teacher.encode_visual(batch.visual)
-        # a new class's slot is read only where the class does not matter
-        return audio, teacher.mask_decoder(audio, visual, known_class_ids(step))

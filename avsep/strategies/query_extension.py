@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from avsep.errors import ConfigError
 from avsep.registry import MASK_DECODERS, STRATEGIES
-from avsep.strategies.base import Strategy
+from avsep.strategies.base import Step, Strategy, TaskContext
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from avsep.separator import Separator
-    from avsep.types import Task
 
 __all__ = ["QueryExtension"]
 
@@ -48,23 +47,27 @@ class QueryExtension(Strategy):
                 "none: leave head out"
             )
 
-    def freeze(self, student: Separator, task: Task) -> None:
+    def first_task(self) -> dict[str, Any]:
+        return {}
+
+    def begin_task(self, ctx: TaskContext) -> None:
         self._old_rows = None
-        if task.index == 0:
+        if ctx.task.index == 0:
             return
+        student = ctx.student
         student.freeze()
         queries = _queries(student).requires_grad_(True)
         if self.head:
             student.mask_decoder.get_submodule(student.mask_decoder.mask_head).requires_grad_(True)
-        old = len(task.old)
+        old = len(ctx.task.old)
         self._old_rows = queries[:old].detach().clone()
         is_new = torch.arange(len(queries), device=queries.device)[:, None] >= old
         queries.register_hook(lambda gradient: gradient * is_new)
 
-    def after_step(self, student: Separator) -> None:
+    def after_step(self, step: Step) -> None:
         if self._old_rows is not None:  # a gradient of zero does not stop weight decay
             with torch.no_grad():
-                _queries(student)[: len(self._old_rows)] = self._old_rows
+                _queries(step.student)[: len(self._old_rows)] = self._old_rows
 
 
 def _queries(separator: Separator) -> nn.Parameter:

@@ -199,10 +199,10 @@ def chosen_mixtures(mixtures: Sequence[TestMixture]) -> list[TestMixture]:
     return [*(members[0] for members in latest), *(m for members in latest for m in members[1:])][:MIXTURES]
 
 
-def gradient_norm(separator: torch.nn.Module, scale: float = 1.0) -> float:
-    """L2 norm of all gradients together, before they are clipped; ``scale`` is the loss scaler's."""
+def gradient_norm(separator: torch.nn.Module) -> torch.Tensor:
+    """L2 norm of all gradients together, a scalar on their device."""
     gradients = [p.grad for p in separator.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients)) / scale if gradients else 0.0
+    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
 
 
 def mask_picture(separator: Separator, kept: Kept, names: Sequence[str]) -> np.ndarray:

@@ -143,9 +143,10 @@ def validation_batches(
 
 def _opened(run: str | Path, store: str | Path | None) -> tuple[Store, Protocol]:
     from avsep.data.protocol import Protocol
-    from avsep.runs.folder import open_run_store
+    from avsep.runs.folder import RunFolder
+    from avsep.runs.reading import open_run_store
 
-    protocol = Protocol.load(Path(run) / "protocol.json")
+    protocol = Protocol.load(RunFolder(run).protocol_file)
     return open_run_store(Path(run), store, protocol), protocol
 
 
@@ -173,15 +174,17 @@ def calibration_batches(
         DataError, RunError: the store is gone or is not the one trained on.
         UnknownNameError: the run's strategy is not registered here.
     """
-    from avsep.data.mixing import TrainingMixtures, collate
+    from avsep.data.mixing import collate
     from avsep.data.tasks import make_tasks
-    from avsep.registry import STRATEGIES
-    from avsep.runs.folder import read_exemplars, read_run_spec
+    from avsep.mixers.mixtures import TrainingMixtures
+    from avsep.runs.folder import RunFolder
+    from avsep.runs.reading import read_exemplars
+    from avsep.strategies import build_strategy
 
-    spec = read_run_spec(run)
+    spec = RunFolder(run).spec()
     opened, protocol = _opened(run, store)
     this = make_tasks(protocol.tasks)[task]
-    everything = STRATEGIES.get(spec.strategy.name).factory.uses_all_data
+    everything = build_strategy(spec.strategies).uses_all_data
     clips = opened.select(classes=list(this.seen if everything else this.classes), split="train")
     memory = read_exemplars(run, task - 1) if this.old and not everything else {}
     kept = [exemplar for name in this.old for exemplar in memory.get(name, ())]

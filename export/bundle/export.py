@@ -22,7 +22,7 @@ from avsep.export.bundle.packing import check_target, is_tar_name, staged, write
 from avsep.export.bundle.schema import SCHEMA_FILE, schema_text
 from avsep.export.runtime.reader import BUILD_SCRIPT, FORMAT, MANIFEST, VERSION, Bundle, open_bundle
 from avsep.files import sha256_file, write_json, write_text
-from avsep.runs.folder import finished_tasks
+from avsep.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from avsep.export.build.graphs import GraphFile, Progress
@@ -267,7 +267,7 @@ def export_run(
 
     require_onnx()
     plan = plan or ExportPlan()
-    finished = finished_tasks(run)
+    finished = RunFolder(run).finished_tasks()
     if isinstance(tasks, int):
         places = {tasks: Path(out)}
     else:

@@ -201,7 +201,7 @@ def test_train_with_resume_gives_what_python_gives(tone_store, tone_run, tiny, c
 )
 def test_options_reach_the_run(options, tone_store, tiny):
     assert train(tone_store, tiny / "run", *options) == 0
-    spec = avsep.runs.folder.read_run_spec(tiny / "run")
+    spec = avsep.runs.folder.RunFolder(tiny / "run").spec()
     assert spec.train.epochs == 1
     assert spec.tasks == tuple(map(tuple, TINY_TASKS))
     assert spec.strategy.name == ("finetune" if "finetune" in options else "contavsep")
@@ -222,7 +222,7 @@ def test_options_reach_the_run(options, tone_store, tiny):
 def test_ways_to_name_the_tasks(options, tasks, tone_store, tiny):
     shorter = ["--set", "train.epochs=1", "--set", "train.steps_per_epoch=1"]
     assert run("train", tone_store, "--preset", "tiny.yaml", "--out", "run", *shorter, *options) == 0
-    assert [list(names) for names in avsep.runs.folder.read_run_spec("run").tasks] == tasks
+    assert [list(names) for names in avsep.runs.folder.RunFolder("run").spec().tasks] == tasks
 
 
 def test_evaluate_and_report(tone_run, tiny, capsys):
@@ -322,9 +322,9 @@ def test_a_run_may_be_called_as_a_subcommand(tiny, capsys):
 
 
 def test_interrupted_training_says_how_to_go_on(tone_store, tone_run, tiny, capsys, monkeypatch):
-    from avsep.training.learner import ContinualLearner
+    from avsep.training.loop import TaskLoop
 
-    step, count = ContinualLearner._step, 0
+    step, count = TaskLoop._step, 0
 
     def stopped(self, *args):
         nonlocal count
@@ -333,7 +333,7 @@ def test_interrupted_training_says_how_to_go_on(tone_store, tone_run, tiny, caps
             raise KeyboardInterrupt
         return step(self, *args)
 
-    monkeypatch.setattr(ContinualLearner, "_step", stopped)
+    monkeypatch.setattr(TaskLoop, "_step", stopped)
     assert train(tone_store, tiny / "run") == 130
     told = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert told[-1] == f"avsep: stopped: go on with: avsep train --out {tiny / 'run'} --resume"

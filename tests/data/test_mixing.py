@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from avsep.data.mixing import TrainingMixtures, collate, load_mixtures, load_slot
+from avsep.data.mixing import collate, load_mixtures, load_slot
 from avsep.data.protocol import build_protocol
 from avsep.data.store import Clip, Store
 from avsep.data.tasks import make_tasks
 from avsep.errors import ConfigError, DataError
+from avsep.mixers.mixtures import TrainingMixtures
 from avsep.spec import FrontEndSpec, TrainSpec
 from avsep.types import VisualSource
 from support.tones import RATE, TINY_FRONT_END, make_tone_store

@@ -12,13 +12,14 @@ import pytest
 from safetensors.torch import load_file
 
 from avsep.cli import main
-from avsep.data.mixing import TrainingMixtures, collate
+from avsep.data.mixing import collate
 from avsep.data.store import Store, StoreWriter, add_features
 from avsep.data.store import sharding as shards
 from avsep.data.store.checking import check_store
 from avsep.data.store.sharding import shard_store
 from avsep.errors import ConfigError, DataError, RunError
 from avsep.files import FolderLock
+from avsep.mixers.mixtures import TrainingMixtures
 from avsep.spec import FrontEndSpec
 from avsep.types import VisualSource
 from support.folders import contents

@@ -71,10 +71,13 @@ def test_two_ranks_take_the_step_of_one(name, found):
 def test_mixtures_and_metrics_do_not_depend_on_the_number_of_ranks(found, tone_store):
     facts = json.loads((found / "facts.json").read_text())
     learner, stream = tiny_learner(validation_pairs=3), stream_of(tone_store)
-    data = learner._epoch(stream, stream.tasks[0], 0)
-    assert facts["drawn"] == [[c for m in batch.clips for c in m] for batch in learner._batches(data, 1)]
+    mixtures = learner._mixtures(stream, stream.tasks[0])
+    batches = mixtures.training_batches(mixtures.epoch(0), 1)
+    assert facts["drawn"] == [[c for m in batch.clips for c in m] for batch in batches]
     learner = tiny_learner(validation_pairs=3)
-    assert facts["sdr"] == pytest.approx(learner._validate(stream, stream.tasks[0], None), abs=1e-5)
+    assert facts["sdr"] == pytest.approx(
+        learner._validation(stream, stream.tasks[0]).score(learner.separator)[0], abs=1e-5
+    )
 
 
 def _rows(run):

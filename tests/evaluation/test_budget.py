@@ -14,7 +14,7 @@ from avsep.data.store import Store, StoreWriter, add_features
 from avsep.data.tasks import task_stream
 from avsep.errors import ConfigError, DataError
 from avsep.evaluation.budget import ExemplarBytes, _Estimator, align, budget_of, estimate, exemplar_bytes
-from avsep.runs.folder import read_run_spec
+from avsep.runs.folder import RunFolder
 from avsep.spec import ComponentRef, FrontEndSpec, RunSpec, load_preset, validated
 from avsep.strategies import FineTune
 from avsep.types import VisualSource
@@ -92,12 +92,12 @@ def test_a_run_and_its_estimate(tone_run, store):
     assert found.peak_extra == found.model  # the teacher
     assert found.plain()["total"] == found.total
     for sizes in ("largest", "mean"):
-        guess = estimate(read_run_spec(tone_run), store, sizes=sizes)
+        guess = estimate(RunFolder(tone_run).spec(), store, sizes=sizes)
         assert guess.plain() == {**found.plain(), "basis": sizes}
     later = budget_of(tone_run, 1, store=store)
     assert later.exemplars == 2
     assert later.parameters - found.parameters == 2 * 16 * 4  # two rows more of queries, 16 wide
-    assert estimate(read_run_spec(tone_run), store, task=1).total == later.total
+    assert estimate(RunFolder(tone_run).spec(), store, task=1).total == later.total
 
 
 def test_what_the_strategy_keeps_is_counted(store, tone_store, tmp_path):
@@ -112,7 +112,7 @@ def test_what_the_strategy_keeps_is_counted(store, tone_store, tmp_path):
     assert (found.exemplars, found.exemplar_bytes) == (4, 4 * CROP.total)
     assert found.total == found.model + found.strategy_state + 4 * CROP.total
     assert budget_of(tmp_path / "run", 1).strategy_state == 0  # nothing follows
-    assert estimate(read_run_spec(tmp_path / "run"), store).plain() == {**found.plain(), "basis": "largest"}
+    assert estimate(RunFolder(tmp_path / "run").spec(), store).plain() == {**found.plain(), "basis": "largest"}
 
 
 def test_ids_cost_nothing_and_joint_training_keeps_everything(store):

@@ -29,7 +29,7 @@ from avsep.evaluation.evaluate import (
     task_matrix,
 )
 from avsep.files import read_json
-from avsep.runs.folder import finished_tasks
+from avsep.runs.folder import RunFolder
 from avsep.separator import load_separator
 from support.tones import TINY_FRONT_END, TINY_TASKS, make_tone_store
 
@@ -260,7 +260,7 @@ def test_one_task_alone(run):
 
 def test_an_unfinished_run_is_scored_as_far_as_it_goes(run):
     (run / "tasks" / "01" / "task.json").unlink()
-    assert finished_tasks(run) == [0]
+    assert RunFolder(run).finished_tasks() == [0]
     result = evaluate_run(run)
     assert result["forgetting"] is None
     assert len(result["matrix"]) == 1

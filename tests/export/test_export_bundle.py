@@ -828,9 +828,9 @@ def test_a_bundle_outlives_the_tasks_after_it(tone_store, tmp_path, monkeypatch)
     run, bundles = tmp_path / "run", []
     finish = ContinualLearner._finish
 
-    def export_after(self, task, *args):
-        finish(self, task, *args)
-        if task.index == 0:
+    def export_after(self, ctx, *args):
+        finish(self, ctx, *args)
+        if ctx.task.index == 0:
             bundles.extend(export_run(run, tmp_path / "after-1.tar", tasks=0))
 
     monkeypatch.setattr(ContinualLearner, "_finish", export_after)

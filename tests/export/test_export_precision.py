@@ -314,7 +314,7 @@ def test_calibration_mixtures_are_those_of_training(tone_run, tone_store):
     from avsep.data.mixing import collate
     from avsep.data.tasks import task_stream
     from avsep.export.build.gate import calibration_batches
-    from avsep.runs.folder import read_exemplars
+    from avsep.runs.reading import read_exemplars
     from avsep.separator import load_separator
     from support.tones import TINY_FRONT_END, TINY_TASKS, tiny_learner
 
@@ -324,7 +324,7 @@ def test_calibration_mixtures_are_those_of_training(tone_run, tone_store):
     kept = read_exemplars(tone_run, 0)
     stream = task_stream(tone_store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
     learner = tiny_learner()
-    drawn = [learner._epoch(stream, stream.tasks[1], epoch, kept) for epoch in range(5)]
+    drawn = [learner._mixtures(stream, stream.tasks[1], kept).epoch(epoch) for epoch in range(5)]
     trained = [collate([epoch[item]]) for epoch in drawn for item in range(len(epoch))]
     assert [b.clips for b in batches] == [b.clips for b in trained]
     assert all(torch.equal(one.sources, other.sources) for one, other in zip(batches, trained, strict=True))

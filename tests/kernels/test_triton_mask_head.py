@@ -429,8 +429,9 @@ def _training_step(strategy, backend, monkeypatch):
     audio = student.audio_encoder(spectrograms.network_input)
     output = student.mask_decoder(audio, visual, batch.class_ids)
     monkeypatch.setenv("AVSEP_KERNELS", backend)
-    step = Step(batch, spectrograms, audio, visual, output, num_old=2)
-    terms = STRATEGIES.create(strategy).loss(student, teacher.requires_grad_(False).eval(), step)
+    teacher.requires_grad_(False).eval()
+    step = Step(batch, spectrograms, audio, visual, output, num_old=2, student=student, teacher=teacher)
+    terms = STRATEGIES.create(strategy).loss(step)
     sum(terms.values()).backward()
     return output, terms, {name: p.grad for name, p in student.named_parameters()}
 

@@ -18,7 +18,7 @@ from avsep.memory.base import Candidates, Exemplar, exemplars_from_plain, exempl
 from avsep.memory.candidates import JudgedCandidates
 from avsep.memory.class_balanced import equal_shares
 from avsep.registry import MEMORIES
-from avsep.runs.folder import read_exemplars
+from avsep.runs.reading import read_exemplars
 from avsep.separator import build_separator
 from avsep.spec import FrontEndSpec
 from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, tiny_learner
@@ -376,10 +376,10 @@ def _fit(store, run, memory, *, tasks=TINY_TASKS, resume=False, **train):
 
 
 def test_a_kept_clip_is_what_training_hears_and_a_resume_goes_on_with_it(store, tmp_path, monkeypatch):
-    from avsep.training.learner import ContinualLearner
+    from avsep.training.loop import TaskLoop
 
     memory = {"name": "herding", "params": {"per_class": 2, "keep": "clip"}}
-    step, calls = ContinualLearner._step, []
+    step, calls = TaskLoop._step, []
 
     def dies(self, *args):
         calls.append(args)
@@ -388,7 +388,7 @@ def test_a_kept_clip_is_what_training_hears_and_a_resume_goes_on_with_it(store, 
         return step(self, *args)
 
     whole, records = _fit(store, tmp_path / "whole", memory, steps_per_epoch=2)
-    monkeypatch.setattr(ContinualLearner, "_step", dies)
+    monkeypatch.setattr(TaskLoop, "_step", dies)
     with pytest.raises(KeyboardInterrupt):
         _fit(store, tmp_path / "run", memory, steps_per_epoch=2)
     monkeypatch.undo()
@@ -399,7 +399,7 @@ def test_a_kept_clip_is_what_training_hears_and_a_resume_goes_on_with_it(store, 
     assert {k: len(v) for k, v in kept.items()} == {"ding": 2, "hum": 2}
     stream = task_stream(store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
     starts = {e.id: e.start for v in kept.values() for e in v}
-    data = learner._epoch(stream, stream.tasks[1], 0)
+    data = learner._mixtures(stream, stream.tasks[1]).epoch(0)
     heard = [s for i in range(len(data)) for s in data[i] if s.is_memory]
     assert heard
     for slot in heard:

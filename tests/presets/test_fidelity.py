@@ -106,7 +106,7 @@ def test_every_setting_and_test_file_on_the_page_exists():
 def test_from_the_command_line(tone_store, tmp_path, monkeypatch, capsys):
     import yaml
 
-    from avsep.runs.folder import read_run_spec
+    from avsep.runs.folder import RunFolder
     from avsep.training.learner import ContinualLearner
     from support.commands import TASKS, run
 
@@ -116,11 +116,11 @@ def test_from_the_command_line(tone_store, tmp_path, monkeypatch, capsys):
     train = ["train", tone_store, "--preset", "tiny.yaml", "--tasks", TASKS, "--device", "cpu"]
     released = ["--fidelity", "released", "--set", "train.precision=32-true"]
     assert run(*train, *released, "--out", "a") == 130
-    spec = read_run_spec("a")
+    spec = RunFolder("a").spec()
     assert (spec.protocol, spec.validation_protocol, spec.train.crop) == ("paper", "paper", "published")
     assert spec.train.precision == "32-true"  # what is said beside it wins
     assert run(*train, *released, "--protocol", "fixed", "--out", "b") == 130
-    assert (read_run_spec("b").protocol, read_run_spec("b").validation_protocol) == ("fixed", "paper")
+    assert (RunFolder("b").spec().protocol, RunFolder("b").spec().validation_protocol) == ("fixed", "paper")
     capsys.readouterr()
     assert run("train", "--out", "a", "--resume", "--fidelity", "released") == 2
     assert "leave --fidelity out to resume" in capsys.readouterr().err

@@ -34,6 +34,7 @@ from avsep.reproduce.runner import LocalJob, SubmititLauncher, _failure, claim
 from avsep.reproduce.tables import published
 from avsep.spec import ComponentRef
 from avsep.training.learner import ContinualLearner
+from avsep.training.loop import TaskLoop
 from avsep.types import VisualSource
 from support import commands
 from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
@@ -321,7 +322,7 @@ def test_finished_cells_are_never_run_again(finished, reproduce, tmp_path, monke
 
 def test_a_grid_that_was_stopped_goes_on_to_the_same_table(finished, reproduce, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    step, count = ContinualLearner._step, 0
+    step, count = TaskLoop._step, 0
 
     def stopping(self, *args):
         nonlocal count
@@ -330,12 +331,12 @@ def test_a_grid_that_was_stopped_goes_on_to_the_same_table(finished, reproduce, 
             raise KeyboardInterrupt
         return step(self, *args)
 
-    monkeypatch.setattr(ContinualLearner, "_step", stopping)
+    monkeypatch.setattr(TaskLoop, "_step", stopping)
     assert reproduce("table1", *CHOSEN, "--out", out, "--keep") == 130
     told = capsys.readouterr().err
     assert f"go on with: avsep reproduce table1 --out {out}" in told
     assert told.rstrip().endswith("--resume")
-    monkeypatch.setattr(ContinualLearner, "_step", step)
+    monkeypatch.setattr(TaskLoop, "_step", step)
     assert reproduce("table1", *CHOSEN, "--out", out, "--resume") == 0
     for name in ("table1.csv", "table1.md"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()

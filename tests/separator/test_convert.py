@@ -186,18 +186,17 @@ def test_the_library_trains_as_the_literal_step(published, memory):
     optimizer = torch.optim.SGD([p for group in mine.parameter_groups().values() for p in group], lr=0.1)
     visual = mine.encode_visual(VisualInputs(objects, motion))
     audio = mine.audio_encoder(x)
-    terms = ContAVSep().loss(
-        mine,
-        my_teacher,
-        Step(
-            batch=Batch(torch.zeros(0), class_ids, video_ids, class_ids < old_classes, VisualInputs(objects, motion)),
-            spectrograms=Spectrograms(x, weight, ratio, torch.zeros(0)),
-            audio=audio,
-            visual=visual,
-            output=mine.mask_decoder(audio, visual, class_ids),
-            num_old=old_classes,
-        ),
+    step = Step(
+        batch=Batch(torch.zeros(0), class_ids, video_ids, class_ids < old_classes, VisualInputs(objects, motion)),
+        spectrograms=Spectrograms(x, weight, ratio, torch.zeros(0)),
+        audio=audio,
+        visual=visual,
+        output=mine.mask_decoder(audio, visual, class_ids),
+        num_old=old_classes,
+        student=mine,
+        teacher=my_teacher,
     )
+    terms = ContAVSep().loss(step)
     total = sum(terms.values())
     total.backward()
     optimizer.step()

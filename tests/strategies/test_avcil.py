@@ -11,7 +11,7 @@ from avsep.kernels.mask_head.reference import mask_l1_reference
 from avsep.kernels.similarity_distillation.reference import cross_entropy, normalise
 from avsep.registry import STRATEGIES
 from support.continual_runs import make_learner
-from support.strategy_steps import CLASS_IDS, VIDEO_IDS, gradients, make_step, student_and_teacher
+from support.strategy_steps import CLASS_IDS, VIDEO_IDS, gradients, make_step, student_and_teacher, with_teacher
 from support.tones import TINY_FRONT_END, TINY_TASKS
 
 
@@ -39,7 +39,7 @@ def _contrast(output, partners):
 def test_the_literal_sum_and_its_gradient(separators):
     student, teacher = separators
     step = make_step(student)
-    terms = STRATEGIES.create("avcil").loss(student, teacher, step)
+    terms = STRATEGIES.create("avcil").loss(with_teacher(step, teacher))
     mixtures, class_ids, old = [0, 2], torch.tensor([[1, 0], [0, 0]]), torch.tensor([[True, False], [True, True]])
     visual = teacher.encode_visual(step.batch.visual[mixtures])
     taught = teacher(step.spectrograms.network_input[mixtures], visual, class_ids)
@@ -79,8 +79,8 @@ def test_the_literal_sum_and_its_gradient(separators):
 def test_a_weight_of_zero_removes_its_term_and_no_other(separators, weight, term):
     student, teacher = separators
     step = make_step(student)
-    whole = STRATEGIES.create("avcil").loss(student, teacher, step)
-    without = STRATEGIES.create("avcil", {weight: 0.0}).loss(student, teacher, step)
+    whole = STRATEGIES.create("avcil").loss(with_teacher(step, teacher))
+    without = STRATEGIES.create("avcil", {weight: 0.0}).loss(with_teacher(step, teacher))
     assert set(whole) - set(without) == {term}
     for name in without:
         torch.testing.assert_close(without[name], whole[name])
@@ -92,7 +92,7 @@ def test_without_an_old_slot_and_in_the_first_task_only_the_similarity_terms_act
     student, teacher = separators
     strategy = STRATEGIES.create("avcil")
     for given, step in ((None, make_step(student, num_old=0)), (teacher, make_step(student, rows=slice(1, 2)))):
-        assert set(strategy.loss(student, given, step)) == {"separation", "instance", "class"}
+        assert set(strategy.loss(with_teacher(step, given))) == {"separation", "instance", "class"}
     assert strategy.first_task() == {
         "weight_instance": 0.1,
         "weight_class": 1.0,
@@ -106,7 +106,7 @@ def test_without_an_old_slot_and_in_the_first_task_only_the_similarity_terms_act
 def test_without_motion_its_partner_and_the_attention_drop_out():
     student, teacher = student_and_teacher(motion_encoder=None)
     step = make_step(student)
-    terms = STRATEGIES.create("avcil").loss(student, teacher, step)
+    terms = STRATEGIES.create("avcil").loss(with_teacher(step, teacher))
     assert set(terms) == {"separation", "instance", "class", "mask"}
     instance, class_ = _contrast(step.output, (step.output.object,))
     torch.testing.assert_close(terms["instance"], 0.1 * instance, rtol=1e-4, atol=1e-6)

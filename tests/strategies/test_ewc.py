@@ -16,10 +16,11 @@ from avsep.data.tasks import task_stream
 from avsep.errors import ConfigError
 from avsep.kernels.mask_head.reference import mask_l1_reference
 from avsep.registry import STRATEGIES
+from avsep.strategies.base import TaskContext
 from avsep.strategies.ewc import fisher_diagonal
 from avsep.types import Task
 from support.continual_runs import RUNS, differing, make_learner, resume_killed, train, weights
-from support.strategy_steps import PARTS, make_step
+from support.strategy_steps import PARTS, make_step, with_teacher
 from support.tones import TINY_FRONT_END, TINY_TASKS
 
 BIAS, QUERIES = "mask_decoder.head.4.bias", "mask_decoder.class_queries"
@@ -39,8 +40,8 @@ def _mixtures(separator):
 
 
 class _Data:
-    def __init__(self, mixtures, is_last=False):
-        self.mixtures, self.is_last, self.asked = mixtures, is_last, []
+    def __init__(self, mixtures):
+        self.mixtures, self.asked = mixtures, []
 
     def batches(self, count, *, batch_size=1):
         self.asked.append((count, batch_size))
@@ -58,7 +59,7 @@ def test_the_penalty_and_its_gradient_by_hand():
     fisher[QUERIES][:, 0] = torch.tensor([0.5, 1.0])
     strategy = STRATEGIES.create("ewc", {"weight": 10.0})
     strategy.load_state_dict(fisher)
-    terms = strategy.loss(student.eval(), teacher, make_step(student))
+    terms = strategy.loss(with_teacher(make_step(student.eval()), teacher))
     # F / 8 is .125 .25 0 1 and .0625 .125; times the squares .25 1 4 .0625 and 9 4; times 10 / 2
     assert terms["penalty"].item() == pytest.approx(5 * (0.03125 + 0.25 + 0 + 0.0625 + 0.5625 + 0.5), rel=1e-6)
     terms["penalty"].backward()
@@ -68,7 +69,9 @@ def test_the_penalty_and_its_gradient_by_hand():
     torch.testing.assert_close(own[QUERIES].grad, expected)
     assert {n for n, p in own.items() if p.grad is not None} == {BIAS, QUERIES}
     strategy.load_state_dict({BIAS: torch.tensor([1.0, 0.0, 0.0, 0.0])})  # as after the next task
-    assert strategy.loss(student, teacher, make_step(student))["penalty"].item() == pytest.approx(5 * 0.25, rel=1e-6)
+    assert strategy.loss(with_teacher(make_step(student), teacher))["penalty"].item() == pytest.approx(
+        5 * 0.25, rel=1e-6
+    )
 
 
 def test_the_fisher_information_is_the_mean_of_squared_gradients_of_single_mixtures():
@@ -103,12 +106,12 @@ def test_the_sum_over_tasks_leaves_new_rows_to_the_new_task():
     separator = _separator(2)
     strategy = STRATEGIES.create("ewc", {"decay": 0.5, "fisher_samples": 3})
     data = _Data(_mixtures(separator))
-    strategy.after_task(separator, None, Task(0, ("a", "b"), ("a", "b")), data)
+    strategy.after_task(TaskContext(Task(0, ("a", "b"), ("a", "b")), separator, None, data))
     first = {k: v.clone() for k, v in strategy.state_dict().items()}
     assert data.asked == [(3, 1)]
     assert first[QUERIES].shape == (2, 16)
     separator.grow(3)
-    strategy.after_task(separator, None, Task(1, ("c",), ("a", "b", "c")), data)
+    strategy.after_task(TaskContext(Task(1, ("c",), ("a", "b", "c")), separator, None, data))
     second, alone = strategy.state_dict(), fisher_diagonal(separator, data.mixtures)
     torch.testing.assert_close(second[BIAS], 0.5 * first[BIAS] + alone[BIAS])
     torch.testing.assert_close(second[QUERIES][:2], 0.5 * first[QUERIES] + alone[QUERIES][:2])
@@ -119,7 +122,8 @@ def test_the_sum_over_tasks_leaves_new_rows_to_the_new_task():
 @pytest.mark.parametrize(("weight", "is_last"), [(0.0, False), (100.0, True)])
 def test_what_no_later_task_needs_is_not_computed(weight, is_last):
     strategy = STRATEGIES.create("ewc", {"weight": weight})
-    strategy.after_task(None, None, Task(0, ("a",), ("a",)), data := _Data([], is_last))
+    data = _Data([])
+    strategy.after_task(TaskContext(Task(0, ("a",), ("a",)), None, None, data, is_last=is_last))
     assert data.asked == []
     assert strategy.state_dict() == {}
     assert strategy.needs_teacher == (weight > 0)

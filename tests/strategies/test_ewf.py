@@ -7,10 +7,12 @@ import torch
 
 from avsep.errors import ConfigError
 from avsep.registry import STRATEGIES
-from avsep.strategies.ewf import fuse, fusion_factor, reestimate_batch_norm
+from avsep.strategies.base import TaskContext
+from avsep.strategies.teaching import reestimate_batch_norm
+from avsep.strategies.weight_fusion import fuse, fusion_factor
 from avsep.types import Task
 from support.continual_runs import SEPARATORS
-from support.strategy_steps import make_step, student_and_teacher
+from support.strategy_steps import make_step, student_and_teacher, with_teacher
 
 TASK = Task(1, ("peep", "whirr"), ("ding", "hum", "peep", "whirr"))
 
@@ -50,12 +52,13 @@ def test_floating_tensors_of_the_old_state_are_fused_and_nothing_else():
 def test_after_a_task_the_student_is_the_fused_model():
     student, teacher = student_and_teacher()
     before, old = _copy(student), teacher.state_dict()
-    STRATEGIES.create("ewf").after_task(student, teacher, TASK, None)
+    STRATEGIES.create("ewf").after_task(TaskContext(TASK, student, teacher, None))
     factor = 0.5**0.5
     name = "audio_encoder.down.0.weight"
     torch.testing.assert_close(student.state_dict()[name], (1 - factor) * old[name] + factor * before[name])
     again = _copy(student)
-    STRATEGIES.create("ewf").after_task(student, None, Task(0, ("a",), ("a",)), None)  # the first task has no endpoint
+    first = TaskContext(Task(0, ("a",), ("a",)), student, None, None)
+    STRATEGIES.create("ewf").after_task(first)  # the first task has no endpoint
     assert all(torch.equal(v, again[k]) for k, v in student.state_dict().items())
 
 
@@ -65,11 +68,11 @@ def test_it_trains_with_lwfs_loss():
     found = []
     for name, params in (("ewf", {"distillation": 0.7}), ("lwf", {"weight_mask": 0.7})):
         torch.manual_seed(0)
-        found.append(STRATEGIES.create(name, params).loss(student, teacher, step))
+        found.append(STRATEGIES.create(name, params).loss(with_teacher(step, teacher)))
     assert found[0] == found[1]
     assert set(found[0]) == {"separation", "mask"}
-    assert list(STRATEGIES.create("ewf", {"distillation": 0}).loss(student, teacher, step)) == ["separation"]
-    assert STRATEGIES.create("ewf").distillation == 0.3
+    assert list(STRATEGIES.create("ewf", {"distillation": 0}).loss(with_teacher(step, teacher))) == ["separation"]
+    assert STRATEGIES.create("ewf").parts["lwf"].weight_mask == 0.3
     with pytest.raises(ConfigError, match="distillation must be 0 or more, got -1"):
         STRATEGIES.create("ewf", {"distillation": -1})
 
@@ -90,7 +93,9 @@ def test_batch_norm_is_estimated_anew_from_training_mixtures():
     student, teacher = student_and_teacher()
     data = _Data([make_step(student, rows=rows).batch for rows in (slice(0, 2), slice(1, 3))])
     before = _copy(student)
-    STRATEGIES.create("ewf", {"reestimate_batch_norm": True}).after_task(student.eval(), teacher, TASK, data)
+    STRATEGIES.create("ewf", {"reestimate_batch_norm": True}).after_task(
+        TaskContext(TASK, student.eval(), teacher, data)
+    )
     assert data.asked == 256
     inputs = [student.analyse(batch.sources).network_input for batch in data.made]
     norm = student.audio_encoder.input_norm

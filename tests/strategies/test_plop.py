@@ -11,7 +11,7 @@ from avsep.errors import ConfigError
 from avsep.registry import STRATEGIES
 from avsep.types import VisualInputs
 from support.continual_runs import RUNS, differing, resume_killed, train, weights
-from support.strategy_steps import literal_pod, make_step, student_and_teacher
+from support.strategy_steps import literal_pod, make_step, student_and_teacher, with_teacher
 
 TAPS = ("e3", "e4", "e5", "d4", "d2", "F")
 
@@ -28,7 +28,7 @@ def _pod(x, y):
 def test_it_is_the_literal_sum_over_maps_and_old_slots(separators):
     student, teacher = separators
     step = make_step(student)
-    terms = STRATEGIES.create("plop").loss(student, teacher, step)
+    terms = STRATEGIES.create("plop").loss(with_teacher(step, teacher))
     audio = teacher.audio_encoder(step.spectrograms.network_input)
     own, taught = student.taps(step.audio, step.output), teacher.taps(audio)
     assert tuple(own) == TAPS
@@ -53,7 +53,7 @@ def test_masks_that_do_not_depend_on_the_class_are_compared_in_all_slots():
         mask_decoder=("conditioned_unet", {"dim": 16}),
     )
     step = make_step(student)
-    terms = STRATEGIES.create("plop").loss(student, teacher, step)
+    terms = STRATEGIES.create("plop").loss(with_teacher(step, teacher))
     audio = teacher.audio_encoder(step.spectrograms.network_input)
     taught = teacher.mask_decoder(
         audio, teacher.encode_visual(VisualInputs(step.batch.visual.object)), step.batch.class_ids
@@ -72,7 +72,7 @@ def test_every_map_gets_a_gradient_and_the_teacher_none(separators):
     student, teacher = separators
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     step = make_step(student)
-    terms = STRATEGIES.create("plop").loss(student, teacher, step)
+    terms = STRATEGIES.create("plop").loss(with_teacher(step, teacher))
     maps = student.taps(step.audio, step.output)
     gradients = torch.autograd.grad(terms["features"], list(maps.values()), retain_graph=True)
     assert all(g.abs().sum() > 0 for g in gradients)
@@ -86,15 +86,17 @@ def test_the_weight_rises_with_the_classes(separators):
     """sqrt(|C_0:t| / |C_t|): of 4 classes with 2 and with 1 of them new."""
     strategy = STRATEGIES.create("plop", {"weight_logits": 0.0})
     ids = torch.tensor([[1, 3], [1, 3], [0, 0]])
-    two, one = (strategy.loss(*separators, make_step(separators[0], n, ids))["features"] for n in (2, 3))
+    two, one = (
+        strategy.loss(with_teacher(make_step(separators[0], n, ids), separators[1]))["features"] for n in (2, 3)
+    )
     torch.testing.assert_close(one / two, torch.tensor(2.0 / math.sqrt(2.0)))
 
 
 def test_terms_by_task_batch_and_switch(separators):
     student, teacher = separators
     plop = STRATEGIES.create("plop")
-    assert set(plop.loss(student, None, make_step(student, num_old=0))) == {"separation"}
-    assert set(plop.loss(student, teacher, make_step(student, rows=slice(1, 2)))) == {"separation", "features"}
+    assert set(plop.loss(with_teacher(make_step(student, num_old=0), None))) == {"separation"}
+    assert set(plop.loss(with_teacher(make_step(student, rows=slice(1, 2)), teacher))) == {"separation", "features"}
     step = make_step(student)
     for params, terms in (
         ({"weight_features": 0.0}, {"separation", "logits"}),
@@ -102,7 +104,7 @@ def test_terms_by_task_batch_and_switch(separators):
         ({"weight_features": 0.0, "weight_logits": 0.0}, {"separation"}),
     ):
         strategy = STRATEGIES.create("plop", params)
-        assert set(strategy.loss(student, teacher, step)) == terms
+        assert set(strategy.loss(with_teacher(step, teacher))) == terms
         assert strategy.needs_teacher == (len(terms) > 1)
     assert plop.first_task() == {}
 

@@ -8,9 +8,10 @@ import torch
 from avsep.decoders import QueryTransformer
 from avsep.errors import ConfigError
 from avsep.registry import STRATEGIES
+from avsep.strategies.base import TaskContext
 from avsep.types import Task
 from support.continual_runs import differing, first_task, train, weights
-from support.strategy_steps import make_step, student_and_teacher
+from support.strategy_steps import make_step, student_and_teacher, with_teacher
 
 TASK = Task(1, ("peep", "whirr"), ("ding", "hum", "peep", "whirr"))
 QUERIES = "mask_decoder.class_queries"
@@ -35,11 +36,11 @@ def test_nothing_but_the_new_queries_changes(head, memory, tone_store, tmp_path)
 def test_the_new_queries_learn_and_the_old_get_no_gradient():
     student, _ = student_and_teacher()
     strategy = STRATEGIES.create("query_extension")
-    strategy.freeze(student, TASK)
+    strategy.begin_task(TaskContext(TASK, student, None, None))
     student.train()
     assert not any(m.training for m in student.modules())
     statistics = {k: v.clone() for k, v in student.state_dict().items() if "running" in k}
-    terms = strategy.loss(student, None, make_step(student))
+    terms = strategy.loss(with_teacher(make_step(student), None))
     assert list(terms) == ["separation"]
     terms["separation"].backward()
     assert [name for name, p in student.named_parameters() if p.grad is not None] == [QUERIES]
@@ -52,12 +53,12 @@ def test_the_new_queries_learn_and_the_old_get_no_gradient():
 def test_old_rows_are_put_back_after_a_step():
     student, _ = student_and_teacher()
     strategy = STRATEGIES.create("query_extension")
-    strategy.freeze(student, TASK)
+    strategy.begin_task(TaskContext(TASK, student, None, None))
     rows = student.mask_decoder.class_queries
     before = rows.detach().clone()
     with torch.no_grad():
         rows.mul_(0.5)
-    strategy.after_step(student)
+    strategy.after_step(make_step(student))
     assert torch.equal(rows[:2], before[:2])
     assert torch.equal(rows[2:], before[2:] / 2)
 
@@ -65,10 +66,11 @@ def test_old_rows_are_put_back_after_a_step():
 def test_the_first_task_trains_everything():
     student, _ = student_and_teacher()
     strategy = STRATEGIES.create("query_extension")
-    strategy.freeze(student, Task(0, TASK.seen, TASK.seen))
+    strategy.begin_task(TaskContext(Task(0, TASK.seen, TASK.seen), student, None, None))
     assert all(p.requires_grad for p in student.parameters())
+    step = make_step(student)
     before = {k: v.clone() for k, v in student.state_dict().items()}
-    strategy.after_step(student)
+    strategy.after_step(step)
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
     assert student.train().training
     assert strategy.first_task() == {}

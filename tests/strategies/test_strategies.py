@@ -16,7 +16,7 @@ from avsep.kernels.similarity_distillation.reference import (
 )
 from avsep.registry import STRATEGIES
 from avsep.types import VisualInputs
-from support.strategy_steps import CLASS_IDS, VIDEO_IDS, gradients, make_step, student_and_teacher
+from support.strategy_steps import CLASS_IDS, VIDEO_IDS, gradients, make_step, student_and_teacher, with_teacher
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_registered_defaults_are_the_published_weights():
 
 def test_finetuning_has_the_separation_loss_alone(separators):
     step = make_step(separators[0])
-    terms = STRATEGIES.create("finetune").loss(*separators, step)
+    terms = STRATEGIES.create("finetune").loss(with_teacher(step, separators[1]))
     assert list(terms) == ["separation"]
     expected = mask_l1_reference(step.output.logits, step.spectrograms.ratio, step.spectrograms.weight)
     torch.testing.assert_close(terms["separation"], expected)
@@ -46,7 +46,7 @@ def test_contavsep_is_the_literal_sum_over_the_right_rows(separators):
     """All four terms against references that are told by hand which slots are old."""
     student, teacher = separators
     step = make_step(student)
-    terms = STRATEGIES.create("contavsep").loss(student, teacher, step)
+    terms = STRATEGIES.create("contavsep").loss(with_teacher(step, teacher))
 
     mixtures = [0, 2]
     visual = teacher.encode_visual(step.batch.visual[mixtures])
@@ -81,12 +81,12 @@ def test_contavsep_is_the_literal_sum_over_the_right_rows(separators):
 def test_a_weight_of_zero_removes_its_term_and_no_other(separators, weight, term):
     student, teacher = separators
     step = make_step(student)
-    whole = STRATEGIES.create("contavsep").loss(student, teacher, step)
-    without = STRATEGIES.create("contavsep", {weight: 0.0}).loss(student, teacher, step)
+    whole = STRATEGIES.create("contavsep").loss(with_teacher(step, teacher))
+    without = STRATEGIES.create("contavsep", {weight: 0.0}).loss(with_teacher(step, teacher))
     assert set(whole) - set(without) == {term}
     for name in without:
         torch.testing.assert_close(without[name], whole[name])
-    doubled = STRATEGIES.create("contavsep", {weight: 2.0}).loss(student, teacher, step)
+    doubled = STRATEGIES.create("contavsep", {weight: 2.0}).loss(with_teacher(step, teacher))
     default = getattr(STRATEGIES.create("contavsep"), weight)
     torch.testing.assert_close(doubled[term] / 2.0, whole[term] / default)
 
@@ -94,10 +94,10 @@ def test_a_weight_of_zero_removes_its_term_and_no_other(separators, weight, term
 def test_first_task_and_batches_without_memory_contrast_the_student_alone(separators):
     student, teacher = separators
     strategy = STRATEGIES.create("contavsep")
-    first = strategy.loss(student, None, make_step(student, num_old=0))
+    first = strategy.loss(with_teacher(make_step(student, num_old=0), None))
     assert set(first) == {"separation", "instance", "class"}
     step = make_step(student, rows=slice(1, 2))  # both of its slots are new
-    later = strategy.loss(student, teacher, step)
+    later = strategy.loss(with_teacher(step, teacher))
     assert set(later) == {"separation", "instance", "class"}
     instance, class_, _ = similarity_distillation_reference(
         _rows(step.output), step.batch.video_ids.flatten(), step.batch.class_ids.flatten()
@@ -109,7 +109,7 @@ def test_first_task_and_batches_without_memory_contrast_the_student_alone(separa
 def test_the_teacher_stays_frozen(separators):
     student, teacher = separators
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    terms = STRATEGIES.create("contavsep").loss(student, teacher, make_step(student))
+    terms = STRATEGIES.create("contavsep").loss(with_teacher(make_step(student), teacher))
     sum(terms.values()).backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
@@ -123,10 +123,10 @@ def test_as_released_the_teacher_normalises_by_the_whole_batch(separators):
     step = make_step(student)
     faithful = STRATEGIES.create("contavsep", {"teacher_batch_norm": "train"})
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    terms = faithful.loss(student, teacher, step)
+    terms = faithful.loss(with_teacher(step, teacher))
     assert any(not torch.equal(v, before[k]) for k, v in teacher.state_dict().items() if "running" in k)
     teacher.load_state_dict(before)
-    frozen = STRATEGIES.create("contavsep").loss(student, teacher, step)
+    frozen = STRATEGIES.create("contavsep").loss(with_teacher(step, teacher))
     assert not torch.allclose(terms["mask"], frozen["mask"])
     # mask distillation still counts old slots only
     assert terms["mask"].isfinite()
@@ -137,7 +137,9 @@ def test_as_released_the_teacher_normalises_by_the_whole_batch(separators):
 def test_the_class_asked_of_the_teacher_in_new_slots_does_not_matter(separators):
     student, teacher = separators
     terms = [
-        STRATEGIES.create("contavsep", {"weight_instance": 0, "weight_class": 0}).loss(student, teacher, step)["mask"]
+        STRATEGIES.create("contavsep", {"weight_instance": 0, "weight_class": 0}).loss(with_teacher(step, teacher))[
+            "mask"
+        ]
         for step in (make_step(student), make_step(student, class_ids=torch.tensor([[1, 2], [2, 3], [0, 0]])))
     ]
     torch.testing.assert_close(*terms)
@@ -163,7 +165,7 @@ def test_wrong_settings():
 @pytest.mark.parametrize("term", ["instance", "class", "mask"])
 def test_every_term_pulls_at_the_student(separators, term):
     student, teacher = separators
-    found = gradients(STRATEGIES.create("contavsep").loss(student, teacher, make_step(student))[term], student)
+    found = gradients(STRATEGIES.create("contavsep").loss(with_teacher(make_step(student), teacher))[term], student)
     for part in ("audio_encoder", "object_encoder", "motion_encoder", "mask_decoder"):
         assert any(name.startswith(part) for name in found)
 
@@ -185,9 +187,9 @@ def test_instances_by_equal_motion_features():
     named = dataclasses.replace(step, batch=dataclasses.replace(batch, video_ids=videos))
     by_id = STRATEGIES.create("contavsep")
     for given in (teacher, None):
-        one, other = strategy.loss(student, given, step), by_id.loss(student, given, named)
+        one, other = strategy.loss(with_teacher(step, given)), by_id.loss(with_teacher(named, given))
         torch.testing.assert_close(one, other)
-        assert one["instance"] != by_id.loss(student, given, step)["instance"]
+        assert one["instance"] != by_id.loss(with_teacher(step, given))["instance"]
 
 
 def test_instances_of_old_slots_are_the_teachers():
@@ -196,10 +198,10 @@ def test_instances_of_old_slots_are_the_teachers():
     with torch.no_grad():
         teacher.mask_decoder.motion_proj.weight.zero_()
     step = make_step(student, video_ids=torch.arange(6).view(3, 2))
-    one = STRATEGIES.create("contavsep", {"instance": "features"}).loss(student, teacher, step)
+    one = STRATEGIES.create("contavsep", {"instance": "features"}).loss(with_teacher(step, teacher))
     videos = torch.tensor([[0, 1], [2, 3], [0, 0]])
     named = dataclasses.replace(step, batch=dataclasses.replace(step.batch, video_ids=videos))
-    torch.testing.assert_close(one, STRATEGIES.create("contavsep").loss(student, teacher, named))
+    torch.testing.assert_close(one, STRATEGIES.create("contavsep").loss(with_teacher(named, teacher)))
 
 
 def test_without_motion_instances_cannot_be_told_by_it():
@@ -208,7 +210,7 @@ def test_without_motion_instances_cannot_be_told_by_it():
     with pytest.raises(ConfigError, match="no motion encoder: use instance=id"):
         strategy.check(student)
     with pytest.raises(ConfigError, match="the mask decoder gives none"):
-        strategy.loss(student, teacher, make_step(student))
+        strategy.loss(with_teacher(make_step(student), teacher))
     STRATEGIES.create("contavsep").check(student)
     # where the instance term is off nothing is compared
     STRATEGIES.create("contavsep", {"instance": "features", "weight_instance": 0}).check(student)
@@ -217,7 +219,7 @@ def test_without_motion_instances_cannot_be_told_by_it():
 def test_without_motion_the_one_pair_left_counts_whole():
     student, teacher = student_and_teacher(motion_encoder=None)
     step = make_step(student)
-    terms = STRATEGIES.create("contavsep").loss(student, teacher, step)
+    terms = STRATEGIES.create("contavsep").loss(with_teacher(step, teacher))
     visual = teacher.encode_visual(VisualInputs(step.batch.visual.object))
     taught = teacher(step.spectrograms.network_input, visual, CLASS_IDS.where(CLASS_IDS < 2, 0))
     old = [0, 4, 5]
@@ -236,13 +238,13 @@ def test_without_motion_the_one_pair_left_counts_whole():
 def test_within_modalities(separators):
     student, teacher = separators
     step = make_step(student, rows=slice(0, 3))
-    terms = STRATEGIES.create("contavsep", {"modality_pairs": "within"}).loss(student, None, step)
+    terms = STRATEGIES.create("contavsep", {"modality_pairs": "within"}).loss(with_teacher(step, None))
     instance, class_, _ = similarity_distillation_reference(
         _rows(step.output), VIDEO_IDS.flatten(), CLASS_IDS.flatten(), unimodal=True, include_self=False
     )
     torch.testing.assert_close(terms["instance"], 0.1 * instance, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(terms["class"], 0.3 * class_, rtol=1e-4, atol=1e-5)
-    assert set(STRATEGIES.create("contavsep", {"modality_pairs": "within"}).loss(student, teacher, step)) == {
+    assert set(STRATEGIES.create("contavsep", {"modality_pairs": "within"}).loss(with_teacher(step, teacher))) == {
         "separation",
         "instance",
         "class",

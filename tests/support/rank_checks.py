@@ -16,7 +16,9 @@ from avsep.distributed.ranks import ALONE, Ranks, synchronise_batch_norm
 from avsep.registry import STRATEGIES
 from avsep.separator import build_from_spec
 from avsep.spec import SeparatorSpec, validated
-from avsep.training.learner import ContinualLearner, _Inputs, _TrainingStep
+from avsep.strategies.base import TaskContext
+from avsep.training.learner import ContinualLearner
+from avsep.training.loop import StepInputs, TaskLoop, TrainingStep
 from avsep.types import Batch, Task, VisualInputs, move_to
 from support.continual_runs import SEPARATORS, make_learner
 from support.tones import TINY_FRONT_END, TINY_TASKS, tiny_learner
@@ -41,6 +43,7 @@ STEPS = {
     "plop": ("plop", {}, "iquery", torch.float64),
     "plop_agnostic": ("plop", {}, "coseparation", torch.float64),
     "query_extension": ("query_extension", {"head": True}, "iquery", torch.float64),
+    "agem": ("agem", {}, "iquery", torch.float64),
 }
 # four mixtures, of which the first two have no slot of an old class: so has one of two ranks
 CLASS_IDS = torch.tensor([[2, 3], [3, 2], [1, 3], [0, 0]])
@@ -76,12 +79,12 @@ def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
     strategy = STRATEGIES.create(strategy_name, parameters)
     if strategy_name == "ewc":
         strategy.load_state_dict({n: p.detach().square() + 0.1 for n, p in teacher.named_parameters()})
-    strategy.before_task(student, teacher, TASK)
-    strategy.freeze(student, TASK)
+    old_shapes = {name: tuple(value.shape) for name, value in teacher.state_dict().items()}
+    strategy.begin_task(TaskContext(TASK, student, teacher, None, ranks, old_shapes=old_shapes))
     student.train()
     for one in (student, teacher):
         synchronise_batch_norm(one, ranks)
-    module = _TrainingStep(student, strategy, ranks)
+    module = inner = TrainingStep(student, strategy, ranks)
     batch = _batch(student, dtype)
     if ranks.several:
         module = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
@@ -89,8 +92,9 @@ def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
         parts = {k: v[rows] for k, v in vars(batch).items() if k != "clips"}
         batch = Batch(**parts)
     torch.manual_seed(7)  # a rank that drew for itself would draw otherwise
-    terms = module(_Inputs(move_to(batch, "cpu"), teacher, 2))
+    terms = module(StepInputs(move_to(batch, "cpu"), teacher, 2))
     torch.stack([t.to(dtype) for t in terms.values()]).sum().backward()
+    strategy.after_backward(inner.step)
     return {
         **{f"term {k}": ranks.mean(v.detach().to(dtype)) for k, v in terms.items()},
         **{f"gradient {k}": p.grad for k, p in student.named_parameters() if p.grad is not None},
@@ -109,7 +113,7 @@ class Killed(Exception):
 @contextlib.contextmanager
 def dying_at(calls: int):
     """Training ends before its ``calls``-th step from here."""
-    step, count = ContinualLearner._step, [0]
+    step, count = TaskLoop._step, [0]
 
     def dies(self, *args):
         count[0] += 1
@@ -117,12 +121,12 @@ def dying_at(calls: int):
             raise Killed
         return step(self, *args)
 
-    ContinualLearner._step = dies
+    TaskLoop._step = dies
     try:
         with contextlib.suppress(Killed):
             yield
     finally:
-        ContinualLearner._step = step
+        TaskLoop._step = step
 
 
 def fit(store, out, strategy="contavsep", **how):
@@ -145,8 +149,9 @@ def several(folder: Path, store: str) -> None:
             save_file({k: v.contiguous() for k, v in found.items()}, folder / f"{name}.safetensors")
     torch.manual_seed(7)
     stream = stream_of(store)
-    facts = {"sdr": learner._validate(stream, stream.tasks[0], None)}
-    drawn = [[c for m in b.clips for c in m] for b in learner._batches(learner._epoch(stream, stream.tasks[0], 0), 1)]
+    facts = {"sdr": learner._validation(stream, stream.tasks[0]).score(learner.separator)[0]}
+    mixtures = learner._mixtures(stream, stream.tasks[0])
+    drawn = [[c for m in b.clips for c in m] for b in mixtures.training_batches(mixtures.epoch(0), 1)]
     facts["drawn"] = [[c for part in parts for c in part] for parts in zip(*ranks.all_gather(drawn), strict=True)]
     fit(store, folder / "whole", first_task=folder / "first")
     kill(store, folder / "killed", folder / "first")
@@ -161,9 +166,9 @@ def several(folder: Path, store: str) -> None:
 def go_on(run: Path) -> None:
     """Resume, with this process alone, a run that the command line began."""
     from avsep.data.store import Store
-    from avsep.runs.folder import read_run_spec
+    from avsep.runs.folder import RunFolder
 
-    spec = read_run_spec(run)
+    spec = RunFolder(run).spec()
     stream = stream_of(Store.open(spec.store), spec.tasks)
     ContinualLearner.from_spec(spec, accelerator="cpu").fit(stream, run, resume=True, progress=False)
 
@@ -173,17 +178,17 @@ def broken(folder: Path, store: str, how: str) -> None:
     from avsep.cli import main
     from avsep.errors import DataError
 
-    step, calls = ContinualLearner._step, []
+    step, calls = TaskLoop._step, []
 
     def fails(self, *args):
         calls.append(1)
-        if len(calls) == 2 and self.ranks.rank == 1:
+        if len(calls) == 2 and self._ranks.rank == 1:
             if how == "kill":
                 os.kill(os.getpid(), 9)
             raise DataError("clip 'x' is gone")
         return step(self, *args)
 
-    ContinualLearner._step = fails
+    TaskLoop._step = fails
     main(
         ["train", store, "--preset", str(folder / "tiny.yaml"), "--out", str(folder / f"run-{how}"), "--device", "cpu"]
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from avsep import build_separator
@@ -37,7 +39,13 @@ def make_step(student, num_old=2, class_ids=CLASS_IDS, rows=slice(None), video_i
     spectrograms = student.analyse(batch.sources)
     visual = student.encode_visual(batch.visual)
     audio = student.audio_encoder(spectrograms.network_input)
-    return Step(batch, spectrograms, audio, visual, student.mask_decoder(audio, visual, batch.class_ids), num_old)
+    output = student.mask_decoder(audio, visual, batch.class_ids)
+    return Step(batch, spectrograms, audio, visual, output, num_old, student)
+
+
+def with_teacher(step, teacher):
+    """The step as the learner makes it where there is a teacher."""
+    return dataclasses.replace(step, teacher=teacher)
 
 
 def gradients(term, student):

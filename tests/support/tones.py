@@ -90,9 +90,9 @@ def tiny_learner(strategy="contavsep", memory="random_per_class", **train):
 
 def dies_at_step(monkeypatch, number):
     """A stand-in for a kill: training is interrupted before its ``number``-th step, until ``monkeypatch.undo()``."""
-    from avsep.training.learner import ContinualLearner
+    from avsep.training.loop import TaskLoop
 
-    step, calls = ContinualLearner._step, []
+    step, calls = TaskLoop._step, []
 
     def dies(self, *args):
         calls.append(args)
@@ -100,7 +100,7 @@ def dies_at_step(monkeypatch, number):
             raise KeyboardInterrupt
         return step(self, *args)
 
-    monkeypatch.setattr(ContinualLearner, "_step", dies)
+    monkeypatch.setattr(TaskLoop, "_step", dies)
 
 
 BUNDLE_CLASSES = ("flute", "piano", "cello")

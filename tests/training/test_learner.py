@@ -19,9 +19,13 @@ from safetensors.torch import load_file
 import avsep
 from avsep.data.tasks import task_stream
 from avsep.errors import AvsepError, CheckpointError, ConfigError, DataError, NumericalError, RunError, UnknownNameError
-from avsep.runs.folder import read_run_spec
+from avsep.runs.folder import RunFolder
 from avsep.spec import OptimizerSpec
-from avsep.training.learner import ContinualLearner, _thinned, learning_rate_factor
+from avsep.training import loop
+from avsep.training.learner import ContinualLearner
+from avsep.training.loop import TaskLoop
+from avsep.training.optim import learning_rate_factor
+from avsep.training.validation import Validation, _thinned
 from support.tones import (
     TINY_FRONT_END,
     TINY_SEPARATOR,
@@ -91,9 +95,9 @@ def test_resume_after_kills_gives_the_uninterrupted_result(tone_run, tone_store,
         "sys.path.insert(0, sys.argv[4])\n"
         "from support.tones import *\n"
         "from avsep.data.tasks import task_stream\n"
-        "from avsep.training.learner import ContinualLearner\n"
+        "from avsep.training.loop import TaskLoop\n"
         "die_after = int(sys.argv[3])\n"
-        "step = ContinualLearner._step\n"
+        "step = TaskLoop._step\n"
         "count = 0\n"
         "def counted(self, *args):\n"
         "    global count\n"
@@ -101,7 +105,7 @@ def test_resume_after_kills_gives_the_uninterrupted_result(tone_run, tone_store,
         "    if count > die_after:\n"
         "        os._exit(9)\n"
         "    return step(self, *args)\n"
-        "ContinualLearner._step = counted\n"
+        "TaskLoop._step = counted\n"
         "stream = task_stream(sys.argv[1], TINY_TASKS, clip_samples=TINY_FRONT_END['clip_samples'])\n"
         "from pathlib import Path\n"
         "tiny_learner().fit(stream, sys.argv[2], resume=Path(sys.argv[2], 'run.yaml').exists(), progress=False)\n"
@@ -153,7 +157,7 @@ def test_other_strategies_learn_both_tasks(strategy, tone_store, tmp_path):
 
 
 def _drawn(learner, stream, task, epoch):
-    data = learner._epoch(stream, stream.tasks[task], epoch)
+    data = learner._mixtures(stream, stream.tasks[task]).epoch(epoch)
     return [[s.clip.id for s in data[i]] for i in range(len(data))]
 
 
@@ -175,21 +179,18 @@ def test_it_learns_in_mixed_precision(tone_run, tone_store, tmp_path):
 
 
 @pytest.mark.parametrize("from_scratch", [True, False])
-def test_joint_starts_from_fresh_weights_or_goes_on(from_scratch, tone_store, tmp_path):
+def test_joint_starts_from_fresh_weights_or_goes_on(from_scratch, tone_store, tmp_path, monkeypatch):
     strategy = ("joint", {"from_scratch": from_scratch})
     learner = tiny_learner(strategy, "none", epochs=1, steps_per_epoch=1)
     before = {}
-    original = ContinualLearner._optimizers
+    original = loop.make_optimizers
 
-    def spy(self, student):
+    def spy(student, specs):
         before[student.num_classes] = student.audio_encoder.state_dict()["down.0.weight"].clone()
-        return original(self, student)
+        return original(student, specs)
 
-    ContinualLearner._optimizers = spy
-    try:
-        learner.fit(_stream(tone_store), tmp_path / "run", progress=False)
-    finally:
-        ContinualLearner._optimizers = original
+    monkeypatch.setattr(loop, "make_optimizers", spy)
+    learner.fit(_stream(tone_store), tmp_path / "run", progress=False)
     trained = _weights(tmp_path / "run", 0)["audio_encoder.down.0.weight"]
     assert torch.equal(before[4], trained) != from_scratch
     assert not torch.equal(before[4], before[2])
@@ -206,9 +207,9 @@ def test_nan_stops_with_step_clips_and_checkpoint(tone_store, tmp_path):
     original = learner.strategy.loss
     calls = []
 
-    def broken(student, teacher, step):
+    def broken(step):
         calls.append(step.batch.clips)
-        terms = original(student, teacher, step)
+        terms = original(step)
         return {**terms, "separation": terms["separation"] * float("nan")} if len(calls) == 4 else terms
 
     learner.strategy.loss = broken
@@ -230,13 +231,14 @@ def test_a_strategy_gets_the_task_before_as_a_frozen_teacher(tone_store, tmp_pat
     original = learner.strategy.loss
     taught = []
 
-    def spy(student, teacher, step):
+    def spy(step):
+        teacher = step.teacher
         if teacher is not None:
-            assert teacher is not student
+            assert teacher is not step.student
             assert not any(m.training for m in teacher.modules())
             assert not any(p.requires_grad for p in teacher.parameters())
             taught.append({k: v.clone() for k, v in teacher.state_dict().items()})
-        return original(student, teacher, step)
+        return original(step)
 
     learner.strategy.loss = spy
     learner.fit(_stream(tone_store), tmp_path / "run", progress=False)
@@ -248,11 +250,11 @@ def test_the_best_validation_is_kept_and_the_first_of_equals(tone_store, tmp_pat
     scores = iter([1.0, 3.0, 3.0, 2.0, 4.0, 1.0, 2.0, 3.0])
     seen = []
 
-    def validate(self, *_):
-        seen.append({k: v.clone() for k, v in self.separator.state_dict().items()})
-        return next(scores)
+    def score(self, student):
+        seen.append({k: v.clone() for k, v in student.state_dict().items()})
+        return next(scores), []
 
-    monkeypatch.setattr(ContinualLearner, "_validate", validate)
+    monkeypatch.setattr(Validation, "score", score)
     records = tiny_learner("finetune", "none", epochs=4).fit(_stream(tone_store), tmp_path / "run", progress=False)
     assert [(r["best_epoch"], r["best_step"], r["validation_sdr_db"]) for r in records] == [(2, 6, 3.0), (1, 3, 4.0)]
     assert _equal(_weights(tmp_path / "run", 0), seen[1])
@@ -306,12 +308,12 @@ def test_what_a_strategy_keeps_is_stored_with_each_task(tone_store, tmp_path, mo
     """A lost checkpoint then costs a strategy with a state of its own no more than another one."""
     from avsep.strategies.finetune import FineTune
 
-    def after_task(self, student, teacher, task, data):
+    def after_task(self, ctx):
         self.count = getattr(self, "count", 0) + 1
-        self.sum = student.mask_decoder.class_queries.detach().sum() + getattr(self, "sum", 0.0)
+        self.sum = ctx.student.mask_decoder.class_queries.detach().sum() + getattr(self, "sum", 0.0)
 
-    def loss(self, student, teacher, step, original=FineTune.loss):
-        terms = original(self, student, teacher, step)
+    def loss(self, step, original=FineTune.loss):
+        terms = original(self, step)
         return {**terms, "kept": terms["separation"] * getattr(self, "sum", 0.0)}
 
     monkeypatch.setattr(FineTune, "after_task", after_task)
@@ -319,7 +321,7 @@ def test_what_a_strategy_keeps_is_stored_with_each_task(tone_store, tmp_path, mo
     monkeypatch.setattr(FineTune, "state_dict", lambda self: dict(vars(self)))
     monkeypatch.setattr(FineTune, "load_state_dict", lambda self, state: vars(self).update(state))
     tasks = [["ding", "hum"], ["peep"], ["whirr"]]
-    monkeypatch.setattr(ContinualLearner, "_validate", lambda *_: 0.0)
+    monkeypatch.setattr(Validation, "score", lambda *_: (0.0, []))
 
     def fit(out, **how):
         learner = tiny_learner("finetune", "none", epochs=1, steps_per_epoch=2)
@@ -441,7 +443,7 @@ def test_the_loss_scale_moves_once_a_step_and_survives_a_resume(tone_store, tmp_
     stream = _stream(tone_store)
     whole, scaler = learner()
     whole.fit(stream, tmp_path / "whole", progress=False)
-    assert len(whole._optimizers(whole.separator)) == 3
+    assert len(loop.make_optimizers(whole.separator, whole.train.optimizers)) == 3
     assert scaler.state_dict()["_growth_tracker"] == 6  # two tasks of three steps
 
     broken, _ = learner()
@@ -459,7 +461,7 @@ def test_tensorboard_has_every_step_once_also_after_a_resume(tone_store, tmp_pat
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    step, calls = ContinualLearner._step, []
+    step, calls = TaskLoop._step, []
 
     def dies(self, *args):
         calls.append(args)
@@ -468,7 +470,7 @@ def test_tensorboard_has_every_step_once_also_after_a_resume(tone_store, tmp_pat
         return step(self, *args)
 
     settings = {"epochs": 1, "checkpoint_every": 1000}
-    monkeypatch.setattr(ContinualLearner, "_step", dies)
+    monkeypatch.setattr(TaskLoop, "_step", dies)
     with pytest.raises(KeyboardInterrupt):
         tiny_learner("finetune", "none", **settings).fit(_stream(tone_store), tmp_path / "run", progress=False)
     monkeypatch.undo()
@@ -528,7 +530,7 @@ def test_each_part_has_the_optimiser_it_was_given():
         "decoder": {"name": "adamw", "lr": 3e-3, "weight_decay": 0.2},
     }
     learner = tiny_learner(**roles)
-    made = learner._optimizers(learner.separator)
+    made = loop.make_optimizers(learner.separator, learner.train.optimizers)
     parts = learner.separator.parameter_groups()
     for role, wanted in roles.items():
         (group,) = made[role].param_groups
@@ -558,7 +560,7 @@ def test_models_are_selected_on_the_validation_protocol_that_was_asked_for(tone_
     spec = tiny_run_spec("finetune", "none", epochs=1, steps_per_epoch=1)
     learner = ContinualLearner.from_spec(spec, accelerator="cpu", loggers=[])  # pictures are scored too
     records = learner.fit(stream, tmp_path / "run", progress=False)
-    assert read_run_spec(tmp_path / "run").validation_protocol == "paper"
+    assert RunFolder(tmp_path / "run").spec().validation_protocol == "paper"
     for task, (record, scores) in enumerate(zip(records, seen, strict=True)):
         assert [s.mixture.list_name for s in scores] == [f"paper-{task}"] * len(stream.validation.at(task))
         assert any(s.mixture.degenerate for s in scores)
@@ -628,10 +630,10 @@ def test_a_first_task_of_another_kind_is_refused(tone_run, tone_store, tmp_path)
 def test_after_a_task_a_strategy_sees_its_mixtures_the_same_in_every_run(tone_store, tmp_path, monkeypatch):
     seen = []
 
-    def after_task(self, student, teacher, task, data):
-        assert not student.training
-        assert (teacher is None) == (task.index == 0)
-        batches = list(data.batches(7, batch_size=2))
+    def after_task(self, ctx):
+        assert not ctx.student.training
+        assert (ctx.teacher is None) == (ctx.task.index == 0)
+        batches = list(ctx.data.batches(7, batch_size=2))
         assert [len(b.sources) for b in batches] == [2, 2, 2, 1]
         seen.append([clips for b in batches for clips in b.clips])
 

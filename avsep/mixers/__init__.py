@@ -1,0 +1,7 @@
+"""Mixers: which clips meet in a training mixture. Importing this package registers the built-in ones."""
+
+from avsep.mixers.as_published import AsPublished
+from avsep.mixers.balanced import Balanced
+from avsep.mixers.base import Draw, Mixer, Pool
+
+__all__ = ["AsPublished", "Balanced", "Draw", "Mixer", "Pool"]

@@ -1,0 +1,115 @@
+"""The training mixtures of an epoch, drawn by a mixer and read from a store.
+
+Every random choice depends on (seed, task, epoch, item) alone: the number of reader processes, the order of reading and
+a resume in mid-epoch cannot change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from avsep.data.mixing import Slot, load_slot
+from avsep.data.store import Clip, Store
+from avsep.errors import ConfigError
+from avsep.mixers.base import Mixer, Pool
+from avsep.registry import MIXERS
+from avsep.spec import ComponentRef, FrontEndSpec, TrainSpec
+from avsep.types import VisualSource
+
+__all__ = ["TrainingMixtures", "epoch_steps"]
+
+
+class TrainingMixtures(Dataset[list[Slot]]):
+    """The mixtures of one epoch of one task, drawn by ``train.mixer`` from the current clips and the exemplars.
+
+    ``crops``: the first sample of those exemplars of which one crop alone was kept, by clip id.
+
+    Raises:
+        ConfigError: the mixer cannot make such mixtures of these clips, or they do not fill one batch.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clips: Sequence[Clip],
+        exemplars: Sequence[Clip],
+        train: TrainSpec,
+        front_end: FrontEndSpec,
+        visual_sources: Sequence[VisualSource],
+        class_index: dict[str, int],
+        *,
+        task: int,
+        epoch: int,
+        crops: Mapping[str, int] | None = None,
+    ) -> None:
+        self.store = store
+        self.train = train
+        self.front_end = front_end
+        self.visual_sources = tuple(visual_sources)
+        self.class_index = class_index
+        self.key = (train.seed, task, epoch)
+        self.pool = Pool(list(clips), list(exemplars), train, front_end, task, dict(crops or {}))
+        ref = train.mixer or ComponentRef(name="as_published")
+        self.mixer: Mixer = MIXERS.create(ref.name, ref.params)
+        self.items = self.mixer.begin_epoch(self.pool, self._rng(2**31))
+        if self.items < train.batch_size:
+            raise ConfigError(
+                f"batch size {train.batch_size} is larger than the epoch's {self.items} mixtures: lower "
+                f"train.batch_size or raise train.current_repeats"
+            )
+
+    def _rng(self, item: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([*self.key, item])))
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch, the last incomplete one dropped."""
+        return epoch_steps(self.items, self.train)
+
+    def __len__(self) -> int:
+        return self.steps * self.train.batch_size
+
+    def __getitems__(self, items: Sequence[int]) -> Collection[list[Slot]]:
+        """The items of a batch, each loaded as it is asked for; a DataLoader calls this."""
+        return _Loaded(self, items)
+
+    def __getitem__(self, item: int) -> list[Slot]:
+        drawn = self.mixer.draw(self._rng(item), item, self.pool)
+        return [self._load(number, start, gain) for number, start, gain in drawn]
+
+    def _load(self, number: int, start: int, gain: float) -> Slot:
+        clip = self.pool[number]
+        return load_slot(
+            self.store,
+            clip,
+            start,
+            self.front_end,
+            self.visual_sources,
+            self.class_index[clip.class_name],
+            gain=gain,
+            is_memory=self.pool.is_exemplar(number),
+        )
+
+
+class _Loaded(Collection[list[Slot]]):
+    def __init__(self, data: TrainingMixtures, items: Sequence[int]) -> None:
+        self._data = data
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        return (self._data[item] for item in self._items)
+
+    def __contains__(self, item: object) -> bool:
+        return item in list(self)
+
+
+def epoch_steps(items: int, train: TrainSpec) -> int:
+    """Batches of an epoch of ``items`` mixtures."""
+    full = items // train.batch_size
+    return min(full, train.steps_per_epoch or full)

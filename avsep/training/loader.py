@@ -1,0 +1,128 @@
+"""Batches of a task's training mixtures, on the training device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from avsep.data.mixing import collate
+from avsep.data.tasks import TaskStream
+from avsep.distributed.ranks import ALONE, Ranks
+from avsep.errors import AvsepError
+from avsep.memory.base import Memory
+from avsep.mixers.mixtures import TrainingMixtures
+from avsep.progress import Progress
+from avsep.separator import Separator
+from avsep.spec import TrainSpec
+from avsep.types import Batch, Task, move_to
+
+__all__ = ["TaskMixtures"]
+
+_AFTER = 2**30  # no epoch of training: the first of those that a strategy draws from
+
+
+class TaskMixtures:
+    """The training mixtures of one task, epoch by epoch.
+
+    Args:
+        exemplars: the memory of earlier tasks; ``all_data`` takes all training clips of all classes seen in its place.
+        ranks: of several processes each reads its equal part of every batch.
+        workers: reader processes.
+    """
+
+    def __init__(
+        self,
+        stream: TaskStream,
+        task: Task,
+        exemplars: Memory,
+        train: TrainSpec,
+        separator: Separator,
+        *,
+        all_data: bool = False,
+        ranks: Ranks = ALONE,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+    ) -> None:
+        kept = [] if all_data else [e for name in task.old for e in exemplars.get(name, ())]
+        self._store = stream.store
+        self._clips = stream.train_clips(task, all_seen=all_data)
+        self._exemplars = stream.store.clips_by_id([e.id for e in kept])
+        self._crops = {e.id: e.start for e in kept if e.start is not None}
+        self._train = train
+        self._front_end = separator.spec.front_end
+        self._visual_sources = separator.visual_sources()
+        self._task = task
+        self._ranks = ranks
+        self._device = torch.device(device)
+        self._workers = workers
+        self._shown: tuple[Progress, str] | None = None
+
+    def epoch(self, epoch: int) -> TrainingMixtures:
+        """The mixtures of one epoch.
+
+        Raises:
+            ConfigError: the task has too few clips for a batch, or for the mixer.
+        """
+        return TrainingMixtures(
+            self._store,
+            self._clips,
+            self._exemplars,
+            self._train,
+            self._front_end,
+            self._visual_sources,
+            {name: number for number, name in enumerate(self._task.seen)},
+            task=self._task.index,
+            epoch=epoch,
+            crops=self._crops,
+        )
+
+    def training_batches(self, data: TrainingMixtures, done: int = 0) -> Iterator[Batch]:
+        """An epoch's batches from the ``done``-th on; of several processes, this one's part of each."""
+        size, ranks = self._train.batch_size, self._ranks
+        part = size // ranks.world
+        begins = range(done * size + ranks.rank * part, len(data), size)
+        return self._read(data, [item for begin in begins for item in range(begin, begin + part)], part)
+
+    def show(self, bars: Progress, label: str) -> None:
+        """Show a bar for what :meth:`batches` gives from now on."""
+        self._shown = (bars, label)
+
+    def batches(self, count: int, *, batch_size: int = 1) -> Iterator[Batch]:
+        """As :meth:`avsep.strategies.TaskData.batches`: the same ones on every rank and on every call."""
+        bars, label = self._shown or (Progress(), "")
+        bar = bars.add(label, total=count)
+        epoch = _AFTER
+        while count > 0:
+            data = self.epoch(epoch)
+            take = min(count, len(data))
+            for batch in self._read(data, range(take), batch_size):
+                yield batch
+                bars.advance(bar, len(batch.sources))
+            count -= take
+            epoch += 1
+
+    def _read(self, data: TrainingMixtures, items: Sequence[int], batch_size: int) -> Iterator[Batch]:
+        loader: DataLoader[Any] = DataLoader(
+            Subset(data, items),
+            batch_size=batch_size,
+            collate_fn=collate,
+            num_workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
+        )
+        batches = iter(loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except AvsepError as error:
+                # from a reader process it comes with that process's traceback around it
+                if not str(error).startswith("Caught "):
+                    raise
+                kind = type(error)
+                raise kind(str(error).rstrip().splitlines()[-1].partition(f"{kind.__name__}: ")[2]) from None
+            yield move_to(batch, self._device, non_blocking=True)

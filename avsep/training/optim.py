@@ -1,0 +1,67 @@
+"""Optimisers: one for each parameter group, with settings and a schedule of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from avsep.errors import ConfigError
+from avsep.separator import Separator
+from avsep.spec import OptimizerSpec
+
+__all__ = ["learning_rate_factor", "make_optimizers", "set_learning_rates"]
+
+
+def learning_rate_factor(spec: OptimizerSpec, *, step: int, epoch: int, total_steps: int) -> float:
+    """What the base learning rate is multiplied by at a 0-based step.
+
+    ``one_cycle`` rises from 1/25 to 1 over the first 30 % and falls to 1/250,000, both along a cosine (Smith and Topin,
+    arXiv 1708.07120, with PyTorch's defaults); ``step`` multiplies by gamma from each milestone epoch on.
+    """
+    if spec.schedule == "constant":
+        return 1.0
+    if spec.schedule == "step":
+        return float(spec.gamma ** sum(epoch >= m for m in spec.milestones))
+    peak = max(0.3 * total_steps - 1, 1.0)
+
+    def cosine(start: float, end: float, share: float) -> float:
+        return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+    if step <= peak:
+        return cosine(1 / 25, 1.0, step / peak)
+    return cosine(1.0, 1 / 250_000, min(1.0, (step - peak) / max(total_steps - 1 - peak, 1)))
+
+
+def make_optimizers(student: Separator, specs: Mapping[str, OptimizerSpec]) -> dict[str, torch.optim.Optimizer]:
+    """An optimiser for each group that has a parameter to train, by the group's name.
+
+    Raises:
+        ConfigError: nothing is to be trained, or a group has no settings.
+    """
+    made: dict[str, torch.optim.Optimizer] = {}
+    for group, parameters in student.parameter_groups().items():
+        if parameters:
+            if group not in specs:
+                raise ConfigError(f"parameter group '{group}' has no optimiser: set train.groups.{group}")
+            spec = specs[group]
+            kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW
+            made[group] = kind(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
+    if not made:
+        raise ConfigError("nothing to train: every part of the separator is frozen")
+    return made
+
+
+def set_learning_rates(
+    optimizers: Mapping[str, Any], specs: Mapping[str, OptimizerSpec], *, step: int, epoch: int, total_steps: int
+) -> dict[str, float]:
+    """Set each group's learning rate for a 0-based step; returns them by group."""
+    rates = {}
+    for group, optimizer in optimizers.items():
+        factor = learning_rate_factor(specs[group], step=step, epoch=epoch, total_steps=total_steps)
+        rates[group] = specs[group].lr * factor
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = rates[group]
+    return rates

@@ -1,0 +1,78 @@
+"""Lightning Fabric, set up for one device or for several processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from avsep.environment import local_world_size, pick_device, refuse_number, world_size
+from avsep.errors import ConfigError
+
+__all__ = ["make_fabric"]
+
+
+def make_fabric(accelerator: str, precision: str) -> Fabric:
+    """Fabric on one device; in processes that torchrun started, on one a process, with DDP between them.
+
+    Args:
+        accelerator: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        precision: Fabric's, or ``auto``: mixed on a GPU, full elsewhere.
+
+    Raises:
+        ConfigError: the device is not here, or the processes do not fit the devices.
+    """
+    if accelerator != "auto":
+        pick_device(accelerator)  # refuses one that is not here
+        refuse_number(accelerator)
+    if world_size() == 1:
+        return Fabric(accelerator=accelerator, devices=1, precision=_precision(precision, accelerator))
+    return _fabric_of_ranks(accelerator, precision)
+
+
+def _precision(precision: str, accelerator: str) -> Any:
+    if precision != "auto":
+        return precision
+    if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return "32-true"
+
+
+def _fabric_of_ranks(accelerator: str, precision: str) -> Fabric:
+    import inspect
+    import logging
+
+    from lightning_fabric.strategies import DDPStrategy
+    from torch.nn.parallel import DistributedDataParallel
+
+    here, kind = local_world_size(), pick_device(accelerator).type
+    if kind == "mps":
+        if accelerator != "auto":
+            raise ConfigError("several processes cannot train on mps: --device cpu")
+        kind = "cpu"
+    if kind == "cuda" and torch.cuda.device_count() < here:
+        raise ConfigError(
+            f"{here} processes on this machine and {torch.cuda.device_count()} CUDA device(s): start as many processes "
+            "as there are devices, or train on the CPU (--device cpu)"
+        )
+    if world_size() % here:
+        raise ConfigError(f"{world_size()} processes are not spread evenly over the machines ({here} on this one)")
+    # Buffers are running statistics, equal on all ranks since batch normalisation is synchronised. PyTorch 2.13 has
+    # renamed the switch.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    options: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it greets with a box of lines
+    fabric = Fabric(
+        accelerator=kind,
+        devices=here,
+        num_nodes=world_size() // here,
+        precision=_precision(precision, kind),
+        # Which parameters a loss reaches depends on strategy, decoder and batch. The buckets then also keep their
+        # order, so that a resume adds up gradients as before.
+        strategy=DDPStrategy(find_unused_parameters=True, **options),
+    )
+    fabric.launch()
+    return fabric

@@ -1,0 +1,76 @@
+"""Validation of a task, by which its weights are selected."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from avsep.data.protocol import TestMixture
+from avsep.data.tasks import TaskStream
+from avsep.distributed.ranks import ALONE, Ranks
+from avsep.evaluation.evaluate import evaluate_separator, mean_sdr
+from avsep.separator import Separator
+from avsep.spec import TrainSpec
+from avsep.training.log import TaskLog, chosen_mixtures
+from avsep.types import Task
+
+if TYPE_CHECKING:
+    from avsep.evaluation.evaluate import MixtureScore
+
+__all__ = ["Validation"]
+
+
+class Validation:
+    """The validation mixtures of all classes seen up to a task (data of old classes too, as published)."""
+
+    def __init__(
+        self, stream: TaskStream, task: Task, train: TrainSpec, ranks: Ranks = ALONE, device: torch.device | str = "cpu"
+    ) -> None:
+        self._stream = stream
+        self._all = stream.validation.at(task.index)
+        self._mixtures = _thinned(self._all, train.validation_pairs)
+        self._batch_size = train.batch_size
+        self._ranks = ranks
+        self._device = device
+        self.tasks = [t.classes for t in stream.tasks[: task.index + 1]]
+
+    def score(self, student: Separator) -> tuple[float, list[MixtureScore]]:
+        """The mean SDR in dB, and the scores of the mixtures."""
+        ranks, count = self._ranks, len(self._mixtures)
+        first, last = (count * r // ranks.world for r in (ranks.rank, ranks.rank + 1))
+        student.eval()
+        own = evaluate_separator(
+            student,
+            self._stream.store,
+            self._mixtures[first:last],
+            batch_size=max(1, self._batch_size // ranks.world),
+            device=self._device,
+        )
+        scores = [score for part in ranks.all_gather(own) for score in part]
+        return mean_sdr(scores, degenerate=self._stream.validation.name == "paper"), scores
+
+    def log_media(self, log: TaskLog, student: Separator, step: int, *, sounds: bool = False) -> None:
+        """Log the masks of a few mixtures, and with ``sounds`` what is separated."""
+        mixtures = chosen_mixtures(self._all)
+        log.media(
+            student,
+            self._stream.store,
+            mixtures,
+            step,
+            batch_size=self._batch_size,
+            device=self._device,
+            sounds=sounds,
+        )
+
+
+def _thinned(mixtures: list[TestMixture], per_list: int | None) -> list[TestMixture]:
+    """At most ``per_list`` mixtures of each list, spread evenly over it."""
+    if per_list is None:
+        return mixtures
+    kept = []
+    for name in dict.fromkeys(m.list_name for m in mixtures):
+        members = [m for m in mixtures if m.list_name == name]
+        count = min(per_list, len(members))
+        kept += [members[i * len(members) // count] for i in range(count)]
+    return kept
