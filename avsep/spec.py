@@ -368,7 +368,7 @@ def apply_settings(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
 def _member(members: list[Any], name: str, setting: str) -> dict[str, Any]:
     """The component called ``name`` in a list of components, opened up so that its parameters can be set."""
     for number, member in enumerate(members):
-        if isinstance(member, str):
+        if member == name:
             member = members[number] = {"name": member}
         if isinstance(member, dict) and member.get("name") == name:
             return member

@@ -487,7 +487,7 @@ def data_cases(
     sets = {name: _mixtures_of(of, batch, mixtures, front_end) for name, of in readers.items()}
     data = sets["store"]
     kinds = " and ".join(f"{s.role} {s.kind}" for s in data.visual_sources)
-    seconds = sum(c.samples for c in data.clips) / len(data.clips) / store.sample_rate_hz
+    seconds = sum(c.samples for c in data.pool.clips) / len(data.pool.clips) / store.sample_rate_hz
     loaders = {
         name + (f", {count} worker{'s' * (count != 1)}" if count else ""): _loader(of, batch, count)
         for count in workers
@@ -501,8 +501,8 @@ def data_cases(
         item="slot",
         items=len(data) * data.train.sources,
         in_process=max(workers) == 0,
-        settings=f"batch {batch}, {len(data)} mixtures, audio, {kinds}, {len(data.clips)} clips of {seconds:.1f} s on "
-        f"average, crops of {front_end.clip_s:.1f} s",
+        settings=f"batch {batch}, {len(data)} mixtures, audio, {kinds}, {len(data.pool.clips)} clips of {seconds:.1f} "
+        f"s on average, crops of {front_end.clip_s:.1f} s",
     )
 
 

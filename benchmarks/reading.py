@@ -66,6 +66,7 @@ def memory_rows(
 def reading_memory(path: str | Path, batch: int, mixtures: int, passes: int = _PASSES) -> dict[str, float]:
     """Read passes of different mixtures in this process, and look at its memory after every batch."""
     from avsep.benchmarks.cases import _loader, _mixtures_of
+    from avsep.mixers import AsPublished
     from avsep.mixers.mixtures import TrainingMixtures
     from avsep.spec import FrontEndSpec
 
@@ -78,7 +79,8 @@ def reading_memory(path: str | Path, batch: int, mixtures: int, passes: int = _P
         for _ in _loader(data, batch, 0):
             peak = max(peak, _anonymous_mb())
         times.append(1e3 * (time.perf_counter() - began))
-        data.order = np.roll(data.order, 1)
+        assert isinstance(data.mixer, AsPublished)
+        data.mixer.order = np.roll(data.mixer.order, 1)
     return {
         "before_mb": before,
         "peak_mb": peak,

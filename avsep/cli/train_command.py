@@ -28,7 +28,9 @@ def command(
     preset: Annotated[
         str | None, typer.Option("--preset", help="Preset name or YAML file (see: avsep list presets) [iquery_small].")
     ] = None,
-    strategy: Annotated[str | None, typer.Option("--strategy", help="See: avsep list strategies [contavsep].")] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="See: avsep list strategies; NAME+NAME combines them [contavsep].")
+    ] = None,
     memory: Annotated[str | None, typer.Option("--memory", help="See: avsep list memories [random_per_class].")] = None,
     tasks: Annotated[
         str | None,
@@ -93,16 +95,18 @@ def command(
         preset = preset or "iquery_small"
         loaded = load_preset(preset)
         data = {"separator": loaded["separator"], "train": loaded.get("train", {}), "preset": preset}
-        data["strategy"], data["memory"] = strategy or "contavsep", memory or "random_per_class"
+        names = (strategy or "contavsep").split("+")
+        data["strategy"] = names if len(names) > 1 else names[0]
+        data["memory"] = memory or "random_per_class"
         if fidelity is not None:
             apply_fidelity(data, fidelity)
     if store is None:
         raise ConfigError("no store given: avsep train STORE --out RUN (make one with: avsep data synth STORE)")
     if resume:
-        for what, asked in (("strategy", strategy), ("memory", memory)):
-            if asked is not None and asked != data[what]["name"]:
+        for what, asked, begun in (("strategy", strategy, spec.strategy_name), ("memory", memory, spec.memory.name)):
+            if asked is not None and asked != begun:
                 raise CheckpointError(
-                    f"{out} was started with another spec: {what} was '{data[what]['name']}', now '{asked}'; resume "
+                    f"{out} was started with another spec: {what} was '{begun}', now '{asked}'; resume "
                     f"without --{what}, or choose another folder"
                 )
     if protocol is not None:

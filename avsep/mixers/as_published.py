@@ -29,7 +29,7 @@ class AsPublished(Mixer):
     def begin_epoch(self, pool: Pool, rng: np.random.Generator) -> int:
         train = pool.train
         repeats = [train.current_repeats] * len(pool.clips) + _memory_repeats(train, pool.exemplars)
-        self._list = np.repeat(np.arange(len(pool)), repeats)
+        self.entries = np.repeat(np.arange(len(pool)), repeats)
         classes = {pool[number].class_name for number in range(len(pool))}
         if train.partner == "different_class" and len(classes) < train.sources:
             raise ConfigError(
@@ -41,14 +41,14 @@ class AsPublished(Mixer):
                 f"partner=different_video needs {train.sources} clips, but task {pool.task} trains on {len(pool)}: use "
                 "partner=any or more clips"
             )
-        self._order = rng.permutation(len(self._list))
-        return len(self._list)
+        self.order = rng.permutation(len(self.entries))
+        return len(self.entries)
 
     def draw(self, rng: np.random.Generator, item: int, pool: Pool) -> list[Draw]:
         train = pool.train
-        chosen = [int(self._list[self._order[item]])]
+        chosen = [int(self.entries[self.order[item]])]
         while len(chosen) < train.sources:
-            candidate = int(self._list[rng.integers(len(self._list))])
+            candidate = int(self.entries[rng.integers(len(self.entries))])
             if train.partner == "different_video" and candidate in chosen:
                 continue
             if train.partner == "different_class" and pool[candidate].class_name in {

@@ -11,6 +11,7 @@ import numpy as np
 
 from avsep.data.protocol import second_start, seconds_of
 from avsep.data.store import Clip
+from avsep.registry import Component
 from avsep.spec import FrontEndSpec, TrainSpec
 
 __all__ = ["Draw", "Mixer", "Pool"]
@@ -73,7 +74,7 @@ class Pool:
         return int(rng.integers(room + 1 if room >= 0 else clip.samples))
 
 
-class Mixer(ABC):
+class Mixer(Component, ABC):
     """Base of mixers. Random numbers come from generators that depend on (seed, task, epoch, item) alone, so that the
     mixtures do not depend on who reads them, nor on what was read before."""
 

@@ -67,8 +67,8 @@ class TaskFolder:
 class RunFolder:
     """A run's folder, which need not be there yet."""
 
-    def __init__(self, path: str | os.PathLike[str] | RunFolder) -> None:
-        self.path = path.path if isinstance(path, RunFolder) else Path(path)
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
         self.spec_file = self.path / "run.yaml"
         self.protocol_file = self.path / "protocol.json"
         self.evaluation_file = self.path / "evaluation.json"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avsep.errors import CheckpointError, ConfigError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Composition", "build_strategy"]
 
 
-def build_strategy(refs: ComponentRef | Iterable[ComponentRef]) -> Strategy:
+def build_strategy(refs: ComponentRef | Sequence[ComponentRef]) -> Strategy:
     """The strategy that a run's spec names; a list of several becomes a :class:`Composition`.
 
     Raises:
@@ -27,7 +27,7 @@ def build_strategy(refs: ComponentRef | Iterable[ComponentRef]) -> Strategy:
             an earlier version.
     """
     made: dict[str, Strategy] = {}
-    for ref in refs if isinstance(refs, (list, tuple)) else [refs]:
+    for ref in refs if isinstance(refs, Sequence) else (refs,):
         if ref.name in made:
             raise ConfigError(f"strategy '{ref.name}' is named twice: name each one once")
         made[ref.name] = STRATEGIES.create(ref.name, ref.params)

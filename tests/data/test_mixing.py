@@ -107,9 +107,9 @@ def test_published_oversampling():
         data = TrainingMixtures(
             None, clips, kept_clips, TrainSpec(), FRONT_END, (), {"a": 0, "b": 1}, task=task, epoch=0
         )
-        found.append(len(data.list))
-        shares.append(float(np.mean(data.list >= current)))
-        assert data.steps == len(data.list) // 32
+        found.append(len(data.mixer.entries))
+        shares.append(float(np.mean(data.mixer.entries >= current)))
+        assert data.steps == len(data.mixer.entries) // 32
     assert found == [7600, 12200, 17760, 20040]
     assert shares == pytest.approx([0, 0.328, 0.450, 0.599], abs=5e-4)
 
@@ -151,12 +151,12 @@ def test_published_crops_are_around_the_middles_of_whole_seconds(seconds, middle
     train = TrainSpec(batch_size=1, crop="published")
     data = TrainingMixtures(None, [clip], [], train, published, (), {"a": 0}, task=0, epoch=0)
     rng = np.random.default_rng(0)
-    found = {data._start(clip, rng) for _ in range(400)}
+    found = {data.pool._start(clip, rng) for _ in range(400)}
     if seconds == 3:  # it repeats until it fills a crop of five whole seconds
         middles = (1, 2, 3, 4, 5)
     assert found == {int(11025 * (c - 0.5)) - 32767 for c in middles}
     anywhere = TrainingMixtures(None, [clip], [], TrainSpec(batch_size=1), published, (), {"a": 0}, task=0, epoch=0)
-    assert len({anywhere._start(clip, rng) for _ in range(50)}) > 40
+    assert len({anywhere.pool._start(clip, rng) for _ in range(50)}) > 40
 
 
 def test_frozen_mixtures_load_as_a_batch(store):
@@ -205,7 +205,7 @@ def test_a_larger_memory_can_hold_its_share():
         ]
         names = {"a": 0, **{f"o{c}": c + 1 for c in range(15)}}
         data = TrainingMixtures(None, clips, kept, TrainSpec(**settings), FRONT_END, (), names, task=3, epoch=0)
-        return round(float(np.mean(data.list >= 201)), 3), len(data.list)
+        return round(float(np.mean(data.mixer.entries >= 201)), 3), len(data.mixer.entries)
 
     assert share(1) == share(1, memory_share="constant") == (0.599, 20040)
     assert share(30)[0] == 0.977
@@ -220,4 +220,4 @@ def test_a_constant_share_is_of_each_class():
     kept = [Clip(f"{name}{i}", name, "train", RATE, 9) for name, count in (("b", 1), ("c", 3)) for i in range(count)]
     train = TrainSpec(memory_share="constant", memory_repeats=12, batch_size=2)
     data = TrainingMixtures(None, clips, kept, train, FRONT_END, (), {"a": 0, "b": 1, "c": 2}, task=1, epoch=0)
-    assert np.bincount(data.list).tolist() == [40] * 4 + [12] + [4] * 3
+    assert np.bincount(data.mixer.entries).tolist() == [40] * 4 + [12] + [4] * 3

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import avsep.training.learner
+import avsep.training.loop
 from avsep.data.tasks import task_stream
 from avsep.spec import RunSpec, validated
 from avsep.training.learner import ContinualLearner
@@ -109,7 +109,7 @@ def _folder(store: Path, *key: Any) -> Path:
 def train(store: Path, out: Path, strategy, memory="none", *, separator="iquery", **settings) -> Path:
     """Learn both tasks into ``out``. Beside it stays ``killed_folder(out)``, the run as a kill -9 right after the
     checkpoint in the middle of the second task would leave it."""
-    save = avsep.training.learner.save_latest
+    save = avsep.training.loop.save_latest
 
     def saves(folder, name, state):
         save(folder, name, state)
@@ -117,7 +117,7 @@ def train(store: Path, out: Path, strategy, memory="none", *, separator="iquery"
             shutil.copytree(out, killed_folder(out))
 
     first = first_task(store, strategy, separator, **settings)
-    with mock.patch.object(avsep.training.learner, "save_latest", saves):
+    with mock.patch.object(avsep.training.loop, "save_latest", saves):
         _fit(make_learner(strategy, memory, separator=separator, **settings), store, out, first_task=first)
     assert killed_folder(out).is_dir()
     return out

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,8 +114,8 @@ def test_resume_after_kills_gives_the_uninterrupted_result(tone_run, tone_store,
     codes = []
     # die before the first step, in mid-epoch between checkpoints, at the end of a task, in the second task; then finish
     for die_after in (0, 3, 4, 3, 100):
-        command = [sys.executable, str(script), str(tone_store), str(run), str(die_after), str(script.parents[0])]
-        command[-1] = str(__import__("pathlib").Path(__file__).parent)
+        tests = Path(__file__).parents[1]
+        command = [sys.executable, str(script), str(tone_store), str(run), str(die_after), str(tests)]
         codes.append(subprocess.run(command, capture_output=True, timeout=240).returncode)
     assert codes == [9, 9, 9, 9, 0]
     for task in (0, 1):

@@ -1,0 +1,118 @@
+"""Mixers: the balanced one's shares, and that every mixer draws the same from the same numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from avsep.data.store import Clip
+from avsep.errors import ConfigError, UnknownNameError
+from avsep.mixers import Balanced, Pool
+from avsep.mixers.mixtures import TrainingMixtures
+from avsep.registry import MIXERS
+from avsep.spec import FrontEndSpec, TrainSpec, validated
+from support.continual_runs import differing, train, weights
+
+RATE = FrontEndSpec().sample_rate_hz
+
+
+def _clips(classes, each, first=0):
+    return [
+        Clip(f"{name}-{k}", name, "train", 20 * RATE, first + n * each + k)
+        for n, name in enumerate(classes)
+        for k in range(each)
+    ]
+
+
+def _pool(new=5, old=15, per_class=1, **settings):
+    """The fourth task of MUSIC-21: five new classes of 40 clips, an exemplar of each of fifteen old ones."""
+    current = _clips([f"new{k}" for k in range(new)], 40)
+    exemplars = _clips([f"old{k}" for k in range(old)], per_class, len(current))
+    return Pool(current, exemplars, TrainSpec(**settings), FrontEndSpec(), task=3)
+
+
+def _drawn(pool, count, mixer=None):
+    mixer = mixer or Balanced()
+    items = mixer.begin_epoch(pool, np.random.default_rng(0))
+    for item in range(count):
+        yield mixer.draw(np.random.default_rng([1, item]), item % items, pool)
+
+
+def test_shares_at_the_fourth_task():
+    pool = _pool()
+    old = same = 0
+    kinds = Counter()
+    for mixture in _drawn(pool, 100_000):
+        flags = [pool.is_exemplar(d.clip) for d in mixture]
+        kinds[sum(flags)] += 1
+        old += sum(flags)
+        same += pool[mixture[0].clip].class_name == pool[mixture[1].clip].class_name
+    assert old / 200_000 == pytest.approx(0.3125, abs=0.003)
+    assert [kinds[k] / 100_000 for k in range(3)] == pytest.approx([0.5, 0.375, 0.125], abs=0.006)
+    assert same == 0
+
+
+def test_an_epoch_does_not_grow_with_the_memory():
+    for per_class in (1, 4):
+        assert Balanced().begin_epoch(_pool(per_class=per_class), np.random.default_rng(0)) == 40 * 200
+
+
+def test_classes_are_uniform_whatever_their_clips():
+    current = [*_clips(["many"], 90), *_clips(["few", "some"], 5, 90)]
+    pool = Pool(current, [], TrainSpec(), FrontEndSpec(), task=0)
+    counts = Counter(pool[d.clip].class_name for mixture in _drawn(pool, 6000) for d in mixture)
+    assert [counts[name] / 12000 for name in ("many", "few", "some")] == pytest.approx([1 / 3] * 3, abs=0.02)
+
+
+def test_impossible_kinds_give_their_share_to_the_others():
+    without_memory = _pool(old=0)
+    assert not any(without_memory.is_exemplar(d.clip) for m in _drawn(without_memory, 500) for d in m)
+    one_new = _pool(new=1, old=3)  # two sources of new classes there cannot be
+    kinds = Counter(sum(one_new.is_exemplar(d.clip) for d in m) for m in _drawn(one_new, 4000))
+    assert kinds[0] == 0
+    assert kinds[1] / 4000 == pytest.approx(0.75, abs=0.03)
+    with pytest.raises(ConfigError, match="mixes 2 sources of different classes, and task 3 trains on 1 new and 0 old"):
+        Balanced().begin_epoch(_pool(new=1, old=0), np.random.default_rng(0))
+
+
+def test_more_sources_are_all_of_other_classes():
+    pool = _pool(new=3, old=2, sources=3)
+    for mixture in _drawn(pool, 500):
+        assert len({pool[d.clip].class_name for d in mixture}) == 3
+
+
+@pytest.mark.parametrize("params", [{"new_old": -0.1}, {"old_old": 0.7, "new_old": 0.5}])
+def test_wrong_shares(params):
+    with pytest.raises(ConfigError, match="must be shares of 1"):
+        MIXERS.create("balanced", params)
+
+
+@pytest.mark.parametrize("mixer", MIXERS.names())
+def test_draws_depend_on_the_item_alone(mixer):
+    current, exemplars = _clips(["a", "b", "c"], 4), _clips(["x", "y"], 2, 12)
+    train = validated(TrainSpec, {"batch_size": 2, "mixer": mixer}, "test")
+
+    def mixtures(epoch):
+        return TrainingMixtures(None, current, exemplars, train, FrontEndSpec(), (), {}, task=1, epoch=epoch)
+
+    one, again, next_epoch = mixtures(0), mixtures(0), mixtures(1)
+    draws = [one.mixer.draw(one._rng(i), i, one.pool) for i in range(20)]
+    assert [again.mixer.draw(again._rng(i), i, again.pool) for i in reversed(range(20))] == draws[::-1]
+    assert [next_epoch.mixer.draw(next_epoch._rng(i), i, next_epoch.pool) for i in range(20)] != draws
+    assert all(len(d) == 2 for d in draws)
+
+
+def test_in_a_run(tone_store, tmp_path):
+    plain = train(tone_store, tmp_path / "plain", "finetune", "random_per_class")
+    run = train(tone_store, tmp_path / "run", "finetune", "random_per_class", mixer="balanced")
+    assert differing(weights(run), weights(plain))
+
+
+def test_a_spec_names_its_mixer_and_is_silent_of_the_default():
+    assert "mixer" not in TrainSpec().model_dump(mode="json")
+    spec = validated(TrainSpec, {"mixer": {"name": "balanced", "params": {"old_old": 0.25}}}, "test")
+    assert spec.model_dump(mode="json")["mixer"] == {"name": "balanced", "params": {"old_old": 0.25}}
+    with pytest.raises(UnknownNameError, match="no mixer named 'balancd'"):
+        MIXERS.get("balancd")
