@@ -28,14 +28,14 @@ from typing import Any, Literal
 import torch
 
 from avsep.data.mixing import collate, load_slot
+from avsep.data.opening import open_run_store
 from avsep.data.store import Clip, Store
 from avsep.data.tasks import make_tasks
 from avsep.environment import seeded
 from avsep.errors import CheckpointError, ConfigError
-from avsep.memory.base import Candidates, Keep, MemoryPolicy, memory_rng
+from avsep.memory.base import Candidates, Keep, MemoryPolicy, memory_rng, read_exemplars
 from avsep.registry import MEMORIES
 from avsep.runs.folder import RunFolder
-from avsep.runs.reading import open_run_store, read_exemplars
 from avsep.separator import Separator, build_from_spec, load_separator
 from avsep.spec import ComponentRef, FrontEndSpec, RunSpec, SeparatorSpec
 from avsep.strategies import build_strategy

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from avsep.data.mixing import load_mixtures
+from avsep.data.opening import open_run_store
 from avsep.data.protocol import Protocol, TestMixture
 from avsep.data.store import Store
 from avsep.errors import AvsepError, DataError, NumericalError, RunError
@@ -26,7 +27,6 @@ from avsep.evaluation.bss import SILENCE, bss_eval, si_sdr
 from avsep.evaluation.continual import continual_scores
 from avsep.files import read_json, sha256_file, write_json
 from avsep.runs.folder import RunFolder
-from avsep.runs.reading import open_run_store
 from avsep.types import Batch, move_to
 
 if TYPE_CHECKING:

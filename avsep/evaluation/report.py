@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from avsep.data.opening import open_run_store
 from avsep.errors import AvsepError, RunError
 from avsep.evaluation.drawing import PAGE_BYTES, SignalView, dependencies, markup, page_environment, pretty
 from avsep.files import write_text
 from avsep.runs.folder import RunFolder
-from avsep.runs.reading import open_run_store
 
 if TYPE_CHECKING:
     import torch

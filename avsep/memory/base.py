@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from avsep.data.protocol import centre_start
-from avsep.errors import ConfigError
+from avsep.errors import CheckpointError, ConfigError
 from avsep.registry import Component
+from avsep.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from avsep.data.store import Clip
@@ -29,6 +31,7 @@ __all__ = [
     "exemplars_from_plain",
     "exemplars_to_plain",
     "memory_rng",
+    "read_exemplars",
 ]
 
 Keep = Literal["recording", "clip", "id"]
@@ -66,6 +69,21 @@ def exemplars_from_plain(data: Any, where: str) -> Memory:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: exemplars are a mapping from classes to lists, not {data!r}")
     return {str(name): [_exemplar(e, where) for e in _listed(name, kept, where)] for name, kept in data.items()}
+
+
+def read_exemplars(run: str | Path | RunFolder, task: int) -> Memory:
+    """The memory after a finished task, by class.
+
+    Raises:
+        CheckpointError: the task's record is missing or damaged.
+    """
+    folder = RunFolder(run).task(task)
+    try:
+        return exemplars_from_plain(folder.record()["exemplars"], str(folder.record_file))
+    except KeyError:
+        raise CheckpointError(f"{folder.record_file} names no exemplars: it is damaged; train the task again") from None
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _listed(name: Any, kept: Any, where: str) -> list[Any]:

@@ -18,7 +18,15 @@ from avsep.distributed.ranks import ALONE, Ranks, is_lost, synchronise_batch_nor
 from avsep.environment import seeded
 from avsep.errors import CheckpointError, ConfigError, LostRankError, RunError
 from avsep.files import FolderLock
-from avsep.memory.base import Candidates, Memory, MemoryPolicy, exemplars_from_plain, exemplars_to_plain, memory_rng
+from avsep.memory.base import (
+    Candidates,
+    Memory,
+    MemoryPolicy,
+    exemplars_from_plain,
+    exemplars_to_plain,
+    memory_rng,
+    read_exemplars,
+)
 from avsep.memory.candidates import JudgedCandidates
 from avsep.memory.none import NoMemory
 from avsep.mixers.mixtures import epoch_steps
@@ -26,7 +34,6 @@ from avsep.progress import Progress, progress_bar
 from avsep.registry import MEMORIES
 from avsep.runs.checkpoint import load_latest, load_state, save_state
 from avsep.runs.folder import RunFolder
-from avsep.runs.reading import read_exemplars
 from avsep.separator import Separator, build_from_spec, load_separator, save_separator
 from avsep.separator.weights import weight_shapes
 from avsep.spec import ComponentRef, RunSpec, TrainSpec, validated

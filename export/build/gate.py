@@ -142,9 +142,9 @@ def validation_batches(
 
 
 def _opened(run: str | Path, store: str | Path | None) -> tuple[Store, Protocol]:
+    from avsep.data.opening import open_run_store
     from avsep.data.protocol import Protocol
     from avsep.runs.folder import RunFolder
-    from avsep.runs.reading import open_run_store
 
     protocol = Protocol.load(RunFolder(run).protocol_file)
     return open_run_store(Path(run), store, protocol), protocol
@@ -176,9 +176,9 @@ def calibration_batches(
     """
     from avsep.data.mixing import collate
     from avsep.data.tasks import make_tasks
+    from avsep.memory.base import read_exemplars
     from avsep.mixers.mixtures import TrainingMixtures
     from avsep.runs.folder import RunFolder
-    from avsep.runs.reading import read_exemplars
     from avsep.strategies import build_strategy
 
     spec = RunFolder(run).spec()

@@ -314,7 +314,7 @@ def test_calibration_mixtures_are_those_of_training(tone_run, tone_store):
     from avsep.data.mixing import collate
     from avsep.data.tasks import task_stream
     from avsep.export.build.gate import calibration_batches
-    from avsep.runs.reading import read_exemplars
+    from avsep.memory.base import read_exemplars
     from avsep.separator import load_separator
     from support.tones import TINY_FRONT_END, TINY_TASKS, tiny_learner
 

@@ -14,11 +14,10 @@ from avsep.data.store import Clip
 from avsep.data.tasks import task_stream
 from avsep.errors import CheckpointError, ConfigError, NumericalError, UnknownNameError
 from avsep.losses import separation_loss
-from avsep.memory.base import Candidates, Exemplar, exemplars_from_plain, exemplars_to_plain, memory_rng
+from avsep.memory.base import Candidates, Exemplar, exemplars_from_plain, exemplars_to_plain, memory_rng, read_exemplars
 from avsep.memory.candidates import JudgedCandidates
 from avsep.memory.class_balanced import equal_shares
 from avsep.registry import MEMORIES
-from avsep.runs.reading import read_exemplars
 from avsep.separator import build_separator
 from avsep.spec import FrontEndSpec
 from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, tiny_learner

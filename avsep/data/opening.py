@@ -1,4 +1,4 @@
-"""What a run refers to: its store, and the exemplars that its memory kept."""
+"""The store that a run was trained on."""
 
 from __future__ import annotations
 
@@ -6,26 +6,10 @@ from pathlib import Path
 
 from avsep.data.protocol import Protocol
 from avsep.data.store.files import Store
-from avsep.errors import CheckpointError, ConfigError, DataError, RunError
-from avsep.memory.base import Memory, exemplars_from_plain
+from avsep.errors import DataError, RunError
 from avsep.runs.folder import RunFolder
 
-__all__ = ["open_run_store", "read_exemplars"]
-
-
-def read_exemplars(run: str | Path | RunFolder, task: int) -> Memory:
-    """The memory after a finished task, by class.
-
-    Raises:
-        CheckpointError: the task's record is missing or damaged.
-    """
-    folder = RunFolder(run).task(task)
-    try:
-        return exemplars_from_plain(folder.record()["exemplars"], str(folder.record_file))
-    except KeyError:
-        raise CheckpointError(f"{folder.record_file} names no exemplars: it is damaged; train the task again") from None
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
+__all__ = ["open_run_store"]
 
 
 def open_run_store(
