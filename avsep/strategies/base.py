@@ -311,7 +311,8 @@ def check_contract(strategy: Strategy, name: str) -> None:
         if hasattr(strategy, old):
             raise ConfigError(f"{where}: its {old} is now {new}; rename it (CONTRIBUTING.md has an example)")
     for method, argument in _ARGUMENTS.items():
-        takes = [p for p in inspect.signature(getattr(kind, method)).parameters if p != "self"]
+        parameters = inspect.signature(getattr(kind, method)).parameters.values()
+        takes = [p.name for p in parameters if p.name != "self" and p.default is p.empty]
         if len(takes) != 1 or (method == "after_step" and takes[0] == "student"):
             raise ConfigError(
                 f"{where}: {method}({', '.join(takes)}) is now {method}({argument}), and student, teacher, task and "

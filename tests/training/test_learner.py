@@ -424,9 +424,7 @@ def test_mixed_precision_analyses_the_very_waveforms(tone_store, tmp_path):
     for precision in ("32-true", "bf16-mixed"):
         learner = tiny_learner("finetune", "none", precision=precision, epochs=1, steps_per_epoch=1, gradient_clip=10.0)
         loss, steps = learner.strategy.loss, seen.setdefault(precision, [])
-        learner.strategy.loss = lambda student, teacher, step, loss=loss, steps=steps: (
-            steps.append(step) or loss(student, teacher, step)
-        )
+        learner.strategy.loss = lambda step, loss=loss, steps=steps: steps.append(step) or loss(step)
         learner.fit(_stream(tone_store), tmp_path / precision, progress=False)
     full, mixed = seen["32-true"][0], seen["bf16-mixed"][0]
     assert torch.equal(mixed.batch.sources, full.batch.sources)  # cast to bfloat16 they would be 50 dB coarser
@@ -551,10 +549,11 @@ def test_fewer_validation_pairs_are_spread_over_each_list(tone_store):
 
 def test_models_are_selected_on_the_validation_protocol_that_was_asked_for(tone_store, tmp_path, monkeypatch):
     from avsep.evaluation import evaluate
+    from avsep.training import validation
 
     seen = []
     real = evaluate.evaluate_separator
-    monkeypatch.setattr(evaluate, "evaluate_separator", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
+    monkeypatch.setattr(validation, "evaluate_separator", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
     stream = task_stream(
         tone_store, TINY_TASKS, validation_protocol="paper", clip_samples=TINY_FRONT_END["clip_samples"]
     )
