@@ -26,7 +26,7 @@ from avsep.benchmarks.reference import (
     PublishedUNet,
     literal_training_step,
 )
-from avsep.data.mixing import Slot, collate
+from avsep.data.mixing import Source, collate
 from avsep.data.store import Clip, Store, StoreWriter
 from avsep.encoders import UNet7
 from avsep.environment import seeded, version_of
@@ -538,7 +538,7 @@ def _loader(data: TrainingMixtures, batch: int, workers: int) -> DataLoader[Any]
     return DataLoader(data, batch_size=batch, collate_fn=_collate, num_workers=workers, persistent_workers=workers > 0)
 
 
-def _collate(mixtures: Sequence[Sequence[Slot]]) -> Batch:
+def _collate(mixtures: Sequence[Sequence[Source]]) -> Batch:
     return collate(mixtures)
 
 

@@ -16,11 +16,11 @@ from avsep.errors import DataError
 from avsep.spec import FrontEndSpec
 from avsep.types import Batch, VisualInputs, VisualSource
 
-__all__ = ["Slot", "collate", "load_mixtures", "load_slot"]
+__all__ = ["Source", "collate", "load_mixtures", "load_source"]
 
 
 @dataclass(frozen=True)
-class Slot:
+class Source:
     """One source of one mixture, as arrays: ``audio`` [L] float32 before scaling by 1/N; visual inputs by role."""
 
     audio: np.ndarray
@@ -30,7 +30,7 @@ class Slot:
     is_memory: bool = False
 
 
-def load_slot(
+def load_source(
     store: Store,
     clip: Clip,
     start: int,
@@ -40,7 +40,7 @@ def load_slot(
     *,
     gain: float = 1.0,
     is_memory: bool = False,
-) -> Slot:
+) -> Source:
     """Read the crop of ``clip`` that begins at sample ``start`` (zeros outside the clip; its last sample is zero, as
     published), apply the gain, clip to ±1, and read the pictures of the same seconds.
 
@@ -55,10 +55,10 @@ def load_slot(
         source.role: store.read_visual(clip, source, centre_s=centre_s, duration_s=front_end.clip_s, copy=False)
         for source in visual_sources
     }
-    return Slot(audio=audio, visual=visual, clip=clip, class_id=class_id, is_memory=is_memory)
+    return Source(audio=audio, visual=visual, clip=clip, class_id=class_id, is_memory=is_memory)
 
 
-def collate(mixtures: Collection[Sequence[Slot]]) -> Batch:
+def collate(mixtures: Collection[Sequence[Source]]) -> Batch:
     """Stack mixtures of N slots each into a :class:`Batch`; sources are scaled by 1/N (1/2 for the published pairs).
 
     A mixture that is loaded when it is read (:class:`avsep.mixers.mixtures.TrainingMixtures`) goes to its place while
@@ -68,7 +68,7 @@ def collate(mixtures: Collection[Sequence[Slot]]) -> Batch:
     sources = torch.empty(0)
     visual: dict[str, torch.Tensor] = {}
     labels: list[list[tuple[int, int, bool, str]]] = []
-    first: Slot | None = None
+    first: Source | None = None
     for b, mixture in enumerate(mixtures):
         if first is None:
             first = mixture[0]
@@ -120,6 +120,6 @@ def load_mixtures(
                 raise DataError(f"the protocol names clip '{clip_id}', which {store.path} does not have")
             if name not in class_index:
                 raise DataError(f"the protocol names class '{name}', which the separator has not learned")
-            slots.append(load_slot(store, by_id[clip_id], start, front_end, visual_sources, class_index[name]))
+            slots.append(load_source(store, by_id[clip_id], start, front_end, visual_sources, class_index[name]))
         rows.append(slots)
     return collate(rows)

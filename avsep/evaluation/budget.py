@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import torch
 
-from avsep.data.mixing import collate, load_slot
+from avsep.data.mixing import collate, load_source
 from avsep.data.opening import open_run_store
 from avsep.data.store import Clip, Store
 from avsep.data.tasks import make_tasks
@@ -380,7 +380,7 @@ class _OneMixture:
     def batches(self, count: int, *, batch_size: int = 1) -> Iterator[Batch]:
         separator, names = self.separator, self.separator.classes
         slots = [
-            load_slot(
+            load_source(
                 self.store,
                 self.store.select(classes=[name], split="train")[0],
                 0,

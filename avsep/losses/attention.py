@@ -8,23 +8,23 @@ from torch import Tensor
 __all__ = ["attention_distillation"]
 
 
-def attention_distillation(attention: Tensor, taught: Tensor, *, slots: Tensor | None = None) -> Tensor:
-    """KL(taught || attention) = sum_t taught_t (log taught_t - log attention_t), mean over the chosen slots.
+def attention_distillation(attention: Tensor, teacher: Tensor, *, slots: Tensor | None = None) -> Tensor:
+    """KL(teacher || attention) = sum_t teacher_t (log teacher_t - log attention_t), mean over the chosen slots.
 
     A step to which the teacher gives no weight (padding, say) adds nothing. With no slot chosen the result is 0.
 
     Args:
         attention: the student's weights [B, N, T], rows of sum 1.
-        taught: the teacher's, likewise; they get no gradient.
+        teacher: the teacher's, likewise; they get no gradient.
         slots: [B, N] bool, the slots that count (those of earlier tasks); all when None.
 
     References:
         Pian et al., Audio-Visual Class-Incremental Learning, ICCV 2023 (visual attention distillation).
     """
-    taught = taught.detach().float()
+    teacher = teacher.detach().float()
     # where a weight has underflown to 0 the logarithm is cut off, or 0 times infinity would be NaN
     logarithm = torch.log(attention.float().clamp_min(torch.finfo(torch.float32).tiny))
-    divergence: Tensor = (torch.special.xlogy(taught, taught) - taught * logarithm).sum(dim=2)  # [B, N]
+    divergence: Tensor = (torch.special.xlogy(teacher, teacher) - teacher * logarithm).sum(dim=2)  # [B, N]
     if slots is None:
         return divergence.mean()
     return (divergence * slots).sum() / slots.sum().clamp_min(1)

@@ -20,7 +20,7 @@ def mask_losses(
     output: MaskOutput,
     spectrograms: Spectrograms,
     *,
-    taught: MaskOutput | None = None,
+    teacher_output: MaskOutput | None = None,
     mixtures: Tensor | None = None,
     slots: Tensor | None = None,
     backend: str = "auto",
@@ -30,8 +30,8 @@ def mask_losses(
     Args:
         output: the student's masks of B mixtures with N sources.
         spectrograms: the mixtures' analysis.
-        taught: the teacher's masks; without them the distillation is 0.
-        mixtures: int64 [M], the mixtures that ``taught`` is about, each at most once; the whole batch when None.
+        teacher_output: the teacher's masks; without them the distillation is 0.
+        mixtures: int64 [M], the mixtures that ``teacher_output`` is of, each at most once; all of the batch when None.
         slots: [B, N] bool, the slots that count in the distillation (those of earlier tasks); all slots of
             ``mixtures`` when None.
         backend: of the kernel.
@@ -40,13 +40,13 @@ def mask_losses(
         ``(separation, distillation)``, scalars. The teacher gets no gradient.
     """
     student = _factors(output)
-    teacher = None if taught is None else _factors(taught)
-    whole = taught is None or teacher is not None
+    teacher = None if teacher_output is None else _factors(teacher_output)
+    whole = teacher_output is None or teacher is not None
     if student is None or not whole or not runs_fused(*student, *(teacher or ()), backend=backend):
         separation = mask_l1(output.logits, spectrograms.ratio, spectrograms.weight, backend=backend)
-        if taught is None:
+        if teacher_output is None:
             return MaskLosses(separation, torch.zeros_like(separation))
-        return MaskLosses(separation, _distillation(output, taught, spectrograms, mixtures, slots, backend))
+        return MaskLosses(separation, _distillation(output, teacher_output, spectrograms, mixtures, slots, backend))
     target = None
     if teacher is not None:
         rows = torch.arange(len(teacher[0]), device=teacher[0].device) if mixtures is None else mixtures
@@ -77,7 +77,7 @@ def separation_loss(
 
 def mask_distillation(
     output: MaskOutput,
-    taught: MaskOutput,
+    teacher_output: MaskOutput,
     spectrograms: Spectrograms,
     *,
     mixtures: Tensor | None = None,
@@ -90,20 +90,20 @@ def mask_distillation(
 
     Args:
         output: the student's masks of B mixtures with N sources.
-        taught: the teacher's masks.
+        teacher_output: the teacher's masks.
         spectrograms: the mixtures' analysis: weight w.
-        mixtures: int64 [M], the mixtures that ``taught`` is about, each at most once; the whole batch when None.
+        mixtures: int64 [M], the mixtures that ``teacher_output`` is of, each at most once; all of the batch when None.
         slots: [B, N] bool, the slots that count (those of earlier tasks); all slots of ``mixtures`` when None.
 
     References:
         Pian et al., ContAV-Sep, NeurIPS 2024; normalised by the number of memory slots.
     """
-    return _distillation(output, taught, spectrograms, mixtures, slots, "auto")
+    return _distillation(output, teacher_output, spectrograms, mixtures, slots, "auto")
 
 
 def _distillation(
     output: MaskOutput,
-    taught: MaskOutput,
+    teacher_output: MaskOutput,
     spectrograms: Spectrograms,
     mixtures: Tensor | None,
     slots: Tensor | None,
@@ -113,7 +113,7 @@ def _distillation(
     if mixtures is not None:
         logits, weight = logits[mixtures], weight[mixtures]
         slots = None if slots is None else slots[mixtures]
-    return mask_l1(logits, taught.logits.detach(), weight, slots=slots, target_is_logits=True, backend=backend)
+    return mask_l1(logits, teacher_output.logits.detach(), weight, slots=slots, target_is_logits=True, backend=backend)
 
 
 def _factors(output: MaskOutput) -> tuple[Tensor, Tensor] | None:

@@ -115,7 +115,7 @@ class Candidates:
 
     This class says nothing of what is in the clips: to :meth:`features` and :meth:`mask_error` all are alike, which is
     enough to count what a policy will keep before anything is trained. The learner's own,
-    :class:`~avsep.memory.candidates.JudgedCandidates`, ask the separator that the task left.
+    :class:`~avsep.memory.candidates.ScoredCandidates`, ask the separator that the task left.
     """
 
     def __init__(

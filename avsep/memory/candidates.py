@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from avsep.data.mixing import collate, load_slot
+from avsep.data.mixing import collate, load_source
 from avsep.data.store import Clip, Store
 from avsep.errors import NumericalError
 from avsep.losses import separation_loss
@@ -16,12 +16,12 @@ from avsep.memory.base import Candidates
 from avsep.separator import Separator
 from avsep.types import MaskOutput, move_to
 
-__all__ = ["JudgedCandidates"]
+__all__ = ["ScoredCandidates"]
 
 _BATCH = 8  # mixtures at a time; fixed, so that rounding does not depend on the batch size of training
 
 
-class JudgedCandidates(Candidates):
+class ScoredCandidates(Candidates):
     """The training clips of a finished task, judged by the separator that the task left.
 
     Each clip is heard once, when it is first asked for: its centre crop, mixed (each halved, gain 1) with the centre
@@ -47,15 +47,15 @@ class JudgedCandidates(Candidates):
         self.separator = separator
         self.store = store
         self.device = torch.device(device)
-        self._judged: dict[str, tuple[np.ndarray, float]] = {}
+        self._scored: dict[str, tuple[np.ndarray, float]] = {}
 
     def features(self, ids: Sequence[str]) -> np.ndarray:
-        self._judge(ids)
-        return np.stack([self._judged[i][0] for i in ids])
+        self._score(ids)
+        return np.stack([self._scored[i][0] for i in ids])
 
     def mask_error(self, ids: Sequence[str]) -> np.ndarray:
-        self._judge(ids)
-        return np.array([self._judged[i][1] for i in ids])
+        self._score(ids)
+        return np.array([self._scored[i][1] for i in ids])
 
     def partner(self, clip_id: str) -> str:
         """The clip that another is mixed with."""
@@ -66,16 +66,16 @@ class JudgedCandidates(Candidates):
         return others[place % len(others)]
 
     @torch.no_grad()
-    def _judge(self, ids: Sequence[str]) -> None:
+    def _score(self, ids: Sequence[str]) -> None:
         # whole classes at a time, in one order: the batches do not depend on who is asked for first
-        asked = {self.clips[i].class_name for i in ids if i not in self._judged}
+        asked = {self.clips[i].class_name for i in ids if i not in self._scored}
         for name in self.ids:
             if name in asked:
                 members = self.ids[name]
                 for first in range(0, len(members), _BATCH):
-                    self._judge_batch(members[first : first + _BATCH])
+                    self._score_batch(members[first : first + _BATCH])
 
-    def _judge_batch(self, ids: Sequence[str]) -> None:
+    def _score_batch(self, ids: Sequence[str]) -> None:
         separator, index = self.separator, self.separator.class_index
         was_training = separator.training
         sources = separator.visual_sources()
@@ -83,7 +83,7 @@ class JudgedCandidates(Candidates):
             collate(
                 [
                     [
-                        load_slot(
+                        load_source(
                             self.store,
                             self.clips[i],
                             self.centre(i),
@@ -114,4 +114,4 @@ class JudgedCandidates(Candidates):
             feature = joined[b].cpu().numpy()
             if not (np.isfinite(error) and np.isfinite(feature).all()):
                 raise NumericalError(f"the separator's answer for clip '{clip_id}' is not finite: look at that clip")
-            self._judged[clip_id] = (feature, error)
+            self._scored[clip_id] = (feature, error)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
-from avsep.data.mixing import Slot, load_slot
+from avsep.data.mixing import Source, load_source
 from avsep.data.store import Clip, Store
 from avsep.errors import ConfigError
 from avsep.mixers.base import Mixer, Pool
@@ -22,7 +22,7 @@ from avsep.types import VisualSource
 __all__ = ["TrainingMixtures", "epoch_steps"]
 
 
-class TrainingMixtures(Dataset[list[Slot]]):
+class TrainingMixtures(Dataset[list[Source]]):
     """The mixtures of one epoch of one task, drawn by ``train.mixer`` from the current clips and the exemplars.
 
     ``crops``: the first sample of those exemplars of which one crop alone was kept, by clip id.
@@ -72,17 +72,17 @@ class TrainingMixtures(Dataset[list[Slot]]):
     def __len__(self) -> int:
         return self.steps * self.train.batch_size
 
-    def __getitems__(self, items: Sequence[int]) -> Collection[list[Slot]]:
+    def __getitems__(self, items: Sequence[int]) -> Collection[list[Source]]:
         """The items of a batch, each loaded as it is asked for; a DataLoader calls this."""
         return _Loaded(self, items)
 
-    def __getitem__(self, item: int) -> list[Slot]:
+    def __getitem__(self, item: int) -> list[Source]:
         drawn = self.mixer.draw(self._rng(item), item, self.pool)
         return [self._load(number, start, gain) for number, start, gain in drawn]
 
-    def _load(self, number: int, start: int, gain: float) -> Slot:
+    def _load(self, number: int, start: int, gain: float) -> Source:
         clip = self.pool[number]
-        return load_slot(
+        return load_source(
             self.store,
             clip,
             start,
@@ -94,7 +94,7 @@ class TrainingMixtures(Dataset[list[Slot]]):
         )
 
 
-class _Loaded(Collection[list[Slot]]):
+class _Loaded(Collection[list[Source]]):
     def __init__(self, data: TrainingMixtures, items: Sequence[int]) -> None:
         self._data = data
         self._items = items
@@ -102,7 +102,7 @@ class _Loaded(Collection[list[Slot]]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __iter__(self) -> Iterator[list[Slot]]:
+    def __iter__(self) -> Iterator[list[Source]]:
         return (self._data[item] for item in self._items)
 
     def __contains__(self, item: object) -> bool:

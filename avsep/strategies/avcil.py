@@ -69,13 +69,13 @@ class AVCIL(Strategy):
         return {**used, "temperature": self.temperature, "contrast": "avcil"} if used else {}
 
     def loss(self, step: Step) -> dict[str, Tensor]:
-        some_taught = step.teacher is not None and self.needs_teacher and step.any_old
-        taught = step.teacher_output(old_mixtures=True) if some_taught and len(step.old_mixtures) else None
+        distils = step.teacher is not None and self.needs_teacher and step.any_old
+        teacher_output = step.teacher_output(old_mixtures=True) if distils and len(step.old_mixtures) else None
         losses = mask_losses(
             step.output,
             step.spectrograms,
-            taught=taught.output if taught is not None and self.weight_mask > 0 else None,
-            mixtures=None if taught is None else taught.mixtures,
+            teacher_output=teacher_output.output if teacher_output is not None and self.weight_mask > 0 else None,
+            mixtures=None if teacher_output is None else teacher_output.mixtures,
             slots=step.is_old,
         )
         terms = {"separation": losses.separation}
@@ -90,16 +90,16 @@ class AVCIL(Strategy):
                 terms["instance"] = self.weight_instance * instance
             if self.weight_class > 0:
                 terms["class"] = self.weight_class * class_
-        if some_taught and self.weight_mask > 0:
+        if distils and self.weight_mask > 0:
             terms["mask"] = self.weight_mask * step.mean_over(step.is_old, losses.distillation)
-        if some_taught and self.weight_attention > 0:
+        if distils and self.weight_attention > 0:
             own = step.student.mask_decoder.motion_attention(step.visual, step.batch.class_ids)
             if own is not None:
                 kept = own.new_zeros(())
-                if taught is not None and step.teacher is not None:
+                if teacher_output is not None and step.teacher is not None:
                     mixtures = step.old_mixtures
                     ids = step.known_class_ids[mixtures]
-                    theirs = step.teacher.mask_decoder.motion_attention(taught.visual, ids)
+                    theirs = step.teacher.mask_decoder.motion_attention(teacher_output.visual, ids)
                     assert theirs is not None
                     kept = attention_distillation(own[mixtures], theirs, slots=step.is_old[mixtures])
                 terms["attention"] = self.weight_attention * step.mean_over(step.is_old, kept)

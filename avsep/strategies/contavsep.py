@@ -91,38 +91,38 @@ class ContAVSep(Strategy):
         return {**used, "temperature": self.temperature, "contrast": self.modality_pairs}
 
     def loss(self, step: Step) -> dict[str, Tensor]:
-        taught: TeacherOutput | None = None
-        some_taught = step.teacher is not None and self.needs_teacher and step.any_old
+        teacher_output: TeacherOutput | None = None
+        distils = step.teacher is not None and self.needs_teacher and step.any_old
         faithful = self.teacher_batch_norm == "train"
-        if some_taught and (faithful or len(step.old_mixtures)):
-            taught = step.teacher_output(old_mixtures=not faithful, batch_statistics=faithful)
+        if distils and (faithful or len(step.old_mixtures)):
+            teacher_output = step.teacher_output(old_mixtures=not faithful, batch_statistics=faithful)
         losses = mask_losses(
             step.output,
             step.spectrograms,
-            taught=taught.output if taught is not None and self.weight_mask > 0 else None,
-            mixtures=None if taught is None else taught.mixtures,
+            teacher_output=teacher_output.output if teacher_output is not None and self.weight_mask > 0 else None,
+            mixtures=None if teacher_output is None else teacher_output.mixtures,
             slots=step.is_old,
         )
         terms = {"separation": losses.separation}
         if self.weight_instance > 0 or self.weight_class > 0:
-            instance, class_ = self._contrast(step, taught, some_taught)
+            instance, class_ = self._contrast(step, teacher_output, distils)
             if self.weight_instance > 0:
                 terms["instance"] = self.weight_instance * instance
             if self.weight_class > 0:
                 terms["class"] = self.weight_class * class_
-        if some_taught and self.weight_mask > 0:
+        if distils and self.weight_mask > 0:
             terms["mask"] = self.weight_mask * step.mean_over(step.is_old, losses.distillation)
         return terms
 
-    def _contrast(self, step: Step, taught: TeacherOutput | None, some_taught: bool) -> tuple[Tensor, Tensor]:
+    def _contrast(self, step: Step, teacher_output: TeacherOutput | None, distils: bool) -> tuple[Tensor, Tensor]:
         own = embeddings(step.output)  # [B, N, D] each
         student = {name: step.gather(value).flatten(0, 1) for name, value in own.items()}
         teacher, rows = None, None
-        if some_taught:
+        if distils:
             theirs = {name: torch.zeros_like(value, requires_grad=False) for name, value in own.items()}
-            if taught is not None:
-                found = embeddings(taught.output)
-                theirs = {name: taught.spread(found[name]).to(value.dtype) for name, value in own.items()}
+            if teacher_output is not None:
+                found = embeddings(teacher_output.output)
+                theirs = {name: teacher_output.spread(found[name]).to(value.dtype) for name, value in own.items()}
             rows = torch.nonzero(step.all_old.flatten()).squeeze(1)  # the sources of earlier tasks among all
             teacher = {name: step.gather(value).flatten(0, 1)[rows] for name, value in theirs.items()}
         return cross_sdc(

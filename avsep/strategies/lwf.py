@@ -77,10 +77,10 @@ class LwF(Strategy):
         agnostic = _class_agnostic(student)
         if agnostic or self.variant == "grown_teacher":
             if agnostic:
-                taught = step.teacher_output()
+                teacher_output = step.teacher_output()
             else:
-                taught = step.teacher_output(class_ids, teacher=self._with_new_slots(teacher, student))
-            losses = mask_losses(step.output, step.spectrograms, taught=taught.output)
+                teacher_output = step.teacher_output(class_ids, teacher=self._with_new_slots(teacher, student))
+            losses = mask_losses(step.output, step.spectrograms, teacher_output=teacher_output.output)
             return {"separation": losses.separation, "mask": self.weight_mask * losses.distillation}
         whole = (step.ranks.world * len(class_ids), class_ids.shape[1])  # every rank draws for all
         drawn = step.ranks.part(torch.randint(step.num_old, whole)).to(class_ids.device)

@@ -69,10 +69,10 @@ class PLOP(Strategy):
             return terms
         student, agnostic = step.student, step.student.mask_decoder.class_agnostic
         slots = torch.ones_like(step.is_old) if agnostic else step.is_old
-        taught = step.teacher_output()
+        teacher_output = step.teacher_output()
         # a new class's masks are read only where the class does not matter
-        output = taught.output if bool(slots.any()) else None
-        maps, theirs = student.taps(step.audio, step.output), step.teacher.taps(taught.audio, output)
+        output = teacher_output.output if bool(slots.any()) else None
+        maps, theirs = student.taps(step.audio, step.output), step.teacher.taps(teacher_output.audio, output)
         scale = math.sqrt(student.num_classes / (student.num_classes - step.num_old)) / (len(maps) + 1)
         if self.weight_features > 0:
             distances = [pod_distance(maps[name], theirs[name]) for name in maps]

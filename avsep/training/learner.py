@@ -27,7 +27,7 @@ from avsep.memory.base import (
     memory_rng,
     read_exemplars,
 )
-from avsep.memory.candidates import JudgedCandidates
+from avsep.memory.candidates import ScoredCandidates
 from avsep.memory.none import NoMemory
 from avsep.mixers.mixtures import epoch_steps
 from avsep.progress import Progress, progress_bar
@@ -356,7 +356,7 @@ class ContinualLearner:
         remembered: Memory = {}
         for task in stream.tasks:  # likewise a batch or partners that some task has too few clips for
             self._mixtures(stream, task, remembered).epoch(0)
-            remembered = self._remember(stream, task, remembered, judge=False)
+            remembered = self._remember(stream, task, remembered, scored=False)
 
     # ------------------------------------------------------------------ one task
 
@@ -513,16 +513,16 @@ class ContinualLearner:
             }
         )
 
-    def _remember(self, stream: TaskStream, task: Task, held: Memory, *, judge: bool = True) -> Memory:
-        """The memory after a task; nothing is added after the last one. Without ``judge`` the separator is not run, and
-        only the number of exemplars means something."""
+    def _remember(self, stream: TaskStream, task: Task, held: Memory, *, scored: bool = True) -> Memory:
+        """The memory after a task; nothing is added after the last one. Where candidates are not ``scored``, the
+        separator does not run, and only the number of exemplars means something."""
         if task.index == len(stream) - 1 or self.strategy.uses_all_data:
             return held
         clips = {name: _clips(stream, name) for name in task.classes}
         earlier = {name: len(_clips(stream, name)) for name in task.old}
         candidates = (
-            JudgedCandidates(clips, self.separator, stream.store, earlier=earlier, device=self.fabric.device)
-            if judge
+            ScoredCandidates(clips, self.separator, stream.store, earlier=earlier, device=self.fabric.device)
+            if scored
             else Candidates(clips, self.separator.spec.front_end, earlier=earlier)
         )
         memory = self.memory.update(held, candidates, memory_rng(self.train.seed, task.index))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from avsep.data.mixing import collate, load_mixtures, load_slot
+from avsep.data.mixing import collate, load_mixtures, load_source
 from avsep.data.protocol import build_protocol
 from avsep.data.store import Clip, Store
 from avsep.data.tasks import make_tasks
@@ -32,7 +32,7 @@ def _epoch(store, task=1, epoch=0, exemplars=("ding-train-0",), crops=None, **se
 
 def test_slot_is_gain_then_clip_with_a_last_zero(store):
     clip = store.clip("ding-train-0")
-    slot = load_slot(store, clip, 1000, FRONT_END, (), 0, gain=4.0)
+    slot = load_source(store, clip, 1000, FRONT_END, (), 0, gain=4.0)
     raw = store.read_audio(clip, 1000, FRONT_END.clip_samples)
     assert slot.audio.shape == (8191,)
     assert slot.audio[-1] == 0
@@ -44,14 +44,14 @@ def test_a_short_clip_repeats(tmp_path):
     store = Store.open(make_tone_store(tmp_path / "short", seconds=0.3))
     clip = store.clip("hum-train-1")
     whole = store.read_audio(clip)
-    slot = load_slot(store, clip, 500, FRONT_END, SOURCES, 0)
+    slot = load_source(store, clip, 500, FRONT_END, SOURCES, 0)
     np.testing.assert_array_equal(slot.audio[: len(whole)], np.roll(whole, -500))
     assert slot.audio[len(whole)] == whole[500]
 
 
 def test_batch_is_scaled_by_the_number_of_sources(store):
     clips = [store.clip(i) for i in ("ding-train-0", "hum-train-0", "peep-train-0")]
-    slots = [load_slot(store, c, 0, FRONT_END, SOURCES, k) for k, c in enumerate(clips)]
+    slots = [load_source(store, c, 0, FRONT_END, SOURCES, k) for k, c in enumerate(clips)]
     batch = collate([slots, slots[::-1]])
     assert batch.sources.shape == (2, 3, 8191)
     torch.testing.assert_close(batch.sources[0, 1] * 3, torch.from_numpy(slots[1].audio))
@@ -64,7 +64,7 @@ def test_batch_is_scaled_by_the_number_of_sources(store):
 
 
 def test_a_batch_is_pinned_whole(store, monkeypatch):
-    slots = [load_slot(store, store.clip(i), 0, FRONT_END, SOURCES, 0) for i in ("ding-train-0", "hum-train-0")]
+    slots = [load_source(store, store.clip(i), 0, FRONT_END, SOURCES, 0) for i in ("ding-train-0", "hum-train-0")]
     batch = collate([slots])
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())

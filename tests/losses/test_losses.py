@@ -85,7 +85,7 @@ def test_mask_distillation_is_normalised_by_the_old_slots(kind):
 def test_both_mask_losses_in_one_call():
     output, spectrograms = masks()[1], analysis()
     taught, mixtures, slots = masks(batch=2, seed=7)[1], torch.tensor([2, 0]), CLASSES.view(3, 2) < 5
-    got = mask_losses(output, spectrograms, taught=taught, mixtures=mixtures, slots=slots)
+    got = mask_losses(output, spectrograms, teacher_output=taught, mixtures=mixtures, slots=slots)
     assert got.separation.item() == separation_loss(output, spectrograms).item()
     mask, target = output.logits.sigmoid(), taught.logits.sigmoid()
     want = sum(
@@ -94,7 +94,7 @@ def test_both_mask_losses_in_one_call():
     torch.testing.assert_close(got.distillation, want / 2)
     alone = mask_distillation(output, taught, spectrograms, mixtures=mixtures, slots=slots)
     assert got.distillation.item() == alone.item()
-    whole = mask_losses(output, spectrograms, taught=masks(seed=7)[1])
+    whole = mask_losses(output, spectrograms, teacher_output=masks(seed=7)[1])
     assert whole.distillation.item() == mask_distillation(output, masks(seed=7)[1], spectrograms).item() > 0
     assert mask_losses(output, spectrograms).distillation.item() == 0
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from avsep.data.mixing import collate, load_slot
+from avsep.data.mixing import collate, load_source
 from avsep.data.store import Clip
 from avsep.data.tasks import task_stream
 from avsep.errors import CheckpointError, ConfigError, NumericalError, UnknownNameError
 from avsep.losses import separation_loss
 from avsep.memory.base import Candidates, Exemplar, exemplars_from_plain, exemplars_to_plain, memory_rng, read_exemplars
-from avsep.memory.candidates import JudgedCandidates
+from avsep.memory.candidates import ScoredCandidates
 from avsep.memory.class_balanced import equal_shares
 from avsep.registry import MEMORIES
 from avsep.separator import build_separator
@@ -307,15 +307,15 @@ def _separator(seed=0, classes=("ding", "hum")):
     return build_separator(**parts, front_end=TINY_FRONT_END, classes=classes, seed=seed)
 
 
-def _judged(store, separator, classes=("ding", "hum")):
-    return JudgedCandidates({c: store.select(classes=[c], split="train") for c in classes}, separator, store)
+def _scored(store, separator, classes=("ding", "hum")):
+    return ScoredCandidates({c: store.select(classes=[c], split="train") for c in classes}, separator, store)
 
 
 def test_features_and_errors_are_those_of_the_centre_crop_with_its_partner(store):
     separator = _separator()
     separator.train()
     before = {k: v.clone() for k, v in separator.state_dict().items()}
-    candidates = _judged(store, separator)
+    candidates = _scored(store, separator)
     ids = ["hum-train-1", "ding-train-2"]
     features, errors = candidates.features(ids), candidates.mask_error(ids)
     assert features.dtype == np.float32
@@ -327,7 +327,7 @@ def test_features_and_errors_are_those_of_the_centre_crop_with_its_partner(store
     assert candidates.partner("ding-train-2") == "hum-train-2"
     separator.eval()
     slots = [
-        load_slot(store, store.clip(i), candidates.centre(i), FRONT_END, separator.visual_sources(), number)
+        load_source(store, store.clip(i), candidates.centre(i), FRONT_END, separator.visual_sources(), number)
         for i, number in (("hum-train-1", 1), ("ding-train-1", 0))
     ]
     batch = collate([slots])
@@ -342,17 +342,17 @@ def test_features_and_errors_are_those_of_the_centre_crop_with_its_partner(store
 
 
 def test_what_is_asked_first_changes_nothing(store):
-    one, other = _judged(store, _separator()), _judged(store, _separator())
+    one, other = _scored(store, _separator()), _scored(store, _separator())
     ids = one.ids["ding"] + one.ids["hum"]
     forward = one.features(ids)
     backward = np.stack([other.features([i])[0] for i in reversed(ids)])[::-1]
     np.testing.assert_array_equal(forward, backward)
     np.testing.assert_array_equal(one.mask_error(ids), other.mask_error(ids))
-    assert not np.array_equal(forward, _judged(store, _separator(seed=1)).features(ids))
+    assert not np.array_equal(forward, _scored(store, _separator(seed=1)).features(ids))
 
 
 def test_a_task_of_one_class_is_mixed_with_itself(store):
-    candidates = _judged(store, _separator(), ("ding",))
+    candidates = _scored(store, _separator(), ("ding",))
     assert [candidates.partner(i)[-1] for i in candidates.ids["ding"]] == ["1", "2", "0"]
     assert np.isfinite(candidates.mask_error(candidates.ids["ding"])).all()
 
@@ -362,7 +362,7 @@ def test_a_separator_that_answers_nan_is_told(store):
     with torch.no_grad():
         separator.audio_encoder.down[0].weight.fill_(float("nan"))
     with pytest.raises(NumericalError, match="answer for clip 'ding-train-0' is not finite"):
-        _judged(store, separator).features(["ding-train-0"])
+        _scored(store, separator).features(["ding-train-0"])
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------
