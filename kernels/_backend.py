@@ -12,7 +12,7 @@ from avsep.errors import ConfigError, near_matches
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BACKENDS", "OPERATIONS", "VARIABLE", "available_backends", "choose_backend", "interpreting"]
+__all__ = ["BACKENDS", "OPERATIONS", "VARIABLE", "choose_backend", "interpreting"]
 
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "AVSEP_KERNELS"
@@ -42,12 +42,7 @@ def _has_triton() -> bool:
 _HAS_TRITON = _has_triton()
 
 
-def available_backends(device: torch.device | str = "cuda") -> tuple[str, ...]:
-    """The backends that run on tensors of ``device``, ``torch`` first."""
-    return ("torch",) if _why_no_triton(device) else ("torch", "triton")
-
-
-def choose_backend(requested: str, op: str, size: int, device: torch.device | str) -> str:
+def choose_backend(requested: str, op: str, size: int, device: torch.device | str, *, obstacle: str = "") -> str:
     """Resolve ``auto``, ``torch`` or ``triton`` to the backend that runs, ``torch`` or ``triton``.
 
     An explicit argument wins over ``AVSEP_KERNELS``, which wins over the table. What was asked for explicitly is never
@@ -58,9 +53,11 @@ def choose_backend(requested: str, op: str, size: int, device: torch.device | st
         op: the operation's name, such as ``similarity_distillation``.
         size: the problem's size, in the unit of the table above.
         device: of the tensors.
+        obstacle: why the operation's kernels cannot take these tensors, as a predicate ("takes fp32, got ..."); empty
+            where they can.
 
     Raises:
-        ConfigError: for a name that is no backend, or Triton where it cannot run.
+        ConfigError: for a name that is no backend, or Triton by name where it cannot run.
     """
     if op not in _TRITON_FROM:
         raise ConfigError(f"no operation named '{op}': {near_matches(op, _TRITON_FROM)}")
@@ -69,12 +66,14 @@ def choose_backend(requested: str, op: str, size: int, device: torch.device | st
         requested, origin = value, f"{VARIABLE}={value}"
     if requested not in BACKENDS:
         raise ConfigError(f"{origin} is no backend: {near_matches(str(requested), BACKENDS)}")
-    if requested == "triton" and (reason := _why_no_triton(device)):
-        raise ConfigError(f"{origin}: {reason}; or use 'torch'")
     if requested == "auto":
         smallest = _TRITON_FROM[op]
         fast = _device_type(device) == "cuda" and not _why_no_triton(device)
-        return "triton" if fast and smallest is not None and size >= smallest else "torch"
+        return "triton" if fast and not obstacle and smallest is not None and size >= smallest else "torch"
+    if requested == "triton":
+        reason = _why_no_triton(device) or (obstacle and f"{op} in Triton {obstacle}")
+        if reason:
+            raise ConfigError(f"{origin}: {reason}; or use 'torch'")
     return requested
 
 

@@ -3,10 +3,9 @@
 from avsep.losses.attention import attention_distillation
 from avsep.losses.mask import mask_distillation, mask_losses, separation_loss
 from avsep.losses.pod import pod_distance, pod_embedding
-from avsep.losses.similarity import CrossSDC, audio_visual_contrast, cross_sdc
+from avsep.losses.similarity import audio_visual_contrast, cross_sdc
 
 __all__ = [
-    "CrossSDC",
     "attention_distillation",
     "audio_visual_contrast",
     "cross_sdc",

@@ -23,7 +23,6 @@ def mask_losses(
     teacher_output: MaskOutput | None = None,
     mixtures: Tensor | None = None,
     slots: Tensor | None = None,
-    backend: str = "auto",
 ) -> MaskLosses:
     """:func:`separation_loss` and :func:`mask_distillation` from one pass over the mask features.
 
@@ -34,7 +33,6 @@ def mask_losses(
         mixtures: int64 [M], the mixtures that ``teacher_output`` is of, each at most once; all of the batch when None.
         slots: [B, N] bool, the slots that count in the distillation (those of earlier tasks); all slots of
             ``mixtures`` when None.
-        backend: of the kernel.
 
     Returns:
         ``(separation, distillation)``, scalars. The teacher gets no gradient.
@@ -42,37 +40,34 @@ def mask_losses(
     student = _factors(output)
     teacher = None if teacher_output is None else _factors(teacher_output)
     whole = teacher_output is None or teacher is not None
-    if student is None or not whole or not runs_fused(*student, *(teacher or ()), backend=backend):
-        separation = mask_l1(output.logits, spectrograms.ratio, spectrograms.weight, backend=backend)
+    if student is None or not whole or not runs_fused(*student, *(teacher or ())):
+        separation = mask_l1(output.logits, spectrograms.ratio, spectrograms.weight)
         if teacher_output is None:
             return MaskLosses(separation, torch.zeros_like(separation))
-        return MaskLosses(separation, _distillation(output, teacher_output, spectrograms, mixtures, slots, backend))
+        return MaskLosses(
+            separation, mask_distillation(output, teacher_output, spectrograms, mixtures=mixtures, slots=slots)
+        )
     target = None
     if teacher is not None:
         rows = torch.arange(len(teacher[0]), device=teacher[0].device) if mixtures is None else mixtures
         target = MaskTeacher(*teacher, rows)
-    return mask_head_losses(
-        *student, spectrograms.ratio, spectrograms.weight, teacher=target, slots=slots, backend=backend
-    )
+    return mask_head_losses(*student, spectrograms.ratio, spectrograms.weight, teacher=target, slots=slots)
 
 
-def separation_loss(
-    output: MaskOutput, spectrograms: Spectrograms, *, slots: Tensor | None = None, backend: str = "auto"
-) -> Tensor:
+def separation_loss(output: MaskOutput, spectrograms: Spectrograms, *, slots: Tensor | None = None) -> Tensor:
     """L_sep = (1/N) sum_n mean(w |sigmoid(logits_n) - M_n|).
 
     Args:
         output: the masks of B mixtures with N sources.
         spectrograms: the mixtures' analysis: ratio masks M and weight w.
         slots: [B, N] bool, the slots that count; all when None.
-        backend: of the kernel.
 
     References:
         Zhao et al., The Sound of Pixels, ECCV 2018; Pian et al., ContAV-Sep, NeurIPS 2024 (half the sum for N = 2).
     """
     if slots is None:
-        return mask_losses(output, spectrograms, backend=backend).separation
-    return mask_l1(output.logits, spectrograms.ratio, spectrograms.weight, slots=slots, backend=backend)
+        return mask_losses(output, spectrograms).separation
+    return mask_l1(output.logits, spectrograms.ratio, spectrograms.weight, slots=slots)
 
 
 def mask_distillation(
@@ -98,22 +93,11 @@ def mask_distillation(
     References:
         Pian et al., ContAV-Sep, NeurIPS 2024; normalised by the number of memory slots.
     """
-    return _distillation(output, teacher_output, spectrograms, mixtures, slots, "auto")
-
-
-def _distillation(
-    output: MaskOutput,
-    teacher_output: MaskOutput,
-    spectrograms: Spectrograms,
-    mixtures: Tensor | None,
-    slots: Tensor | None,
-    backend: str,
-) -> Tensor:
     logits, weight = output.logits, spectrograms.weight
     if mixtures is not None:
         logits, weight = logits[mixtures], weight[mixtures]
         slots = None if slots is None else slots[mixtures]
-    return mask_l1(logits, teacher_output.logits.detach(), weight, slots=slots, target_is_logits=True, backend=backend)
+    return mask_l1(logits, teacher_output.logits.detach(), weight, slots=slots, target_is_logits=True)
 
 
 def _factors(output: MaskOutput) -> tuple[Tensor, Tensor] | None:

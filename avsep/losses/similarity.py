@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from avsep.errors import ConfigError
 from avsep.kernels import similarity_distillation
 
-__all__ = ["CrossSDC", "ModalityPairs", "audio_visual_contrast", "cross_sdc"]
+__all__ = ["ModalityPairs", "audio_visual_contrast", "cross_sdc"]
 
 MODALITIES = ("audio", "motion", "object")
 ModalityPairs = Literal["cross", "within"]
@@ -26,7 +26,6 @@ def cross_sdc(
     teacher_rows_index: Tensor | None = None,
     temperature: float = 0.05,
     modality_pairs: ModalityPairs = "cross",
-    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """CrossSDC's instance and class term, not weighted.
 
@@ -43,7 +42,6 @@ def cross_sdc(
         temperature: above 0.
         modality_pairs: ``cross`` compares every two modalities; ``within`` each with itself (the uni-modal variant),
             where no row is compared with itself and a row without a positive does not count.
-        backend: of the kernel.
 
     Returns:
         (instance term, class term), scalars.
@@ -78,7 +76,6 @@ def cross_sdc(
         teacher_rows=teacher_rows,
         unimodal=within,
         include_self=not within,
-        backend=backend,
     )
     return result.instance, result.class_
 
@@ -89,7 +86,6 @@ def audio_visual_contrast(
     instance_ids: Tensor,
     *,
     temperature: float = 0.05,
-    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """AV-CIL's instance and class term, not weighted: audio picks its visual partner among those of all n slots.
 
@@ -102,7 +98,6 @@ def audio_visual_contrast(
         class_ids: [n] int64; C marks equal ones.
         instance_ids: [n] int64, equal where two slots come from the same video; I marks equal ones.
         temperature: above 0.
-        backend: of the kernel.
 
     Returns:
         (instance term, class term), scalars.
@@ -127,7 +122,6 @@ def audio_visual_contrast(
             temperature=temperature,
             symmetric=False,
             average_class=False,
-            backend=backend,
         )
         for name in partners
     ]
@@ -154,34 +148,3 @@ def _append(
             )
     joined = [torch.cat((row, teacher[name].detach())) for row, name in zip(rows, names, strict=True)]
     return joined, torch.arange(n + index.shape[0], device=index.device) >= n
-
-
-class CrossSDC(nn.Module):
-    """:func:`cross_sdc` at a fixed temperature, between fixed pairs of modalities."""
-
-    def __init__(
-        self, *, temperature: float = 0.05, modality_pairs: ModalityPairs = "cross", backend: str = "auto"
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.modality_pairs: ModalityPairs = modality_pairs
-        self.backend = backend
-
-    def forward(
-        self,
-        student: Mapping[str, Tensor],
-        class_ids: Tensor,
-        instance_ids: Tensor,
-        teacher: Mapping[str, Tensor] | None = None,
-        teacher_rows_index: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return cross_sdc(
-            student,
-            class_ids,
-            instance_ids,
-            teacher=teacher,
-            teacher_rows_index=teacher_rows_index,
-            temperature=self.temperature,
-            modality_pairs=self.modality_pairs,
-            backend=self.backend,
-        )

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from avsep.errors import ConfigError
-from avsep.kernels._backend import VARIABLE, choose_backend
+from avsep.kernels._backend import choose_backend
 
-__all__ = ["MaskLosses", "MaskTeacher", "least_bytes", "mask_head", "mask_head_losses", "mask_l1", "runs_fused"]
+__all__ = ["MaskLosses", "MaskTeacher", "mask_head", "mask_head_losses", "mask_l1", "runs_fused"]
 
 _MOST_SOURCES, _MOST_CHANNELS = 8, 128  # of the Triton kernels; beyond them everything runs in PyTorch
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class MaskLosses(NamedTuple):
-    """Scalars: the loss against the ratio masks, and that against a teacher's masks (0 without a teacher)."""
+    """Both mask losses, scalars: against the ratio masks, and against a teacher's masks (0 without a teacher)."""
 
     separation: Tensor
     distillation: Tensor
@@ -37,10 +35,10 @@ class MaskTeacher(NamedTuple):
 
 
 def mask_head(embedding: Tensor, mask_features: Tensor, *, backend: str = "auto") -> Tensor:
-    """Mask logits of N sources: logit_n(f, t) = sum_c embedding_nc features_c(f, t).
+    """Compute the mask logits of N sources from their class vectors and the mixture's mask features.
 
-    The features are read once for all sources. Under autocast both are cast to the autocast type, as a matrix product
-    casts them.
+    logit_n(f, t) = sum_c embedding_nc features_c(f, t). The features are read once for all sources. Under autocast both
+    are cast to the autocast type, as a matrix product casts them.
 
     Args:
         embedding: [B, N, C].
@@ -59,9 +57,10 @@ def mask_head(embedding: Tensor, mask_features: Tensor, *, backend: str = "auto"
     """
     _check_head(embedding, mask_features)
     if runs_fused(embedding, mask_features, backend=backend):
-        return torch.ops.avsep.mask_head(*_autocast(embedding, mask_features))
-    # [B, N, C] x [B, C, F*T] -> [B, N, F*T] -> [B, N, F, T]
-    return torch.bmm(embedding, mask_features.flatten(2)).unflatten(2, tuple(mask_features.shape[2:]))
+        logits: Tensor = torch.ops.avsep.mask_head(*_autocast(embedding, mask_features))
+    else:  # [B, N, C] x [B, C, F*T] -> [B, N, F*T] -> [B, N, F, T]
+        logits = torch.bmm(embedding, mask_features.flatten(2)).unflatten(2, tuple(mask_features.shape[2:]))
+    return logits
 
 
 def mask_head_losses(
@@ -74,11 +73,11 @@ def mask_head_losses(
     slots: Tensor | None = None,
     backend: str = "auto",
 ) -> MaskLosses:
-    """The mask head with its weighted L1 losses: :func:`mask_l1` of :func:`mask_head`, against both targets at once.
+    """Compute both mask losses, against the ratio masks and against a teacher's masks, from the mask head's factors.
 
-    In Triton logits and masks never exist in memory, and gradients are formed by recomputing them. The losses are
-    computed in fp32 (float64 for float64 features), also under autocast. Only ``embedding`` and ``mask_features`` get
-    a gradient.
+    They are :func:`mask_l1` of :func:`mask_head`, once for each target. In Triton logits and masks never exist in
+    memory, and gradients are formed by recomputing them. The losses are computed in fp32 (float64 for float64
+    features), also under autocast. Only ``embedding`` and ``mask_features`` get a gradient.
 
     Args:
         embedding: [B, N, C].
@@ -96,6 +95,10 @@ def mask_head_losses(
     Raises:
         ValueError: for shapes, types or devices that do not fit together, or an empty batch.
         ConfigError: for a backend that does not exist or cannot run here, or float64 in Triton.
+
+    References:
+        Zhao et al., The Sound of Pixels, ECCV 2018 (separation); Pian et al., Continual Audio-Visual Sound Separation,
+        NeurIPS 2024 (distillation).
     """
     _check_head(embedding, mask_features)
     _check_masks(embedding, mask_features, ratio, weight, slots)
@@ -114,20 +117,13 @@ def mask_head_losses(
         losses = torch.ops.avsep.mask_head_losses(embedding, mask_features, ratio, weight, *taught, slots)
         return MaskLosses(losses[0], losses[1])
     logits = mask_head(embedding, mask_features, backend="torch")
-    separation = mask_l1(logits, ratio, weight, backend="torch")
+    separation = mask_l1(logits, ratio, weight)
     if teacher is None:
         return MaskLosses(separation, torch.zeros_like(separation))
     rows = teacher.mixtures
     target = mask_head(teacher.embedding.detach(), teacher.mask_features.detach(), backend="torch")
-    distillation = mask_l1(
-        logits[rows],
-        target,
-        weight[rows],
-        slots=None if slots is None else slots[rows],
-        target_is_logits=True,
-        backend="torch",
-    )
-    return MaskLosses(separation, distillation)
+    chosen = None if slots is None else slots[rows]
+    return MaskLosses(separation, mask_l1(logits[rows], target, weight[rows], slots=chosen, target_is_logits=True))
 
 
 def mask_l1(
@@ -137,13 +133,12 @@ def mask_l1(
     *,
     slots: Tensor | None = None,
     target_is_logits: bool = False,
-    backend: str = "auto",
 ) -> Tensor:
-    """Weighted L1 between sigmoid masks and their targets: the mean of w |sigmoid(logits) - target|.
+    """Compute the weighted L1 distance between sigmoid masks and their targets.
 
-    Without ``slots`` it is (1/N) sum_n mean(w |M^_n - M_n|), which is half the sum for the published N = 2. With them
-    it is the mean over the chosen slots and their pixels, 0 when none is chosen. Computed in fp32 (float64 for float64
-    logits), also under autocast.
+    It is the mean of w |sigmoid(logits) - target|. Without ``slots`` it is (1/N) sum_n mean(w |M^_n - M_n|), which is
+    half the sum for the published N = 2. With them it is the mean over the chosen slots and their pixels, 0 when none
+    is chosen. Computed in fp32 (float64 for float64 logits), also under autocast.
 
     Args:
         logits: [B, N, F, T].
@@ -151,17 +146,17 @@ def mask_l1(
         weight: [B, 1, F, T], shared by the sources of a mixture.
         slots: [B, N] bool, the slots that count; all when None.
         target_is_logits: True where the target is another model's logits (mask distillation).
-        backend: ``auto``, ``torch`` or ``triton``; from logits, PyTorch computes it on each.
 
     Returns:
         A scalar.
 
     Raises:
         ValueError: for shapes that do not fit together, or an empty batch.
-        ConfigError: for a backend that does not exist.
+
+    References:
+        Zhao et al., The Sound of Pixels, ECCV 2018.
     """
     _check_l1(logits, target, weight, slots)
-    choose_backend(backend, "mask_head", logits.numel(), logits.device)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     with torch.autocast(logits.device.type, enabled=False):
         wanted = target.to(dtype)
@@ -180,24 +175,20 @@ def runs_fused(embedding: Tensor, mask_features: Tensor, *teacher: Tensor, backe
     Raises:
         ConfigError: for a backend that does not exist or cannot run here, or float64 where Triton was asked for.
     """
-    if choose_backend(backend, "mask_head", mask_features.numel(), mask_features.device) == "torch":
+    obstacle = ""
+    for tensor in (embedding, mask_features, *teacher):
+        if tensor.dtype not in _TRITON_DTYPES:
+            obstacle = f"takes float32, float16 and bfloat16, got {tensor.dtype}"
+    size, device = mask_features.numel(), mask_features.device
+    if choose_backend(backend, "mask_head", size, device, obstacle=obstacle) == "torch":
         return False
     if embedding.ndim != 3 or mask_features.ndim != 4:
         return False  # the checks of the PyTorch path say what is wrong
+    if torch.compiler.is_exporting() or size == 0 or embedding.numel() == 0:
+        return False
     channels, rows, frames = mask_features.shape[1:]
     sources = embedding.shape[1]
-    if torch.compiler.is_exporting() or mask_features.numel() == 0 or embedding.numel() == 0:
-        return False
-    if sources > _MOST_SOURCES or channels > _MOST_CHANNELS or max(channels, sources) * rows * frames >= 2**31:
-        return False
-    for tensor in (embedding, mask_features, *teacher):
-        if tensor.dtype not in _TRITON_DTYPES:
-            if backend == "triton" or (backend == "auto" and os.environ.get(VARIABLE) == "triton"):
-                raise ConfigError(
-                    f"mask_head in Triton takes float32, float16 and bfloat16, got {tensor.dtype}: use backend='torch'"
-                )
-            return False
-    return True
+    return sources <= _MOST_SOURCES and channels <= _MOST_CHANNELS and max(channels, sources) * rows * frames < 2**31
 
 
 def _autocast(embedding: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,31 +198,6 @@ def _autocast(embedding: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]
         dtype = torch.get_autocast_dtype(kind)
         return embedding.to(dtype), mask_features.to(dtype)
     return embedding, mask_features
-
-
-def least_bytes(
-    batch: int,
-    sources: int,
-    channels: int,
-    rows: int,
-    frames: int,
-    *,
-    element_size: int = 4,
-    taught: int = 0,
-    teacher_element_size: int | None = None,
-) -> tuple[int, int]:
-    """The least bytes that :func:`mask_head_losses` can move, (forward, backward).
-
-    Forward reads the features, the ratio masks and the weight (fp32), and ``taught`` mixtures' features of the
-    teacher. Backward recomputes: it reads the same again but the teacher's, of which one byte a mask pixel is kept,
-    and writes the features' gradient. Embeddings are too small to count.
-    """
-    pixels = rows * frames
-    inputs = batch * pixels * (channels * element_size + 4 * sources + 4)
-    teacher_size = element_size if teacher_element_size is None else teacher_element_size
-    signs = taught * sources * pixels
-    forward = inputs + taught * channels * pixels * teacher_size + signs
-    return forward, inputs + signs + batch * channels * pixels * element_size
 
 
 def _check_head(embedding: Tensor, mask_features: Tensor) -> None:
