@@ -55,7 +55,8 @@ class Ranks:
             return x
         if x.is_floating_point():
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return _Gather.apply(x, self.rank, self.world)
+        gathered: Tensor = _Gather.apply(x, self.rank, self.world)  # type: ignore[no-untyped-call]  # torch's
+        return gathered
 
     def part(self, whole: Tensor) -> Tensor:
         """The rows of the whole batch [world n, ...] that are this rank's: [n, ...]."""
@@ -174,7 +175,7 @@ class _Synchronised(_BatchNorm):
             self.num_batches_tracked.add_(1)
             if share is None:  # the plain mean of all batches
                 share = 1.0 / float(self.num_batches_tracked)
-        result: Tensor = _Normalise.apply(
+        result: Tensor = _Normalise.apply(  # type: ignore[no-untyped-call]  # torch's
             input, self.weight, self.bias, self.running_mean, self.running_var, self.eps, share or 0.0
         )
         return result
@@ -218,7 +219,8 @@ class _Normalise(torch.autograd.Function):
         result = standard if weight is None else standard * weight.view(shape)
         if bias is not None:
             result = result + bias.view(shape)
-        return result.to(x.dtype)
+        normalised: Tensor = result.to(x.dtype)
+        return normalised
 
     @staticmethod
     @torch.autograd.function.once_differentiable

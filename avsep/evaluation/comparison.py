@@ -412,7 +412,7 @@ def _facts(spec: RunSpec) -> dict[str, str]:
     return {key: str(v) for key, v in _flat(data).items() if not key.startswith(_NOT_METHOD)}
 
 
-def _filled(ref: ComponentRef, registry: Registry) -> dict[str, Any]:
+def _filled(ref: ComponentRef, registry: Registry[Any]) -> dict[str, Any]:
     try:
         settings = registry.get(ref.name).settings
     except UnknownNameError:  # of a package that is not installed here

@@ -149,11 +149,12 @@ class SubmititLauncher:
 
     def __call__(self, unit: Path, threads: int) -> Job:
         """Submit a job, or take over that of a command that was killed, which its jobs outlive."""
-        job = self._still_running(unit.with_name(JOB))
+        job: Job | None = self._still_running(unit.with_name(JOB))
         if job is None:
             self._executor.update_parameters(cpus_per_task=threads)
-            job = self._executor.submit(run_unit, str(unit))
-            write_json(unit.with_name(JOB), {"job": str(job.job_id)})
+            submitted = self._executor.submit(run_unit, str(unit))
+            write_json(unit.with_name(JOB), {"job": str(submitted.job_id)})
+            job = submitted
         return job
 
     def _still_running(self, file: Path) -> Any | None:

@@ -139,7 +139,8 @@ def read_weights(kind: Any, config: Any, folder: Path) -> nn.Module:
             f"the weights in {folder} lack {len(missing)} tensors of {kind.__name__}, among them '{missing[0]}': they "
             "are of another model"
         )
-    return model.float()
+    whole: nn.Module = model.float()
+    return whole
 
 
 def prepare_pictures(

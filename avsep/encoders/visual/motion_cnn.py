@@ -61,5 +61,5 @@ class MotionCNN(VisualEncoder):
         pooled = torch.cat((x.mean(dim=(2, 3)), x.amax(dim=(2, 3))), dim=1)  # [B*M, 4c]
         sequence = torch.unflatten(pooled, 0, (batch, count)).transpose(1, 2)  # [B, 4c, M]
         sequence = F.relu(self.temporal(sequence))  # [B, dim, M]
-        sequence = self.head(F.adaptive_avg_pool1d(sequence, self.steps))
-        return sequence
+        features: Tensor = self.head(F.adaptive_avg_pool1d(sequence, self.steps))
+        return features
