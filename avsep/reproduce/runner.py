@@ -73,7 +73,7 @@ class LocalJob:
     """A process on this machine, which ends with this one.
 
     submitit has jobs of this kind too, but they outlive a command that is killed, find no GPU (their
-    CUDA_VISIBLE_DEVICES is empty unless GPUs are asked for by number), end at a time limit, and need a POSIX system.
+    CUDA_VISIBLE_DEVICES is empty unless GPUs are requested by number), end at a time limit, and need a POSIX system.
     """
 
     def __init__(self, unit: Path, threads: int) -> None:
@@ -85,7 +85,7 @@ class LocalJob:
         with open(unit.with_name("log.txt"), "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", "from avsep.reproduce.worker import main; main()", str(unit)],
-                stdin=subprocess.PIPE,  # never written: its closing tells the worker that this process is gone
+                stdin=subprocess.PIPE,  # never written: it closes when this process is gone, and the worker ends
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,

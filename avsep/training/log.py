@@ -1,4 +1,4 @@
-"""What a training tells of itself while it runs: curves, masks and sounds, in CSV files and through Fabric's loggers.
+"""The logs of a training while it runs: curves, masks and sounds, in CSV files and through Lightning's loggers.
 
 Logging never changes a result: it draws from no generator of the training (the global ones are put back), and a logger
 that fails is left alone from then on, with one line that says so. It is bounded: pictures of ``MIXTURES`` fixed
@@ -27,7 +27,7 @@ from avsep.runs.csv_log import CsvLog
 from avsep.training.loggers import LoggerChoice
 
 if TYPE_CHECKING:
-    from lightning_fabric.loggers import Logger
+    from lightning_fabric.loggers.logger import Logger
 
     from avsep.evaluation.evaluate import Kept, MixtureScore
     from avsep.separator import Separator
@@ -44,7 +44,7 @@ class TaskLog:
 
     ``train.csv`` and ``validation.csv`` have a row a step and a validation. Opened at ``step`` of a resumed task,
     whatever was written after it goes: rows from the CSV files, events from TensorBoard's; loggers that cannot strike
-    out (their steps count through all tasks, from ``offset`` on) are told only what they were not told before.
+    out (their steps count through all tasks, from ``offset`` on) get only what they did not get before.
     Without ``enabled`` (the other ranks) nothing is written anywhere.
     """
 
@@ -65,14 +65,14 @@ class TaskLog:
         self._bars = bars
         self._stopped: set[str] = set()
         self._csv: dict[str, CsvLog] = {}
-        self._told: dict[str, tuple[int, int]] = {}
+        self._logged: dict[str, tuple[int, int]] = {}
         self._choices: list[tuple[LoggerChoice, Logger]] = []
         if not enabled:
             return
         for name in ("train", "validation"):
             with self._guarded(f"{name}.csv"):
                 self._csv[name] = log = CsvLog(logs / f"{name}.csv", until=(task, step))
-                self._told[name] = log.found
+                self._logged[name] = log.found
         for choice in choices:
             if choice.failed:
                 continue
@@ -119,8 +119,8 @@ class TaskLog:
     def _each(self, call: Callable[[Logger, int], Any], step: int, kind: str = "train") -> None:
         """``call`` with each logger and the step it counts by."""
         for choice, logger in self._choices:
-            told = not choice.per_task and (self._task, step) <= self._told.get(kind, (-1, -1))
-            if choice.failed or told:
+            logged = not choice.per_task and (self._task, step) <= self._logged.get(kind, (-1, -1))
+            if choice.failed or logged:
                 continue
             with self._guarded(choice.name, choice), _undisturbed():
                 call(logger, step if choice.per_task else self._offset + step)

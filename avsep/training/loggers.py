@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from lightning_fabric.loggers import Logger, TensorBoardLogger
+from lightning_fabric.loggers.logger import Logger
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
 from avsep.errors import ConfigError, MissingExtraError, UnknownNameError, near_matches
 from avsep.files import atomic_path, read_json, write_json
@@ -106,7 +107,7 @@ _METHODS = ("log_metrics", "log_hyperparams", "finalize")
 
 
 class LoggerChoice:
-    """A logger that was asked for: made for a run's folder, with its ``name`` for messages."""
+    """A logger that was chosen: made for a run's folder, with its ``name`` for messages."""
 
     def __init__(self, name: str, kind: type[Any], params: Mapping[str, Any]) -> None:
         self.name = name
