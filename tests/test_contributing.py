@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 
 import pytest
@@ -17,6 +18,8 @@ pytestmark = pytest.mark.skipif(not GUIDE.is_file(), reason="needs the source tr
 ADDS = {
     "An audio encoder": "audio_encoders",
     "A mask decoder": "mask_decoders",
+    "A strategy": "strategies",
+    "A mixer": "mixers",
     "A memory policy": "memories",
 }
 
@@ -52,23 +55,31 @@ def test_every_section_has_an_example_that_adds_one_component(registered):
 
 def test_the_examples_learn_two_tasks_together(registered, tone_store, tmp_path):
     from avsep.data.tasks import task_stream
-    from avsep.runs.folder import read_exemplars
+    from avsep.memory.base import read_exemplars
     from avsep.spec import RunSpec, validated
     from avsep.training.learner import ContinualLearner
 
-    (encoder,), (decoder,), (memory,) = (registered[k] for k in ("audio_encoders", "mask_decoders", "memories"))
-    separator = {"audio_encoder": encoder, "mask_decoder": decoder, "front_end": TINY_SEPARATOR["front_end"]}
+    name = {key: names[0] for key, names in registered.items() if names}
+    separator = {
+        "audio_encoder": name["audio_encoders"],
+        "mask_decoder": name["mask_decoders"],
+        "front_end": TINY_SEPARATOR["front_end"],
+    }
     spec = validated(
         RunSpec,
         {
             "separator": separator,
-            "strategy": "finetune",
-            "memory": memory,
-            "train": TINY_TRAIN,
+            "strategy": name["strategies"],
+            "memory": name["memories"],
+            "train": {**TINY_TRAIN, "mixer": name["mixers"]},
             "tasks": TINY_TASKS,
         },
         "test",
     )
     stream = task_stream(tone_store, TINY_TASKS, clip_samples=separator["front_end"]["clip_samples"])
     ContinualLearner.from_spec(spec, accelerator="cpu").fit(stream, tmp_path / "run", progress=False)
+    with open(tmp_path / "run" / "logs" / "train.csv", newline="") as file:
+        second = [row for row in csv.DictReader(file) if row["task"] == "1"]
+    assert second
+    assert any(float(row["same_masks"] or 0) > 0 for row in second)  # sources of the first task were drawn
     assert sorted(read_exemplars(tmp_path / "run", 1)) == sorted(TINY_TASKS[0])
