@@ -8,7 +8,7 @@ import importlib.machinery
 import sys
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
+from types import CodeType, ModuleType
 
 __all__ = ["MOVED", "install"]
 
@@ -35,7 +35,7 @@ MOVED = {
     "avsep.ranks": "avsep.distributed.ranks",
     "avsep.seeding": "avsep.environment",
     "avsep.separate": "avsep.inference.recordings",
-    "avsep.export.verify": "avsep.export.bundle.verify",
+    "avsep.export.verify": "avsep.export.runtime.verify",
 }
 
 
@@ -54,6 +54,11 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module = importlib.import_module(new)
         self._spec = module.__spec__
         return module
+
+    def get_code(self, name: str) -> CodeType:
+        """What ``python -m`` of an old name runs: the new module, under its own name."""
+        source = f"import runpy\nrunpy.run_module({MOVED[name]!r}, run_name='__main__', alter_sys=True)\n"
+        return compile(source, f"<{name}, which moved>", "exec")
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__ = self._spec  # the import system has put the old name's in its place

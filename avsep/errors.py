@@ -5,8 +5,16 @@ The command line prints the message of any :class:`AvsepError` without a traceba
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+from avsep.export.runtime.errors import (
+    AudioError,
+    AvsepError,
+    ConfigError,
+    DataError,
+    ExportError,
+    NumericalError,
+    UnknownNameError,
+    near_matches,
+)
 
 __all__ = [
     "AudioError",
@@ -25,26 +33,6 @@ __all__ = [
 ]
 
 
-class AvsepError(Exception):
-    """Base of every error that is the input's fault, not the library's."""
-
-
-class ConfigError(AvsepError):
-    """A spec, preset or parameter is wrong."""
-
-
-class UnknownNameError(ConfigError):
-    """A name (component, parameter, class, preset) does not exist."""
-
-
-class DataError(AvsepError):
-    """A store, manifest or clip is damaged, missing or does not fit."""
-
-
-class AudioError(DataError):
-    """An audio file cannot be used."""
-
-
 class RunError(AvsepError):
     """A run folder is not one, or is in use."""
 
@@ -55,14 +43,6 @@ class CheckpointError(RunError):
 
 class LostRankError(RunError):
     """Another of the processes that train together is gone, or has failed."""
-
-
-class ExportError(AvsepError):
-    """A graph cannot be exported, or does not match the model."""
-
-
-class NumericalError(AvsepError):
-    """Training met a NaN or an infinity and stopped."""
 
 
 class MissingExtraError(AvsepError):
@@ -78,12 +58,3 @@ class MissingExtraError(AvsepError):
 
 class MissingWeightsError(AvsepError):
     """Published weights are neither on this machine nor to be had."""
-
-
-def near_matches(name: str, known: Iterable[str]) -> str:
-    """A hint such as ``did you mean 'unet7'?``, or the full list when nothing is near."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if close:
-        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
-    return "known: " + (", ".join(known) if known else "none")

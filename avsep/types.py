@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from avsep.export.runtime.timeline import VisualSource
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -70,22 +72,6 @@ class VisualFeatures:
     object: Tensor | None = None
     motion: Tensor | None = None
     motion_mask: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class VisualSource:
-    """What a visual encoder wants to be fed with, asked of the store.
-
-    ``role`` object or motion; ``kind`` frames (uint8 pictures) or features (stored vectors, by ``name`` and width
-    ``dim``). An object source takes ``frames`` = K consecutive pictures or vectors around the crop's centre; a motion
-    source all pictures of the crop (``frames`` = 0), or the video's stored sequence.
-    """
-
-    role: str
-    kind: str
-    name: str = ""
-    dim: int = 0
-    frames: int = 0
 
 
 class MaskOutput:

@@ -31,10 +31,10 @@ from avsep.benchmarks.measure import (
 )
 from avsep.environment import version_of
 from avsep.errors import AvsepError, ConfigError, ExportError, MissingExtraError
-from avsep.export.build.parity import compare
 from avsep.export.runtime.reader import Bundle, Graph, open_bundle
 from avsep.export.runtime.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
 from avsep.export.runtime.transforms import istft, stft
+from avsep.export.runtime.verify import compare
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -447,7 +447,7 @@ def _peak_mb(process: Sequence[str]) -> tuple[float | str, float | str]:
 def _in_own_process(arguments: Sequence[str]) -> None:
     """Load what the arguments name, run it once and print the most bytes that this process held, and the GPU's."""
     from avsep.benchmarks.measure import _status_bytes
-    from avsep.export.targets.engine import Cuda
+    from avsep.export.runtime.cuda import Cuda
 
     kind, path, *rest = arguments
     try:

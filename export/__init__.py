@@ -12,19 +12,20 @@ if TYPE_CHECKING:
     from avsep.export.build.parity import Parity
     from avsep.export.build.plan import ExportPlan
     from avsep.export.bundle.export import export, export_run
-    from avsep.export.bundle.verify import Verification, verify_bundle
-    from avsep.export.runtime.reader import Bundle, open_bundle
+    from avsep.export.bundle.manifest import open_bundle, verify_bundle
+    from avsep.export.runtime.reader import Bundle
+    from avsep.export.runtime.verify import Verification
 
 # public name -> module that defines it
 _PUBLIC = {
     "Bundle": "avsep.export.runtime.reader",
     "ExportPlan": "avsep.export.build.plan",
     "Parity": "avsep.export.build.parity",
-    "Verification": "avsep.export.bundle.verify",
+    "Verification": "avsep.export.runtime.verify",
     "export": "avsep.export.bundle.export",
     "export_run": "avsep.export.bundle.export",
-    "open_bundle": "avsep.export.runtime.reader",
-    "verify_bundle": "avsep.export.bundle.verify",
+    "open_bundle": "avsep.export.bundle.manifest",
+    "verify_bundle": "avsep.export.bundle.manifest",
 }
 
 __all__ = ["Bundle", "ExportPlan", "Parity", "Verification", "export", "export_run", "open_bundle", "verify_bundle"]

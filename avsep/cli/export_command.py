@@ -209,9 +209,10 @@ def run(
     )
     capabilities = _capabilities(sm)
     if target in _ENGINE_TARGETS:
-        from avsep.export.targets.engine import check_machine
+        from avsep.export.targets.tensorrt import machine_for
 
-        check_machine(target, capabilities)  # before the export takes its minutes
+        for capability in capabilities or (None,):
+            machine_for(target, capability)  # before the export takes its minutes
     said: list[str] = []
     with progress_bar() as bars:
         bar = bars.add("exporting", None)
@@ -271,9 +272,9 @@ def _build(
     out: Path | None,
     force: bool,
 ) -> None:
-    from avsep.export.targets.engine import build_engines
+    from avsep.export.targets.tensorrt import build_bundle
 
-    build_engines(
+    build_bundle(
         bundle,
         graphs=graphs,
         target=target,
@@ -432,6 +433,6 @@ def info(bundle: _Bundle) -> None:
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema of a bundle's manifest."""
-    from avsep.export.bundle.schema import schema_text
+    from avsep.export.bundle.manifest import schema_text
 
     typer.echo(schema_text(), nl=False)

@@ -86,7 +86,7 @@ def command(
 ) -> None:
     """Separate videos or sounds of any length into one file per class and the residual, with a page to hear and see."""
     from avsep.errors import ConfigError
-    from avsep.inference.recordings import check_recordings, read_mono, separate_recordings, slots_of
+    from avsep.inference.recordings import check_recordings, ids_of_classes, read_mono, separate_recordings
     from avsep.media.detection import read_boxes
     from avsep.media.timeline import read_visual_file
     from avsep.progress import progress_bar
@@ -123,7 +123,7 @@ def command(
         options: dict[str, Any] = {"rate": rate, "subtype": subtype, "suffix": suffix, "overwrite": overwrite}
         chosen = [name.strip() for name in classes.split(",") if name.strip()]
         if chosen != ["auto"]:
-            slots_of(engine.classes, chosen)
+            ids_of_classes(engine.classes, chosen)
             if timelines or not engine.sources:
                 engine.check(timelines, chosen)
         looks.check(files, chosen)
@@ -137,7 +137,7 @@ def command(
         recordings = []
         for path in files:
             names = looks.propose(path) if chosen == ["auto"] else chosen
-            slots_of(engine.classes, names)
+            ids_of_classes(engine.classes, names)
             recordings.append(planned(path, names, looks.timelines(path, names)))
         with engine.opened():
             results = separate_recordings(

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avsep.errors import AudioError, ConfigError, DataError, NumericalError, UnknownNameError, near_matches
-from avsep.files import made_folder, refuse_file, write_text
-from avsep.inference.chunking import context_in_samples, separate_long
+from avsep.errors import AudioError, ConfigError, DataError, NumericalError
+from avsep.export.runtime.chunking import context_in_samples, separate_long
+from avsep.export.runtime.files import staged_files
+from avsep.export.runtime.recordings import check_targets, ids_of_classes, output_paths
+from avsep.export.runtime.timeline import VisualSource, VisualTimeline
+from avsep.files import refuse_file, write_text
 from avsep.media.audio import SUBTYPES, level_db, resample, to_mono, write_audio
-from avsep.media.timeline import VisualTimeline
 from avsep.media.video import is_video, read_sound
-from avsep.types import VisualFeatures, VisualInputs, VisualSource
+from avsep.types import VisualFeatures, VisualInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +42,7 @@ __all__ = [
     "check_targets",
     "check_timelines",
     "class_ids_of",
+    "ids_of_classes",
     "is_video",
     "output_paths",
     "read_mixture",
@@ -52,7 +52,6 @@ __all__ = [
     "separate_file",
     "separate_files",
     "separate_recordings",
-    "slots_of",
 ]
 
 Audio = NDArray[np.float32]
@@ -82,29 +81,8 @@ class SeparatedFile:
 
 
 def class_ids_of(separator: Separator, classes: Sequence[str]) -> list[int]:
-    """Slots of class names.
-
-    Raises:
-        UnknownNameError: a class the separator has not learned.
-        ConfigError: no class, a class twice, or a separator without class names.
-    """
-    return slots_of(separator.classes, classes)
-
-
-def slots_of(known: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Slots of class names among the ``known`` ones; raises as :func:`class_ids_of`."""
-    if isinstance(classes, str):
-        raise ConfigError(f"classes must be a sequence of names, such as ['{classes}'], not one string")
-    if not classes:
-        raise ConfigError("no classes given: name the sounding objects, such as --classes flute,piano")
-    if not known:
-        raise ConfigError("this separator has no class names: build or save it with classes=(...)")
-    for name in classes:
-        if name not in known:
-            raise UnknownNameError(f"the separator has not learned class '{name}': {near_matches(name, known)}")
-    if repeated := sorted({name for name in classes if list(classes).count(name) > 1}):
-        raise ConfigError(f"class '{repeated[0]}' is given twice: every class is separated once")
-    return [list(known).index(name) for name in classes]
+    """Class ids of class names; raises as :func:`avsep.export.runtime.recordings.ids_of_classes`."""
+    return ids_of_classes(separator.classes, classes)
 
 
 def read_mono(path: str | os.PathLike[str]) -> tuple[Audio, int]:
@@ -277,16 +255,6 @@ def _output_rate(rate: str | int, model_hz: int, input_hz: int) -> int:
     return hertz
 
 
-def _file_name(name: str) -> str:
-    """A class name as a part of a file name: what a file system may refuse becomes ``-``."""
-    return re.sub(r'[<>:"/\\|?*\s\x00-\x1f]+', "-", name).strip(".") or "class"
-
-
-def output_paths(audio_path: Path, classes: Sequence[str], out_dir: Path, suffix: str = "wav") -> list[Path]:
-    """``<stem>_<class>.wav`` for each class, then ``<stem>_residual.wav``; or with another suffix."""
-    return [out_dir / f"{audio_path.stem}_{_file_name(name)}.{suffix}" for name in (*classes, "residual")]
-
-
 def separate_files(
     separator: Separator,
     audio_paths: Sequence[str | os.PathLike[str]],
@@ -415,45 +383,36 @@ def separate_recordings(
     check_recordings(recordings, out, rate=rate, subtype=subtype, suffix=suffix, overwrite=overwrite)
     for recording in recordings:
         read_mono(recording.path)
-    with made_folder(out):
-        staging = Path(tempfile.mkdtemp(prefix=".separating-", dir=out))
-        try:
-            results = []
-            for number, recording in enumerate(recordings):
-                folder = staging / str(number)
-                folder.mkdir()
-                path, classes = recording.path, recording.classes
-                names = recording.targets(out, suffix)
-                own, mixture, own_hz = read_mixture(path, sample_rate_hz)
-                estimates = recording.separate(mixture, None if progress is None else functools.partial(progress, path))
-                rate_hz = _output_rate(rate, sample_rate_hz, own_hz)
-                whole = resample(own, own_hz, rate_hz)  # [L'], straight from its own rate
-                sources = _fit(resample(estimates, sample_rate_hz, rate_hz), len(whole))  # [N, L']
-                signals = {**dict(zip(classes, sources, strict=True)), "residual": whole - sources.sum(axis=0)}
-                clipped = 0
-                for name, signal in zip(names[: len(signals)], signals.values(), strict=True):
-                    clipped += write_audio(folder / name.name, signal, rate_hz, subtype)
-                result = SeparatedSignals(mixture, estimates, mixture - estimates.sum(axis=0), sample_rate_hz)
-                for text_file, make in recording.beside.items():
-                    write_text(folder / text_file, make(result))
-                results.append(
-                    SeparatedFile(
-                        source=path,
-                        files=dict(zip(classes, names, strict=False)),
-                        residual=names[len(classes)],
-                        rate_hz=rate_hz,
-                        seconds=len(whole) / rate_hz,
-                        levels_db={k: level_db(v) for k, v in {"mixture": whole, **signals}.items()},
-                        clipped=clipped,
-                        beside=tuple(names[len(signals) :]),
-                    )
+    targets = [recording.targets(out, suffix) for recording in recordings]
+    results = []
+    with staged_files(out, [name for names in targets for name in names]) as staging:
+        for recording, names in zip(recordings, targets, strict=True):
+            path, classes = recording.path, recording.classes
+            own, mixture, own_hz = read_mixture(path, sample_rate_hz)
+            estimates = recording.separate(mixture, None if progress is None else functools.partial(progress, path))
+            rate_hz = _output_rate(rate, sample_rate_hz, own_hz)
+            whole = resample(own, own_hz, rate_hz)  # [L'], straight from its own rate
+            sources = _fit(resample(estimates, sample_rate_hz, rate_hz), len(whole))  # [N, L']
+            signals = {**dict(zip(classes, sources, strict=True)), "residual": whole - sources.sum(axis=0)}
+            clipped = 0
+            for name, signal in zip(names[: len(signals)], signals.values(), strict=True):
+                clipped += write_audio(staging / name.name, signal, rate_hz, subtype)
+            result = SeparatedSignals(mixture, estimates, mixture - estimates.sum(axis=0), sample_rate_hz)
+            for text_file, make in recording.beside.items():
+                write_text(staging / text_file, make(result))
+            results.append(
+                SeparatedFile(
+                    source=path,
+                    files=dict(zip(classes, names, strict=False)),
+                    residual=names[len(classes)],
+                    rate_hz=rate_hz,
+                    seconds=len(whole) / rate_hz,
+                    levels_db={k: level_db(v) for k, v in {"mixture": whole, **signals}.items()},
+                    clipped=clipped,
+                    beside=tuple(names[len(signals) :]),
                 )
-            for number, recording in enumerate(recordings):
-                for name in recording.targets(out, suffix):
-                    os.replace(staging / str(number) / name.name, name)
-            return results
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            )
+    return results
 
 
 def _fit(audio: Audio, length: int) -> Audio:
@@ -490,25 +449,3 @@ def separate_file(
         progress=progress,
     )
     return result
-
-
-def check_targets(paths: Sequence[Path], targets: Sequence[Sequence[Path]], out: Path, overwrite: bool) -> None:
-    """Refuse names that collide with each other, with an input or, unless ``overwrite``, with what is there."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file: give a folder for the separated files")
-    inputs = {path.resolve() for path in paths}
-    seen: set[Path] = set()
-    for path, names in zip(paths, targets, strict=True):
-        for name in names:
-            if name in seen:
-                raise ConfigError(
-                    f"two results would be named {name.name}: separate files of one name (and a class named "
-                    "'residual') into different folders"
-                )
-            seen.add(name)
-            if name.resolve() in inputs:
-                raise ConfigError(f"separating {path} would replace the input {name}: choose another folder")
-            if name.is_dir():
-                raise ConfigError(f"{name} is a folder: choose another output folder")
-            if name.exists() and not overwrite:
-                raise ConfigError(f"{name} is there already: choose another folder, or --overwrite")

@@ -103,7 +103,8 @@ class EncoderGraph(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         # Floats of 0..1, which encoders take as well: TensorRT knows bytes only to be cast at the graph's border.
         with self.maps:
-            return self.encoder(frames.to(torch.float32) / 255.0)
+            features: Tensor = self.encoder(frames.to(torch.float32) / 255.0)
+            return features
 
 
 class _PointwiseLinear(nn.Module):
@@ -151,7 +152,7 @@ class _LinearMaps(TorchFunctionMode):
             rows = self._kernel((kwargs["mode"], int(x.shape[2]), int(height), smooth), x)
             lead = x.shape[:2]
             x = _mix_last(x.flatten(0, 1), columns)  # [M * C, H, width]
-            return _mix_last(x.transpose(1, 2), rows).transpose(1, 2).unflatten(0, tuple(lead))
+            return torch.unflatten(_mix_last(x.transpose(1, 2), rows).transpose(1, 2), 0, lead)
         return func(*args, **kwargs)
 
     def _kernel(self, key: tuple[Any, ...], like: Tensor) -> Tensor:

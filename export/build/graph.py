@@ -22,7 +22,7 @@ from avsep.encoders.audio.unet7 import UpConv, folded_kernel
 from avsep.errors import ExportError
 from avsep.kernels.stft_masking.reference import hann_window, linear_frequency_grid, log_frequency_grid
 from avsep.spec import FrontEndSpec
-from avsep.types import VisualFeatures
+from avsep.types import MaskOutput, VisualFeatures
 
 if TYPE_CHECKING:
     from avsep.separator import Separator
@@ -97,7 +97,7 @@ class PolyphaseSTFT(nn.Module):
             signal = F.pad(signal[:, None], (left, mirrored), mode="reflect")[:, 0]
             left, right = 0, right - mirrored
         signal = F.pad(signal, (left, right))
-        blocks = signal.unflatten(1, (-1, self.hop)).transpose(1, 2)  # [B, hop, T + taps - 1]
+        blocks = torch.unflatten(signal, 1, (-1, self.hop)).transpose(1, 2)  # [B, hop, T + taps - 1]
         return F.conv1d(blocks, self.analysis_basis)
 
     def synthesise(self, spectrum: Tensor) -> Tensor:
@@ -192,7 +192,8 @@ class _Logits(nn.Module):
         self.network = network
 
     def forward(self, network_input: Tensor, visual: VisualFeatures, class_ids: Tensor) -> Tensor:
-        return self.network(network_input, visual, class_ids).logits
+        output: MaskOutput = self.network(network_input, visual, class_ids)
+        return output.logits
 
 
 class _MaskedSeparator(nn.Module):
@@ -229,7 +230,7 @@ class _MaskedSeparator(nn.Module):
         )
         logits = self.separator(torch.log1p(warped)[:, None], visual, given["class_ids"])  # [B, N, F', T]
         masks = _mix_rows(torch.sigmoid(logits).flatten(0, 1), self.unwarp)  # [B * N, bins, T]
-        return self._along_time(masks).unflatten(0, tuple(logits.shape[:2]))
+        return torch.unflatten(self._along_time(masks), 0, logits.shape[:2])
 
     def _along_time(self, x: Tensor) -> Tensor:
         """[M, rows, T] -> the same shape"""
@@ -270,7 +271,7 @@ class WaveformSeparator(_MaskedSeparator):
         # The mixture's phase: real and imaginary part scaled alike.
         estimate = torch.cat((mask * real[:, None], mask * imaginary[:, None]), dim=2)  # [B, N, 2F, T]
         waveforms = self.stft.synthesise(estimate.flatten(0, 1))  # [B * N, L]
-        return waveforms.unflatten(0, (mixture.shape[0], mask.shape[1])).clamp(-1.0, 1.0)
+        return torch.unflatten(waveforms, 0, (mixture.shape[0], mask.shape[1])).clamp(-1.0, 1.0)
 
 
 class SpectralSeparator(_MaskedSeparator):

@@ -291,8 +291,8 @@ class _SeparatorWriter:
         names = [name for name, _ in ranked]
         layers: tuple[str, ...] = ()
         for share in _SHARES:
-            limit = share * self.plan.gate_db
-            layers = layers or select_layers(names, lambda chosen, limit=limit: drift(chosen).within(limit))
+            within = functools.partial(_within, drift, share * self.plan.gate_db)
+            layers = layers or select_layers(names, within)
         if not layers and self.plan.allow_drift:
             layers = tuple(names)
         if not layers:
@@ -334,6 +334,10 @@ class _SeparatorWriter:
                     assert value is not None
                     feed[spec.name] = value.numpy()[rows][:, columns]
             yield feed
+
+
+def _within(drift: Callable[[tuple[str, ...]], Gate], limit_db: float, layers: tuple[str, ...]) -> bool:
+    return drift(layers).within(limit_db)
 
 
 def _measured(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from avsep.errors import ExportError
 from avsep.export.runtime.sessions import start_onnx
+from avsep.export.runtime.verify import compare
 
 __all__ = ["Parity", "compare", "open_session", "run_onnx"]
 
@@ -34,25 +35,6 @@ class Parity:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def compare(estimate: Array, reference: Array) -> tuple[float, float]:
-    """Largest absolute difference, and the error's energy relative to the reference's in dB.
-
-    Raises:
-        ExportError: shapes differ, or a value is not finite.
-    """
-    if estimate.shape != reference.shape:
-        raise ExportError(f"the graph gives the shape {list(estimate.shape)}, PyTorch {list(reference.shape)}")
-    for name, array in (("the graph", estimate), ("PyTorch", reference)):
-        if not np.isfinite(array).all():
-            raise ExportError(f"{name} gives NaN or infinite samples")
-    difference = estimate.astype(np.float64) - reference.astype(np.float64)
-    power = float(np.sum(np.square(reference, dtype=np.float64)))
-    error = float(np.sum(difference**2))
-    floor = 1e-30
-    error_db = 10 * float(np.log10((error + floor * power + 1e-300) / (power + 1e-300)))
-    return float(np.abs(difference).max(initial=0.0)), error_db
 
 
 def open_session(graph: Path | bytes, threads: int = 0) -> tuple[Any, str]:

@@ -1,7 +1,8 @@
 """Making a bundle: the graphs of a separator, checked against PyTorch, with all that a device needs to trust them.
 
 A folder or one tar: the graphs, golden inputs and outputs of each, ``manifest.json`` (``manifest.schema.json`` beside
-it), a README for the device, ``build_engine.py`` and the licence. It is whole and checked, or not there.
+it), a README for the device, the runtime's wheel, ``build_engine.py`` and the licence. It is whole and checked, or not
+there.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from avsep.errors import ConfigError, DataError, ExportError, RunError
 from avsep.export.build.plan import ExportPlan, tensor_specs
+from avsep.export.bundle.manifest import open_bundle, schema_text
 from avsep.export.bundle.packing import check_target, is_tar_name, staged, write_arrays
-from avsep.export.bundle.schema import SCHEMA_FILE, schema_text
-from avsep.export.runtime.reader import BUILD_SCRIPT, FORMAT, MANIFEST, VERSION, Bundle, open_bundle
+from avsep.export.bundle.wheel import write_wheel
+from avsep.export.runtime.manifest import BUILD_SCRIPT, FORMAT, MANIFEST, SCHEMA_FILE, VERSION
+from avsep.export.runtime.reader import Bundle
 from avsep.files import sha256_file, write_json, write_text
 from avsep.runs.folder import RunFolder
 
@@ -87,13 +90,14 @@ def export(
         write_text(folder / SCHEMA_FILE, schema_text())
         write_text(folder / "LICENSE", licence)
         shutil.copyfile(script, folder / BUILD_SCRIPT)
+        write_wheel(folder, licence)
         manifest = _manifest(fresh, plan, made, target, made_from, weights_licence)
         write_text(folder / "README.md", _device_readme(manifest))
         manifest["files"] = {f.name: sha256_file(f) for f in sorted(folder.iterdir())}
         write_json(folder / MANIFEST, manifest)
         written = open_bundle(folder)  # it must be what its readers take, before anything is replaced by it
-        for graph in written.graphs:
-            written.golden(graph)
+        for one in written.graphs:
+            written.golden(one)
     return open_bundle(target, hashes=False)
 
 
@@ -143,6 +147,7 @@ def _manifest(
         "weights_licence": _all_licences(separator, weights_licence),
         "separator": separator.spec.model_dump(mode="json"),
         "classes": list(separator.classes),
+        "independent_sources": separator.mask_decoder.independent_sources,
         "sample_rate_hz": front_end.sample_rate_hz,
         "transform": {
             "n_fft": front_end.n_fft,

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avsep.errors import AvsepError, ConfigError
-from avsep.export.runtime.reader import FORMAT, MANIFEST, is_built_here
+from avsep.export.runtime.manifest import FORMAT, MANIFEST
+from avsep.export.runtime.reader import is_built_here
 from avsep.files import atomic_path, give_usual_rights, made_folder, read_json
 
 __all__ = ["check_target", "is_tar_name", "staged", "write_arrays", "write_tar"]

@@ -1,5 +1,5 @@
 import sys
 
-from avsep.export.runtime.separator import main
+from .command import main
 
 sys.exit(main())

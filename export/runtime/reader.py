@@ -1,8 +1,8 @@
 """Opening a bundle: a folder, or the same files in one tar. NumPy and the standard library alone.
 
-What is read is not trusted: names cannot lead out of the bundle, links are refused, the manifest is held against its
-schema, and bytes are handed out only where their SHA-256 is the manifest's. (Whoever can write a bundle can write a
-manifest to match: the hashes find damage and mix-ups; they are no signature.)
+What is read is not trusted: names cannot lead out of the bundle, links are refused, what the manifest says is checked
+as far as it is used, and bytes are handed out only where their SHA-256 is the manifest's. (Whoever can write a bundle
+can write a manifest to match: the hashes find damage and mix-ups; they are no signature.)
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import math
 import os
-import re
 import shutil
 import stat
 import tarfile
@@ -28,31 +26,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from avsep.errors import ExportError
-from avsep.export.bundle.schema import SCHEMA_FILE, first_mistake
+from .errors import ExportError, one_line
+from .manifest import MANIFEST, check_manifest, is_plain_name, parse
 
-__all__ = [
-    "BUILD_SCRIPT",
-    "FORMAT",
-    "MANIFEST",
-    "VERSION",
-    "Bundle",
-    "Graph",
-    "TensorInfo",
-    "is_built_here",
-    "open_bundle",
-]
-
-FORMAT = "avsep-bundle"
-VERSION = 2
-MANIFEST = "manifest.json"
-BUILD_SCRIPT = "build_engine.py"
-REQUIRED_FILES = (SCHEMA_FILE, "README.md", BUILD_SCRIPT, "LICENSE")
+__all__ = ["MANIFEST", "Bundle", "Graph", "TensorInfo", "is_built_here", "open_bundle"]
 
 # A manifest is some kilobytes and a bundle a handful of files; more is no bundle, and not worth the memory.
 _MOST_MANIFEST_BYTES = 8 << 20
 _MOST_FILES = 256
-_MOST_JSON_DEPTH = 64
 
 # What building an engine leaves in a bundle's folder on the device: not the bundle's, and not in its way.
 _BUILT_FOLDERS = ("engines", "__pycache__")
@@ -157,7 +138,7 @@ class Bundle:
             ExportError: it is not in the bundle, or not what the manifest says it is.
         """
         if name not in self.files:
-            raise ExportError(f"{self.path} has no file {_clean(name)}: it has {', '.join(self.files)}")
+            raise ExportError(f"{self.path} has no file {_shown(name)}: it has {', '.join(self.files)}")
         with _opened(self, name) as file:
             data = file.read(self.size(name))
         if name != MANIFEST and hashlib.sha256(data).hexdigest() != self.manifest["files"][name]:
@@ -192,7 +173,7 @@ class Bundle:
                         raise ExportError(f"{where} has no array '{tensor.name}': export it again")
                     arrays[tensor.name] = archive[tensor.name]
         except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise ExportError(f"{where} cannot be read ({_clean(str(error))}): export it again") from None
+            raise ExportError(f"{where} cannot be read ({_shown(error)}): export it again") from None
         for tensor in (*graph.inputs, *graph.outputs):
             array = arrays[tensor.name]
             if not tensor.fits(array):
@@ -251,7 +232,7 @@ def open_bundle(path: str | os.PathLike[str], *, hashes: bool = True) -> Bundle:
     """
     place = Path(path)
     if not place.exists():
-        raise ExportError(f"no such bundle: {_clean(str(place))}")
+        raise ExportError(f"no such bundle: {_shown(place)}")
     if not place.is_dir() and not place.is_file():
         raise ExportError(f"{place} is neither a folder nor a file: give a bundle")
     members: dict[str, tuple[int, int]] = {}
@@ -267,14 +248,14 @@ def open_bundle(path: str | os.PathLike[str], *, hashes: bool = True) -> Bundle:
     if bundle.size(MANIFEST) > _MOST_MANIFEST_BYTES:
         raise ExportError(f"{place}: {MANIFEST} is too long for a manifest: copy the bundle again")
     with _opened(bundle, MANIFEST) as file:
-        manifest = _parse(file.read(bundle.size(MANIFEST)), f"{place}: {MANIFEST}")
-    _check_manifest(manifest, f"{place}: {MANIFEST}")
+        manifest = parse(file.read(bundle.size(MANIFEST)), f"{place}: {MANIFEST}")
+    check_manifest(manifest, f"{place}: {MANIFEST}")
     stated = set(manifest["files"])
     if missing := sorted(stated - names):
         raise ExportError(f"{place} lacks the file {missing[0]}: copy the bundle again")
     extra = sorted(n for n in names - stated - {MANIFEST} if not (place.is_dir() and is_built_here(n)))
     if extra:
-        raise ExportError(f"{place} has a file {_clean(extra[0])} that is not of the bundle: remove it")
+        raise ExportError(f"{place} has a file {_shown(extra[0])} that is not of the bundle: remove it")
     bundle.manifest = manifest
     bundle.graphs = tuple(_graph(entry) for entry in manifest["graphs"])
     if hashes:
@@ -287,16 +268,15 @@ def _hint_for(place: Path) -> str:
     if place.is_dir():
         inner = sorted(p.name for p in place.iterdir() if (p / MANIFEST).is_file() or p.suffix == ".tar")
         if inner:
-            return f"; it holds {', '.join(_clean(n) for n in inner[:4])}: name one of them"
+            return f"; it holds {', '.join(_shown(n) for n in inner[:4])}: name one of them"
         if (place / "run.yaml").is_file():
             return "; it is a run: export it first (avsep export RUN --out BUNDLE)"
     return ""
 
 
-def _clean(text: str) -> str:
-    """One line of printable characters, not too long: names from an archive can hold anything."""
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-    return line if len(line) <= 200 else line[:197] + "..."
+def _shown(text: object) -> str:
+    """A name or reason as it may stand in a line: names from an archive can hold anything."""
+    return one_line(text, 200)
 
 
 def _differs(path: Path, name: str) -> str:
@@ -311,7 +291,7 @@ def _names_in_folder(folder: Path) -> set[str]:
                 raise ExportError(f"{folder} holds more than {_MOST_FILES} files: it is not a bundle")
             if entry.is_symlink():
                 raise ExportError(
-                    f"{folder}: {_clean(entry.name)} is a link: a bundle holds plain files, copy it again"
+                    f"{folder}: {_shown(entry.name)} is a link: a bundle holds plain files, copy it again"
                 )
             if entry.is_dir(follow_symlinks=False):
                 if entry.name in _BUILT_FOLDERS:
@@ -319,10 +299,10 @@ def _names_in_folder(folder: Path) -> set[str]:
                 if not (folder / MANIFEST).exists():
                     continue  # no bundle at all; said by the caller
                 raise ExportError(
-                    f"{folder}: {_clean(entry.name)} is a folder, which a bundle does not have: remove it"
+                    f"{folder}: {_shown(entry.name)} is a folder, which a bundle does not have: remove it"
                 )
             if not stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
-                raise ExportError(f"{folder}: {_clean(entry.name)} is not a plain file: copy the bundle again")
+                raise ExportError(f"{folder}: {_shown(entry.name)} is not a plain file: copy the bundle again")
             names.add(entry.name)
     return names
 
@@ -334,7 +314,7 @@ def _members_of_tar(path: Path) -> dict[str, tuple[int, int]]:
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                name = _clean(member.name)
+                name = _shown(member.name)
                 if member.isdir() and member.name.strip("./") == "":
                     continue  # `tar -cf bundle.tar -C bundle .` puts the folder itself in
                 if len(members) >= _MOST_FILES:
@@ -343,7 +323,7 @@ def _members_of_tar(path: Path) -> dict[str, tuple[int, int]]:
                     kind = "a link" if member.issym() or member.islnk() else "not a plain file"
                     raise ExportError(f"{path}: {name} is {kind}: a bundle holds plain files, copy it again")
                 plain = member.name.removeprefix("./")
-                if not _plain_name(plain):
+                if not is_plain_name(plain):
                     out = "leads out of" if ".." in plain.split("/") or plain.startswith(("/", "\\")) else "is none of"
                     raise ExportError(f"{path}: the name {name} {out} a bundle: tar its files alone, without a folder")
                 if plain in members:
@@ -361,12 +341,8 @@ def _members_of_tar(path: Path) -> dict[str, tuple[int, int]]:
             or start[:4] == b"\x28\xb5\x2f\xfd"
         ):
             raise ExportError(f"{path} is compressed: uncompress it to a plain .tar first") from None
-        raise ExportError(f"{path} is neither a bundle's folder nor a readable tar ({_clean(str(error))})") from None
+        raise ExportError(f"{path} is neither a bundle's folder nor a readable tar ({_shown(error)})") from None
     return members
-
-
-def _plain_name(name: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) is not None
 
 
 @contextlib.contextmanager
@@ -384,122 +360,6 @@ def _opened(bundle: Bundle, name: str) -> Iterator[BinaryIO]:
         raise ExportError(f"{bundle.path}: {name} cannot be opened ({error.strerror}): copy the bundle again") from None
     with os.fdopen(descriptor, "rb") as file:
         yield file
-
-
-def _parse(data: bytes, where: str) -> Any:
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is not JSON")
-
-    def number(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value):
-            raise ValueError(f"{text} is too large a number")
-        return value
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) != len(items):
-            raise ValueError("a key stands twice")
-        return result
-
-    try:
-        value = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_float=number, object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ExportError(f"{where} is not valid JSON ({_clean(str(error))}): copy the bundle again") from None
-    if _depth(value) > _MOST_JSON_DEPTH:
-        raise ExportError(f"{where} is nested too deeply for a manifest: copy the bundle again")
-    return value
-
-
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [
-            child
-            for parent in level
-            if isinstance(parent, (dict, list))
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-        ]
-    return depth
-
-
-def _check_manifest(manifest: Any, where: str) -> None:
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ExportError(f"{where} is not of an avsep bundle (it has no format '{FORMAT}')")
-    if manifest.get("version") != VERSION:
-        found = manifest.get("version")
-        way_out = "export it again" if found == 1 else "update avsep, or export it again"
-        raise ExportError(f"{where} is of bundle version {_clean(str(found))}, this avsep reads {VERSION}: {way_out}")
-    mistake = first_mistake(manifest) or next(_inconsistencies(manifest), None)
-    if mistake:
-        raise ExportError(f"{where} is damaged: {_clean(mistake)}; copy the bundle again or export it again")
-
-
-def _inconsistencies(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """What a schema cannot say."""
-    files = manifest["files"]
-    for name in files:
-        if not _plain_name(name) or name == MANIFEST:
-            yield f"{json.dumps(name)} is not the name of a file of a bundle"
-    graphs = manifest["graphs"]
-    for name in (*REQUIRED_FILES, *(g["file"] for g in graphs), *(g["golden"] for g in graphs)):
-        if name not in files:
-            yield f"it has no hash of a file {name}"
-    kinds = [(g["kind"], g["precision"]) for g in graphs]
-    for kind, precision in kinds:
-        if kinds.count((kind, precision)) > 1:
-            yield f"there are two graphs {kind} in {precision}"
-    if len({g["file"] for g in graphs}) < len(graphs):
-        yield "two graphs are one file"
-    if not any(kind in ("separator", "spectral") for kind, _ in kinds):
-        yield "there is no graph that separates"
-    if manifest["chunking"]["clip_samples"] != manifest["transform"]["clip_samples"]:
-        yield "chunking.clip_samples is not transform.clip_samples"
-    if 4 * manifest["chunking"]["context_samples"] > manifest["chunking"]["clip_samples"]:
-        yield "chunking.context_samples is more than a quarter of chunking.clip_samples"
-    if manifest["chunking"]["crossfade_samples"] > manifest["chunking"]["context_samples"]:
-        yield "chunking.crossfade_samples is more than chunking.context_samples"
-    roles = [source["role"] for source in manifest["visual"]]
-    if len(set(roles)) < len(roles):
-        yield "two visual sources have one role"
-    by_file = {g["file"]: g for g in graphs}
-    for source in manifest["visual"]:
-        if source["graph"] is not None and by_file.get(source["graph"], {}).get("kind") != f"{source['role']}_encoder":
-            yield f"the {source['role']} source names a graph {json.dumps(source['graph'])} that encodes nothing of it"
-    for graph in graphs:
-        yield from _graph_inconsistencies(graph, roles)
-
-
-def _graph_inconsistencies(graph: Mapping[str, Any], roles: list[str]) -> Iterator[str]:
-    inputs = {tensor["name"]: tensor["shape"] for tensor in graph["inputs"]}
-    names = [tensor["name"] for tensor in (*graph["inputs"], *graph["outputs"])]
-    if len(set(names)) < len(names):
-        yield f"two tensors of {graph['file']} have one name"
-    if graph["kind"] in ("separator", "spectral"):
-        first = "mixture" if graph["kind"] == "separator" else "spectrum"
-        expected = {first, "class_ids", *(f"{role}_features" for role in roles)}
-        optional = {"motion_mask"} if "motion" in roles else set()  # which steps are valid, where it was planned
-        if set(inputs) - optional != expected:
-            yield f"{graph['file']} takes {', '.join(inputs)} instead of {', '.join(sorted(expected))}"
-    for profile in graph["profiles"]:
-        for name, bounds in profile.items():
-            if name not in inputs:
-                yield f"a profile of {graph['file']} names an input {json.dumps(name)} that it does not have"
-                continue
-            shape = inputs[name]
-            if any(len(bounds[b]) != len(shape) for b in ("min", "opt", "max")):
-                yield f"a profile of {graph['file']} gives {name} another number of dimensions"
-            elif any(
-                not low <= usual <= high
-                for low, usual, high in zip(bounds["min"], bounds["opt"], bounds["max"], strict=True)
-            ):
-                yield f"a profile of {graph['file']} has min, opt and max of {name} out of order"
-            elif any(
-                isinstance(size, int) and not size == low == high
-                for size, low, high in zip(shape, bounds["min"], bounds["max"], strict=True)
-            ):
-                yield f"a profile of {graph['file']} gives {name} shapes that the graph does not take"
 
 
 def _graph(entry: Mapping[str, Any]) -> Graph:

@@ -1,23 +1,20 @@
 """Separating with an exported bundle on the device: NumPy and one of onnxruntime, tensorrt or tensorrt_rtx, no torch.
 
-    from avsep.export.runtime.separator import Separator
+from avsep_runtime import Separator  # of the bundle's wheel; avsep.export.runtime is the same
 
-    separator = Separator.load("bundle", provider="cpu")
-    sources = separator.separate(mixture, {"flute": {"object": ..., "motion": ...}, ...}, ["flute", "piano"])
+separator = Separator.load("bundle", provider="cpu")
+sources = separator.separate(mixture, {"flute": {"object": ..., "motion": ...}, ...}, ["flute", "piano"])
 
-    stream = separator.stream(["flute", "piano"], features)
-    for block in blocks:
-        play(stream.push(block))
-    play(stream.flush())
-
-On the command line: ``python -m avsep.export.runtime BUNDLE IN.wav --classes flute,piano --features F.npz --out DIR``.
+stream = separator.stream(["flute", "piano"], features)
+for block in blocks:
+    play(stream.push(block))
+play(stream.flush())
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -27,17 +24,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avsep.errors import AudioError, AvsepError, ConfigError, DataError, NumericalError
-from avsep.export.runtime.reader import Bundle, Graph, open_bundle
-from avsep.export.runtime.sessions import Engine, open_session
-from avsep.export.runtime.transforms import istft, stft
-from avsep.export.targets.engine import engines_folder
-from avsep.inference.chunking import LongStream, context_in_samples, default_crossfade, separate_long
-from avsep.inference.recordings import slots_of
-from avsep.media.timeline import VisualTimeline
-from avsep.types import VisualSource
+from .calls import GraphCall
+from .chunking import LongStream, context_in_samples, default_crossfade, separate_long
+from .engines import engines_folder
+from .errors import AudioError, ConfigError, DataError, NumericalError
+from .reader import Bundle, Graph, open_bundle
+from .recordings import ids_of_classes
+from .sessions import Engine, open_session
+from .timeline import VisualSource, VisualTimeline
 
-__all__ = ["Separator", "Stream", "main"]
+__all__ = ["Separator", "Stream"]
 
 Array = NDArray[Any]
 Audio = NDArray[np.float32]
@@ -45,9 +41,6 @@ Audio = NDArray[np.float32]
 Sight = Callable[[float, float], Any]
 Features = Mapping[str, "VisualTimeline | Mapping[str, Any]"]
 
-# Decoders whose masks of one source do not depend on what else is asked for: any number of sources may be separated in
-# groups of as many as the graph takes.
-_INDEPENDENT_DECODERS = ("channel_synthesizer", "conditioned_unet", "query_transformer")
 # Samples beyond this are no audio in +-1, but integers that somebody made floats of.
 _LARGEST_SAMPLE = 100.0
 _MOST_ENCODED = 256  # results of visual encoders that are remembered
@@ -87,9 +80,9 @@ class Separator:
         self.sample_rate_hz = bundle.sample_rate_hz
         self.precision = graph.precision
         self._chunking = dict(manifest["chunking"] if chunking is None else chunking)
-        self.clip_samples = self._chunking["clip_samples"]
-        self._transform = manifest["transform"]
-        self._decoder = str((manifest["separator"].get("mask_decoder") or {}).get("name", ""))
+        self.clip_samples = int(self._chunking["clip_samples"])
+        # Bundles that do not say so are of an avsep whose decoders all were.
+        self._independent = bool(manifest.get("independent_sources", True))
         self._sources = tuple(
             VisualSource(role=v["role"], kind=v["kind"], name=v["name"], dim=v["dim"], frames=v["frames"])
             for v in manifest["visual"]
@@ -108,6 +101,14 @@ class Separator:
         self._most_sources = largest[0][1] if largest else None
         self._usual_batch = self._fixed_batch or (usual[0][0] if usual else 1)
         self._usual_sources = self._fixed_sources or (usual[0][1] if usual else 1)
+        self._call = GraphCall(
+            self._answer,
+            graph.kind == "spectral",
+            manifest["transform"],
+            self._fixed_batch,
+            self._fixed_sources,
+            self._most_sources,
+        )
         self._encoded: OrderedDict[tuple[str, bytes], Array] = OrderedDict()
         self._lock = threading.Lock()  # engines give out buffers that their next call overwrites
 
@@ -176,7 +177,7 @@ class Separator:
 
     @property
     def context_samples(self) -> int:
-        return self._chunking["context_samples"]
+        return int(self._chunking["context_samples"])
 
     @property
     def visual_sources(self) -> tuple[VisualSource, ...]:
@@ -205,7 +206,7 @@ class Separator:
             mixture: float in +-1, or int16 or int32 at full scale.
             features: for each class what is seen of it, on the recording's time axis: by role (``object``,
                 ``motion``) an array, or a function called with the middle of a chunk and its length in seconds; or a
-                :class:`~avsep.media.timeline.VisualTimeline`. Arrays: object features [D], or [n, D], one row a
+                :class:`VisualTimeline`. Arrays: object features [D], or [n, D], one row a
                 second (``object_rate_hz`` beside them says otherwise); motion features [D, T], one sequence for the
                 whole recording; or pictures, uint8 [n, C, H, W], where the bundle has the encoder's graph (8 a second
                 for motion, or ``motion_rate_hz``). A function gives what the chunk sees: features [D], rows [K, D] or
@@ -221,7 +222,7 @@ class Separator:
             ConfigError, UnknownNameError: no classes, unknown ones, or one twice.
             NumericalError: the graph answers NaN.
         """
-        ids = slots_of(self.classes, classes)
+        ids = ids_of_classes(self.classes, classes)
         self._check_count(len(ids))
         self._check_rate(rate_hz)
         audio = _mono(mixture)
@@ -240,14 +241,14 @@ class Separator:
         Arguments and errors as there. What is seen may be a function of time, asked for each chunk when its last sample
         has arrived; time zero is the stream's first sample.
         """
-        ids = slots_of(self.classes, classes)
+        ids = ids_of_classes(self.classes, classes)
         self._check_count(len(ids))
         self._check_rate(rate_hz)
         return Stream(self, ids, self._views(features, classes))
 
     def check(self, features: Features | None, classes: Sequence[str]) -> None:
         """Raise what :meth:`separate` would raise of these features and classes."""
-        self._check_count(len(slots_of(self.classes, classes)))
+        self._check_count(len(ids_of_classes(self.classes, classes)))
         self._views(features, classes)
 
     def warm_up(self, calls: int = 2) -> None:
@@ -287,13 +288,13 @@ class Separator:
 
     def _check_count(self, count: int) -> None:
         fixed = self._fixed_sources
-        if self._decoder in _INDEPENDENT_DECODERS or (fixed is None and count <= (self._most_sources or count)):
+        if self._independent or (fixed is None and count <= (self._most_sources or count)):
             return
         if count != fixed:
             takes = f"{fixed}" if fixed else f"at most {self._most_sources}"
             raise ConfigError(
-                f"{count} classes are asked for, and this bundle's graph takes {takes} (the sources of its mask "
-                f"decoder '{self._decoder}' depend on each other): export it with --sources {count}"
+                f"{count} classes are asked for, and this bundle's graph takes {takes} (its sources depend on each "
+                f"other): export it with --sources {count}"
             )
 
     def _batch(self, batch: int | None) -> int:
@@ -312,26 +313,11 @@ class Separator:
         self, chunks: Audio, starts: Sequence[int], ids: Sequence[int], views: Sequence[_View], total: int
     ) -> Audio:
         """[b, clip] from the samples ``starts`` on -> [b, N, clip]; ``total`` samples are there in all."""
-        rows = self._fixed_batch or len(starts)
-        filled = np.zeros((rows, self.clip_samples), dtype=np.float32)
-        filled[: len(starts)] = chunks
         seen = [self._seen(view, starts, total) for view in views]  # N times {input name: [b, ...]}
-        shared = {"mixture": filled} if self.graph.kind == "separator" else {"spectrum": self._analysed(filled)}
-        result = np.empty((len(starts), len(ids), self.clip_samples), dtype=np.float32)
-        step = self._fixed_sources or min(len(ids), self._most_sources or len(ids))
-        for first in range(0, len(ids), step):
-            group = list(range(first, min(first + step, len(ids))))
-            # A group that is not full is filled up with its last source, whose copies are dropped.
-            slots = group + [group[-1]] * ((self._fixed_sources or len(group)) - len(group))
-            inputs: dict[str, Array] = dict(shared)
-            inputs["class_ids"] = np.tile(np.asarray([ids[s] for s in slots], dtype=np.int64), (rows, 1))
-            for name in seen[0]:
-                stacked = np.stack([seen[s][name] for s in slots], axis=1)  # [b, N, ...]
-                inputs[name] = np.concatenate([stacked, np.repeat(stacked[-1:], rows - len(starts), axis=0)])
-            with self._lock:
-                (output,) = self._engine.run(inputs).values()
-                estimates = output if self.graph.kind == "separator" else self._synthesised(output)
-                result[:, group] = estimates[: len(starts), : len(group)]
+        of_sources = {name: np.stack([one[name] for one in seen], axis=1) for name in seen[0]}  # [b, N, ...]
+        of_sources["class_ids"] = np.tile(np.asarray(ids, dtype=np.int64), (len(starts), 1))
+        with self._lock:
+            result = self._call(chunks, of_sources)
         if not np.isfinite(result).all():
             raise NumericalError(
                 f"the graph answers NaN or infinite samples near {starts[0] / self.sample_rate_hz:.1f} s on "
@@ -340,14 +326,9 @@ class Separator:
             )
         return result
 
-    def _analysed(self, mixture: Audio) -> Audio:
-        """[B, L] -> [B, 2, bins, T]"""
-        transform = self._transform
-        return stft(mixture, n_fft=transform["n_fft"], hop=transform["hop"], padding=transform["padding"])
-
-    def _synthesised(self, estimate: Array) -> Audio:
-        """[B, N, 2, bins, T] -> [B, N, L]"""
-        return np.clip(istft(estimate, hop=self._transform["hop"], length=self.clip_samples), -1, 1)
+    def _answer(self, inputs: dict[str, Array]) -> Array:
+        (output,) = self._engine.run(inputs).values()
+        return output
 
     # --- what is seen -------------------------------------------------------------------------------------------------
 
@@ -607,111 +588,3 @@ def _mono(samples: Array) -> Audio:
     if array.size and (peak := float(np.abs(array).max())) > _LARGEST_SAMPLE:
         raise AudioError(f"the audio reaches {peak:.0f}, and full scale is 1: divide 16-bit samples by 32768")
     return array
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m avsep.export.runtime``: separate one WAV file. A mistake is one line and exit code 2."""
-    import argparse
-
-    from avsep.export.runtime.sessions import PROVIDERS
-
-    parser = argparse.ArgumentParser(
-        prog="python -m avsep.export.runtime",
-        description="Separate a WAV file with an exported bundle; needs NumPy and what runs the graph.",
-    )
-    parser.add_argument("bundle", help="folder or tar of avsep export")
-    parser.add_argument("audio", help="a WAV file at the separator's rate; channels are mixed to mono")
-    parser.add_argument("--classes", required=True, help="classes to separate, such as flute,piano")
-    parser.add_argument("--features", help="pictures or features of each class (.npz of avsep data features)")
-    parser.add_argument("--out", required=True, help="folder for STEM_CLASS.wav and STEM_residual.wav")
-    parser.add_argument("--provider", default="auto", help=f"one of {', '.join(PROVIDERS)} [auto]")
-    parser.add_argument("--engines", help="folder of engines that were built with --out [engines in the bundle's]")
-    parser.add_argument("--precision", help="of the graph: fp32, fp16 or int8 [fp32 where there is one]")
-    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime [its own choice]")
-    parser.add_argument(
-        "--context", type=float, help="seconds of each side of a chunk that are thrown away [as the bundle says]"
-    )
-    parser.add_argument("--format", default="PCM_16", help="of the samples written: PCM_16 or FLOAT [PCM_16]")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    chosen = parser.parse_args(arguments)
-    try:
-        print(_separate_file(chosen))
-    except (AvsepError, OSError) as error:
-        print(f"avsep: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("avsep: stopped", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _separate_file(chosen: Any) -> str:
-    import shutil
-    import tempfile
-    import time
-
-    from avsep.export.runtime.wav import FORMATS, read_wav, write_wav
-    from avsep.files import made_folder
-    from avsep.inference.recordings import check_targets, output_paths
-    from avsep.media.timeline import read_visual_file
-
-    names = [name.strip() for name in chosen.classes.split(",") if name.strip()]
-    path, out = Path(chosen.audio), Path(chosen.out)
-    if chosen.format not in FORMATS:
-        raise ConfigError(f"unknown sample format '{chosen.format}': one of {', '.join(FORMATS)}")
-    audio, rate_hz = read_wav(path)
-    mixture = audio.mean(axis=0, dtype=np.float64).astype(np.float32)
-    features = None if chosen.features is None else read_visual_file(chosen.features)
-    separator = Separator.load(
-        chosen.bundle,
-        chosen.provider,
-        chosen.precision,
-        chosen.threads,
-        context_s=chosen.context,
-        engines=chosen.engines,
-    )
-    clipped = 0
-    with separator:
-        slots_of(separator.classes, names)
-        if features is None and separator.visual_sources:
-            raise ConfigError("this separator looks at pictures: give --features FILE.npz (avsep data features)")
-        separator.check(features, names)
-        separator._check_rate(rate_hz)
-        targets = output_paths(path, names, out)
-        check_targets([path], [targets], out, chosen.overwrite)
-        for reason in separator.unused_engines:
-            print(f"note: {reason}", file=sys.stderr)
-        with made_folder(out):
-            staging = Path(tempfile.mkdtemp(prefix=".separating-", dir=out))
-            try:
-                begin = time.perf_counter()
-                sources = separator.separate(mixture, features, names, rate_hz, progress=_counter())
-                took_s = time.perf_counter() - begin
-                for target, signal in zip(targets, (*sources, mixture - sources.sum(axis=0)), strict=True):
-                    clipped += write_wav(staging / target.name, signal, rate_hz, chosen.format)
-                for target in targets:
-                    os.replace(staging / target.name, target)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-    seconds = len(mixture) / rate_hz
-    line = f"{', '.join(str(t) for t in targets)}: {seconds:.2f} s in {took_s:.2f} s on {separator.provider}"
-    return line + (f"; {clipped} samples beyond full scale were clipped (--format FLOAT keeps them)" if clipped else "")
-
-
-def _counter() -> Callable[[int, int], None] | None:
-    """Chunks done, on a terminal."""
-    if not sys.stderr.isatty():
-        return None
-
-    def show(done: int, total: int) -> None:
-        end = "\r" + " " * 40 + "\r" if done == total else ""
-        print(f"\r{done} of {total} chunks{end}", end="", file=sys.stderr, flush=True)
-
-    return show
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from avsep.errors import ExportError, UnknownNameError
-from avsep.export.runtime.reader import Bundle, Graph
+from .errors import ExportError, UnknownNameError, one_line
+from .reader import Bundle, Graph
 
 __all__ = [
     "ENGINES",
@@ -112,23 +112,21 @@ def start_onnx(
     session, reason = None, "its libraries or device are missing"
     if wanted != cpu and wanted in available:
         ort.set_default_logger_severity(4)  # a provider that cannot load would print lines of its own
-        banner = (
-            io.StringIO()
-        )  # and ONNX Runtime's own retry one on the standard output; old ones know no enable_fallback
+        banner = io.StringIO()  # and ONNX Runtime's own retry one on the output; old ones know no enable_fallback
         try:
             with contextlib.redirect_stdout(banner):
                 session = ort.InferenceSession(model, options, providers=[wanted], enable_fallback=0)
             if told := re.search(r"^EP Error (.*?) when using", banner.getvalue(), re.DOTALL | re.MULTILINE):
-                reason = _reason(told[1])
+                reason = one_line(told[1])
         except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
-            reason = _reason(error)
+            reason = one_line(error)
         finally:
             ort.set_default_logger_severity(2)  # its default
     if session is None:  # the CPU, where it was asked for; else to tell a damaged graph from a provider that fails
         try:
             session = ort.InferenceSession(model, options, providers=[cpu])
         except Exception as error:  # as above
-            raise ExportError(f"ONNX Runtime cannot load {where} ({_reason(error)}): export it again") from None
+            raise ExportError(f"ONNX Runtime cannot load {where} ({one_line(error)}): export it again") from None
     session.disable_fallback()  # a failing call is an error, not a slow answer
     ran = str(session.get_providers()[0])
     if ran != wanted and not fall_back:
@@ -179,7 +177,7 @@ class OnnxSession:
                 return buffers.run(inputs)
             except Exception as error:  # as in start_onnx
                 raise ExportError(
-                    f"ONNX Runtime cannot run {self._where} ({_reason(error)}): export it again"
+                    f"ONNX Runtime cannot run {self._where} ({one_line(error)}): export it again"
                 ) from None
 
     def _check(self, inputs: Mapping[str, Array]) -> None:
@@ -276,7 +274,7 @@ def _opened(
             if provider in ONNX_PROVIDERS:
                 opened.append(OnnxSession(bundle, graph, provider, threads))
             else:
-                from avsep.export.targets.engine import open_engine
+                from .engines import open_engine
 
                 opened.append(open_engine(bundle, graph, provider, out=engines))
     except BaseException:
@@ -295,7 +293,3 @@ def _onnxruntime() -> Any:
             "engine with the bundle's build_engine.py and choose --provider tensorrt"
         ) from None
     return onnxruntime
-
-
-def _reason(error: Exception | str) -> str:
-    return " ".join(str(error).split())[:400]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avsep.errors import ConfigError
+from .errors import ConfigError
 
 __all__ = ["istft", "stft"]
 

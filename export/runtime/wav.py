@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avsep.errors import AudioError, ConfigError
-from avsep.files import atomic_path
+from .errors import AudioError, ConfigError
+from .files import atomic_path
 
 __all__ = ["FORMATS", "read_wav", "write_wav"]
 

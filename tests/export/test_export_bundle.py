@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import base64
 import copy
 import hashlib
 import json
@@ -12,18 +14,21 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import avsep
 from avsep.errors import ConfigError, ExportError, UnknownNameError
 from avsep.export import ExportPlan, export, export_run, open_bundle, verify_bundle
 from avsep.export.bundle.device_readme import device_readme, trtexec_line
+from avsep.export.bundle.manifest import check_manifest, schema_text
 from avsep.export.bundle.packing import check_target, write_arrays, write_tar
-from avsep.export.bundle.schema import first_mistake, load_schema, schema_text
-from avsep.export.runtime.reader import MANIFEST
+from avsep.export.bundle.wheel import write_wheel
+from avsep.export.runtime.manifest import MANIFEST
 from support.tones import BUNDLE_CLASSES, TINY_FRONT_END, bundle_separator, tiny_learner
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -47,6 +52,7 @@ def test_a_bundle_holds_what_it_says(tiny_bundle):
     assert names == {
         "LICENSE",
         "README.md",
+        "avsep_runtime-0.1.0-py3-none-any.whl",
         "build_engine.py",
         "manifest.json",
         "manifest.schema.json",
@@ -55,6 +61,7 @@ def test_a_bundle_holds_what_it_says(tiny_bundle):
     }
     assert manifest["files"] == {name: sha256(tiny_bundle / name) for name in names - {MANIFEST}}
     assert manifest["classes"] == list(BUNDLE_CLASSES)
+    assert manifest["independent_sources"] is True
     assert manifest["sample_rate_hz"] == TINY_FRONT_END["sample_rate_hz"]
     assert manifest["transform"]["clip_samples"] == manifest["chunking"]["clip_samples"] == 8191
     assert manifest["made_from"] == "a test"
@@ -73,10 +80,41 @@ def test_a_bundle_holds_what_it_says(tiny_bundle):
     assert (tiny_bundle / "manifest.schema.json").read_text() == schema_text()
 
 
-def test_the_build_script_is_the_module(tiny_bundle):
-    from avsep.export.targets import tensorrt
+def test_the_wheel_is_the_runtime_and_the_same_each_time(tiny_bundle, tmp_path, monkeypatch):
+    from avsep.export import runtime
 
-    assert (tiny_bundle / "build_engine.py").read_bytes() == Path(tensorrt.__file__).read_bytes()
+    licence = (tiny_bundle / "LICENSE").read_text()
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    name = write_wheel(tmp_path, licence)
+    assert (tmp_path / name).read_bytes() == (tiny_bundle / name).read_bytes()
+    own = {f"avsep_runtime/{p.name}": p.read_bytes() for p in Path(runtime.__file__).parent.glob("*.py")}
+    assert len(own) > 10
+    info = f"avsep_runtime-{avsep.__version__}.dist-info"
+    with zipfile.ZipFile(tmp_path / name) as archive:
+        assert archive.testzip() is None
+        files = {n: archive.read(n) for n in archive.namelist()}
+    assert {n: data for n, data in files.items() if n in own} == own
+    record = [line.rsplit(",", 2) for line in files[f"{info}/RECORD"].decode().splitlines()]
+    assert [n for n, _, _ in record] == list(files)
+    for n, digest, size in record[:-1]:
+        stated = base64.urlsafe_b64encode(hashlib.sha256(files[n]).digest()).rstrip(b"=").decode()
+        assert (digest, int(size)) == (f"sha256={stated}", len(files[n]))
+    assert files[f"{info}/licenses/LICENSE"].decode() == licence
+
+
+def test_the_runtime_imports_nothing_of_avsep():
+    """Its imports are relative and stay inside it, or are NumPy, the standard library and one library to infer."""
+    from avsep.export import runtime
+
+    for path in Path(runtime.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= 1, path
+                names = [] if node.level else [str(node.module)]
+            roots = {name.split(".")[0] for name in names}
+            assert roots <= {*sys.stdlib_module_names, "numpy", "onnxruntime"}, path
+    assert runtime.__version__ == avsep.__version__
 
 
 def test_golden_arrays_are_pytorchs(tiny_bundle):
@@ -148,9 +186,9 @@ def test_source_date_epoch_sets_the_time(monkeypatch):
 
 def test_the_published_schema_takes_the_manifest(tiny_bundle):
     jsonschema = pytest.importorskip("jsonschema")
-    jsonschema.Draft202012Validator.check_schema(load_schema())
-    jsonschema.validate(manifest_of(tiny_bundle), load_schema())
-    assert first_mistake(manifest_of(tiny_bundle)) is None
+    schema = json.loads((tiny_bundle / "manifest.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(manifest_of(tiny_bundle), schema)
 
 
 def places(value, path=()):
@@ -179,10 +217,10 @@ def changed(manifest, rng):
     return result
 
 
-def test_own_check_and_jsonschema_agree(tiny_bundle):
-    """On a thousand manifests with one or two random mistakes each."""
+def test_the_models_and_the_published_schema_agree(tiny_bundle):
+    """On a thousand manifests with one or two random mistakes each, which also show no other error than one line."""
     jsonschema = pytest.importorskip("jsonschema")
-    validator = jsonschema.Draft202012Validator(load_schema())
+    validator = jsonschema.Draft202012Validator(json.loads(schema_text()))
     rng = random.Random(0)
     manifest = manifest_of(tiny_bundle)
     manifest["graphs"][0]["profiles"] = [{"mixture": {"min": [1], "opt": [1], "max": [2]}}]
@@ -206,25 +244,46 @@ def test_own_check_and_jsonschema_agree(tiny_bundle):
         damaged = changed(manifest, rng)
         if rng.random() < 0.3:
             damaged = changed(damaged, rng)
-        mistake = first_mistake(damaged)
-        assert (mistake is None) == validator.is_valid(damaged), (mistake, list(validator.iter_errors(damaged)))
-        refused += mistake is not None
+        mistake = ""
+        try:
+            check_manifest(damaged, "b")
+        except ExportError as error:
+            mistake = str(error)
+            assert mistake.startswith("b is damaged: ")
+            assert "\n" not in mistake
+        assert (not mistake) == validator.is_valid(damaged), (mistake, list(validator.iter_errors(damaged)))
+        refused += bool(mistake)
     assert 300 < refused < 1000
 
 
-@pytest.mark.parametrize(
-    ("value", "schema"),
-    [(True, {"const": 1}), (1, {"const": True}), (False, {"enum": [0, "x"]}), ([1, True], {"uniqueItems": True})],
-)
-def test_a_truth_is_no_number(value, schema):
-    jsonschema = pytest.importorskip("jsonschema")
-    assert (first_mistake(value, schema) is None) == jsonschema.Draft202012Validator(schema).is_valid(value)
+@pytest.mark.parametrize("value", [True, 2.0, "2", None])
+def test_only_a_whole_number_is_an_integer(tiny_bundle, value):
+    """Of neither check: true is no 1, and 2.0 would be no index."""
+    from avsep.export.runtime import manifest
+
+    for check in (check_manifest, manifest.check_manifest):
+        with pytest.raises(ExportError, match="sample_rate_hz"):
+            check({**manifest_of(tiny_bundle), "sample_rate_hz": value}, "b")
 
 
-def test_own_check_refuses_keywords_it_does_not_know():
-    with pytest.raises(KeyError, match="maxLength"):
-        first_mistake("x", {"maxLength": 3})
-    assert first_mistake(2.0, {"type": "integer"}) is not None
+@pytest.mark.parametrize("value", [0, "yes", None])
+def test_whether_sources_are_independent_is_true_or_false(tiny_bundle, value):
+    from avsep.export.runtime import manifest
+
+    for check in (check_manifest, manifest.check_manifest):
+        with pytest.raises(ExportError, match="independent_sources"):
+            check({**manifest_of(tiny_bundle), "independent_sources": value}, "b")
+
+
+def test_a_bundle_of_an_earlier_avsep_opens(tiny_bundle, tmp_path):
+    """Without the wheel, and without the word on its sources."""
+    folder = shutil.copytree(tiny_bundle, tmp_path / "b")
+    manifest = manifest_of(folder)
+    (wheel,) = folder.glob("*.whl")
+    wheel.unlink()
+    del manifest["files"][wheel.name], manifest["independent_sources"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    verify_bundle(folder)
 
 
 # ---------------------------------------------------------------------- folder and tar
@@ -567,13 +626,19 @@ def test_verify_takes_another_tolerance(tiny_bundle):
             verify_bundle(tiny_bundle, tolerance=value)
 
 
-def test_verify_needs_no_torch(tiny_bundle):
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("avsep.export", {"torch", "typer", "rich", "yaml", "soundfile", "onnx", "onnxscript"}),
+        ("avsep.export.runtime", {"torch", "pydantic", "typer", "rich", "yaml", "soundfile", "onnx", "onnxscript"}),
+    ],
+)
+def test_verify_needs_no_torch(tiny_bundle, module, absent):
     code = (
         "import sys\n"
-        "from avsep.export import verify_bundle\n"
+        f"from {module} import verify_bundle\n"
         f"verify_bundle({str(tiny_bundle)!r})\n"
-        "heavy = {'torch', 'pydantic', 'typer', 'rich', 'yaml', 'soundfile', 'onnx', 'onnxscript'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+        f"assert not {absent!r} & set(sys.modules), {absent!r} & set(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

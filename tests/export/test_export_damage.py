@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import soundfile
 
+import avsep
 from avsep.export.bundle.packing import write_arrays, write_tar
+from avsep.export.runtime.verify import main as verify_on_a_device
 from avsep.media.timeline import VisualTimeline, write_visual_file
 from support.commands import run
 from support.tones import bundle_separator
@@ -26,6 +28,7 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
 
 GRAPH, GOLDEN, MANIFEST = "separator.onnx", "separator.golden.npz", "manifest.json"
+WHEEL = f"avsep_runtime-{avsep.__version__}-py3-none-any.whl"
 
 
 def tree(folder):
@@ -228,6 +231,8 @@ BUNDLES = {
     "missing graph": (gone(GRAPH), ["lacks", GRAPH, "copy"]),
     "missing golden arrays": (gone(GOLDEN), ["lacks", GOLDEN]),
     "missing licence": (gone("LICENSE"), ["lacks", "LICENSE"]),
+    "missing wheel": (gone(WHEEL), ["lacks", WHEEL, "copy"]),
+    "one bit of the wheel": (flip(WHEEL), [WHEEL, "SHA-256"]),
     "a file too many": (added("evil.onnx"), ["evil.onnx", "remove"]),
     "a file with a strange name": (added("a\nb\x1b[31m.onnx"), ["a b?[31m.onnx", "remove"]),
     "a folder too many": (lambda b: (b / "more").mkdir(), ["more", "folder"]),
@@ -251,7 +256,7 @@ BUNDLES = {
     "a key missing": (edited(lambda m: m.pop("classes")), [MANIFEST, "classes is missing"]),
     "a key too many": (edited(lambda m: m.update(clases=[])), [MANIFEST, "clases"]),
     "rate of nothing": (edited(lambda m: m.update(sample_rate_hz=0)), ["sample_rate_hz = 0"]),
-    "class names that repeat": (edited(lambda m: m.update(classes=["flute", "flute"])), ["classes", "uniqueItems"]),
+    "class names that repeat": (edited(lambda m: m.update(classes=["flute", "flute"])), ["classes", "twice"]),
     "class names that are numbers": (edited(lambda m: m.update(classes=[1, 2, 3])), ["classes[0] = 1"]),
     "no graph": (edited(lambda m: m.update(graphs=[])), ["graphs"]),
     "graph without a hash": (edited(lambda m: m["files"].pop(GRAPH)), ["no hash", GRAPH]),
@@ -299,12 +304,23 @@ BUNDLES = {
 }  # fmt: skip
 
 
+# What the runtime does not use it does not look at.
+ONLY_AVSEP = {"a key too many"}
+
+
 @pytest.mark.parametrize("name", BUNDLES)
 def test_a_damaged_bundle_is_refused(name, tiny_bundle, tmp_path, capfd):
     damage, told = BUNDLES[name]
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     damage(bundle)
     refused(["export", "verify", bundle], told, tmp_path, capfd)
+    if name in ONLY_AVSEP:
+        return
+    # and by the runtime alone, which has no models of the manifest
+    assert verify_on_a_device([str(bundle)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("avsep: ")
+    assert all(word in line for word in told), line
 
 
 def test_every_command_refuses(tiny_bundle, tmp_path, capfd):

@@ -606,7 +606,7 @@ def test_every_row_of_the_table_says_where_it_was_read():
 
     from avsep.export.build.operators import LEAST_TENSORRT, operator_table
 
-    text = resources.files("avsep.export").joinpath("trt_operators.json").read_text(encoding="utf-8")
+    text = resources.files("avsep.export.build").joinpath("trt_operators.json").read_text(encoding="utf-8")
     about = json.loads(text)["about"]
     assert about["target"] == LEAST_TENSORRT
     for name, row in operator_table().items():

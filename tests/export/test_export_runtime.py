@@ -19,12 +19,12 @@ from avsep.cli import main as avsep_main
 from avsep.errors import AudioError, AvsepError, ConfigError, DataError, ExportError, NumericalError, UnknownNameError
 from avsep.export.build.plan import ExportPlan
 from avsep.export.bundle.export import export
+from avsep.export.runtime import engines
+from avsep.export.runtime.command import main as runtime_main
 from avsep.export.runtime.reader import Bundle, Graph, TensorInfo, open_bundle
 from avsep.export.runtime.separator import Separator
-from avsep.export.runtime.separator import main as runtime_main
 from avsep.export.runtime.sessions import OnnxSession, open_session, start_onnx
 from avsep.export.runtime.wav import read_wav, write_wav
-from avsep.export.targets import tensorrt
 from avsep.inference.chunking import default_context, plan_chunks
 from avsep.inference.recordings import separate_audio
 from avsep.media.audio import read_audio
@@ -387,7 +387,7 @@ class Recorder:
         return {"output": self.answer(inputs)}
 
 
-def made_up(answer, *, sources=2, decoder="query_transformer", encoders=(), motion_mask=False, precision="fp32"):
+def made_up(answer, *, sources=2, independent=None, encoders=(), motion_mask=False, precision="fp32"):
     """A separator around engines of Python functions, with graphs of these shapes."""
     inputs = [
         TensorInfo("mixture", "float32", (1, CLIP)),
@@ -401,7 +401,8 @@ def made_up(answer, *, sources=2, decoder="query_transformer", encoders=(), moti
     graph = Graph("s.onnx", "separator", precision, tuple(inputs), output, "", 1e-3, {"profiles": []})
     kind = "frames" if encoders else "features"
     manifest = {
-        "separator": {"mask_decoder": {"name": decoder}},
+        **({} if independent is None else {"independent_sources": independent}),
+        "separator": {},
         "classes": list(CLASSES),
         "sample_rate_hz": RATE,
         "transform": {},
@@ -424,14 +425,16 @@ def features_of(classes=CLASSES, steps=4):
     return {name: {"object": np.ones(5), "motion": np.ones((3, steps))} for name in classes}
 
 
-def test_more_sources_than_the_graph_has_run_in_groups():
-    made, engine = made_up(halves)
+@pytest.mark.parametrize("independent", [True, None], ids=["stated", "not stated"])
+def test_more_sources_than_the_graph_has_run_in_groups(independent):
+    """A bundle of an earlier avsep does not say whether its sources are independent: all of its decoders' were."""
+    made, engine = made_up(halves, independent=independent)
     mixture = music(CLIP)
     found = made.separate(mixture, features_of(), ["cello", "flute", "piano"])
     for row, share in zip(found, (0.3, 0.1, 0.2), strict=True):
         np.testing.assert_allclose(row, share * mixture, atol=1e-7)
     assert [call["class_ids"].tolist() for call in engine.calls] == [[[2, 0]], [[1, 1]]]
-    coupled, _ = made_up(halves, decoder="everything_at_once")
+    coupled, _ = made_up(halves, independent=False)
     coupled.separate(mixture, features_of(), ["cello", "flute"])
     for classes in (["cello"], ["cello", "flute", "piano"]):
         with pytest.raises(ConfigError, match=f"--sources {len(classes)}"):
@@ -655,7 +658,7 @@ def test_what_was_opened_is_closed(bundles, monkeypatch):
 def test_engines_that_auto_does_not_take_are_told(bundles, duet, tmp_path, monkeypatch, capsys):
     """Someone who built an engine should not find out by the clock that the CPU runs."""
     folder = shutil.copytree(bundles["fixed"], tmp_path / "bundle")
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: (None, "the NVIDIA driver finds no GPU"))
+    monkeypatch.setattr(engines, "find_gpu", lambda: (None, "the NVIDIA driver finds no GPU"))
     assert Separator.load(folder, threads=1).unused_engines == ()
     (folder / "engines").mkdir()
     (folder / "engines" / "separator.tensorrt-sm87.plan").write_bytes(b"of an Orin")
@@ -718,7 +721,7 @@ def test_it_runs_where_there_is_no_torch(bundles, duet, tmp_path, runtime, timel
     command += ["--features", str(duet / "features.npz"), "--provider", "cpu", "--format", "FLOAT", "--threads", "1"]
     code = REFUSE.format(names=ABSENT_ON_THE_DEVICE) + (
         "import numpy as np\n"
-        "import avsep.export.runtime.separator as runtime\n"
+        "import avsep.export.runtime as runtime\n"
         "assert 'onnxruntime' not in sys.modules\n"
         f"separator = runtime.Separator.load({str(bundles['fixed'])!r}, 'cpu')\n"
         "features = {'flute': {'object': np.ones(16), 'motion': np.ones((12, 8))}}\n"
@@ -743,8 +746,8 @@ def test_the_command_of_a_bundles_readme_runs(bundles, duet, tmp_path, monkeypat
     shutil.copyfile(duet / "features.npz", tmp_path / "features.npz")
     monkeypatch.chdir(tmp_path)
     text = (tmp_path / "fixed" / "README.md").read_text()
-    (command,) = [line for line in text.splitlines() if line.startswith("python3 -m avsep.export.runtime ")]
-    assert runtime_main(command.split()[3:]) == 0, capsys.readouterr().err
+    (command,) = [line for line in text.splitlines() if line.startswith("avsep-runtime ")]
+    assert runtime_main(command.split()[1:]) == 0, capsys.readouterr().err
     names = ["recording_flute.wav", "recording_piano.wav", "recording_residual.wav"]
     assert sorted(p.name for p in (tmp_path / "separated").iterdir()) == names
 

@@ -20,8 +20,13 @@ import numpy as np
 import pytest
 
 from avsep.errors import ExportError
-from avsep.export.targets import engine, tensorrt
-from avsep.export.targets.tensorrt import BuildCancelled, BuildError, EngineMismatch, Gpu
+from avsep.export.runtime import engines
+from avsep.export.runtime.cuda import Cuda, Gpu
+from avsep.export.runtime.engines import EngineMismatch
+from avsep.export.runtime.files import sha256_file
+from avsep.export.runtime.reader import open_bundle
+from avsep.export.targets import tensorrt
+from avsep.export.targets.tensorrt import BuildCancelled
 from support import fake_tensorrt
 from support.tensorrt_bundles import ORIN, PROFILE, FakeCuda, made_bundle, write_manifest
 
@@ -33,8 +38,8 @@ def jetson(monkeypatch):
     """TensorRT 10.3 on an Orin, as far as the stand-ins go."""
     fake = fake_tensorrt.make("10.3")
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: (ORIN, ""))
-    monkeypatch.setattr(engine, "Cuda", FakeCuda)
+    monkeypatch.setattr(engines, "find_gpu", lambda: (ORIN, ""))
+    monkeypatch.setattr(engines, "Cuda", FakeCuda)
     return fake
 
 
@@ -58,7 +63,7 @@ def own_bundle(tmp_path_factory):
         [h.make_tensor("w", float32, [4, 2, 3, 3], np.linspace(-1, 1, 72).tolist())],
     )
     save_graph(graph, folder / "separator.onnx")
-    write_manifest(folder, [{"file": "separator.onnx", "precision": "fp32", "profiles": []}])
+    write_manifest(folder, {"separator.onnx": []})
     return folder
 
 
@@ -87,6 +92,11 @@ def files_of(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
 
 
+def find_engine(bundle: Path, file: str = "separator.onnx") -> engines.EngineFile:
+    opened = open_bundle(bundle, hashes=False)
+    return engines.find_engine(opened, next(graph for graph in opened.graphs if graph.file == file))
+
+
 def one_line(error) -> str:
     text = str(error.value)
     assert text
@@ -111,9 +121,7 @@ def test_a_bundle_builds_for_five_gpus(rtx, half_bundle):
         sidecar = json.loads((half_bundle / "engines" / f"{name}.json").read_text())
         assert sidecar["key"]["compute_capability"] == capability
         assert sidecar["plan_bytes"] == plan.stat().st_size > 10_000
-        assert tensorrt.plan_version(plan.read_bytes()[:28]) == ("tensorrt-rtx", (1, 7, 1))
-    from avsep.export.runtime.reader import open_bundle
-
+        assert engines.plan_version(plan.read_bytes()[:28]) == ("tensorrt-rtx", (1, 7, 1))
     open_bundle(half_bundle)  # engines are no foreign files in it
     again = subprocess.run([*command, "--sm", "86"], capture_output=True, text=True, timeout=60, check=False)
     assert "is good for separator.fp16.onnx on sm86" in again.stdout
@@ -127,7 +135,7 @@ def test_a_bundle_builds_for_five_gpus(rtx, half_bundle):
 
 def test_what_cannot_be_built_for_turing_keeps_nothing_else_from_it(rtx, copied_bundle):
     told = []
-    with pytest.raises(BuildError) as error:
+    with pytest.raises(ExportError) as error:
         tensorrt.build_bundle(copied_bundle, target="tensorrt-rtx", sm=[75, 86], progress=False, tell=told.append)
     assert "separator.onnx for sm75" in one_line(error)
     assert "FP32 GEMM is not supported" in str(error.value)
@@ -160,7 +168,7 @@ def test_open_shapes_build_with_their_profile(rtx, tmp_path):
     ],
 )
 def test_wrong_profiles_are_refused(rtx, tmp_path, profiles, words):
-    with pytest.raises(BuildError) as error:
+    with pytest.raises(ExportError) as error:
         tensorrt.build(
             open_graph(tmp_path), tmp_path / "a.plan", compute_capability=86, profiles=profiles, progress=False
         )
@@ -202,7 +210,7 @@ def test_every_error_of_the_parser_is_in_the_line(rtx, tmp_path):
         [h.make_tensor_value_info("y", float32, [2])],
     )
     path = save_graph(graph, tmp_path / "wrong.onnx", ["nowhere"])
-    with pytest.raises(BuildError) as error:
+    with pytest.raises(ExportError) as error:
         tensorrt.build(path, tmp_path / "a.plan", compute_capability=86, progress=False)
     line = one_line(error)
     assert "Det 'first_wrong': not supported" in line
@@ -225,7 +233,7 @@ def test_files_that_are_no_graph_are_refused(rtx, tmp_path, small_graph, content
             "other message": b"\x0a\x02hi",
         }[content]
     )
-    with pytest.raises(BuildError) as error:
+    with pytest.raises(ExportError) as error:
         tensorrt.build(path, tmp_path / "out" / "a.plan", compute_capability=86, progress=False)
     assert "broken.onnx is not an ONNX graph" in one_line(error)
     assert files_of(tmp_path) == ["broken.onnx"]
@@ -236,13 +244,13 @@ def test_files_that_are_no_graph_are_refused(rtx, tmp_path, small_graph, content
     [(87, "Orin: build there"), (90, "75, 80, 86, 89, 120"), ("13.7", "SM 137"), ("x", "no compute capability")],
 )
 def test_gpus_that_rtx_has_not_are_refused_with_the_list(rtx, tmp_path, small_graph, capability, words):
-    with pytest.raises(BuildError) as error:
+    with pytest.raises(ExportError) as error:
         tensorrt.build(small_graph, tmp_path / "a.plan", compute_capability=capability)
     assert words in one_line(error)
 
 
 def test_all_is_refused_before_the_first_engine_is_built(rtx, own_bundle):
-    with pytest.raises(BuildError):
+    with pytest.raises(ExportError):
         tensorrt.build_bundle(own_bundle, target="tensorrt-rtx", sm=[86, 87], progress=False)
     assert not (own_bundle / "engines").exists()
 
@@ -321,7 +329,7 @@ def test_a_killed_build_leaves_no_engine(rtx, tmp_path, small_graph, at):
     assert done.returncode == -9
     left = files_of(tmp_path)
     assert not plan.exists()
-    assert all(name.startswith(".partial-") for name in left)
+    assert all(name.startswith(".a-") for name in left)
     assert bool(left) is (at == "write")
     for name in left:
         os.utime(tmp_path / name, (1, 1))
@@ -337,7 +345,7 @@ def built_for_3060(rtx, own_bundle, monkeypatch):
     """An engine that was built ahead of time, and the machine that it is for."""
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     tensorrt.build_bundle(own_bundle, target="tensorrt-rtx", sm=[86], progress=False)
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: (RTX_3060, ""))
+    monkeypatch.setattr(engines, "find_gpu", lambda: (RTX_3060, ""))
     return own_bundle
 
 
@@ -357,7 +365,7 @@ def change_sidecar(bundle: Path, **changes) -> None:
 
 
 def test_an_engine_built_ahead_of_time_is_found(built_for_3060):
-    found = tensorrt.find_engine(built_for_3060)
+    found = find_engine(built_for_3060)
     assert found.plan == plan_of(built_for_3060)
     assert found.device == "sm86"
 
@@ -432,14 +440,14 @@ def no_plan(bundle):
 def test_an_engine_that_is_not_ours_is_refused_and_built_again(built_for_3060, damage, words):
     damage(built_for_3060)
     with pytest.raises(EngineMismatch) as error:
-        tensorrt.find_engine(built_for_3060)
+        find_engine(built_for_3060)
     assert words in one_line(error)
     assert "build it here" in str(error.value)
     told = []
     (built,) = tensorrt.build_bundle(built_for_3060, progress=False, tell=told.append)
     assert built.new
     assert any(words in line for line in told) or damage is no_plan
-    assert tensorrt.find_engine(built_for_3060).sidecar == built.sidecar
+    assert find_engine(built_for_3060).sidecar == built.sidecar
 
 
 def test_an_engine_of_another_graph_is_refused(built_for_3060):
@@ -449,7 +457,7 @@ def test_an_engine_of_another_graph_is_refused(built_for_3060):
     manifest["files"]["separator.onnx"] = hashlib.sha256(graph.read_bytes()).hexdigest()
     (built_for_3060 / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(EngineMismatch, match="another graph"):
-        tensorrt.find_engine(built_for_3060)
+        find_engine(built_for_3060)
 
 
 @pytest.mark.parametrize(
@@ -465,27 +473,28 @@ def test_tensorrt_engines_belong_to_one_gpu_and_platform(jetson, tmp_path, monke
     bundle = made_bundle(tmp_path / "bundle", {"separator.onnx": [[2, 3], "fixed"]})
     with monkeypatch.context() as elsewhere:
         if field == "platform":
-            elsewhere.setattr(tensorrt.platform, "machine", lambda: "riscv")
-            elsewhere.setattr(tensorrt.platform, "system", lambda: "Linux")
+            elsewhere.setattr(engines.platform, "machine", lambda: "riscv")
+            elsewhere.setattr(engines.platform, "system", lambda: "Linux")
         tensorrt.build_bundle(bundle, progress=False)
     if field == "version":
         monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make("10.16"))
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: (gpu, ""))
+    monkeypatch.setattr(engines, "find_gpu", lambda: (gpu, ""))
     with pytest.raises(EngineMismatch) as error:
-        tensorrt.find_engine(bundle)
+        find_engine(bundle)
     assert words in one_line(error)
 
 
 def test_key_holds_what_an_engine_depends_on():
-    key = tensorrt.engine_key("ab", "tensorrt", "10.3.0", "8.7", gpu="Orin", profiles=PROFILE, precision="fp16")
+    orin = engines.Machine(None, "tensorrt", "10.3.0", "8.7", "Orin")
+    key = engines.engine_key("ab", orin, PROFILE, "fp16")
     changed = [
-        tensorrt.engine_key("ac", "tensorrt", "10.3.0", "8.7", gpu="Orin", profiles=PROFILE, precision="fp16"),
-        tensorrt.engine_key("ab", "tensorrt-rtx", "10.3.0", "8.7", gpu="Orin", profiles=PROFILE, precision="fp16"),
-        tensorrt.engine_key("ab", "tensorrt", "10.3.1", "8.7", gpu="Orin", profiles=PROFILE, precision="fp16"),
-        tensorrt.engine_key("ab", "tensorrt", "10.3.0", "8.9", gpu="Orin", profiles=PROFILE, precision="fp16"),
-        tensorrt.engine_key("ab", "tensorrt", "10.3.0", "8.7", gpu="Xavier", profiles=PROFILE, precision="fp16"),
-        tensorrt.engine_key("ab", "tensorrt", "10.3.0", "8.7", gpu="Orin", profiles=[], precision="fp16"),
-        tensorrt.engine_key("ab", "tensorrt", "10.3.0", "8.7", gpu="Orin", profiles=PROFILE, precision="fp32"),
+        engines.engine_key("ac", orin, PROFILE, "fp16"),
+        engines.engine_key("ab", orin._replace(target="tensorrt-rtx"), PROFILE, "fp16"),
+        engines.engine_key("ab", orin._replace(version="10.3.1"), PROFILE, "fp16"),
+        engines.engine_key("ab", orin._replace(capability="8.9"), PROFILE, "fp16"),
+        engines.engine_key("ab", orin._replace(gpu="Xavier"), PROFILE, "fp16"),
+        engines.engine_key("ab", orin, [], "fp16"),
+        engines.engine_key("ab", orin, PROFILE, "fp32"),
     ]
     assert all(other != key for other in changed)
     assert json.loads(json.dumps(key)) == key  # as a sidecar gives it back
@@ -509,31 +518,31 @@ def test_timing_cache_is_kept_and_a_foreign_one_dropped(jetson, tmp_path):
 def test_a_refused_profile_and_a_failed_build_say_why(jetson, tmp_path, monkeypatch):
     bundle = made_bundle(tmp_path / "bundle", {"separator.onnx": [[-1, 3], "open"]})
     profile = [{"mixture": {"min": [1, 3], "opt": [2, 3], "max": [4000, 3]}}]
-    with pytest.raises(BuildError) as error:
+    with pytest.raises(ExportError) as error:
         tensorrt.build(bundle / "separator.onnx", tmp_path / "a.plan", profiles=profile, progress=False)
     assert "is refused" in one_line(error)
     memory = fake_tensorrt.make("10.3", fail=True, log=("Requested\n amount of GPU memory: out of memory",))
     monkeypatch.setitem(sys.modules, "tensorrt", memory)
-    with pytest.raises(BuildError) as error:
+    with pytest.raises(ExportError) as error:
         tensorrt.build_bundle(bundle, progress=False)
     assert "Requested amount of GPU memory: out of memory" in one_line(error)
     assert "--workspace-mib 512" in str(error.value)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make("10.3", fail=True))
-    with pytest.raises(BuildError, match="gives no reason"):
+    with pytest.raises(ExportError, match="gives no reason"):
         tensorrt.build_bundle(bundle, progress=False)
     assert not (bundle / "engines").exists()
 
 
 def test_tensorrt_builds_only_for_the_gpu_here(jetson, tmp_path):
     bundle = made_bundle(tmp_path / "bundle", {"separator.onnx": [[2, 3], "fixed"]})
-    with pytest.raises(BuildError, match="leave --sm out"):
+    with pytest.raises(ExportError, match="leave --sm out"):
         tensorrt.build_bundle(bundle, target="tensorrt", sm=[86])
 
 
 def test_a_graph_that_needs_a_newer_tensorrt_is_refused(jetson, tmp_path):
     bundle = made_bundle(tmp_path / "bundle", {"separator.onnx": [[2, 3], "fixed"]})
-    write_manifest(bundle, [{"file": "separator.onnx", "precision": "fp32", "profiles": [], "least_tensorrt": "10.5"}])
-    with pytest.raises(BuildError, match=r"needs TensorRT 10\.5, this is 10\.3\.0"):
+    write_manifest(bundle, {"separator.onnx": []}, least="10.5")
+    with pytest.raises(ExportError, match=r"needs TensorRT 10\.5, this is 10\.3\.0"):
         tensorrt.build_bundle(bundle)
 
 
@@ -548,17 +557,17 @@ def test_a_graph_that_needs_a_newer_tensorrt_is_refused(jetson, tmp_path):
 )
 def test_missing_empty_and_old_tensorrt_are_told_apart(monkeypatch, module, words):
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    with pytest.raises(BuildError) as error:
-        tensorrt.load_tensorrt("tensorrt")
+    with pytest.raises(ExportError) as error:
+        engines.load_tensorrt("tensorrt")
     assert words in one_line(error)
     assert "JetPack" in str(error.value)
 
 
 def test_auto_takes_rtx_where_tensorrt_is_empty(rtx, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))
-    assert tensorrt.load_tensorrt() == (rtx, "tensorrt-rtx")
-    with pytest.raises(BuildError, match="unknown target 'tensorflow'"):
-        tensorrt.load_tensorrt("tensorflow")
+    assert engines.load_tensorrt() == (rtx, "tensorrt-rtx")
+    with pytest.raises(ExportError, match="unknown target 'tensorflow'"):
+        engines.load_tensorrt("tensorflow")
 
 
 def test_tensorrt_is_not_called_without_a_driver(tmp_path, monkeypatch):
@@ -571,13 +580,13 @@ def test_tensorrt_is_not_called_without_a_driver(tmp_path, monkeypatch):
 
     fake.Builder = fake.Runtime = never
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: (None, "there is no NVIDIA driver (libcuda.so.1)"))
+    monkeypatch.setattr(engines, "find_gpu", lambda: (None, "there is no NVIDIA driver (libcuda.so.1)"))
     for call in (
         tensorrt.build_bundle,
-        tensorrt.find_engine,
+        find_engine,
         lambda b: list(tensorrt.check_bundle(b, target="tensorrt")),
     ):
-        with pytest.raises(BuildError, match="no NVIDIA driver"):
+        with pytest.raises(ExportError, match="no NVIDIA driver"):
             call(bundle)
 
 
@@ -587,7 +596,7 @@ def test_tensorrt_is_not_called_without_a_driver(tmp_path, monkeypatch):
 def test_buffers_are_kept_between_calls_and_grow(jetson, tmp_path):
     bundle = made_bundle(tmp_path / "bundle", {"open.onnx": [[-1, 3], "open"]})
     tensorrt.build_bundle(bundle, progress=False)
-    running = engine.DeviceEngine(tensorrt.find_engine(bundle, "open.onnx"))
+    running = engines.DeviceEngine(find_engine(bundle, "open.onnx"))
     cuda, ids = running._cuda, np.zeros((1, 2), np.int64)
     counts = []
     for rows in (2, 2, 1, 4, 3):
@@ -613,7 +622,7 @@ def test_threads_wait_for_each_other(jetson, tmp_path, monkeypatch):
     upload = FakeCuda.upload
     monkeypatch.setattr(FakeCuda, "upload", lambda *given: (upload(*given), time.sleep(0.005)))
     results = {}
-    with engine.DeviceEngine(tensorrt.find_engine(bundle)) as running:
+    with engines.DeviceEngine(find_engine(bundle)) as running:
 
         def work(k):
             for _ in range(5):
@@ -642,7 +651,7 @@ def test_inputs_that_do_not_fit_are_refused(jetson, tmp_path, inputs, words):
     bundle = made_bundle(tmp_path / "bundle", {"open.onnx": [[-1, 3], "open"]})
     tensorrt.build_bundle(bundle, progress=False)
     ids = np.zeros((1, 2), np.int64)
-    with engine.DeviceEngine(tensorrt.find_engine(bundle, "open.onnx")) as running:
+    with engines.DeviceEngine(find_engine(bundle, "open.onnx")) as running:
         with pytest.raises(ExportError) as error:
             running.run({**inputs, "class_ids": ids})
         assert words in one_line(error)
@@ -656,10 +665,10 @@ def test_a_refused_shape_leaves_no_half_set_context(jetson, tmp_path):
     graph = {"inputs": {"mixture": [-1, 3], "class_ids": [-1, 2]}, "outputs": {"sources": [-1, 3]}}
     (folder / "open.onnx").write_bytes(fake_tensorrt.as_model(graph))
     profile = {**PROFILE[0], "class_ids": {"min": [1, 2], "opt": [1, 2], "max": [4, 2]}}
-    write_manifest(folder, [{"file": "open.onnx", "precision": "fp32", "profiles": [profile]}])
+    write_manifest(folder, {"open.onnx": [profile]})
     tensorrt.build_bundle(folder, progress=False)
     good = {"mixture": np.ones((2, 3), np.float32), "class_ids": np.zeros((1, 2), np.int64)}
-    with engine.DeviceEngine(tensorrt.find_engine(folder, "open.onnx")) as running:
+    with engines.DeviceEngine(find_engine(folder, "open.onnx")) as running:
         running.run(good)
         with pytest.raises(ExportError, match="'class_ids' of shape"):
             running.run({"mixture": np.ones((4, 3), np.float32), "class_ids": np.zeros((9, 2), np.int64)})
@@ -669,10 +678,10 @@ def test_a_refused_shape_leaves_no_half_set_context(jetson, tmp_path):
 def test_a_plan_changed_after_the_check_is_not_loaded(jetson, tmp_path):
     bundle = made_bundle(tmp_path / "bundle", {"separator.onnx": [[2, 3], "fixed"]})
     tensorrt.build_bundle(bundle, progress=False)
-    found = tensorrt.find_engine(bundle)
+    found = find_engine(bundle)
     found.plan.write_bytes(found.plan.read_bytes() + b" ")
     with pytest.raises(EngineMismatch, match="was changed since"):
-        engine.DeviceEngine(found)
+        engines.DeviceEngine(found)
     assert FakeCuda.live == 0
 
 
@@ -729,7 +738,7 @@ def driver(tmp_path_factory) -> Path:
 
 def test_the_calls_of_the_driver_fit_its_signatures(driver):
     """A pointer cut to 32 bits, or a missing context, fails here."""
-    cuda = engine.Cuda(str(driver))
+    cuda = Cuda(str(driver))
     state = ctypes.CDLL(str(driver)).fake_state
     array = np.arange(1000, dtype=np.float32)
     back = np.empty_like(array)
@@ -752,13 +761,13 @@ def test_the_calls_of_the_driver_fit_its_signatures(driver):
 def test_an_engine_runs_through_the_driver(driver, jetson, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make("11.4"))
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: (ORIN, ""))
-    real = engine.Cuda
-    monkeypatch.setattr(engine, "Cuda", lambda: real(str(driver)))
+    monkeypatch.setattr(engines, "find_gpu", lambda: (ORIN, ""))
+    real = Cuda
+    monkeypatch.setattr(engines, "Cuda", lambda: real(str(driver)))
     bundle = made_bundle(tmp_path / "bundle", {"separator.onnx": [[2, 3], "fixed"]})
     tensorrt.build_bundle(bundle, progress=False)
     mixture = np.arange(6, dtype=np.float32).reshape(2, 3)
-    with engine.DeviceEngine(tensorrt.find_engine(bundle)) as running:
+    with engines.DeviceEngine(find_engine(bundle)) as running:
         result = running.run({"mixture": mixture, "class_ids": np.zeros((1, 2), np.int64)})
     np.testing.assert_array_equal(result["sources"], 2 * mixture)
     assert [ctypes.CDLL(str(driver)).fake_state(i) for i in range(4)] == [0, 0, 0, 0]
@@ -766,7 +775,7 @@ def test_an_engine_runs_through_the_driver(driver, jetson, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("present", [True, False])
 def test_the_gpu_is_read_from_the_driver(driver, present):
-    code = "import json; from avsep.export.targets.tensorrt import find_gpu; print(json.dumps(find_gpu()))"
+    code = "import json; from avsep.export.runtime.cuda import find_gpu; print(json.dumps(find_gpu()))"
     environment = {**os.environ, "LD_LIBRARY_PATH": str(driver.parent), **({} if present else {"FAKE_NO_GPU": "1"})}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     gpu, reason = json.loads(done.stdout)
@@ -777,19 +786,19 @@ def test_the_gpu_is_read_from_the_driver(driver, present):
 # ---------------------------------------------------------------- the file itself
 
 
-def test_the_script_needs_nothing_but_the_standard_library():
-    source = Path(tensorrt.__file__).read_text(encoding="utf-8")
-    tree = ast.parse(source, feature_version=(3, 8))
+def test_the_script_imports_numpy_the_runtime_and_tensorrt_alone():
+    tree = ast.parse(Path(tensorrt.__file__).read_text(encoding="utf-8"), feature_version=(3, 10))
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            names.add(str(node.module).split(".")[0])
-    assert names <= sys.stdlib_module_names
-    for newer in ("removeprefix", "removesuffix", "functools.cache", "strict=", "is_relative_to"):  # 3.9 and later
-        assert newer not in source
+            names.add(str(node.module))
+    foreign = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
+    assert {name.replace("avsep.export.runtime", "avsep_runtime") for name in foreign} == {
+        name for name in foreign if name.startswith("avsep_runtime")
+    }
 
 
 def test_the_bundle_holds_the_very_file(tiny_bundle):
@@ -799,7 +808,7 @@ def test_the_bundle_holds_the_very_file(tiny_bundle):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--bundle", "nowhere"], "no manifest.json"),
+        (["--bundle", "nowhere"], "no such bundle: nowhere"),
         (["--graph", "other.onnx"], "has no graph other.onnx: it has separator.onnx"),
         (["--sm", "87"], "it has 75, 80, 86, 89, 120"),
         (["--sm", "86", "--workspace-mib", "0"], "at least 1 MiB"),
@@ -809,7 +818,7 @@ def test_the_bundle_holds_the_very_file(tiny_bundle):
 )
 def test_the_command_line_ends_in_one_line_and_2(rtx, own_bundle, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(own_bundle)
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: (None, "there is no NVIDIA driver (libcuda.so.1)"))
+    monkeypatch.setattr(engines, "find_gpu", lambda: (None, "there is no NVIDIA driver (libcuda.so.1)"))
     before = files_of(own_bundle)
     assert tensorrt.main(["--bundle", ".", *arguments]) == 2
     captured = capsys.readouterr()
@@ -858,7 +867,7 @@ def leading_out(bundle):
     [
         (damaged_graph, "SHA-256 differs"),
         (missing_graph, "lacks the file separator.onnx"),
-        (broken_manifest, "is damaged"),
+        (broken_manifest, "is not valid JSON"),
         (old_manifest, "export it again"),
         (bare_manifest, "is damaged"),
         (leading_out, "is damaged"),
@@ -877,16 +886,14 @@ def test_a_damaged_bundle_is_not_built(rtx, own_bundle, capsys, damage, words):
 def test_a_tar_gets_its_engines_beside_it(rtx, copied_bundle, tmp_path):
     import tarfile
 
-    from avsep.export.runtime.reader import open_bundle
-
     with tarfile.open(tmp_path / "flute.tar", "w") as archive:
         for path in copied_bundle.iterdir():
             archive.add(path, path.name)
     bundle = open_bundle(tmp_path / "flute.tar")
-    (built,) = engine.build_engines(bundle, target="tensorrt-rtx", sm=[86], progress=False)
+    (built,) = tensorrt.build_bundle(bundle, target="tensorrt-rtx", sm=[86], progress=False)
     assert built.plan == tmp_path / "flute.engines" / "separator.tensorrt-rtx-sm86.plan"
     with pytest.raises(ExportError, match="SM 99"):
-        engine.build_engines(bundle, target="tensorrt-rtx", sm=[99], progress=False)
+        tensorrt.build_bundle(bundle, target="tensorrt-rtx", sm=[99], progress=False)
 
 
 def test_the_engine_of_a_tar_runs_without_unpacking_it(jetson, copied_bundle, tmp_path, monkeypatch):
@@ -895,18 +902,17 @@ def test_the_engine_of_a_tar_runs_without_unpacking_it(jetson, copied_bundle, tm
 
     write_tar(copied_bundle, tmp_path / "flute.tar")
     bundle = open_bundle(tmp_path / "flute.tar")
-    key = tensorrt.engine_key(
-        bundle.manifest["files"]["separator.onnx"], "tensorrt", jetson.__version__, ORIN.capability, gpu=ORIN.name
-    )
-    plan = engine.engines_folder(bundle) / "separator.tensorrt-sm87.plan"
+    machine = engines.Machine(jetson, "tensorrt", jetson.__version__, ORIN.capability, ORIN.name)
+    key = engines.engine_key(bundle.manifest["files"]["separator.onnx"], machine)
+    plan = engines.engines_folder(bundle) / "separator.tensorrt-sm87.plan"
     plan.parent.mkdir()
     built = {"graph": {"inputs": {"mixture": [2, 3]}, "outputs": {"sources": [2, 3]}}, "profiles": []}
     plan.write_bytes(b"ftrt" + bytes(20) + bytes([10, 3, 0, 0]) + json.dumps(built).encode())
-    sidecar = {"format": "avsep-engine", "version": 1, "key": key, "plan_sha256": tensorrt._sha256(plan)}
+    sidecar = {"format": "avsep-engine", "version": 1, "key": key, "plan_sha256": sha256_file(plan)}
     Path(f"{plan}.json").write_text(json.dumps(sidecar))
     monkeypatch.setattr(Bundle, "folder", None)
     mixture = np.ones((2, 3), np.float32)
-    running = engine.open_engine(bundle, bundle.graph(), "tensorrt")
+    running = engines.open_engine(bundle, bundle.graph(), "tensorrt")
     np.testing.assert_array_equal(running.run({"mixture": mixture})["sources"], 2 * mixture)
     assert FakeCuda.live == 2
     from avsep.export.runtime.separator import Separator
@@ -920,30 +926,28 @@ def test_the_engine_of_a_tar_runs_without_unpacking_it(jetson, copied_bundle, tm
     assert FakeCuda.live == 0
     plan.write_bytes(plan.read_bytes() + b" ")
     with pytest.raises(ExportError, match=r"is damaged.*avsep export build"):
-        engine.open_engine(bundle, bundle.graph(), "tensorrt")
+        engines.open_engine(bundle, bundle.graph(), "tensorrt")
     data = bytearray((tmp_path / "flute.tar").read_bytes())
     data[bundle._members["separator.onnx"][0] + 500] ^= 1
     (tmp_path / "flute.tar").write_bytes(data)
     with pytest.raises(ExportError, match=r"separator\.onnx is not the file that was exported"):
-        engine.open_engine(bundle, bundle.graph(), "tensorrt")
+        engines.open_engine(bundle, bundle.graph(), "tensorrt")
 
 
 def test_one_logger_lives_as_long_as_tensorrt(jetson):
     """TensorRT holds the first one that it meets without a reference to it."""
-    first = tensorrt.make_logger(jetson, False)
+    first = engines.make_logger(jetson, False)
     first.log(jetson.ILogger.Severity.ERROR, "of an earlier build")
-    assert tensorrt.make_logger(jetson, True) is first
+    assert engines.make_logger(jetson, True) is first
     assert first.errors == []
-    assert tensorrt.make_logger(fake_tensorrt.make("11.4"), False) is not first
+    assert engines.make_logger(fake_tensorrt.make("11.4"), False) is not first
 
 
 def test_opening_an_engine_without_a_gpu_is_one_line(tiny_bundle, monkeypatch):
-    from avsep.export.runtime.reader import open_bundle
-
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: (None, "there is no NVIDIA driver (libcuda.so.1)"))
+    monkeypatch.setattr(engines, "find_gpu", lambda: (None, "there is no NVIDIA driver (libcuda.so.1)"))
     bundle = open_bundle(tiny_bundle)
     with pytest.raises(ExportError) as error:
-        engine.open_engine(bundle, bundle.graph(), "tensorrt-rtx")
+        engines.open_engine(bundle, bundle.graph(), "tensorrt-rtx")
     assert "no NVIDIA driver" in one_line(error)
     assert "run this on the device" in str(error.value)  # and nothing of --sm, which only building has

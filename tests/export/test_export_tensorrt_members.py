@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avsep.export.targets import engine, tensorrt
+from avsep.export.runtime import engines
+from avsep.export.runtime.reader import open_bundle
+from avsep.export.targets import tensorrt
 from support import fake_tensorrt
 from support.tensorrt_bundles import ORIN, FakeCuda, made_bundle
 
 VERSIONS = ("10.3", "10.16", "11.4")
-FILES = [Path(module.__file__) for module in (tensorrt, engine)]
+FILES = [Path(module.__file__) for module in (tensorrt, engines)]
 
 # variable -> class of TensorRT that it holds. "" is the module itself.
 VARIABLES = {
@@ -34,7 +36,13 @@ VARIABLES = {
         "profile": "IOptimizationProfile",
         "cache": "ITimingCache",
     },
-    "engine.py": {"trt": "", "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext"},
+    "engines.py": {
+        "trt": "",
+        "module": "",
+        "runtime": "Runtime",
+        "engine": "ICudaEngine",
+        "context": "IExecutionContext",
+    },
 }
 
 
@@ -106,7 +114,7 @@ def test_nothing_that_11_removed_is_named(path):
 
 def test_the_walk_finds_what_the_contract_needs():
     """A member that does not exist, in each form that a use can take."""
-    found = touched(FILES[0])
+    found = touched(FILES[0]) | touched(FILES[1])
     for use in [
         ("Builder", "build_serialized_network"),
         ("IBuilderConfig", "progress_monitor"),
@@ -169,8 +177,8 @@ def test_stand_ins_are_strict(version):
 
 def run_sequence(fake, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: (ORIN, ""))
-    monkeypatch.setattr(engine, "Cuda", FakeCuda)
+    monkeypatch.setattr(engines, "find_gpu", lambda: (ORIN, ""))
+    monkeypatch.setattr(engines, "Cuda", FakeCuda)
     bundle = made_bundle(tmp_path / "bundle", {"separator.onnx": [[2, 3], "fixed"], "open.onnx": [[-1, 3], "open"]})
     first = tensorrt.build_bundle(bundle, target="tensorrt", progress=False)
     assert [b.new for b in first] == [True, True]
@@ -181,9 +189,9 @@ def run_sequence(fake, tmp_path, monkeypatch) -> None:
     assert opened["profiles"] == [{"mixture": [(1, 3), (2, 3), (4, 3)]}]
     assert (fixed["cache"], opened["cache"]) == ("", "+")  # the second build has the times of the first
     assert [b.new for b in tensorrt.build_bundle(bundle, target="tensorrt", progress=False)] == [False, False]
-    for name, rows in (("separator.onnx", 2), ("open.onnx", 4)):
-        found = tensorrt.find_engine(bundle, name, target="tensorrt")
-        with engine.DeviceEngine(found) as running:
+    opened = open_bundle(bundle)
+    for graph, rows in zip(opened.graphs, (2, 4), strict=True):
+        with engines.open_engine(opened, graph, "tensorrt") as running:
             mixture = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)
             ids = np.zeros((1, 2), dtype=np.int64)
             result = running.run({"mixture": mixture, "class_ids": ids})

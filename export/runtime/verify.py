@@ -1,6 +1,6 @@
-"""Is a bundle what was exported, and does it compute here what it computed there? No torch is needed.
+"""Is a bundle what was exported, and does it compute here what it computed there?
 
-On a device without the ``avsep`` command's packages: ``python -m avsep.export.bundle.verify BUNDLE [PROVIDER]``.
+On the command line: ``python -m avsep_runtime.verify BUNDLE [PROVIDER]``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from avsep.errors import AvsepError, ConfigError, ExportError
-from avsep.export.build.parity import compare
-from avsep.export.runtime.reader import Bundle, Graph, open_bundle
-from avsep.export.runtime.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
+from .errors import AvsepError, ConfigError, ExportError, one_line
+from .reader import Bundle, Graph, open_bundle
+from .sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
 
-__all__ = ["PROVIDERS", "GraphCheck", "Verification", "main", "verify_bundle"]
+__all__ = ["PROVIDERS", "GraphCheck", "Verification", "compare", "main", "verify_bundle"]
+
+Array = NDArray[Any]
 
 # what may be asked for: a provider that runs, or is refused; never whichever is there
 PROVIDERS = (*ONNX_PROVIDERS, *ENGINES)
@@ -62,12 +64,12 @@ class Verification:
 
 
 def verify_bundle(
-    path: str | os.PathLike[str], provider: str | None = None, *, tolerance: float | None = None
+    bundle: str | os.PathLike[str] | Bundle, provider: str | None = None, *, tolerance: float | None = None
 ) -> Verification:
     """Check a bundle's names, manifest and hashes, and run every graph on its golden inputs.
 
     Args:
-        path: folder or tar.
+        bundle: a folder or tar, or a bundle that was opened with its hashes checked.
         provider: ``cpu`` (when None), ``cuda`` or ``onnxruntime-tensorrt`` of ONNX Runtime, ``tensorrt`` or
             ``tensorrt-rtx`` for engines that were built here; it runs, or is refused.
         tolerance: largest absolute difference; each graph's own when None.
@@ -81,9 +83,28 @@ def verify_bundle(
     check_provider(name, PROVIDERS)
     if tolerance is not None and not 0 < tolerance < float("inf"):
         raise ConfigError(f"tolerance must be positive, got {tolerance}")
-    with open_bundle(path) as bundle:
-        checks = tuple(_check_graph(bundle, graph, name, tolerance) for graph in bundle.graphs)
-    return Verification(bundle, checks)
+    with bundle if isinstance(bundle, Bundle) else open_bundle(bundle) as opened:
+        checks = tuple(_check_graph(opened, graph, name, tolerance) for graph in opened.graphs)
+    return Verification(opened, checks)
+
+
+def compare(estimate: Array, reference: Array) -> tuple[float, float]:
+    """Largest absolute difference, and the error's energy relative to the reference's in dB.
+
+    Raises:
+        ExportError: shapes differ, or a value is not finite.
+    """
+    if estimate.shape != reference.shape:
+        raise ExportError(f"the graph gives the shape {list(estimate.shape)}, PyTorch {list(reference.shape)}")
+    for name, array in (("the graph", estimate), ("PyTorch", reference)):
+        if not np.isfinite(array).all():
+            raise ExportError(f"{name} gives NaN or infinite samples")
+    difference = estimate.astype(np.float64) - reference.astype(np.float64)
+    power = float(np.sum(np.square(reference, dtype=np.float64)))
+    error = float(np.sum(difference**2))
+    floor = 1e-30
+    error_db = 10 * float(np.log10((error + floor * power + 1e-300) / (power + 1e-300)))
+    return float(np.abs(difference).max(initial=0.0)), error_db
 
 
 def _check_graph(bundle: Bundle, graph: Graph, provider: str, tolerance: float | None) -> GraphCheck:
@@ -154,12 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line, with the standard library alone. Returns 0, or 2 with one line on the standard error."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not 1 <= len(given) <= 2 or given[0].startswith("-"):
-        print(f"usage: python -m avsep.export.bundle.verify BUNDLE [{'|'.join(PROVIDERS)}]", file=sys.stderr)
+        print(f"usage: python -m {__package__}.verify BUNDLE [{'|'.join(PROVIDERS)}]", file=sys.stderr)
         return 2
     try:
         result = verify_bundle(*given)
     except (AvsepError, OSError) as error:
-        print(f"avsep: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"avsep: {one_line(error, 1000)}", file=sys.stderr)
         return 2
     for check in result.graphs:
         print(

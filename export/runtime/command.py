@@ -1,0 +1,104 @@
+"""The runtime's command: separate one WAV file with a bundle, on a device that has no more than the runtime."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import AvsepError, ConfigError, one_line
+from .files import staged_files
+from .recordings import check_targets, ids_of_classes, output_paths
+from .separator import Separator
+from .sessions import PROVIDERS
+from .timeline import read_visual_file
+from .wav import FORMATS, read_wav, write_wav
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Separate one WAV file. Returns 0; 2 after a mistake, which is one line; 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}",
+        description="Separate a WAV file with an exported bundle; needs NumPy and what runs the graph.",
+    )
+    parser.add_argument("bundle", help="folder or tar of avsep export")
+    parser.add_argument("audio", help="a WAV file at the separator's rate; channels are mixed to mono")
+    parser.add_argument("--classes", required=True, help="classes to separate, such as flute,piano")
+    parser.add_argument("--features", help="pictures or features of each class (.npz of avsep data features)")
+    parser.add_argument("--out", required=True, help="folder for STEM_CLASS.wav and STEM_residual.wav")
+    parser.add_argument("--provider", default="auto", help=f"one of {', '.join(PROVIDERS)} (default: auto)")
+    parser.add_argument("--engines", help="folder of engines built with --out (default: engines in the bundle's)")
+    parser.add_argument("--precision", help="of the graph: fp32, fp16 or int8 (default: fp32 where there is one)")
+    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime (default: its own choice)")
+    parser.add_argument(
+        "--context", type=float, help="seconds of each side of a chunk thrown away (default: as the bundle says)"
+    )
+    parser.add_argument("--format", default="PCM_16", help="of the samples written: PCM_16 or FLOAT (default: PCM_16)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    chosen = parser.parse_args(arguments)
+    try:
+        print(_separate_file(chosen))
+    except (AvsepError, OSError) as error:
+        print(f"avsep: {one_line(error, 1000)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("avsep: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _separate_file(chosen: Any) -> str:
+    names = [name.strip() for name in chosen.classes.split(",") if name.strip()]
+    path, out = Path(chosen.audio), Path(chosen.out)
+    if chosen.format not in FORMATS:
+        raise ConfigError(f"unknown sample format '{chosen.format}': one of {', '.join(FORMATS)}")
+    audio, rate_hz = read_wav(path)
+    mixture = audio.mean(axis=0, dtype=np.float64).astype(np.float32)
+    features = None if chosen.features is None else read_visual_file(chosen.features)
+    separator = Separator.load(
+        chosen.bundle,
+        chosen.provider,
+        chosen.precision,
+        chosen.threads,
+        context_s=chosen.context,
+        engines=chosen.engines,
+    )
+    clipped = 0
+    with separator:
+        ids_of_classes(separator.classes, names)
+        if features is None and separator.visual_sources:
+            raise ConfigError("this separator looks at pictures: give --features FILE.npz (avsep data features)")
+        separator.check(features, names)
+        separator._check_rate(rate_hz)
+        targets = output_paths(path, names, out)
+        check_targets([path], [targets], out, chosen.overwrite)
+        for reason in separator.unused_engines:
+            print(f"note: {reason}", file=sys.stderr)
+        with staged_files(out, targets) as staging:
+            begin = time.perf_counter()
+            sources = separator.separate(mixture, features, names, rate_hz, progress=_counter())
+            took_s = time.perf_counter() - begin
+            for target, signal in zip(targets, (*sources, mixture - sources.sum(axis=0)), strict=True):
+                clipped += write_wav(staging / target.name, signal, rate_hz, chosen.format)
+    seconds = len(mixture) / rate_hz
+    line = f"{', '.join(str(t) for t in targets)}: {seconds:.2f} s in {took_s:.2f} s on {separator.provider}"
+    return line + (f"; {clipped} samples beyond full scale were clipped (--format FLOAT keeps them)" if clipped else "")
+
+
+def _counter() -> Callable[[int, int], None] | None:
+    """Chunks done, on a terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        end = "\r" + " " * 40 + "\r" if done == total else ""
+        print(f"\r{done} of {total} chunks{end}", end="", file=sys.stderr, flush=True)
+
+    return show

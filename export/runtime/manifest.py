@@ -1,0 +1,237 @@
+"""What running a bundle takes for granted of its manifest, checked before anything is run.
+
+The whole manifest, with what only people and ``avsep export`` read, is held against its models in
+:mod:`avsep.export.bundle.manifest`, which need pydantic.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .errors import ExportError, one_line
+
+__all__ = ["BUILD_SCRIPT", "FORMAT", "MANIFEST", "SCHEMA_FILE", "VERSION", "check_manifest", "is_plain_name", "parse"]
+
+FORMAT = "avsep-bundle"
+VERSION = 2
+MANIFEST = "manifest.json"
+SCHEMA_FILE = "manifest.schema.json"
+BUILD_SCRIPT = "build_engine.py"
+REQUIRED_FILES = (SCHEMA_FILE, "README.md", BUILD_SCRIPT, "LICENSE")
+
+_MOST_DEPTH = 64
+_MOST_TOLERANCE = 1000.0
+
+# A value's form is a type, a range, a pattern that matches it whole, a list of one form, a dictionary of forms by name
+# (or of one form, by `str`), or a tuple of the forms and constants that it may have.
+_SIZE, _COUNT = range(1, 2**31), range(2**31)
+_TEXT = re.compile(r"(?s).+")
+_SHAPES = {"min": [_SIZE], "opt": [_SIZE], "max": [_SIZE]}
+_TENSOR = {
+    "name": _TEXT,
+    "dtype": ("float32", "float16", "int64", "int32", "uint8", "bool"),
+    "shape": [(_SIZE, "batch", "sources")],
+}
+_GRAPH = {
+    "file": re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*[.]onnx"),
+    "kind": ("separator", "spectral", "object_encoder", "motion_encoder"),
+    "precision": ("fp32", "fp16", "int8"),
+    "inputs": [_TENSOR],
+    "outputs": [_TENSOR],
+    "profiles": [{str: _SHAPES}],
+    "least_tensorrt": re.compile(r"[0-9]+[.][0-9]+"),
+    "golden": re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*[.]npz"),
+    "tolerance": float,
+}
+_MANIFEST = {
+    "name": _TEXT,
+    "separator": {"num_classes": _SIZE},
+    "classes": [_TEXT],
+    "sample_rate_hz": _SIZE,
+    "transform": {"n_fft": _SIZE, "hop": _SIZE, "padding": ("zeros", "reflect"), "clip_samples": _SIZE},
+    "chunking": {
+        "clip_samples": _SIZE,
+        "context_samples": _COUNT,
+        "crossfade_samples": _COUNT,
+        "align_samples": _SIZE,
+    },
+    "visual": [
+        {
+            "role": ("object", "motion"),
+            "kind": ("frames", "features"),
+            "name": str,
+            "dim": _COUNT,
+            "frames": _COUNT,
+            "graph": (str, None),
+        }
+    ],
+    "graphs": [_GRAPH],
+    "files": {str: re.compile("[0-9a-f]{64}")},
+}
+
+
+def parse(data: bytes, where: str) -> Any:
+    """Strict JSON: no NaN, no number too large for a float, no key twice, no depth beyond sense.
+
+    Raises:
+        ExportError: one line that begins with ``where``.
+    """
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text} is too large a number")
+        return value
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            raise ValueError("a key stands twice")
+        return result
+
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_float=number, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ExportError(f"{where} is not valid JSON ({one_line(error, 200)}): copy the bundle again") from None
+    if _depth(value) > _MOST_DEPTH:
+        raise ExportError(f"{where} is nested too deeply for a manifest: copy the bundle again")
+    return value
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, (dict, list))
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+    return depth
+
+
+def check_manifest(manifest: Any, where: str) -> None:
+    """Raise :class:`ExportError` where a manifest is not one that a bundle can be run by; ``where`` names its file."""
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ExportError(f"{where} is not of an avsep bundle (it has no format '{FORMAT}')")
+    if (found := manifest.get("version")) != VERSION:
+        way_out = "export it again" if found == 1 else "update avsep, or export it again"
+        raise ExportError(f"{where} is of bundle version {one_line(found, 40)}, this avsep reads {VERSION}: {way_out}")
+    if mistake := _mistake(manifest, _MANIFEST, "") or next(_inconsistencies(manifest), ""):
+        raise ExportError(f"{where} is damaged: {one_line(mistake, 200)}; copy the bundle again or export it again")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file of a bundle can have this name, which leads nowhere else."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) is not None
+
+
+def _mistake(value: Any, form: Any, where: str) -> str:
+    """The first place where a value has not its form, in words; empty where it has."""
+    if isinstance(form, dict) and isinstance(value, dict):
+        for name, inner in form.items():
+            if name is str:
+                mistakes = (_mistake(child, inner, f"{where}[{json.dumps(key)}]") for key, child in value.items())
+                return next((mistake for mistake in mistakes if mistake), "")
+            place = f"{where}.{name}".lstrip(".")
+            if name not in value:
+                return f"{place} is missing"
+            if mistake := _mistake(value[name], inner, place):
+                return mistake
+        return ""
+    if isinstance(form, list) and isinstance(value, list):
+        mistakes = (_mistake(child, form[0], f"{where}[{index}]") for index, child in enumerate(value))
+        return next((mistake for mistake in mistakes if mistake), "")
+    if isinstance(form, tuple):
+        fits = any(option is value or value == option or not _mistake(value, option, where) for option in form)
+    elif isinstance(form, range):
+        fits = isinstance(value, int) and not isinstance(value, bool) and value in form
+    elif isinstance(form, re.Pattern):
+        fits = isinstance(value, str) and form.fullmatch(value) is not None
+    elif form is float:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    else:
+        fits = isinstance(form, type) and isinstance(value, form)
+    return "" if fits else f"{where or 'it'} = {one_line(json.dumps(value), 60)} is not what stands there in a bundle"
+
+
+def _inconsistencies(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What the forms of single values cannot say."""
+    files, graphs, chunking = manifest["files"], manifest["graphs"], manifest["chunking"]
+    for name in files:
+        if not is_plain_name(name) or name == MANIFEST:
+            yield f"{json.dumps(name)} is not the name of a file of a bundle"
+    if len(set(manifest["classes"])) < len(manifest["classes"]):
+        yield "classes names one class twice"
+    if not isinstance(manifest.get("independent_sources", True), bool):
+        yield "independent_sources is neither true nor false"
+    for name in (*REQUIRED_FILES, *(g["file"] for g in graphs), *(g["golden"] for g in graphs)):
+        if name not in files:
+            yield f"it has no hash of a file {name}"
+    kinds = Counter((g["kind"], g["precision"]) for g in graphs)
+    for (kind, precision), count in kinds.items():
+        if count > 1:
+            yield f"there are two graphs {kind} in {precision}"
+    if len({g["file"] for g in graphs}) < len(graphs):
+        yield "two graphs are one file"
+    if not any(kind in ("separator", "spectral") for kind, _ in kinds):
+        yield "there is none among its graphs that separates"
+    if chunking["clip_samples"] != manifest["transform"]["clip_samples"]:
+        yield "chunking.clip_samples is not transform.clip_samples"
+    if 4 * chunking["context_samples"] > chunking["clip_samples"]:
+        yield "chunking.context_samples is more than a quarter of chunking.clip_samples"
+    if chunking["crossfade_samples"] > chunking["context_samples"]:
+        yield "chunking.crossfade_samples is more than chunking.context_samples"
+    roles = [source["role"] for source in manifest["visual"]]
+    if len(set(roles)) < len(roles):
+        yield "two visual sources have one role"
+    by_file = {g["file"]: g for g in graphs}
+    for source in manifest["visual"]:
+        if source["graph"] is not None and by_file.get(source["graph"], {}).get("kind") != f"{source['role']}_encoder":
+            yield f"the {source['role']} source names a graph {json.dumps(source['graph'])} that encodes nothing of it"
+    for graph in graphs:
+        yield from _graph_inconsistencies(graph, roles)
+
+
+def _graph_inconsistencies(graph: Mapping[str, Any], roles: list[str]) -> Iterator[str]:
+    inputs = {tensor["name"]: tensor["shape"] for tensor in graph["inputs"]}
+    names = [tensor["name"] for tensor in (*graph["inputs"], *graph["outputs"])]
+    if not graph["inputs"] or not graph["outputs"]:
+        yield f"{graph['file']} has no inputs or no outputs"
+    if len(set(names)) < len(names):
+        yield f"two tensors of {graph['file']} have one name"
+    if not 0 < graph["tolerance"] <= _MOST_TOLERANCE:
+        yield f"the tolerance {graph['tolerance']} of {graph['file']} is none"
+    if graph["kind"] in ("separator", "spectral"):
+        first = "mixture" if graph["kind"] == "separator" else "spectrum"
+        expected = {first, "class_ids", *(f"{role}_features" for role in roles)}
+        optional = {"motion_mask"} if "motion" in roles else set()  # which steps are valid, where it was planned
+        if set(inputs) - optional != expected:
+            yield f"{graph['file']} takes {', '.join(inputs)} instead of {', '.join(sorted(expected))}"
+    for profile in graph["profiles"]:
+        for name, bounds in profile.items():
+            if name not in inputs:
+                yield f"a profile of {graph['file']} names an input {json.dumps(name)} that it does not have"
+                continue
+            shape = inputs[name]
+            if any(len(bounds[b]) != len(shape) for b in ("min", "opt", "max")):
+                yield f"a profile of {graph['file']} gives {name} another number of dimensions"
+            elif any(
+                not low <= usual <= high
+                for low, usual, high in zip(bounds["min"], bounds["opt"], bounds["max"], strict=True)
+            ):
+                yield f"a profile of {graph['file']} has min, opt and max of {name} out of order"
+            elif any(
+                isinstance(size, int) and not size == low == high
+                for size, low, high in zip(shape, bounds["min"], bounds["max"], strict=True)
+            ):
+                yield f"a profile of {graph['file']} gives {name} shapes that the graph does not take"

@@ -1,0 +1,206 @@
+"""Pictures or stored visual features beside a recording: how they are cut for a separator, and the file they travel in.
+
+:class:`VisualTimeline` holds what there is of one video; the store and the visual file read through it, so training,
+testing and ``avsep separate`` cut pictures in one and the same way.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DataError
+from .files import atomic_path
+
+__all__ = ["VisualSource", "VisualTimeline", "read_visual_file", "write_visual_file"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class VisualSource:
+    """What a visual encoder wants to be fed with, asked of the store.
+
+    ``role`` object or motion; ``kind`` frames (uint8 pictures) or features (stored vectors, by ``name`` and width
+    ``dim``). An object source takes ``frames`` = K consecutive pictures or vectors around the crop's centre; a motion
+    source all pictures of the crop (``frames`` = 0), or the video's stored sequence.
+    """
+
+    role: str
+    kind: str
+    name: str = ""
+    dim: int = 0
+    frames: int = 0
+
+
+@dataclass(frozen=True)
+class VisualTimeline:
+    """What is known of one video, as arrays, memory maps or open files.
+
+    ``object`` uint8 [n, 3, H, W] pictures at ``object_rate_hz``, ``motion`` uint8 [m, c, h, w] at ``motion_rate_hz``;
+    picture i covers the seconds [i, i + 1) / rate. ``features``: by name, object features [n, D] (one row a picture,
+    at ``object_rate_hz``) or motion features [D, T] (one sequence for the whole video). ``where`` names the video in
+    error messages.
+    """
+
+    object: Array | None = None
+    motion: Array | None = None
+    object_rate_hz: float = 1.0
+    motion_rate_hz: float = 8.0
+    features: Mapping[str, Array] = field(default_factory=dict)
+    where: str = "the video"
+
+    def read(self, source: VisualSource, centre_s: float, duration_s: float, *, copy: bool = True) -> Array:
+        """Cut what ``source`` asks for around ``centre_s``, ``duration_s`` seconds long.
+
+        Returns uint8 [K, 3, H, W] (object pictures: ``source.frames`` consecutive ones, the middle one covers
+        ``centre_s``), float32 [K, D] (object features, likewise), uint8 [M, c, h, w] (motion pictures: M =
+        round(duration_s * rate) from round((centre_s - duration_s / 2) * rate) on) or float32 [D, T] (motion
+        features). Beyond the ends the border picture repeats. Without ``copy`` what is given may be a view of the
+        memory map, not to be written to.
+
+        Raises :class:`DataError` when the video lacks the kind or the feature, or the width differs.
+        """
+        if source.kind == "frames":
+            array = {"object": self.object, "motion": self.motion}.get(source.role)
+            if array is None:
+                raise DataError(f"{self.where} has no {source.role} frames; it has {self._has()}")
+            if source.role == "motion":
+                count = max(1, _round(duration_s * self.motion_rate_hz))
+                first = _round((centre_s - duration_s / 2) * self.motion_rate_hz)
+                return _clamped(array, first, count, copy)  # [M, c, h, w]
+            return self._around(array, source, centre_s, copy)  # [K, 3, H, W]
+        if source.kind != "features":
+            raise DataError(f"a visual source is of kind frames or features, not '{source.kind}'")
+        if source.name not in self.features:
+            raise DataError(
+                f"{self.where} has no features '{source.name}'; it has {self._has()}: add them (avsep.data.store.files."
+                f"add_features), or use a separator whose {source.role}_encoder takes what there is"
+            )
+        array = self.features[source.name]
+        width = array.shape[1] if source.role == "object" else array.shape[0]
+        if source.dim and width != source.dim:
+            raise DataError(
+                f"{self.where}: features '{source.name}' are {width} wide, but the separator takes {source.dim}: use "
+                f"the extractor that it was trained with"
+            )
+        if source.role == "object":
+            return self._around(array, source, centre_s, False).astype(np.float32)  # [K, D]
+        return np.array(array, dtype=np.float32)  # [D, T]
+
+    def _around(self, array: Array, source: VisualSource, centre_s: float, copy: bool) -> Array:
+        count = max(1, source.frames)
+        middle = math.floor(centre_s * self.object_rate_hz + 1e-9)
+        return _clamped(array, middle - count // 2, count, copy)
+
+    def _has(self) -> str:
+        kinds = [f"{name} frames" for name in ("object", "motion") if getattr(self, name) is not None]
+        kinds += [f"features '{name}'" for name in self.features]
+        return ", ".join(kinds) or "nothing to see"
+
+
+def _round(value: float) -> int:
+    """Halves go up, unlike Python's round, so that neighbouring crops are cut alike."""
+    return math.floor(value + 0.5)
+
+
+def _clamped(array: Array, first: int, count: int, copy: bool) -> Array:
+    """``count`` rows of ``array`` from ``first`` on, the border row standing for those beyond the ends."""
+    low, high = max(first, 0), min(first + count, len(array))
+    if high - low == count:
+        return np.array(array[low:high]) if copy else array[low:high]
+    index = np.clip(np.arange(first, first + count), 0, len(array) - 1)
+    start = int(index[0])
+    return np.asarray(array[start : int(index[-1]) + 1])[index - start]
+
+
+def write_visual_file(path: str | Path, timelines: Mapping[str, VisualTimeline]) -> None:
+    """Write what ``avsep separate --features`` reads: a plain .npz, by class name.
+
+    Keys: ``CLASS/object``, ``CLASS/motion``, ``CLASS/object_rate_hz``, ``CLASS/motion_rate_hz`` and
+    ``CLASS/features/NAME``.
+    """
+    if not timelines:
+        raise DataError(f"{path}: there is no clip to write pictures or features of: name at least one")
+    arrays: dict[str, Any] = {}
+    for name, timeline in timelines.items():
+        if not name or "/" in name:
+            raise DataError(f"'{name}' cannot be a class name in a visual file: it is empty or holds a slash")
+        if timeline.object is not None:
+            arrays[f"{name}/object"] = np.asarray(timeline.object)
+        if timeline.motion is not None:
+            arrays[f"{name}/motion"] = np.asarray(timeline.motion)
+        arrays[f"{name}/object_rate_hz"] = np.float64(timeline.object_rate_hz)
+        arrays[f"{name}/motion_rate_hz"] = np.float64(timeline.motion_rate_hz)
+        for feature, array in timeline.features.items():
+            arrays[f"{name}/features/{feature}"] = np.asarray(array)
+    target = Path(path)
+    # a file object: numpy would append .npz to another suffix
+    with atomic_path(target) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def read_visual_file(path: str | Path) -> dict[str, VisualTimeline]:
+    """Read a file of :func:`write_visual_file`; returns the timelines by class name, in the file's order.
+
+    Raises :class:`DataError` when it is missing, damaged, or an array has a wrong shape or type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(
+            f"no such file: {path}; make one with avsep data features STORE --clips ID,ID --out {path.name}"
+        )
+    arrays: dict[str, Array] = {}
+    try:
+        opened = np.load(path, allow_pickle=False)
+        if isinstance(opened, np.ndarray):
+            raise DataError(f"{path} holds one bare array, not a visual file (.npz with CLASS/object, ...)")
+        with opened as archive:
+            for key in archive.files:
+                arrays[key] = archive[key]
+    except ValueError:  # NumPy's own words advise to load it unsafely
+        raise DataError(f"{path} is not a readable visual file: it is no .npz, or holds pickled objects") from None
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is not a readable visual file (.npz): {error}; write it again") from None
+    found: dict[str, dict[str, Any]] = {}
+    for key, array in arrays.items():
+        name, _, rest = key.partition("/")
+        entry = found.setdefault(name, {"features": {}, "where": f"{path.name}: '{name}'"})
+        if rest in ("object", "motion"):
+            _check_pictures(path, key, array, 3 if rest == "object" else None)
+            entry[rest] = array
+        elif rest in ("object_rate_hz", "motion_rate_hz"):
+            if array.size != 1 or array.dtype.kind not in "fiu" or not 0 < float(array.reshape(-1)[0]) < math.inf:
+                raise DataError(f"{path}: {key} must be one positive number")
+            entry[rest] = float(array.reshape(-1)[0])
+        elif rest.startswith("features/") and rest != "features/":
+            if array.ndim != 2 or array.size == 0 or array.dtype.kind != "f" or not np.isfinite(array).all():
+                raise DataError(f"{path}: {key} must be a non-empty matrix of finite numbers, not {_kind(array)}")
+            entry["features"][rest.removeprefix("features/")] = array
+        else:
+            raise DataError(
+                f"{path}: unknown entry '{key}'; entries are CLASS/object, CLASS/motion, CLASS/features/NAME"
+            )
+    timelines = {name: VisualTimeline(**entry) for name, entry in found.items()}
+    if not timelines:
+        raise DataError(f"{path} is an empty visual file")
+    return timelines
+
+
+def _check_pictures(path: Path, key: str, array: Array, channels: int | None) -> None:
+    if array.ndim != 4 or array.size == 0 or array.dtype != np.uint8:
+        raise DataError(f"{path}: {key} must be uint8 [pictures, channels, height, width], not {_kind(array)}")
+    if channels and array.shape[1] != channels:
+        raise DataError(f"{path}: {key} has {array.shape[1]} channels, not {channels}")
+
+
+def _kind(array: Array) -> str:
+    return f"{array.dtype} {list(array.shape)}"
