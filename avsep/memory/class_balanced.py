@@ -31,7 +31,9 @@ def equal_shares(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 @MEMORIES.register(
-    "class_balanced", source="Rebuffi et al., iCaRL, CVPR 2017: a fixed memory shared by all classes; random exemplars"
+    "class_balanced",
+    source="Rebuffi et al., iCaRL, CVPR 2017: a fixed memory shared by all classes; random exemplars",
+    example={"total": 3},
 )
 class ClassBalanced(Total):
     """Keep ``total`` random clips, shared equally among the classes seen; old classes give up clips as new ones come.

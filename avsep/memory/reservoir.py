@@ -12,7 +12,7 @@ from avsep.registry import MEMORIES
 __all__ = ["Reservoir"]
 
 
-@MEMORIES.register("reservoir", source="Vitter, ACM TOMS 1985, algorithm R")
+@MEMORIES.register("reservoir", source="Vitter, ACM TOMS 1985, algorithm R", example={"total": 3})
 class Reservoir(Total):
     """Keep ``total`` clips of all that were seen, each with the same probability; a class may have many or none.
 

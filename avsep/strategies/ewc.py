@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["EWC", "fisher_diagonal"]
 
 
-@STRATEGIES.register("ewc", source="Kirkpatrick et al., EWC, PNAS 2017; one running Fisher: Schwarz et al., ICML 2018")
+@STRATEGIES.register(
+    "ewc",
+    source="Kirkpatrick et al., EWC, PNAS 2017; one running Fisher: Schwarz et al., ICML 2018",
+    example={"fisher_samples": 2},
+)
 class EWC(Strategy):
     """Quadratic pull of every weight to its value after the previous task, by the Fisher information so far.
 

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 __all__ = ["WeightAverage"]
 
 
-@STRATEGIES.register("weight_average", source="Zheng et al., ZSCL, ICCV 2023: the weight ensemble")
+@STRATEGIES.register(
+    "weight_average",
+    source="Zheng et al., ZSCL, ICCV 2023: the weight ensemble",
+    example={"every": 1, "batch_norm_mixtures": 2},
+)
 class WeightAverage(Strategy):
     """Average the weights every ``every`` steps; combine it with any method.
 

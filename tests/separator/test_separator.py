@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 import avsep.separator as module
 from avsep.encoders import VisualEncoder
-from avsep.errors import AvsepError, CheckpointError, ConfigError, MissingExtraError, RunError, UnknownNameError
-from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS, VISUAL_ENCODERS
+from avsep.errors import AvsepError, CheckpointError, ConfigError, RunError, UnknownNameError
+from avsep.registry import AUDIO_ENCODERS
 from avsep.separator import build_separator, list_components, load_separator, save_separator
 from avsep.spec import SeparatorSpec, validated
-from avsep.types import VisualInputs, VisualSource
+from avsep.types import VisualSource
+from support.components import FRONT_END, visual_inputs
 
-FRONT_END = {"clip_samples": 8191, "n_fft": 254, "hop": 64, "log_rows": 128}
 SMALL = {
     "audio_encoder": ("unet7", {"base_channels": 4, "mask_channels": 3}),
     "mask_decoder": ("query_transformer", {"dim": 16, "heads": 2, "feedforward": 16, "layers": 2}),
     "front_end": FRONT_END,
-}
-# Parameters that keep a component small in these tests, or that it cannot do without.
-PARAMS = {
-    "unet7": {"base_channels": 4, "mask_channels": 3},
-    "conv7": {"base_channels": 4},
-    "conditioned_unet": {"dim": 16},
-    "resnet18_map": {"dim": 8, "size": 64, "width": 4, "channels": 4},
-    "query_transformer": {"dim": 16, "heads": 2, "feedforward": 16, "layers": 2},
-    "precomputed": {"features": "stored", "dim": 6},
-    "frame_cnn": {"dim": 8, "channels": 4},
-    "motion_cnn": {"dim": 8, "channels": 4, "steps": 4},
-    "efficientnet_lite0": {"size": 64},
 }
 
 
@@ -42,84 +30,6 @@ def small(num_classes=3, object_encoder=("frame_cnn", {"dim": 8}), motion_encode
     return build_separator(
         num_classes=num_classes, object_encoder=object_encoder, motion_encoder=motion_encoder, **{**SMALL, **parts}
     )
-
-
-def visual_inputs(separator, batch=2, sources=2):
-    """Random inputs of the kind that the separator's visual encoders ask for."""
-    inputs = {"object": None, "motion": None}
-    for source in separator.visual_sources():
-        if source.kind == "features":
-            shape = (source.frames, source.dim) if source.role == "object" else (source.dim, 8)
-            inputs[source.role] = torch.randn(batch, sources, *shape)
-        else:
-            shape = (source.frames, 3, 32, 32) if source.role == "object" else (6, 1, 32, 32)
-            inputs[source.role] = torch.randint(0, 256, (batch, sources, *shape), dtype=torch.uint8)
-    return inputs["object"], inputs["motion"]
-
-
-def names(registry, role=None):
-    return [spec.name for spec in registry if role is None or role in spec.provides]
-
-
-def combinations():
-    """All but those with encoders whose weights come from a hub, which have tests of their own."""
-    objects, motions = (
-        [name for name in names(VISUAL_ENCODERS, role) if VISUAL_ENCODERS.get(name).factory.hub is None]
-        for role in ("object", "motion")
-    )
-    visual = itertools.product(objects, [*motions, None])
-    return list(itertools.product(names(AUDIO_ENCODERS), visual, names(MASK_DECODERS)))
-
-
-def ref(name):
-    return None if name is None else (name, PARAMS.get(name, {}))
-
-
-def fits(audio, motion_encoder, decoder):
-    """What the composer should say of a combination that has an object encoder."""
-    decoder = MASK_DECODERS.get(decoder)
-    if motion_encoder is not None and decoder.name != "query_transformer":
-        return "makes no use of motion features: leave the motion_encoder out"
-    missing = decoder.needs - {"object"} - AUDIO_ENCODERS.get(audio).provides
-    return f"'{decoder.name}' needs .*: choose an audio encoder that gives" if missing else None
-
-
-@pytest.mark.parametrize(("audio", "visual", "decoder"), combinations())
-def test_every_combination_learns_in_every_trainable_parameter_or_is_refused(audio, visual, decoder):
-    object_encoder, motion_encoder = visual
-    parts = {
-        "audio_encoder": ref(audio),
-        "object_encoder": ref(object_encoder),
-        "motion_encoder": ref(motion_encoder),
-        "mask_decoder": ref(decoder),
-    }
-    if (reason := fits(audio, motion_encoder, decoder)) is not None:
-        with pytest.raises(ConfigError, match=reason):
-            build_separator(num_classes=3, **parts, front_end=FRONT_END)
-        return
-    try:
-        separator = build_separator(num_classes=3, **parts, front_end=FRONT_END)
-    except MissingExtraError as error:
-        pytest.skip(str(error))
-    features = separator.encode_visual(VisualInputs(*visual_inputs(separator)))
-    class_ids = torch.tensor([[0, 1], [2, 0]])
-    spectrogram = torch.rand(2, 1, 128, 128)
-    output = separator(spectrogram, features, class_ids)
-    assert output.logits.shape == (2, 2, 128, 128)
-    assert output.audio.shape == output.object.shape  # CrossSDC compares them
-    # as in training: masks, what the decoder adds of its own, and embeddings
-    loss = output.logits.square().mean() + (output.audio * output.object).mean()
-    for term in separator.mask_decoder.auxiliary_losses(output, None, class_ids).values():
-        loss = loss + term
-    loss.backward()
-    groups = separator.parameter_groups()
-    trainable = {id(p) for group in groups.values() for p in group}
-    for name, parameter in separator.named_parameters():
-        assert (id(parameter) in trainable) == parameter.requires_grad, name
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-            assert parameter.grad.isfinite().all(), name
-            assert parameter.grad.abs().max() > 0, name
 
 
 def test_paper_preset_has_the_published_size():
@@ -196,14 +106,13 @@ def test_mistakes_fail_before_anything_is_built(arguments, error, message, monke
 @pytest.mark.parametrize("sources", [1, 2, 3])
 def test_any_number_of_sources_in_one_call(sources):
     separator = small().eval()
-    object_input, motion_input = visual_inputs(separator, sources=sources)
     class_ids = torch.arange(sources).expand(2, -1)
     waveforms = 0.1 * torch.randn(2, sources, 8191)
     spectrograms = separator.analyse(waveforms)
     assert spectrograms.network_input.shape == (2, 1, 128, 128)
     assert spectrograms.ratio.shape == (2, sources, 128, 128)
     with torch.no_grad():
-        features = separator.encode_visual(VisualInputs(object_input, motion_input))
+        features = separator.encode_visual(visual_inputs(separator, sources=sources))
         estimates = separator.separate(waveforms.sum(dim=1), features, class_ids)
     assert estimates.shape == (2, sources, 8191)
     assert estimates.isfinite().all()
@@ -211,22 +120,20 @@ def test_any_number_of_sources_in_one_call(sources):
 
 def test_wrong_inputs_are_named():
     separator = small()
-    object_input, motion_input = visual_inputs(separator)
-    features = separator.encode_visual(VisualInputs(object_input, motion_input))
+    features = separator.encode_visual(visual_inputs(separator))
     with pytest.raises(ConfigError, match=r"takes a mixture \[B, 8191\], got \[2, 8000\]"):
         separator.separate(torch.zeros(2, 8000), features, torch.zeros(2, 2, dtype=torch.long))
     for bad in (3, -1):
         with pytest.raises(ConfigError, match=f"class id {bad} is out of range"):
             separator(torch.zeros(2, 1, 128, 128), features, torch.tensor([[0, bad], [0, 0]]))
     with pytest.raises(ConfigError, match="has a motion encoder"):
-        separator.encode_visual(VisualInputs(object_input))
+        separator.encode_visual(replace(visual_inputs(separator), motion=None))
 
 
 def test_a_mask_of_frames_becomes_a_mask_of_steps():
     separator = small(motion_encoder=("motion_cnn", {"dim": 8, "steps": 3}))
-    object_input, motion_input = visual_inputs(separator)
     mask = torch.tensor([True, False, False, False, False, False]).expand(2, 2, 6)
-    features = separator.encode_visual(VisualInputs(object_input, motion_input, mask))
+    features = separator.encode_visual(replace(visual_inputs(separator), motion_mask=mask))
     assert features.motion_mask.tolist() == [[[True, False, False]] * 2] * 2
 
 
@@ -407,7 +314,7 @@ def test_a_seed_decides_the_first_weights_and_nothing_else():
 def test_list_components():
     kinds = {spec.kind for spec in list_components()}
     assert {"audio encoder", "visual encoder", "mask decoder"} <= kinds
-    assert [spec.name for spec in list_components("audio_encoders")] == names(AUDIO_ENCODERS)
+    assert [spec.name for spec in list_components("audio_encoders")] == AUDIO_ENCODERS.names()
     with pytest.raises(UnknownNameError, match="did you mean 'mask_decoders'"):
         list_components("mask_decoder")
 
