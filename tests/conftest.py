@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from avsep.data.store import Store
-from support.tones import TINY_FRONT_END, TINY_TASKS, bundle_separator, make_tone_store, tiny_learner
+from support.tones import bundle_separator, make_tone_store, stream_of, tiny_learner
 
 # Without a GPU the Triton kernels run under Triton's interpreter, which must be known before Triton is imported. What
 # does not ask for Triton by name is not touched by it.
@@ -60,11 +60,8 @@ def store(tone_store: Path) -> Store:
 @pytest.fixture(scope="session")
 def tone_run(tone_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished two-task ContAV-Sep run over ``tone_store``. Read only: copy it before changing it."""
-    from avsep.data.tasks import task_stream
-
     out = tmp_path_factory.mktemp("tone-run") / "run"
-    stream = task_stream(tone_store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
-    tiny_learner().fit(stream, out, progress=False)
+    tiny_learner().fit(stream_of(tone_store), out, progress=False)
     return out
 
 

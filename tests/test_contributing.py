@@ -9,7 +9,7 @@ import pytest
 
 from avsep.registry import REGISTRIES, load_components
 from support.source_tree import ROOT
-from support.tones import TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
+from support.tones import TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN, stream_of
 
 GUIDE = ROOT / "CONTRIBUTING.md"
 pytestmark = pytest.mark.skipif(not GUIDE.is_file(), reason="needs the source tree")
@@ -54,7 +54,6 @@ def test_every_section_has_an_example_that_adds_one_component(registered):
 
 
 def test_the_examples_learn_two_tasks_together(registered, tone_store, tmp_path):
-    from avsep.data.tasks import task_stream
     from avsep.memory.base import read_exemplars
     from avsep.spec import RunSpec, validated
     from avsep.training.learner import ContinualLearner
@@ -76,7 +75,7 @@ def test_the_examples_learn_two_tasks_together(registered, tone_store, tmp_path)
         },
         "test",
     )
-    stream = task_stream(tone_store, TINY_TASKS, clip_samples=separator["front_end"]["clip_samples"])
+    stream = stream_of(tone_store)
     ContinualLearner.from_spec(spec, accelerator="cpu").fit(stream, tmp_path / "run", progress=False)
     with open(tmp_path / "run" / "logs" / "train.csv", newline="") as file:
         second = [row for row in csv.DictReader(file) if row["task"] == "1"]

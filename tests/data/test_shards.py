@@ -23,7 +23,7 @@ from avsep.mixers.mixtures import TrainingMixtures
 from avsep.spec import FrontEndSpec
 from avsep.types import VisualSource
 from support.folders import contents
-from support.tones import RATE, TINY_FRONT_END, TINY_TASKS, tiny_run_spec
+from support.tones import RATE, TINY_FRONT_END, stream_of, tiny_run_spec
 
 SHARD_MB = 0.2
 OBJECT, MOTION = VisualSource("object", "frames", frames=3), VisualSource("motion", "frames")
@@ -115,11 +115,10 @@ def test_mixtures_are_the_same_in_any_number_of_processes(source, made):
 
 
 def test_training_on_shards_gives_the_same_weights(tone_store, tone_run, tmp_path):
-    from avsep.data.tasks import task_stream
     from avsep.training.learner import ContinualLearner
 
     sharded = shard_store(Store.open(tone_store), tmp_path / "shards", shard_mb=0.3)
-    stream = task_stream(sharded, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
+    stream = stream_of(sharded)
     ContinualLearner.from_spec(tiny_run_spec(), accelerator="cpu").fit(stream, tmp_path / "run", progress=False)
     one, other = (load_file(r / "tasks/01/separator/model.safetensors") for r in (tmp_path / "run", tone_run))
     assert one.keys() == other.keys()

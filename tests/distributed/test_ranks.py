@@ -23,8 +23,8 @@ from avsep.distributed.ranks import ALONE, Ranks, synchronise_batch_norm
 from avsep.errors import ConfigError
 from support import rank_checks
 from support.continual_runs import differing, first_task, weights
-from support.rank_checks import STEPS, kill, one_step, stream_of
-from support.tones import TINY_SEPARATOR, TINY_TRAIN, tiny_learner
+from support.rank_checks import STEPS, kill, one_step
+from support.tones import TINY_SEPARATOR, TINY_TRAIN, stream_of, tiny_learner
 
 SCRIPT = Path(rank_checks.__file__)
 LAUNCH = "import sys; from avsep.distributed.launch import launch; sys.exit(launch(2, [sys.executable, *sys.argv[1:]]))"

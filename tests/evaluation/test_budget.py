@@ -11,14 +11,13 @@ from safetensors.torch import load_file
 
 from avsep.cli import main
 from avsep.data.store import Store, StoreWriter, add_features
-from avsep.data.tasks import task_stream
 from avsep.errors import ConfigError, DataError
 from avsep.evaluation.budget import ExemplarBytes, _Estimator, align, budget_of, estimate, exemplar_bytes
 from avsep.runs.folder import RunFolder
 from avsep.spec import ComponentRef, FrontEndSpec, RunSpec, load_preset, validated
 from avsep.strategies import FineTune
 from avsep.types import VisualSource
-from support.tones import RATE, TINY_FRONT_END, TINY_TASKS, tiny_learner, tiny_run_spec
+from support.tones import RATE, TINY_FRONT_END, stream_of, tiny_learner, tiny_run_spec
 
 CLIP_VISION = VisualSource("object", "features", name="clip_vit_b32", dim=512, frames=3)
 VIDEOMAE = VisualSource("motion", "features", name="videomae_base", dim=768)
@@ -103,7 +102,7 @@ def test_a_run_and_its_estimate(tone_run, store):
 def test_what_the_strategy_keeps_is_counted(store, tone_store, tmp_path):
     ewc = {"name": "ewc", "params": {"fisher_samples": 2}}
     memory = {"name": "random_per_class", "params": {"per_class": 2, "keep": "clip"}}
-    stream = task_stream(tone_store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
+    stream = stream_of(tone_store)
     learner = tiny_learner(ewc, memory, epochs=1, steps_per_epoch=1)
     learner.fit(stream, tmp_path / "run", progress=False)
     found = budget_of(tmp_path / "run")

@@ -11,7 +11,6 @@ import torch
 
 from avsep.data.mixing import collate, load_source
 from avsep.data.store import Clip
-from avsep.data.tasks import task_stream
 from avsep.errors import CheckpointError, ConfigError, NumericalError, UnknownNameError
 from avsep.losses import separation_loss
 from avsep.memory.base import Candidates, Exemplar, exemplars_from_plain, exemplars_to_plain, memory_rng, read_exemplars
@@ -20,7 +19,7 @@ from avsep.memory.class_balanced import equal_shares
 from avsep.registry import MEMORIES
 from avsep.separator import build_separator
 from avsep.spec import FrontEndSpec
-from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, tiny_learner
+from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, stream_of, tiny_learner
 
 FRONT_END = FrontEndSpec(**TINY_FRONT_END)
 PER_CLASS = ("random_per_class", "herding", "k_center", "hardest")
@@ -369,7 +368,7 @@ def test_a_separator_that_answers_nan_is_told(store):
 
 
 def _fit(store, run, memory, *, tasks=TINY_TASKS, resume=False, **train):
-    stream = task_stream(store, tasks, clip_samples=TINY_FRONT_END["clip_samples"])
+    stream = stream_of(store, tasks)
     learner = tiny_learner("finetune", memory, epochs=1, **train)
     return learner, learner.fit(stream, run, resume=resume, progress=False)
 
@@ -396,7 +395,7 @@ def test_a_kept_clip_is_what_training_hears_and_a_resume_goes_on_with_it(store, 
     assert all(torch.equal(v, learner.separator.state_dict()[k]) for k, v in whole.separator.state_dict().items())
     kept = read_exemplars(tmp_path / "run", 0)
     assert {k: len(v) for k, v in kept.items()} == {"ding": 2, "hum": 2}
-    stream = task_stream(store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
+    stream = stream_of(store)
     starts = {e.id: e.start for v in kept.values() for e in v}
     data = learner._mixtures(stream, stream.tasks[1]).epoch(0)
     heard = [s for i in range(len(data)) for s in data[i] if s.is_memory]

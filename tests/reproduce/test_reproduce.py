@@ -22,7 +22,6 @@ import yaml
 
 from avsep.cli.reproduce_command import _again
 from avsep.data.store import Store
-from avsep.data.tasks import task_stream
 from avsep.errors import ConfigError, DataError, RunError
 from avsep.evaluation.budget import estimate
 from avsep.evaluation.evaluate import evaluate_run
@@ -37,7 +36,7 @@ from avsep.training.learner import ContinualLearner
 from avsep.training.loop import TaskLoop
 from avsep.types import VisualSource
 from support import commands
-from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
+from support.tones import TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN, stream_of
 
 ROWS = ("finetune", "contavsep+memory", "joint")
 CHOSEN = [word for row in ROWS for word in ("--row", row)]
@@ -268,7 +267,7 @@ def test_a_cell_is_the_run_that_its_spec_describes(finished, presets, tone_store
     cell = read_cell(path)
     grid = build_grid(["table1"], load_grid_preset(str(presets / "grid.yaml")), Store.open(tone_store), seeds=1)
     spec = grid.cells[cell.data["key"]].spec
-    stream = task_stream(tone_store, spec.tasks, clip_samples=TINY_FRONT_END["clip_samples"])
+    stream = stream_of(tone_store, spec.tasks)
     threads = torch.get_num_threads()
     torch.set_num_threads(cell.data["threads"])  # the last bits depend on it
     try:

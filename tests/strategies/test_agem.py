@@ -87,8 +87,7 @@ def test_in_a_run_it_changes_the_weights_and_resumes(tone_store, tmp_path):
 
 
 def test_it_needs_a_memory(tone_store, tmp_path):
-    from support.rank_checks import stream_of
-    from support.tones import tiny_learner
+    from support.tones import stream_of, tiny_learner
 
     with pytest.raises(ConfigError, match="'agem' learns from exemplars, and the memory is 'none'"):
         tiny_learner("agem", "none").fit(stream_of(tone_store), tmp_path / "run", progress=False)

@@ -5,19 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from avsep.data.tasks import task_stream
 from avsep.errors import ConfigError
 from avsep.kernels.mask_head.reference import mask_l1_reference
 from avsep.kernels.similarity_distillation.reference import cross_entropy, normalise
 from avsep.registry import STRATEGIES
 from support.continual_runs import make_learner
 from support.strategy_steps import CLASS_IDS, VIDEO_IDS, gradients, make_step, student_and_teacher, with_teacher
-from support.tones import TINY_FRONT_END, TINY_TASKS
-
-
-@pytest.fixture(scope="module")
-def separators():
-    return student_and_teacher()
+from support.tones import stream_of
 
 
 def test_registered_defaults_are_the_published_weights():
@@ -114,7 +108,7 @@ def test_without_motion_its_partner_and_the_attention_drop_out():
 
 
 def test_without_a_memory_it_is_refused(tone_store, tmp_path):
-    stream = task_stream(tone_store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
+    stream = stream_of(tone_store)
     with pytest.raises(ConfigError, match="'avcil' learns from exemplars, and the memory is 'none'"):
         make_learner("avcil").fit(stream, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from avsep import build_separator
-from avsep.data.tasks import task_stream
 from avsep.errors import ConfigError
 from avsep.kernels.mask_head.reference import mask_l1_reference
 from avsep.registry import STRATEGIES
@@ -20,8 +19,8 @@ from avsep.strategies.base import TaskContext
 from avsep.strategies.ewc import fisher_diagonal
 from avsep.types import Task
 from support.continual_runs import RUNS, differing, make_learner, resume_killed, train, weights
-from support.strategy_steps import PARTS, make_step, with_teacher
-from support.tones import TINY_FRONT_END, TINY_TASKS
+from support.strategy_steps import PARTS, GivenData, make_step, with_teacher
+from support.tones import TINY_FRONT_END, stream_of
 
 BIAS, QUERIES = "mask_decoder.head.4.bias", "mask_decoder.class_queries"
 
@@ -37,15 +36,6 @@ def _mixtures(separator):
         replace(batch, **{k: getattr(batch, k)[i : i + 1] for k in ("sources", "class_ids", "visual")})
         for i in range(3)
     ]
-
-
-class _Data:
-    def __init__(self, mixtures):
-        self.mixtures, self.asked = mixtures, []
-
-    def batches(self, count, *, batch_size=1):
-        self.asked.append((count, batch_size))
-        return iter(self.mixtures)
 
 
 def test_the_penalty_and_its_gradient_by_hand():
@@ -105,14 +95,15 @@ def test_the_fisher_information_is_the_mean_of_squared_gradients_of_single_mixtu
 def test_the_sum_over_tasks_leaves_new_rows_to_the_new_task():
     separator = _separator(2)
     strategy = STRATEGIES.create("ewc", {"decay": 0.5, "fisher_samples": 3})
-    data = _Data(_mixtures(separator))
+    mixtures = _mixtures(separator)
+    data = GivenData(mixtures)
     strategy.after_task(TaskContext(Task(0, ("a", "b"), ("a", "b")), separator, None, data))
     first = {k: v.clone() for k, v in strategy.state_dict().items()}
     assert data.asked == [(3, 1)]
     assert first[QUERIES].shape == (2, 16)
     separator.grow(3)
     strategy.after_task(TaskContext(Task(1, ("c",), ("a", "b", "c")), separator, None, data))
-    second, alone = strategy.state_dict(), fisher_diagonal(separator, data.mixtures)
+    second, alone = strategy.state_dict(), fisher_diagonal(separator, mixtures)
     torch.testing.assert_close(second[BIAS], 0.5 * first[BIAS] + alone[BIAS])
     torch.testing.assert_close(second[QUERIES][:2], 0.5 * first[QUERIES] + alone[QUERIES][:2])
     assert torch.equal(second[QUERIES][2:], alone[QUERIES][2:])
@@ -122,7 +113,7 @@ def test_the_sum_over_tasks_leaves_new_rows_to_the_new_task():
 @pytest.mark.parametrize(("weight", "is_last"), [(0.0, False), (100.0, True)])
 def test_what_no_later_task_needs_is_not_computed(weight, is_last):
     strategy = STRATEGIES.create("ewc", {"weight": weight})
-    data = _Data([])
+    data = GivenData([])
     strategy.after_task(TaskContext(Task(0, ("a",), ("a",)), None, None, data, is_last=is_last))
     assert data.asked == []
     assert strategy.state_dict() == {}
@@ -163,7 +154,7 @@ def test_in_a_run_it_changes_the_weights_and_resumes(separator, memory, tone_sto
 def test_killed_while_it_measures_and_with_its_checkpoint_lost(tone_store, tmp_path, monkeypatch):
     strategy = ("ewc", {"fisher_samples": 5, "weight": 1e4})
     whole = train(tone_store, tmp_path / "whole", strategy)
-    stream = task_stream(tone_store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
+    stream = stream_of(tone_store)
     run = tmp_path / "run"
 
     def dies(separator, batches):

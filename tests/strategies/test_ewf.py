@@ -12,7 +12,7 @@ from avsep.strategies.teaching import reestimate_batch_norm
 from avsep.strategies.weight_fusion import fuse, fusion_factor
 from avsep.types import Task
 from support.continual_runs import SEPARATORS
-from support.strategy_steps import make_step, student_and_teacher, with_teacher
+from support.strategy_steps import GivenData, make_step, student_and_teacher, with_teacher
 
 TASK = Task(1, ("peep", "whirr"), ("ding", "hum", "peep", "whirr"))
 
@@ -77,26 +77,14 @@ def test_it_trains_with_lwfs_loss():
         STRATEGIES.create("ewf", {"distillation": -1})
 
 
-class _Data:
-    """Two batches over and over."""
-
-    def __init__(self, batches):
-        self.made = batches
-        self.asked = 0
-
-    def batches(self, count, *, batch_size=1):
-        self.asked = count
-        yield from self.made
-
-
 def test_batch_norm_is_estimated_anew_from_training_mixtures():
     student, teacher = student_and_teacher()
-    data = _Data([make_step(student, rows=rows).batch for rows in (slice(0, 2), slice(1, 3))])
+    data = GivenData([make_step(student, rows=rows).batch for rows in (slice(0, 2), slice(1, 3))])
     before = _copy(student)
     STRATEGIES.create("ewf", {"reestimate_batch_norm": True}).after_task(
         TaskContext(TASK, student.eval(), teacher, data)
     )
-    assert data.asked == 256
+    assert data.asked == [(256, 16)]
     inputs = [student.analyse(batch.sources).network_input for batch in data.made]
     norm = student.audio_encoder.input_norm
     torch.testing.assert_close(norm.running_mean, torch.stack([x.mean() for x in inputs]).mean()[None])
@@ -114,7 +102,7 @@ def test_batch_norm_is_estimated_anew_from_training_mixtures():
 def test_a_part_that_masks_do_not_need_keeps_its_statistics():
     parts = {k: v for k, v in SEPARATORS["coseparation"].items() if k != "front_end"}
     student, _ = student_and_teacher(**parts, motion_encoder=None)
-    data = _Data([make_step(student).batch])
+    data = GivenData([make_step(student).batch])
     with torch.no_grad():
         student.mask_decoder.classifier.bn1.running_mean.fill_(3.0)
     before = _copy(student)
@@ -127,7 +115,7 @@ def test_a_part_that_masks_do_not_need_keeps_its_statistics():
 def test_frozen_statistics_are_not_estimated_anew():
     student, _ = student_and_teacher()
     student.object_encoder.frozen = True
-    data = _Data([make_step(student).batch])
+    data = GivenData([make_step(student).batch])
     before = _copy(student)
     reestimate_batch_norm(student, data)
     changed = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}

@@ -18,11 +18,6 @@ from support.strategy_steps import CLASS_IDS, gradients, make_step, student_and_
 TASK = Task(1, ("peep", "whirr"), ("ding", "hum", "peep", "whirr"))
 
 
-@pytest.fixture(scope="module")
-def separators():
-    return student_and_teacher()
-
-
 class _Constant:
     """A separator, and its mask decoder, whose masks are one logit a class: a decoder with slots, by hand."""
 

@@ -16,11 +16,6 @@ from support.strategy_steps import literal_pod, make_step, student_and_teacher, 
 TAPS = ("e3", "e4", "e5", "d4", "d2", "F")
 
 
-@pytest.fixture(scope="module")
-def separators():
-    return student_and_teacher()
-
-
 def _pod(x, y):
     return float(torch.linalg.vector_norm(literal_pod(x) - literal_pod(y), dim=1).mean())
 

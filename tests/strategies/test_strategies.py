@@ -19,11 +19,6 @@ from avsep.types import VisualInputs
 from support.strategy_steps import CLASS_IDS, VIDEO_IDS, gradients, make_step, student_and_teacher, with_teacher
 
 
-@pytest.fixture(scope="module")
-def separators():
-    return student_and_teacher()
-
-
 def _rows(output):
     return [x.flatten(0, 1) for x in (output.audio, output.motion, output.object)]
 

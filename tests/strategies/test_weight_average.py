@@ -12,20 +12,11 @@ from avsep.registry import STRATEGIES
 from avsep.strategies.base import TaskContext
 from avsep.types import Task
 from support.continual_runs import differing, make_learner, resume_killed, train, weights
-from support.rank_checks import stream_of
-from support.strategy_steps import make_step, student_and_teacher
+from support.strategy_steps import GivenData, make_step, student_and_teacher
+from support.tones import stream_of
 
 TASK = Task(1, ("c", "d"), ("a", "b", "c", "d"))
 QUERIES = "mask_decoder.class_queries"
-
-
-class _Data:
-    def __init__(self, batch):
-        self.batch, self.asked = batch, []
-
-    def batches(self, count, *, batch_size=1):
-        self.asked.append(count)
-        yield self.batch
 
 
 def _set(student, value):
@@ -78,7 +69,7 @@ def test_every_and_the_start():
 
 def test_statistics_are_estimated_for_the_average_and_put_back():
     student, _ = student_and_teacher()
-    data = _Data(make_step(student).batch)
+    data = GivenData([make_step(student).batch])
     strategy = STRATEGIES.create("weight_average", {"every": 1, "batch_norm_mixtures": 7})
     strategy.begin_task(TaskContext(TASK, student, None, data))
     before = {k: v.clone() for k, v in student.state_dict().items()}
@@ -87,7 +78,7 @@ def test_statistics_are_estimated_for_the_average_and_put_back():
         assert changed
         assert all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in changed)
         assert not any(m.training for m in student.modules())
-    assert data.asked == [7]
+    assert data.asked == [(7, 16)]
     assert differing(student.state_dict(), before) == []
 
 

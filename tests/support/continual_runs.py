@@ -22,11 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import avsep.training.loop
-from avsep.data.tasks import task_stream
 from avsep.spec import RunSpec, validated
 from avsep.training.learner import ContinualLearner
 from avsep.training.validation import Validation
-from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
+from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN, stream_of
 
 # Base separators by name, each small enough for a step to take a few hundredths of a second.
 SEPARATORS: dict[str, dict[str, Any]] = {
@@ -88,7 +87,7 @@ class Unscored(Validation):
 
 
 def _fit(learner: ContinualLearner, store: Path, out: Path, tasks=TINY_TASKS, **how) -> None:
-    stream = task_stream(store, tasks, clip_samples=TINY_FRONT_END["clip_samples"])
+    stream = stream_of(store, tasks)
     learner.fit(stream, out, progress=False, **how)
 
 

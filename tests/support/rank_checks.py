@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from avsep.data.tasks import task_stream
 from avsep.distributed.ranks import ALONE, Ranks, synchronise_batch_norm
 from avsep.registry import STRATEGIES
 from avsep.separator import build_from_spec
@@ -21,7 +20,7 @@ from avsep.training.learner import ContinualLearner
 from avsep.training.loop import StepInputs, TaskLoop, TrainingStep
 from avsep.types import Batch, Task, VisualInputs, move_to
 from support.continual_runs import SEPARATORS, make_learner
-from support.tones import TINY_FRONT_END, TINY_TASKS, tiny_learner
+from support.tones import TINY_FRONT_END, stream_of, tiny_learner
 
 # name -> strategy, parameters, separator, dtype
 STEPS = {
@@ -100,10 +99,6 @@ def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
         **{f"gradient {k}": p.grad for k, p in student.named_parameters() if p.grad is not None},
         **{f"buffer {k}": b.clone() for k, b in student.named_buffers()},
     }
-
-
-def stream_of(store, tasks=TINY_TASKS):
-    return task_stream(store, tasks, clip_samples=TINY_FRONT_END["clip_samples"])
 
 
 class Killed(Exception):

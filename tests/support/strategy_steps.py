@@ -43,6 +43,18 @@ def make_step(student, num_old=2, class_ids=CLASS_IDS, rows=slice(None), video_i
     return Step(batch, spectrograms, audio, visual, output, num_old, student)
 
 
+class GivenData:
+    """In the place of a task's data: these batches, whatever is asked for; ``asked`` are (count, batch size)."""
+
+    def __init__(self, batches):
+        self._batches = batches
+        self.asked = []
+
+    def batches(self, count, *, batch_size=1):
+        self.asked.append((count, batch_size))
+        return iter(self._batches)
+
+
 def with_teacher(step, teacher):
     """The step as the learner makes it where there is a teacher."""
     return dataclasses.replace(step, teacher=teacher)

@@ -66,6 +66,13 @@ def make_tone_store(path: Path, seconds: float = 1.5) -> Path:
     return path
 
 
+def stream_of(store, tasks=TINY_TASKS):
+    """The tasks over a store of tones, whole clips in the front end's length."""
+    from avsep.data.tasks import task_stream
+
+    return task_stream(store, tasks, clip_samples=TINY_FRONT_END["clip_samples"])
+
+
 def tiny_run_spec(strategy="contavsep", memory="random_per_class", **train):
     from avsep.spec import RunSpec, validated
 

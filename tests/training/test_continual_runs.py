@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
-from avsep.data.tasks import task_stream
 from avsep.errors import ConfigError
+from avsep.strategies.teaching import reestimate_batch_norm
 from support.continual_runs import differing, first_task, make_learner, resume_killed, trained, weights
-from support.tones import TINY_FRONT_END, TINY_TASKS
+from support.tones import stream_of
 
 MEMORIES = ("none", "random_per_class")
 GROWN = ("lwf", {"variant": "grown_teacher"})
@@ -51,7 +53,8 @@ SWITCHED_OFF = [
 
 @pytest.fixture(autouse=True)
 def _few_mixtures_for_batch_norm(monkeypatch):
-    monkeypatch.setattr("avsep.strategies.ewf._MIXTURES", 16)
+    few = functools.partial(reestimate_batch_norm, mixtures=16)
+    monkeypatch.setattr("avsep.strategies.weight_fusion.reestimate_batch_norm", few)
 
 
 @pytest.mark.parametrize(("strategy", "memory"), RESUMED)
@@ -74,7 +77,7 @@ def test_it_acts_and_resumes_on_every_base_separator(strategy, memory, separator
 
 
 def test_query_extension_is_refused_where_classes_have_no_queries(tone_store, tmp_path):
-    stream = task_stream(tone_store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
+    stream = stream_of(tone_store)
     for separator, decoder in (("coseparation", "conditioned_unet"), ("sound_of_pixels", "channel_synthesizer")):
         with pytest.raises(ConfigError, match=f"mask decoder '{decoder}' has none: use query_transformer, or"):
             make_learner("query_extension", separator=separator).fit(stream, tmp_path / "run", progress=False)

@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 
 from avsep.cli import main
 from avsep.data.protocol import TestMixture
-from avsep.data.tasks import task_stream
 from avsep.errors import ConfigError, MissingExtraError, UnknownNameError
 from avsep.evaluation.drawing import palette
 from avsep.training.learner import ContinualLearner
 from avsep.training.log import PICTURES, TaskLog, _picture, chosen_mixtures, gradient_norm, is_pictured
 from avsep.training.loggers import choose_loggers, closing
-from support.tones import TINY_FRONT_END, TINY_TASKS, dies_at_step, tiny_run_spec
+from support.tones import TINY_FRONT_END, dies_at_step, stream_of, tiny_run_spec
 
 SHORT = {"epochs": 1, "checkpoint_every": 1000}
 
@@ -62,10 +61,6 @@ class Recorder(Logger):
 
 def learner(loggers, **train):
     return ContinualLearner.from_spec(tiny_run_spec("finetune", "none", **train), accelerator="cpu", loggers=loggers)
-
-
-def stream_of(store):
-    return task_stream(store, TINY_TASKS, clip_samples=TINY_FRONT_END["clip_samples"])
 
 
 @pytest.fixture(scope="module")
