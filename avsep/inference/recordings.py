@@ -23,7 +23,7 @@ from avsep.errors import AudioError, ConfigError, DataError, NumericalError
 from avsep.export.runtime.chunking import context_in_samples, separate_long
 from avsep.export.runtime.files import staged_files
 from avsep.export.runtime.recordings import check_targets, ids_of_classes, output_paths
-from avsep.export.runtime.timeline import VisualSource, VisualTimeline
+from avsep.export.runtime.timeline import VisualSource, VisualTimeline, timeline_of
 from avsep.files import refuse_file, write_text
 from avsep.media.audio import SUBTYPES, level_db, resample, to_mono, write_audio
 from avsep.media.video import is_video, read_sound
@@ -121,9 +121,8 @@ def _encode(
 ) -> VisualFeatures:
     """The visual features of b chunks and N sources: object [b, N, Do], motion [b, N, Dm, Tm].
 
-    The object is looked up at the middle of what the chunk holds of the recording, motion over the whole chunk. Each
-    source is encoded on its own, since pictures of different files may differ in size and rate; motion sequences of
-    different lengths are filled up and masked.
+    Each source is encoded on its own, since pictures of different files may differ in size and rate; motion sequences
+    of different lengths are filled up and masked.
     """
     import torch
 
@@ -135,10 +134,7 @@ def _encode(
         for source in separator.visual_sources():
             rows = []
             for start in starts:
-                length = spec.clip_samples
-                if source.role == "object":
-                    length = min(length, samples - start)
-                centre_s = (start + length // 2) / spec.sample_rate_hz
+                centre_s = source.middle_s(start, spec.clip_samples, samples, spec.sample_rate_hz)
                 rows.append(torch.from_numpy(_read_checked(timeline, source, centre_s, spec.clip_s)))
             inputs[source.role] = torch.stack(rows)[:, None].to(device)  # [b, 1, ...]
         encoded.append(separator.encode_visual(VisualInputs(**inputs)))
@@ -164,12 +160,9 @@ def _timelines(
     spec = separator.spec.front_end
     found = []
     for name in classes:
-        if name not in timelines:
-            has = ", ".join(sorted(timelines)) or "none"
-            raise DataError(f"there are no pictures or features of class '{name}': there are those of {has}")
+        found.append(timeline_of(timelines, name))
         for source in sources:
-            _read_checked(timelines[name], source, spec.clip_s / 2, spec.clip_s)
-        found.append(timelines[name])
+            _read_checked(found[-1], source, spec.clip_s / 2, spec.clip_s)
     return found
 
 

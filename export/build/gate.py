@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avsep.errors import ExportError
-from avsep.export.build.parity import open_session
 from avsep.export.build.plan import ExportPlan
+from avsep.export.runtime.calls import GraphCall
+from avsep.export.runtime.sessions import start_onnx
 from avsep.types import Batch, VisualFeatures
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ __all__ = [
     "held_out_batches",
     "measure_gate",
     "references",
+    "source_inputs",
     "synthetic_batches",
     "validation_batches",
 ]
@@ -253,54 +255,41 @@ def encoded(separator: Separator, batch: Batch, plan: ExportPlan, number: int = 
 # --- the graph as a function ------------------------------------------------------------------------------------------
 
 
-def graph_separator(path: Path, separator: Separator, plan: ExportPlan, threads: int = 0) -> Separate:
-    """The exported graph as a function of any number of mixtures and sources.
+def source_inputs(visual: VisualFeatures, class_ids: Tensor) -> dict[str, Array]:
+    """What a graph can be given of each source, by input name; without a mask every motion step is valid."""
+    given: dict[str, Array] = {"class_ids": class_ids.numpy()}
+    if visual.object is not None:
+        given["object_features"] = visual.object.numpy()
+    if visual.motion is not None:
+        given["motion_features"] = motion = visual.motion.numpy()
+        every = np.ones(motion.shape[:2] + motion.shape[3:], dtype=bool)
+        given["motion_mask"] = every if visual.motion_mask is None else visual.motion_mask.numpy()
+    return given
 
-    A graph of fixed shapes is fed as many mixtures and sources at a time as it takes; where some are missing the last
-    one is repeated, and what it gives is dropped.
-    """
-    session, _ = open_session(path, threads=threads)
+
+def graph_separator(path: Path, separator: Separator) -> Separate:
+    """The exported graph as a function of any number of mixtures and sources."""
+    session, _ = start_onnx(path)
     inputs = {i.name: i.shape for i in session.get_inputs()}
     first = next(iter(inputs))
-    front_end = separator.spec.front_end
-
-    def run(mixture: Array, features: dict[str, Array]) -> Array:
-        if first == "mixture":
-            return np.asarray(session.run(None, {first: mixture, **features})[0])
-        from avsep.export.runtime.transforms import istft, stft
-
-        spectrum = stft(mixture, n_fft=front_end.n_fft, hop=front_end.hop, padding=front_end.padding)
-        (estimate,) = session.run(None, {first: spectrum, **features})
-        return np.clip(istft(estimate, hop=front_end.hop, length=front_end.clip_samples), -1.0, 1.0)
+    batch, sources = (size if isinstance(size, int) else None for size in inputs["class_ids"])
+    call = GraphCall(
+        lambda given: np.asarray(session.run(None, given)[0]),
+        first == "spectrum",
+        separator.spec.front_end.model_dump(),
+        batch,
+        sources,
+    )
 
     def separate(mixture: Tensor, visual: VisualFeatures, class_ids: Tensor) -> Tensor:
-        count, sources = class_ids.shape
-        given: dict[str, Array] = {"class_ids": class_ids.numpy()}
-        if visual.object is not None:
-            given["object_features"] = visual.object.numpy()
-        if visual.motion is not None:
-            given["motion_features"] = visual.motion.numpy()
-            mask = torch.ones(visual.motion.shape[:2] + visual.motion.shape[3:], dtype=torch.bool)
-            given["motion_mask"] = (mask if visual.motion_mask is None else visual.motion_mask).numpy()
-        given = {name: given[name] for name in inputs if name != first}
-        steps = inputs.get("motion_features", [None])[-1]
-        if "motion_features" in given and given["motion_features"].shape[-1] != steps:
+        given = source_inputs(visual, class_ids)
+        takes = inputs.get("motion_features", [None])[-1]
+        if takes is not None and (steps := given["motion_features"].shape[-1]) != takes:
             raise ExportError(
-                f"{path.name} takes {steps} motion steps, and the mixtures have {given['motion_features'].shape[-1]}: "
-                f"export with motion_steps={given['motion_features'].shape[-1]}"
+                f"{path.name} takes {takes} motion steps, and the mixtures have {steps}: export with "
+                f"motion_steps={steps}"
             )
-        batch, width = inputs["class_ids"]
-        batch = batch if isinstance(batch, int) else count
-        width = width if isinstance(width, int) else sources
-        out = np.zeros((count, sources, mixture.shape[1]), np.float32)
-        for b in range(0, count, batch):
-            rows = np.minimum(np.arange(b, b + batch), count - 1)
-            for n in range(0, sources, width):
-                columns = np.minimum(np.arange(n, n + width), sources - 1)
-                part = {name: value[rows][:, columns] for name, value in given.items()}
-                kept = out[b : b + batch, n : n + width]
-                kept[:] = run(mixture.numpy()[rows], part)[: kept.shape[0], : kept.shape[1]]
-        return torch.from_numpy(out)
+        return torch.from_numpy(call(mixture.numpy(), {name: given[name] for name in inputs if name != first}))
 
     return separate
 
@@ -341,7 +330,7 @@ def measure_gate(
     Raises:
         ExportError: the graph gives NaN, or does not fit the mixtures.
     """
-    separate = graph_separator(path, separator, plan)
+    separate = graph_separator(path, separator)
     scored: list[tuple[dict[str, Tensor], str]] = []
     for one in expected:
         estimate = separate(one.batch.mixture, one.visual, one.batch.class_ids)

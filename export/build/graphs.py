@@ -10,7 +10,7 @@ import functools
 import itertools
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 
 from avsep.errors import ExportError
 from avsep.export.build.encoders import EncoderGraph, encoder_specs, exported_roles
-from avsep.export.build.gate import MIXTURES, Gate, encoded, measure_gate, references, synthetic_batches
+from avsep.export.build.gate import (
+    MIXTURES,
+    Gate,
+    encoded,
+    measure_gate,
+    references,
+    source_inputs,
+    synthetic_batches,
+)
 from avsep.export.build.golden import golden_inputs
 from avsep.export.build.graph import SpectralSeparator, WaveformSeparator
 from avsep.export.build.onnx import check_graph, write_onnx
@@ -307,33 +315,18 @@ class _SeparatorWriter:
             "max_drift_db": chosen.told_drift_db,
         }
 
-    def _feeds(self, batches: Iterable[Batch]) -> Any:
+    def _feeds(self, batches: Iterable[Batch]) -> Iterator[dict[str, Array]]:
         """Batches as inputs of the graph, one mixture and the graph's number of sources at a time."""
         front_end = self.separator.spec.front_end
+        first, *of_sources = (spec.name for spec in self.inputs)
         for number, batch in enumerate(batches):
-            visual = encoded(self.separator, batch, self.plan, number)
+            given = source_inputs(encoded(self.separator, batch, self.plan, number), batch.class_ids)
             rows = np.resize(np.arange(batch.class_ids.shape[0]), self.plan.batch)
             columns = np.resize(np.arange(batch.class_ids.shape[1]), self.plan.sources)
             mixture = batch.mixture.numpy()[rows]
-            feed: dict[str, Array] = {}
-            for spec in self.inputs:
-                if spec.name == "mixture":
-                    feed[spec.name] = mixture
-                elif spec.name == "spectrum":
-                    feed[spec.name] = stft(mixture, n_fft=front_end.n_fft, hop=front_end.hop, padding=front_end.padding)
-                elif spec.name == "motion_mask":
-                    given = visual.motion_mask
-                    whole = np.ones(spec.shape, bool)
-                    feed[spec.name] = whole if given is None else given.numpy()[rows][:, columns]
-                else:
-                    value = {
-                        "object_features": visual.object,
-                        "motion_features": visual.motion,
-                        "class_ids": batch.class_ids,
-                    }[spec.name]
-                    assert value is not None
-                    feed[spec.name] = value.numpy()[rows][:, columns]
-            yield feed
+            if first == "spectrum":
+                mixture = stft(mixture, n_fft=front_end.n_fft, hop=front_end.hop, padding=front_end.padding)
+            yield {first: mixture, **{name: given[name][rows][:, columns] for name in of_sources}}
 
 
 def _within(drift: Callable[[tuple[str, ...]], Gate], limit_db: float, layers: tuple[str, ...]) -> bool:

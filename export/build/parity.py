@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avsep.errors import ExportError
+from avsep.export.runtime.errors import one_line
 from avsep.export.runtime.sessions import start_onnx
 from avsep.export.runtime.verify import compare
 
-__all__ = ["Parity", "compare", "open_session", "run_onnx"]
+__all__ = ["Parity", "compare", "run_onnx"]
 
 Array = NDArray[Any]
 
@@ -37,27 +38,16 @@ class Parity:
         return asdict(self)
 
 
-def open_session(graph: Path | bytes, threads: int = 0) -> tuple[Any, str]:
-    """Load a graph, a file or its bytes, in ONNX Runtime on the CPU: the session and the provider that runs it.
-
-    Raises:
-        ExportError: onnxruntime is missing, or the graph cannot be loaded.
-    """
-    if isinstance(graph, bytes):
-        return start_onnx(graph, "the graph", threads=threads)
-    return start_onnx(str(graph), graph.name, threads=threads)
-
-
 def run_onnx(path: Path, inputs: Mapping[str, Array]) -> tuple[Array, str, float]:
     """Run a graph of one output in ONNX Runtime. Returns the output, the provider that ran and the seconds.
 
     Raises:
-        ExportError: as :func:`open_session`, or the graph does not take the inputs.
+        ExportError: as :func:`start_onnx`, or the graph does not take the inputs.
     """
-    session, got = open_session(path)
+    session, got = start_onnx(path)
     try:
         start = time.perf_counter()
         (output,) = session.run(None, dict(inputs))
         return np.asarray(output), got, time.perf_counter() - start
     except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
-        raise ExportError(f"ONNX Runtime cannot run {Path(path).name}: {' '.join(str(error).split())[:300]}") from None
+        raise ExportError(f"ONNX Runtime cannot run {path.name}: {one_line(error)}") from None

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from avsep.errors import ExportError
 from avsep.export.build.operators import nodes
-from avsep.export.build.parity import open_session
+from avsep.export.runtime.sessions import start_onnx
 
 __all__ = ["HALF_MAX", "HALF_OPERATORS", "body_nodes", "check_activations", "to_half"]
 
@@ -163,7 +163,7 @@ def check_activations(path: Path, model_half: Any, feeds: Mapping[str, Array]) -
     names = [name for name in producers if name in wanted]
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
-    session, _ = open_session(model.SerializeToString())
+    session, _ = start_onnx(model.SerializeToString())
     peak = 0.0
     for name, value in zip(names, session.run(None, dict(feeds)), strict=True):
         finite = value[~np.isinf(value)] if producers[name].op_type == "Where" else value

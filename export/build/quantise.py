@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avsep.errors import ExportError
-from avsep.export.build.parity import open_session
 from avsep.export.build.precision import body_nodes
+from avsep.export.runtime.sessions import start_onnx
 
 __all__ = ["Calibrated", "calibrate", "quantisable", "quantise", "rank_layers", "select_layers"]
 
@@ -190,6 +190,8 @@ def rank_layers(
 ) -> list[tuple[str, float]]:
     """The layers with the error that each makes when quantised alone, the least harmful first: energy of the change
     in the output relative to the output's, in dB. ``progress`` is called with the number of layers done."""
+    import onnx
+
     expected = _outputs(calibrated.path, feeds)
     found = []
     with tempfile.TemporaryDirectory(prefix="avsep-int8-") as folder:
@@ -197,7 +199,7 @@ def rank_layers(
         for number, layer in enumerate(calibrated.layers):
             if progress is not None:
                 progress(number)
-            _save(quantise(calibrated, [layer]), file)
+            onnx.save(quantise(calibrated, [layer]), str(file))
             error = sum(
                 float(np.sum((got - want).astype(np.float64) ** 2))
                 for got, want in zip(_outputs(file, feeds), expected, strict=True)
@@ -225,14 +227,8 @@ def select_layers(names: Sequence[str], passes: Callable[[tuple[str, ...]], bool
 
 
 def _outputs(path: Path, feeds: Sequence[Mapping[str, Array]]) -> list[Array]:
-    session, _ = open_session(path)
+    session, _ = start_onnx(path)
     return [np.asarray(session.run(None, dict(feed))[0]) for feed in feeds]
-
-
-def _save(model: Any, path: Path) -> None:
-    import onnx
-
-    onnx.save(model, str(path))
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def device_readme(manifest: Mapping[str, Any]) -> str:
         example_features="{" + ", ".join(f'"{role}": ...' for role in roles) + "}",
         example_classes=shlex.quote(",".join(manifest["classes"][:2]) or "0,1"),
         features_option=" --features features.npz" if roles else "",
-        features_note="\nfeatures.npz comes from `avsep data features`.\n" if roles else "",
+        features_note="\nfeatures.npz comes from `avsep data features`." if roles else "",
         classes=_classes(manifest["classes"]),
         golden=main["golden"],
         output=main["outputs"][0]["name"],

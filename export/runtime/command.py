@@ -25,7 +25,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Separate one WAV file. Returns 0; 2 after a mistake, which is one line; 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}",
+        prog="avsep-runtime" if __package__ == "avsep_runtime" else f"python -m {__package__}",
         description="Separate a WAV file with an exported bundle; needs NumPy and what runs the graph.",
     )
     parser.add_argument("bundle", help="folder or tar of avsep export")

@@ -168,7 +168,7 @@ def make_logger(trt: Any, verbose: bool) -> Any:
     for as long as any of its objects lives, and holds no reference to it.
     """
 
-    class Log(trt.ILogger):  # type: ignore[misc]  # a class of a module that may not be there
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

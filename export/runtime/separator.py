@@ -31,7 +31,7 @@ from .errors import AudioError, ConfigError, DataError, NumericalError
 from .reader import Bundle, Graph, open_bundle
 from .recordings import ids_of_classes
 from .sessions import Engine, open_session
-from .timeline import VisualSource, VisualTimeline
+from .timeline import VisualSource, VisualTimeline, timeline_of
 
 __all__ = ["Separator", "Stream"]
 
@@ -339,10 +339,7 @@ class Separator:
             if not self._sources:
                 views.append(_View(name, {}, None))
                 continue
-            if features is None or name not in features:
-                has = ", ".join(sorted(features or {})) or "none"
-                raise DataError(f"there are no pictures or features of class '{name}': there are those of {has}")
-            given = features[name]
+            given = timeline_of(features or {}, name)
             if isinstance(given, VisualTimeline):
                 view = _View(name, {}, given)
             else:
@@ -403,15 +400,11 @@ class Separator:
         return sights, VisualTimeline(**arrays)
 
     def _seen(self, view: _View, starts: Sequence[int], total: int) -> dict[str, Array]:
-        """The graph's inputs of one source in each chunk: [b, D], [b, D, T] and, where it is asked for, [b, T].
-
-        The object is looked up at the middle of what the chunk holds of the recording, motion over the whole chunk.
-        """
+        """The graph's inputs of one source in each chunk: [b, D], [b, D, T] and, where it is asked for, [b, T]."""
         rows: dict[str, list[Array]] = {}
         for start in starts:
             for source in self._sources:
-                length = min(self.clip_samples, total - start) if source.role == "object" else self.clip_samples
-                middle_s = (start + length // 2) / self.sample_rate_hz
+                middle_s = source.middle_s(start, self.clip_samples, total, self.sample_rate_hz)
                 encoded = self._encode(source, view.read(source, middle_s, self._clip_s), view.name)
                 if source.role == "motion":
                     steps = int(self._shapes["motion_features"][-1])

@@ -11,6 +11,7 @@ import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -82,7 +83,7 @@ def check_provider(name: str, known: Sequence[str] = PROVIDERS) -> None:
 
 
 def start_onnx(
-    model: bytes | str, where: str, provider: str = "cpu", threads: int = 0, *, fall_back: bool = False
+    model: bytes | Path, where: str = "", provider: str = "cpu", threads: int = 0, *, fall_back: bool = False
 ) -> tuple[Any, str]:
     """Load a graph in ONNX Runtime: the session, and the provider that really runs it.
 
@@ -91,7 +92,7 @@ def start_onnx(
 
     Args:
         model: the graph, or its path.
-        where: names it in errors.
+        where: names it in errors; the name of its file when empty.
         provider: a key of :data:`ONNX_PROVIDERS`.
         threads: of one operator; 0 leaves it to ONNX Runtime.
         fall_back: go on where another provider runs than the one asked for.
@@ -100,6 +101,8 @@ def start_onnx(
         ExportError: onnxruntime is missing, the provider cannot run here, or the graph is damaged.
     """
     ort = _onnxruntime()
+    graph, name = (str(model), model.name) if isinstance(model, Path) else (model, "the graph")
+    where = where or name
     wanted, cpu = ONNX_PROVIDERS[provider], ONNX_PROVIDERS["cpu"]
     available = ort.get_available_providers()
     if wanted not in available and not fall_back:
@@ -115,7 +118,7 @@ def start_onnx(
         banner = io.StringIO()  # and ONNX Runtime's own retry one on the output; old ones know no enable_fallback
         try:
             with contextlib.redirect_stdout(banner):
-                session = ort.InferenceSession(model, options, providers=[wanted], enable_fallback=0)
+                session = ort.InferenceSession(graph, options, providers=[wanted], enable_fallback=0)
             if told := re.search(r"^EP Error (.*?) when using", banner.getvalue(), re.DOTALL | re.MULTILINE):
                 reason = one_line(told[1])
         except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
@@ -124,7 +127,7 @@ def start_onnx(
             ort.set_default_logger_severity(2)  # its default
     if session is None:  # the CPU, where it was asked for; else to tell a damaged graph from a provider that fails
         try:
-            session = ort.InferenceSession(model, options, providers=[cpu])
+            session = ort.InferenceSession(graph, options, providers=[cpu])
         except Exception as error:  # as above
             raise ExportError(f"ONNX Runtime cannot load {where} ({one_line(error)}): export it again") from None
     session.disable_fallback()  # a failing call is an error, not a slow answer

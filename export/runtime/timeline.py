@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from .errors import DataError
 from .files import atomic_path
 
-__all__ = ["VisualSource", "VisualTimeline", "read_visual_file", "write_visual_file"]
+__all__ = ["VisualSource", "VisualTimeline", "read_visual_file", "timeline_of", "write_visual_file"]
 
 Array = NDArray[Any]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class VisualSource:
     name: str = ""
     dim: int = 0
     frames: int = 0
+
+    def middle_s(self, start: int, clip_samples: int, total_samples: int, rate_hz: int) -> float:
+        """The moment that a chunk from sample ``start`` on is looked up at, in seconds of the recording.
+
+        Of an object the middle of what the chunk holds of the recording, of motion that of the whole chunk.
+        """
+        length = min(clip_samples, total_samples - start) if self.role == "object" else clip_samples
+        return (start + length // 2) / rate_hz
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,14 @@ class VisualTimeline:
         kinds = [f"{name} frames" for name in ("object", "motion") if getattr(self, name) is not None]
         kinds += [f"features '{name}'" for name in self.features]
         return ", ".join(kinds) or "nothing to see"
+
+
+def timeline_of(timelines: Mapping[str, _T], name: str) -> _T:
+    """What there is to see of a class; raises :class:`DataError`, with the classes that there are, where it lacks."""
+    if name not in timelines:
+        has = ", ".join(sorted(timelines)) or "none"
+        raise DataError(f"there are no pictures or features of class '{name}': there are those of {has}")
+    return timelines[name]
 
 
 def _round(value: float) -> int:

@@ -421,7 +421,7 @@ class _Bar:
 def _monitor(trt: Any, report: Report, cancel: threading.Event, failures: list[BaseException]) -> Any:
     """What TensorRT calls, from any of its threads, as the build goes on. An exception may not reach it."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # a class of a module that may not be there
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.lock = threading.Lock()

@@ -417,7 +417,7 @@ def test_a_fixed_graph_serves_any_number_of_mixtures_and_sources(exported):
     )
     mixture = torch.cat((batch.mixture, batch.mixture.flip(1)))
     ids = torch.tensor([[0, 1, 2], [3, 2, 1]])
-    got = graph_separator(folder / "separator.onnx", separator, plan)(mixture, three, ids)
+    got = graph_separator(folder / "separator.onnx", separator)(mixture, three, ids)
     with torch.inference_mode():
         expected = separator.separate(mixture, three, ids)
     assert (got - expected).abs().max() < 1e-5
@@ -445,7 +445,7 @@ def test_motion_of_another_length_says_what_to_set(exported):
     longer = dataclasses.replace(visual, motion=torch.cat((visual.motion, visual.motion), dim=3))
     steps = longer.motion.shape[3]
     with pytest.raises(ExportError, match=f"motion_steps={steps}"):
-        graph_separator(folder / "separator.onnx", separator, plan)(held_out[0].mixture, longer, held_out[0].class_ids)
+        graph_separator(folder / "separator.onnx", separator)(held_out[0].mixture, longer, held_out[0].class_ids)
 
 
 def test_a_store_that_is_gone_is_named(tone_run, tmp_path):
