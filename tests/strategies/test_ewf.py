@@ -79,13 +79,14 @@ def test_it_trains_with_lwfs_loss():
 
 def test_batch_norm_is_estimated_anew_from_training_mixtures():
     student, teacher = student_and_teacher()
-    data = GivenData([make_step(student, rows=rows).batch for rows in (slice(0, 2), slice(1, 3))])
+    batches = [make_step(student, rows=rows).batch for rows in (slice(0, 2), slice(1, 3))]
+    data = GivenData(batches)
     before = _copy(student)
     STRATEGIES.create("ewf", {"reestimate_batch_norm": True}).after_task(
         TaskContext(TASK, student.eval(), teacher, data)
     )
     assert data.asked == [(256, 16)]
-    inputs = [student.analyse(batch.sources).network_input for batch in data.made]
+    inputs = [student.analyse(batch.sources).network_input for batch in batches]
     norm = student.audio_encoder.input_norm
     torch.testing.assert_close(norm.running_mean, torch.stack([x.mean() for x in inputs]).mean()[None])
     torch.testing.assert_close(norm.running_var, torch.stack([x.var() for x in inputs]).mean()[None])
