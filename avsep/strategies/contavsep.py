@@ -146,5 +146,5 @@ class ContAVSep(Strategy):
         features = student["motion"].detach().clone()
         if teacher is not None and rows is not None:
             features[rows] = teacher["motion"].to(features.dtype)
-        equal = torch.unique(features, dim=0, return_inverse=True)[1]
+        equal: Tensor = torch.unique(features, dim=0, return_inverse=True)[1]
         return 2 * equal + step.all_old.flatten()  # an old source and a new one are never of one video
