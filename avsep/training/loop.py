@@ -159,10 +159,8 @@ class TaskLoop:
         self.record = TaskRecord(**state["progress"]["record"])
         self._best = state.get("best") or {}
 
-    def checkpoint(self, log: TaskLog | None = None, bars: Progress | None = None, bar: Any = None) -> None:
+    def checkpoint(self) -> None:
         """Store where the task stands, once its weights are known to be finite."""
-        if log is not None:
-            self._flush(log, bars or Progress(), bar)
         _check_finite(self._student, self._task, self.record.step, self._folder)
         self.record.seconds = time.perf_counter() - self._started
         if not self._ranks.first:
@@ -196,10 +194,11 @@ class TaskLoop:
             for batch in self._mixtures.training_batches(data, record.step - record.epoch * steps):
                 self._step(batch, total)
                 bars.advance(bar)
-                if record.step % LOG_EVERY == 0:
+                stores = record.step % train.checkpoint_every == 0 and record.step % steps != 0
+                if stores or record.step % LOG_EVERY == 0:
                     self._flush(log, bars, bar)
-                if record.step % train.checkpoint_every == 0 and record.step % steps:
-                    self.checkpoint(log, bars, bar)
+                if stores:
+                    self.checkpoint()
             record.epoch += 1
             self._flush(log, bars, bar)
             if record.epoch % train.validate_every == 0 or record.epoch == train.epochs:
