@@ -122,12 +122,12 @@ def test_reading_a_given_store(tone_store, crop):
     assert [f() for f in case.variants.values()] == [4, 4]
 
 
-@pytest.mark.slow
 def test_all_runs_every_group(monkeypatch, tmp_path):
     made = []
     for name in ("data_cases", "metrics_cases", "train_cases"):
         monkeypatch.setattr(cases, name, lambda *_, name=name, **__: (made.append(name), iter([simple_case(name)]))[1])
     monkeypatch.setattr(cases, "temporary_store", lambda *_, **__: None)
+    monkeypatch.setattr("avsep.data.store.sharding.shard_store", lambda *_, **__: None)
     out = tmp_path / "results.csv"
     assert bench("all", "--repeats", 1, "--out", out) == 0
     assert made == ["data_cases", "metrics_cases", "train_cases"]
