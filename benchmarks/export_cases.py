@@ -31,9 +31,10 @@ from avsep.benchmarks.measure import (
 )
 from avsep.environment import version_of
 from avsep.errors import AvsepError, ConfigError, ExportError, MissingExtraError
+from avsep.export.runtime.calls import GraphCall
 from avsep.export.runtime.reader import Bundle, Graph, open_bundle
 from avsep.export.runtime.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
-from avsep.export.runtime.transforms import istft, stft
+from avsep.export.runtime.transforms import istft
 from avsep.export.runtime.verify import compare
 
 if TYPE_CHECKING:
@@ -250,20 +251,14 @@ def _chunk(bundle: Bundle, graph: Graph) -> _Chunk:
 
 
 def _graph_call(bundle: Bundle, graph: Graph, engine: Engine, chunk: _Chunk) -> Callable[[], Array]:
-    """Waveform to waveforms: for a spectral graph with the transforms in NumPy, as the runtime has them."""
-    transform = bundle.manifest["transform"]
-    inputs = dict(chunk.inputs)
+    """Waveform to waveforms, as the runtime calls a graph: the transforms of a spectral one in NumPy."""
 
-    def whole() -> Array:
-        (output,) = engine.run({"mixture": chunk.mixture, **inputs}).values()
+    def run(given: dict[str, Array]) -> Array:
+        (output,) = engine.run(given).values()
         return output
 
-    def spectral() -> Array:
-        spectrum = stft(chunk.mixture, n_fft=transform["n_fft"], hop=transform["hop"], padding=transform["padding"])
-        (output,) = engine.run({"spectrum": spectrum, **inputs}).values()
-        return np.clip(istft(output, hop=transform["hop"], length=chunk.mixture.shape[1]), -1, 1)
-
-    return spectral if graph.kind == "spectral" else whole
+    call = GraphCall(run, graph.kind == "spectral", bundle.manifest["transform"])
+    return lambda: call(chunk.mixture, chunk.inputs)
 
 
 def _graph_variants(
