@@ -17,6 +17,7 @@ from avsep.cli import main as avsep_main
 from avsep.errors import ConfigError, ExportError, UnknownNameError
 from avsep.export.build.plan import ExportPlan
 from avsep.export.bundle.export import export
+from avsep.export.runtime import calls as calls_of_graphs
 from avsep.separator import build_separator, save_separator
 
 FRONT_END = {"sample_rate_hz": 11025, "clip_samples": 8191, "n_fft": 254, "hop": 64, "log_rows": 128}
@@ -111,8 +112,8 @@ def test_a_provider_that_fell_back_is_named_as_what_it_was(folder):
 
 def test_a_spectral_tar_is_timed_with_its_transforms(folder, monkeypatch):
     calls = []
-    original = export_cases.stft
-    monkeypatch.setattr(export_cases, "stft", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = calls_of_graphs.stft
+    monkeypatch.setattr(calls_of_graphs, "stft", lambda *a, **k: calls.append(1) or original(*a, **k))
     rows = by_name(measure(folder, "spectral.tar", run=folder / "separator", providers=["cpu"]))
     assert len(calls) == 2 + 3  # warm-up, then each repeat
     row = rows["ONNX Runtime CPU fp32"]
