@@ -236,7 +236,6 @@ class _Turns:
             {k: v.detach().requires_grad_(k in leaves) for k, v in (prepare(s) if prepare else s).items()} for s in sets
         ]
         self._leaves, self._run = leaves, variant.run
-        self._timed = variant.timed_outputs if variant.timed_outputs is not None else case.timed_outputs
         self._count = 0
         self._upstream: list[Tensor] = []
 
@@ -250,8 +249,6 @@ class _Turns:
     def total(self) -> object:
         inputs = self._next()
         outputs = self._run(inputs)
-        if self._timed is not None:
-            outputs = [outputs[k] for k in self._timed]
         if not self._upstream:
             self._upstream = [torch.ones_like(o) for o in outputs]
         return torch.autograd.grad(outputs, [inputs[name] for name in self._leaves], self._upstream, allow_unused=True)

@@ -75,7 +75,6 @@ def cross_sdc(
         temperature=temperature,
         teacher_rows=teacher_rows,
         unimodal=within,
-        include_self=not within,
     )
     return result.instance, result.class_
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avsep.errors import ConfigError
-from avsep.kernels._backend import VARIABLE, choose_backend
+from avsep.kernels._backend import choose_backend
 
 __all__ = ["SimilarityDistillation", "similarity_distillation"]
 
@@ -25,11 +23,10 @@ _EXCLUDED = -1e30
 
 
 class SimilarityDistillation(NamedTuple):
-    """Scalars: the instance term, the class term, and ``weight_instance * instance + weight_class * class_``."""
+    """The instance term and the class term, scalars."""
 
     instance: Tensor
     class_: Tensor
-    total: Tensor
 
 
 def similarity_distillation(
@@ -38,16 +35,13 @@ def similarity_distillation(
     class_ids: Tensor,
     *,
     temperature: float = 0.05,
-    weight_instance: float = 0.1,
-    weight_class: float = 0.3,
     teacher_rows: Tensor | None = None,
     symmetric: bool = True,
-    include_self: bool = True,
     average_class: bool = True,
     unimodal: bool = False,
     backend: str = "auto",
 ) -> SimilarityDistillation:
-    """CrossSDC's instance and class terms over n rows.
+    """Compute CrossSDC's instance and class terms over n rows.
 
     For every pair of modalities the scores are S = U V^T / temperature with rows of U and V at length 1, and a term is
     the mean over both directions of CE(S, E) = -1/n sum_p [sum_q E_pq log softmax_q(S_p.)] / sum_q E_pq, with E_pq = 1
@@ -60,16 +54,15 @@ def similarity_distillation(
         instance_ids: [n] integers; rows with equal ids are of one instance (video).
         class_ids: [n] integers, likewise for classes.
         temperature: above 0.
-        weight_instance: of the instance term in ``total``.
-        weight_class: of the class term in ``total``.
         teacher_rows: [n] bool, rows that carry no gradient.
         symmetric: False keeps the direction from the earlier to the later modality only.
-        include_self: False takes p = q out of positives and softmax; a term is then the mean over the rows that have a
-            positive left, and 0 if none has.
         average_class: False replaces the class term's division by the number of positives and by n with one by n^2
             (the unnormalised term of AV-CIL's released code).
-        unimodal: compare each modality with itself rather than with the others; needs ``include_self=False``.
-        backend: ``auto``, ``torch`` or ``triton``.
+        unimodal: compare each modality with itself rather than with the others. No row is then compared with itself:
+            p = q is taken out of positives and softmax, and a term is the mean over the rows that have a positive left
+            (0 if none has).
+        backend: ``auto``, ``torch`` or ``triton``. Triton does not run inside ``torch.compile``: ``auto`` takes PyTorch
+            there.
 
     Raises:
         ValueError: for wrong shapes, types, devices, an empty batch, too few modalities or a temperature not above 0.
@@ -79,28 +72,21 @@ def similarity_distillation(
         Pian et al., Continual Audio-Visual Sound Separation, NeurIPS 2024. Pian et al., Audio-Visual Class-Incremental
         Learning, ICCV 2023 (``symmetric=False``, ``average_class=False``).
     """
-    _check(modalities, instance_ids, class_ids, temperature, teacher_rows, include_self, unimodal)
+    _check(modalities, instance_ids, class_ids, temperature, teacher_rows, unimodal)
     if _takes_triton(backend, modalities):
-        options = (temperature, weight_instance, weight_class, symmetric, include_self, average_class, unimodal)
-        if torch.compiler.is_compiling():
-            found = torch.ops.avsep.similarity_distillation(
-                list(modalities), instance_ids, class_ids, teacher_rows, *options
-            )
-        else:
-            found = _Triton.apply(instance_ids, class_ids, teacher_rows, options, *modalities)
-        return SimilarityDistillation(*found[:3])
+        options = (temperature, symmetric, average_class, unimodal)
+        apply: Callable[..., tuple[Tensor, Tensor]] = _Triton.apply
+        return SimilarityDistillation(*apply(instance_ids, class_ids, teacher_rows, options, *modalities))
     with torch.autocast(modalities[0].device.type, enabled=False):
-        instance, class_ = _terms(
+        return _terms(
             _stack_rows(modalities, teacher_rows),
             instance_ids,
             class_ids,
             scale=1.0 / temperature,
             symmetric=symmetric,
-            include_self=include_self,
             average_class=average_class,
             unimodal=unimodal,
         )
-        return SimilarityDistillation(instance, class_, weight_instance * instance + weight_class * class_)
 
 
 def _stack_rows(modalities: Sequence[Tensor], teacher_rows: Tensor | None) -> Tensor:
@@ -110,7 +96,7 @@ def _stack_rows(modalities: Sequence[Tensor], teacher_rows: Tensor | None) -> Te
     x = torch.stack([F.pad(m.to(dtype), (0, width - m.shape[1])) for m in modalities])
     if teacher_rows is not None:
         x = torch.where(teacher_rows[None, :, None], x.detach(), x)
-    length = torch.linalg.vector_norm(x, dim=2, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(x, dim=2, keepdim=True)
     return x / length.clamp_min(1e-12) * (length > 1e-12)
 
 
@@ -121,10 +107,9 @@ def _terms(
     *,
     scale: float,
     symmetric: bool,
-    include_self: bool,
     average_class: bool,
     unimodal: bool,
-) -> tuple[Tensor, Tensor]:
+) -> SimilarityDistillation:
     """x [M, n, D], rows at length 1 -> instance and class term."""
     count, n = x.shape[:2]
     if unimodal:
@@ -133,9 +118,9 @@ def _terms(
         first = [i for i in range(count) for _ in range(i + 1, count)]
         second = [j for i in range(count) for j in range(i + 1, count)]
     u, v = (x if unimodal else x[first]), (x if unimodal else x[second])  # [P, n, D]
-    rows, columns = _log_sum_exps(u * scale, v, include_self)
+    rows, columns = _log_sum_exps(u * scale, v, unimodal)
     lse = ((rows + columns) / 2 if symmetric else rows).mean(dim=0)  # [n], shared by both terms
-    own = None if include_self else (u * v).sum(dim=2).mean(dim=0)  # [n], the scores p = q before scaling
+    own = (u * v).sum(dim=2).mean(dim=0) if unimodal else None  # [n], the scores p = q before scaling
     terms = []
     for ids, average in ((instance_ids, True), (class_ids, average_class)):
         group = _group_index(ids)  # [n], values below n
@@ -144,17 +129,18 @@ def _terms(
         products = (sums[first] * sums[second]).sum(dim=2).mean(dim=0)  # [n]: sum of S_pq over p, q of each group
         if own is not None:
             products = products - torch.zeros_like(lse).index_add(0, group, own)
-        per_row = size[group]  # [n]
-        positives = size if include_self else size - 1
-        if not average:
-            row_weight = (per_row if include_self else per_row - 1) / n**2
-            group_weight = torch.full_like(size, 1 / n**2)
+        positives = size - 1 if unimodal else size
+        per_row = positives[group]  # [n]
+        if average:
+            kept = (per_row > 0).to(x.dtype)
+            rows_kept = kept.sum().clamp_min(1)
+            row_weight = kept / rows_kept
+            group_weight = (positives > 0) / (positives.clamp_min(1) * rows_kept)
         else:
-            kept = torch.ones_like(lse) if include_self else (per_row > 1).to(x.dtype)
-            row_weight = kept / kept.sum().clamp_min(1)
-            group_weight = (positives > 0) / (positives.clamp_min(1) * kept.sum().clamp_min(1))
+            row_weight = per_row / n**2
+            group_weight = torch.full_like(size, 1 / n**2)
         terms.append((row_weight * lse).sum() - scale * (group_weight * products).sum())
-    return terms[0], terms[1]
+    return SimilarityDistillation(*terms)
 
 
 def _group_index(ids: Tensor) -> Tensor:
@@ -164,31 +150,33 @@ def _group_index(ids: Tensor) -> Tensor:
     return torch.empty_like(number).scatter(0, order, number)
 
 
-def _log_sum_exps(u: Tensor, v: Tensor, include_self: bool) -> tuple[Tensor, Tensor]:
-    """Log-sum-exps of the rows and of the columns of U V^T: [P, n, D] twice -> [P, n] twice."""
+def _log_sum_exps(u: Tensor, v: Tensor, unimodal: bool) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps of the rows and of the columns of U V^T, without its diagonal if ``unimodal``: [P, n, D] twice ->
+    [P, n] twice."""
     n = u.shape[1]
     if n <= _DENSE_ROWS:
         scores = u @ v.transpose(1, 2)  # [P, n, n]
-        if not include_self:
+        if unimodal:
             scores = scores.masked_fill(torch.eye(n, dtype=torch.bool, device=u.device), _EXCLUDED)
         return scores.logsumexp(dim=2), scores.logsumexp(dim=1)
-    return _BlockLogSumExps.apply(u, v, include_self)
+    apply: Callable[..., tuple[Tensor, Tensor]] = _BlockLogSumExps.apply
+    return apply(u, v, unimodal)
 
 
 class _BlockLogSumExps(torch.autograd.Function):
     """The same in blocks of rows; backward recomputes them, so that memory is O(n D) and one block."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor, include_self: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, u: Tensor, v: Tensor, unimodal: bool) -> tuple[Tensor, Tensor]:
         pairs, n, _ = u.shape
         rows = u.new_empty(pairs, n)
         columns = u.new_full((pairs, n), -math.inf)
         for begin, end in _blocks(pairs, n):
-            scores = _block_scores(u, v, begin, end, include_self)  # [P, r, n]
+            scores = _block_scores(u, v, begin, end, unimodal)  # [P, r, n]
             rows[:, begin:end] = scores.logsumexp(dim=2)
             columns = torch.logaddexp(columns, scores.logsumexp(dim=1))
         ctx.save_for_backward(u, v, rows, columns)
-        ctx.include_self = include_self
+        ctx.unimodal = unimodal
         return rows, columns
 
     @staticmethod
@@ -198,7 +186,7 @@ class _BlockLogSumExps(torch.autograd.Function):
         pairs, n, _ = u.shape
         grad_u, grad_v = torch.empty_like(u), torch.zeros_like(v)
         for begin, end in _blocks(pairs, n):
-            scores = _block_scores(u, v, begin, end, ctx.include_self)
+            scores = _block_scores(u, v, begin, end, ctx.unimodal)
             grad = (scores - columns[:, None, :]).exp_().mul_(grad_columns[:, None, :])
             grad += scores.sub_(rows[:, begin:end, None]).exp_().mul_(grad_rows[:, begin:end, None])  # [P, r, n]
             grad_u[:, begin:end] = grad @ v
@@ -211,9 +199,9 @@ def _blocks(pairs: int, n: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + rows, n)) for begin in range(0, n, rows)]
 
 
-def _block_scores(u: Tensor, v: Tensor, begin: int, end: int, include_self: bool) -> Tensor:
+def _block_scores(u: Tensor, v: Tensor, begin: int, end: int, unimodal: bool) -> Tensor:
     scores = u[:, begin:end] @ v.transpose(1, 2)
-    if not include_self:
+    if unimodal:
         scores.diagonal(begin, 1, 2).fill_(_EXCLUDED)
     return scores
 
@@ -224,16 +212,13 @@ def _check(
     class_ids: Tensor,
     temperature: float,
     teacher_rows: Tensor | None,
-    include_self: bool,
     unimodal: bool,
 ) -> None:
     if len(modalities) < (1 if unimodal else 2):
         raise ValueError(
             f"similarity_distillation compares modalities and got {len(modalities)}: give two or more"
-            + ("" if unimodal or not modalities else ", or unimodal=True with include_self=False")
+            + ("" if unimodal or not modalities else ", or unimodal=True")
         )
-    if unimodal and include_self:
-        raise ValueError("unimodal=True compares every row with itself: pass include_self=False with it")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
     first = modalities[0]
@@ -264,81 +249,19 @@ def _check(
             raise ValueError(f"teacher_rows must be on {first.device}, got {teacher_rows.device}")
 
 
-# The Triton path. What is compiled sees an operator of PyTorch; eager mode, where the operator's own machinery would
-# cost more than the kernels at the paper's size, goes straight to the launchers.
+# The Triton path: an autograd function rather than a registered operator, whose own machinery costs twice as much as
+# this one on the CPU, which at the paper's size is what a call takes.
 
 _TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Up to here a launch saved is worth more than the work that programs do over again.
-_DIRECT_ROWS = 512
-_DIRECT_WIDTH = 256
-_DIRECT_MODALITIES = 3
-_SHORT_CODE_ROWS = 1 << 16
 
 
 def _takes_triton(backend: str, modalities: Sequence[Tensor]) -> bool:
-    first = modalities[0]
-    if choose_backend(backend, "similarity_distillation", first.shape[0], first.device) == "torch":
-        return False
+    obstacle = "does not run inside torch.compile" if torch.compiler.is_compiling() else ""
     for m in modalities:
         if m.dtype not in _TRITON_TYPES:
-            if backend == "triton" or (backend == "auto" and os.environ.get(VARIABLE) == "triton"):
-                raise ConfigError(
-                    "similarity_distillation in Triton takes float32, float16 and bfloat16, got "
-                    f"{m.dtype}: use backend='torch'"
-                )
-            return False
-    return not torch.compiler.is_exporting()
-
-
-def code_words(modalities: Sequence[Tensor]) -> int:
-    """0 where every program of the Triton path scales and compares the few rows it reads itself; where they are
-    prepared by kernels of their own, how many 32-bit words hold a row's two ids."""
-    first = modalities[0]
-    n = first.shape[0]
-    alike = all(m.shape[1] == first.shape[1] and m.dtype == first.dtype for m in modalities)
-    # at width 1 Triton would make constants of the strides
-    if alike and n <= _DIRECT_ROWS and 1 < first.shape[1] <= _DIRECT_WIDTH and len(modalities) <= _DIRECT_MODALITIES:
-        return 0
-    return 1 if n <= _SHORT_CODE_ROWS else 2
-
-
-def stats_size(modalities: Sequence[Tensor], symmetric: bool, unimodal: bool) -> int:
-    """How many fp32 values the Triton path keeps for its backward pass.
-
-    For every row its ids where they are prepared, the log-sum-exps of all directions, the numbers of its positives and
-    the sums of their scores, by instance and by class; and two numbers for all rows.
-    """
-    count = len(modalities)
-    pairs = count if unimodal else count * (count - 1) // 2
-    directions = 2 * pairs if symmetric and not unimodal else pairs
-    return (code_words(modalities) + directions + 2 + 2 * pairs) * modalities[0].shape[0] + 2
-
-
-def _forward(
-    modalities: Sequence[Tensor], instance_ids: Tensor, class_ids: Tensor, options: tuple[Any, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from avsep.kernels.similarity_distillation import triton_kernel
-
-    return triton_kernel.forward(modalities, instance_ids, class_ids, triton_kernel.Options(*options))
-
-
-def _backward(
-    gradients: Sequence[Tensor | None],
-    modalities: Sequence[Tensor],
-    instance_ids: Tensor,
-    class_ids: Tensor,
-    teacher_rows: Tensor | None,
-    stats: Tensor,
-    options: tuple[Any, ...],
-) -> list[Tensor]:
-    from avsep.kernels.similarity_distillation import triton_kernel
-
-    if None in gradients:
-        zero = torch.zeros((), dtype=torch.float32, device=stats.device)
-        gradients = [zero if g is None else g for g in gradients]
-    return triton_kernel.backward(
-        gradients, modalities, instance_ids, class_ids, teacher_rows, stats, triton_kernel.Options(*options)
-    )
+            obstacle = f"takes float32, float16 and bfloat16, got {m.dtype}"
+    size, device = modalities[0].shape[0], modalities[0].device
+    return choose_backend(backend, "similarity_distillation", size, device, obstacle=obstacle) == "triton"
 
 
 class _Triton(torch.autograd.Function):
@@ -348,125 +271,33 @@ class _Triton(torch.autograd.Function):
         instance_ids: Tensor,
         class_ids: Tensor,
         teacher_rows: Tensor | None,
-        options: tuple[Any, ...],
+        options: tuple[float, bool, bool, bool],
         *modalities: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        instance, class_, total, stats = _forward(modalities, instance_ids, class_ids, options)
-        ctx.save_for_backward(instance_ids, class_ids, teacher_rows, stats, *modalities)
+    ) -> tuple[Tensor, Tensor]:
+        from avsep.kernels.similarity_distillation import triton_kernel
+
+        instance, class_, *kept = triton_kernel.forward(
+            modalities, instance_ids, class_ids, triton_kernel.Options(*options)
+        )
+        ctx.save_for_backward(instance_ids, class_ids, teacher_rows, *kept, *modalities)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return instance, class_, total
+        return instance, class_
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        instance_ids, class_ids, teacher_rows, stats, *modalities = ctx.saved_tensors
-        found = _backward(gradients, modalities, instance_ids, class_ids, teacher_rows, stats, ctx.options)
+        from avsep.kernels.similarity_distillation import triton_kernel
+
+        instance_ids, class_ids, teacher_rows, codes, stats, *modalities = ctx.saved_tensors
+        found = triton_kernel.backward(
+            [torch.zeros((), device=stats.device) if g is None else g for g in gradients],
+            modalities,
+            instance_ids,
+            class_ids,
+            teacher_rows,
+            codes,
+            stats,
+            triton_kernel.Options(*ctx.options),
+        )
         return (None, None, None, None, *found)
-
-
-_OPTIONS = (
-    "float temperature, float weight_instance, float weight_class, bool symmetric, bool include_self, "
-    "bool average_class, bool unimodal"
-)
-_INPUTS = "Tensor[] modalities, Tensor instance_ids, Tensor class_ids, Tensor? teacher_rows"
-
-
-@torch.library.custom_op(
-    "avsep::similarity_distillation",
-    mutates_args=(),
-    schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _operator(
-    modalities: list[Tensor],
-    instance_ids: Tensor,
-    class_ids: Tensor,
-    teacher_rows: Tensor | None,
-    temperature: float,
-    weight_instance: float,
-    weight_class: float,
-    symmetric: bool,
-    include_self: bool,
-    average_class: bool,
-    unimodal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Instance term, class term, weighted sum, and the row statistics that backward needs."""
-    options = (temperature, weight_instance, weight_class, symmetric, include_self, average_class, unimodal)
-    return _forward(modalities, instance_ids, class_ids, options)
-
-
-@_operator.register_fake
-def _(
-    modalities: list[Tensor],
-    instance_ids: Tensor,
-    class_ids: Tensor,
-    teacher_rows: Tensor | None,
-    temperature: float,
-    weight_instance: float,
-    weight_class: float,
-    symmetric: bool,
-    include_self: bool,
-    average_class: bool,
-    unimodal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first = modalities[0]
-    terms = [first.new_empty((), dtype=torch.float32) for _ in range(3)]
-    stats = first.new_empty(stats_size(modalities, symmetric, unimodal), dtype=torch.float32)
-    return terms[0], terms[1], terms[2], stats
-
-
-@torch.library.custom_op(
-    "avsep::similarity_distillation_backward",
-    mutates_args=(),
-    schema="(Tensor instance_gradient, Tensor class_gradient, Tensor total_gradient, "
-    f"{_INPUTS}, Tensor stats, {_OPTIONS}) -> Tensor[]",
-)
-def _backward_operator(
-    instance_gradient: Tensor,
-    class_gradient: Tensor,
-    total_gradient: Tensor,
-    modalities: list[Tensor],
-    instance_ids: Tensor,
-    class_ids: Tensor,
-    teacher_rows: Tensor | None,
-    stats: Tensor,
-    temperature: float,
-    weight_instance: float,
-    weight_class: float,
-    symmetric: bool,
-    include_self: bool,
-    average_class: bool,
-    unimodal: bool,
-) -> list[Tensor]:
-    options = (temperature, weight_instance, weight_class, symmetric, include_self, average_class, unimodal)
-    gradients = (instance_gradient, class_gradient, total_gradient)
-    return _backward(gradients, modalities, instance_ids, class_ids, teacher_rows, stats, options)
-
-
-@_backward_operator.register_fake
-def _(
-    instance_gradient: Tensor,
-    class_gradient: Tensor,
-    total_gradient: Tensor,
-    modalities: list[Tensor],
-    *rest: Any,
-) -> list[Tensor]:
-    return [m.new_empty(m.shape) for m in modalities]
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    modalities, instance_ids, class_ids, teacher_rows, *options = inputs
-    ctx.save_for_backward(instance_ids, class_ids, teacher_rows, output[3], *modalities)
-    ctx.options = options
-
-
-def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-    instance_ids, class_ids, teacher_rows, stats, *modalities = ctx.saved_tensors
-    scalars = [stats.new_zeros(()) if g is None else g for g in gradients[:3]]
-    found = torch.ops.avsep.similarity_distillation_backward(
-        *scalars, modalities, instance_ids, class_ids, teacher_rows, stats, *ctx.options
-    )
-    return (found, *[None] * (3 + len(ctx.options)))
-
-
-_operator.register_autograd(_differentiate, setup_context=_keep)

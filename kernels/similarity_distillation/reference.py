@@ -49,15 +49,12 @@ def similarity_distillation_reference(
     class_ids: Tensor,
     *,
     temperature: float = 0.05,
-    weight_instance: float = 0.1,
-    weight_class: float = 0.3,
     teacher_rows: Tensor | None = None,
     symmetric: bool = True,
-    include_self: bool = True,
     average_class: bool = True,
     unimodal: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Instance term, class term and their weighted sum; arguments as those of ``similarity_distillation``."""
+) -> tuple[Tensor, Tensor]:
+    """Instance term and class term, scalars; arguments as those of ``similarity_distillation``."""
     if teacher_rows is not None:
         modalities = [torch.where(teacher_rows[:, None], m.detach(), m) for m in modalities]
     rows = [normalise(m) for m in modalities]
@@ -69,10 +66,10 @@ def similarity_distillation_reference(
         losses = []
         for i, j in pairs:
             scores = rows[i] @ rows[j].T / temperature
-            loss = cross_entropy(scores, positives, include_self=include_self, average=average)
+            loss = cross_entropy(scores, positives, include_self=not unimodal, average=average)
             if symmetric:
-                back = cross_entropy(scores.T, positives, include_self=include_self, average=average)
+                back = cross_entropy(scores.T, positives, include_self=not unimodal, average=average)
                 loss = (loss + back) / 2
             losses.append(loss)
         terms.append(torch.stack(losses).mean())
-    return terms[0], terms[1], weight_instance * terms[0] + weight_class * terms[1]
+    return terms[0], terms[1]

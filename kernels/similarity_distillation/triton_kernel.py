@@ -24,14 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from avsep.kernels._triton import AotCase, launch, next_power_of_2, torch_to_triton
-from avsep.kernels.similarity_distillation.op import code_words, stats_size
 
 __all__ = ["aot_cases", "backward", "forward"]
 
-# The buffer that forward leaves for backward has rows [n]: where rows are prepared, their ids in one or two words; the
-# log-sum-exps of every direction; the number of positives of every row, by instance and by class; the sums of the
-# positives' scores of every pair of modalities, by instance and by class. Behind them, how many rows have a positive
-# by instance and by class. ``stats`` in the kernels begins with the log-sum-exps.
+# ``stats``, which forward leaves for backward, has rows [n]: the log-sum-exps of every direction; the number of
+# positives of every row, by instance and by class; the sums of the positives' scores of every pair of modalities, by
+# instance and by class. Behind them, how many rows have a positive by instance and by class.
 
 
 @triton.jit
@@ -191,7 +189,7 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _count_pass(instance_ids, class_ids, counts, rows, n, BLOCK_N: tl.constexpr, INCLUDE_SELF: tl.constexpr):
+def _count_pass(instance_ids, class_ids, counts, rows, n, BLOCK_N: tl.constexpr, UNIMODAL: tl.constexpr):
     """The number of positives of every row, by instance and by class."""
     instance = tl.load(instance_ids + rows, mask=rows < n, other=0)
     class_ = tl.load(class_ids + rows, mask=rows < n, other=0)
@@ -200,7 +198,7 @@ def _count_pass(instance_ids, class_ids, counts, rows, n, BLOCK_N: tl.constexpr,
     for start in range(0, n, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         allowed = (columns < n)[None, :]
-        if not INCLUDE_SELF:
+        if UNIMODAL:
             allowed = allowed & (rows[:, None] != columns[None, :])
         other_instance = tl.load(instance_ids + columns, mask=columns < n, other=0)
         other_class = tl.load(class_ids + columns, mask=columns < n, other=0)
@@ -219,12 +217,12 @@ def _identify_kernel(
     n,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    INCLUDE_SELF: tl.constexpr,
+    UNIMODAL: tl.constexpr,
 ):
     """The number of positives of every row, and its ids in one number that is cheap to compare: the first row of the
     same instance in the upper half of the bits and the first of the same class in the lower."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    _count_pass(instance_ids, class_ids, counts, rows, n, BLOCK_N, INCLUDE_SELF)
+    _count_pass(instance_ids, class_ids, counts, rows, n, BLOCK_N, UNIMODAL)
     instance = tl.load(instance_ids + rows, mask=rows < n, other=0)
     class_ = tl.load(class_ids + rows, mask=rows < n, other=0)
     first_instance = rows
@@ -269,7 +267,7 @@ def _rows_pass(
     PREPARED: tl.constexpr,
     LOW: tl.constexpr,
     ONLINE: tl.constexpr,
-    INCLUDE_SELF: tl.constexpr,
+    UNIMODAL: tl.constexpr,
     POSITIVES: tl.constexpr,
 ):
     """One direction: the log-sum-exp of every row, and, if POSITIVES, the sums of its positives' scores."""
@@ -314,7 +312,7 @@ def _rows_pass(
         outside = tl.where(columns < n, 0.0, float("inf"))
         if ONLINE:
             allowed = scores - outside[None, :]
-            if not INCLUDE_SELF:
+            if UNIMODAL:
                 allowed = tl.where(rows[:, None] == columns[None, :], -float("inf"), allowed)
             higher = tl.maximum(top, tl.max(allowed, axis=1))
             total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(allowed - higher[:, None]), axis=1)
@@ -322,13 +320,13 @@ def _rows_pass(
         else:
             # no score exceeds the bound, and none is so far below it that its exponential would vanish
             value = tl.exp2(scores - (bound + outside)[None, :])
-            if not INCLUDE_SELF:
+            if UNIMODAL:
                 value = tl.where(rows[:, None] == columns[None, :], 0.0, value)
             total += tl.sum(value, axis=1)
         if POSITIVES:
             other_instance, other_class = _read_ids(instance_ids, class_ids, columns, n, PREPARED)
             same_instance, same_class = _same(instance, class_, other_instance, other_class, PREPARED)
-            if not INCLUDE_SELF:
+            if UNIMODAL:
                 scores = tl.where(rows[:, None] == columns[None, :], 0.0, scores)
             sum_instance += tl.sum(tl.where(same_instance, scores, 0.0), axis=1)
             sum_class += tl.sum(tl.where(same_class, scores, 0.0), axis=1)
@@ -367,7 +365,6 @@ def _forward_kernel(
     LOW: tl.constexpr,
     ONLINE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
-    INCLUDE_SELF: tl.constexpr,
     UNIMODAL: tl.constexpr,
 ):
     """Grid (blocks of rows, directions), and, direct, one more: programs that count positives."""
@@ -379,7 +376,7 @@ def _forward_kernel(
     if direction == directions:
         if not PREPARED:
             rows = first_row + tl.arange(0, BLOCK_M)
-            _count_pass(instance_ids, class_ids, counts, rows, n, BLOCK_N, INCLUDE_SELF)
+            _count_pass(instance_ids, class_ids, counts, rows, n, BLOCK_N, UNIMODAL)
     else:
         i, j = _compared(direction, M, UNIMODAL)
         if PREPARED:
@@ -424,7 +421,7 @@ def _forward_kernel(
                 PREPARED,
                 LOW,
                 ONLINE,
-                INCLUDE_SELF,
+                UNIMODAL,
                 True,
             )
         else:
@@ -453,7 +450,7 @@ def _forward_kernel(
                 PREPARED,
                 LOW,
                 ONLINE,
-                INCLUDE_SELF,
+                UNIMODAL,
                 False,
             )
 
@@ -463,16 +460,13 @@ def _reduce_kernel(
     stats,
     instance_out,
     class_out,
-    total_out,
     n,
-    weight_instance,
-    weight_class,
     PAIRS: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The two terms and their weighted sum, by one program, so that the order of the sum is always the same."""
+    """The two terms, by one program, so that the order of their sums is always the same."""
     lane = tl.arange(0, BLOCK)
     counts = stats + DIRECTIONS * n
     sums = counts + 2 * n
@@ -520,7 +514,6 @@ def _reduce_kernel(
         class_ = class_ / size / size
     tl.store(instance_out, instance)
     tl.store(class_out, class_)
-    tl.store(total_out, weight_instance * instance + weight_class * class_)
 
 
 @triton.jit
@@ -539,9 +532,6 @@ def _weights(count, rows_with_positives, n, AVERAGE: tl.constexpr):
 def _upstream(
     instance_gradient,
     class_gradient,
-    total_gradient,
-    weight_instance,
-    weight_class,
     rows_instance,
     rows_class,
     size,
@@ -549,9 +539,8 @@ def _upstream(
     AVERAGE: tl.constexpr,
 ):
     """The gradients of the two terms, for one direction, and a bound on what they make of the gradient of a score."""
-    upstream = tl.load(total_gradient)
-    of_instance = (tl.load(instance_gradient) + weight_instance * upstream) / directions
-    of_class = (tl.load(class_gradient) + weight_class * upstream) / directions
+    of_instance = tl.load(instance_gradient) / directions
+    of_class = tl.load(class_gradient) / directions
     largest = tl.abs(of_instance) / tl.maximum(rows_instance, 1.0)
     if AVERAGE:
         largest += tl.abs(of_class) / tl.maximum(rows_class, 1.0)
@@ -575,7 +564,6 @@ def _backward_kernel(
     stats,
     instance_gradient,  # upstream, scalars in fp32
     class_gradient,
-    total_gradient,
     out0,  # gradients [n, D] of the modalities ``first``, ``first`` + 1 and ``first`` + 2
     out1,
     out2,
@@ -585,8 +573,6 @@ def _backward_kernel(
     first,
     scale,
     inverse_temperature,
-    weight_instance,
-    weight_class,
     M: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -598,7 +584,6 @@ def _backward_kernel(
     LOW: tl.constexpr,
     TEACHER: tl.constexpr,
     SYMMETRIC: tl.constexpr,
-    INCLUDE_SELF: tl.constexpr,
     AVERAGE: tl.constexpr,
     UNIMODAL: tl.constexpr,
 ):
@@ -634,21 +619,12 @@ def _backward_kernel(
     rows_instance = tl.load(rest)
     rows_class = tl.load(rest + 1)
     gradient_instance, gradient_class, largest = _upstream(
-        instance_gradient,
-        class_gradient,
-        total_gradient,
-        weight_instance,
-        weight_class,
-        rows_instance,
-        rows_class,
-        size,
-        directions,
-        AVERAGE,
+        instance_gradient, class_gradient, rows_instance, rows_class, size, directions, AVERAGE
     )
     gradient_instance = gradient_instance / largest
     gradient_class = gradient_class / largest
 
-    uniform: tl.constexpr = AVERAGE and INCLUDE_SELF  # whether all rows' log-sum-exps have the same weight
+    uniform: tl.constexpr = AVERAGE and not UNIMODAL  # whether all rows' log-sum-exps have the same weight
     weight = (gradient_instance + gradient_class) / size
     count_instance = tl.load(counts + rows, mask=rows < n, other=0.0)
     count_class = tl.load(counts + n + rows, mask=rows < n, other=0.0)
@@ -731,7 +707,7 @@ def _backward_kernel(
             change -= tl.where(same_instance, positive_instance[:, None], 0.0)
             change -= tl.where(same_class, positive_class[:, None], 0.0)
             allowed = inside[None, :]
-            if not INCLUDE_SELF:
+            if UNIMODAL:
                 allowed = allowed & (rows[:, None] != columns[None, :])
             change = tl.where(allowed, change, 0.0)
             if LOW:
@@ -786,13 +762,10 @@ def _backward_kernel(
 
 
 class Options(NamedTuple):
-    """How the operation is asked to compute; the same for both directions of differentiation."""
+    """The operation's own arguments, the same in forward and backward."""
 
     temperature: float
-    weight_instance: float
-    weight_class: float
     symmetric: bool
-    include_self: bool
     average_class: bool
     unimodal: bool
 
@@ -819,6 +792,11 @@ class Plan(NamedTuple):
     backward: Tiles
 
 
+# Up to here a launch saved is worth more than the work that programs do over again.
+_DIRECT_ROWS = 512
+_DIRECT_WIDTH = 256
+_DIRECT_MODALITIES = 3
+_SHORT_CODE_ROWS = 1 << 16
 _PADDING = 128  # prepared memory has a multiple of as many rows
 _PREPARE_ROWS = 16
 _IDENTIFY = (64, 32)
@@ -856,10 +834,15 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _plan(modalities: Sequence[Tensor], words: int) -> Plan:
+def _plan(modalities: Sequence[Tensor]) -> Plan:
+    first = modalities[0]
+    alike = all(m.shape[1] == first.shape[1] and m.dtype == first.dtype for m in modalities)
+    few = first.shape[0] <= _DIRECT_ROWS and len(modalities) <= _DIRECT_MODALITIES
+    # at width 1 Triton would make constants of the strides
+    direct = alike and few and 1 < first.shape[1] <= _DIRECT_WIDTH
     width = max([m.shape[1] for m in modalities])
     low = torch.float32 in [m.dtype for m in modalities]
-    return plan(words > 0, width, low, _capability(modalities[0].device))
+    return plan(not direct, width, low, _capability(first.device))
 
 
 def _pairs(count: int, options: Options) -> tuple[int, int]:
@@ -907,12 +890,6 @@ def _sources(modalities: Sequence[Tensor], chosen: Plan) -> tuple[tuple[Any, ...
     return (a, b, c, a.stride(0), b.stride(0), c.stride(0)), a, 0
 
 
-def _split(kept: Tensor, n: int, words: int) -> tuple[Tensor, Tensor]:
-    """What is kept for backward -> the ids' codes [n], which are integers, and the statistics proper."""
-    codes = kept[: words * n].view(torch.int64 if words == 2 else torch.int32)
-    return codes, kept[words * n :]
-
-
 def _rows_contiguous(x: Tensor) -> Tensor:
     """As it is where a row's values lie side by side, however far apart rows are; else a contiguous copy."""
     return x if x.stride(1) == 1 and x.stride(0) != 1 else x.contiguous()
@@ -920,20 +897,20 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 def forward(
     modalities: Sequence[Tensor], instance_ids: Tensor, class_ids: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Instance term, class term and weighted sum (fp32 scalars), and what backward needs of it (fp32 or int32)."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Instance term and class term (fp32 scalars), and what backward needs: the codes of the rows' ids where rows are
+    prepared, and the statistics."""
     modalities = [_rows_contiguous(m) for m in modalities]
     instance_ids, class_ids = instance_ids.contiguous(), class_ids.contiguous()
     first = modalities[0]
     n, count, device = first.shape[0], len(modalities), first.device
-    words = code_words(modalities)
-    chosen = _plan(modalities, words)
+    chosen = _plan(modalities)
     pairs, directions = _pairs(count, options)
-    size = stats_size(modalities, options.symmetric, options.unimodal)
-    kept = stats = torch.empty(size, dtype=torch.float32, device=device)
+    stats = torch.empty((directions + 2 + 2 * pairs) * n + 2, dtype=torch.float32, device=device)
     sources, scales, padded = _sources(modalities, chosen)
+    codes = None
     if chosen.prepared:
-        codes, stats = _split(kept, n, words)
+        codes = torch.empty(n, dtype=torch.int32 if n <= _SHORT_CODE_ROWS else torch.int64, device=device)
         launch(
             _identify_kernel,
             (triton.cdiv(n, _IDENTIFY[0]),),
@@ -944,7 +921,7 @@ def forward(
             n,
             BLOCK_M=_IDENTIFY[0],
             BLOCK_N=_IDENTIFY[1],
-            INCLUDE_SELF=options.include_self,
+            UNIMODAL=options.unimodal,
             num_warps=4,
             num_stages=1,
         )
@@ -972,24 +949,19 @@ def forward(
         LOW=chosen.low,
         ONLINE=1 / options.temperature > _LARGEST_INVERSE_TEMPERATURE,
         SYMMETRIC=options.symmetric,
-        INCLUDE_SELF=options.include_self,
         UNIMODAL=options.unimodal,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
     instance = torch.empty((), dtype=torch.float32, device=device)
     class_ = torch.empty((), dtype=torch.float32, device=device)
-    total = torch.empty((), dtype=torch.float32, device=device)
     launch(
         _reduce_kernel,
         (1,),
         stats,
         instance,
         class_,
-        total,
         n,
-        options.weight_instance,
-        options.weight_class,
         PAIRS=pairs,
         DIRECTIONS=directions,
         AVERAGE=options.average_class,
@@ -997,7 +969,7 @@ def forward(
         num_warps=4,
         num_stages=1,
     )
-    return instance, class_, total, kept
+    return instance, class_, codes, stats
 
 
 def backward(
@@ -1006,21 +978,17 @@ def backward(
     instance_ids: Tensor,
     class_ids: Tensor,
     teacher_rows: Tensor | None,
-    kept: Tensor,
+    codes: Tensor | None,
+    stats: Tensor,
     options: Options,
 ) -> list[Tensor]:
-    """Gradients of the modalities from those of the three scalars."""
+    """Gradients of the modalities from those of the two terms."""
     out = [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in modalities]
     modalities = [_rows_contiguous(m) for m in modalities]
-    instance_ids, class_ids = instance_ids.contiguous(), class_ids.contiguous()
+    instance_ids, class_ids = (instance_ids.contiguous(), class_ids.contiguous()) if codes is None else (codes, codes)
     n, count = modalities[0].shape[0], len(modalities)
-    words = code_words(modalities)
-    chosen = _plan(modalities, words)
+    chosen = _plan(modalities)
     sources, scales, padded = _sources(modalities, chosen)
-    stats = kept
-    if chosen.prepared:
-        codes, stats = _split(kept, n, words)
-        instance_ids = class_ids = codes
     tiles = chosen.backward
     # one launch, unless the modalities' gradients cannot be told apart by three pointers of one type
     alike = len({(m.dtype, m.shape[1]) for m in modalities}) == 1
@@ -1050,8 +1018,6 @@ def backward(
             first,
             1.4426950408889634 / options.temperature,
             1.0 / options.temperature,
-            options.weight_instance,
-            options.weight_class,
             M=count,
             D=modalities[first].shape[1],
             BLOCK_M=tiles.rows,
@@ -1063,7 +1029,6 @@ def backward(
             LOW=chosen.low,
             TEACHER=teacher_rows is not None,
             SYMMETRIC=options.symmetric,
-            INCLUDE_SELF=options.include_self,
             AVERAGE=options.average_class,
             UNIMODAL=options.unimodal,
             num_warps=tiles.num_warps,
@@ -1079,11 +1044,11 @@ _POINTERS = {"scales": "*fp32", "instance_ids": "*i64", "class_ids": "*i64", "st
 def aot_cases() -> list[AotCase]:
     """Every kernel as it is launched at the paper's size and at large ones, for each GPU's own blocks."""
     cases: list[AotCase] = []
-    shared = {"SYMMETRIC": True, "INCLUDE_SELF": True, "UNIMODAL": False}
+    shared = {"SYMMETRIC": True, "UNIMODAL": False}
     variants: list[tuple[str, dict[str, Any]]] = [
         ("", {}),
-        (" without self", {"INCLUDE_SELF": False, "AVERAGE": False}),
-        (" unimodal", {"INCLUDE_SELF": False, "UNIMODAL": True}),
+        (" one way", {"SYMMETRIC": False, "AVERAGE": False}),
+        (" unimodal", {"UNIMODAL": True}),
         (" cold", {"ONLINE": True}),
     ]
     for n, width, count, dtypes in (
@@ -1120,7 +1085,7 @@ def _main_cases(
     if chosen.prepared:
         pointers |= {"instance_ids": "*i32", "class_ids": "*i32"}
     average, online = constants.pop("AVERAGE", True), constants.pop("ONLINE", False)
-    aligned = (*sources, *strides, "scales", "stats", *(() if chosen.prepared else ("instance_ids", "class_ids")))
+    aligned = (*sources, *strides, *_POINTERS)
     common = {**constants, "WIDTH": chosen.width, "PREPARED": chosen.prepared, "LOW": chosen.low}
     if len(architectures) < len(_ARCHITECTURES):
         settings += ", sm " + " ".join(map(str, architectures))
@@ -1145,10 +1110,10 @@ def _main_cases(
                 **strides,
                 **pointers,
                 "teacher_rows": "*i1",
-                **{f"{name}_gradient": "*fp32" for name in ("instance", "class", "total")},
+                **{f"{name}_gradient": "*fp32" for name in ("instance", "class")},
                 **{f"out{i}": f"*{torch_to_triton(dtype)}" for i in range(3)},
                 **dict.fromkeys(("n", "padded", "width", "first"), "i32"),
-                **dict.fromkeys(("scale", "inverse_temperature", "weight_instance", "weight_class"), "fp32"),
+                **dict.fromkeys(("scale", "inverse_temperature"), "fp32"),
             },
             {
                 **common,
@@ -1199,13 +1164,13 @@ def _small_cases() -> list[AotCase]:
             "identify",
             _identify_kernel,
             {"instance_ids": "*i64", "class_ids": "*i64", "codes": code, "counts": "*fp32", "n": "i32"},
-            {"BLOCK_M": _IDENTIFY[0], "BLOCK_N": _IDENTIFY[1], "INCLUDE_SELF": include_self},
-            ("instance_ids", "class_ids"),
+            {"BLOCK_M": _IDENTIFY[0], "BLOCK_N": _IDENTIFY[1], "UNIMODAL": unimodal},
+            ("instance_ids", "class_ids", "codes"),
             4,
             1,
-            f"{code[1:]} codes" + ("" if include_self else " without self"),
+            f"{code[1:]} codes" + (" unimodal" if unimodal else ""),
         )
-        for code, include_self in (("*i32", True), ("*i64", False))
+        for code, unimodal in (("*i32", False), ("*i64", True))
     ]
     for pairs, directions, average, block in ((3, 6, True, 256), (3, 6, True, _REDUCE_ROWS), (1, 1, False, 256)):
         cases.append(
@@ -1214,10 +1179,8 @@ def _small_cases() -> list[AotCase]:
                 _reduce_kernel,
                 {
                     "stats": "*fp32",
-                    **{f"{name}_out": "*fp32" for name in ("instance", "class", "total")},
+                    **{f"{name}_out": "*fp32" for name in ("instance", "class")},
                     "n": "i32",
-                    "weight_instance": "fp32",
-                    "weight_class": "fp32",
                 },
                 {"PAIRS": pairs, "DIRECTIONS": directions, "AVERAGE": average, "BLOCK": block},
                 ("stats",),

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avsep.errors import ConfigError
-from avsep.kernels._backend import VARIABLE, choose_backend
+from avsep.kernels._backend import choose_backend
 from avsep.kernels.stft_masking.reference import hann_window, linear_frequency_grid, log_frequency_grid
 
 __all__ = [
@@ -30,7 +27,10 @@ __all__ = [
 ]
 
 _PADDINGS = {"zeros": "constant", "reflect": "reflect"}
+# Of the Triton kernels. With more sources the analysis runs in PyTorch; with more frames over one sample the
+# overlap-add, which unrolls over them, would take minutes to compile.
 _TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
+_MOST_SOURCES, _MOST_OVERLAP = 8, 16
 
 
 class Interpolation(NamedTuple):
@@ -46,7 +46,8 @@ class StftTables(NamedTuple):
 
     The interpolations serve ``align_corners=True``; the normalised row coordinates ``log_grid`` [log_rows] and
     ``linear_grid`` [n_fft/2+1] the published ``False``. ``log_taps`` and ``linear_taps`` hold the same for the Triton
-    kernels, as :func:`make_taps` packs it: int32 [2, ..], first as published, then with corners aligned.
+    kernels, as :func:`make_taps` packs it: int32 [2, ..], first as published, then with corners aligned (at the index
+    ``int(align_corners)``).
     """
 
     window: Tensor
@@ -54,12 +55,15 @@ class StftTables(NamedTuple):
     to_linear: Interpolation
     log_grid: Tensor
     linear_grid: Tensor
-    log_taps: Tensor | None = None
-    linear_taps: Tensor | None = None
+    log_taps: Tensor
+    linear_taps: Tensor
 
 
 class Analysis(NamedTuple):
-    """``network_input`` and ``weight`` [B, 1, F, T], ``ratio`` [B, N, F, T], ``mixture_stft`` [B, n_fft/2+1, T]."""
+    """What :func:`analyse` gives.
+
+    ``network_input`` and ``weight`` [B, 1, F, T], ``ratio`` [B, N, F, T], ``mixture_stft`` complex [B, n_fft/2+1, T].
+    """
 
     network_input: Tensor
     weight: Tensor
@@ -130,17 +134,6 @@ def _tables_for(like: Tensor, n_fft: int, log_rows: int, dtype: torch.dtype) -> 
     return _tables_once(n_fft, log_rows, like.device, dtype)
 
 
-def _taps(tables: StftTables, which: str, align_corners: bool) -> Tensor:
-    """The vector of one direction and convention; made here for tables that came without."""
-    if which == "log":
-        both, grid, size = tables.log_taps, tables.log_grid, tables.linear_grid.shape[0]
-    else:
-        both, grid, size = tables.linear_taps, tables.linear_grid, tables.log_grid.shape[0]
-    if both is None:
-        both = make_taps(grid.double(), size)
-    return both[int(align_corners)]
-
-
 def _interpolation(grid: Tensor, size: int) -> Interpolation:
     """Normalised coordinates [R] over ``size`` rows, corners aligned, clamped to the border."""
     position = ((grid + 1) / 2 * (size - 1)).clamp(0, size - 1)
@@ -149,7 +142,7 @@ def _interpolation(grid: Tensor, size: int) -> Interpolation:
 
 
 def stft(signal: Tensor, *, hop: int, window: Tensor, padding: str = "zeros") -> Tensor:
-    """Centred STFT: [..., L] -> complex [..., n_fft/2+1, 1 + L // hop]; n_fft is the window's length.
+    """Compute the centred STFT: [..., L] -> complex [..., n_fft/2+1, 1 + L // hop]; n_fft is the window's length.
 
     Raises:
         ValueError: for an unknown padding, or a signal too short to be reflected.
@@ -182,7 +175,7 @@ def _check_signal(samples: int, n_fft: int, hop: int, padding: str) -> None:
 
 
 def istft(spectrum: Tensor, *, hop: int, window: Tensor, length: int | None = None) -> Tensor:
-    """Inverse of :func:`stft`: complex [..., n_fft/2+1, T] -> [..., length], by default (T - 1) hop samples.
+    """Invert :func:`stft`: complex [..., n_fft/2+1, T] -> [..., length], by default (T - 1) hop samples.
 
     Raises:
         ValueError: for a length that a signal of T frames cannot have (1 to T hop - 1), or a hop whose frames do not
@@ -216,12 +209,12 @@ def _smallest_envelope(n_fft: int, hop: int) -> float:
 
 
 def warp(x: Tensor, tables: StftTables, *, align_corners: bool = True) -> Tensor:
-    """Linear to log frequency: [B, N, n_fft/2+1, T] -> [B, N, log_rows, T]."""
+    """Resample from linear to log frequency: [B, N, n_fft/2+1, T] -> [B, N, log_rows, T]."""
     return _resample(x, tables.to_log, tables.log_grid, align_corners)
 
 
 def unwarp(x: Tensor, tables: StftTables, *, align_corners: bool = True) -> Tensor:
-    """Log to linear frequency: [B, N, log_rows, T] -> [B, N, n_fft/2+1, T]."""
+    """Resample from log to linear frequency: [B, N, log_rows, T] -> [B, N, n_fft/2+1, T]."""
     return _resample(x, tables.to_linear, tables.linear_grid, align_corners)
 
 
@@ -236,29 +229,15 @@ def _resample(x: Tensor, rows: Interpolation, grid: Tensor, align_corners: bool)
     return F.grid_sample(x, full.expand(x.shape[0], -1, -1, -1), padding_mode="zeros", align_corners=False)
 
 
-# More than so many frames over one sample and the overlap-add, which unrolls over them, takes minutes to compile.
-_MOST_OVERLAP = 16
+def _no_gradient_of(x: Tensor, name: str) -> str:
+    return f"gives no gradient of {name}: detach it" if x.requires_grad and torch.is_grad_enabled() else ""
 
 
-def _takes_triton(backend: str, x: Tensor, dtypes: tuple[torch.dtype, ...], overlap: int = 1) -> bool:
-    """Whether the Triton kernels run; they compute in fp32 alone. ``overlap``: frames over one sample."""
-    if choose_backend(backend, "stft_masking", x.numel(), x.device) != "triton":
-        return False
-    named = "triton" in (backend, os.environ.get(VARIABLE, "") if backend == "auto" else "")
-    if overlap > _MOST_OVERLAP:
-        if named:
-            raise ConfigError(
-                f"the Triton overlap-add takes up to {_MOST_OVERLAP} frames over one sample, and n_fft / hop makes "
-                f"{overlap}: choose a longer hop, or use backend='torch'"
-            )
-        return False
-    suits = all(dtype in _TRITON_TYPES for dtype in dtypes)
-    if not suits and named:
-        raise ConfigError(
-            "the Triton kernels of stft_masking compute in fp32, from fp32, fp16, bf16 and complex64, got "
-            f"{' and '.join(map(str, dtypes))}: convert the input, or use backend='torch'"
-        )
-    return suits
+def _wrong_types(*dtypes: torch.dtype) -> str:
+    if all(dtype in _TRITON_TYPES for dtype in dtypes):
+        return ""
+    got = " and ".join(map(str, dtypes))
+    return f"computes in fp32, from fp32, fp16, bf16 and complex64, got {got}: convert the input"
 
 
 def _sum_sources(spectra: Tensor) -> Tensor:
@@ -287,7 +266,7 @@ def analyse(
     targets: bool = True,
     backend: str = "auto",
 ) -> Analysis:
-    """Network input, loss weight, ratio masks and the mixture's STFT of N sources.
+    """Compute the network input, the loss weight, the ratio masks and the mixture's STFT of N sources.
 
     The mixture is the sum of the sources, and so is its STFT: N signals are transformed, not N + 1. With X the
     mixture's magnitude plus 1e-10 and S_n that of source n, both on the log-frequency grid: network input log1p(X),
@@ -303,11 +282,15 @@ def analyse(
         padding: what lies beyond the ends, ``zeros`` or ``reflect``.
         tables: constants made by :func:`make_tables`; they then decide ``n_fft`` and ``log_rows``.
         targets: False leaves out the ratio masks, which only training needs: they are then [B, 0, F, T].
-        backend: ``auto``, ``torch`` or ``triton``.
+        backend: ``auto``, ``torch`` or ``triton``. With more than 8 sources PyTorch runs on each.
+
+    Returns:
+        The four tensors of :class:`Analysis`.
 
     Raises:
         ValueError: for a wrong shape, type or device, an empty batch, or a signal too short.
-        ConfigError: for a backend that does not exist or cannot run, or float64 sources with ``triton``.
+        ConfigError: for a backend that does not exist or cannot run, or with ``triton`` for float64 sources or sources
+            that require a gradient.
 
     References:
         Zhao et al., The Sound of Pixels, ECCV 2018; Chen et al., iQuery, CVPR 2023.
@@ -316,32 +299,28 @@ def analyse(
         raise ValueError(f"analyse takes sources [B, N, L] with B and N at least 1, got {list(sources.shape)}")
     if not sources.is_floating_point():
         raise ValueError(f"sources must be floating point, got {sources.dtype}")
-    use_triton = _takes_triton(backend, sources, (sources.dtype,))
+    obstacle = _wrong_types(sources.dtype) or _no_gradient_of(sources, "the sources")
+    chosen = choose_backend(backend, "stft_masking", sources.numel(), sources.device, obstacle=obstacle)
     dtype = torch.float64 if sources.dtype == torch.float64 else torch.float32
     if tables is None:
         tables = _tables_for(sources, n_fft, log_rows, dtype)
     _check_device("sources", sources, tables)
     _check_signal(sources.shape[2], tables.window.shape[0], hop, padding)
-    if use_triton:
-        taps, rows = _taps(tables, "log", align_corners), tables.log_grid.shape[0]
+    if chosen == "triton" and sources.shape[1] <= _MOST_SOURCES:
+        taps, rows = tables.log_taps[int(align_corners)], tables.log_grid.shape[0]
         window = tables.window.to(torch.float32)
         made = Analysis(*_triton_analyse(sources, window, taps, hop, rows, align_corners, padding == "reflect"))
         return made if targets else made._replace(ratio=made.ratio[:, :0])
     with torch.autocast(sources.device.type, enabled=False):
         spectra = stft(sources.to(dtype), hop=hop, window=tables.window.to(dtype), padding=padding)
-        return _from_spectra(spectra, functools.partial(warp, tables=tables, align_corners=align_corners), targets)
-
-
-def _from_spectra(spectra: Tensor, to_log: Callable[[Tensor], Tensor], targets: bool = True) -> Analysis:
-    """The sources' spectra, complex [B, N, bins, T], to what :func:`analyse` returns."""
-    mixture = _sum_sources(spectra)
-    magnitudes = (_magnitude(mixture) + 1e-10)[:, None]
-    if targets:
-        magnitudes = torch.cat((magnitudes, _magnitude(spectra)), dim=1)  # [B, 1+N, bins, T]
-    warped = to_log(magnitudes)
-    network_input = torch.log1p(warped[:, :1])
-    ratio = (warped[:, 1:] / warped[:, :1]).clamp(0, 5)
-    return Analysis(network_input, network_input.clamp(1e-3, 10), ratio, mixture)
+        mixture = _sum_sources(spectra)
+        magnitudes = (_magnitude(mixture) + 1e-10)[:, None]
+        if targets:
+            magnitudes = torch.cat((magnitudes, _magnitude(spectra)), dim=1)  # [B, 1+N, bins, T]
+        warped = warp(magnitudes, tables, align_corners=align_corners)
+        network_input = torch.log1p(warped[:, :1])
+        ratio = (warped[:, 1:] / warped[:, :1]).clamp(0, 5)
+        return Analysis(network_input, network_input.clamp(1e-3, 10), ratio, mixture)
 
 
 def _check_device(name: str, x: Tensor, tables: StftTables) -> None:
@@ -360,9 +339,10 @@ def synthesise(
     tables: StftTables | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Waveforms of N masks: sigmoid, back to linear frequency, times the mixture's STFT, inverse STFT.
+    """Turn the mask logits of N sources into their waveforms, with the phase of the mixture.
 
-    Differentiable, and not clipped. Computed in fp32 (float64 for a complex128 STFT), also under autocast.
+    Sigmoid, back to linear frequency, times the mixture's STFT, inverse STFT. Differentiable, and not clipped. Computed
+    in fp32 (float64 for a complex128 STFT), also under autocast.
 
     Args:
         logits: [B, N, F, T] on the log-frequency grid.
@@ -380,7 +360,11 @@ def synthesise(
     Raises:
         ValueError: for shapes, types or devices that do not fit together, an empty batch, a hop that cannot be
             inverted, or a length that T frames cannot give.
-        ConfigError: for a backend that does not exist or cannot run, or double precision with ``triton``.
+        ConfigError: for a backend that does not exist or cannot run, or with ``triton`` for double precision, a
+            mixture that requires a gradient, or more than 16 frames over one sample.
+
+    References:
+        Zhao et al., The Sound of Pixels, ECCV 2018.
     """
     bins = n_fft // 2 + 1 if tables is None else tables.linear_grid.shape[0]
     if logits.ndim != 4 or logits.numel() == 0:
@@ -397,17 +381,21 @@ def synthesise(
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
     if logits.device != mixture_stft.device:
         raise ValueError(f"logits are on {logits.device} and mixture_stft on {mixture_stft.device}: move one")
-    overlap = -(-2 * (bins - 1) // max(hop, 1))
-    use_triton = _takes_triton(backend, logits, (logits.dtype, mixture_stft.dtype), overlap)
+    obstacle = _wrong_types(logits.dtype, mixture_stft.dtype) or _no_gradient_of(mixture_stft, "the mixture's STFT")
+    if (overlap := -(-2 * (bins - 1) // max(hop, 1))) > _MOST_OVERLAP:
+        obstacle = (
+            f"adds up to {_MOST_OVERLAP} frames over one sample, but n_fft / hop is {overlap}: choose a longer hop"
+        )
+    chosen = choose_backend(backend, "stft_masking", logits.numel(), logits.device, obstacle=obstacle)
     dtype = torch.float64 if mixture_stft.dtype == torch.complex128 else torch.float32
     if tables is None:
         tables = _tables_for(logits, n_fft, logits.shape[2], dtype)
     _check_device("logits", logits, tables)
     length = _check_length(length, logits.shape[3], tables.window.shape[0], hop)
-    if use_triton:
-        taps = _taps(tables, "linear", align_corners)
-        window = tables.window.to(torch.float32)
-        return _triton_synthesise(logits, mixture_stft, window, taps, hop, length, align_corners)
+    if chosen == "triton":
+        taps, window = tables.linear_taps[int(align_corners)], tables.window.to(torch.float32)
+        waveforms: Tensor = _triton_synthesise(logits, mixture_stft, window, taps, hop, length, align_corners)
+        return waveforms
     with torch.autocast(logits.device.type, enabled=False):
         masks = unwarp(torch.sigmoid(logits.to(dtype)), tables, align_corners=align_corners)  # [B, N, bins, T]
         # Frame by frame, the order in which the inverse FFT reads: [B, N, T, bins]
@@ -443,45 +431,6 @@ def _(
     return planes[0], planes[1], planes[2], mixture.transpose(1, 2)
 
 
-def _analyse_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    sources, window, taps, ctx.hop, ctx.log_rows, ctx.align_corners, reflect = inputs
-    ctx.padding = "reflect" if reflect else "zeros"
-    ctx.save_for_backward(sources, window, taps)
-
-
-def _analyse_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    """Once more through PyTorch: training has no use for this gradient, so it has no kernels of its own."""
-    sources, window, taps = ctx.saved_tensors
-    bins = window.shape[0] // 2 + 1
-    with torch.enable_grad(), torch.autocast(sources.device.type, enabled=False):
-        x = sources.detach().float().requires_grad_()
-        spectra = stft(x, hop=ctx.hop, window=window, padding=ctx.padding)
-        outputs = _from_spectra(spectra, lambda m: _read_taps(m, taps, ctx.log_rows, bins, ctx.align_corners))
-        (gradient,) = torch.autograd.grad(outputs, x, gradients)
-    return gradient.to(sources.dtype), None, None, None, None, None, None
-
-
-def _read_taps(x: Tensor, taps: Tensor, rows: int, size: int, align_corners: bool) -> Tensor:
-    """[.., size, T] -> [.., rows, T] by the vector of :func:`make_taps`, as the kernels read it."""
-    low, fraction = taps[:rows].long(), taps[rows : 2 * rows].view(torch.float32)[:, None]
-    x = F.pad(x, (0, 0, 1, 1))
-    x = torch.lerp(x.index_select(-2, low + 1), x.index_select(-2, low + 2), fraction)
-    if align_corners:
-        return x
-    frames = x.shape[-1]
-    t = torch.arange(frames, device=x.device)
-    later = 2 * t > frames - 1
-    u = t / max(frames - 1, 1)
-    x = F.pad(x, (1, 1))
-    first = torch.where(later, t, t - 1)
-    return torch.lerp(
-        x.index_select(-1, first + 1), x.index_select(-1, first + 2), torch.where(later, u - 0.5, u + 0.5).to(x.dtype)
-    )
-
-
-_triton_analyse.register_autograd(_analyse_backward, setup_context=_analyse_context)
-
-
 @torch.library.custom_op("avsep::stft_synthesise", mutates_args=())
 def _triton_synthesise(
     logits: Tensor, mixture_stft: Tensor, window: Tensor, taps: Tensor, hop: int, length: int, align_corners: bool
@@ -508,23 +457,13 @@ def _triton_synthesise_backward(
     taps: Tensor,
     hop: int,
     align_corners: bool,
-    of_logits: bool,
-    of_mixture: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the logits and of the mixture's STFT; an empty tensor for one that is not wanted."""
+) -> Tensor:
+    """The gradient of the logits; that of the mixture's STFT, which no loss needs, has no kernels."""
     from avsep.kernels.stft_masking import triton_kernel
 
     pieces = triton_kernel.overlap_add_backward(gradient, window, hop=hop, frames=logits.shape[3])
     spectra = torch.fft.rfft(pieces)
-    logits = logits.contiguous()
-    if of_logits:
-        grad_logits = triton_kernel.logits_gradient(spectra, mixture_stft, logits, taps, align_corners=align_corners)
-    else:
-        grad_logits = logits.new_empty(0)
-    if not of_mixture:
-        return grad_logits, mixture_stft.new_empty(0)
-    grad_mixture = triton_kernel.mixture_gradient(spectra, logits, taps, align_corners=align_corners)
-    return grad_logits, grad_mixture.transpose(1, 2)
+    return triton_kernel.logits_gradient(spectra, mixture_stft, logits.contiguous(), taps, align_corners=align_corners)
 
 
 @_triton_synthesise_backward.register_fake
@@ -536,14 +475,8 @@ def _(
     taps: Tensor,
     hop: int,
     align_corners: bool,
-    of_logits: bool,
-    of_mixture: bool,
-) -> tuple[Tensor, Tensor]:
-    batch, bins, frames = mixture_stft.shape
-    return (
-        logits.new_empty(logits.shape if of_logits else (0,)),
-        mixture_stft.new_empty((batch, frames, bins)).transpose(1, 2) if of_mixture else mixture_stft.new_empty(0),
-    )
+) -> Tensor:
+    return logits.new_empty(logits.shape)
 
 
 def _synthesise_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -552,11 +485,7 @@ def _synthesise_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def _synthesise_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    grad_logits, grad_mixture = _triton_synthesise_backward(
-        gradient, *ctx.saved_tensors, ctx.hop, ctx.align_corners, *wanted
-    )
-    return (grad_logits if wanted[0] else None, grad_mixture if wanted[1] else None, None, None, None, None, None)
+    return _triton_synthesise_backward(gradient, *ctx.saved_tensors, ctx.hop, ctx.align_corners), *(None,) * 6
 
 
 _triton_synthesise.register_autograd(_synthesise_backward, setup_context=_synthesise_context)

@@ -27,14 +27,9 @@ __all__ = [
     "fused_analysis",
     "fused_masking",
     "logits_gradient",
-    "minimum_bytes",
-    "mixture_gradient",
     "overlap_add",
     "overlap_add_backward",
 ]
-
-# A source more than this and the analysis walks over the sources twice rather than keeping them in registers.
-_MOST_SOURCES = 8
 
 
 class Configuration(NamedTuple):
@@ -48,8 +43,7 @@ class Configuration(NamedTuple):
 def configuration(
     kernel: str, *, n_fft: int, hop: int = 0, sources: int = 1, align_corners: bool = True, **options: bool
 ) -> Configuration:
-    """The configuration of ``frame``, ``analysis``, ``masking``, ``overlap_add``, ``logits_gradient`` or
-    ``mixture_gradient``.
+    """The configuration of ``frame``, ``analysis``, ``masking``, ``overlap_add`` or ``logits_gradient``.
 
     Tiles of 32 frames make full cache lines (128 bytes) of what is laid out along time, and 64 bins (256 or 512 bytes)
     of what is laid out along frequency.
@@ -62,19 +56,14 @@ def configuration(
     common = {"N": sources, "BINS": n_fft // 2 + 1, "ALIGNED": align_corners}
     together = next_power_of_2(sources)
     if kernel == "analysis":
-        kept = together if sources <= _MOST_SOURCES else 0
-        return Configuration(
-            {**common, "NB": kept, "TT": 32 if kept < 8 else 16, "CB": 64, "RB": 16 if kept <= 2 else 8}
-        )
+        tile = {"TT": 32 if together < 8 else 16, "CB": 64, "RB": 16 if together <= 2 else 8}
+        return Configuration({**common, "NB": together, **tile})
     if kernel == "logits_gradient":
-        kept = min(together, _MOST_SOURCES)
+        kept = min(together, 8)  # in registers
         tile = {"TT": 32, "RB": 16 if kept <= 2 else 8}
         return Configuration({**common, "NB": kept, **tile}, num_warps=4 if kept < 8 else 8)
-    if kernel == "masking":
-        common["UNROLL"] = sources <= 2
-        # as released, four values are read for one, and need more registers
-        return Configuration({**common, "TT": 32, "KB": 32}, num_warps=4 if align_corners else 8)
-    return Configuration({**common, "TT": 32, "KB": 32}, num_warps=8)
+    # as released, four values are read for one, and need more registers
+    return Configuration({**common, "UNROLL": sources <= 2, "TT": 32, "KB": 32}, num_warps=4 if align_corners else 8)
 
 
 # ---------------------------------------------------------------- pieces
@@ -222,7 +211,7 @@ def _analysis_kernel(
     frames,
     time_tiles,
     N: tl.constexpr,
-    NB: tl.constexpr,  # sources in a tile: N, rounded up to a power of two; 0: one at a time
+    NB: tl.constexpr,  # sources in a tile: N, rounded up to a power of two
     BINS: tl.constexpr,
     ALIGNED: tl.constexpr,
     TT: tl.constexpr,
@@ -248,12 +237,8 @@ def _analysis_kernel(
     block = frame[:, None] * (2 * BINS) + c[None, :]
     inside_block = inside_t[:, None] & (c < 2 * BINS)[None, :]
     total = tl.load(here + block, mask=inside_block, other=0.0)
-    if NB > 0:
-        for n in tl.static_range(1, N):
-            total += tl.load(here + n * stride + block, mask=inside_block, other=0.0)
-    else:
-        for n in range(1, N):
-            total += tl.load(here + n * stride + block, mask=inside_block, other=0.0)
+    for n in tl.static_range(1, N):
+        total += tl.load(here + n * stride + block, mask=inside_block, other=0.0)
     tl.store(mixture + (b * frames + start) * (2 * BINS) + block, total, mask=inside_block)
 
     # The rows that start in these bins: what they read is in the L1 cache by now.
@@ -273,61 +258,28 @@ def _analysis_kernel(
         fraction = tl.load(taps + rows + row, mask=inside_r, other=0).to(tl.float32, bitcast=True)
         out = row[None, :] * frames + t[:, None]  # [TT, RB]
         x = tl.zeros((TT, RB), tl.float32)
-        if NB > 0:
-            source = tl.arange(0, NB)
-            inside_n = (source < N)[:, None, None]
-            at_n = here + (source.to(tl.int64) * stride)[:, None, None, None]
-            s = tl.zeros((NB, TT, RB), tl.float32)
-            for tap in tl.static_range(2 if ALIGNED else 4):
-                offset, w, known = _read_at(
-                    tap, low, fraction, inside_r, t0, time_fraction, inside_t, start, frames, BINS, ALIGNED
-                )
-                both = tl.load(
-                    at_n + (offset[None, :, :, None] + pair[None, None, None, :]),
-                    mask=(inside_n & known[None, :, :])[:, :, :, None],
-                    other=0.0,
-                )  # [NB, TT, RB, 2]
-                re, im = tl.split(both)
-                s += w[None, :, :] * tl.sqrt(re * re + im * im)
-                mix_re = tl.sum(re, axis=0)
-                mix_im = tl.sum(im, axis=0)
-                x += w * (tl.sqrt(mix_re * mix_re + mix_im * mix_im) + 1e-10)
-            q = s / x[None, :, :]
-            q = tl.where(q > 5.0, 5.0, q)  # keeps NaN; never below zero
-            ratio_n = ratio + ((b * N + source) * plane)[:, None, None]
-            tl.store(ratio_n + out[None, :, :], q, mask=inside_n & inside[None, :, :])
-        else:
-            for tap in tl.static_range(2 if ALIGNED else 4):
-                offset, w, known = _read_at(
-                    tap, low, fraction, inside_r, t0, time_fraction, inside_t, start, frames, BINS, ALIGNED
-                )
-                sum_re = tl.zeros((TT, RB), tl.float32)
-                sum_im = tl.zeros((TT, RB), tl.float32)
-                for n in range(N):
-                    both = tl.load(
-                        here + n * stride + (offset[:, :, None] + pair[None, None, :]),
-                        mask=known[:, :, None],
-                        other=0.0,
-                    )  # [TT, RB, 2]
-                    re, im = tl.split(both)
-                    sum_re += re
-                    sum_im += im
-                x += w * (tl.sqrt(sum_re * sum_re + sum_im * sum_im) + 1e-10)
-            for n in range(N):
-                s = tl.zeros((TT, RB), tl.float32)
-                for tap in tl.static_range(2 if ALIGNED else 4):
-                    offset, w, known = _read_at(
-                        tap, low, fraction, inside_r, t0, time_fraction, inside_t, start, frames, BINS, ALIGNED
-                    )
-                    both = tl.load(
-                        here + n * stride + (offset[:, :, None] + pair[None, None, :]),
-                        mask=known[:, :, None],
-                        other=0.0,
-                    )
-                    re, im = tl.split(both)
-                    s += w * tl.sqrt(re * re + im * im)
-                q = s / x
-                tl.store(ratio + (b * N + n) * plane + out, tl.where(q > 5.0, 5.0, q), mask=inside)
+        source = tl.arange(0, NB)
+        inside_n = (source < N)[:, None, None]
+        at_n = here + (source.to(tl.int64) * stride)[:, None, None, None]
+        s = tl.zeros((NB, TT, RB), tl.float32)
+        for tap in tl.static_range(2 if ALIGNED else 4):
+            offset, w, known = _read_at(
+                tap, low, fraction, inside_r, t0, time_fraction, inside_t, start, frames, BINS, ALIGNED
+            )
+            both = tl.load(
+                at_n + (offset[None, :, :, None] + pair[None, None, None, :]),
+                mask=(inside_n & known[None, :, :])[:, :, :, None],
+                other=0.0,
+            )  # [NB, TT, RB, 2]
+            re, im = tl.split(both)
+            s += w[None, :, :] * tl.sqrt(re * re + im * im)
+            mix_re = tl.sum(re, axis=0)
+            mix_im = tl.sum(im, axis=0)
+            x += w * (tl.sqrt(mix_re * mix_re + mix_im * mix_im) + 1e-10)
+        q = s / x[None, :, :]
+        q = tl.where(q > 5.0, 5.0, q)  # keeps NaN; never below zero
+        ratio_n = ratio + ((b * N + source) * plane)[:, None, None]
+        tl.store(ratio_n + out[None, :, :], q, mask=inside_n & inside[None, :, :])
         value = _log1p(x)
         level = tl.where(value < 1e-3, 1e-3, tl.where(value > 10.0, 10.0, value))  # keeps NaN
         tl.store(network_input + b * plane + out, value, mask=inside)
@@ -526,50 +478,6 @@ def _logits_gradient_kernel(
     tl.store(out + offset, (gradient * s * (1.0 - s)).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _mixture_gradient_kernel(
-    spectra,  # [B, N, T, BINS, 2]: rfft of the windowed gradient frames
-    logits,  # [B, N, rows, T]
-    taps,  # log to linear frequency: [2 BINS + rows + 1]
-    out,  # [B, T, BINS, 2]
-    rows,
-    frames,
-    time_tiles,
-    N: tl.constexpr,
-    BINS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    TT: tl.constexpr,
-    KB: tl.constexpr,
-):
-    chunks: tl.constexpr = (BINS + KB - 1) // KB
-    pid = tl.program_id(0)
-    chunk = pid % chunks
-    pid = pid // chunks
-    tile = pid % time_tiles
-    b = (pid // time_tiles).to(tl.int64)
-    t = tile * TT + tl.arange(0, TT)  # [TT]
-    k = chunk * KB + tl.arange(0, KB)  # [KB]
-    inside = (t < frames)[:, None] & (k < BINS)[None, :]
-    plane = tl.full((), 1, tl.int64) * rows * frames
-    stride = tl.full((), 2 * BINS, tl.int64) * frames
-    first = (tile * TT).to(tl.int64) * (2 * BINS)
-    pair = tl.arange(0, 2)
-    offset = (tl.arange(0, TT)[:, None] * (2 * BINS) + 2 * k[None, :])[:, :, None] + pair[None, None, :]
-    inside_mask = (k < BINS)[:, None] & (t < frames)[None, :]  # [KB, TT]
-    total_re = tl.zeros((TT, KB), tl.float32)
-    total_im = tl.zeros((TT, KB), tl.float32)
-    for n in range(N):
-        mask = _mask(logits + (b * N + n) * plane, taps, k, t, rows, frames, inside_mask, BINS, ALIGNED)
-        g = tl.load(spectra + (b * N + n) * stride + first + offset, mask=inside[:, :, None], other=0.0)
-        re, im = tl.split(g)
-        total_re += mask * re
-        total_im += mask * im
-    inner = ((k > 0) & (k < BINS - 1))[None, :]
-    scale = tl.where(inner, 2.0 / (2 * BINS - 2), 1.0 / (2 * BINS - 2))
-    both = tl.join(total_re * scale, tl.where(inner, total_im * scale, 0.0))
-    tl.store(out + b * stride + first + offset, both, mask=inside[:, :, None])
-
-
 # ---------------------------------------------------------------- launchers
 
 
@@ -670,56 +578,6 @@ def logits_gradient(spectra: Tensor, mixture: Tensor, logits: Tensor, taps: Tens
     return out
 
 
-def mixture_gradient(spectra: Tensor, logits: Tensor, taps: Tensor, *, align_corners: bool) -> Tensor:
-    """Gradient of the mixture's STFT, complex64 [B, T, bins], from the ``rfft`` of :func:`overlap_add_backward`."""
-    batch, sources, frames, bins = spectra.shape
-    config = configuration("mixture_gradient", n_fft=2 * (bins - 1), sources=sources, align_corners=align_corners)
-    out = torch.empty((batch, frames, bins, 2), dtype=torch.float32, device=spectra.device)
-    time_tiles = triton.cdiv(frames, config.constants["TT"])
-    programs = batch * time_tiles * triton.cdiv(bins, config.constants["KB"])
-    pairs = torch.view_as_real(spectra)
-    _launch(_mixture_gradient_kernel, programs, config, pairs, logits, taps, out, logits.shape[2], frames, time_tiles)
-    return torch.view_as_complex(out)
-
-
-def minimum_bytes(
-    batch: int,
-    sources: int,
-    samples: int,
-    *,
-    n_fft: int = 1022,
-    hop: int = 256,
-    log_rows: int = 256,
-    length: int | None = None,
-    logits_bytes: int = 4,
-    signal_bytes: int = 4,
-) -> dict[str, int]:
-    """Bytes that each pass must move between memory and chip: every input read and every output written once.
-
-    Keys are the launchers' names; ``rfft`` is one transform of the sources. ``length`` is that of the synthesised
-    waveforms, (T - 1) hop when None.
-    """
-    frames, bins = 1 + samples // hop, n_fft // 2 + 1
-    length = (frames - 1) * hop if length is None else length
-    signal = batch * sources * samples * signal_bytes
-    waveform = batch * sources * length * 4
-    pieces = batch * sources * frames * n_fft * 4
-    spectra = batch * sources * frames * bins * 8
-    mixture = batch * frames * bins * 8
-    plane = batch * log_rows * frames
-    logits = sources * plane * logits_bytes
-    return {
-        "frame": signal + pieces,
-        "rfft": pieces + spectra,
-        "fused_analysis": spectra + mixture + (2 + sources) * plane * 4,
-        "fused_masking": logits + mixture + pieces,
-        "overlap_add": spectra + waveform,
-        "overlap_add_backward": waveform + pieces,
-        "logits_gradient": spectra + mixture + 2 * logits,
-        "mixture_gradient": spectra + logits + mixture,
-    }
-
-
 # ---------------------------------------------------------------- ahead of time
 
 _POINTERS = {
@@ -728,7 +586,6 @@ _POINTERS = {
     "masking": ("logits", "mixture", "taps", "hartley"),
     "overlap_add": ("spectra", "window", "out"),
     "logits_gradient": ("spectra", "mixture", "logits", "taps", "out"),
-    "mixture_gradient": ("spectra", "logits", "taps", "out"),
 }
 _STRIDES = ("stride_b", "stride_k", "stride_t")
 _SIZES = {
@@ -737,7 +594,6 @@ _SIZES = {
     "masking": (*_STRIDES, "rows", "frames", "time_tiles"),
     "overlap_add": ("length", "frames", "tiles"),
     "logits_gradient": (*_STRIDES, "rows", "frames", "time_tiles", "row_tiles"),
-    "mixture_gradient": ("rows", "frames", "time_tiles"),
 }
 _KERNELS = {
     "frame": _frame_kernel,
@@ -745,7 +601,6 @@ _KERNELS = {
     "masking": _masking_kernel,
     "overlap_add": _overlap_add_kernel,
     "logits_gradient": _logits_gradient_kernel,
-    "mixture_gradient": _mixture_gradient_kernel,
 }
 
 
@@ -807,13 +662,13 @@ def aot_cases() -> list[AotCase]:
     for aligned in (True, False):
         for sources in (2, 1, 4, 8, 9):
             both: dict[str, Any] = {"sources": sources, "align_corners": aligned}
-            cases += [_aot_case(name, **both) for name in _KERNELS if name not in ("frame", "overlap_add")]
+            cases += [_aot_case(name, **both) for name in ("masking", "logits_gradient")]
+            if sources <= 8:
+                cases.append(_aot_case("analysis", **both))
         both = {"sources": 2, "align_corners": aligned}
         for size in (other, single, large):
-            cases += [_aot_case(name, **both, **size) for name in _KERNELS if name not in ("frame", "overlap_add")]
-        for dtype in half:
-            for name in ("masking", "logits_gradient", "mixture_gradient"):
-                cases.append(_aot_case(name, dtype, **both))
+            cases += [_aot_case(name, **both, **size) for name in ("analysis", "masking", "logits_gradient")]
         for name in ("masking", "logits_gradient"):
+            cases += [_aot_case(name, dtype, **both) for dtype in half]
             cases.append(_aot_case(name, **both, frame_major=False, note="mixture [B, bins, T]"))
     return cases

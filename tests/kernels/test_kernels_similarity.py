@@ -13,8 +13,8 @@ from avsep.kernels.similarity_distillation import op
 from avsep.kernels.similarity_distillation.reference import cross_entropy, similarity_distillation_reference
 
 OPTIONS = [
-    {"symmetric": symmetric, "include_self": include_self, "average_class": average_class}
-    for symmetric, include_self, average_class in itertools.product((True, False), repeat=3)
+    {"symmetric": symmetric, "average_class": average_class}
+    for symmetric, average_class in itertools.product((True, False), repeat=2)
 ]
 
 
@@ -38,7 +38,7 @@ def value_and_gradients(function, modalities, *args, term, **options):
 
 
 def both_agree(modalities, instance, class_, tolerance=1e-12, **options):
-    for term in range(3):
+    for term in range(2):
         want, want_gradients = value_and_gradients(
             similarity_distillation_reference, modalities, instance, class_, term=term, **options
         )
@@ -58,7 +58,6 @@ def test_orthogonal_rows():
     result = similarity_distillation([eye] * 3, torch.tensor([7, 3]), torch.zeros(2, dtype=torch.long))
     assert result.instance.item() == pytest.approx(math.log1p(math.exp(-20)), rel=1e-6)  # 2.06e-9
     assert result.class_.item() == pytest.approx(10.0, abs=1e-8)
-    assert result.total.item() == pytest.approx(0.1 * result.instance.item() + 0.3 * result.class_.item())
 
 
 def test_equal_rows_have_the_entropy_of_their_number():
@@ -98,7 +97,7 @@ def test_value_and_gradient(options, count):
     both_agree(rows(23, 9, count), ids(23, 8), ids(23, 4, seed=2), **options)
 
 
-@pytest.mark.parametrize("options", [o for o in OPTIONS if not o["include_self"]])
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("count", [1, 3])
 def test_unimodal(options, count):
     modalities = rows(17, 6, count)
@@ -117,20 +116,23 @@ def test_teacher_rows_carry_no_gradient(options):
     classes = torch.cat((torch.arange(new) % 2, torch.arange(old) % 3 + 10, torch.arange(old) % 3 + 10))
     teacher = torch.arange(n) >= new + old
     both_agree(modalities, videos, classes, teacher_rows=teacher, **options)
-    _, gradients = value_and_gradients(
-        similarity_distillation, modalities, videos, classes, term=2, teacher_rows=teacher, **options
-    )
-    for gradient in gradients:
-        assert gradient[teacher].abs().max() == 0
-        assert (gradient[~teacher].abs().amax(dim=1) > 0).all()
+    for term in range(2):
+        _, gradients = value_and_gradients(
+            similarity_distillation, modalities, videos, classes, term=term, teacher_rows=teacher, **options
+        )
+        for gradient in gradients:
+            assert gradient[teacher].abs().max() == 0
+            assert (gradient[~teacher].abs().amax(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_blocks_of_rows(options, monkeypatch):
+@pytest.mark.parametrize("unimodal", [True, False])
+def test_blocks_of_rows(options, unimodal, monkeypatch):
     monkeypatch.setattr(op, "_DENSE_ROWS", 4)
     monkeypatch.setattr(op, "_BLOCK_ELEMENTS", 1)  # blocks of 16 rows, the last one ragged
     teacher = torch.arange(41) >= 30
-    both_agree(rows(41, 5), ids(41, 12), ids(41, 5, seed=2), teacher_rows=teacher, **options)
+    groups = ids(41, 12), ids(41, 5, seed=2)
+    both_agree(rows(41, 5), *groups, teacher_rows=teacher, unimodal=unimodal, **options)
 
 
 def test_blocks_keep_no_square_tensor():
@@ -147,9 +149,9 @@ def test_blocks_keep_no_square_tensor():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = similarity_distillation(modalities, ids(n, 700), ids(n, 20))
     assert largest <= 2 * n * d
-    result.total.backward()
-    want = similarity_distillation_reference([m.detach().double() for m in modalities], ids(n, 700), ids(n, 20))[2]
-    assert result.total.item() == pytest.approx(want.item(), rel=1e-5)
+    sum(result).backward()
+    want = similarity_distillation_reference([m.detach().double() for m in modalities], ids(n, 700), ids(n, 20))
+    assert [term.item() for term in result] == pytest.approx([term.item() for term in want], rel=1e-5)
 
 
 def test_order_of_rows_does_not_matter():
@@ -157,7 +159,7 @@ def test_order_of_rows_does_not_matter():
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
     one = similarity_distillation(modalities, instance, class_)
     other = similarity_distillation([m[order] for m in modalities], instance[order], class_[order])
-    torch.testing.assert_close(one.total, other.total)
+    torch.testing.assert_close(one, other)
 
 
 def test_not_contiguous():
@@ -174,9 +176,9 @@ def test_computed_in_fp32_also_under_autocast(dtype):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             leaves = [m.clone().requires_grad_() for m in modalities]
             got = similarity_distillation(leaves, instance, class_)
-        assert got.total.dtype == torch.float32
+        assert got.instance.dtype == got.class_.dtype == torch.float32
         torch.testing.assert_close(torch.stack(list(got)).double(), torch.stack(want), rtol=2e-6, atol=2e-5)
-        got.total.backward()
+        sum(got).backward()
         assert all(m.grad.dtype == dtype and m.grad.isfinite().all() for m in leaves)
 
 
@@ -185,18 +187,18 @@ def test_computed_in_fp32_also_under_autocast(dtype):
 
 def test_groups_without_positives_give_zero():
     modalities = [m.requires_grad_() for m in rows(5, 3, 2)]
-    result = similarity_distillation(modalities, torch.arange(5), torch.arange(5), include_self=False)
-    assert result.total.item() == 0
-    result.total.backward()
+    result = similarity_distillation(modalities, torch.arange(5), torch.arange(5), unimodal=True)
+    assert result.instance.item() == result.class_.item() == 0
+    sum(result).backward()
     assert all(m.grad.abs().max() == 0 for m in modalities)
 
 
 def test_one_row():
-    for include_self in (True, False):
+    for unimodal in (True, False):
         modalities = [m.requires_grad_() for m in rows(1, 3)]
-        result = similarity_distillation(modalities, torch.tensor([4]), torch.tensor([2]), include_self=include_self)
-        assert result.total.item() == pytest.approx(0, abs=1e-12)
-        result.total.backward()
+        result = similarity_distillation(modalities, torch.tensor([4]), torch.tensor([2]), unimodal=unimodal)
+        assert [term.item() for term in result] == pytest.approx([0, 0], abs=1e-12)
+        sum(result).backward()
         assert all(m.grad.isfinite().all() for m in modalities)
 
 
@@ -205,7 +207,7 @@ def test_a_row_of_zeros_gets_no_gradient():
     modalities[1][2] = 0
     both_agree(modalities, ids(6, 3), ids(6, 2))
     leaves = [m.clone().requires_grad_() for m in modalities]
-    similarity_distillation(leaves, ids(6, 3), ids(6, 2)).total.backward()
+    sum(similarity_distillation(leaves, ids(6, 3), ids(6, 2))).backward()
     assert leaves[1].grad[2].abs().max() == 0
     assert leaves[1].grad.isfinite().all()
 
@@ -215,7 +217,7 @@ def test_a_row_of_zeros_gets_no_gradient():
     [
         ({"modalities": rows(4, 3, 1)}, "compares modalities and got 1"),
         ({"modalities": []}, "compares modalities and got 0"),
-        ({"unimodal": True}, "include_self=False"),
+        ({"modalities": [], "unimodal": True}, "compares modalities and got 0"),
         ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
         ({"temperature": math.nan}, "temperature must be above 0"),
         ({"modalities": [torch.ones(4, 3), torch.ones(4, 2)]}, r"got \[4, 3\], \[4, 2\]"),
@@ -242,6 +244,6 @@ def test_wrong_input(change, message):
 
 def test_no_graph_break():
     modalities, instance, class_ = rows(12, 4), ids(12, 5), ids(12, 3)
-    compiled = torch.compile(lambda m, i, c: similarity_distillation(m, i, c).total, fullgraph=True, backend="eager")
-    want = similarity_distillation(modalities, instance, class_).total
+    compiled = torch.compile(similarity_distillation, fullgraph=True, backend="eager")
+    want = similarity_distillation(modalities, instance, class_)
     torch.testing.assert_close(compiled(modalities, instance, class_), want)

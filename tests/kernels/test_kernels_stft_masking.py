@@ -55,6 +55,25 @@ def test_synthesis_and_gradient(align_corners, length):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_the_analysis_has_the_references_gradient(align_corners):
+    options = {**SMALL, "align_corners": align_corners}
+    x = signals(1, 2, 150).requires_grad_()
+    both = zip(kernels.analyse(x, **options), reference.analyse_reference(x, **options), strict=True)
+    for k, (got, want) in enumerate(both):
+        upstream = signals(*got.shape, seed=k).to(got.dtype)
+        one, other = (torch.autograd.grad(of, x, upstream, retain_graph=True)[0] for of in (got, want))
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_the_analysis_without_targets():
+    x = signals(2, 3, 200)
+    whole, got = kernels.analyse(x, **SMALL), kernels.analyse(x, **SMALL, targets=False)
+    assert got.ratio.shape == (2, 0, *whole.ratio.shape[2:])
+    for name in ("network_input", "weight", "mixture_stft"):
+        assert torch.equal(getattr(got, name), getattr(whole, name))
+
+
 def test_analysis_has_finite_gradients_at_silence():
     x = torch.zeros(1, 2, 300, dtype=torch.float64)
     x[0, 0, :100] = signals(100)

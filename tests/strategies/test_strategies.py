@@ -49,7 +49,7 @@ def test_contavsep_is_the_literal_sum_over_the_right_rows(separators):
     old_of_taught, old_of_batch = [0, 2, 3], [0, 4, 5]  # slots counted along mixtures
     z = [torch.cat([s, t[old_of_taught]]) for s, t in zip(_rows(step.output), _rows(taught), strict=True)]
     class_ids, video_ids = CLASS_IDS.flatten(), VIDEO_IDS.flatten()
-    instance, class_, _ = similarity_distillation_reference(
+    instance, class_ = similarity_distillation_reference(
         z,
         torch.cat([video_ids, video_ids[old_of_batch]]),
         torch.cat([class_ids, class_ids[old_of_batch]]),
@@ -94,7 +94,7 @@ def test_first_task_and_batches_without_memory_contrast_the_student_alone(separa
     step = make_step(student, rows=slice(1, 2))  # both of its slots are new
     later = strategy.loss(with_teacher(step, teacher))
     assert set(later) == {"separation", "instance", "class"}
-    instance, class_, _ = similarity_distillation_reference(
+    instance, class_ = similarity_distillation_reference(
         _rows(step.output), step.batch.video_ids.flatten(), step.batch.class_ids.flatten()
     )
     torch.testing.assert_close(later["instance"], 0.1 * instance, rtol=1e-4, atol=1e-5)
@@ -234,8 +234,8 @@ def test_within_modalities(separators):
     student, teacher = separators
     step = make_step(student, rows=slice(0, 3))
     terms = STRATEGIES.create("contavsep", {"modality_pairs": "within"}).loss(with_teacher(step, None))
-    instance, class_, _ = similarity_distillation_reference(
-        _rows(step.output), VIDEO_IDS.flatten(), CLASS_IDS.flatten(), unimodal=True, include_self=False
+    instance, class_ = similarity_distillation_reference(
+        _rows(step.output), VIDEO_IDS.flatten(), CLASS_IDS.flatten(), unimodal=True
     )
     torch.testing.assert_close(terms["instance"], 0.1 * instance, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(terms["class"], 0.3 * class_, rtol=1e-4, atol=1e-5)
