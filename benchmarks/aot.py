@@ -7,6 +7,7 @@ the configurations that their launchers really use, is compiled for every archit
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import csv
 import functools
@@ -67,23 +68,60 @@ COLUMNS = (
     "triton",
     "source",
 )
-"""Of the CSV file; ``source`` is :func:`source_hash` of the operation when it was compiled."""
+"""Of the CSV file; ``source`` is :func:`source_hash` of the case when it was compiled."""
 
 _KEY = ("op", "kernel", "settings", "sm")
 
 
-def source_hash(op: str) -> str:
-    """Of the code of an operation's ``triton_kernel.py``: comments and line breaks inside brackets do not count."""
+_LAYOUT = (tokenize.INDENT, tokenize.DEDENT, tokenize.NEWLINE)
+
+
+def _code(source: str) -> str:
+    """Tokens without comments, docstrings and line breaks inside brackets: alike in every version of Python."""
+    kept = ["NEWLINE"]
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
+            continue
+        statement = kept[-1] in ("INDENT", "NEWLINE")
+        if statement and token.type in (tokenize.STRING, tokenize.NEWLINE):
+            continue
+        kept.append(tokenize.tok_name[token.type] if token.type in _LAYOUT else token.string)
+    return " ".join(kept)
+
+
+def _pieces(op: str) -> dict[str, tuple[str, set[str]]]:
+    """What stands at the top level of an operation's ``triton_kernel.py``: by name its code, and the names in it."""
     spec = importlib.util.find_spec(f"avsep.kernels.{op}.triton_kernel")
     if spec is None or spec.origin is None:
         raise ConfigError(f"there is no Triton kernel of '{op}'")
-    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING}
-    with open(spec.origin, "rb") as file:
-        code = " ".join(t.string for t in tokenize.tokenize(file.readline) if t.type not in skipped)
-    return hashlib.sha256(code.encode()).hexdigest()[:12]
+    text = Path(spec.origin).read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
+    pieces = {}
+    for node in ast.parse(text).body:
+        names = [node.name] if isinstance(node, ast.FunctionDef) else []
+        if isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        code = "".join(lines[node.lineno - 1 : node.end_lineno])
+        pieces |= dict.fromkeys(names, (code, {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}))
+    return pieces
 
 
-_hash_as_imported = functools.cache(source_hash)  # the file may change while others of its cases are compiled
+_pieces_as_imported = functools.cache(_pieces)  # the file may change while others of its cases are compiled
+
+
+def source_hash(op: str, case: AotCase, pieces: Mapping[str, tuple[str, set[str]]] | None = None) -> str:
+    """Of all that a case is compiled from: its kernel with what that calls, its types and its constants."""
+    pieces = _pieces(op) if pieces is None else pieces
+    used: set[str] = set()
+    waiting = {case.kernel.fn.__name__}
+    while waiting:
+        name = waiting.pop()
+        used.add(name)
+        waiting |= (pieces[name][1] & pieces.keys()) - used
+    parts = [_code(pieces[name][0]) for name in sorted(used)]
+    parts += [repr(sorted(part.items())) for part in (case.signature, case.constants)]
+    parts.append(repr((sorted(case.aligned), case.num_warps, case.num_stages)))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def cases_of(op: str) -> list[AotCase]:
@@ -143,7 +181,7 @@ def compile_case(op: str, case: AotCase, architecture: int) -> dict[str, Any]:
         "num_warps": case.num_warps,
         "num_stages": case.num_stages,
         "triton": triton.__version__,
-        "source": _hash_as_imported(op),
+        "source": source_hash(op, case, _pieces_as_imported(op)),
     }
 
 
@@ -163,9 +201,9 @@ def _resources(log: str) -> dict[str, int]:
 
 def _compile_number(op: str, number: int, architecture: int, digest: str) -> dict[str, Any]:
     """In a worker process: kernels do not travel, so it makes the cases itself."""
-    if _hash_as_imported(op) != digest:
-        raise AvsepError(f"the kernels of {op} changed while they were compiled: run again")
     case = cases_of(op)[number]
+    if source_hash(op, case, _pieces_as_imported(op)) != digest:
+        raise AvsepError(f"the kernels of {op} changed while they were compiled: run again")
     try:
         return compile_case(op, case, architecture)
     except AvsepError:
@@ -244,8 +282,9 @@ def compile_all(
             rows |= {key: row for key, row in before.items() if key[0] == op}
             order += [key for key in before if key[0] == op]
             continue
-        digest = source_hash(op)
+        pieces = _pieces(op)
         for number, case in enumerate(cases_of(op)):
+            digest = source_hash(op, case, pieces)
             for architecture in case.architectures or ARCHITECTURES:
                 key = (op, case.name, case.settings, str(architecture))
                 order.append(key)

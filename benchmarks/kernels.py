@@ -32,7 +32,8 @@ from avsep.benchmarks.measure import (
     peak_memory_bytes,
     system_load,
 )
-from avsep.errors import AvsepError, ConfigError, MissingExtraError
+from avsep.benchmarks.plot import plot_rows, require_matplotlib
+from avsep.errors import AvsepError, ConfigError
 from avsep.kernels._backend import OPERATIONS
 
 __all__ = [
@@ -675,8 +676,8 @@ def run(
         raise ConfigError("this machine has no cuda device that PyTorch can use: --device cpu")
     if out is not None:
         check_results(out, COLUMNS)
-    if plot is not None and not _has_matplotlib():
-        raise MissingExtraError("matplotlib", "report", "the plot")
+    if plot is not None:
+        require_matplotlib()
     if repeats is None:
         repeats = 20 if device.startswith("cuda") else 7
     cases: Iterable[KernelCase] = ()
@@ -726,18 +727,8 @@ def _check_text(row: Mapping[str, Any]) -> str:
     return f"  {row['variant']}: {row.get('check') or row.get('note')}"
 
 
-def _has_matplotlib() -> bool:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def draw(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     """A panel a case with the medians of forward and backward together (forward where there is no backward)."""
-    from avsep.benchmarks.plot import plot_rows
-
     drawn = []
     for row in rows:
         kind = "total" if _number(row, "total_ms") is not None else "forward"
@@ -771,8 +762,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if table := propose_table(rows):
                 print(table_of_backends_text(table))
             if chosen.plot:
-                if not _has_matplotlib():
-                    raise MissingExtraError("matplotlib", "report", "the plot")
+                require_matplotlib()
                 draw(rows, chosen.plot)
             return 0
         run(

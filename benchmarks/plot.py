@@ -7,9 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from avsep.errors import MissingExtraError
 from avsep.files import atomic_path
 
-__all__ = ["plot_rows"]
+__all__ = ["plot_rows", "require_matplotlib"]
+
+
+def require_matplotlib() -> None:
+    """Raise :class:`MissingExtraError` where matplotlib is missing, before minutes of measuring."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("matplotlib", "report", "the plot") from None
 
 
 def plot_rows(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:

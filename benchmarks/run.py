@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avsep.benchmarks.measure import Case, CheckFailed, append_rows, check_results, measure_case
-from avsep.errors import MissingExtraError
+from avsep.benchmarks.plot import plot_rows, require_matplotlib
 from avsep.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run_cases(
     console = console or Console()
     check_results(out)
     if plot is not None:
-        _require_matplotlib()
+        require_matplotlib()
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
     with progress_bar(progress) as bars:
@@ -57,8 +57,6 @@ def run_cases(
             rows += found
             print_rows(console, case.title, found)
     if rows and plot is not None:
-        from avsep.benchmarks.plot import plot_rows
-
         plot_rows(rows, plot)
     if refused:
         raise CheckFailed("; ".join(refused))
@@ -86,10 +84,3 @@ def print_rows(console: Console, title: str, rows: Sequence[Mapping[str, Any]]) 
     if first["load"] != "":
         where += f", load {first['load']}"
     console.print(f"checked: {first['check']}\n{where}", highlight=False)
-
-
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401  (looked for before minutes of measuring)
-    except ImportError:
-        raise MissingExtraError("matplotlib", "report", "the plot") from None
