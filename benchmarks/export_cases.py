@@ -29,8 +29,9 @@ from avsep.benchmarks.measure import (
     interleaved,
     system_load,
 )
+from avsep.benchmarks.plot import plot_rows, require_matplotlib
 from avsep.environment import version_of
-from avsep.errors import AvsepError, ConfigError, ExportError, MissingExtraError
+from avsep.errors import AvsepError, ConfigError, ExportError
 from avsep.export.runtime.calls import GraphCall
 from avsep.export.runtime.reader import Bundle, Graph, open_bundle
 from avsep.export.runtime.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
@@ -161,7 +162,7 @@ def run(
     if out is not None:
         check_results(out, COLUMNS)
     if plot is not None:
-        _require_matplotlib()
+        require_matplotlib()
     for name in providers:
         check_provider(name, (*ONNX_PROVIDERS, *ENGINES))
     if threads < 0 or repeats < 1:
@@ -225,8 +226,6 @@ def run(
         append_rows(out, rows, COLUMNS)
     _print(console, rows)
     if plot is not None:
-        from avsep.benchmarks.plot import plot_rows
-
         plot_rows([row for row in rows if row["median_ms"] != ""], plot)
     if refused:
         raise CheckFailed("; ".join(refused))
@@ -529,13 +528,6 @@ def _print(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         "of computing for one of audio; peak MB: of a process that loads it and runs once, and what it holds of a GPU",
         highlight=False,
     )
-
-
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401  (looked for before minutes of measuring)
-    except ImportError:
-        raise MissingExtraError("matplotlib", "report", "the plot") from None
 
 
 if __name__ == "__main__":
