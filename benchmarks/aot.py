@@ -101,7 +101,7 @@ def _pieces(op: str) -> dict[str, tuple[str, set[str]]]:
         names = [node.name] if isinstance(node, ast.FunctionDef) else []
         if isinstance(node, ast.Assign):
             names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        code = "".join(lines[node.lineno - 1 : node.end_lineno])
+        code = _code("".join(lines[node.lineno - 1 : node.end_lineno])) if names else ""
         pieces |= dict.fromkeys(names, (code, {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}))
     return pieces
 
@@ -118,7 +118,7 @@ def source_hash(op: str, case: AotCase, pieces: Mapping[str, tuple[str, set[str]
         name = waiting.pop()
         used.add(name)
         waiting |= (pieces[name][1] & pieces.keys()) - used
-    parts = [_code(pieces[name][0]) for name in sorted(used)]
+    parts = [pieces[name][0] for name in sorted(used)]
     parts += [repr(sorted(part.items())) for part in (case.signature, case.constants)]
     parts.append(repr((sorted(case.aligned), case.num_warps, case.num_stages)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
