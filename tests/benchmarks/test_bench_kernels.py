@@ -344,7 +344,7 @@ def suite(*arguments, **variables):
         ["bash", str(SUITE), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         env={**os.environ, "PYTHON": sys.executable, **variables},
     )
 
