@@ -96,7 +96,7 @@ def _pieces(op: str) -> dict[str, tuple[str, set[str]]]:
         raise ConfigError(f"there is no Triton kernel of '{op}'")
     text = Path(spec.origin).read_text(encoding="utf-8")
     lines = text.splitlines(keepends=True)
-    pieces = {}
+    pieces: dict[str, tuple[str, set[str]]] = {}
     for node in ast.parse(text).body:
         names = [node.name] if isinstance(node, ast.FunctionDef) else []
         if isinstance(node, ast.Assign):
