@@ -112,6 +112,7 @@ def die_with_parent() -> None:
 
 # what decides a result; commands, pages, benchmarks, exports and drivers of grids do not
 _DECIDES = (
+    "adapters",
     "data",
     "decoders",
     "distributed",
@@ -120,6 +121,7 @@ _DECIDES = (
     "losses",
     "media",
     "memory",
+    "mixers",
     "runs",
     "separator",
     "strategies",

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 from avsep.errors import ConfigError, UnknownNameError, near_matches
 
 if TYPE_CHECKING:
+    from avsep.adapters.base import Adapter
     from avsep.decoders.base import MaskDecoder
     from avsep.encoders.base import AudioEncoder, VisualEncoder
     from avsep.memory.base import MemoryPolicy
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from avsep.strategies.base import Strategy
 
 __all__ = [
+    "ADAPTERS",
     "AUDIO_ENCODERS",
     "MASK_DECODERS",
     "MEMORIES",
@@ -265,11 +267,21 @@ STRATEGIES: Registry[Strategy] = Registry("strategy", "strategies", base="avsep.
 MEMORIES: Registry[MemoryPolicy] = Registry("memory policy", "memories", base="avsep.memory.base.MemoryPolicy")
 MIXERS: Registry[Mixer] = Registry("mixer", "mixers", base="avsep.mixers.base.Mixer")
 
+# An adapter is given the places that a component declares.
+ADAPTERS: Registry[Adapter] = Registry("adapter", "adapters", frozenset({"places"}), base="avsep.adapters.base.Adapter")
+
 REGISTRIES: dict[str, Registry[Any]] = {
-    r.key: r for r in (AUDIO_ENCODERS, VISUAL_ENCODERS, MASK_DECODERS, STRATEGIES, MEMORIES, MIXERS)
+    r.key: r for r in (AUDIO_ENCODERS, VISUAL_ENCODERS, MASK_DECODERS, ADAPTERS, STRATEGIES, MEMORIES, MIXERS)
 }
 
-_BUILTIN = ("avsep.encoders", "avsep.decoders", "avsep.strategies", "avsep.memory", "avsep.mixers")
+_BUILTIN = (
+    "avsep.encoders",
+    "avsep.adapters",
+    "avsep.decoders",
+    "avsep.strategies",
+    "avsep.memory",
+    "avsep.mixers",
+)
 _loaded = False
 _failures: list[str] = []  # what other packages' components failed with, for who misses one of them
 

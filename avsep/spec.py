@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,6 +22,7 @@ from pydantic import (
 from avsep.errors import ConfigError, UnknownNameError, near_matches
 from avsep.files import read_yaml
 from avsep.registry import (
+    ADAPTERS,
     AUDIO_ENCODERS,
     MASK_DECODERS,
     MEMORIES,
@@ -130,7 +132,11 @@ class FrontEndSpec(_Model):
 
 
 class SeparatorSpec(_Model):
-    """A separator as data. ``classes`` are the names in slot order (may be empty while only numbers are known)."""
+    """A separator as data. ``classes`` are the names in slot order (may be empty while only numbers are known).
+
+    ``task_sizes``, of a separator with an ``adapter``: how many classes each task brought; empty while all are of the
+    first one.
+    """
 
     audio_encoder: ComponentRef
     mask_decoder: ComponentRef
@@ -139,6 +145,22 @@ class SeparatorSpec(_Model):
     front_end: FrontEndSpec = Field(default_factory=lambda: FrontEndSpec())
     num_classes: int = Field(1, ge=1)
     classes: tuple[str, ...] = ()
+    adapter: ComponentRef | None = None
+    task_sizes: tuple[int, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As :class:`TrainSpec`'s."""
+        data: dict[str, Any] = handler(self)
+        return {key: value for key, value in data.items() if value or key not in ("adapter", "task_sizes")}
+
+    @model_validator(mode="after")
+    def _tasks(self) -> SeparatorSpec:
+        if self.task_sizes and self.adapter is None:
+            raise ValueError(f"task_sizes {list(self.task_sizes)} are of a separator with an adapter: add one")
+        if self.task_sizes and (min(self.task_sizes) < 1 or sum(self.task_sizes) != self.num_classes):
+            raise ValueError(f"task_sizes {list(self.task_sizes)} do not sum up to num_classes = {self.num_classes}")
+        return self
 
     @model_validator(mode="after")
     def _names(self) -> SeparatorSpec:
@@ -149,6 +171,19 @@ class SeparatorSpec(_Model):
             raise ValueError(f"class names repeat: {', '.join(repeated)}")
         return self
 
+    def of_classes(self, classes: Sequence[str]) -> SeparatorSpec:
+        """The spec of a new separator of these classes, all of a first task."""
+        new = {"num_classes": len(classes), "classes": tuple(classes), "task_sizes": ()}
+        return validated(SeparatorSpec, {**self.model_dump(), **new}, "classes")
+
+    def grown(self, num_classes: int, classes: Sequence[str] = ()) -> SeparatorSpec:
+        """The spec with more classes. Beside an adapter they are a new task; names given to classes that had none are
+        not, nor are those that come with the first names."""
+        new: dict[str, Any] = {"num_classes": num_classes, "classes": tuple(classes)}
+        if self.adapter is not None and num_classes > self.num_classes and (self.classes or not classes):
+            new["task_sizes"] = (*(self.task_sizes or (self.num_classes,)), num_classes - self.num_classes)
+        return validated(SeparatorSpec, {**self.model_dump(), **new}, "grow")
+
     def check(self) -> None:
         """Raise when a name, a parameter or the combination is wrong; nothing is built."""
         parts: list[tuple[ComponentRef | None, Registry[Any]]] = [
@@ -156,6 +191,7 @@ class SeparatorSpec(_Model):
             (self.mask_decoder, MASK_DECODERS),
             (self.object_encoder, VISUAL_ENCODERS),
             (self.motion_encoder, VISUAL_ENCODERS),
+            (self.adapter, ADAPTERS),
         ]
         for ref, registry in parts:
             if ref is not None:

@@ -5,9 +5,10 @@ Dimensions: B batch, N sources, L samples, C channels, F frequency rows, T time 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from avsep.export.runtime.timeline import VisualSource
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "AdapterPlace",
     "AudioFeatures",
     "Batch",
     "MaskOutput",
@@ -74,6 +76,37 @@ class VisualFeatures:
     motion_mask: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class AdapterPlace:
+    """A weight of a component that an adapter may change: a linear map, or a convolution seen as one.
+
+    ``parameter`` is its name in the component, ``shape`` its shape. ``kind`` linear is [maps rows, columns], ``maps``
+    matrices one below the other (3 of a packed query, key and value projection); convolution [out, in, ...]; transposed
+    (a transposed convolution) [in, out, ...].
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    kind: Literal["linear", "convolution", "transposed"] = "linear"
+    maps: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Outputs of a map."""
+        return self.shape[1] if self.kind == "transposed" else self.shape[0] // self.maps
+
+    @property
+    def columns(self) -> int:
+        """Inputs of a map; of a convolution times the taps of its kernel."""
+        return math.prod(self.shape) // (self.maps * self.rows)
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """[maps, rows, columns] -> the shape of the weight."""
+        if self.kind != "transposed":
+            return matrix.reshape(self.shape)
+        return matrix.reshape(self.rows, self.shape[0], *self.shape[2:]).transpose(0, 1)
+
+
 class MaskOutput:
     """What a mask decoder gives: the masks' logits and the embeddings [B, N, D] that CrossSDC compares.
 
@@ -114,6 +147,34 @@ class MaskOutput:
         self.maps = dict(maps or {})
         self._logits = logits
         self._classify = classify
+
+    @classmethod
+    def chosen(cls, outputs: Sequence[MaskOutput], masks: Sequence[Tensor]) -> MaskOutput:
+        """Of each source the output whose mask [B, N] bool is True: the masks of several outputs tile the sources."""
+
+        def choose(parts: Sequence[Tensor]) -> Tensor:
+            found = parts[0]
+            for part, mask in zip(parts[1:], masks[1:], strict=True):
+                found = part.where(mask.reshape(*mask.shape, *(1,) * (part.ndim - 2)), found)
+            return found
+
+        def choose_all(parts: Sequence[Tensor | None]) -> Tensor | None:
+            known = [part for part in parts if part is not None]
+            return choose(known) if len(known) == len(parts) else None
+
+        first = outputs[0]
+        shared = all(o.mask_features is first.mask_features is not None for o in outputs)
+        embedding = choose_all([o.embedding for o in outputs]) if shared else None
+        return cls(
+            audio=lambda: choose([o.audio for o in outputs]),
+            object=choose_all([o.object for o in outputs]),
+            motion=choose_all([o.motion for o in outputs]),
+            logits=choose([o.logits for o in outputs]) if embedding is None else None,
+            embedding=embedding,
+            mask_features=None if embedding is None else first.mask_features,
+            classify=first._classify,
+            maps={name: choose([o.maps[name] for o in outputs]) for name in first.maps},
+        )
 
     @property
     def audio(self) -> Tensor:

@@ -6,6 +6,7 @@ import csv
 import re
 
 import pytest
+import torch
 
 from avsep.registry import REGISTRIES, load_components
 from support.source_tree import ROOT
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.skipif(not GUIDE.is_file(), reason="needs the source tr
 ADDS = {
     "An audio encoder": "audio_encoders",
     "A mask decoder": "mask_decoders",
+    "An adapter": "adapters",
     "A strategy": "strategies",
     "A mixer": "mixers",
     "A memory policy": "memories",
@@ -82,3 +84,22 @@ def test_the_examples_learn_two_tasks_together(registered, tone_store, tmp_path)
     assert second
     assert any(float(row["same_masks"] or 0) > 0 for row in second)  # sources of the first task were drawn
     assert sorted(read_exemplars(tmp_path / "run", 1)) == sorted(TINY_TASKS[0])
+
+
+def test_the_adapter_changes_what_sources_of_its_task_get(registered):
+    from dataclasses import replace
+
+    from avsep.separator import build_separator
+    from support.components import random_batch
+
+    separator = build_separator(**TINY_SEPARATOR, adapter=registered["adapters"][0], classes=("a", "b"), seed=1).eval()
+    separator.grow(3, ("a", "b", "c"))
+    batch = replace(random_batch(separator), class_ids=torch.tensor([[0, 2], [2, 1]]))
+    found = []
+    for factor in (1.0, 1.5):
+        with torch.no_grad():
+            for parameter in separator.adapters()[0].newest():
+                parameter.fill_(factor)
+            found.append(separator.predict(batch).output.logits)
+    changed = (found[0] != found[1]).flatten(2).any(dim=2)
+    assert changed.tolist() == [[False, True], [True, False]]

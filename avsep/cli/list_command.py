@@ -16,8 +16,8 @@ def command(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="audio_encoders, visual_encoders, mask_decoders, strategies, memories, presets or protocols; all "
-            "without it.",
+            help="audio_encoders, visual_encoders, mask_decoders, adapters, strategies, memories, mixers, presets or "
+            "protocols; all without it.",
             show_default=False,
         ),
     ] = None,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from avsep.errors import ConfigError
 from avsep.registry import Component
-from avsep.types import AudioFeatures, MaskOutput, Spectrograms, VisualFeatures
+from avsep.types import AdapterPlace, AudioFeatures, MaskOutput, Spectrograms, VisualFeatures
 
 __all__ = ["MaskDecoder"]
 
@@ -27,15 +27,15 @@ class MaskDecoder(nn.Module, Component, ABC):
         independent_sources: the mask of one source does not depend on which others are separated beside it, so that
             many may be separated in groups. False where it is not known.
         query_parameter: name of the parameter with a row a class, the class's query, which the masks depend on; empty
-            of a decoder without.
+            of a decoder without. :meth:`forward` takes as many classes as it has rows.
         mask_head: name of the submodule that turns a query's vector into its mask; empty of a decoder without.
         num_classes: classes known so far. Every decoder sets it, and :meth:`grow` changes it.
     """
 
-    class_agnostic: ClassVar[bool] = False
-    independent_sources: ClassVar[bool] = False
-    query_parameter: ClassVar[str] = ""
-    mask_head: ClassVar[str] = ""
+    class_agnostic: bool = False
+    independent_sources: bool = False
+    query_parameter: str = ""
+    mask_head: str = ""
 
     num_classes: int
 
@@ -69,3 +69,8 @@ class MaskDecoder(nn.Module, Component, ABC):
         """How each source's query attends to the steps of its motion, [B, N, Tm], each row of sum 1; None of a decoder
         without such an attention."""
         return None
+
+    def adapter_places(self) -> tuple[AdapterPlace, ...]:
+        """The weights that an adapter may change, of those that :meth:`forward` itself computes with; none of a decoder
+        that carries no adapter."""
+        return ()

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from avsep.decoders.base import MaskDecoder
+from avsep.encoders.base import weight_places
 from avsep.errors import ConfigError
 from avsep.kernels import mask_head
 from avsep.registry import MASK_DECODERS
-from avsep.types import AudioFeatures, MaskOutput, VisualFeatures
+from avsep.types import AdapterPlace, AudioFeatures, MaskOutput, VisualFeatures
 
 __all__ = ["ChannelSynthesizer"]
 
@@ -91,3 +92,6 @@ class ChannelSynthesizer(MaskDecoder):
             heard = torch.einsum("bnft,bcft->bnc", share, features)
         embedding: Tensor = self.audio_proj(heard)
         return embedding
+
+    def adapter_places(self) -> tuple[AdapterPlace, ...]:
+        return weight_places(self.object_proj, "object_proj")

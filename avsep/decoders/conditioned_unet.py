@@ -13,9 +13,10 @@ from avsep.decoders._classifier import SpectrogramClassifier
 from avsep.decoders.base import MaskDecoder
 from avsep.dsp import magnitude
 from avsep.encoders.audio.conv7 import init_as_published
+from avsep.encoders.base import weight_places
 from avsep.errors import ConfigError
 from avsep.registry import MASK_DECODERS
-from avsep.types import AudioFeatures, MaskOutput, Spectrograms, VisualFeatures
+from avsep.types import AdapterPlace, AudioFeatures, MaskOutput, Spectrograms, VisualFeatures
 
 __all__ = ["ConditionedUNet", "SharedUpConv"]
 
@@ -165,3 +166,7 @@ class ConditionedUNet(MaskDecoder):
             class_logits = output.class_logits
         loss = F.cross_entropy(class_logits.flatten(0, 1).float(), class_ids.flatten())
         return {"consistency": self.consistency_weight * loss}
+
+    def adapter_places(self) -> tuple[AdapterPlace, ...]:
+        """The object's map and the way up; the classifier learns from what is separated, and takes no part in it."""
+        return (*weight_places(self.object_proj, "object_proj"), *weight_places(self.up, "up"))

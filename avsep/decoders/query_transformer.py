@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avsep.decoders.base import MaskDecoder
+from avsep.encoders.base import weight_places
 from avsep.errors import ConfigError
 from avsep.registry import MASK_DECODERS
-from avsep.types import AudioFeatures, MaskOutput, VisualFeatures
+from avsep.types import AdapterPlace, AudioFeatures, MaskOutput, VisualFeatures
 
 __all__ = ["Attention", "QueryTransformer", "positions_1d", "positions_2d"]
 
@@ -265,7 +266,7 @@ class QueryTransformer(MaskDecoder):
         key = memory + positions
 
         object_embedding = self.object_proj(visual.object)  # f_o [B, N, D]
-        slot_of = class_ids[..., None] == torch.arange(self.num_classes, device=class_ids.device)  # [B, N, Q]
+        slot_of = class_ids[..., None] == torch.arange(len(self.class_queries), device=class_ids.device)  # [B, N, Q]
         # Every slot starts at zero but the queried class's, which holds the object: [B, N, Q, D]
         slots = slot_of[..., None] * object_embedding[:, :, None, :]
         queries = self.class_queries  # [Q, D]
@@ -330,3 +331,11 @@ class QueryTransformer(MaskDecoder):
             embedding = (motion * share[..., None]).sum(dim=2)
         out = self.motion_layer(slots.flatten(0, 1), self.class_queries, key.flatten(0, 1), motion.flatten(0, 1), mask)
         return out.unflatten(0, slots.shape[:2]), embedding
+
+    def adapter_places(self) -> tuple[AdapterPlace, ...]:
+        packed = [
+            AdapterPlace(f"{name}.in_weight", tuple(module.in_weight.shape), maps=3)
+            for name, module in self.named_modules()
+            if isinstance(module, Attention)
+        ]
+        return (*packed, *weight_places(self))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from avsep.encoders.hub import HubModel
 from avsep.registry import Component
-from avsep.types import AudioFeatures, VisualSource
+from avsep.types import AdapterPlace, AudioFeatures, VisualSource
 
-__all__ = ["AudioEncoder", "VisualEncoder"]
+__all__ = ["AudioEncoder", "VisualEncoder", "weight_places"]
 
 
 class AudioEncoder(nn.Module, Component, ABC):
@@ -29,9 +29,9 @@ class AudioEncoder(nn.Module, Component, ABC):
         skip_channels: channels of the skip maps, finest first; none of an encoder that gives none.
     """
 
-    size_multiple: ClassVar[int] = 1
-    frozen: ClassVar[bool] = False
-    tap_names: ClassVar[tuple[str, ...]] = ()
+    size_multiple: int = 1
+    frozen: bool = False
+    tap_names: tuple[str, ...] = ()
 
     mask_channels: int | None = None
     latent_channels: int
@@ -48,6 +48,10 @@ class AudioEncoder(nn.Module, Component, ABC):
     def taps(self, audio: AudioFeatures) -> dict[str, Tensor]:
         """The maps [B, C, H, W] of ``tap_names``, of this encoder's own features."""
         return {}
+
+    def adapter_places(self) -> tuple[AdapterPlace, ...]:
+        """The weights that an adapter may change; none of an encoder that carries no adapter."""
+        return ()
 
 
 class VisualEncoder(nn.Module, Component, ABC):
@@ -91,3 +95,19 @@ class VisualEncoder(nn.Module, Component, ABC):
     def encode(self, pictures: Tensor) -> Tensor:
         """Single pictures [n, 3, H, W], uint8 0..255 or float 0..1 -> [n, D], of an object extractor."""
         raise NotImplementedError(f"{type(self).__name__} does not extract object features")
+
+
+def weight_places(module: nn.Module, prefix: str = "") -> tuple[AdapterPlace, ...]:
+    """The weights of a module's linear layers and convolutions, for :meth:`AudioEncoder.adapter_places`; grouped
+    convolutions are left out. Names begin with ``prefix``."""
+    found = []
+    for name, part in module.named_modules(prefix=prefix):
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+        if isinstance(part, kinds) and (isinstance(part, nn.Linear) or part.groups == 1):
+            kind: Literal["linear", "convolution", "transposed"] = "convolution"
+            if isinstance(part, nn.Linear):
+                kind = "linear"
+            elif isinstance(part, nn.ConvTranspose2d):
+                kind = "transposed"
+            found.append(AdapterPlace(f"{name}.weight", tuple(part.weight.shape), kind))
+    return tuple(found)

@@ -276,15 +276,14 @@ class _Estimator:
     def estimate(self, name: str, spec: RunSpec, memory: ComponentRef) -> Budget:
         tasks, index = self.stream(name, spec)
         strategy = build_strategy(spec.strategies)
-        separator = self._separator(spec.separator, tasks[index].seen)
+        separator = self._separator(_of_tasks(spec.separator, tasks[: index + 1], restarts=strategy.restarts))
         count, weight = self._exemplars(spec, strategy, memory, separator, tasks, index)
         return _budget(
             separator, strategy, index, self._state(spec, strategy, tasks[index]), count, weight, basis=self.sizes
         )
 
-    def _separator(self, spec: SeparatorSpec, classes: tuple[str, ...]) -> Separator:
+    def _separator(self, full: SeparatorSpec) -> Separator:
         """One without weights where that is possible: only shapes are asked for."""
-        full = _of_classes(spec, classes)
         key = full.model_dump_json()
         if key not in self._separators:
             try:
@@ -299,7 +298,7 @@ class _Estimator:
     def _state(self, spec: RunSpec, strategy: Strategy, task: Task) -> int:
         if not strategy.keeps_state:
             return 0
-        full = _of_classes(spec.separator, task.seen)
+        full = spec.separator.of_classes(task.seen)
         key = (full.model_dump_json(), str([ref.model_dump_json() for ref in spec.strategies]))
         if key not in self._states:
             with seeded(0):
@@ -366,8 +365,13 @@ class _Estimator:
         return weigh
 
 
-def _of_classes(spec: SeparatorSpec, classes: tuple[str, ...]) -> SeparatorSpec:
-    return spec.model_copy(update={"num_classes": len(classes), "classes": classes})
+def _of_tasks(spec: SeparatorSpec, tasks: Sequence[Task], *, restarts: bool) -> SeparatorSpec:
+    """The spec of the separator that the last of these tasks leaves."""
+    first, *later = tasks[-1:] if restarts else tasks
+    spec = spec.of_classes(first.seen)
+    for task in later:
+        spec = spec.grown(len(task.seen), task.seen)
+    return spec
 
 
 class _OneMixture:

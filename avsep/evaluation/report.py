@@ -441,6 +441,7 @@ def _run_view(folder: Path, name: str, finished: int) -> RunView:
         "object encoder": _component(separator.object_encoder),
         "motion encoder": _component(separator.motion_encoder),
         "mask decoder": _component(separator.mask_decoder),
+        **({} if separator.adapter is None else {"adapter": _component(separator.adapter)}),
         **_training(spec.train),
         "test protocol": _protocol_text(Protocol.load(RunFolder(folder).protocol_file)),
         "validation": f"{spec.validation_protocol}, {spec.train.validation_pairs or 'all'} pairs of each list, every "

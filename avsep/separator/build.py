@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from avsep.adapters.base import Adapter
+from avsep.decoders.base import MaskDecoder
+from avsep.encoders.base import AudioEncoder
 from avsep.environment import seeded
 from avsep.errors import ConfigError, UnknownNameError, near_matches
-from avsep.registry import AUDIO_ENCODERS, MASK_DECODERS, REGISTRIES, VISUAL_ENCODERS, ComponentSpec
+from avsep.registry import ADAPTERS, AUDIO_ENCODERS, MASK_DECODERS, REGISTRIES, VISUAL_ENCODERS, ComponentSpec
+from avsep.separator.adapted import AdaptedDecoder, AdaptedEncoder
 from avsep.separator.module import Separator
-from avsep.spec import FrontEndSpec, SeparatorSpec, load_preset, validated
+from avsep.spec import ComponentRef, FrontEndSpec, SeparatorSpec, load_preset, validated
 
 __all__ = ["build_from_spec", "build_separator", "list_components"]
 
@@ -37,7 +41,28 @@ def build_from_spec(spec: SeparatorSpec) -> Separator:
         object_dim=None if visual["object"] is None else visual["object"].dim,
         motion_dim=None if visual["motion"] is None else visual["motion"].dim,
     )
+    if spec.adapter is not None:
+        audio_encoder, mask_decoder = _with_adapters(spec, spec.adapter, audio_encoder, mask_decoder)
     return Separator(spec, audio_encoder, mask_decoder, visual["object"], visual["motion"])
+
+
+def _with_adapters(
+    spec: SeparatorSpec, ref: ComponentRef, audio_encoder: AudioEncoder, mask_decoder: MaskDecoder
+) -> tuple[AudioEncoder, MaskDecoder]:
+    """The components with what they carry for each of the spec's tasks."""
+
+    def adapter_of(component: AudioEncoder | MaskDecoder, kind: str, name: str) -> Adapter:
+        if not (places := component.adapter_places()):
+            raise ConfigError(f"{kind} '{name}' declares no place for an adapter: leave the adapter '{ref.name}' out")
+        return ADAPTERS.create(ref.name, ref.params, places=places)
+
+    adapted = AdaptedDecoder(mask_decoder, adapter_of(mask_decoder, "mask decoder", spec.mask_decoder.name))
+    adapted.set_tasks(spec.task_sizes)
+    if not adapted.adapter.on_audio_encoder:
+        return audio_encoder, adapted
+    encoder = AdaptedEncoder(audio_encoder, adapter_of(audio_encoder, "audio encoder", spec.audio_encoder.name))
+    encoder.set_tasks(spec.task_sizes)
+    return encoder, adapted
 
 
 def _check_sizes(spec: SeparatorSpec) -> None:
@@ -75,6 +100,7 @@ def build_separator(
     object_encoder: Any = _UNSET,
     motion_encoder: Any = _UNSET,
     mask_decoder: Any = _UNSET,
+    adapter: Any = _UNSET,
     classes: Sequence[str] = (),
     front_end: FrontEndSpec | dict[str, Any] | None = None,
     seed: int | None = None,
@@ -87,7 +113,7 @@ def build_separator(
         audio_encoder: a component is a name, ``(name, {parameter: value})`` or ``{"name": ..., "params": {...}}``;
             without a preset the audio encoder is ``unet7`` and the mask decoder ``query_transformer``.
         object_encoder, motion_encoder: as above; None leaves the part out, also where a preset has it.
-        mask_decoder: as above.
+        mask_decoder, adapter: as above; there is no adapter unless one is given.
         classes: class names in slot order.
         front_end: settings of the front end (:class:`avsep.spec.FrontEndSpec`) that replace the preset's one by one.
         seed: of the first weights, which then do not depend on the global random state, nor change it.
@@ -112,6 +138,7 @@ def build_separator(
         "object_encoder": object_encoder,
         "motion_encoder": motion_encoder,
         "mask_decoder": mask_decoder,
+        "adapter": adapter,
     }
     data.update({name: value for name, value in given.items() if value is not _UNSET})
     if front_end is not None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from avsep.adapters.base import Adapter
 from avsep.decoders.base import MaskDecoder
 from avsep.dsp import FrontEnd
 from avsep.encoders.base import AudioEncoder, VisualEncoder
 from avsep.errors import ConfigError
-from avsep.spec import SeparatorSpec, validated
+from avsep.separator.adapted import AdaptedDecoder, AdaptedEncoder
+from avsep.spec import SeparatorSpec
 from avsep.types import (
     AudioFeatures,
     Batch,
@@ -94,6 +97,22 @@ class Separator(nn.Module):
         """What the visual encoders want to be fed with, object before motion."""
         encoders = (self.object_encoder, self.motion_encoder)
         return tuple(encoder.source() for encoder in encoders if encoder is not None)
+
+    def adapters(self) -> list[Adapter]:
+        """What the mask decoder and the audio encoder carry for each task; none without ``spec.adapter``."""
+        return [module for module in self.modules() if isinstance(module, Adapter)]
+
+    def merged(self) -> Separator:
+        """A copy without adapters: with the parts that carried one once for each task, in weights of their own.
+
+        It separates as this one does, and is what graphs are made of.
+        """
+        made = copy.deepcopy(self)
+        if isinstance(made.audio_encoder, AdaptedEncoder):
+            made.audio_encoder = made.audio_encoder.merged()
+        if isinstance(made.mask_decoder, AdaptedDecoder):
+            made.mask_decoder = made.mask_decoder.merged()
+        return made
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trainable parameters as ``audio``, ``visual`` and ``decoder``; frozen encoders are left out."""
@@ -241,9 +260,11 @@ class Separator(nn.Module):
                 f"the classes {', '.join(names) or '(none given)'} do not continue those already learned: name "
                 f"{', '.join(self.classes)} first, in this order"
             )
-        data = {**self.spec.model_dump(), "num_classes": num_classes, "classes": names}
-        spec = validated(SeparatorSpec, data, "grow")
+        spec = self.spec.grown(num_classes, names)
         self.mask_decoder.grow(num_classes)
+        for part in (self.audio_encoder, self.mask_decoder):
+            if isinstance(part, (AdaptedEncoder, AdaptedDecoder)):
+                part.set_tasks(spec.task_sizes)
         self.spec = spec
 
     def _check_class_ids(self, class_ids: Tensor) -> None:

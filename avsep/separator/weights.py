@@ -162,7 +162,7 @@ def _check_same_spec(folder: Path, spec: SeparatorSpec) -> None:
         raise CheckpointError(str(error)) from None
     if beside != spec:
         one, other = spec.model_dump(), beside.model_dump()
-        keys = [key for key in one if one[key] != other[key]]
+        keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
         raise CheckpointError(
             f"{folder / SPEC_FILE} and the spec inside {WEIGHTS_FILE} differ in {', '.join(keys)}: copy both files of "
             f"one save, or delete {SPEC_FILE} to go by the weights"

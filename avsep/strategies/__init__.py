@@ -12,6 +12,7 @@ from avsep.strategies.joint import Joint
 from avsep.strategies.lwf import LwF
 from avsep.strategies.plop import PLOP
 from avsep.strategies.query_extension import QueryExtension
+from avsep.strategies.task_adapters import TaskAdapters
 from avsep.strategies.weight_average import WeightAverage
 from avsep.strategies.weight_fusion import WeightFusion
 
@@ -29,6 +30,7 @@ __all__ = [
     "QueryExtension",
     "Step",
     "Strategy",
+    "TaskAdapters",
     "TaskContext",
     "TaskData",
     "WeightAverage",

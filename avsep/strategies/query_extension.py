@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from avsep.errors import ConfigError
 from avsep.registry import MASK_DECODERS, STRATEGIES
 from avsep.strategies.base import Step, Strategy, TaskContext
+from avsep.strategies.teaching import NewRows
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from avsep.separator import Separator
 
 __all__ = ["QueryExtension"]
@@ -32,7 +28,7 @@ class QueryExtension(Strategy):
 
     def __init__(self, *, head: bool = False) -> None:
         self.head = head
-        self._old_rows: Tensor | None = None
+        self._rows: NewRows | None = None
 
     def check(self, separator: Separator) -> None:
         decoder, name = separator.mask_decoder, separator.spec.mask_decoder.name
@@ -51,27 +47,18 @@ class QueryExtension(Strategy):
         return {}
 
     def begin_task(self, ctx: TaskContext) -> None:
-        self._old_rows = None
+        self._rows = None
         if ctx.task.index == 0:
             return
-        student = ctx.student
-        student.freeze()
-        queries = _queries(student).requires_grad_(True)
+        ctx.student.freeze()
+        decoder = ctx.student.mask_decoder
         if self.head:
-            student.mask_decoder.get_submodule(student.mask_decoder.mask_head).requires_grad_(True)
-        old = len(ctx.task.old)
-        self._old_rows = queries[:old].detach().clone()
-        is_new = torch.arange(len(queries), device=queries.device)[:, None] >= old
-        queries.register_hook(lambda gradient: gradient * is_new)
+            decoder.get_submodule(decoder.mask_head).requires_grad_(True)
+        self._rows = NewRows(decoder.get_parameter(decoder.query_parameter), len(ctx.task.old))
 
     def after_step(self, step: Step) -> None:
-        if self._old_rows is not None:  # a gradient of zero does not stop weight decay
-            with torch.no_grad():
-                _queries(step.student)[: len(self._old_rows)] = self._old_rows
-
-
-def _queries(separator: Separator) -> nn.Parameter:
-    return separator.mask_decoder.get_parameter(separator.mask_decoder.query_parameter)
+        if self._rows is not None:
+            self._rows.restore()
 
 
 def _with_queries() -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from avsep.strategies.base import TaskData
     from avsep.types import MaskOutput
 
-__all__ = ["check_weights", "embeddings", "reestimate_batch_norm", "rows_of"]
+__all__ = ["NewRows", "check_weights", "embeddings", "reestimate_batch_norm", "rows_of"]
 
 
 def embeddings(output: MaskOutput) -> dict[str, Tensor]:
@@ -28,6 +28,22 @@ def check_weights(**weights: float) -> None:
     for name, value in weights.items():
         if not value >= 0:
             raise ValueError(f"{name} must be 0 or more, got {value}")
+
+
+class NewRows:
+    """Trains the rows of a parameter that new classes brought; the ``old`` first ones keep their values."""
+
+    def __init__(self, parameter: nn.Parameter, old: int) -> None:
+        self._parameter = parameter.requires_grad_(True)
+        self._old = parameter[:old].detach().clone()
+        is_new = torch.arange(len(parameter), device=parameter.device) >= old
+        is_new = is_new.reshape(-1, *(1,) * (parameter.ndim - 1))
+        parameter.register_hook(lambda gradient: gradient * is_new)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the old rows back after a step: a gradient of zero does not stop weight decay."""
+        self._parameter[: len(self._old)] = self._old
 
 
 def rows_of(shape: tuple[int, ...]) -> tuple[slice, ...]:

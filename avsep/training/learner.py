@@ -436,9 +436,8 @@ class ContinualLearner:
         spec = self.separator.spec
         seen = tuple(task.seen)
         if self.strategy.restarts and task.index > 0:
-            fresh = spec.model_copy(update={"num_classes": len(seen), "classes": seen})
             with seeded(self.train.seed, task.index):
-                self.separator = build_from_spec(fresh)
+                self.separator = build_from_spec(spec.of_classes(seen))
         elif spec.num_classes < len(seen) or spec.classes != seen:
             with seeded(self.train.seed, task.index):
                 self.separator.grow(len(seen), classes=seen)

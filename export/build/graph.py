@@ -8,7 +8,6 @@ for the published ``align_corners=False``, another along time).
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -207,7 +206,7 @@ class _MaskedSeparator(nn.Module):
     def __init__(self, separator: Separator, *, motion_mask: bool = False) -> None:
         super().__init__()
         spec = separator.spec.front_end
-        self.separator = _Logits(copy.deepcopy(separator))
+        self.separator = _Logits(separator.merged())
         _constant_weights(self.separator)
         self.has_object = separator.object_encoder is not None
         self.has_motion = separator.motion_encoder is not None

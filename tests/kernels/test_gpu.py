@@ -22,6 +22,7 @@ _CASES = [
     for strategy in [*STRATEGIES.names(), ("lwf", {"variant": "grown_teacher"})]
     for separator in SEPARATORS
     if strategy != "query_extension" or separator.startswith("iquery")  # the others have no class queries
+    if strategy != "task_adapters" or "adapter" in SEPARATORS[separator]
 ]
 
 

@@ -28,7 +28,7 @@ from support.continual_runs import SEPARATORS
 from support.tones import COUNTS, TINY_FRONT_END, TINY_TASKS, TINY_TRAIN
 
 # kind -> the parts of a separator that its components can be; of others, what tests them below
-PARTS = {"audio_encoders": ("audio_encoder",), "mask_decoders": ("mask_decoder",)}
+PARTS = {"audio_encoders": ("audio_encoder",), "mask_decoders": ("mask_decoder",), "adapters": ("adapter",)}
 ROLES = {"visual_encoders": ("object", "motion")}
 IN_RUNS = {"strategies", "memories", "mixers"}
 
@@ -46,11 +46,11 @@ def _parts() -> Iterator[tuple[str, str, str]]:
 
 CASES = list(_parts())
 # Exported in the ordinary suite, and with it one of every other kind; the others every night: a graph takes seconds.
-SOON = next(case for case in CASES if case[2] == "motion_encoder")
+SOON = [next(case for case in CASES if case[2] == part) for part in ("motion_encoder", "adapter")]
 
 
 def exported(case: tuple[str, str, str]) -> Any:
-    return pytest.param(*case, marks=[] if case == SOON else [pytest.mark.slow])
+    return pytest.param(*case, marks=[] if case in SOON else [pytest.mark.slow])
 
 
 def test_every_kind_is_covered():

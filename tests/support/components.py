@@ -54,6 +54,8 @@ def fitting_spec(part: str, ref: ComponentRef) -> SeparatorSpec:
             "front_end": FRONT_END,
             "num_classes": 3,
         }
+        if part == "adapter":
+            data["task_sizes"] = (1, 2)
         spec = validated(SeparatorSpec, data, ref.name)
         try:
             spec.check()

@@ -31,6 +31,7 @@ from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
 SEPARATORS: dict[str, dict[str, Any]] = {
     "iquery": TINY_SEPARATOR,
     "iquery_object": {**TINY_SEPARATOR, "motion_encoder": None},
+    "iquery_adapters": {**TINY_SEPARATOR, "adapter": {"name": "low_rank", "params": {"rank": 2, "conv_rank": 1}}},
     "coseparation": {
         "audio_encoder": {"name": "conv7", "params": {"base_channels": 4}},
         "object_encoder": {"name": "frame_cnn", "params": {"dim": 16}},

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from avsep.dsp import log_magnitude
 from avsep.encoders.audio._sizes import check_size
-from avsep.encoders.base import AudioEncoder
+from avsep.encoders.base import AudioEncoder, weight_places
 from avsep.registry import AUDIO_ENCODERS
-from avsep.types import AudioFeatures
+from avsep.types import AdapterPlace, AudioFeatures
 
 __all__ = ["Conv7", "init_as_published"]
 
@@ -77,3 +77,6 @@ class Conv7(AudioEncoder):
     def taps(self, audio: AudioFeatures) -> dict[str, Tensor]:
         """The maps that :meth:`avsep.separator.Separator.taps` names, of this encoder's features."""
         return {f"e{k}": audio.skips[k - 1] for k in (3, 4, 5)}
+
+    def adapter_places(self) -> tuple[AdapterPlace, ...]:
+        return weight_places(self)

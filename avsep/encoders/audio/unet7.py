@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from avsep.dsp import log_magnitude
 from avsep.encoders.audio._sizes import check_size
-from avsep.encoders.base import AudioEncoder
+from avsep.encoders.base import AudioEncoder, weight_places
 from avsep.registry import AUDIO_ENCODERS
-from avsep.types import AudioFeatures
+from avsep.types import AdapterPlace, AudioFeatures
 
 __all__ = ["UNet7", "UpConv", "folded_kernel"]
 
@@ -143,3 +143,10 @@ class UNet7(AudioEncoder):
         named = {f"e{k}": audio.skips[k - 1] for k in (3, 4, 5)}
         named |= {f"d{k}": audio.ups[7 - k] for k in (4, 2)}
         return {**named, "F": audio.mask_features}
+
+    def adapter_places(self) -> tuple[AdapterPlace, ...]:
+        up = self.up.named_parameters(prefix="up")
+        return (
+            *weight_places(self.down, "down"),
+            *(AdapterPlace(name, tuple(weight.shape), "convolution") for name, weight in up),
+        )

@@ -1,0 +1,6 @@
+"""Adapters: what a component carries for each task. Importing this package registers the built-in ones."""
+
+from avsep.adapters.base import Adapter
+from avsep.adapters.low_rank import LowRank
+
+__all__ = ["Adapter", "LowRank"]

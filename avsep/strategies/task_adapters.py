@@ -1,0 +1,60 @@
+"""Task adapters: every task has small weights of its own, and nothing that an earlier one learned is touched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from avsep.errors import ConfigError
+from avsep.registry import ADAPTERS, STRATEGIES
+from avsep.strategies.base import Step, Strategy, TaskContext
+from avsep.strategies.teaching import NewRows
+
+if TYPE_CHECKING:
+    from avsep.separator import Separator
+
+__all__ = ["TaskAdapters"]
+
+
+@STRATEGIES.register(
+    "task_adapters", source="this library, with the adapters of Hu et al., LoRA, ICLR 2022; see low_rank"
+)
+class TaskAdapters(Strategy):
+    """From the second task on train the newest adapter and the new classes' queries alone; forgets nothing.
+
+    Needs a separator with an adapter (``separator.adapter=low_rank``). All else keeps its values to the last bit,
+    weight decay and running statistics included, and a source sees no query of a later task
+    (:class:`~avsep.separator.adapted.AdaptedDecoder`). So a source of an old class gets, in the same batch, what it got
+    when its task ended, to the last bit. What is not promised: that new classes are learned as well as by training
+    everything, nor that old ones learn to be told from instruments that came later.
+    """
+
+    across_ranks = True
+
+    def __init__(self) -> None:
+        self._rows: NewRows | None = None
+
+    def check(self, separator: Separator) -> None:
+        if not separator.adapters():
+            raise ConfigError(
+                "strategy 'task_adapters' trains adapters, and the separator has none: add one, such as "
+                f"separator.adapter={ADAPTERS.names()[0]} (see: avsep list adapters)"
+            )
+
+    def first_task(self) -> dict[str, Any]:
+        return {}
+
+    def begin_task(self, ctx: TaskContext) -> None:
+        self._rows = None
+        if ctx.task.index == 0:
+            return
+        ctx.student.freeze()
+        for adapter in ctx.student.adapters():
+            for parameter in adapter.newest():
+                parameter.requires_grad_(True)
+        decoder = ctx.student.mask_decoder
+        if decoder.query_parameter:
+            self._rows = NewRows(decoder.get_parameter(decoder.query_parameter), len(ctx.task.old))
+
+    def after_step(self, step: Step) -> None:
+        if self._rows is not None:
+            self._rows.restore()
