@@ -273,6 +273,7 @@ sys.exit(2) if rank == "1" else time.sleep(100)
 def test_a_signal_ends_all_ranks(number, tmp_path, capfd):
     def send():
         _wait_for_notes(tmp_path)
+        time.sleep(1)  # in which the ranks come to what they catch the signal in
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
@@ -322,7 +323,7 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path):
     code = f"{_NOTE}from avsep.environment import die_with_parent as f; f(); time.sleep(100)"
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, "-c", code, str(tmp_path)])
     _wait_for_notes(tmp_path)
-    time.sleep(1)  # in which the ranks begin to watch
+    time.sleep(5)  # in which the ranks begin to watch, on a busy machine too
     launcher.kill()
     launcher.wait()
     until = time.monotonic() + 30
