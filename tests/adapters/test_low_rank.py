@@ -229,6 +229,21 @@ def test_merged_weights_separate_alike(base, audio_encoder):
         torch.testing.assert_close(logits(separator, class_ids), logits(merged, class_ids), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("base", "audio_encoder"), [("iquery", False), ("coseparation", True)])
+def test_the_exported_computation_separates_alike(base, audio_encoder):
+    """Folded upsampling and normalisation are those of every task's weights."""
+    from avsep.export.build.graph import WaveformSeparator
+
+    separator = grown(2, 1, base=base, audio_encoder=audio_encoder)
+    batch = replace(random_batch(separator), class_ids=torch.tensor([[0, 2], [2, 1]]))
+    with torch.no_grad():
+        visual = separator.encode_visual(batch.visual)
+        expected = separator.separate(batch.mixture, visual, batch.class_ids)
+        features = [part for part in (visual.object, visual.motion) if part is not None]
+        found = WaveformSeparator(separator)(batch.mixture, *features, batch.class_ids)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 # ------------------------------------------------------------------------------------------------------ specs and files
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from avsep.errors import ConfigError
+from avsep.evaluation.budget import estimate
 from avsep.registry import STRATEGIES
+from avsep.runs.folder import RunFolder
 from avsep.separator import load_separator
 from support.components import random_batch
 from support.continual_runs import differing, make_learner, resume_killed, trained, weights
@@ -65,6 +67,13 @@ def test_a_separator_without_adapter_is_refused():
     student, _ = student_and_teacher()
     with pytest.raises(ConfigError, match=r"has none: add one, such as separator\.adapter=low_rank"):
         STRATEGIES.create("task_adapters").check(student)
-    make_learner("task_adapters", separator=SEPARATOR).strategy.check(
-        make_learner("finetune", separator=SEPARATOR).separator
-    )
+    learner = make_learner("task_adapters", separator=SEPARATOR)
+    learner.strategy.check(learner.separator)
+
+
+def test_the_budget_counts_the_adapter_of_every_task(tone_store):
+    run = trained(tone_store, "task_adapters", separator=SEPARATOR)
+    for task in (0, 1):
+        separator = load_separator(run, task)
+        expected = sum(p.numel() * p.element_size() for p in separator.parameters())
+        assert estimate(RunFolder(run).spec(), tone_store, task=task).parameters == expected
