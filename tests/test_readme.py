@@ -118,7 +118,9 @@ def test_the_hooks_named_exist():
 
     text = _text()
     table = text[text.index("| hook | for |") : text.index("## Fidelity")]
-    named = re.findall(r"`(\w+)(?:\(([^)]*)\))?`", "".join(row.split("|")[1] for row in table.splitlines()[2:] if row))
+    named = re.findall(
+        r"`(\w+)(?:\(([^)]*)\))?`", "".join(row.split("|")[1] for row in table.splitlines()[2:] if row.startswith("|"))
+    )
     assert len(named) > 9
     for name, arguments in named:
         found = getattr(Strategy, name)
