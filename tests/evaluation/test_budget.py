@@ -48,7 +48,7 @@ def test_the_published_model_and_exemplars(minutes):
     a model is worth 35 of the one or 1,005 of the other. ``avsep.separator.convert`` says which parameters are dead."""
     preset = load_preset("iquery")
     spec = validated(RunSpec, {"separator": preset["separator"], "strategy": "finetune"}, "test").separator
-    separator = _Estimator(minutes, None, "largest")._separator(spec, tuple(f"c{i}" for i in range(20)))
+    separator = _Estimator(minutes, None, "largest")._separator(spec.of_classes([f"c{i}" for i in range(20)]))
     parameters = 4 * sum(p.numel() for p in separator.parameters())
     assert parameters + 4 * 1_318_400 == 147_224_200
     state = separator.state_dict()
