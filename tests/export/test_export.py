@@ -26,7 +26,7 @@ pytest.importorskip("onnxruntime")
 FRONT_END = {"clip_samples": 32767, "log_rows": 128}
 
 
-def tiny(motion="motion_cnn", classes=("flute", "piano", "cello"), layers=4, **front_end):
+def tiny(motion="motion_cnn", classes=("flute", "piano", "cello"), layers=2, **front_end):
     """A separator whose masks vary: every weight is random, and so are the running statistics."""
     torch.manual_seed(0)
     separator = build_separator(
