@@ -43,6 +43,7 @@ STEPS = {
     "plop_agnostic": ("plop", {}, "coseparation", torch.float64),
     "query_extension": ("query_extension", {"head": True}, "iquery", torch.float64),
     "agem": ("agem", {}, "iquery", torch.float64),
+    "task_adapters": ("task_adapters", {}, "iquery_adapters", torch.float64),
 }
 # four mixtures, of which the first two have no slot of an old class: so has one of two ranks
 CLASS_IDS = torch.tensor([[2, 3], [3, 2], [1, 3], [0, 0]])
@@ -66,7 +67,8 @@ def _batch(separator, dtype):
 
 
 def _build(separator, num_classes, seed, dtype):
-    spec = validated(SeparatorSpec, {**SEPARATORS[separator], "num_classes": num_classes}, "test")
+    spec = validated(SeparatorSpec, {**SEPARATORS[separator], "num_classes": 2}, "test")
+    spec = spec.grown(num_classes)
     torch.manual_seed(seed)
     return build_from_spec(spec).to(dtype)
 
