@@ -40,7 +40,7 @@ class LowRank(Adapter):
     """Every weight W becomes W + B_t A_t in task t, with factors of rank ``rank``; of convolutions ``conv_rank``.
 
     A_t starts as the released code has it, uniform within 1/sqrt(columns), and B_t as 0, so that a new task starts
-    from the first task's weights. A convolution is seen as a matrix from its input channels and taps to its output
+    from the first task's weights. A convolution is taken as a matrix from its input channels and taps to its output
     channels, so that B_t A_t is a convolution to ``conv_rank`` channels followed by one of size 1. A rank of 0 leaves
     such weights alone. There is no factor alpha. With ``audio_encoder`` the audio encoder has adapters too.
 

@@ -22,7 +22,7 @@ __all__ = ["AdaptedDecoder", "AdaptedEncoder"]
 
 @dataclass(frozen=True)
 class TaskFeatures(AudioFeatures):
-    """The features of the first task, and by ``of_task`` those of any other, computed when they are first asked for."""
+    """The features of the first task, and by ``of_task`` those of any other, computed on first use."""
 
     of_task: Callable[[int], AudioFeatures] | None = None
 
@@ -78,7 +78,7 @@ class AdaptedDecoder(MaskDecoder):
 
     Sources of the first task get what the decoder alone gives, to the last bit. Queries of classes that came later than
     a source's are hidden from it. So what a source gets depends on nothing that a later task brings or learns, as long
-    as the weights it shares with it are frozen (``task_adapters`` sees to that).
+    as the weights it shares with it are frozen (as ``task_adapters`` keeps them).
     """
 
     def __init__(self, decoder: MaskDecoder, adapter: Adapter) -> None:

@@ -22,10 +22,10 @@ class TaskAdapters(Strategy):
     """From the second task on train the newest adapter and the new classes' queries alone; forgets nothing.
 
     Needs a separator with an adapter (``separator.adapter=low_rank``). All else keeps its values to the last bit,
-    weight decay and running statistics included, and a source sees no query of a later task
+    weight decay and running statistics included, and queries of later tasks are hidden from a source
     (:class:`~avsep.separator.adapted.AdaptedDecoder`). So a source of an old class gets, in the same batch, what it got
     when its task ended, to the last bit. What is not promised: that new classes are learned as well as by training
-    everything, nor that old ones learn to be told from instruments that came later.
+    everything, nor that old ones are separated better from instruments that came later.
     """
 
     across_ranks = True

@@ -142,7 +142,7 @@ def test_the_first_task_and_a_new_one_are_the_components_own(base, audio_encoder
     separator.grow(4, ("a", "b", "c", "d"))
     assert separator.spec.task_sizes == (2, 2)
     assert len(separator.adapters()) == 1 + audio_encoder
-    assert torch.equal(before, logits(separator, [[0, 1], [1, 0]]))  # queries that came are not seen
+    assert torch.equal(before, logits(separator, [[0, 1], [1, 0]]))  # the new queries are hidden
     if not separator.mask_decoder.query_parameter:  # the up factors are 0: new classes start from the first task
         assert torch.equal(before, logits(separator, [[2, 3], [3, 2]]))
 
