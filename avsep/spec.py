@@ -132,7 +132,7 @@ class FrontEndSpec(_Model):
 
 
 class SeparatorSpec(_Model):
-    """A separator as data. ``classes`` are the names in slot order (may be empty while only numbers are known).
+    """A separator as data. ``classes`` are the names in query order (may be empty while only numbers are known).
 
     ``task_sizes``, of a separator with an ``adapter``: how many classes each task brought; empty while all are of the
     first one.

@@ -41,7 +41,7 @@ from avsep.spec import ComponentRef, FrontEndSpec, OptimizerSpec, SeparatorSpec,
 from avsep.strategies import ContAVSep, Step
 from avsep.types import Batch, Spectrograms, VisualInputs, VisualSource
 
-__all__ = ["data_cases", "memory_slots", "metrics_cases", "temporary_store", "train_cases", "unet_case"]
+__all__ = ["data_cases", "memory_sources", "metrics_cases", "temporary_store", "train_cases", "unet_case"]
 
 LOSS_TOLERANCE = 1e-4
 """Relative, of every loss term."""
@@ -59,7 +59,7 @@ OUTPUT_TOLERANCE = 1e-3
 SCORE_TOLERANCE_DB = 1e-3
 
 MEMORY_SHARES = {10: 0.328, 15: 0.450, 20: 0.599}
-"""Probability that a training slot is an exemplar, by the number of classes seen: the published sampler with one
+"""Probability that a training source is an exemplar, by the number of classes seen: the published sampler with one
 exemplar a class on MUSIC-21 (each current clip 40 times in the list, each exemplar 800 times)."""
 
 _NEW_CLASSES = 5  # of a task, as published
@@ -84,7 +84,7 @@ def train_cases(
             ``query_transformer``.
         batch: mixtures, of two sources each.
         classes: seen so far, the last five (half of them, if that is less) being new.
-        memory_share: of the slots, exemplars of old classes; by default :data:`MEMORY_SHARES`.
+        memory_share: of the sources, exemplars of old classes; by default :data:`MEMORY_SHARES`.
         device: cpu or cuda.
     """
     yield _step_case(preset, batch, classes, memory_share, device)
@@ -166,15 +166,15 @@ def _translated(literal: PublishedSeparator, *, gradients: bool = False) -> dict
     }
 
 
-def memory_slots(batch: int, sources: int, share: float) -> Tensor:
-    """[B, N] bool: which slots are exemplars, when each is with probability ``share``.
+def memory_sources(batch: int, sources: int, share: float) -> Tensor:
+    """[B, N] bool: which sources are exemplars, when each is with probability ``share``.
 
-    As many slots, in as many mixtures, as there are on average (rounded): the teacher's work depends on both.
+    As many exemplars, in as many mixtures, as there are on average (rounded): the teacher's work depends on both.
     """
-    slots = min(batch * sources, max(1, round(share * batch * sources)))
-    mixtures = min(slots, max(math.ceil(slots / sources), round((1 - (1 - share) ** sources) * batch)))
+    exemplars = min(batch * sources, max(1, round(share * batch * sources)))
+    mixtures = min(exemplars, max(math.ceil(exemplars / sources), round((1 - (1 - share) ** sources) * batch)))
     found = torch.zeros(batch, sources, dtype=torch.bool)
-    for number in range(slots):  # one in each of the mixtures, then a second one, ...
+    for number in range(exemplars):  # one in each of the mixtures, then a second one, ...
         found[number % mixtures, number // mixtures] = True
     return found
 
@@ -243,7 +243,7 @@ def _step_case(preset: str, batch: int, classes: int, memory_share: float | None
         item="step",
         items=1,
         settings=f"{Path(preset).stem}, batch {batch}, {classes} classes, "
-        f"{int(mixtures.is_memory.sum())} of {batch * sources} slots memory in "
+        f"{int(mixtures.is_memory.sum())} of {batch * sources} sources memory in "
         f"{int(mixtures.is_memory.any(dim=1).sum())} mixtures",
         device=device,
     )
@@ -252,13 +252,13 @@ def _step_case(preset: str, batch: int, classes: int, memory_share: float | None
 def _step_inputs(
     ours: Separator, batch: int, sources: int, old: int, classes: int, share: float, device: str
 ) -> tuple[LiteralBatch, Batch, Spectrograms]:
-    """The same mixtures of noise for both; new slots are of new classes, memory slots of old ones."""
+    """The same mixtures of noise for both; new sources are of new classes, memory sources of old ones."""
     spec = ours.spec.front_end
-    is_memory = memory_slots(batch, sources, share)
+    is_memory = memory_sources(batch, sources, share)
     class_ids = torch.where(
         is_memory, torch.randint(0, old, (batch, sources)), torch.randint(old, classes, (batch, sources))
     )
-    # an exemplar is the one video of its class, other slots are of as many videos as there are slots
+    # an exemplar is the one video of its class, other sources are of as many videos as there are sources
     video_ids = torch.where(is_memory, class_ids, classes + torch.arange(batch * sources).view(batch, sources))
     envelope = torch.rand(batch, sources, 1) * torch.linspace(0.2, 1, spec.clip_samples)
     audio = (0.1 * envelope * torch.randn(batch, sources, spec.clip_samples)).to(device)
@@ -498,7 +498,7 @@ def data_cases(
         title="training mixtures read and collated; every file was read before, so it is in the system's cache",
         variants={name: _passer(loader) for name, loader in loaders.items()},
         check=_batches_check(loaders),
-        item="slot",
+        item="source",
         items=len(data) * data.train.sources,
         in_process=max(workers) == 0,
         settings=f"batch {batch}, {len(data)} mixtures, audio, {kinds}, {len(data.pool.clips)} clips of {seconds:.1f} "

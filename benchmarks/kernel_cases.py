@@ -725,7 +725,7 @@ def _mask_loss_case(batch: int, channels: int, side: int, device: str, sizes: st
 def _mask_training_case(batch: int, channels: int, side: int, device: str, sizes: str) -> KernelCase:
     """What a step of ContAV-Sep asks for under mixed precision: features in bf16 and channels last, as the U-Net leaves
     them, and a teacher of half of the mixtures."""
-    taught = max(1, batch // 2)
+    teacher_mixtures = max(1, batch // 2)
 
     def inputs(seed: int) -> Inputs:
         rng = torch.Generator(device=device).manual_seed(seed)
@@ -739,40 +739,40 @@ def _mask_training_case(batch: int, channels: int, side: int, device: str, sizes
         return {
             "embedding": (normal(batch, _SOURCES, channels) / math.sqrt(channels)).bfloat16(),
             "features": features(batch),
-            "teacher_embedding": (normal(taught, _SOURCES, channels) / math.sqrt(channels)).bfloat16(),
-            "teacher_features": features(taught),
+            "teacher_embedding": (normal(teacher_mixtures, _SOURCES, channels) / math.sqrt(channels)).bfloat16(),
+            "teacher_features": features(teacher_mixtures),
             "target": (normal(batch, _SOURCES, side, side).abs() * 0.7).clamp(0, 5),
             "weight": normal(batch, 1, side, side).abs().clamp(1e-3, 10),
-            "mixtures": torch.randperm(batch, generator=rng, device=device)[:taught],
-            "slots": torch.arange(batch * _SOURCES, device=device).view(batch, _SOURCES) % _SOURCES == 0,
+            "mixtures": torch.randperm(batch, generator=rng, device=device)[:teacher_mixtures],
+            "counted": torch.arange(batch * _SOURCES, device=device).view(batch, _SOURCES) % _SOURCES == 0,
         }
 
     def reference(inputs: Inputs) -> Sequence[Tensor]:
-        rows, slots = inputs["mixtures"], inputs["slots"]
+        rows, counted = inputs["mixtures"], inputs["counted"]
         logits = mask_head_reference(inputs["embedding"], inputs["features"])
         with torch.no_grad():
             teacher = mask_head_reference(inputs["teacher_embedding"], inputs["teacher_features"])
         separation = mask_l1_reference(logits, inputs["target"], inputs["weight"])
         distillation = mask_l1_reference(
-            logits[rows], teacher, inputs["weight"][rows], slots=slots[rows], target_is_logits=True
+            logits[rows], teacher, inputs["weight"][rows], counted=counted[rows], target_is_logits=True
         )
         return separation, distillation
 
     def ours(inputs: Inputs, backend: str) -> Sequence[Tensor]:
         teacher = kernels.MaskTeacher(inputs["teacher_embedding"], inputs["teacher_features"], inputs["mixtures"])
         parts = (inputs["embedding"], inputs["features"], inputs["target"], inputs["weight"])
-        return tuple(kernels.mask_head_losses(*parts, teacher=teacher, slots=inputs["slots"], backend=backend))
+        return tuple(kernels.mask_head_losses(*parts, teacher=teacher, counted=inputs["counted"], backend=backend))
 
     pixels = float(batch * side * side)
     features = 2.0 * pixels * channels
-    read = features * (1 + taught / batch) + 4.0 * pixels * (_SOURCES + 1)
+    read = features * (1 + teacher_mixtures / batch) + 4.0 * pixels * (_SOURCES + 1)
     return KernelCase(
         name=f"mask_head in training batch={batch}",
         op="mask_head",
         title="both losses of a training step with a teacher, and both gradients",
         size=None,  # another type and layout than the backend table's
-        settings=f"batch {batch}, teacher {taught}, {_SOURCES} sources, {channels} channels, {side} x {side}, bf16, "
-        "channels last",
+        settings=f"batch {batch}, teacher {teacher_mixtures}, {_SOURCES} sources, {channels} channels, "
+        f"{side} x {side}, bf16, channels last",
         inputs=inputs,
         reference=reference,
         variants=[
@@ -793,8 +793,8 @@ def _mask_training_case(batch: int, channels: int, side: int, device: str, sizes
         leaves=("embedding", "features"),
         forward_bytes=read,
         total_bytes=2 * read + features,
-        forward_flops=2.0 * pixels * _SOURCES * channels * (1 + taught / batch),
-        total_flops=2.0 * pixels * _SOURCES * channels * (2 * (1 + taught / batch) + 2),
+        forward_flops=2.0 * pixels * _SOURCES * channels * (1 + teacher_mixtures / batch),
+        total_flops=2.0 * pixels * _SOURCES * channels * (2 * (1 + teacher_mixtures / batch) + 2),
         device=device,
     )
 

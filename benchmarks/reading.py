@@ -51,8 +51,8 @@ def memory_rows(
             "repeats": _PASSES,
             "ratio": round(baseline / found["median_ms"], 3),
             "peak_memory_mb": round(found["peak_mb"], 1),
-            "per_second": float(f"{found['slots'] * 1e3 / found['median_ms']:.4g}"),
-            "item": "slot",
+            "per_second": float(f"{found['sources'] * 1e3 / found['median_ms']:.4g}"),
+            "item": "source",
             "settings": f"batch {batch}, {mixtures} mixtures a pass; {found['before_mb']:.1f} MB before the store was "
             "opened",
             "check": f"{found['clips']} clips, {found['megabytes']:.0f} MB",
@@ -87,7 +87,7 @@ def reading_memory(path: str | Path, batch: int, mixtures: int, passes: int = _P
         "median_ms": median(times),
         "p20_ms": float(np.percentile(times, 20)),
         "p80_ms": float(np.percentile(times, 80)),
-        "slots": len(data) * data.train.sources,
+        "sources": len(data) * data.train.sources,
         "clips": len(store.clips),
         "megabytes": sum(r["bytes"] for e in store.manifest["clips"] for r in e["files"].values()) / 1e6,
     }

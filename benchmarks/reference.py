@@ -181,12 +181,12 @@ class PublishedPredictor(nn.Module):
         motion_positions = _sine_sequence(motion.shape[0], dim).to(motion).unsqueeze(1)
 
         queries = self.query_embed.weight.unsqueeze(1).repeat(1, batch, 1)  # [Q, B, D]
-        slots = []
+        starts = []
         for b in range(batch):
-            slot = torch.zeros_like(queries[:, b])
-            slot[int(labels[b].item())] = objects[b]
-            slots.append(slot)
-        target = torch.stack(slots, dim=1)
+            start = torch.zeros_like(queries[:, b])
+            start[int(labels[b].item())] = objects[b]
+            starts.append(start)
+        target = torch.stack(starts, dim=1)
 
         outputs = []
         for i, layer in enumerate(self.transformer.decoder.layers):

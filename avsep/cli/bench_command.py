@@ -38,7 +38,9 @@ def train(
     classes: _Classes = 10,
     memory_share: Annotated[
         float | None,
-        typer.Option("--memory-share", min=0, max=1, help="Share of exemplar slots [as published for --classes]."),
+        typer.Option(
+            "--memory-share", min=0, max=1, help="Share of exemplars among the sources [as published for --classes]."
+        ),
     ] = None,
     device: _Device = "cpu",
     repeats: _Repeats = 5,
@@ -52,7 +54,7 @@ def train(
 @app.command("data")
 def data(
     store: _Store = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Mixtures of two slots in a batch.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Mixtures of two sources in a batch.")] = 8,
     mixtures: Annotated[int, typer.Option("--mixtures", min=1, help="Mixtures read in one pass.")] = 256,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Reader processes, beside none.")] = 2,
     clips: Annotated[int, typer.Option("--clips", min=2, help="Clips of a temporary store.")] = 160,

@@ -59,7 +59,7 @@ def load_source(
 
 
 def collate(mixtures: Collection[Sequence[Source]]) -> Batch:
-    """Stack mixtures of N slots each into a :class:`Batch`; sources are scaled by 1/N (1/2 for the published pairs).
+    """Stack mixtures of N sources each into a :class:`Batch`; sources are scaled by 1/N (1/2 for the published pairs).
 
     A mixture that is loaded when it is read (:class:`avsep.mixers.mixtures.TrainingMixtures`) goes to its place while
     it is still in the processor's cache. In a reader process the tensors are made in shared memory, where the training
@@ -75,15 +75,15 @@ def collate(mixtures: Collection[Sequence[Source]]) -> Batch:
             shape = (len(mixtures), len(mixture))
             sources = _empty((*shape, len(first.audio)), first.audio)  # [B, N, L]
             visual = {role: _empty((*shape, *array.shape), array) for role, array in first.visual.items()}
-        for n, slot in enumerate(mixture):
-            np.divide(slot.audio, np.float32(len(mixture)), out=sources.numpy()[b, n])
+        for n, source in enumerate(mixture):
+            np.divide(source.audio, np.float32(len(mixture)), out=sources.numpy()[b, n])
             for role, batch in visual.items():
-                if slot.visual[role].shape != batch.shape[2:]:
+                if source.visual[role].shape != batch.shape[2:]:
                     raise DataError(
-                        f"clips '{first.clip.id}' and '{slot.clip.id}' have {role} inputs of different shapes, "
-                        f"{list(batch.shape[2:])} and {list(slot.visual[role].shape)}: they cannot be in one batch"
+                        f"clips '{first.clip.id}' and '{source.clip.id}' have {role} inputs of different shapes, "
+                        f"{list(batch.shape[2:])} and {list(source.visual[role].shape)}: they cannot be in one batch"
                     )
-                batch.numpy()[b, n] = slot.visual[role]
+                batch.numpy()[b, n] = source.visual[role]
         labels.append([(s.class_id, s.clip.index, s.is_memory, s.clip.id) for s in mixture])
     return Batch(
         sources=sources,
@@ -110,16 +110,16 @@ def load_mixtures(
     visual_sources: Sequence[VisualSource],
     class_index: dict[str, int],
 ) -> Batch:
-    """Read frozen test mixtures as one batch. ``class_index`` maps class names to the separator's slots."""
+    """Read frozen test mixtures as one batch. ``class_index`` maps class names to their indices in the separator."""
     by_id = {c.id: c for c in store.clips}
     rows = []
     for mixture in mixtures:
-        slots = []
+        sources = []
         for clip_id, name, start in zip(mixture.clips, mixture.classes, mixture.starts, strict=True):
             if clip_id not in by_id:
                 raise DataError(f"the protocol names clip '{clip_id}', which {store.path} does not have")
             if name not in class_index:
                 raise DataError(f"the protocol names class '{name}', which the separator has not learned")
-            slots.append(load_source(store, by_id[clip_id], start, front_end, visual_sources, class_index[name]))
-        rows.append(slots)
+            sources.append(load_source(store, by_id[clip_id], start, front_end, visual_sources, class_index[name]))
+        rows.append(sources)
     return collate(rows)

@@ -1,4 +1,4 @@
-"""iQuery's audio-visual transformer: one learnable query a class, the object feature in the class's slot."""
+"""iQuery's audio-visual transformer: one learnable query a class, which starts from the object feature."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class EncoderLayer(nn.Module):
 
 
 class MotionLayer(nn.Module):
-    """Decoder layer 0: every slot looks at its source's motion; no other attention."""
+    """Decoder layer 0: every query attends to its source's motion, and to nothing else."""
 
     def __init__(self, dim: int, heads: int, feedforward: int) -> None:
         super().__init__()
@@ -123,15 +123,15 @@ class MotionLayer(nn.Module):
         self.feedforward = FeedForward(dim, feedforward)
         self.feedforward_norm = nn.LayerNorm(dim)
 
-    def forward(self, slots: Tensor, queries: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """slots [B*N, Q, D], queries [Q, D], key and value [B*N, Tm, D] -> [B*N, Q, D]"""
-        slots = self.motion_norm(slots + self.motion_attention(slots + queries, key, value, mask))
-        slots = self.feedforward_norm(slots + self.feedforward(slots))
-        return slots
+    def forward(self, states: Tensor, queries: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """states [B*N, Q, D], queries [Q, D], key and value [B*N, Tm, D] -> [B*N, Q, D]"""
+        states = self.motion_norm(states + self.motion_attention(states + queries, key, value, mask))
+        states = self.feedforward_norm(states + self.feedforward(states))
+        return states
 
 
 class AudioLayer(nn.Module):
-    """Further decoder layers: the slots of a source look at each other, then at the mixture's audio tokens."""
+    """Further decoder layers: the queries of a source attend to each other, then to the mixture's audio tokens."""
 
     def __init__(self, dim: int, heads: int, feedforward: int) -> None:
         super().__init__()
@@ -143,24 +143,24 @@ class AudioLayer(nn.Module):
         self.feedforward_norm = nn.LayerNorm(dim)
 
     def forward(
-        self, slots: Tensor, queries: Tensor, context: Tensor, context_queries: Tensor, key: Tensor, value: Tensor
+        self, states: Tensor, queries: Tensor, context: Tensor, context_queries: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        """Update ``slots`` [B, N, S, D], a part (or all) of ``context`` [B, N, Q, D], the slots before this layer.
+        """Update ``states`` [B, N, S, D], a part (or all) of ``context`` [B, N, Q, D], the states before this layer.
 
-        ``queries`` ([B, N, S, D] or [S, D]) and ``context_queries`` [Q, D] are their embeddings; ``key`` and
-        ``value`` [B, HW, D] the audio tokens with and without positions. The N sources of a mixture stand in the query
-        axis of the audio attention, so that its tokens are projected once a mixture and never copied.
+        ``queries`` ([B, N, S, D] or [S, D]) and ``context_queries`` [Q, D] are the learned queries added to them;
+        ``key`` and ``value`` [B, HW, D] the audio tokens with and without positions. The N sources of a mixture stand
+        in the query axis of the audio attention, so that its tokens are projected once a mixture and never copied.
         """
-        batch, sources, count, dim = slots.shape
-        at = (slots + queries).flatten(0, 1)  # [B*N, S, D]
-        key_slots = (context + context_queries).flatten(0, 1)  # [B*N, Q, D]
-        seen = self.self_attention(at, key_slots, context.flatten(0, 1)).unflatten(0, (batch, sources))
-        slots = self.self_norm(slots + seen)
-        at = (slots + queries).reshape(batch, sources * count, dim)
-        heard = self.audio_attention(at, key, value).reshape(batch, sources, count, dim)
-        slots = self.audio_norm(slots + heard)
-        slots = self.feedforward_norm(slots + self.feedforward(slots))
-        return slots
+        batch, sources, count, dim = states.shape
+        at = (states + queries).flatten(0, 1)  # [B*N, S, D]
+        context_key = (context + context_queries).flatten(0, 1)  # [B*N, Q, D]
+        update = self.self_attention(at, context_key, context.flatten(0, 1)).unflatten(0, (batch, sources))
+        states = self.self_norm(states + update)
+        at = (states + queries).reshape(batch, sources * count, dim)
+        update = self.audio_attention(at, key, value).reshape(batch, sources, count, dim)
+        states = self.audio_norm(states + update)
+        states = self.feedforward_norm(states + self.feedforward(states))
+        return states
 
 
 @MASK_DECODERS.register(
@@ -169,14 +169,14 @@ class AudioLayer(nn.Module):
     example={"dim": 16, "heads": 2, "feedforward": 16, "encoder_layers": 1, "layers": 2},
 )
 class QueryTransformer(MaskDecoder):
-    """Transformer with one learnable query a class; masks are the class slot's vector times the mask features.
+    """Transformer with one learnable query a class; a mask is its query's final state times the mask features.
 
     ``dim`` is the width, ``heads`` and ``feedforward`` those of every layer, ``encoder_layers`` act on the audio
     latent, ``layers`` is the number of decoder layers. With a motion encoder decoder layer 0 attends to motion only and
-    the others to the slots and the audio; without one all are of the second kind.
+    the others to the queries' states and the audio; without one all are of the second kind.
 
     It computes what the published code computes, less what that code throws away: the audio encoder runs once a mixture
-    rather than once a source, the last layer and the masks only for the queried slots, and attentions that are never
+    rather than once a source, the last layer and the masks only for the queried classes, and attentions that are never
     called have no parameters. At the published setting (5 classes, 512-d objects, 768-d motion) it has 5,209,632
     parameters, and 256 more for each further class.
 
@@ -216,7 +216,7 @@ class QueryTransformer(MaskDecoder):
         if layers < fewest:
             raise ValueError(
                 f"layers must be at least {fewest}, got {layers}"
-                + ("" if motion_dim is None else ": with motion, layer 0 does not hear the audio")
+                + ("" if motion_dim is None else ": with motion, layer 0 does not attend to the audio")
             )
         self.dim = dim
         self.num_classes = num_classes
@@ -266,21 +266,21 @@ class QueryTransformer(MaskDecoder):
         key = memory + positions
 
         object_embedding = self.object_proj(visual.object)  # f_o [B, N, D]
-        slot_of = class_ids[..., None] == torch.arange(len(self.class_queries), device=class_ids.device)  # [B, N, Q]
-        # Every slot starts at zero but the queried class's, which holds the object: [B, N, Q, D]
-        slots = slot_of[..., None] * object_embedding[:, :, None, :]
+        is_queried = class_ids[..., None] == torch.arange(len(self.class_queries), device=class_ids.device)  # [B, N, Q]
+        # Every state starts at zero but the queried class's, which holds the object: [B, N, Q, D]
+        states = is_queried[..., None] * object_embedding[:, :, None, :]
         queries = self.class_queries  # [Q, D]
 
         motion_embedding = None
         if self.motion_layer is not None:
-            slots, motion_embedding = self._look_at_motion(slots, visual)
+            states, motion_embedding = self._attend_to_motion(states, visual)
 
-        own = class_ids[..., None, None].expand(-1, -1, 1, self.dim)  # [B, N, 1, D], an index of the slot axis
+        own = class_ids[..., None, None].expand(-1, -1, 1, self.dim)  # [B, N, 1, D], an index of the query axis
         for layer in self.layers[:-1]:
-            slots = layer(slots, queries, slots, queries, key, memory)
+            states = layer(states, queries, states, queries, key, memory)
         own_queries = queries[class_ids][:, :, None, :]  # [B, N, 1, D]
-        slot = self.layers[-1](slots.gather(2, own), own_queries, slots, queries, key, memory)
-        embedding = self.norm(slot.squeeze(2))  # f_a [B, N, D]
+        state = self.layers[-1](states.gather(2, own), own_queries, states, queries, key, memory)
+        embedding = self.norm(state.squeeze(2))  # f_a [B, N, D]
         return MaskOutput(
             audio=embedding,
             object=object_embedding,
@@ -290,9 +290,9 @@ class QueryTransformer(MaskDecoder):
         )
 
     def motion_attention(self, visual: VisualFeatures, class_ids: Tensor) -> Tensor | None:
-        """How the queried class's slot looks at its source's motion in decoder layer 0, averaged over the heads.
+        """Attention weights of the queried class over its source's motion in decoder layer 0, the mean over heads.
 
-        Computed anew on each call, from the visual features alone (layer 0 does not hear the audio).
+        Computed anew on each call, from the visual features alone (layer 0 does not attend to the audio).
 
         Returns:
             [B, N, Tm], each row of sum 1 and zero at steps that are not valid; None where there is no motion encoder.
@@ -315,12 +315,12 @@ class QueryTransformer(MaskDecoder):
         key = motion + positions_1d(motion.shape[2], self.dim, motion.device).to(motion.dtype)
         if visual.motion_mask is None:
             return key, motion, None
-        # A source without any valid step looks at all of them: a softmax over nothing would be NaN.
+        # A source without any valid step attends to all of them: a softmax over nothing would be NaN.
         valid = visual.motion_mask | ~visual.motion_mask.any(dim=2, keepdim=True)  # [B, N, Tm]
         return key, motion, valid.flatten(0, 1)[:, None, None, :]
 
-    def _look_at_motion(self, slots: Tensor, visual: VisualFeatures) -> tuple[Tensor, Tensor]:
-        """Layer 0: slots [B, N, Q, D] -> the same after motion attention, and f_m [B, N, D]."""
+    def _attend_to_motion(self, states: Tensor, visual: VisualFeatures) -> tuple[Tensor, Tensor]:
+        """Layer 0: states [B, N, Q, D] -> the same after motion attention, and f_m [B, N, D]."""
         assert self.motion_layer is not None
         key, motion, mask = self._motion_tokens(visual)
         if visual.motion_mask is None:
@@ -329,8 +329,8 @@ class QueryTransformer(MaskDecoder):
             share = visual.motion_mask.to(motion.dtype)
             share = share / share.sum(dim=2, keepdim=True).clamp(min=1.0)
             embedding = (motion * share[..., None]).sum(dim=2)
-        out = self.motion_layer(slots.flatten(0, 1), self.class_queries, key.flatten(0, 1), motion.flatten(0, 1), mask)
-        return out.unflatten(0, slots.shape[:2]), embedding
+        out = self.motion_layer(states.flatten(0, 1), self.class_queries, key.flatten(0, 1), motion.flatten(0, 1), mask)
+        return out.unflatten(0, states.shape[:2]), embedding
 
     def adapter_places(self) -> tuple[AdapterPlace, ...]:
         packed = [

@@ -3,10 +3,10 @@
 DDP averages the gradients of all, so a loss is right where the *mean over the ranks* of what each computes is the loss
 of the whole batch:
 
-- a mean over the mixtures or slots of a rank's part needs nothing more, since the parts are equal;
+- a mean over the mixtures or sources of a rank's part needs nothing more, since the parts are equal;
 - what compares across the batch is computed by every rank from :meth:`Ranks.gather`, through which the gradients of all
   ranks come back;
-- a mean over chosen slots, of which ranks have different numbers, is weighed by their share
+- a mean over chosen sources, of which ranks have different numbers, is weighed by their share
   (:meth:`avsep.strategies.Step.of_old`).
 
 Where there is one process every method returns its argument.

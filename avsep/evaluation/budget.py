@@ -383,7 +383,7 @@ class _OneMixture:
 
     def batches(self, count: int, *, batch_size: int = 1) -> Iterator[Batch]:
         separator, names = self.separator, self.separator.classes
-        slots = [
+        sources = [
             load_source(
                 self.store,
                 self.store.select(classes=[name], split="train")[0],
@@ -394,7 +394,7 @@ class _OneMixture:
             )
             for name in (names[0], names[-1])
         ]
-        yield collate([slots])
+        yield collate([sources])
 
 
 def _tensor_bytes(state: Any) -> Iterable[int]:

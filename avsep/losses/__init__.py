@@ -1,4 +1,4 @@
-"""Losses: thin forms over ``avsep.kernels`` that speak of slots, students and teachers; local POD and attention."""
+"""Losses: of masks and embeddings of a student and its teacher, by way of ``avsep.kernels``; local POD; attention."""
 
 from avsep.losses.attention import attention_distillation
 from avsep.losses.mask import mask_distillation, mask_losses, separation_loss

@@ -22,7 +22,7 @@ def mask_losses(
     *,
     teacher_output: MaskOutput | None = None,
     mixtures: Tensor | None = None,
-    slots: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> MaskLosses:
     """:func:`separation_loss` and :func:`mask_distillation` from one pass over the mask features.
 
@@ -31,7 +31,7 @@ def mask_losses(
         spectrograms: the mixtures' analysis.
         teacher_output: the teacher's masks; without them the distillation is 0.
         mixtures: int64 [M], the mixtures that ``teacher_output`` is of, each at most once; all of the batch when None.
-        slots: [B, N] bool, the slots that count in the distillation (those of earlier tasks); all slots of
+        counted: [B, N] bool, the sources that count in the distillation (those of earlier tasks); all sources of
             ``mixtures`` when None.
 
     Returns:
@@ -45,29 +45,29 @@ def mask_losses(
         if teacher_output is None:
             return MaskLosses(separation, torch.zeros_like(separation))
         return MaskLosses(
-            separation, mask_distillation(output, teacher_output, spectrograms, mixtures=mixtures, slots=slots)
+            separation, mask_distillation(output, teacher_output, spectrograms, mixtures=mixtures, counted=counted)
         )
     target = None
     if teacher is not None:
         rows = torch.arange(len(teacher[0]), device=teacher[0].device) if mixtures is None else mixtures
         target = MaskTeacher(*teacher, rows)
-    return mask_head_losses(*student, spectrograms.ratio, spectrograms.weight, teacher=target, slots=slots)
+    return mask_head_losses(*student, spectrograms.ratio, spectrograms.weight, teacher=target, counted=counted)
 
 
-def separation_loss(output: MaskOutput, spectrograms: Spectrograms, *, slots: Tensor | None = None) -> Tensor:
+def separation_loss(output: MaskOutput, spectrograms: Spectrograms, *, counted: Tensor | None = None) -> Tensor:
     """L_sep = (1/N) sum_n mean(w |sigmoid(logits_n) - M_n|).
 
     Args:
         output: the masks of B mixtures with N sources.
         spectrograms: the mixtures' analysis: ratio masks M and weight w.
-        slots: [B, N] bool, the slots that count; all when None.
+        counted: [B, N] bool, the sources that count; all when None.
 
     References:
         Zhao et al., The Sound of Pixels, ECCV 2018; Pian et al., ContAV-Sep, NeurIPS 2024 (half the sum for N = 2).
     """
-    if slots is None:
+    if counted is None:
         return mask_losses(output, spectrograms).separation
-    return mask_l1(output.logits, spectrograms.ratio, spectrograms.weight, slots=slots)
+    return mask_l1(output.logits, spectrograms.ratio, spectrograms.weight, counted=counted)
 
 
 def mask_distillation(
@@ -76,11 +76,11 @@ def mask_distillation(
     spectrograms: Spectrograms,
     *,
     mixtures: Tensor | None = None,
-    slots: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
-    """L_dist: the mean over the chosen slots and their pixels of w |student's mask - teacher's mask|.
+    """L_dist: the mean over the chosen sources and their pixels of w |student's mask - teacher's mask|.
 
-    The teacher gets no gradient. With no slot chosen it is 0. With :func:`separation_loss` beside it,
+    The teacher gets no gradient. With no source chosen it is 0. With :func:`separation_loss` beside it,
     :func:`mask_losses` gives both for the price of one.
 
     Args:
@@ -88,16 +88,16 @@ def mask_distillation(
         teacher_output: the teacher's masks.
         spectrograms: the mixtures' analysis: weight w.
         mixtures: int64 [M], the mixtures that ``teacher_output`` is of, each at most once; all of the batch when None.
-        slots: [B, N] bool, the slots that count (those of earlier tasks); all slots of ``mixtures`` when None.
+        counted: [B, N] bool, the sources that count (those of earlier tasks); all sources of ``mixtures`` when None.
 
     References:
-        Pian et al., ContAV-Sep, NeurIPS 2024; normalised by the number of memory slots.
+        Pian et al., ContAV-Sep, NeurIPS 2024; normalised by the number of memory sources.
     """
     logits, weight = output.logits, spectrograms.weight
     if mixtures is not None:
         logits, weight = logits[mixtures], weight[mixtures]
-        slots = None if slots is None else slots[mixtures]
-    return mask_l1(logits, teacher_output.logits.detach(), weight, slots=slots, target_is_logits=True)
+        counted = None if counted is None else counted[mixtures]
+    return mask_l1(logits, teacher_output.logits.detach(), weight, counted=counted, target_is_logits=True)
 
 
 def _factors(output: MaskOutput) -> tuple[Tensor, Tensor] | None:

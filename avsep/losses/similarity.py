@@ -1,4 +1,4 @@
-"""Contrastive losses between the modalities of slots: CrossSDC, which also has old slots by the teacher; AV-CIL's."""
+"""Contrastive losses between the modalities of sources: CrossSDC, with the teacher's old sources, and AV-CIL's."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def cross_sdc(
 ) -> tuple[Tensor, Tensor]:
     """CrossSDC's instance and class term, not weighted.
 
-    The rows are all n slots by the student, followed by the old slots by the teacher. Without a teacher, or with no old
-    slot, they are the student's alone. A term is the mean over the pairs of modalities: three, or the one of audio and
-    object or motion where the other is missing.
+    The rows are all n sources by the student, followed by the old sources by the teacher. Without a teacher, or with no
+    old source, they are the student's alone. A term is the mean over the pairs of modalities: three, or the one of
+    audio and object or motion where the other is missing.
 
     Args:
         student: embeddings [n, D] of ``audio`` and of ``motion``, ``object`` or both.
         class_ids: [n] int64.
-        instance_ids: [n] int64, equal where two slots come from the same video.
-        teacher: embeddings [m, D] of the old slots, of the same modalities; they get no gradient.
-        teacher_rows_index: [m] int64, which of the n slots those are.
+        instance_ids: [n] int64, equal where two sources come from the same video.
+        teacher: embeddings [m, D] of the old sources, of the same modalities; they get no gradient.
+        teacher_rows_index: [m] int64, which of the n sources those are.
         temperature: above 0.
         modality_pairs: ``cross`` compares every two modalities; ``within`` each with itself (the uni-modal variant),
             where no row is compared with itself and a row without a positive does not count.
@@ -86,7 +86,7 @@ def audio_visual_contrast(
     *,
     temperature: float = 0.05,
 ) -> tuple[Tensor, Tensor]:
-    """AV-CIL's instance and class term, not weighted: audio picks its visual partner among those of all n slots.
+    """AV-CIL's instance and class term, not weighted: audio picks its visual partner among those of all n sources.
 
     With S = A V^T / temperature, rows at length 1, V the object or the motion embeddings and the mean over those there
     are, the instance term is -1/n sum_p [sum_q I_pq log softmax_q(S_p.)] / sum_q I_pq and the class term, not divided
@@ -95,7 +95,7 @@ def audio_visual_contrast(
     Args:
         embeddings: [n, D] of ``audio`` and of ``motion``, ``object`` or both.
         class_ids: [n] int64; C marks equal ones.
-        instance_ids: [n] int64, equal where two slots come from the same video; I marks equal ones.
+        instance_ids: [n] int64, equal where two sources come from the same video; I marks equal ones.
         temperature: above 0.
 
     Returns:

@@ -30,8 +30,8 @@ class ScoredCandidates(Candidates):
     own class where the task has one class alone.
 
     A clip's feature is what CrossSDC compares: the audio, object and motion embeddings that the mask decoder gives for
-    its slot, each brought to length 1, joined and brought to length 1 again. Its mask error is the separation loss of
-    its slot.
+    its source, each brought to length 1, joined and brought to length 1 again. Its mask error is the separation loss of
+    its source.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ScoredCandidates(Candidates):
         for b, clip_id in enumerate(ids):
             one = slice(b, b + 1)
             masks = MaskOutput(audio=output.audio[one], logits=output.logits[one])
-            error = float(separation_loss(masks, found.spectrograms[one], slots=first))
+            error = float(separation_loss(masks, found.spectrograms[one], counted=first))
             feature = joined[b].cpu().numpy()
             if not (np.isfinite(error) and np.isfinite(feature).all()):
                 raise NumericalError(f"the separator's answer for clip '{clip_id}' is not finite: look at that clip")

@@ -114,7 +114,7 @@ def build_separator(
             without a preset the audio encoder is ``unet7`` and the mask decoder ``query_transformer``.
         object_encoder, motion_encoder: as above; None leaves the part out, also where a preset has it.
         mask_decoder, adapter: as above; there is no adapter unless one is given.
-        classes: class names in slot order.
+        classes: class names in query order.
         front_end: settings of the front end (:class:`avsep.spec.FrontEndSpec`) that replace the preset's one by one.
         seed: of the first weights, which then do not depend on the global random state, nor change it.
 

@@ -99,10 +99,10 @@ def _predictor_names(encoder_layers: int, layers: int) -> tuple[dict[str, str], 
     for i in range(layers):
         old = f"transformer.decoder.layers.{i}"
         motion = (f"{old}.cross_attn_motion", f"{old}.norm4")
-        slots, audio = (f"{old}.self_attn", f"{old}.norm1"), (f"{old}.multihead_attn", f"{old}.norm2")
+        queries, audio = (f"{old}.self_attn", f"{old}.norm1"), (f"{old}.multihead_attn", f"{old}.norm2")
         new = "motion_layer" if i == 0 else f"layers.{i - 1}"
-        called = {"motion": motion} if i == 0 else {"self": slots, "audio": audio}
-        idle = [slots, audio] if i == 0 else [motion]
+        called = {"motion": motion} if i == 0 else {"self": queries, "audio": audio}
+        idle = [queries, audio] if i == 0 else [motion]
         for name, (attention, norm) in called.items():
             names |= _attention(attention, f"{new}.{name}_attention") | _norm(norm, f"{new}.{name}_norm")
         names |= _feedforward(old, new) | _norm(f"{old}.norm3", f"{new}.feedforward_norm")
@@ -254,7 +254,7 @@ def load_published(
 
     Args:
         sound, predictor: the files of the U-Net and of the transformer.
-        classes: class names in slot order, if known.
+        classes: class names in query order, if known.
         heads: attention heads, the one size that the tensors do not tell.
         object_features, motion_features: names under which a store keeps the features the network was trained on.
     """

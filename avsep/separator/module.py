@@ -60,7 +60,7 @@ class Separator(nn.Module):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names in slot order; empty when only their number is known."""
+        """Class names in query order; empty when only their number is known."""
         return self.spec.classes
 
     @property
@@ -247,7 +247,7 @@ class Separator(nn.Module):
 
         Args:
             num_classes: the new number of classes.
-            classes: their names in slot order; the old names must come first.
+            classes: their names in query order; the old names must come first.
 
         Raises:
             ConfigError: when there would be fewer classes, or the names do not continue the old ones.

@@ -47,7 +47,7 @@ class AGEM(Strategy):
         if not step.any_old:
             return super().loss(step)
         old, new = (
-            step.mean_over(sources, separation_loss(step.output, step.spectrograms, slots=sources))
+            step.mean_over(sources, separation_loss(step.output, step.spectrograms, counted=sources))
             for sources in (step.is_old, ~step.is_old)
         )
         if torch.is_grad_enabled():

@@ -24,13 +24,13 @@ class AVCIL(Strategy):
 
     L = L_sep + ``weight_mask`` L_dist + ``weight_instance`` L_I + ``weight_class`` L_C + ``weight_attention`` L_att:
 
-    - L_dist: weighted L1 between the student's and the teacher's masks of old slots (masks in place of class scores);
-    - L_I, L_C: audio picks its visual partner, one direction, among the student's slots, from the first task on
-      (:func:`avsep.losses.audio_visual_contrast`). Positives are slots of the same video or class; L_C is divided by
+    - L_dist: weighted L1 between the student's and the teacher's masks of old sources (masks in place of class scores);
+    - L_I, L_C: audio picks its visual partner, one direction, among the student's sources, from the first task on
+      (:func:`avsep.losses.audio_visual_contrast`). Positives are sources of the same video or class; L_C is divided by
       n^2 and not by the number of positives, as in the released code. Mean over object and motion;
-    - L_att: KL(teacher || student) of how an old class's slot looks at its motion (query transformer, decoder layer 0,
-      mean over heads), mean over old slots. Pooled visual features leave nothing of the original's spatial attention,
-      and where there is no motion attention the term is left out.
+    - L_att: KL(teacher || student) of an old class's attention to its source's motion (query transformer, decoder
+      layer 0, mean over heads), mean over old sources. Pooled visual features leave nothing of the original's spatial
+      attention, and where there is no motion attention the term is left out.
 
     Against ContAV-Sep: no old features among the candidates, one direction instead of two, and attention. A weight of 0
     switches its term off. The defaults are the original's for its data sets beyond AVE, and .3 for masks.
@@ -76,7 +76,7 @@ class AVCIL(Strategy):
             step.spectrograms,
             teacher_output=teacher_output.output if teacher_output is not None and self.weight_mask > 0 else None,
             mixtures=None if teacher_output is None else teacher_output.mixtures,
-            slots=step.is_old,
+            counted=step.is_old,
         )
         terms = {"separation": losses.separation}
         if self.weight_instance > 0 or self.weight_class > 0:
@@ -101,6 +101,6 @@ class AVCIL(Strategy):
                     ids = step.known_class_ids[mixtures]
                     theirs = step.teacher.mask_decoder.motion_attention(teacher_output.visual, ids)
                     assert theirs is not None
-                    kept = attention_distillation(own[mixtures], theirs, slots=step.is_old[mixtures])
+                    kept = attention_distillation(own[mixtures], theirs, counted=step.is_old[mixtures])
                 terms["attention"] = self.weight_attention * step.mean_over(step.is_old, kept)
         return terms

@@ -90,7 +90,7 @@ class Step:
 
     @cached_property
     def is_old(self) -> Tensor:
-        """[B, N] bool: the sources whose class is of an earlier task (the set O of memory slots)."""
+        """[B, N] bool: the sources whose class is of an earlier task (the set O of memory sources)."""
         return self.batch.class_ids < self.num_old
 
     @cached_property

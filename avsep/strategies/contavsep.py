@@ -30,16 +30,16 @@ class ContAVSep(Strategy):
     L = L_sep + ``weight_instance`` L_ins + ``weight_class`` L_cls + ``weight_mask`` L_dist, with
 
     - L_ins, L_cls: symmetric contrastive losses between every two of the audio, object and motion embeddings of the
-      rows [new slots by the student; old slots by the student; old slots by the teacher], positives being the rows of
-      the same video or of the same class, at ``temperature``. On the first task and in batches without an old slot
-      they run over the student's slots alone. A decoder without a modality drops its pairs, and the mean is over the
+      rows [the student's new sources; the student's old sources; the teacher's old sources], positives being the rows
+      of the same video or of the same class, at ``temperature``. On the first task and in batches without an old source
+      they run over the student's sources alone. A decoder without a modality drops its pairs, and the mean is over the
       others;
-    - L_dist: weighted L1 between the student's and the teacher's masks of the old slots.
+    - L_dist: weighted L1 between the student's and the teacher's masks of the old sources.
 
     A weight of 0 switches its term off (and saves its work). ``teacher_batch_norm="train"`` reproduces the published
     code, whose teacher runs with batch statistics over the whole batch; the default keeps it frozen. So does
-    ``instance="features"``, where two slots are of one video when their projected motion features are equal bit by bit
-    (new slots by the student, old ones by the teacher); motion that is read from the crop then tells crops apart.
+    ``instance="features"``, where two sources are of one video when their projected motion features are equal bit by
+    bit (new sources by the student, old ones by the teacher); motion that is read from the crop then tells crops apart.
     ``modality_pairs="within"`` is the uni-modal variant: each modality against itself, no row against itself.
     """
 
@@ -101,7 +101,7 @@ class ContAVSep(Strategy):
             step.spectrograms,
             teacher_output=teacher_output.output if teacher_output is not None and self.weight_mask > 0 else None,
             mixtures=None if teacher_output is None else teacher_output.mixtures,
-            slots=step.is_old,
+            counted=step.is_old,
         )
         terms = {"separation": losses.separation}
         if self.weight_instance > 0 or self.weight_class > 0:

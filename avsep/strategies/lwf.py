@@ -27,16 +27,16 @@ __all__ = ["LwF"]
 class LwF(Strategy):
     """Distil the previous task's masks on all mixtures of the current one.
 
-    L = L_sep + ``weight_mask`` mean w |M - M'| over all slots and pixels, M the student's masks, M' the teacher's and w
-    the weight of L_sep. The original distils the old head's class scores, softened by a temperature; masks need none.
+    L = L_sep + ``weight_mask`` mean w |M - M'| over all sources and pixels, M the student's masks, M' the teacher's and
+    w the weight of L_sep. The original distils the old head's class scores, softened by a temperature; masks need none.
 
-    A mask decoder with a slot a class gives the teacher none for a new class. By ``variant``,
+    A mask decoder with a query for every class gives the teacher none for a new class. By ``variant``,
 
-    - ``old_slot``: the source's object feature is put into a slot drawn uniformly from the old ones, in both models,
-      and that mask is distilled (what an old head answers to new data; a second decoder pass over the same audio and
-      visual features). Sources of old classes stand in their own slot;
-    - ``grown_teacher``: the teacher gets the new slots that the student begins the task with, and masks are distilled
-      in the classes' own slots.
+    - ``old_query``: the source is queried as an old class, drawn uniformly, in both models, and that mask is distilled
+      (what an old head answers to new data; a second decoder pass over the same audio and visual features). Sources
+      of old classes are queried as their own;
+    - ``grown_teacher``: the teacher gets the new queries that the student begins the task with, and the masks of the
+      sources' own classes are distilled.
 
     Where masks do not depend on the class (``class_agnostic`` decoders) they are distilled as they are. The draws come
     from PyTorch's global generator, whose state the learner sets from (seed, task) and keeps in its checkpoints.
@@ -44,10 +44,13 @@ class LwF(Strategy):
 
     across_ranks = True
 
-    def __init__(self, *, weight_mask: float = 0.3, variant: Literal["old_slot", "grown_teacher"] = "old_slot") -> None:
+    def __init__(
+        self, *, weight_mask: float = 0.3, variant: Literal["old_query", "grown_teacher"] = "old_query"
+    ) -> None:
         check_weights(weight_mask=weight_mask)
-        if variant not in ("old_slot", "grown_teacher"):
-            raise ValueError(f"variant must be 'old_slot' or 'grown_teacher', got {variant!r}")
+        variant = {"old_slot": "old_query"}.get(variant, variant)  # its name in the specs of version 0.1
+        if variant not in ("old_query", "grown_teacher"):
+            raise ValueError(f"variant must be 'old_query' or 'grown_teacher', got {variant!r}")
         self.weight_mask = weight_mask
         self.variant = variant
         self.needs_teacher = weight_mask > 0
@@ -79,18 +82,18 @@ class LwF(Strategy):
             if agnostic:
                 teacher_output = step.teacher_output()
             else:
-                teacher_output = step.teacher_output(class_ids, teacher=self._with_new_slots(teacher, student))
+                teacher_output = step.teacher_output(class_ids, teacher=self._with_new_queries(teacher, student))
             losses = mask_losses(step.output, step.spectrograms, teacher_output=teacher_output.output)
             return {"separation": losses.separation, "mask": self.weight_mask * losses.distillation}
         whole = (step.ranks.world * len(class_ids), class_ids.shape[1])  # every rank draws for all
         drawn = step.ranks.part(torch.randint(step.num_old, whole)).to(class_ids.device)
-        slots = class_ids.where(step.is_old, drawn)
-        output = student.mask_decoder(step.audio, step.visual, slots)
-        distillation = mask_distillation(output, step.teacher_output(slots).output, step.spectrograms)
+        queried = class_ids.where(step.is_old, drawn)
+        output = student.mask_decoder(step.audio, step.visual, queried)
+        distillation = mask_distillation(output, step.teacher_output(queried).output, step.spectrograms)
         return {"separation": step.separation, "mask": self.weight_mask * distillation}
 
-    def _with_new_slots(self, teacher: Separator, student: Separator) -> Separator:
-        """A copy of the teacher with the slots that the student began the task with; made once a task and resume."""
+    def _with_new_queries(self, teacher: Separator, student: Separator) -> Separator:
+        """A copy of the teacher with the queries that the student began the task with; made once a task and resume."""
         if self._grown is None:
             grown = copy.deepcopy(teacher)
             with torch.random.fork_rng(devices=[]):  # the rows drawn here are replaced: they take nothing from the run
@@ -107,7 +110,9 @@ class LwF(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state and self.variant != "grown_teacher":
-            raise CheckpointError(f"lwf with variant 'old_slot' keeps no state, but the checkpoint has {sorted(state)}")
+            raise CheckpointError(
+                f"lwf with variant 'old_query' keeps no state, but the checkpoint has {sorted(state)}"
+            )
         self._new_rows, self._grown = dict(state), None
 
 

@@ -34,10 +34,10 @@ class PLOP(Strategy):
     - the separator's maps, before their activations (:meth:`~avsep.separator.Separator.taps`: e3, e4, e5, d4, d2 and
       the mask features of a U-Net; where its way up is the mask decoder's, every source's d4 and d2, and no mask
       features), factor ``weight_features``;
-    - the masks' logits, a map of one channel a slot, factor ``weight_logits``: of old slots, or of all slots where the
+    - the masks' logits, a map of one channel a source, factor ``weight_logits``: of old sources, or of all where the
       masks do not depend on the class, so that the teacher answers for new classes too.
 
-    L is the number of these maps and the logits together, also in batches without a slot to compare.
+    L is the number of these maps and the logits together, also in batches without a source to compare.
 
     The paper's pseudo-labels and the adaptive weight of its classification loss are dropped: they mend that old classes
     are labelled as background in new pictures, and masks of asked classes know no background.
@@ -68,10 +68,10 @@ class PLOP(Strategy):
         if step.teacher is None or not self.needs_teacher:
             return terms
         student, agnostic = step.student, step.student.mask_decoder.class_agnostic
-        slots = torch.ones_like(step.is_old) if agnostic else step.is_old
+        sources = torch.ones_like(step.is_old) if agnostic else step.is_old
         teacher_output = step.teacher_output()
         # a new class's masks are read only where the class does not matter
-        output = teacher_output.output if bool(slots.any()) else None
+        output = teacher_output.output if bool(sources.any()) else None
         maps, theirs = student.taps(step.audio, step.output), step.teacher.taps(teacher_output.audio, output)
         scale = math.sqrt(student.num_classes / (student.num_classes - step.num_old)) / (len(maps) + 1)
         if self.weight_features > 0:
@@ -81,7 +81,7 @@ class PLOP(Strategy):
             distance = step.output.logits.new_zeros((), dtype=torch.float32)
             if output is not None:
                 # [sources, 1, F, T]
-                distance = pod_distance(step.output.logits[slots][:, None], output.logits[slots][:, None])
+                distance = pod_distance(step.output.logits[sources][:, None], output.logits[sources][:, None])
             weighted = distance if agnostic else step.mean_over(step.is_old, distance)
             terms["logits"] = scale * self.weight_logits * weighted
         return terms

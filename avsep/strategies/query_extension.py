@@ -20,8 +20,8 @@ class QueryExtension(Strategy):
     """From the second task on train the new classes' queries alone, with the separation loss.
 
     Everything else keeps its values to the last bit, weight decay and running statistics included: what was learned
-    cannot be forgotten, since only the slots of new classes, which the old ones look at, are new. ``head=True`` also
-    trains the layers that turn a slot into its mask; those are shared, so old masks then change.
+    cannot be forgotten, since only the queries of new classes, which the old ones attend to, are new. ``head=True``
+    also trains the layers that turn a query's state into its mask; those are shared, so old masks then change.
     """
 
     across_ranks = True

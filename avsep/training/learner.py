@@ -332,7 +332,7 @@ class ContinualLearner:
         spec = self.separator.spec
         if spec.num_classes > len(first.classes):
             raise ConfigError(
-                f"the separator has {spec.num_classes} class slots but the first task only {len(first.classes)} "
+                f"the separator has {spec.num_classes} classes but the first task only {len(first.classes)} "
                 f"classes: build it with num_classes={len(first.classes)}"
             )
         stream.store.require_rate(spec.front_end.sample_rate_hz)

@@ -1,4 +1,4 @@
-"""Masks from class-slot vectors and mask features, and the weighted L1 between masks."""
+"""Masks from class vectors and mask features, and the weighted L1 between masks."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def mask_head_losses(
     weight: Tensor,
     *,
     teacher: MaskTeacher | None = None,
-    slots: Tensor | None = None,
+    counted: Tensor | None = None,
     backend: str = "auto",
 ) -> MaskLosses:
     """Compute both mask losses, against the ratio masks and against a teacher's masks, from the mask head's factors.
@@ -85,12 +85,12 @@ def mask_head_losses(
         ratio: [B, N, F, T], ratio masks.
         weight: [B, 1, F, T], shared by the sources of a mixture.
         teacher: what another model made of some of the mixtures; its masks are the target of the distillation.
-        slots: [B, N] bool, which slots of the teacher's mixtures count in the distillation; all when None.
+        counted: [B, N] bool, which sources of the teacher's mixtures count in the distillation; all when None.
         backend: ``auto``, ``torch`` or ``triton``. With more than 8 sources or 128 channels PyTorch runs on each.
 
     Returns:
         ``separation``, the mean of w |mask - ratio|, and ``distillation``, the mean of w |mask - teacher's mask| over
-        the chosen slots and their pixels, 0 when none is chosen.
+        the chosen sources and their pixels, 0 when none is chosen.
 
     Raises:
         ValueError: for shapes, types or devices that do not fit together, or an empty batch.
@@ -101,7 +101,7 @@ def mask_head_losses(
         NeurIPS 2024 (distillation).
     """
     _check_head(embedding, mask_features)
-    _check_masks(embedding, mask_features, ratio, weight, slots)
+    _check_masks(embedding, mask_features, ratio, weight, counted)
     if teacher is not None:
         teacher = MaskTeacher(*teacher)
         _check_teacher(embedding, mask_features, teacher)
@@ -111,10 +111,10 @@ def mask_head_losses(
     parts = (embedding, mask_features, *(() if teacher is None else teacher[:2]))
     if runs_fused(*parts, backend=backend):
         embedding, mask_features = _autocast(embedding, mask_features)
-        taught: tuple[Tensor | None, ...] = (None, None, None)
+        teacher_parts: tuple[Tensor | None, ...] = (None, None, None)
         if teacher is not None:
-            taught = (*_autocast(teacher.embedding.detach(), teacher.mask_features.detach()), teacher.mixtures)
-        losses = torch.ops.avsep.mask_head_losses(embedding, mask_features, ratio, weight, *taught, slots)
+            teacher_parts = (*_autocast(teacher.embedding.detach(), teacher.mask_features.detach()), teacher.mixtures)
+        losses = torch.ops.avsep.mask_head_losses(embedding, mask_features, ratio, weight, *teacher_parts, counted)
         return MaskLosses(losses[0], losses[1])
     logits = mask_head(embedding, mask_features, backend="torch")
     separation = mask_l1(logits, ratio, weight)
@@ -122,8 +122,8 @@ def mask_head_losses(
         return MaskLosses(separation, torch.zeros_like(separation))
     rows = teacher.mixtures
     target = mask_head(teacher.embedding.detach(), teacher.mask_features.detach(), backend="torch")
-    chosen = None if slots is None else slots[rows]
-    return MaskLosses(separation, mask_l1(logits[rows], target, weight[rows], slots=chosen, target_is_logits=True))
+    chosen = None if counted is None else counted[rows]
+    return MaskLosses(separation, mask_l1(logits[rows], target, weight[rows], counted=chosen, target_is_logits=True))
 
 
 def mask_l1(
@@ -131,20 +131,20 @@ def mask_l1(
     target: Tensor,
     weight: Tensor,
     *,
-    slots: Tensor | None = None,
+    counted: Tensor | None = None,
     target_is_logits: bool = False,
 ) -> Tensor:
     """Compute the weighted L1 distance between sigmoid masks and their targets.
 
-    It is the mean of w |sigmoid(logits) - target|. Without ``slots`` it is (1/N) sum_n mean(w |M^_n - M_n|), which is
-    half the sum for the published N = 2. With them it is the mean over the chosen slots and their pixels, 0 when none
+    It is the mean of w |sigmoid(logits) - target|. Without ``counted`` it is (1/N) sum_n mean(w |M^_n - M_n|), which is
+    half the sum for the published N = 2. With it, it is the mean over the chosen sources and their pixels, 0 when none
     is chosen. Computed in fp32 (float64 for float64 logits), also under autocast.
 
     Args:
         logits: [B, N, F, T].
         target: [B, N, F, T], masks, or logits of masks if ``target_is_logits``.
         weight: [B, 1, F, T], shared by the sources of a mixture.
-        slots: [B, N] bool, the slots that count; all when None.
+        counted: [B, N] bool, the sources that count; all when None.
         target_is_logits: True where the target is another model's logits (mask distillation).
 
     Returns:
@@ -156,17 +156,17 @@ def mask_l1(
     References:
         Zhao et al., The Sound of Pixels, ECCV 2018.
     """
-    _check_l1(logits, target, weight, slots)
+    _check_l1(logits, target, weight, counted)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     with torch.autocast(logits.device.type, enabled=False):
         wanted = target.to(dtype)
         if target_is_logits:
             wanted = torch.sigmoid(wanted)
         error = (torch.sigmoid(logits.to(dtype)) - wanted).abs() * weight.to(dtype)  # [B, N, F, T]
-        if slots is None:
+        if counted is None:
             return error.mean()
-        per_slot = error.mean(dim=(2, 3))  # [B, N]
-        return torch.where(slots, per_slot, 0.0).sum() / slots.sum().clamp_min(1)
+        per_source = error.mean(dim=(2, 3))  # [B, N]
+        return torch.where(counted, per_source, 0.0).sum() / counted.sum().clamp_min(1)
 
 
 def runs_fused(embedding: Tensor, mask_features: Tensor, *teacher: Tensor, backend: str = "auto") -> bool:
@@ -227,7 +227,9 @@ def _check_devices(features: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"mask_features are on {features.device} and {name} on {tensor.device}: move one of them")
 
 
-def _check_masks(embedding: Tensor, mask_features: Tensor, ratio: Tensor, weight: Tensor, slots: Tensor | None) -> None:
+def _check_masks(
+    embedding: Tensor, mask_features: Tensor, ratio: Tensor, weight: Tensor, counted: Tensor | None
+) -> None:
     batch, sources, rows, frames = embedding.shape[0], embedding.shape[1], *mask_features.shape[2:]
     if batch * sources * rows * frames == 0 or embedding.shape[2] == 0:
         raise ValueError(
@@ -237,8 +239,8 @@ def _check_masks(embedding: Tensor, mask_features: Tensor, ratio: Tensor, weight
     if ratio.shape != (batch, sources, rows, frames):
         raise ValueError(f"ratio must have the shape [{batch}, {sources}, {rows}, {frames}], got {list(ratio.shape)}")
     _check_weight(weight, batch, rows, frames)
-    _check_slots(slots, batch, sources)
-    _check_devices(mask_features, ratio=ratio, weight=weight, slots=slots)
+    _check_counted(counted, batch, sources)
+    _check_devices(mask_features, ratio=ratio, weight=weight, counted=counted)
 
 
 def _check_weight(weight: Tensor, batch: int, rows: int, frames: int) -> None:
@@ -246,17 +248,19 @@ def _check_weight(weight: Tensor, batch: int, rows: int, frames: int) -> None:
         raise ValueError(f"weight must have the shape [{batch}, 1, {rows}, {frames}], got {list(weight.shape)}")
 
 
-def _check_slots(slots: Tensor | None, batch: int, sources: int) -> None:
-    if slots is not None and (slots.shape != (batch, sources) or slots.dtype != torch.bool):
-        raise ValueError(f"slots must be bool of shape [{batch}, {sources}], got {slots.dtype} {list(slots.shape)}")
+def _check_counted(counted: Tensor | None, batch: int, sources: int) -> None:
+    if counted is not None and (counted.shape != (batch, sources) or counted.dtype != torch.bool):
+        raise ValueError(
+            f"counted must be bool of shape [{batch}, {sources}], got {counted.dtype} {list(counted.shape)}"
+        )
 
 
 def _check_teacher(embedding: Tensor, mask_features: Tensor, teacher: MaskTeacher) -> None:
-    taught = len(teacher.mixtures)
+    teacher_mixtures = len(teacher.mixtures)
     if (
         teacher.mixtures.ndim != 1
-        or teacher.embedding.shape != (taught, *embedding.shape[1:])
-        or teacher.mask_features.shape != (taught, *mask_features.shape[1:])
+        or teacher.embedding.shape != (teacher_mixtures, *embedding.shape[1:])
+        or teacher.mask_features.shape != (teacher_mixtures, *mask_features.shape[1:])
     ):
         raise ValueError(
             f"a teacher of M mixtures has embedding [M, {embedding.shape[1]}, {embedding.shape[2]}], mask_features "
@@ -265,23 +269,23 @@ def _check_teacher(embedding: Tensor, mask_features: Tensor, teacher: MaskTeache
         )
     if teacher.mixtures.dtype != torch.int64:
         raise ValueError(f"the teacher's mixtures must be int64, got {teacher.mixtures.dtype}")
-    if taught:
+    if teacher_mixtures:
         _check_head(teacher.embedding, teacher.mask_features)
         _check_devices(mask_features, teacher=teacher.mask_features, mixtures=teacher.mixtures)
     # Values are looked at where it costs nothing.
-    if taught > len(embedding):
-        raise ValueError(f"a teacher of {taught} mixtures knows more than the batch's {len(embedding)}")
-    if taught and teacher.mixtures.device.type == "cpu" and not torch.compiler.is_compiling():
+    if teacher_mixtures > len(embedding):
+        raise ValueError(f"a teacher of {teacher_mixtures} mixtures knows more than the batch's {len(embedding)}")
+    if teacher_mixtures and teacher.mixtures.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(teacher.mixtures.min()), int(teacher.mixtures.max())
         if low < 0 or high >= len(embedding):
             raise ValueError(
                 f"the teacher's mixture {low if low < 0 else high} is none of the batch's {len(embedding)} (from 0)"
             )
-        if len(torch.unique(teacher.mixtures)) < taught:
+        if len(torch.unique(teacher.mixtures)) < teacher_mixtures:
             raise ValueError(f"the teacher's mixtures {teacher.mixtures.tolist()} name one twice: each counts once")
 
 
-def _check_l1(logits: Tensor, target: Tensor, weight: Tensor, slots: Tensor | None) -> None:
+def _check_l1(logits: Tensor, target: Tensor, weight: Tensor, counted: Tensor | None) -> None:
     if logits.ndim != 4 or logits.shape != target.shape:
         raise ValueError(
             f"mask_l1 takes logits and target [B, N, F, T], got {list(logits.shape)} and {list(target.shape)}"
@@ -290,7 +294,7 @@ def _check_l1(logits: Tensor, target: Tensor, weight: Tensor, slots: Tensor | No
     if logits.numel() == 0:
         raise ValueError(f"mask_l1 got empty masks {list(logits.shape)}")
     _check_weight(weight, batch, rows, frames)
-    _check_slots(slots, batch, sources)
+    _check_counted(counted, batch, sources)
 
 
 # The Triton path as operators of PyTorch: forward, backward, and what shapes they give.
@@ -359,7 +363,7 @@ _head.register_autograd(_differentiate_head, setup_context=_keep_head)
     "avsep::mask_head_losses",
     mutates_args=(),
     schema="(Tensor embedding, Tensor mask_features, Tensor ratio, Tensor weight, Tensor? teacher_embedding, "
-    "Tensor? teacher_features, Tensor? mixtures, Tensor? slots) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? teacher_features, Tensor? mixtures, Tensor? counted) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _losses(
     embedding: Tensor,
@@ -369,7 +373,7 @@ def _losses(
     teacher_embedding: Tensor | None,
     teacher_features: Tensor | None,
     mixtures: Tensor | None,
-    slots: Tensor | None,
+    counted: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from avsep.kernels.mask_head import triton_kernel
 
@@ -381,7 +385,7 @@ def _losses(
         None if teacher_embedding is None else teacher_embedding.contiguous(),
         None if teacher_features is None else _dense(teacher_features),
         None if mixtures is None else mixtures.contiguous(),
-        None if slots is None or mixtures is None else slots.contiguous(),
+        None if counted is None or mixtures is None else counted.contiguous(),
     )
 
 
@@ -394,18 +398,18 @@ def _(
     teacher_embedding: Tensor | None,
     teacher_features: Tensor | None,
     mixtures: Tensor | None,
-    slots: Tensor | None,
+    counted: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     one, two, three = (mask_features.new_empty((), dtype=torch.float32) for _ in range(3))
-    taught = 0 if mixtures is None else mixtures.shape[0]
-    return one, two, three, ratio.new_empty((taught, *ratio.shape[1:]), dtype=torch.int8)
+    teacher_mixtures = 0 if mixtures is None else mixtures.shape[0]
+    return one, two, three, ratio.new_empty((teacher_mixtures, *ratio.shape[1:]), dtype=torch.int8)
 
 
 @torch.library.custom_op(
     "avsep::mask_head_losses_backward",
     mutates_args=(),
     schema="(Tensor? separation_gradient, Tensor? distillation_gradient, Tensor embedding, Tensor mask_features, "
-    "Tensor ratio, Tensor weight, Tensor? mixtures, Tensor slot_scale, Tensor signs, bool with_features) "
+    "Tensor ratio, Tensor weight, Tensor? mixtures, Tensor distillation_scale, Tensor signs, bool with_features) "
     "-> (Tensor, Tensor)",
 )
 def _losses_backward(
@@ -416,7 +420,7 @@ def _losses_backward(
     ratio: Tensor,
     weight: Tensor,
     mixtures: Tensor | None,
-    slot_scale: Tensor,
+    distillation_scale: Tensor,
     signs: Tensor,
     with_features: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -430,7 +434,7 @@ def _losses_backward(
         ratio.contiguous(),
         weight.contiguous(),
         None if mixtures is None else mixtures.contiguous(),
-        slot_scale,
+        distillation_scale,
         signs,
         with_features,
     )
@@ -445,7 +449,7 @@ def _(
     ratio: Tensor,
     weight: Tensor,
     mixtures: Tensor | None,
-    slot_scale: Tensor,
+    distillation_scale: Tensor,
     signs: Tensor,
     with_features: bool,
 ) -> tuple[Tensor, Tensor]:

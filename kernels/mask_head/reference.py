@@ -14,13 +14,13 @@ def mask_head_reference(embedding: Tensor, mask_features: Tensor) -> Tensor:
 
 
 def mask_l1_reference(
-    logits: Tensor, target: Tensor, weight: Tensor, *, slots: Tensor | None = None, target_is_logits: bool = False
+    logits: Tensor, target: Tensor, weight: Tensor, *, counted: Tensor | None = None, target_is_logits: bool = False
 ) -> Tensor:
-    """Mean of w |sigmoid(logits) - target| over the pixels of the chosen slots, one slot at a time."""
+    """Mean of w |sigmoid(logits) - target| over the pixels of the chosen sources, one source at a time."""
     losses = []
     for b in range(logits.shape[0]):
         for n in range(logits.shape[1]):
-            if slots is None or slots[b, n]:
+            if counted is None or counted[b, n]:
                 wanted = torch.sigmoid(target[b, n]) if target_is_logits else target[b, n]
                 losses.append((weight[b, 0] * (torch.sigmoid(logits[b, n]) - wanted).abs()).mean())
     return torch.stack(losses).mean() if losses else logits.sum() * 0.0
@@ -33,7 +33,7 @@ def mask_head_losses_reference(
     weight: Tensor,
     *,
     teacher: tuple[Tensor, Tensor, Tensor] | None = None,
-    slots: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(separation, distillation) through logits and masks; ``teacher`` is (embedding, mask_features, mixtures)."""
     logits = mask_head_reference(embedding, mask_features)
@@ -43,6 +43,6 @@ def mask_head_losses_reference(
     target = mask_head_reference(teacher[0].detach(), teacher[1].detach())
     rows = teacher[2]
     distillation = mask_l1_reference(
-        logits[rows], target, weight[rows], slots=None if slots is None else slots[rows], target_is_logits=True
+        logits[rows], target, weight[rows], counted=None if counted is None else counted[rows], target_is_logits=True
     )
     return separation, distillation

@@ -166,24 +166,24 @@ def _embedding_kernel(partials, gradient, splits, NC: tl.constexpr, BLOCK_S: tl.
 
 
 @triton.jit
-def _taught(index, b, taught, BLOCK_M: tl.constexpr):
+def _teacher_rows(index, b, teacher_mixtures, BLOCK_M: tl.constexpr):
     """The teacher's row for the mixture ``b``, -1 where it has none."""
     m = tl.arange(0, BLOCK_M)
-    mixture = tl.load(index + m, mask=m < taught, other=-1)
+    mixture = tl.load(index + m, mask=m < teacher_mixtures, other=-1)
     return tl.max(tl.where(mixture == b, m, -1), axis=0).to(tl.int64)
 
 
 @triton.jit
-def _chosen(slots, b, m, N: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr):
-    """[BLOCK_N] bool: the slots of a taught mixture that count."""
+def _chosen(counted, b, m, N: tl.constexpr, BLOCK_N: tl.constexpr, COUNTED: tl.constexpr):
+    """[BLOCK_N] bool: the sources that count of a mixture the teacher gives."""
     n = tl.arange(0, BLOCK_N)
     chosen = n < tl.where(m >= 0, N, 0)
-    if SLOTS:
-        chosen = chosen & (tl.load(slots + b * N + n, mask=n < N, other=0) != 0)
+    if COUNTED:
+        chosen = chosen & (tl.load(counted + b * N + n, mask=n < N, other=0) != 0)
     return chosen
 
 
-@triton.jit(do_not_specialize=["tiles", "splits", "taught"])
+@triton.jit(do_not_specialize=["tiles", "splits", "teacher_mixtures"])
 def _losses_kernel(
     embedding,
     features,
@@ -192,13 +192,13 @@ def _losses_kernel(
     teacher_embedding,
     teacher_features,
     index,
-    slots,
+    counted,
     signs,
     partials,
     pixels,
     tiles,
     splits,
-    taught,
+    teacher_mixtures,
     N: tl.constexpr,
     C: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -208,9 +208,9 @@ def _losses_kernel(
     CHANNELS_LAST: tl.constexpr,
     TEACHER: tl.constexpr,
     TEACHER_CHANNELS_LAST: tl.constexpr,
-    SLOTS: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
-    """One partial sum a program of both losses and of the number of slots: [3, programs].
+    """One partial sum a program of both losses and of the number of sources: [3, programs].
 
     Of the teacher's masks it leaves behind the sign of their distance (-1, 0 or 1), a byte a pixel, so that
     the backward pass needs neither them nor the teacher's features.
@@ -225,9 +225,9 @@ def _losses_kernel(
     ratio += b * N * pixels
     weight += b * pixels
     if TEACHER:
-        m = _taught(index, b, taught, BLOCK_M)
+        m = _teacher_rows(index, b, teacher_mixtures, BLOCK_M)
         taught_pixels = tl.where(m >= 0, pixels, 0)  # none where the mixture has no teacher
-        chosen = _chosen(slots, b, m, N, BLOCK_N, SLOTS)
+        chosen = _chosen(counted, b, m, N, BLOCK_N, COUNTED)
         m = tl.maximum(m, 0)
         teacher_e = _read_embedding(teacher_embedding, m, N, C, BLOCK_N, BLOCK_C)
         teacher_features += m * C * pixels
@@ -273,9 +273,17 @@ def _losses_kernel(
 
 @triton.jit(do_not_specialize=["programs", "scale", "pixels"])
 def _sum_kernel(
-    partials, separation, distillation, slot_scale, programs, scale, pixels, BLOCK: tl.constexpr, TEACHER: tl.constexpr
+    partials,
+    separation,
+    distillation,
+    distillation_scale,
+    programs,
+    scale,
+    pixels,
+    BLOCK: tl.constexpr,
+    TEACHER: tl.constexpr,
 ):
-    """Add up the partial sums, in a fixed order; ``slot_scale``, for backward, is 1 / (chosen slots x pixels)."""
+    """Add up the partial sums, in a fixed order; ``distillation_scale`` is 1 / (chosen sources x pixels)."""
     i = tl.arange(0, BLOCK)
     s = tl.zeros([BLOCK], tl.float32)
     d = tl.zeros([BLOCK], tl.float32)
@@ -287,20 +295,20 @@ def _sum_kernel(
             d += tl.load(partials + programs + at, mask=at < programs, other=0.0)
             k += tl.load(partials + 2 * programs + at, mask=at < programs, other=0.0)
     tl.store(separation, tl.sum(s, axis=0) * scale)
-    slot = 1.0 / (tl.maximum(tl.sum(k, axis=0), 1.0) * pixels)
-    tl.store(distillation, tl.sum(d, axis=0) * slot)
-    tl.store(slot_scale, slot)
+    per_pixel = 1.0 / (tl.maximum(tl.sum(k, axis=0), 1.0) * pixels)
+    tl.store(distillation, tl.sum(d, axis=0) * per_pixel)
+    tl.store(distillation_scale, per_pixel)
 
 
 @triton.jit(
-    do_not_specialize=["scale", "tiles", "splits", "taught"],
+    do_not_specialize=["scale", "tiles", "splits", "teacher_mixtures"],
     # upstream gradients may be any element of a larger tensor
     do_not_specialize_on_alignment=["separation_gradient", "distillation_gradient"],
 )
 def _losses_backward_kernel(
     separation_gradient,
     distillation_gradient,
-    slot_scale,
+    distillation_scale,
     embedding,
     features,
     ratio,
@@ -313,7 +321,7 @@ def _losses_backward_kernel(
     pixels,
     tiles,
     splits,
-    taught,
+    teacher_mixtures,
     N: tl.constexpr,
     C: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -340,10 +348,10 @@ def _losses_backward_kernel(
     if SEPARATION:
         of_separation = tl.load(separation_gradient).to(tl.float32) * scale
     if TEACHER:
-        m = _taught(index, b, taught, BLOCK_M)
+        m = _teacher_rows(index, b, teacher_mixtures, BLOCK_M)
         taught_pixels = tl.where(m >= 0, pixels, 0)  # none where the mixture has no teacher
         signs += tl.maximum(m, 0) * N * pixels
-        of_distillation = tl.load(distillation_gradient).to(tl.float32) * tl.load(slot_scale)
+        of_distillation = tl.load(distillation_gradient).to(tl.float32) * tl.load(distillation_scale)
     total = tl.zeros([BLOCK_N, BLOCK_C, BLOCK_P], tl.float32)
     for tile in range(tiles):
         p = _pixels(first + tile * BLOCK_P, BLOCK_P, CHANNELS_LAST)
@@ -496,23 +504,23 @@ def losses(
     teacher_embedding: Tensor | None,
     teacher_features: Tensor | None,
     index: Tensor | None,
-    slots: Tensor | None,
+    counted: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both losses; 1 / (chosen slots x pixels); and the signs int8 [M, N, F, T] of student's minus teacher's masks.
+    """Both losses; 1 / (chosen sources x pixels); and the signs int8 [M, N, F, T] of student's minus teacher's masks.
 
     All tensors contiguous, the features dense.
     """
     batch, sources, channels = embedding.shape
     pixels = features.shape[2] * features.shape[3]
     last = _channels_last(features)
-    taught = 0 if teacher_features is None else len(teacher_features)
-    blocks = _blocks(sources, channels, heavy=taught > 0)
+    teacher_mixtures = 0 if teacher_features is None else len(teacher_features)
+    blocks = _blocks(sources, channels, heavy=teacher_mixtures > 0)
     tiles, splits = _programs(batch, pixels, blocks.p)
     programs = batch * splits
-    separation, distillation, slot_scale = (
+    separation, distillation, distillation_scale = (
         torch.empty((), dtype=torch.float32, device=features.device) for _ in range(3)
     )
-    signs = torch.empty((taught, *ratio.shape[1:]), dtype=torch.int8, device=features.device)
+    signs = torch.empty((teacher_mixtures, *ratio.shape[1:]), dtype=torch.int8, device=features.device)
     partials = torch.empty((3, programs), dtype=torch.float32, device=features.device)
     launch(
         _losses_kernel,
@@ -524,21 +532,21 @@ def losses(
         teacher_embedding,
         teacher_features,
         index,
-        slots,
-        signs if taught else None,
+        counted,
+        signs if teacher_mixtures else None,
         partials,
         pixels,
         tiles,
         splits,
-        taught,
+        teacher_mixtures,
         N=sources,
         C=channels,
         **blocks.constants(),
         BLOCK_M=next_power_of_2(batch),
         CHANNELS_LAST=last,
-        TEACHER=taught > 0,
+        TEACHER=teacher_mixtures > 0,
         TEACHER_CHANNELS_LAST=teacher_features is not None and _channels_last(teacher_features),
-        SLOTS=slots is not None,
+        COUNTED=counted is not None,
         num_warps=blocks.warps,
         num_stages=1,
     )
@@ -548,16 +556,16 @@ def losses(
         partials,
         separation,
         distillation,
-        slot_scale,
+        distillation_scale,
         programs,
         1.0 / (batch * sources * pixels),
         pixels,
         BLOCK=_SUM_BLOCK,
-        TEACHER=taught > 0,
+        TEACHER=teacher_mixtures > 0,
         num_warps=4,
         num_stages=1,
     )
-    return separation, distillation, slot_scale, signs
+    return separation, distillation, distillation_scale, signs
 
 
 def losses_backward(
@@ -568,7 +576,7 @@ def losses_backward(
     ratio: Tensor,
     weight: Tensor,
     index: Tensor | None,
-    slot_scale: Tensor,
+    distillation_scale: Tensor,
     signs: Tensor,
     with_features: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -578,35 +586,35 @@ def losses_backward(
     last = _channels_last(features)
     blocks = _blocks(sources, channels, heavy=True)
     tiles, splits = _programs(batch, pixels, blocks.p)
-    taught = 0 if distillation_gradient is None else len(signs)
+    teacher_mixtures = 0 if distillation_gradient is None else len(signs)
     gradient = torch.empty_like(features) if with_features else features.new_empty(0)
     partials = torch.empty((batch, splits, sources, channels), dtype=torch.float32, device=features.device)
     launch(
         _losses_backward_kernel,
         (batch * splits,),
         separation_gradient,
-        distillation_gradient if taught else None,
-        slot_scale,
+        distillation_gradient if teacher_mixtures else None,
+        distillation_scale,
         embedding,
         features,
         ratio,
         weight,
-        index if taught else None,
-        signs if taught else None,
+        index if teacher_mixtures else None,
+        signs if teacher_mixtures else None,
         gradient,
         partials,
         1.0 / (batch * sources * pixels),
         pixels,
         tiles,
         splits,
-        taught,
+        teacher_mixtures,
         N=sources,
         C=channels,
         **blocks.constants(),
         BLOCK_M=next_power_of_2(batch),
         CHANNELS_LAST=last,
         SEPARATION=separation_gradient is not None,
-        TEACHER=taught > 0,
+        TEACHER=teacher_mixtures > 0,
         FEATURES=with_features,
         num_warps=blocks.warps,
         num_stages=1,
@@ -617,7 +625,7 @@ def losses_backward(
 def aot_cases() -> list[AotCase]:
     """The kernels as training launches them: the published sizes and larger ones, each dtype, both layouts.
 
-    Left out is what only makes code shorter: no gradient of the features, no separation, no choice of slots.
+    Left out is what only makes code shorter: no gradient of the features, no separation, no choice of sources.
     """
     cases: list[AotCase] = []
     for sources, channels in ((2, 32), (3, 24), (8, 128)):
@@ -660,28 +668,30 @@ def _cases(batch: int, sources: int, channels: int, dtype: torch.dtype, last: bo
     for teacher in (False, True):
         note = " with teacher" if teacher else ""
         choice = {"TEACHER": teacher, "BLOCK_M": next_power_of_2(batch)}
-        names = ("teacher_embedding", "teacher_features", "index", "slots", "signs")
-        taught = dict(zip(names, (f"*{kind}", f"*{kind}", "*i64", "*i1", "*i8"), strict=True)) if teacher else {}
+        names = ("teacher_embedding", "teacher_features", "index", "counted", "signs")
+        teacher_mixtures = (
+            dict(zip(names, (f"*{kind}", f"*{kind}", "*i64", "*i1", "*i8"), strict=True)) if teacher else {}
+        )
         constants, warps = shape(teacher)
         constants |= {} if teacher else dict.fromkeys(names)
-        constants |= {**choice, "TEACHER_CHANNELS_LAST": teacher and last, "SLOTS": teacher}
-        signature = {**parts, **masks, **taught, "partials": "*fp32", **sizes, "taught": "i32"}
+        constants |= {**choice, "TEACHER_CHANNELS_LAST": teacher and last, "COUNTED": teacher}
+        signature = {**parts, **masks, **teacher_mixtures, "partials": "*fp32", **sizes, "teacher_mixtures": "i32"}
         found.append(case("mask_head_losses", _losses_kernel, signature, constants, warps=warps, note=note))
-        taught = {"distillation_gradient": "*fp32", "index": "*i64", "signs": "*i8"} if teacher else {}
+        teacher_mixtures = {"distillation_gradient": "*fp32", "index": "*i64", "signs": "*i8"} if teacher else {}
         constants, warps = shape(True)
         constants |= {} if teacher else dict.fromkeys(("distillation_gradient", "index", "signs"))
         constants |= {**choice, "SEPARATION": True, "FEATURES": True}
         signature = {
             "separation_gradient": "*fp32",
-            **taught,
-            "slot_scale": "*fp32",
+            **teacher_mixtures,
+            "distillation_scale": "*fp32",
             **parts,
             **masks,
             "features_gradient": f"*{kind}",
             "partials": "*fp32",
             "scale": "fp32",
             **sizes,
-            "taught": "i32",
+            "teacher_mixtures": "i32",
         }
         name = "mask_head_losses backward"
         found.append(case(name, _losses_backward_kernel, signature, constants, warps=warps, note=note))
@@ -691,7 +701,7 @@ def _cases(batch: int, sources: int, channels: int, dtype: torch.dtype, last: bo
         constants = {"NC": sources * channels, "BLOCK_S": rows, "BLOCK": columns}
         found.append(case("mask_head embedding gradient", _embedding_kernel, signature, constants, warps=4))
     if dtype == torch.float32 and not last:
-        scalars = dict.fromkeys(("separation", "distillation", "slot_scale"), "*fp32")
+        scalars = dict.fromkeys(("separation", "distillation", "distillation_scale"), "*fp32")
         signature = {"partials": "*fp32", **scalars, "programs": "i32", "scale": "fp32", "pixels": "i32"}
         for teacher in (False, True):
             constants = {"BLOCK": _SUM_BLOCK, "TEACHER": teacher}

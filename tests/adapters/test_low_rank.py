@@ -58,7 +58,7 @@ def logits(separator, class_ids) -> torch.Tensor:
 
 def test_the_number_of_parameters_at_the_published_size():
     """rank (rows + columns) for each linear map: of iQuery's transformer 233,728, and 24,576 of the queries and keys of
-    the three attentions among slots; with conv_rank=4 the U-Net's convolutions have 306,368."""
+    the three attentions among queries; with conv_rank=4 the U-Net's convolutions have 306,368."""
 
     def count(component, **params):
         adapter = ADAPTERS.create("low_rank", params, places=component.adapter_places())

@@ -80,7 +80,7 @@ def test_train_end_to_end(preset, tmp_path, capsys):
         assert row["device"]
         assert row["commit"]
         assert row["date"].endswith("Z")
-    assert "1 of 4 slots memory in 1 mixtures" in found[0]["settings"]
+    assert "1 of 4 sources memory in 1 mixtures" in found[0]["settings"]
     assert plot.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert "median ms" in shown
@@ -95,7 +95,7 @@ def test_data_end_to_end(tmp_path):
     found = csv_rows(out, COLUMNS)
     names = ["whole files", "store", "shards"]
     assert [r["variant"] for r in found] == [*names, *(f"{name}, 1 worker" for name in names)]
-    for row in found:  # 4 mixtures of 2 slots a pass
+    for row in found:  # 4 mixtures of 2 sources a pass
         assert float(row["per_second"]) == pytest.approx(8e3 / float(row["median_ms"]), rel=1e-2)
 
 
@@ -239,13 +239,13 @@ def test_peak_memory():
     assert 36e6 < found < 60e6
 
 
-def test_memory_slots_are_as_many_as_on_average():
-    found = cases.memory_slots(4, 2, 0.328)
+def test_memory_sources_are_as_many_as_on_average():
+    found = cases.memory_sources(4, 2, 0.328)
     assert found.tolist() == [[True, True], [True, False], [False, False], [False, False]]
-    assert cases.memory_slots(32, 2, 0.599).sum() == 38
-    assert cases.memory_slots(32, 2, 0.599).any(dim=1).sum() == 27
-    assert cases.memory_slots(1, 2, 0.01).sum() == 1  # never a step without the teacher
-    assert cases.memory_slots(3, 2, 1.0).all()
+    assert cases.memory_sources(32, 2, 0.599).sum() == 38
+    assert cases.memory_sources(32, 2, 0.599).any(dim=1).sum() == 27
+    assert cases.memory_sources(1, 2, 0.01).sum() == 1  # never a step without the teacher
+    assert cases.memory_sources(3, 2, 1.0).all()
 
 
 def test_a_file_of_another_kind_is_left_alone(preset, tmp_path, capsys, monkeypatch):

@@ -30,31 +30,31 @@ def _epoch(store, task=1, epoch=0, exemplars=("ding-train-0",), crops=None, **se
     return TrainingMixtures(store, clips, kept, train, FRONT_END, SOURCES, CLASSES, task=task, epoch=epoch, crops=crops)
 
 
-def test_slot_is_gain_then_clip_with_a_last_zero(store):
+def test_source_is_gain_then_clip_with_a_last_zero(store):
     clip = store.clip("ding-train-0")
-    slot = load_source(store, clip, 1000, FRONT_END, (), 0, gain=4.0)
+    source = load_source(store, clip, 1000, FRONT_END, (), 0, gain=4.0)
     raw = store.read_audio(clip, 1000, FRONT_END.clip_samples)
-    assert slot.audio.shape == (8191,)
-    assert slot.audio[-1] == 0
-    np.testing.assert_array_equal(slot.audio[:-1], np.clip(4.0 * raw[:-1], -1, 1))
-    assert np.abs(slot.audio).max() == 1.0
+    assert source.audio.shape == (8191,)
+    assert source.audio[-1] == 0
+    np.testing.assert_array_equal(source.audio[:-1], np.clip(4.0 * raw[:-1], -1, 1))
+    assert np.abs(source.audio).max() == 1.0
 
 
 def test_a_short_clip_repeats(tmp_path):
     store = Store.open(make_tone_store(tmp_path / "short", seconds=0.3))
     clip = store.clip("hum-train-1")
     whole = store.read_audio(clip)
-    slot = load_source(store, clip, 500, FRONT_END, SOURCES, 0)
-    np.testing.assert_array_equal(slot.audio[: len(whole)], np.roll(whole, -500))
-    assert slot.audio[len(whole)] == whole[500]
+    source = load_source(store, clip, 500, FRONT_END, SOURCES, 0)
+    np.testing.assert_array_equal(source.audio[: len(whole)], np.roll(whole, -500))
+    assert source.audio[len(whole)] == whole[500]
 
 
 def test_batch_is_scaled_by_the_number_of_sources(store):
     clips = [store.clip(i) for i in ("ding-train-0", "hum-train-0", "peep-train-0")]
-    slots = [load_source(store, c, 0, FRONT_END, SOURCES, k) for k, c in enumerate(clips)]
-    batch = collate([slots, slots[::-1]])
+    sources = [load_source(store, c, 0, FRONT_END, SOURCES, k) for k, c in enumerate(clips)]
+    batch = collate([sources, sources[::-1]])
     assert batch.sources.shape == (2, 3, 8191)
-    torch.testing.assert_close(batch.sources[0, 1] * 3, torch.from_numpy(slots[1].audio))
+    torch.testing.assert_close(batch.sources[0, 1] * 3, torch.from_numpy(sources[1].audio))
     torch.testing.assert_close(batch.mixture, batch.sources.sum(1))
     assert batch.class_ids.tolist() == [[0, 1, 2], [2, 1, 0]]
     assert batch.video_ids[0].tolist() == [c.index for c in clips]
@@ -64,8 +64,8 @@ def test_batch_is_scaled_by_the_number_of_sources(store):
 
 
 def test_a_batch_is_pinned_whole(store, monkeypatch):
-    slots = [load_source(store, store.clip(i), 0, FRONT_END, SOURCES, 0) for i in ("ding-train-0", "hum-train-0")]
-    batch = collate([slots])
+    sources = [load_source(store, store.clip(i), 0, FRONT_END, SOURCES, 0) for i in ("ding-train-0", "hum-train-0")]
+    batch = collate([sources])
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
     copy = torch.utils.data._utils.pin_memory.pin_memory(batch)  # what a DataLoader does
@@ -98,7 +98,7 @@ def test_crops_move_and_gains_stay_in_range(store):
 
 
 def test_published_oversampling():
-    """Items an epoch and the share of memory slots of the published lists: 190/205/244/201 clips, 5 new classes."""
+    """Items an epoch and the share of memory sources of the published lists: 190/205/244/201 clips, 5 new classes."""
     per_task, memory = [190, 205, 244, 201], [0, 5, 10, 15]
     found, shares = [], []
     for task, (current, kept) in enumerate(zip(per_task, memory, strict=True)):
@@ -114,11 +114,11 @@ def test_published_oversampling():
     assert shares == pytest.approx([0, 0.328, 0.450, 0.599], abs=5e-4)
 
 
-def test_memory_slots_are_marked_and_drawn_by_their_repeats(store):
+def test_memory_sources_are_marked_and_drawn_by_their_repeats(store):
     data = _epoch(store, steps_per_epoch=None, memory_repeats=24)
-    slots = [s for i in range(len(data)) for s in data[i]]
-    assert all(s.is_memory == (s.clip.class_name == "ding") for s in slots)
-    share = Counter(s.is_memory for s in slots)[True] / len(slots)
+    sources = [s for i in range(len(data)) for s in data[i]]
+    assert all(s.is_memory == (s.clip.class_name == "ding") for s in sources)
+    share = Counter(s.is_memory for s in sources)[True] / len(sources)
     assert 0.3 < share < 0.7  # 24 of 48 items
 
 

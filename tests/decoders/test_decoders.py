@@ -176,7 +176,7 @@ def test_missing_features_and_wrong_sizes_are_named():
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_motion_attention_is_what_layer_0_does_to_the_class_slot(padded):
+def test_motion_attention_is_what_layer_0_does_to_the_class_query(padded):
     """The weights, times the projected values, are what the attention itself gave in the forward pass."""
     decoder = small()
     audio, visual, class_ids = inputs(sources=3)

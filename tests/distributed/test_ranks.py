@@ -57,7 +57,7 @@ def found(tone_store, tmp_path_factory):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_two_ranks_take_the_step_of_one(name, found):
-    """Terms, gradients and running statistics; one of the ranks has no slot of an old class."""
+    """Terms, gradients and running statistics; one of the ranks has no source of an old class."""
     one, two = one_step(name), load_file(found / f"{name}.safetensors")
     assert one.keys() == two.keys()
     assert any(k.startswith("gradient") for k in one)

@@ -40,12 +40,12 @@ def test_l1_and_gradient(sources, target_is_logits, chosen):
     logits = random(4, sources, 5, 6).requires_grad_()
     target = random(4, sources, 5, 6, seed=1).abs()
     weight = random(4, 1, 5, 6, seed=2).abs()
-    slots = None
+    counted = None
     if chosen is not None:
-        slots = torch.zeros(4, sources, dtype=torch.bool)
+        counted = torch.zeros(4, sources, dtype=torch.bool)
         if chosen == "some":
-            slots[0, -1] = slots[2] = True
-    options = {"slots": slots, "target_is_logits": target_is_logits}
+            counted[0, -1] = counted[2] = True
+    options = {"counted": counted, "target_is_logits": target_is_logits}
     got, want = mask_l1(logits, target, weight, **options), mask_l1_reference(logits, target, weight, **options)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, logits)[0], torch.autograd.grad(want, logits)[0])
@@ -81,5 +81,5 @@ def test_wrong_input():
         mask_l1(masks[:0], masks[:0], weight[:0])
     with pytest.raises(ValueError, match=r"weight must have the shape \[2, 1, 4, 5\]"):
         mask_l1(masks, masks, masks)
-    with pytest.raises(ValueError, match=r"slots must be bool of shape \[2, 3\]"):
-        mask_l1(masks, masks, weight, slots=torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"counted must be bool of shape \[2, 3\]"):
+        mask_l1(masks, masks, weight, counted=torch.ones(2, 3))

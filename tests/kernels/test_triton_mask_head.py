@@ -69,7 +69,7 @@ class Case:
         self.ratio = (1.5 * random(batch, sources, rows, frames, seed=2).sigmoid()).contiguous()
         self.weight = random(batch, 1, rows, frames, seed=3).abs()
         self.teacher = None
-        self.slots = None
+        self.counted = None
         if taught is not None:
             m = len(taught)
             self.teacher = kernels.MaskTeacher(
@@ -77,7 +77,7 @@ class Case:
                 lying(random(m, channels, rows, frames, seed=5, dtype=dtype), how),
                 torch.tensor(taught, device=DEVICE),
             )
-            self.slots = random(batch, sources, seed=6) > -0.3
+            self.counted = random(batch, sources, seed=6) > -0.3
 
     def run(self, backend="triton"):
         return mask_head_losses(
@@ -86,7 +86,7 @@ class Case:
             self.ratio,
             self.weight,
             teacher=self.teacher,
-            slots=self.slots,
+            counted=self.counted,
             backend=backend,
         )
 
@@ -97,7 +97,7 @@ class Case:
         if self.teacher is not None:
             teacher = (self.teacher[0].double(), self.teacher[1].double(), self.teacher[2])
         losses = mask_head_losses_reference(
-            embedding, features, self.ratio.double(), self.weight.double(), teacher=teacher, slots=self.slots
+            embedding, features, self.ratio.double(), self.weight.double(), teacher=teacher, counted=self.counted
         )
         return (embedding, features), losses
 
@@ -169,17 +169,17 @@ def test_each_loss_alone_has_its_own_gradient():
     assert torch.equal(torch.autograd.grad(sum(case.run()), case.embedding)[0], whole)
 
 
-def test_slots_and_teachers_that_do_not_count():
+def test_sources_and_teachers_that_do_not_count():
     case = Case(3, 2, 6, 9, 11, taught=[2, 0])
-    case.slots[:] = False
+    case.counted[:] = False
     assert check(case)[0].abs().max() > 0
     assert case.run().distillation.item() == 0
-    case.slots[0, 1] = case.slots[1, 0] = True  # mixture 1 has no teacher: its slots cannot count
+    case.counted[0, 1] = case.counted[1, 0] = True  # mixture 1 has no teacher: its sources cannot count
     check(case)
-    case.slots = None
+    case.counted = None
     check(case)
-    # mixtures without a teacher and slots that are not chosen never read what the teacher says
-    case.slots = torch.tensor([[True, False], [True, True], [False, True]], device=DEVICE)
+    # mixtures without a teacher and sources that are not chosen never read what the teacher says
+    case.counted = torch.tensor([[True, False], [True, True], [False, True]], device=DEVICE)
     want = [t.clone() for t in torch.autograd.grad(sum(case.run()), (case.embedding, case.features))]
     case.teacher.embedding[0, 0] = float("nan")  # of mixture 2
     case.teacher.embedding[1, 1] = float("nan")  # of mixture 0
@@ -202,7 +202,7 @@ def test_the_same_bits_every_time():
 @pytest.mark.parametrize("where", ["features", "embedding", "ratio", "weight", "teacher"])
 def test_what_is_not_finite_comes_out_as_from_pytorch(where, bad):
     case = Case(2, 2, 6, 5, 7, taught=[1])
-    case.slots = None
+    case.counted = None
     with torch.no_grad():
         if where == "teacher":
             case.teacher.mask_features[0, 2, 3, 4] = bad
@@ -279,10 +279,10 @@ def test_operators_keep_pytorchs_rules():
     for flag in (True, False):
         torch.library.opcheck(torch.ops.avsep.mask_head_backward, (upstream, *plain, flag))
     fixed = (case.ratio, case.weight)
-    torch.library.opcheck(torch.ops.avsep.mask_head_losses, (*given, *fixed, *case.teacher, case.slots))
+    torch.library.opcheck(torch.ops.avsep.mask_head_losses, (*given, *fixed, *case.teacher, case.counted))
     torch.library.opcheck(torch.ops.avsep.mask_head_losses, (*given, *fixed, None, None, None, None))
     strided = (plain[0], lying(plain[1], "strided"))
-    _, _, scale, signs = torch.ops.avsep.mask_head_losses(*strided, *fixed, *case.teacher, case.slots)
+    _, _, scale, signs = torch.ops.avsep.mask_head_losses(*strided, *fixed, *case.teacher, case.counted)
     one = torch.ones((), device=DEVICE)
     for first, second in ((one, one), (one, None), (None, one)):
         arguments = (first, second, *strided, *fixed, case.teacher.mixtures, scale, signs, True)
@@ -295,7 +295,7 @@ def test_it_compiles_without_a_break(backend):
 
     def both(embedding, features):
         losses = mask_head_losses(
-            embedding, features, case.ratio, case.weight, teacher=case.teacher, slots=case.slots, backend=backend
+            embedding, features, case.ratio, case.weight, teacher=case.teacher, counted=case.counted, backend=backend
         )
         return losses.separation + 0.3 * losses.distillation + mask_head(embedding, features, backend=backend).mean()
 
@@ -333,7 +333,7 @@ def test_backends_agree_where_the_kernels_do_not_reach():
 def test_wrong_input(backend):
     case = Case(2, 2, 6, 5, 7, taught=[1])
     e, f, r, w = case.embedding.detach(), case.features.detach(), case.ratio, case.weight
-    t, s = case.teacher, case.slots
+    t, s = case.teacher, case.counted
 
     def wrong(message, *arguments, **options):
         with pytest.raises(ValueError, match=message):
@@ -346,7 +346,7 @@ def test_wrong_input(backend):
     wrong("empty batch", e, f[..., :0], r[..., :0], w[..., :0])
     wrong(r"ratio must have the shape \[2, 2, 5, 7\], got \[2, 2, 7, 5\]", e, f, r.transpose(2, 3), w)
     wrong(r"weight must have the shape \[2, 1, 5, 7\]", e, f, r, r)
-    wrong(r"slots must be bool of shape \[2, 2\], got torch.float32", e, f, r, w, slots=s.float())
+    wrong(r"counted must be bool of shape \[2, 2\], got torch.float32", e, f, r, w, counted=s.float())
     wrong("a teacher of M mixtures has", e, f, r, w, teacher=(t[0], t[1][:, :5], t[2]))
     wrong("must be int64, got torch.int32", e, f, r, w, teacher=(t[0], t[1], t[2].int()))
     wrong("and weight on meta", e, f, r, w.to("meta"))
@@ -367,7 +367,7 @@ def test_wrong_input(backend):
         mask_head(e, f.half(), backend=backend)
     assert mask_head(e[:0], f[:0], backend=backend).shape == (0, 2, 5, 7)
     none = kernels.MaskTeacher(t[0][:0], t[1][:0], t[2][:0])
-    assert mask_head_losses(e, f, r, w, teacher=none, slots=s, backend=backend).distillation.item() == 0
+    assert mask_head_losses(e, f, r, w, teacher=none, counted=s, backend=backend).distillation.item() == 0
 
 
 def test_float64_is_refused_by_triton_alone(auto_takes_triton, monkeypatch):
@@ -392,7 +392,7 @@ def test_what_every_kernel_is_compiled_for_is_what_it_is_launched_with():
 # --- through a strategy -----------------------------------------------------------------------------------------------
 
 PARTS = {k: v for k, v in TINY_SEPARATOR.items() if k != "front_end"}
-CLASS_IDS = torch.tensor([[1, 3], [2, 3], [0, 0]])  # slots 0-1 are old classes, 2-3 new
+CLASS_IDS = torch.tensor([[1, 3], [2, 3], [0, 0]])  # classes 0-1 are old, 2-3 new
 
 
 def _training_step(strategy, backend, monkeypatch):

@@ -1,4 +1,4 @@
-"""The losses against ContAV-Sep's equations written out slot by slot."""
+"""The losses against ContAV-Sep's equations written out source by source."""
 
 from __future__ import annotations
 
@@ -57,41 +57,41 @@ def test_separation_loss(kind):
     mask, ratio, weight = output.logits.sigmoid(), spectrograms.ratio, spectrograms.weight[:, 0]
     each = [(weight * (mask[:, n] - ratio[:, n]).abs()).mean(dim=(1, 2)) for n in range(2)]
     torch.testing.assert_close(separation_loss(output, spectrograms), 0.5 * (each[0] + each[1]).mean())
-    slots = torch.tensor([[True, False], [False, False], [True, True]])
+    counted = torch.tensor([[True, False], [False, False], [True, True]])
     chosen = (each[0][0] + each[0][2] + each[1][2]) / 3
-    torch.testing.assert_close(separation_loss(output, spectrograms, slots=slots), chosen)
+    torch.testing.assert_close(separation_loss(output, spectrograms, counted=counted), chosen)
 
 
 @pytest.mark.parametrize("kind", [0, 1])
-def test_mask_distillation_is_normalised_by_the_old_slots(kind):
+def test_mask_distillation_is_normalised_by_the_old_sources(kind):
     output, taught, spectrograms = masks()[kind], masks(seed=7)[1 - kind], analysis()
-    slots = CLASSES.view(3, 2) < 5
-    got = mask_distillation(output, taught, spectrograms, slots=slots)
+    counted = CLASSES.view(3, 2) < 5
+    got = mask_distillation(output, taught, spectrograms, counted=counted)
     mask, target = output.logits.sigmoid(), taught.logits.sigmoid()
     want = sum(
         (spectrograms.weight[b, 0] * (mask[b, n] - target[b, n]).abs()).mean() for b, n in ((0, 1), (1, 1), (2, 0))
     )
     torch.testing.assert_close(got, want / 3)
     (gradient,) = torch.autograd.grad(got, output.logits, retain_graph=True)
-    assert gradient[~slots].abs().max() == 0
-    assert gradient[slots].abs().min() > 0
+    assert gradient[~counted].abs().max() == 0
+    assert gradient[counted].abs().min() > 0
     got.backward()
     leaves = [taught.logits] if taught.embedding is None else [taught.embedding, taught.mask_features]
     assert all(t.grad is None for t in leaves)
-    assert mask_distillation(output, taught, spectrograms, slots=torch.zeros_like(slots)).item() == 0
+    assert mask_distillation(output, taught, spectrograms, counted=torch.zeros_like(counted)).item() == 0
 
 
 def test_both_mask_losses_in_one_call():
     output, spectrograms = masks()[1], analysis()
-    taught, mixtures, slots = masks(batch=2, seed=7)[1], torch.tensor([2, 0]), CLASSES.view(3, 2) < 5
-    got = mask_losses(output, spectrograms, teacher_output=taught, mixtures=mixtures, slots=slots)
+    taught, mixtures, counted = masks(batch=2, seed=7)[1], torch.tensor([2, 0]), CLASSES.view(3, 2) < 5
+    got = mask_losses(output, spectrograms, teacher_output=taught, mixtures=mixtures, counted=counted)
     assert got.separation.item() == separation_loss(output, spectrograms).item()
     mask, target = output.logits.sigmoid(), taught.logits.sigmoid()
     want = sum(
         (spectrograms.weight[b, 0] * (mask[b, n] - target[m, n]).abs()).mean() for b, m, n in ((2, 0, 0), (0, 1, 1))
     )
     torch.testing.assert_close(got.distillation, want / 2)
-    alone = mask_distillation(output, taught, spectrograms, mixtures=mixtures, slots=slots)
+    alone = mask_distillation(output, taught, spectrograms, mixtures=mixtures, counted=counted)
     assert got.distillation.item() == alone.item()
     whole = mask_losses(output, spectrograms, teacher_output=masks(seed=7)[1])
     assert whole.distillation.item() == mask_distillation(output, masks(seed=7)[1], spectrograms).item() > 0
@@ -186,13 +186,13 @@ def test_attention_distillation_by_hand():
     second = 0.25 * math.log(0.5) + 0.5 * math.log(2)
     both = attention_distillation(attention, taught)
     assert both.item() == pytest.approx((first + second) / 2)
-    one = attention_distillation(attention, taught, slots=torch.tensor([[True, False]]))
+    one = attention_distillation(attention, taught, counted=torch.tensor([[True, False]]))
     assert one.item() == pytest.approx(first) == pytest.approx(0.130812, abs=1e-6)
     (gradient,) = torch.autograd.grad(one, attention, retain_graph=True)
     # -taught / attention; the step of weight 0 in both has none
     torch.testing.assert_close(gradient, torch.tensor([[[-1.5, -0.5, 0.0], [0.0, 0.0, 0.0]]]))
     assert torch.autograd.grad(both, taught, allow_unused=True) == (None,)
-    assert attention_distillation(attention, taught, slots=torch.zeros(1, 2, dtype=torch.bool)).item() == 0
+    assert attention_distillation(attention, taught, counted=torch.zeros(1, 2, dtype=torch.bool)).item() == 0
     assert attention_distillation(taught, taught).item() == pytest.approx(0, abs=1e-7)
 
 

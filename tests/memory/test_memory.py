@@ -216,13 +216,13 @@ def test_reservoir_holds_every_clip_of_the_stream_with_the_same_probability():
 def test_reservoir_is_algorithm_r():
     """The literal algorithm on one list, with the draws of the same generator."""
     policy = _policy("reservoir", 3)
-    rng, slots = memory_rng(1, 0), []
+    rng, places = memory_rng(1, 0), []
     for i, clip in enumerate([f"a{i}" for i in range(8)], start=1):
         if i <= 3:
-            slots.append(clip)
+            places.append(clip)
         elif (j := int(rng.integers(i))) < 3:
-            slots[j] = clip
-    assert sorted(_ids(policy.update({}, Known({"a": 8}), memory_rng(1, 0)))["a"]) == sorted(slots)
+            places[j] = clip
+    assert sorted(_ids(policy.update({}, Known({"a": 8}), memory_rng(1, 0)))["a"]) == sorted(places)
 
 
 def test_equal_shares_are_the_most_equal_ones():
@@ -325,16 +325,16 @@ def test_features_and_errors_are_those_of_the_centre_crop_with_its_partner(store
     assert candidates.partner("hum-train-1") == "ding-train-1"
     assert candidates.partner("ding-train-2") == "hum-train-2"
     separator.eval()
-    slots = [
+    sources = [
         load_source(store, store.clip(i), candidates.centre(i), FRONT_END, separator.visual_sources(), number)
         for i, number in (("hum-train-1", 1), ("ding-train-1", 0))
     ]
-    batch = collate([slots])
+    batch = collate([sources])
     with torch.no_grad():
         spectrograms = separator.analyse(batch.sources)
         visual = separator.encode_visual(batch.visual)
         output = separator(spectrograms.network_input, visual, batch.class_ids)
-        error = separation_loss(output, spectrograms, slots=torch.tensor([[True, False]]))
+        error = separation_loss(output, spectrograms, counted=torch.tensor([[True, False]]))
     assert errors[0] == pytest.approx(float(error), rel=1e-5)
     parts = [e[0, 0] / e[0, 0].norm() for e in (output.audio, output.object, output.motion)]
     np.testing.assert_allclose(features[0], torch.cat(parts) / 3**0.5, atol=1e-5)
@@ -400,10 +400,10 @@ def test_a_kept_clip_is_what_training_hears_and_a_resume_goes_on_with_it(store, 
     data = learner._mixtures(stream, stream.tasks[1]).epoch(0)
     heard = [s for i in range(len(data)) for s in data[i] if s.is_memory]
     assert heard
-    for slot in heard:
-        crop = store.read_audio(slot.clip, starts[slot.clip.id], FRONT_END.clip_samples - 1)
-        scale = np.abs(slot.audio).max() / np.abs(crop).max()
-        np.testing.assert_allclose(slot.audio[:-1], crop * scale, atol=2e-4)
+    for source in heard:
+        crop = store.read_audio(source.clip, starts[source.clip.id], FRONT_END.clip_samples - 1)
+        scale = np.abs(source.audio).max() / np.abs(crop).max()
+        np.testing.assert_allclose(source.audio[:-1], crop * scale, atol=2e-4)
 
 
 @pytest.mark.parametrize("memory", [{"name": "reservoir", "params": {"total": 2, "keep": "id"}}, "class_balanced"])

@@ -42,8 +42,8 @@ def test_new_sources_are_learned_along_what_does_not_harm_the_old():
     step = with_teacher(make_step(student), teacher)
     parameters = list(student.parameters())
 
-    def gradient(slots):
-        loss = separation_loss(step.output, step.spectrograms, slots=slots)
+    def gradient(counted):
+        loss = separation_loss(step.output, step.spectrograms, counted=counted)
         found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         return torch.cat(
             [torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)]
@@ -53,7 +53,9 @@ def test_new_sources_are_learned_along_what_does_not_harm_the_old():
     strategy = STRATEGIES.create("agem")
     terms = strategy.loss(step)
     assert list(terms) == ["separation"]
-    torch.testing.assert_close(terms["separation"], separation_loss(step.output, step.spectrograms, slots=~step.is_old))
+    torch.testing.assert_close(
+        terms["separation"], separation_loss(step.output, step.spectrograms, counted=~step.is_old)
+    )
     for sign in (1.0, -1.0):  # the second time the gradient is turned round, against the exemplars'
         student.zero_grad()
         again = with_teacher(make_step(student), teacher)

@@ -1,4 +1,4 @@
-"""AV-CIL: its four terms against references that are told by hand which slots are old."""
+"""AV-CIL: its four terms against references that are told by hand which sources are old."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_literal_sum_and_its_gradient(separators):
         step.output.logits[mixtures],
         taught.logits,
         step.spectrograms.weight[mixtures],
-        slots=old,
+        counted=old,
         target_is_logits=True,
     )
     looks = student.mask_decoder.motion_attention(step.visual, CLASS_IDS)[mixtures]
@@ -82,7 +82,7 @@ def test_a_weight_of_zero_removes_its_term_and_no_other(separators, weight, term
         STRATEGIES.create("avcil", {weight: -1})
 
 
-def test_without_an_old_slot_and_in_the_first_task_only_the_similarity_terms_act(separators):
+def test_without_an_old_source_and_in_the_first_task_only_the_similarity_terms_act(separators):
     student, teacher = separators
     strategy = STRATEGIES.create("avcil")
     for given, step in ((None, make_step(student, num_old=0)), (teacher, make_step(student, rows=slice(1, 2)))):

@@ -1,4 +1,4 @@
-"""LwF: what is distilled, on which slots, by which teacher."""
+"""LwF: what is distilled, on which sources, by which teacher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TASK = Task(1, ("peep", "whirr"), ("ding", "hum", "peep", "whirr"))
 
 
 class _Constant:
-    """A separator, and its mask decoder, whose masks are one logit a class: a decoder with slots, by hand."""
+    """A separator, and its mask decoder, whose masks are one logit a class: a decoder with queries, by hand."""
 
     def __init__(self, logits, class_agnostic=False):
         self.logits = torch.tensor(logits, requires_grad=True)
@@ -52,20 +52,20 @@ def _by_hand(student, class_ids, num_old):
 
 
 def test_the_mask_term_by_hand():
-    """One old class, so that every source is put into slot 0: masks 1/2 and 3/4, weight 2, lambda .3."""
+    """One old class, so that every source is queried as class 0: masks 1/2 and 3/4, weight 2, lambda .3."""
     student, teacher = _Constant([0.0, 5.0]), _Constant([math.log(3.0)])
     step = _by_hand(student, torch.tensor([[1, 0]]), num_old=1)
     term = STRATEGIES.create("lwf").loss(with_teacher(step, teacher))["mask"]
     assert term.item() == pytest.approx(0.3 * 2 * 0.25)
     term.backward()
-    # lambda w sign(M - M') M (1 - M), and nothing for the new class's slot
+    # lambda w sign(M - M') M (1 - M), and nothing for the new class
     torch.testing.assert_close(student.logits.grad, torch.tensor([-0.3 * 2 * 0.25, 0.0]))
     assert teacher.logits.grad is None
 
 
 def test_masks_that_know_no_class_are_distilled_as_they_are():
     student, teacher = _Constant([0.0], class_agnostic=True), _Constant([math.log(3.0)], class_agnostic=True)
-    for variant in ("old_slot", "grown_teacher"):
+    for variant in ("old_query", "grown_teacher"):
         step = _by_hand(student, torch.tensor([[3, 1]]), num_old=2)
         student.asked.clear()
         strategy = STRATEGIES.create("lwf", {"variant": variant})
@@ -74,16 +74,16 @@ def test_masks_that_know_no_class_are_distilled_as_they_are():
         assert int(teacher.asked[-1].max()) < 2
 
 
-def test_new_classes_answer_from_drawn_old_slots_in_both_models(separators, monkeypatch):
+def test_new_classes_answer_as_drawn_old_classes_in_both_models(separators, monkeypatch):
     student, teacher = separators
     step = make_step(student)
     torch.manual_seed(3)
     drawn = torch.randint(2, (3, 2))
     torch.manual_seed(3)
     terms = STRATEGIES.create("lwf").loss(with_teacher(step, teacher))
-    slots = torch.where(CLASS_IDS < 2, CLASS_IDS, drawn)
-    output = student.mask_decoder(step.audio, step.visual, slots)
-    taught = teacher(step.spectrograms.network_input, teacher.encode_visual(step.batch.visual), slots)
+    queried = torch.where(CLASS_IDS < 2, CLASS_IDS, drawn)
+    output = student.mask_decoder(step.audio, step.visual, queried)
+    taught = teacher(step.spectrograms.network_input, teacher.encode_visual(step.batch.visual), queried)
     weight = step.spectrograms.weight
     want = 0.3 * mask_l1_reference(output.logits, taught.logits, weight, target_is_logits=True)
     torch.testing.assert_close(terms["mask"], want)
@@ -93,11 +93,11 @@ def test_new_classes_answer_from_drawn_old_slots_in_both_models(separators, monk
     assert got.keys() == wanted.keys()
     for name in got:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-6)
-    # the new classes' own query rows take no part in what an old slot says of itself
+    # the new classes' own query rows take no part in what an old query gives
     assert any(name.startswith("audio_encoder") for name in got)
 
 
-def test_the_draw_is_uniform_over_the_old_slots_and_leaves_old_sources_alone():
+def test_the_draw_is_uniform_over_the_old_classes_and_leaves_old_sources_alone():
     asked = []
     torch.manual_seed(0)
     for _ in range(200):
@@ -106,9 +106,9 @@ def test_the_draw_is_uniform_over_the_old_slots_and_leaves_old_sources_alone():
         STRATEGIES.create("lwf").loss(with_teacher(step, teacher))
         assert torch.equal(student.asked[-1], teacher.asked[-1])
         asked.append(student.asked[-1])
-    slots = torch.cat(asked)
-    assert (slots[:, 1] == 2).all()
-    counts = torch.bincount(slots[:, 0], minlength=5)
+    queried = torch.cat(asked)
+    assert (queried[:, 1] == 2).all()
+    counts = torch.bincount(queried[:, 0], minlength=5)
     assert len(counts) == 5
     assert counts.min() > 20  # 40 expected
 
@@ -161,10 +161,14 @@ def test_first_task_and_weight_0_are_fine_tuning(separators):
     assert STRATEGIES.create("lwf").first_task() == {}
 
 
+def test_the_name_of_0_1_for_old_query_still_works():
+    assert STRATEGIES.create("lwf", {"variant": "old_slot"}).variant == "old_query"
+
+
 def test_wrong_settings():
     with pytest.raises(ConfigError, match="weight_mask must be 0 or more, got -1"):
         STRATEGIES.create("lwf", {"weight_mask": -1})
-    with pytest.raises(ConfigError, match="variant must be 'old_slot' or 'grown_teacher', got 'new'"):
+    with pytest.raises(ConfigError, match="variant must be 'old_query' or 'grown_teacher', got 'new'"):
         STRATEGIES.create("lwf", {"variant": "new"})
     with pytest.raises(CheckpointError, match="keeps no state, but the checkpoint has \\['x'\\]"):
         STRATEGIES.create("lwf").load_state_dict({"x": torch.zeros(1)})

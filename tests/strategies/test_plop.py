@@ -1,4 +1,4 @@
-"""PLOP: which maps and slots it compares, its weights, and what it does to a run."""
+"""PLOP: which maps and sources it compares, its weights, and what it does to a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _pod(x, y):
     return float(torch.linalg.vector_norm(literal_pod(x) - literal_pod(y), dim=1).mean())
 
 
-def test_it_is_the_literal_sum_over_maps_and_old_slots(separators):
+def test_it_is_the_literal_sum_over_maps_and_old_sources(separators):
     student, teacher = separators
     step = make_step(student)
     terms = STRATEGIES.create("plop").loss(with_teacher(step, teacher))
@@ -31,16 +31,16 @@ def test_it_is_the_literal_sum_over_maps_and_old_slots(separators):
     expected = 0.01 * scale * sum(_pod(own[name].detach(), taught[name]) for name in TAPS)
     assert terms["features"].item() == pytest.approx(expected, rel=1e-4)
 
-    # old slots: the first of mixture 0 and both of mixture 2
+    # old sources: the first of mixture 0 and both of mixture 2
     visual = teacher.encode_visual(step.batch.visual)
     taught = teacher.mask_decoder(audio, visual, torch.tensor([[1, 0], [0, 0], [0, 0]])).logits
-    slots = [(0, 0), (2, 0), (2, 1)]
-    old, theirs = (torch.stack([m[b, n] for b, n in slots])[:, None] for m in (step.output.logits.detach(), taught))
+    sources = [(0, 0), (2, 0), (2, 1)]
+    old, theirs = (torch.stack([m[b, n] for b, n in sources])[:, None] for m in (step.output.logits.detach(), taught))
     assert terms["logits"].item() == pytest.approx(0.0005 * scale * _pod(old, theirs), rel=1e-4)
     assert terms["logits"] > 0
 
 
-def test_masks_that_do_not_depend_on_the_class_are_compared_in_all_slots():
+def test_masks_that_do_not_depend_on_the_class_are_compared_in_all_sources():
     """Co-Separation: the way up is the decoder's, with maps a source, and the teacher answers for new classes too."""
     student, teacher = student_and_teacher(
         audio_encoder=("conv7", {"base_channels": 4}),

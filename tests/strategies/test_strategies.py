@@ -1,4 +1,4 @@
-"""Strategies: which slots each term sees, what a switch switches off, what the teacher is and is not."""
+"""Strategies: which sources each term sees, what a switch switches off, what the teacher is and is not."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_finetuning_has_the_separation_loss_alone(separators):
 
 
 def test_contavsep_is_the_literal_sum_over_the_right_rows(separators):
-    """All four terms against references that are told by hand which slots are old."""
+    """All four terms against references that are told by hand which sources are old."""
     student, teacher = separators
     step = make_step(student)
     terms = STRATEGIES.create("contavsep").loss(with_teacher(step, teacher))
@@ -46,7 +46,7 @@ def test_contavsep_is_the_literal_sum_over_the_right_rows(separators):
     mixtures = [0, 2]
     visual = teacher.encode_visual(step.batch.visual[mixtures])
     taught = teacher(step.spectrograms.network_input[mixtures], visual, torch.tensor([[1, 0], [0, 0]]))
-    old_of_taught, old_of_batch = [0, 2, 3], [0, 4, 5]  # slots counted along mixtures
+    old_of_taught, old_of_batch = [0, 2, 3], [0, 4, 5]  # sources counted along mixtures
     z = [torch.cat([s, t[old_of_taught]]) for s, t in zip(_rows(step.output), _rows(taught), strict=True)]
     class_ids, video_ids = CLASS_IDS.flatten(), VIDEO_IDS.flatten()
     instance, class_ = similarity_distillation_reference(
@@ -61,7 +61,7 @@ def test_contavsep_is_the_literal_sum_over_the_right_rows(separators):
         step.output.logits[mixtures],
         taught.logits,
         step.spectrograms.weight[mixtures],
-        slots=torch.tensor([[True, False], [True, True]]),
+        counted=torch.tensor([[True, False], [True, True]]),
         target_is_logits=True,
     )
     torch.testing.assert_close(terms["mask"], 0.3 * distilled)
@@ -91,7 +91,7 @@ def test_first_task_and_batches_without_memory_contrast_the_student_alone(separa
     strategy = STRATEGIES.create("contavsep")
     first = strategy.loss(with_teacher(make_step(student, num_old=0), None))
     assert set(first) == {"separation", "instance", "class"}
-    step = make_step(student, rows=slice(1, 2))  # both of its slots are new
+    step = make_step(student, rows=slice(1, 2))  # both of its sources are new
     later = strategy.loss(with_teacher(step, teacher))
     assert set(later) == {"separation", "instance", "class"}
     instance, class_ = similarity_distillation_reference(
@@ -123,13 +123,13 @@ def test_as_released_the_teacher_normalises_by_the_whole_batch(separators):
     teacher.load_state_dict(before)
     frozen = STRATEGIES.create("contavsep").loss(with_teacher(step, teacher))
     assert not torch.allclose(terms["mask"], frozen["mask"])
-    # mask distillation still counts old slots only
+    # mask distillation still counts old sources only
     assert terms["mask"].isfinite()
     teacher.load_state_dict(before)
     teacher.eval()
 
 
-def test_the_class_asked_of_the_teacher_in_new_slots_does_not_matter(separators):
+def test_the_class_asked_of_the_teacher_in_new_sources_does_not_matter(separators):
     student, teacher = separators
     terms = [
         STRATEGIES.create("contavsep", {"weight_instance": 0, "weight_class": 0}).loss(with_teacher(step, teacher))[
@@ -166,12 +166,12 @@ def test_every_term_pulls_at_the_student(separators, term):
 
 
 def test_instances_by_equal_motion_features():
-    """As released: which slots are of one video is read off the projected motion features, bit by bit."""
+    """As released: which sources are of one video is read off the projected motion features, bit by bit."""
     student, teacher = student_and_teacher()
     strategy = STRATEGIES.create("contavsep", {"instance": "features"})
     step = make_step(student, video_ids=torch.arange(6).view(3, 2))  # ids that say nothing
     motion = step.batch.visual.motion.clone()
-    motion[0, 1] = motion[1, 0]  # two new slots
+    motion[0, 1] = motion[1, 0]  # two new sources
     motion[2, 1] = motion[0, 0]  # two old ones
     motion[2, 0] = motion[1, 1]  # an old one and a new one: never of one video
     batch = dataclasses.replace(step.batch, visual=VisualInputs(step.batch.visual.object, motion))
@@ -187,7 +187,7 @@ def test_instances_by_equal_motion_features():
         assert one["instance"] != by_id.loss(with_teacher(step, given))["instance"]
 
 
-def test_instances_of_old_slots_are_the_teachers():
+def test_instances_of_old_sources_are_the_teachers():
     """Motion that the teacher cannot tell apart is one video, whatever the student makes of it."""
     student, teacher = student_and_teacher()
     with torch.no_grad():

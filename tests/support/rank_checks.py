@@ -45,7 +45,7 @@ STEPS = {
     "agem": ("agem", {}, "iquery", torch.float64),
     "task_adapters": ("task_adapters", {}, "iquery_adapters", torch.float64),
 }
-# four mixtures, of which the first two have no slot of an old class: so has one of two ranks
+# four mixtures, of which the first two have no source of an old class: so has one of two ranks
 CLASS_IDS = torch.tensor([[2, 3], [3, 2], [1, 3], [0, 0]])
 VIDEO_IDS = torch.tensor([[5, 6], [6, 8], [7, 1], [9, 9]])
 TASK = Task(1, ("peep", "whirr"), ("ding", "hum", "peep", "whirr"))

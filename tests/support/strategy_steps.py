@@ -12,7 +12,7 @@ from avsep.types import Batch, VisualInputs
 from support.tones import TINY_FRONT_END, TINY_SEPARATOR
 
 PARTS = {k: v for k, v in TINY_SEPARATOR.items() if k != "front_end"}
-# mixtures: old + new, new + new, old + old of one video; slots 0-1 are old classes, 2-3 new
+# mixtures: old + new, new + new, old + old of one video; classes 0-1 are old, 2-3 new
 CLASS_IDS = torch.tensor([[1, 3], [2, 3], [0, 0]])
 VIDEO_IDS = torch.tensor([[7, 1], [2, 3], [9, 9]])
 

@@ -402,11 +402,11 @@ def test_wrong_inputs_fail_before_training(tone_store, tmp_path):
     (tmp_path / "e" / "thesis.txt").write_text("precious")
     with pytest.raises(RunError, match=r"thesis\.txt"):
         tiny_learner().fit(stream, tmp_path / "e")
-    slots = avsep.build_separator(
+    separator = avsep.build_separator(
         **{k: v for k, v in TINY_SEPARATOR.items() if k != "front_end"}, front_end=TINY_FRONT_END, num_classes=3
     )
-    with pytest.raises(ConfigError, match="3 class slots but the first task only 2 classes"):
-        ContinualLearner(slots, train=TINY_TRAIN).fit(stream)
+    with pytest.raises(ConfigError, match="3 classes but the first task only 2 classes"):
+        ContinualLearner(separator, train=TINY_TRAIN).fit(stream)
     needs = avsep.build_separator(
         **{
             **{k: v for k, v in TINY_SEPARATOR.items() if k != "front_end"},
