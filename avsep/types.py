@@ -52,7 +52,7 @@ class AudioFeatures:
 class VisualInputs:
     """What the visual encoders take, for N sources of B mixtures: frames (uint8) or stored features (float).
 
-    ``object`` [B, N, K, ...], pictures or vectors around the middle of the crop; ``motion`` [B, N, ...], frames in
+    ``object`` [B, N, K, ...], frames or vectors around the middle of the crop; ``motion`` [B, N, ...], frames in
     order of time or one feature sequence; ``motion_mask`` [B, N, M] bool over the input's time steps, True = valid, or
     None where all are. A role that no encoder asks for is None.
     """
@@ -69,7 +69,7 @@ class VisualInputs:
 
 @dataclass(frozen=True)
 class VisualFeatures:
-    """Encoded pictures: ``object`` [B, N, Do]; ``motion`` [B, N, Dm, Tm]; ``motion_mask`` [B, N, Tm], True = valid."""
+    """Encoded frames: ``object`` [B, N, Do]; ``motion`` [B, N, Dm, Tm]; ``motion_mask`` [B, N, Tm], True = valid."""
 
     object: Tensor | None = None
     motion: Tensor | None = None

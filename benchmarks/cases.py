@@ -263,7 +263,7 @@ def _step_inputs(
     envelope = torch.rand(batch, sources, 1) * torch.linspace(0.2, 1, spec.clip_samples)
     audio = (0.1 * envelope * torch.randn(batch, sources, spec.clip_samples)).to(device)
     objects_width, motion_width = (s.dim for s in ours.visual_sources())
-    objects = torch.randn(batch, sources, 3, objects_width, device=device)  # K = 3 pictures
+    objects = torch.randn(batch, sources, 3, objects_width, device=device)  # K = 3 frames
     motion = torch.randn(batch, sources, motion_width, _MOTION_STEPS, device=device)
     mixtures = Batch(
         sources=audio,
@@ -520,7 +520,7 @@ def _mixtures_of(store: Store, batch: int, mixtures: int, front_end: FrontEndSpe
 
 
 def _visual_sources(store: Store) -> list[VisualSource]:
-    """Pictures where the store has them, else its first features."""
+    """Frames where the store has them, else its first features."""
     sources = []
     for role, frames in (("object", 3), ("motion", 0)):
         if store.manifest.get(f"{role}_shape"):
@@ -616,7 +616,7 @@ def temporary_store(
     motion_size: int = 48,
     sample_rate_hz: int = 11025,
 ) -> Store:
-    """A store of noise with clips and pictures as large as those of the offline benchmark (its full size)."""
+    """A store of noise with clips and frames as large as those of the offline benchmark (its full size)."""
     rng = np.random.default_rng(0)
     ids = [f"noise-{number:03d}" for number in range(clips)]
     origin = {"generator": "avsep bench data", "clips": clips, "clip_s": clip_s}

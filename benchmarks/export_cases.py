@@ -275,7 +275,7 @@ def _graph_variants(
         providers = [name for name in providers or ENGINES if name in ENGINES]
     for provider in providers:
         for graph in graphs:
-            asked = f"{'ONNX Runtime ' if provider in ONNX_PROVIDERS else ''}{provider} {graph.precision}"
+            label = f"{'ONNX Runtime ' if provider in ONNX_PROVIDERS else ''}{provider} {graph.precision}"
             note: str = ""
             plan_mb: float | str = ""
             try:
@@ -292,7 +292,7 @@ def _graph_variants(
                     built = getattr(engine, "built", None)
                     plan_mb = "" if built is None else round(built.plan.stat().st_size / 1e6, 1)
             except AvsepError as error:
-                found.append(_Skipped(asked, str(error)))
+                found.append(_Skipped(label, str(error)))
                 continue
             found.append(
                 _Variant(

@@ -52,9 +52,9 @@ def command(
     ] = "videomae_base",
     frames: Annotated[
         bool,
-        typer.Option("--frames", help="Keep pictures, too: of the object 1 a second, of its movement 8 grey ones."),
+        typer.Option("--frames", help="Keep the frames, too: of the object 1 a second, of its movement 8 grey ones."),
     ] = False,
-    frame_size: Annotated[int, typer.Option("--frame-size", help="Pixels of a side of the object's pictures.")] = 112,
+    frame_size: Annotated[int, typer.Option("--frame-size", help="Pixels of a side of the object's frames.")] = 112,
     detector: Annotated[
         str, typer.Option("--detector", help="owlv2, or none: the whole frame is the object.")
     ] = "owlv2",
@@ -72,7 +72,7 @@ def command(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Delete the store that is there and begin anew.")] = False,
 ) -> None:
-    """Make a store of a data set's videos: sound, features, pictures. Continues a killed run."""
+    """Make a store of a data set's videos: sound, features, frames. Continues a killed run."""
     from avsep.data.prepare.videos import check_places, make_recipe, prepare
 
     listing = _listing(

@@ -152,8 +152,8 @@ def _print_availability(console: Console, found: Availability, classes: list[str
     if official is None:
         console.print(f"no published counts are known of {found.dataset}", highlight=False)
         return
-    told = ", ".join(f"{split} {official.splits[split]}" for split in SPLITS)
-    console.print(f"published: {told} ({official.lists}; {official.source})", highlight=False, soft_wrap=True)
+    counts = ", ".join(f"{split} {official.splits[split]}" for split in SPLITS)
+    console.print(f"published: {counts} ({official.lists}; {official.source})", highlight=False, soft_wrap=True)
     if not official.classes:
         console.print("published counts of single classes are not known", highlight=False)
     if not found.comparable:
@@ -199,7 +199,7 @@ def info(store: _StoreArgument) -> None:
     ]
     for kind, rate in (("object", opened.object_rate_hz), ("motion", opened.motion_rate_hz)):
         shape = manifest.get(f"{kind}_shape")
-        lines.append((f"{kind} pictures", f"{shape} at {rate:g} a second" if shape else "none"))
+        lines.append((f"{kind} frames", f"{shape} at {rate:g} a second" if shape else "none"))
     lines += [("features", f"{n}: {r['role']}, {r['dim']} wide") for n, r in opened.features.items()]
     for key, value in manifest.get("origin", {}).items():
         if key in ("banks", "test_banks"):
@@ -228,10 +228,10 @@ def banks() -> None:
 @app.command("sheet")
 def sheet(
     store: _StoreArgument,
-    out: Annotated[Path, typer.Option("--out", help="Picture to write.")] = Path("contact.png"),
+    out: Annotated[Path, typer.Option("--out", help="Image to write.")] = Path("contact.png"),
     per_class: Annotated[int, typer.Option("--per-class", min=1, max=20, help="Clips shown of each class.")] = 6,
 ) -> None:
-    """Write a contact sheet of a store's pictures."""
+    """Write a contact sheet of a store's frames."""
     from avsep.data.store import Store
     from avsep.data.store.checking import contact_sheet
 
@@ -244,7 +244,7 @@ def features(
     clips: Annotated[str, typer.Option("--clips", help="Ids of clips, one a class, such as flute-test-000,...")],
     out: Annotated[Path, typer.Option("--out", help="File to write (.npz).")] = Path("features.npz"),
 ) -> None:
-    """Write clips' pictures and features to a file for ``avsep separate --features``."""
+    """Write clips' frames and features to a file for ``avsep separate --features``."""
     from avsep.data.store import Store, timelines_of
     from avsep.media.timeline import write_visual_file
 
@@ -258,7 +258,7 @@ def mix(
     clips: Annotated[str, typer.Option("--clips", help="Ids of two or more clips of different classes.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for duet.wav, features.npz and references/.")],
 ) -> None:
-    """Mix clips of a store to one recording, with the pictures and the references beside it."""
+    """Mix clips of a store to one recording, with the frames and the references beside it."""
     from avsep.data.store import Store
     from avsep.data.synth.synthesis import write_duet
 

@@ -113,7 +113,7 @@ def run(
         typer.Option(
             "--motion-frames",
             min=1,
-            help="Pictures in one call of the motion encoder (default: as the run's store has them; else 8 a second).",
+            help="Frames in one call of the motion encoder (default: as the run's store has them; else 8 a second).",
         ),
     ] = None,
     frame_size: Annotated[
@@ -121,7 +121,7 @@ def run(
         typer.Option(
             "--frame-size",
             metavar="HxW",
-            help="Pixels of the pictures that the encoders take, such as a camera's 240x320; resized in the graph "
+            help="Pixels of the frames that the encoders take, such as a camera's 240x320; resized in the graph "
             "(default: as the run's store has them; else the encoders' own).",
         ),
     ] = None,
@@ -411,13 +411,13 @@ def info(bundle: _Bundle) -> None:
         "sample rate": f"{rate} Hz, chunks of {clip} samples ({clip / rate:.3f} s)",
     }
     for source in manifest["visual"]:
-        what = "pictures" if source["kind"] == "frames" else f"stored features '{source['name']}'"
+        what = "frames" if source["kind"] == "frames" else f"stored features '{source['name']}'"
         how = f", computed by {source['graph']}" if source["graph"] else ""
         rows[f"{source['role']} features"] = f"of {what}{how}"
     for graph in opened.graphs:
         for side, tensors in (("in", graph.inputs), ("out", graph.outputs)):
-            told = "; ".join(f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in tensors)
-            rows[f"{graph.file} {side}"] = told
+            shapes = "; ".join(f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in tensors)
+            rows[f"{graph.file} {side}"] = shapes
         rows[f"{graph.file} needs"] = f"opset {graph.entry['opset']}, TensorRT {graph.entry['least_tensorrt']} or later"
         if chosen := graph.entry.get("quantised"):
             rows[f"{graph.file} has"] = (
@@ -425,8 +425,8 @@ def info(bundle: _Bundle) -> None:
                 f"{chosen['on']} mixtures"
             )
     width = max(map(len, rows))
-    for name, told in rows.items():
-        typer.echo(f"{name:<{width}}  {told}")
+    for name, text in rows.items():
+        typer.echo(f"{name:<{width}}  {text}")
     _show(Console(), [opened], "measured when it was made")
 
 

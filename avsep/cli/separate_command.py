@@ -38,18 +38,18 @@ def command(
     ] = None,
     features: Annotated[
         Path | None,
-        typer.Option("--features", help="Pictures or features of each class (.npz, see: avsep data features)."),
+        typer.Option("--features", help="Frames or features of each class (.npz, see: avsep data features)."),
     ] = None,
     boxes: Annotated[
         Path | None,
         typer.Option(
             "--boxes",
             help='Where each class is in the video, as JSON: {"0": {"flute": [left, top, right, bottom]}, ...}, by '
-            "second, as fractions of the picture. Without it a detector looks.",
+            "second, as fractions of the frame. Without it a detector looks.",
         ),
     ] = None,
     whole_frame: Annotated[
-        bool, typer.Option("--whole-frame", help="Show the whole picture for every class; look for no objects.")
+        bool, typer.Option("--whole-frame", help="Show the whole frame for every class; detect no objects.")
     ] = False,
     detector: Annotated[
         str, typer.Option("--detector", help="Folder of the detector's weights; auto: AVSEP_WEIGHTS, cache, download.")
@@ -179,7 +179,7 @@ class _Engine:
     """What separates, of either kind.
 
     ``separate`` takes a mixture, timelines, classes and a function to report to; ``check`` raises what it would raise
-    of timelines and classes; ``sizes`` are the heights and widths of pictures by role, ``ran`` says where it runs.
+    of timelines and classes; ``sizes`` are the heights and widths of frames by role, ``ran`` says where it runs.
     """
 
     classes: tuple[str, ...]
@@ -219,7 +219,7 @@ def _of_run(run: Path, task: int | None, device: str, batch: int, context_s: flo
 
 
 def _size(usual: tuple[int, int], wanted: int | None) -> tuple[int, int]:
-    """No smaller than what the encoder brings its pictures to."""
+    """No smaller than what the encoder brings its frames to."""
     return max(usual[0], wanted or 0), max(usual[1], wanted or 0)
 
 
@@ -227,16 +227,16 @@ def _of_bundle(
     bundle: Path, provider: str, precision: str | None, batch: int | None, context_s: float | None
 ) -> _Engine:
     """An exported bundle."""
-    from avsep.export.runtime.separator import Separator
+    from avsep.export.runtime.separator import BundleSeparator
 
-    separator = Separator.load(bundle, provider, precision, context_s=context_s)
+    separator = BundleSeparator.load(bundle, provider, precision, context_s=context_s)
     for reason in separator.unused_engines:
         typer.echo(f"note: {reason}", err=True)
     return _Engine(
         classes=tuple(separator.classes),
         sources=separator.visual_sources,
         rate_hz=separator.sample_rate_hz,
-        sizes=separator.picture_sizes,
+        sizes=separator.frame_sizes,
         ran=separator.provider,
         separate=lambda mixture, seen, names, report: separator.separate(
             mixture, seen, names, batch=batch, progress=report
@@ -285,12 +285,12 @@ class _Looks:
                     )
         if self.given or not self.engine.sources:
             if classes == ["auto"] and not self.given:
-                raise ConfigError("this separator does not look at pictures: name the classes instead of auto")
+                raise ConfigError("this separator takes no video frames: name the classes instead of auto")
             return
         for path in files:
             if not is_video(path):
                 raise ConfigError(
-                    f"this separator looks at pictures, and {path} has none: give --features FILE.npz "
+                    f"this separator needs video frames, and {path} has none: give --features FILE.npz "
                     "(see: avsep data features)"
                 )
 
@@ -298,7 +298,7 @@ class _Looks:
         """The classes for ``--classes auto``: those of the given boxes or features, else those that are seen."""
         from avsep.errors import DataError
         from avsep.media.detection import propose_classes
-        from avsep.media.footage import sample_pictures
+        from avsep.media.footage import sample_frames
 
         known = self.engine.classes
         if self.given or self.track is not None:
@@ -306,7 +306,7 @@ class _Looks:
             names = [name for name in named if name in known]
             where = "the boxes" if self.track is not None else "the features"
         else:
-            names = propose_classes(self._detect(), sample_pictures(path), known)
+            names = propose_classes(self._detect(), sample_frames(path), known)
             where = str(path)
         if not names:
             raise DataError(
@@ -398,7 +398,7 @@ def _planned(
                 counts = track.rules(name)
                 total = sum(counts.values())
                 rules[name] = [
-                    "boxes given" if rule == GIVEN else f"{rule}: {count} of {total} pictures" if total > 1 else rule
+                    "boxes given" if rule == GIVEN else f"{rule}: {count} of {total} frames" if total > 1 else rule
                     for rule, count in counts.items()
                 ]
         beside[f"{path.stem}_separated.html"] = lambda signals: render_separated(path.name, names, signals, seen, rules)

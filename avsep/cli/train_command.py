@@ -103,10 +103,10 @@ def command(
     if store is None:
         raise ConfigError("no store given: avsep train STORE --out RUN (make one with: avsep data synth STORE)")
     if resume:
-        for what, asked, begun in (("strategy", strategy, spec.strategy_name), ("memory", memory, spec.memory.name)):
-            if asked is not None and asked != begun:
+        for what, given, begun in (("strategy", strategy, spec.strategy_name), ("memory", memory, spec.memory.name)):
+            if given is not None and given != begun:
                 raise CheckpointError(
-                    f"{out} was started with another spec: {what} was '{begun}', now '{asked}'; resume "
+                    f"{out} was started with another spec: {what} was '{begun}', now '{given}'; resume "
                     f"without --{what}, or choose another folder"
                 )
     if protocol is not None:

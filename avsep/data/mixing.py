@@ -42,7 +42,7 @@ def load_source(
     is_memory: bool = False,
 ) -> Source:
     """Read the crop of ``clip`` that begins at sample ``start`` (zeros outside the clip; its last sample is zero, as
-    published), apply the gain, clip to ±1, and read the pictures of the same seconds.
+    published), apply the gain, clip to ±1, and read the frames of the same seconds.
 
     A clip shorter than the crop is repeated until it fills it.
     """

@@ -34,7 +34,7 @@ class ChannelSynthesizer(MaskDecoder):
     the ``activation`` (sigmoid, relu, tanh or none), F the mask features; scale starts at 1 and bias at 0.
 
     For CrossSDC, which the paper does not have, f_o is v, and the audio embedding f_a is a linear map of the mean of F
-    over time and frequency, weighted by the mask times log(1 + magnitude): the features of where the source is heard.
+    over time and frequency, weighted by the mask times log(1 + magnitude): those where the source has its energy.
     That map gets a gradient from contrastive terms only, and f_a is computed only where they ask for it.
 
     Shapes:
@@ -79,18 +79,18 @@ class ChannelSynthesizer(MaskDecoder):
         logits = mask_head(weights, features.to(weights.dtype)) + self.bias
         return MaskOutput(
             logits=logits,
-            audio=functools.partial(self._listen, features, spectrogram, logits),
+            audio=functools.partial(self._embed, features, spectrogram, logits),
             object=object_embedding,
         )
 
-    def _listen(self, features: Tensor, spectrogram: Tensor, logits: Tensor) -> Tensor:
-        """f_a [B, N, C]: the mask features of where each source is heard."""
+    def _embed(self, features: Tensor, spectrogram: Tensor, logits: Tensor) -> Tensor:
+        """f_a [B, N, C]: the mask features, averaged over each source's masked spectrogram."""
         with torch.autocast(logits.device.type, enabled=False):  # sums over all of a spectrogram
             features = features.to(spectrogram.dtype)
             share = torch.sigmoid(logits.to(spectrogram.dtype)) * spectrogram  # [B, N, F, T]
             share = share / share.sum(dim=(2, 3), keepdim=True).clamp(min=1e-6)
-            heard = torch.einsum("bnft,bcft->bnc", share, features)
-        embedding: Tensor = self.audio_proj(heard)
+            average = torch.einsum("bnft,bcft->bnc", share, features)
+        embedding: Tensor = self.audio_proj(average)
         return embedding
 
     def adapter_places(self) -> tuple[AdapterPlace, ...]:

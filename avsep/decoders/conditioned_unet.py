@@ -56,7 +56,7 @@ class ConditionedUNet(MaskDecoder):
     The separated spectrogram, log(M X + ``log_floor``), is classified by a ResNet-18 of width ``dim`` / 8 with one
     output a class. Its cross-entropy with the source's class is the consistency loss, weighed by
     ``consistency_weight`` (:meth:`auxiliary_losses`); its last vector is the audio embedding f_a, as wide as f_o, the
-    object's vector. The classifier runs only where one of the two is asked for: not at test time, and in no exported
+    object's vector. The classifier runs only where one of the two is read: not at test time, and in no exported
     graph. At first all sources of a mixture have one mask and sound alike, and a term that compares f_a with f_o then
     pulls the sources together through their masks, whatever its weight, as long as nothing parts them. With
     ``detach_embedding`` f_a has no gradient to the masks (the consistency loss has, and pays for a second pass of the
@@ -140,14 +140,14 @@ class ConditionedUNet(MaskDecoder):
         return MaskOutput(
             logits=logits,
             audio=functools.partial(
-                self._listen, audio.spectrogram, logits.detach() if self.detach_embedding else logits
+                self._embed, audio.spectrogram, logits.detach() if self.detach_embedding else logits
             ),
             object=object_embedding,
             classify=self.classifier.fc,
             maps=maps,
         )
 
-    def _listen(self, spectrogram: Tensor, logits: Tensor) -> Tensor:
+    def _embed(self, spectrogram: Tensor, logits: Tensor) -> Tensor:
         """f_a [B, N, D]: what the classifier makes of the separated spectrograms."""
         mask = logits.to(spectrogram.dtype).sigmoid()
         separated = (magnitude(spectrogram) * mask + self.log_floor).log()  # [B, N, F, T]
@@ -155,12 +155,12 @@ class ConditionedUNet(MaskDecoder):
         return torch.unflatten(embedding, 0, logits.shape[:2])
 
     def auxiliary_losses(self, output: MaskOutput, spectrograms: Spectrograms, class_ids: Tensor) -> dict[str, Tensor]:
-        """The consistency loss, weighted: cross-entropy of what is heard in each source with its class, the mean over
+        """The consistency loss, weighted: cross-entropy of each separated source with its class, the mean over
         sources. Empty where its weight is 0."""
         if self.consistency_weight == 0:
             return {}
-        if self.detach_embedding:  # heard once more, with the masks' gradient
-            class_logits = self.classifier.fc(self._listen(spectrograms.network_input, output.logits))
+        if self.detach_embedding:  # computed once more, with the masks' gradient
+            class_logits = self.classifier.fc(self._embed(spectrograms.network_input, output.logits))
         else:
             assert output.class_logits is not None
             class_logits = output.class_logits

@@ -62,11 +62,11 @@ class VisualEncoder(nn.Module, Component, ABC):
     Attributes:
         frozen: it is not trained, and always in evaluation mode.
         extracts: the roles that its features can be stored in, for the ``precomputed`` encoder: those of an encoder
-            with published weights. Of an object extractor :meth:`encode` takes single pictures; a motion extractor
-            takes pictures of a whole video, ``frames`` of them.
+            with published weights. Of an object extractor :meth:`encode` takes single frames; a motion extractor
+            takes frames of a whole video, ``frames`` of them.
         hub: where its published weights come from; None of an encoder without.
         dim: width D of its features. Every encoder sets it.
-        frames: pictures (or stored vectors) that it takes; 0 where it takes as many as there are.
+        frames: how many frames (or stored vectors) it takes; 0 where it takes as many as there are.
         size: side in pixels that frames are brought to; None of an encoder that takes any, or no frames.
         steps: steps in time Tm of its motion features; None of an encoder without, or where the input decides.
     """
@@ -92,8 +92,8 @@ class VisualEncoder(nn.Module, Component, ABC):
 
         def __call__(self, inputs: Tensor) -> Tensor: ...
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Single pictures [n, 3, H, W], uint8 0..255 or float 0..1 -> [n, D], of an object extractor."""
+    def encode(self, frames: Tensor) -> Tensor:
+        """Single frames [n, 3, H, W], uint8 0..255 or float 0..1 -> [n, D], of an object extractor."""
         raise NotImplementedError(f"{type(self).__name__} does not extract object features")
 
 

@@ -7,9 +7,9 @@ bytes, and turn what a method has to spare into exemplars). Counted are
 - the model: its parameters and buffers as they are stored. The teacher and EWF's other endpoint are the stored model
   and cost nothing that persists; the copy of it in use while the next task is trained is given apart (``peak_extra``);
 - what the strategy keeps beside the model, such as EWC's Fisher information;
-- exemplars: audio as 16-bit integers; object and motion features in half precision, or the uint8 pictures, as the
-  store holds them, of a separator with picture encoders. Of a whole recording all of it; of a clip one crop, the
-  ``frames`` consecutive object pictures or vectors of its middle, and its motion pictures (stored motion features are
+- exemplars: audio as 16-bit integers; object and motion features in half precision, or the uint8 frames, as the
+  store holds them, of a separator with frame encoders. Of a whole recording all of it; of a clip one crop, the
+  ``frames`` consecutive object frames or vectors of its middle, and its motion frames (stored motion features are
   one sequence a video and come whole). Exemplars that are ids into a store that stays cost nothing. Ids, classes and
   crop starts are not counted.
 

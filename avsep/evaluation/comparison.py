@@ -540,10 +540,10 @@ class _Table:
             for j in range(t + 1):
                 self._add(("matrix", t, str(j)), rows_of_task(rows, j), "sdr")
             for metric in METRICS:
-                heard = [r for r in rows if r[metric] is not None and not r["status"].startswith("silent")]
-                self._add(("all", t, metric), [r for r in heard if is_counted(r)], metric)
+                audible = [r for r in rows if r[metric] is not None and not r["status"].startswith("silent")]
+                self._add(("all", t, metric), [r for r in audible if is_counted(r)], metric)
                 if ("released", t, metric) in layout.column:
-                    self._add(("released", t, metric), heard, metric)
+                    self._add(("released", t, metric), audible, metric)
 
     def _add(self, key: tuple[str, int, str], rows: Iterable[Mapping[str, Any]], metric: str) -> None:
         column = self.layout.column[key]

@@ -22,7 +22,7 @@ class _Source:
     class_name: str
     signal: SignalView
     mask: np.ndarray
-    pictures: np.ndarray | None
+    frames: np.ndarray | None
     rules: Sequence[str]
 
 
@@ -54,7 +54,7 @@ def render_separated(
     Args:
         title: the recording's name.
         classes: N class names, in the order of the sources.
-        timelines: what the separator saw of each class, for a few pictures of it.
+        timelines: what the separator saw of each class, for a few frames of it.
         rules: of each class how its object was found, in a few words each.
 
     Raises MissingExtraError without jinja2 or matplotlib.
@@ -78,7 +78,7 @@ def render_separated(
                 class_name=name,
                 signal=SignalView(part, f"{pretty(name)}, separated"),
                 mask=_mask(log_spectrogram(part, signals.rate_hz), of_mixture),
-                pictures=_spread((timelines or {}).get(name)),
+                frames=_spread((timelines or {}).get(name)),
                 rules=(rules or {}).get(name, ()),
             )
         )
@@ -98,7 +98,7 @@ def render_separated(
 
 
 def _fitting(sources: int) -> int:
-    """Samples that fit in a page: 16 bits, a third more as text; of the pictures an upper estimate."""
+    """Samples that fit in a page: 16 bits, a third more as text; of the frames an upper estimate."""
     signals = 2 + sources
     return int((PAGE_BYTES - 500_000 - 2 * signals * 400_000) // (signals * 2 * 4 / 3))
 
@@ -110,7 +110,7 @@ def _mask(source_db: np.ndarray, mixture_db: np.ndarray) -> np.ndarray:
 
 
 def _spread(timeline: VisualTimeline | None) -> np.ndarray | None:
-    """A few pictures from all of the time."""
+    """A few frames from all of the time."""
     if timeline is None or timeline.object is None:
         return None
     count = len(timeline.object)

@@ -121,7 +121,7 @@ def _encode(
 ) -> VisualFeatures:
     """The visual features of b chunks and N sources: object [b, N, Do], motion [b, N, Dm, Tm].
 
-    Each source is encoded on its own, since pictures of different files may differ in size and rate; motion sequences
+    Each source is encoded on its own, since frames of different files may differ in size and rate; motion sequences
     of different lengths are filled up and masked.
     """
     import torch
@@ -167,7 +167,7 @@ def _timelines(
 
 
 def check_timelines(separator: Separator, timelines: Mapping[str, VisualTimeline], classes: Sequence[str]) -> None:
-    """Raise what :func:`separate_audio` would raise of these pictures or features and classes."""
+    """Raise what :func:`separate_audio` would raise of these frames or features and classes."""
     class_ids_of(separator, classes)
     _timelines(separator, timelines, classes)
 
@@ -187,13 +187,13 @@ def separate_audio(
     Runs on the separator's device, in evaluation mode (its mode is restored), ``batch`` chunks at a time.
 
     Args:
-        timelines: pictures or features by class name, on the recording's time axis.
+        timelines: frames or features by class name, on the recording's time axis.
         context_s: seconds thrown away on each side of a chunk; an eighth of the chunk when None.
         progress: called with (chunks done, chunks in all).
 
     Raises:
         ConfigError, UnknownNameError: classes, as :func:`class_ids_of`.
-        DataError: a class without pictures, or with pictures that the separator's encoders do not take.
+        DataError: a class without frames, or with frames that the separator's encoders do not take.
         NumericalError: the separator answers NaN or infinite.
     """
     import torch
@@ -271,7 +271,7 @@ def separate_files(
 
     Args:
         audio_paths: files in any format of libsndfile, any rate and channel count.
-        timelines: pictures or features by class (:func:`avsep.media.timeline.read_visual_file`), for all the files.
+        timelines: frames or features by class (:func:`avsep.media.timeline.read_visual_file`), for all the files.
         out_dir: made when it is not there.
         rate: of the files written: ``model`` (the separator's), ``input`` (each file's own) or a number of Hz.
         subtype: ``PCM_16``, ``PCM_24`` or ``FLOAT``.

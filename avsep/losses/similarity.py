@@ -110,9 +110,7 @@ def audio_visual_contrast(
     """
     partners = [name for name in MODALITIES[1:] if name in embeddings]
     if not partners:
-        raise ConfigError(
-            "AV-CIL compares audio with pictures, and the mask decoder gives no motion or object embedding"
-        )
+        raise ConfigError("AV-CIL compares audio with frames, and the mask decoder gives no motion or object embedding")
     terms = [
         similarity_distillation(
             [embeddings["audio"], embeddings[name]],

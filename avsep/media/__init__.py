@@ -1,1 +1,1 @@
-"""Sound and pictures as files, and what is seen in them."""
+"""Sound and frames as files, and what is seen in them."""

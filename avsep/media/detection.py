@@ -1,4 +1,4 @@
-"""Where the sounding objects are in a picture: an open-vocabulary detector, what it is asked, and boxes over time.
+"""Where the sounding objects are in a frame: an open-vocabulary detector, its prompts, and boxes over time.
 
 The paper's detector (Detic) has no installable package; OWLv2 of the ``transformers`` library stands in for it. A class
 is looked for by one prompt after the other, and each prompt finds its own box; where none does, the whole frame is the
@@ -44,13 +44,13 @@ __all__ = [
     "read_boxes",
 ]
 
-Picture = NDArray[np.uint8]
+Frame = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
-"""Left, top, right and bottom as fractions of the picture's width and height."""
+"""Left, top, right and bottom as fractions of the frame's width and height."""
 
 THRESHOLD = 0.1
 PROMPTS = ("a {class}", "a person playing the {class}", "a musical instrument")
-"""Asked in this order; the first is the paper's."""
+"""Tried in this order; the first is the paper's."""
 WHOLE_FRAME = "whole frame"
 GIVEN = "given"
 _WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
@@ -69,8 +69,8 @@ class Found:
 class Detector(Protocol):
     """What looks for objects."""
 
-    def best(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The best box of each prompt in each picture [3, H, W]: scores [n, Q] in 0..1 and boxes [n, Q, 4], corners as
+    def best(self, frames: Sequence[Frame], prompts: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The best box of each prompt in each frame [3, H, W]: scores [n, Q] in 0..1 and boxes [n, Q, 4], corners as
         :data:`Box`. A score does not depend on the other prompts."""
 
 
@@ -80,28 +80,28 @@ def prompt_of(template: str, class_name: str) -> str:
 
 def find_objects(
     detector: Detector,
-    pictures: Sequence[Picture],
+    frames: Sequence[Frame],
     classes: Sequence[str],
     *,
     threshold: float = THRESHOLD,
     prompts: Sequence[str] = PROMPTS,
 ) -> list[dict[str, Found]]:
-    """The object of each class in each picture.
+    """The object of each class in each frame.
 
-    Of each class the ``prompts`` are asked in order, and the best box of the first one that scores at least
+    Of each class the ``prompts`` are tried in order, and the best box of the first one that scores at least
     ``threshold`` is taken; where none does, the whole frame. A prompt that does not name the class may not take an
     object that another class was found at by its name.
 
     Returns:
-        For each picture the objects by class, in the order of ``classes``.
+        For each frame the objects by class, in the order of ``classes``.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must lie in 0..1, got {threshold}")
-    asked = list(dict.fromkeys(prompt_of(p, name) for name in classes for p in prompts))
-    if not pictures or not asked:
-        return [{name: Found(_WHOLE, 0.0, WHOLE_FRAME) for name in classes} for _ in pictures]
-    scores, boxes = detector.best(pictures, asked)
-    places = {prompt: k for k, prompt in enumerate(asked)}
+    queries = list(dict.fromkeys(prompt_of(p, name) for name in classes for p in prompts))
+    if not frames or not queries:
+        return [{name: Found(_WHOLE, 0.0, WHOLE_FRAME) for name in classes} for _ in frames]
+    scores, boxes = detector.best(frames, queries)
+    places = {prompt: k for k, prompt in enumerate(queries)}
     found = []
     for score, box in zip(scores, boxes, strict=True):
         objects: dict[str, Found] = {}
@@ -112,27 +112,27 @@ def find_objects(
                 place = _box(box[k])
                 taken = "{class}" not in template and any(overlap(place, other) > _SAME_OBJECT for other in named)
                 if name not in objects and score[k] >= threshold and not taken:
-                    objects[name] = Found(place, float(score[k]), asked[k])
+                    objects[name] = Found(place, float(score[k]), queries[k])
         found.append({name: objects.get(name, Found(_WHOLE, 0.0, WHOLE_FRAME)) for name in classes})
     return found
 
 
 def propose_classes(
     detector: Detector,
-    pictures: Sequence[Picture],
+    frames: Sequence[Frame],
     known: Sequence[str],
     *,
     threshold: float = THRESHOLD,
     share: float = 1 / 3,
 ) -> list[str]:
-    """The classes among the ``known`` that are seen in at least a ``share`` of the pictures, the surest first.
+    """The classes among the ``known`` that are seen in at least a ``share`` of the frames, the surest first.
 
     They are looked for by their names alone. Of two classes found at one place (boxes that overlap by more than half)
     the better scored one counts.
     """
     total = dict.fromkeys(known, 0.0)
     seen = dict.fromkeys(known, 0)
-    scores, boxes = detector.best(pictures, [prompt_of(PROMPTS[0], name) for name in known])
+    scores, boxes = detector.best(frames, [prompt_of(PROMPTS[0], name) for name in known])
     for score, box in zip(scores, boxes, strict=True):
         kept: list[Box] = []
         for k in np.argsort(-np.asarray(score), kind="stable"):
@@ -142,7 +142,7 @@ def propose_classes(
             kept.append(place)
             total[known[k]] += float(score[k])
             seen[known[k]] += 1
-    chosen = [name for name in known if seen[name] and seen[name] >= share * len(pictures)]
+    chosen = [name for name in known if seen[name] and seen[name] >= share * len(frames)]
     return sorted(chosen, key=lambda name: -total[name])
 
 
@@ -168,14 +168,14 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 _GREY = 0.5  # as the authors pad (google-research/scenic); transformers pads with black
 
 
-def prepare_square(picture: Tensor, size: int, *, fill: float = _GREY) -> Tensor:
-    """A picture [3, H, W] (uint8) as OWLv2 takes it: [3, size, size], filled up to a square at the right and the
+def prepare_square(frame: Tensor, size: int, *, fill: float = _GREY) -> Tensor:
+    """A frame [3, H, W] (uint8) as OWLv2 takes it: [3, size, size], filled up to a square at the right and the
     bottom, smoothed before it is made smaller, its colours normalised."""
     import torch
     import torch.nn.functional as F
 
-    side = max(picture.shape[-2:])
-    x = picture.float() / 255.0
+    side = max(frame.shape[-2:])
+    x = frame.float() / 255.0
     x = F.pad(x, (0, side - x.shape[-1], 0, side - x.shape[-2]), value=fill)[:, None]  # [3, 1, side, side]
     sigma = (side / size - 1) / 2  # scikit-image's choice, which the published preprocessing follows
     if sigma > 0:
@@ -201,7 +201,7 @@ class OWLv2Detector:
     """OWLv2 base (ensemble), which finds what a text names; needs the extra ``vision``.
 
     ``weights`` is a folder of them or ``auto`` (``AVSEP_WEIGHTS``, the hub's cache, a download at a pinned revision);
-    ``batch`` pictures are looked at at once. Source: Minderer et al., Scaling Open-Vocabulary Object Detection,
+    ``batch`` frames go through the network at once. Source: Minderer et al., Scaling Open-Vocabulary Object Detection,
     NeurIPS 2023.
 
     Raises:
@@ -255,15 +255,15 @@ class OWLv2Detector:
             mask[k, : len(row)] = 1
         return ids.to(self.device), mask.to(self.device)
 
-    def best(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """As :meth:`Detector.best`; a place that lies beyond the picture, in what fills it up, is no object."""
+    def best(self, frames: Sequence[Frame], prompts: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """As :meth:`Detector.best`; a place that lies beyond the frame, in what fills it up, is no object."""
         import torch
 
         ids, mask = self._tokens(prompts)
         scores: list[NDArray[Any]] = []
         boxes: list[NDArray[Any]] = []
-        for first in range(0, len(pictures), self.batch):
-            group = pictures[first : first + self.batch]
+        for first in range(0, len(frames), self.batch):
+            group = frames[first : first + self.batch]
             ready = torch.stack([prepare_square(torch.from_numpy(np.ascontiguousarray(p)), self.size) for p in group])
             with torch.inference_mode():
                 output = self.model(
@@ -273,10 +273,10 @@ class OWLv2Detector:
                 )
             likely = output.logits.float().sigmoid().cpu()  # [b, places, Q]
             centre, extent = output.pred_boxes.float().cpu().split(2, dim=-1)
-            for picture, chance, corners in zip(
+            for frame, chance, corners in zip(
                 group, likely, torch.cat((centre - extent / 2, centre + extent / 2), dim=-1), strict=True
             ):
-                height, width = picture.shape[-2:]
+                height, width = frame.shape[-2:]
                 scale = torch.tensor([max(height, width) / width, max(height, width) / height]).repeat(2)
                 inside = (corners * scale).clamp(0.0, 1.0)  # [places, 4]; boxes are relative to the square
                 there = ((inside[:, 2:] - inside[:, :2]) * torch.tensor([width, height]) >= 1).all(dim=-1)
@@ -333,11 +333,11 @@ def read_boxes(path: str | os.PathLike[str]) -> BoxTrack:
     """Read boxes over time: JSON of seconds, each with boxes by class.
 
     ``{"0": {"violin": [0.05, 0.1, 0.45, 0.9], "flute": [0.5, 0, 1, 1]}, "12.5": {"violin": [...]}}``: left, top, right
-    and bottom as fractions of the upright picture's width and height. A box holds until the next of its class. Edges up
-    to 0.05 beyond the picture are cut.
+    and bottom as fractions of the upright frame's width and height. A box holds until the next of its class. Edges up
+    to 0.05 beyond the frame are cut.
 
     Raises:
-        DataError: the file is missing or no such JSON, or a box is empty or outside the picture.
+        DataError: the file is missing or no such JSON, or a box is empty or outside the frame.
     """
     file = Path(path)
     try:
@@ -371,7 +371,7 @@ def _given(file: Path, name: str, key: str, values: Any) -> Box:
         raise DataError(f"{where} is {json.dumps(values)[:60]}: write [left, top, right, bottom]")
     if not all(-0.05 <= v <= 1.05 for v in values):
         raise DataError(
-            f"{where}, {values}, lies outside the picture: give fractions of its width and height, from 0 to 1"
+            f"{where}, {values}, lies outside the frame: give fractions of its width and height, from 0 to 1"
         )
     left, top, right, bottom = (min(max(float(v), 0.0), 1.0) for v in values)
     if right <= left or bottom <= top:

@@ -1,6 +1,6 @@
-"""From a video to what a separator looks at: objects over time, and their pictures or features by class.
+"""From a video to what a separator looks at: objects over time, and their frames or features by class.
 
-Pictures are taken at the rates of a store (1 a second of an object, 8 grey ones of its movement), cut out by the
+Frames are taken at the rates of a store (1 a second of an object, 8 grey ones of its movement), cut out by the
 object's box, and brought to one size. torch is loaded only where features are extracted.
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from avsep.errors import DataError
 from avsep.media.detection import THRESHOLD, WHOLE_FRAME, BoxTrack, Detector, Found, find_objects
 from avsep.media.timeline import VisualTimeline
-from avsep.media.video import cut_picture, iter_pictures, probe
+from avsep.media.video import cut_frame, iter_frames, probe
 from avsep.types import VisualSource
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ __all__ = [
     "OBJECT_RATE_HZ",
     "Encoders",
     "extractors",
-    "sample_pictures",
+    "sample_frames",
     "timelines_of_video",
     "track_objects",
     "whole_frame",
@@ -37,26 +37,26 @@ __all__ = [
 
 OBJECT_RATE_HZ, MOTION_RATE_HZ = 1.0, 8.0
 SIZES = {"object": (112, 112), "motion": (48, 48)}  # height and width in pixels, as in the offline benchmark
-_TOGETHER = 8  # pictures that the detector is given at once
+_TOGETHER = 8  # frames that the detector is given at once
 
-# Told how many pictures were looked at, and of about how many.
+# Called with how many frames are done, and of about how many.
 Report = Callable[[int, int], None]
 
 
 def whole_frame(classes: Sequence[str]) -> BoxTrack:
-    """Every class is the whole picture, at all times."""
+    """Every class is the whole frame, at all times."""
     return BoxTrack({name: [(0.0, Found((0.0, 0.0, 1.0, 1.0), 0.0, WHOLE_FRAME))] for name in classes})
 
 
-def sample_pictures(path: str | os.PathLike[str], most: int = 12) -> list[NDArray[np.uint8]]:
-    """At most ``most`` pictures [3, H, W] spread over a video."""
+def sample_frames(path: str | os.PathLike[str], most: int = 12) -> list[NDArray[np.uint8]]:
+    """At most ``most`` frames [3, H, W] spread over a video."""
     seconds = max(probe(path).duration_s, 1.0)
-    pictures = []
-    for picture in iter_pictures(path, most / seconds):
-        pictures.append(picture)
-        if len(pictures) == most:
+    frames = []
+    for frame in iter_frames(path, most / seconds):
+        frames.append(frame)
+        if len(frames) == most:
             break
-    return pictures
+    return frames
 
 
 def track_objects(
@@ -69,9 +69,9 @@ def track_objects(
     span: tuple[float, float] | None = None,
     report: Report | None = None,
 ) -> BoxTrack:
-    """Look for the classes in a picture every ``every_s`` seconds (:func:`avsep.media.detection.find_objects`).
+    """Look for the classes in a frame every ``every_s`` seconds (:func:`avsep.media.detection.find_objects`).
 
-    A picture stands for the ``every_s`` seconds around it. Memory holds a few pictures at a time. Of a ``span`` (two
+    A frame stands for the ``every_s`` seconds around it. Memory holds a few frames at a time. Of a ``span`` (two
     seconds) the seconds count from its beginning.
 
     Raises:
@@ -84,7 +84,7 @@ def track_objects(
     group: list[NDArray[np.uint8]] = []
     done = 0
 
-    def look() -> None:
+    def detect() -> None:
         nonlocal done
         for objects in find_objects(detector, group, classes, threshold=threshold):
             for name, found in objects.items():
@@ -94,12 +94,12 @@ def track_objects(
         if report is not None:
             report(done, max(done, total))
 
-    for picture in iter_pictures(path, 1 / every_s, span=span):
-        group.append(picture)
+    for frame in iter_frames(path, 1 / every_s, span=span):
+        group.append(frame)
         if len(group) == _TOGETHER:
-            look()
+            detect()
     if group:
-        look()
+        detect()
     return BoxTrack(entries)
 
 
@@ -155,12 +155,12 @@ class Encoders:
         import torch
 
         with torch.inference_mode():
-            pictures = torch.from_numpy(crop)[None].to(self._device)
-            features: torch.Tensor = self.get(source).encode(pictures)[0]
+            frames = torch.from_numpy(crop)[None].to(self._device)
+            features: torch.Tensor = self.get(source).encode(frames)[0]
             return features.float().cpu().numpy()
 
     def motion(self, source: VisualSource, crops: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """M pictures [3, S, S] in order of time -> [D, T]"""
+        """M frames [3, S, S] in order of time -> [D, T]"""
         import torch
 
         with torch.inference_mode():
@@ -184,7 +184,7 @@ def timelines_of_video(
 
     Frames are cut out by the boxes of ``track`` and brought to the heights and widths ``sizes`` by role. Features of a
     registered encoder's name are extracted by it: of an object, one row a second from what lies within the box, in its
-    own shape; of movement, one sequence for the whole video, from as many pictures as the encoder looks at.
+    own shape; of movement, one sequence for the whole video, from as many frames as the encoder looks at.
 
     Raises:
         DataError: no video stream, a class without boxes, or features that no encoder here makes.
@@ -197,40 +197,40 @@ def timelines_of_video(
             raise DataError(f"there are no boxes of class '{name}': there are those of {', '.join(track.classes)}")
     made = encoders or Encoders()
     side = {**SIZES, **(sizes or {})}
-    asked = {(s.role, s.kind): s for s in sources}
+    wanted = {(s.role, s.kind): s for s in sources}
     for source in sources:
         if source.kind == "features":
             made.get(source)  # what is missing shows before the video is decoded
-    frames: dict[str, list[Any]] = {name: [] for name in classes}
+    crops: dict[str, list[Any]] = {name: [] for name in classes}
     rows: dict[str, list[Any]] = {name: [] for name in classes}
     movement: dict[str, list[Any]] = {name: [] for name in classes}
     features: dict[str, dict[str, Any]] = {name: {} for name in classes}
 
     count = 0
-    by_features, of_motion = asked.get(("object", "features")), asked.get(("motion", "features"))
-    if by_features or of_motion or ("object", "frames") in asked:
-        for second, picture in _pictures(path, OBJECT_RATE_HZ, report, span):
+    by_features, of_motion = wanted.get(("object", "features")), wanted.get(("motion", "features"))
+    if by_features or of_motion or ("object", "frames") in wanted:
+        for second, frame in _timed_frames(path, OBJECT_RATE_HZ, report, span):
             count += 1
             for name in classes:
                 box = track.at(name, second)
-                if ("object", "frames") in asked:
-                    frames[name].append(cut_picture(picture, box, side["object"]))
+                if ("object", "frames") in wanted:
+                    crops[name].append(cut_frame(frame, box, side["object"]))
                 if by_features:
-                    rows[name].append(made.object(by_features, cut_picture(picture, box)))
+                    rows[name].append(made.object(by_features, cut_frame(frame, box)))
     if of_motion:
         found = _motion_features(path, classes, track, made, of_motion, count, report, span)
         for name in classes:
             features[name][of_motion.name] = found[name]
-    if ("motion", "frames") in asked:
-        for second, picture in _pictures(path, MOTION_RATE_HZ, report, span, grey=True):
+    if ("motion", "frames") in wanted:
+        for second, frame in _timed_frames(path, MOTION_RATE_HZ, report, span, grey=True):
             for name in classes:
-                movement[name].append(cut_picture(picture, track.at(name, second), side["motion"]))
+                movement[name].append(cut_frame(frame, track.at(name, second), side["motion"]))
     timelines = {}
     for name in classes:
         if by_features:
             features[name][by_features.name] = np.stack(rows[name])
         timelines[name] = VisualTimeline(
-            object=np.stack(frames[name]) if frames[name] else None,
+            object=np.stack(crops[name]) if crops[name] else None,
             motion=np.stack(movement[name]) if movement[name] else None,
             object_rate_hz=OBJECT_RATE_HZ,
             motion_rate_hz=MOTION_RATE_HZ,
@@ -250,38 +250,38 @@ def _motion_features(
     report: Report | None,
     span: tuple[float, float] | None,
 ) -> dict[str, NDArray[np.float32]]:
-    """Of each class the features of pictures spread over all ``count`` ones, one a second."""
+    """Of each class the features of frames spread over all ``count`` ones, one a second."""
     from avsep.encoders.visual.videomae import spread_frames
 
     picked = set(spread_frames(count, encoders.get(source).frames).tolist())
     crops: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in classes}
-    for number, (second, picture) in enumerate(_pictures(path, OBJECT_RATE_HZ, report, span)):
+    for number, (second, frame) in enumerate(_timed_frames(path, OBJECT_RATE_HZ, report, span)):
         if number in picked:
             for name in classes:
-                crops[name].append(cut_picture(picture, track.at(name, second)))
+                crops[name].append(cut_frame(frame, track.at(name, second)))
     for name, parts in crops.items():
         if len({part.shape for part in parts}) > 1:  # a box that moves: one shape for all
-            crops[name] = [cut_picture(part, (0.0, 0.0, 1.0, 1.0), (224, 224)) for part in parts]
+            crops[name] = [cut_frame(part, (0.0, 0.0, 1.0, 1.0), (224, 224)) for part in parts]
     return {name: encoders.motion(source, crops[name]) for name in classes}
 
 
-def _pictures(
+def _timed_frames(
     path: str | os.PathLike[str],
     rate_hz: float,
     report: Report | None,
     span: tuple[float, float] | None,
     grey: bool = False,
 ) -> Iterator[tuple[float, NDArray[np.uint8]]]:
-    """Pictures with the middle of their time, reported as they come."""
+    """Frames with the middle of their time, reported as they come."""
     total = _about(path, rate_hz, span)
-    for number, picture in enumerate(iter_pictures(path, rate_hz, grey=grey, span=span)):
-        yield (number + 0.5) / rate_hz, picture
+    for number, frame in enumerate(iter_frames(path, rate_hz, grey=grey, span=span)):
+        yield (number + 0.5) / rate_hz, frame
         if report is not None:
             report(number + 1, max(number + 1, total))
 
 
 def _about(path: str | os.PathLike[str], rate_hz: float, span: tuple[float, float] | None) -> int:
-    """How many pictures come, by what the file says of its length."""
+    """How many frames come, by what the file says of its length."""
     seconds = probe(path).duration_s
     if span is not None:
         seconds = min(seconds, span[1]) - span[0]

@@ -1,4 +1,4 @@
-"""Pictures or stored visual features beside a recording, and their file; they live in the runtime of bundles."""
+"""Frames or stored visual features beside a recording, and their file; they live in the runtime of bundles."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Videos and compressed audio in: their sound, and their pictures at a steady rate, without a system ffmpeg (PyAV).
+"""Videos and compressed audio in: their sound, and their frames at a steady rate, without a system ffmpeg (PyAV).
 
 Times are seconds from the beginning of the file as a player shows it: a stream that begins later is preceded by silence
-or by its first picture. Pictures come upright, as a player turns them.
+or by its first frame. Frames come upright, as a player turns them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from avsep.errors import AudioError, DataError, MissingExtraError
 from avsep.media.audio import read_audio
 
-__all__ = ["MediaInfo", "cut_picture", "is_video", "iter_pictures", "probe", "read_media_audio", "read_sound"]
+__all__ = ["MediaInfo", "cut_frame", "is_video", "iter_frames", "probe", "read_media_audio", "read_sound"]
 
 Audio = NDArray[np.float32]
-Picture = NDArray[np.uint8]
+Frame = NDArray[np.uint8]
 
 # What libsndfile is asked for; anything else goes to PyAV (videos, and audio that libsndfile does not know).
 _SOUND_FILES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64"}
@@ -31,7 +31,7 @@ _SOUND_FILES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a file holds. ``width`` and ``height`` are those of the upright picture; ``rotation`` degrees, clockwise,
+    """What a file holds. ``width`` and ``height`` are those of the upright frame; ``rotation`` degrees, clockwise,
     that a player turns it by; ``duration_s`` as the file states it, 0 where it does not."""
 
     duration_s: float
@@ -52,7 +52,7 @@ class MediaInfo:
 
 
 def probe(path: str | os.PathLike[str]) -> MediaInfo:
-    """Look at a file's streams; the first pictures are decoded to learn how they are turned.
+    """Look at a file's streams; the first frames are decoded to learn how they are turned.
 
     Raises:
         DataError: the file is missing, empty, or no audio or video.
@@ -139,18 +139,18 @@ def read_sound(path: str | os.PathLike[str]) -> tuple[Audio, int]:
     return read_media_audio(path)
 
 
-def iter_pictures(
+def iter_frames(
     path: str | os.PathLike[str],
     rate_hz: float,
     *,
     short_side: int | None = None,
     grey: bool = False,
     span: tuple[float, float] | None = None,
-) -> Iterator[Picture]:
-    """Pictures at a steady rate: uint8 [3, H, W], or [1, H, W] with ``grey``.
+) -> Iterator[Frame]:
+    """Frames at a steady rate: uint8 [3, H, W], or [1, H, W] with ``grey``.
 
-    Picture i is the one on display in the middle of the seconds [i, i + 1) / rate_hz, whatever the file's rate, also
-    where that varies. ``short_side`` brings the shorter side to so many pixels. At least one picture comes. Memory does
+    Frame i is the one on display in the middle of the seconds [i, i + 1) / rate_hz, whatever the file's rate, also
+    where that varies. ``short_side`` brings the shorter side to so many pixels. At least one frame comes. Memory does
     not grow with the length. ``span``, two seconds, takes that part of the video as if it were the whole.
 
     Raises:
@@ -171,30 +171,30 @@ def iter_pictures(
             begins = (frame.time if frame.time is not None else last) - start
             if shown is not None:
                 while (count + 0.5) / rate_hz < min(begins, last_s - first):
-                    yield _picture(shown, short_side, grey)
+                    yield _converted(shown, short_side, grey)
                     count += 1
             shown, last = frame, begins + start
             if begins >= last_s - first:
                 break
         if shown is None:
-            raise DataError(f"{path}: its video stream has no picture that can be decoded: the file is damaged")
+            raise DataError(f"{path}: its video stream has no frame that can be decoded: the file is damaged")
         step = float(shown.duration * shown.time_base) if getattr(shown, "duration", None) else 0.0
         ends = min(max(last - start + step, _stated_s(video, None) - first), last_s - first)
         while count == 0 or (count + 0.5) / rate_hz < ends:
-            yield _picture(shown, short_side, grey)
+            yield _converted(shown, short_side, grey)
             count += 1
 
 
-def cut_picture(picture: Picture, box: Sequence[float], size: tuple[int, int] | None = None) -> Picture:
-    """What lies within ``box`` (left, top, right, bottom as fractions of the picture) of uint8 [C, H, W], C 1 or 3.
+def cut_frame(frame: Frame, box: Sequence[float], size: tuple[int, int] | None = None) -> Frame:
+    """What lies within ``box`` (left, top, right, bottom as fractions of the frame) of uint8 [C, H, W], C 1 or 3.
 
     With ``size`` it is brought to that height and width, whatever its shape: nothing of the object is cut off. A box
     has at least two pixels on each side.
     """
-    height, width = picture.shape[1:]
+    height, width = frame.shape[1:]
     left, right = _pixels(box[0], box[2], width)
     top, bottom = _pixels(box[1], box[3], height)
-    part = np.ascontiguousarray(picture[:, top:bottom, left:right])
+    part = np.ascontiguousarray(frame[:, top:bottom, left:right])
     if size is None or part.shape[1:] == size:
         return part
     form = "gray" if part.shape[0] == 1 else "rgb24"
@@ -267,7 +267,7 @@ def _frames(container: Any, stream: Any, path: str | os.PathLike[str]) -> Iterat
                 if broken > 100:
                     raise
     except av.FFmpegError as error:  # too many of them, or the file cannot be read on
-        raise DataError(f"{path}: its pictures cannot be decoded ({_reason(error)}): the file is damaged") from None
+        raise DataError(f"{path}: its frames cannot be decoded ({_reason(error)}): the file is damaged") from None
 
 
 def _start_s(container: Any) -> float:
@@ -282,23 +282,23 @@ def _stated_s(stream: Any, container: Any) -> float:
 
 def _mono(frame: Any) -> Audio:
     channels: NDArray[Any] = frame.to_ndarray()  # [C, n]
-    heard = [i for i, channel in enumerate(frame.layout.channels) if not channel.name.startswith("LFE")]
-    mean: Audio = channels[heard or slice(None)].mean(axis=0, dtype=np.float64).astype(np.float32)
+    kept = [i for i, channel in enumerate(frame.layout.channels) if not channel.name.startswith("LFE")]
+    mean: Audio = channels[kept or slice(None)].mean(axis=0, dtype=np.float64).astype(np.float32)
     return mean
 
 
 def _rotation(frame: Any) -> int:
-    """Degrees, clockwise, that the picture is to be turned by: 0, 90, 180 or 270."""
+    """Degrees, clockwise, that the frame is to be turned by: 0, 90, 180 or 270."""
     return round(-(frame.rotation or 0) / 90) * 90 % 360
 
 
-def _picture(frame: Any, short_side: int | None, grey: bool) -> Picture:
-    width, height = frame.width, frame.height
+def _converted(decoded: Any, short_side: int | None, grey: bool) -> Frame:
+    width, height = decoded.width, decoded.height
     if short_side is not None:
         scale = short_side / min(width, height)
         width, height = max(short_side, round(width * scale)), max(short_side, round(height * scale))
-    array = frame.to_ndarray(format="gray" if grey else "rgb24", width=width, height=height, interpolation="AREA")
-    array = np.rot90(array, -(_rotation(frame) // 90))
+    array = decoded.to_ndarray(format="gray" if grey else "rgb24", width=width, height=height, interpolation="AREA")
+    array = np.rot90(array, -(_rotation(decoded) // 90))
     if grey:
         return np.ascontiguousarray(array[None])
     return np.ascontiguousarray(array.transpose(2, 0, 1))

@@ -39,7 +39,7 @@ KEEPS = ("recording", "clip", "id")
 """How exemplars are kept.
 
 ``recording``: the whole recording, as published; every mixture cuts another crop of it. ``clip``: one crop of the front
-end's length, chosen with the exemplar; every mixture takes this one, with the pictures of its seconds. ``id``: a
+end's length, chosen with the exemplar; every mixture takes this one, with the frames of its seconds. ``id``: a
 reference into a store that stays at hand; trained with as ``recording``, and no byte of it is counted.
 """
 
@@ -153,12 +153,17 @@ class MemoryPolicy(Component, ABC):
     """Chooses exemplars. Subclasses override :meth:`update`, and :meth:`check` where a budget can be unfillable.
 
     Class attributes: ``by_class``, how many exemplars each class has is settled by the sizes of the classes (False:
-    chance decides); ``judges``, the choice depends on the trained separator, by way of the clips' centre crops, which
-    then are what ``keep="clip"`` keeps (else a random crop).
+    chance decides); ``uses_separator``, the choice depends on the trained separator, by way of the clips' centre crops,
+    which then are what ``keep="clip"`` keeps (else a random crop).
     """
 
     by_class = True
-    judges = False
+    uses_separator = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "judges" in vars(cls):  # its name in 0.1
+            cls.uses_separator = bool(vars(cls)["judges"])
 
     def __init__(self, *, keep: Keep = "recording") -> None:
         if keep not in KEEPS:
@@ -185,7 +190,9 @@ class MemoryPolicy(Component, ABC):
         however they are kept."""
         if self.keep != "clip":
             return [Exemplar(i) for i in ids]
-        return [Exemplar(i, candidates.centre(i) if self.judges else candidates.random_start(i, rng)) for i in ids]
+        return [
+            Exemplar(i, candidates.centre(i) if self.uses_separator else candidates.random_start(i, rng)) for i in ids
+        ]
 
 
 class PerClass(MemoryPolicy):

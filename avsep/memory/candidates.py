@@ -1,4 +1,4 @@
-"""Candidates as the trained separator sees them."""
+"""Candidates as the trained separator scores them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _BATCH = 8  # mixtures at a time; fixed, so that rounding does not depend on the
 
 
 class ScoredCandidates(Candidates):
-    """The training clips of a finished task, judged by the separator that the task left.
+    """The training clips of a finished task, scored by the separator that the task left.
 
-    Each clip is heard once, when it is first asked for: its centre crop, mixed (each halved, gain 1) with the centre
+    Each clip is scored once, on first use: its centre crop, mixed (each halved, gain 1) with the centre
     crop of a fixed partner, by the separator in evaluation mode, without gradients and in full precision. The partner
     of the i-th clip of a class is the clip i, counted in a circle, of the task's next class; of the next clip of its
     own class where the task has one class alone.
@@ -67,10 +67,10 @@ class ScoredCandidates(Candidates):
 
     @torch.no_grad()
     def _score(self, ids: Sequence[str]) -> None:
-        # whole classes at a time, in one order: the batches do not depend on who is asked for first
-        asked = {self.clips[i].class_name for i in ids if i not in self._scored}
+        # whole classes at a time, in one order: the batches do not depend on which clip comes first
+        wanted = {self.clips[i].class_name for i in ids if i not in self._scored}
         for name in self.ids:
-            if name in asked:
+            if name in wanted:
                 members = self.ids[name]
                 for first in range(0, len(members), _BATCH):
                     self._score_batch(members[first : first + _BATCH])

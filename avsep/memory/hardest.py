@@ -24,7 +24,7 @@ class Hardest(PerClass):
     ``keep``: ``recording``, ``clip`` (the centre crop, whose error was measured) or ``id``.
     """
 
-    judges = True
+    uses_separator = True
 
     def choose(self, ids: Sequence[str], count: int, candidates: Candidates, rng: np.random.Generator) -> list[str]:
         order = np.argsort(-candidates.mask_error(ids), kind="stable")

@@ -23,7 +23,7 @@ class Herding(PerClass):
     ``keep``: ``recording``, ``clip`` (the centre crop, whose feature was looked at) or ``id``.
     """
 
-    judges = True
+    uses_separator = True
 
     def choose(self, ids: Sequence[str], count: int, candidates: Candidates, rng: np.random.Generator) -> list[str]:
         features = candidates.features(ids).astype(np.float64)  # [n, D]

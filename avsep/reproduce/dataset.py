@@ -44,10 +44,10 @@ def open_dataset(name: str, preset: GridPreset, folder: Path) -> tuple[Store, st
 
 
 def store_object_features(store: Store, encoder: str, *, progress: bool | Progress = True) -> Store:
-    """Add what a frozen visual encoder gives for each object picture of a store, under its name, as float16 vectors.
+    """Add what a frozen visual encoder gives for each object frame of a store, under its name, as float16 vectors.
 
     They are computed once and read by the ``precomputed`` encoder. Raises :class:`ConfigError` for an encoder that is
-    trained, whose vectors would change, or that takes no pictures.
+    trained, whose vectors would change, or that takes no frames.
     """
     import contextlib
 
@@ -55,7 +55,7 @@ def store_object_features(store: Store, encoder: str, *, progress: bool | Progre
 
     network = VISUAL_ENCODERS.create(encoder)
     if not network.frozen or network.source().kind != "frames" or network.source().role != "object":
-        raise ConfigError(f"visual encoder '{encoder}' is no frozen encoder of object pictures: nothing to store")
+        raise ConfigError(f"visual encoder '{encoder}' is no frozen encoder of object frames: nothing to store")
     with contextlib.ExitStack() as stack:
         bars = progress if isinstance(progress, Progress) else stack.enter_context(progress_bar(progress))
         bar = bars.add("object features", total=len(store.clips))
@@ -64,7 +64,7 @@ def store_object_features(store: Store, encoder: str, *, progress: bool | Progre
             frames = store.timeline(clip).object
             assert frames is not None
             with torch.no_grad():
-                vectors: torch.Tensor = network(torch.from_numpy(np.array(frames))[:, None])  # each picture for itself
+                vectors: torch.Tensor = network(torch.from_numpy(np.array(frames))[:, None])  # each frame for itself
             bars.advance(bar)
             return vectors.numpy().astype(np.float16)
 

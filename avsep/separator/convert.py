@@ -357,11 +357,11 @@ def convert_coseparation(
                 dim=sizes["dim"],
                 project=False,
             )
-            pictures = ResNet18Map(**_visual_sizes(sizes))
+            network = ResNet18Map(**_visual_sizes(sizes))
     except (IndexError, ValueError) as error:  # tensors of sizes that no network has
         raise CheckpointError(f"published checkpoint: {error}") from None
     state = _fitted("audio_encoder", encoder.state_dict(), down)
-    state |= _fitted("object_encoder", pictures.state_dict(), visual)
+    state |= _fitted("object_encoder", network.state_dict(), visual)
     state |= _fitted(
         "mask_decoder", decoder.state_dict(), up | {f"classifier.{name}": v for name, v in classifier.items()}
     )
@@ -382,7 +382,7 @@ def load_coseparation(
 ) -> Separator:
     """A separator, in eval mode, with the weights of the three published files of Co-Separation.
 
-    Its object encoder takes the cropped picture of one detected object. ``classes`` are the class names in the order of
+    Its object encoder takes the crop of one detected object. ``classes`` are the class names in the order of
     the classifier's outputs, if known.
 
     Raises:

@@ -30,7 +30,7 @@ __all__ = ["Separator"]
 
 
 class Separator(nn.Module):
-    """Waveforms and pictures in, waveforms out. Build one with :func:`build_separator` or :func:`build_from_spec`.
+    """Waveforms and frames in, waveforms out. Build one with :func:`build_separator` or :func:`build_from_spec`.
 
     Dimensions: B mixtures, N sources in each, L samples, F log-frequency rows, T frames.
     """
@@ -163,7 +163,7 @@ class Separator(nn.Module):
         return Prediction(spectrograms, audio, visual, self.mask_decoder(audio, visual, ids))
 
     def encode_visual(self, inputs: VisualInputs) -> VisualFeatures:
-        """Encode the pictures or stored features of each source.
+        """Encode the frames or stored features of each source.
 
         Where the motion encoder gives fewer steps than its input has, a step is valid when any of its input steps is.
 
@@ -182,7 +182,7 @@ class Separator(nn.Module):
 
         Args:
             network_input: [B, 1, F, T], as :meth:`analyse` gives it.
-            visual: encoded pictures of the N sources.
+            visual: encoded frames of the N sources.
             class_ids: [B, N] int64, each below ``num_classes``.
 
         Raises:

@@ -1,6 +1,6 @@
 """The visual encoders as graphs of their own: they run about once a second, the separator once a chunk.
 
-A graph takes one video's pictures as bytes, of the size that they are stored in, and gives the features that the
+A graph takes one video's frames as bytes, of the size that they are stored in, and gives the features that the
 separator's graph takes. Stored features (``precomputed``) need none.
 """
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["EncoderGraph", "encoder_specs", "exported_roles"]
 
-_MOTION_RATE_HZ = 8.0  # pictures a second of movement in the stores that avsep makes
+_MOTION_RATE_HZ = 8.0  # frames a second of movement in the stores that avsep makes
 
 
 def exported_roles(separator: Separator) -> tuple[str, ...]:
-    """The roles whose encoder computes something: those that are fed with pictures."""
+    """The roles whose encoder computes something: those that are fed with frames."""
     return tuple(source.role for source in separator.visual_sources() if source.kind == "frames")
 
 
@@ -38,7 +38,7 @@ def encoder_specs(
 ) -> tuple[TensorSpec, TensorSpec]:
     """Input ``frames`` uint8 [B, K, channels, H, W] and output ``features`` of an encoder's graph, of B = 1 video.
 
-    Sizes are those of the plan, else of the store's pictures as ``batch`` holds them, else the encoder's own.
+    Sizes are those of the plan, else of the store's frames as ``batch`` holds them, else the encoder's own.
 
     Raises:
         ExportError: the encoder does not say its size, or how many steps it gives.
@@ -159,7 +159,7 @@ class _LinearMaps(TorchFunctionMode):
         """[out, in, 1, 1]"""
         if key not in self.found:
             mode, size, wanted, smooth = key
-            # as pictures of two equal columns, [size, 1, size, 2]: PyTorch's antialiasing is wrong for a single one
+            # as frames of two equal columns, [size, 1, size, 2]: PyTorch's antialiasing is wrong for a single one
             eye = torch.eye(size, dtype=torch.float64)[:, None, :, None].expand(-1, -1, -1, 2).contiguous()
             with torch._C.DisableTorchFunction():
                 extra = {} if mode == "area" else {"align_corners": False, "antialias": smooth}

@@ -235,7 +235,7 @@ def synthetic_batches(separator: Separator, plan: ExportPlan, count: int = 4) ->
 
 
 def encoded(separator: Separator, batch: Batch, plan: ExportPlan, number: int = 0) -> VisualFeatures:
-    """The features of a batch; random ones for a synthetic batch, which has no pictures."""
+    """The features of a batch; random ones for a synthetic batch, which has no frames."""
     from avsep.export.build.plan import tensor_specs
 
     if batch.visual.object is not None or batch.visual.motion is not None:

@@ -24,7 +24,7 @@ def golden_inputs(
     stft: dict[str, Any] | None = None,
 ) -> dict[str, Array]:
     """Inputs to compare with: chords of decaying tones in a little noise, features from N(0, 1), class ids in turn,
-    pictures of random noise.
+    frames of random noise.
 
     Args:
         specs: the graph's inputs.

@@ -49,9 +49,9 @@ class ExportPlan:
         motion_steps: Tm of stored motion features; None: those of the mixtures, or 8. An encoder that computes has its
             own.
         motion_mask: give the graph an input that says which motion steps are valid, for videos of different lengths.
-        motion_frames: pictures of one chunk that the motion encoder's graph takes; None: as the mixtures have them, or
+        motion_frames: frames of one chunk that the motion encoder's graph takes; None: as the mixtures have them, or
             8 a second.
-        frame_size: height and width of the pictures that the encoders' graphs take; None: as the mixtures have them, or
+        frame_size: height and width of the frames that the encoders' graphs take; None: as the mixtures have them, or
             the encoder's own size.
         opset: of ONNX, 18 to 20.
         tolerance: largest absolute difference from PyTorch in a sample; None: 1e-3 for fp32, while the others are
@@ -61,7 +61,7 @@ class ExportPlan:
         gate_db: largest drift of SDR, SIR or SAR in any source, in dB.
         allow_drift: write a graph that drifts by more; its manifest says so.
         max_batch, max_sources: upper ends of the optimisation profile of a dynamic graph. They, ``batch`` and
-            ``sources`` are at most 256; ``motion_steps``, ``motion_frames`` and each side of a picture 4096.
+            ``sources`` are at most 256; ``motion_steps``, ``motion_frames`` and each side of a frame 4096.
     """
 
     batch: int = 1
@@ -201,10 +201,10 @@ def _check_visual(separator: Separator, plan: ExportPlan) -> None:
     computing = {source.role for source in separator.visual_sources() if source.kind == "frames"}
     if plan.motion_frames is not None and "motion" not in computing:
         raise ConfigError(
-            "motion_frames is of a motion encoder that takes pictures, and this separator has none: leave it out"
+            "motion_frames is of a motion encoder that takes frames, and this separator has none: leave it out"
         )
     if plan.frame_size is not None and not computing:
-        raise ConfigError("frame_size is of encoders that take pictures, and this separator has none: leave it out")
+        raise ConfigError("frame_size is of encoders that take frames, and this separator has none: leave it out")
 
 
 def profiles(specs: Sequence[TensorSpec], plan: ExportPlan) -> list[dict[str, dict[str, list[int]]]]:

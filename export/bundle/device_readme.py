@@ -15,8 +15,8 @@ _WORKSPACE_MIB = 1024
 _WHAT = {
     "separator": "waveforms from the mixture",
     "spectral": "spectra from the mixture's spectrum (transforms outside, for DLA)",
-    "object_encoder": "object features from pictures",
-    "motion_encoder": "motion features from pictures",
+    "object_encoder": "object features from frames",
+    "motion_encoder": "motion features from frames",
 }
 
 
@@ -33,7 +33,7 @@ def device_readme(manifest: Mapping[str, Any]) -> str:
         f"({chunking['clip_samples'] / rate:.3f} s)",
     ]
     for source in manifest["visual"]:
-        told = f"stored features '{source['name']}'" if source["kind"] == "features" else "pictures"
+        told = f"stored features '{source['name']}'" if source["kind"] == "features" else "frames"
         computed = f", computed by `{source['graph']}`" if source["graph"] else ", which come from outside"
         facts.append(f"- {source['role']} features: from {told}{computed}")
     template = (Path(__file__).parent / "device_readme.md").read_text(encoding="utf-8")

@@ -111,7 +111,7 @@ def _memory_told() -> Iterator[None]:
             raise
         raise ExportError(
             "there is not enough memory for an export of these sizes: choose a smaller batch, fewer sources, a shorter "
-            "length_s or smaller pictures"
+            "length_s or smaller frames"
         ) from None
 
 

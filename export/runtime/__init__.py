@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .command import main
     from .reader import Bundle, open_bundle
-    from .separator import Separator, Stream
+    from .separator import BundleSeparator, Stream
     from .timeline import VisualTimeline, read_visual_file, write_visual_file
     from .verify import verify_bundle
 
@@ -21,7 +21,7 @@ __version__ = "0.1.0"  # avsep's
 # public name -> module that defines it
 _PUBLIC = {
     "Bundle": "reader",
-    "Separator": "separator",
+    "BundleSeparator": "separator",
     "Stream": "separator",
     "VisualTimeline": "timeline",
     "main": "command",
@@ -33,7 +33,7 @@ _PUBLIC = {
 
 __all__ = [
     "Bundle",
-    "Separator",
+    "BundleSeparator",
     "Stream",
     "VisualTimeline",
     "main",
@@ -45,6 +45,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    name = {"Separator": "BundleSeparator"}.get(name, name)  # its name in bundles of 0.1
     if name in _PUBLIC:
         return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

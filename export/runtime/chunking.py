@@ -137,7 +137,7 @@ def separate_long(
 
     Args:
         separate_chunk: called with chunks [b, clip_samples] float32 (b <= ``batch``) and their b start samples, which
-            is what pictures are looked up by; gives [b, N, clip_samples]. Beyond the recording's end a chunk is zero.
+            is what frames are looked up by; gives [b, N, clip_samples]. Beyond the recording's end a chunk is zero.
         mixture: [L] float32, L >= 1.
         clip_samples: length of a chunk.
         context_samples: thrown away on each side of a chunk; an eighth of the chunk when None.

@@ -14,7 +14,7 @@ import numpy as np
 from .errors import AvsepError, ConfigError, one_line
 from .files import staged_files
 from .recordings import check_targets, ids_of_classes, output_paths
-from .separator import Separator
+from .separator import BundleSeparator
 from .sessions import PROVIDERS
 from .timeline import read_visual_file
 from .wav import FORMATS, read_wav, write_wav
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", help="folder or tar of avsep export")
     parser.add_argument("audio", help="a WAV file at the separator's rate; channels are mixed to mono")
     parser.add_argument("--classes", required=True, help="classes to separate, such as flute,piano")
-    parser.add_argument("--features", help="pictures or features of each class (.npz of avsep data features)")
+    parser.add_argument("--features", help="frames or features of each class (.npz of avsep data features)")
     parser.add_argument("--out", required=True, help="folder for STEM_CLASS.wav and STEM_residual.wav")
     parser.add_argument("--provider", default="auto", help=f"one of {', '.join(PROVIDERS)} (default: auto)")
     parser.add_argument("--engines", help="folder of engines built with --out (default: engines in the bundle's)")
@@ -62,7 +62,7 @@ def _separate_file(chosen: Any) -> str:
     audio, rate_hz = read_wav(path)
     mixture = audio.mean(axis=0, dtype=np.float64).astype(np.float32)
     features = None if chosen.features is None else read_visual_file(chosen.features)
-    separator = Separator.load(
+    separator = BundleSeparator.load(
         chosen.bundle,
         chosen.provider,
         chosen.precision,
@@ -74,7 +74,7 @@ def _separate_file(chosen: Any) -> str:
     with separator:
         ids_of_classes(separator.classes, names)
         if features is None and separator.visual_sources:
-            raise ConfigError("this separator looks at pictures: give --features FILE.npz (avsep data features)")
+            raise ConfigError("this separator needs video frames: give --features FILE.npz (avsep data features)")
         separator.check(features, names)
         separator._check_rate(rate_hz)
         targets = output_paths(path, names, out)

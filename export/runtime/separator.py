@@ -1,8 +1,8 @@
 """Separating with an exported bundle on the device: NumPy and one of onnxruntime, tensorrt or tensorrt_rtx, no torch.
 
-from avsep_runtime import Separator  # of the bundle's wheel; avsep.export.runtime is the same
+from avsep_runtime import BundleSeparator  # of the bundle's wheel; avsep.export.runtime is the same
 
-separator = Separator.load("bundle", provider="cpu")
+separator = BundleSeparator.load("bundle", provider="cpu")
 sources = separator.separate(mixture, {"flute": {"object": ..., "motion": ...}, ...}, ["flute", "piano"])
 
 stream = separator.stream(["flute", "piano"], features)
@@ -33,7 +33,7 @@ from .recordings import ids_of_classes
 from .sessions import Engine, open_session
 from .timeline import VisualSource, VisualTimeline, timeline_of
 
-__all__ = ["Separator", "Stream"]
+__all__ = ["BundleSeparator", "Stream"]
 
 Array = NDArray[Any]
 Audio = NDArray[np.float32]
@@ -46,7 +46,7 @@ _LARGEST_SAMPLE = 100.0
 _MOST_ENCODED = 256  # results of visual encoders that are remembered
 
 
-class Separator:
+class BundleSeparator:
     """A bundle's separator. Made by :meth:`load`.
 
     Buffers are kept between calls and used again: threads and streams may share a separator, and wait for each other
@@ -122,7 +122,7 @@ class Separator:
         *,
         context_s: float | None = None,
         engines: str | os.PathLike[str] | None = None,
-    ) -> Separator:
+    ) -> BundleSeparator:
         """Open a bundle and make its graphs ready.
 
         Args:
@@ -185,8 +185,8 @@ class Separator:
         return self._sources
 
     @property
-    def picture_sizes(self) -> dict[str, tuple[int, int]]:
-        """Height and width in pixels of the pictures that the bundle's encoders take, by role."""
+    def frame_sizes(self) -> dict[str, tuple[int, int]]:
+        """Height and width in pixels of the frames that the bundle's encoders take, by role."""
         shapes = {role: graph.inputs[0].shape for role, (graph, _) in self._encoders.items()}
         return {role: (int(shape[-2]), int(shape[-1])) for role, shape in shapes.items()}
 
@@ -208,9 +208,9 @@ class Separator:
                 ``motion``) an array, or a function called with the middle of a chunk and its length in seconds; or a
                 :class:`VisualTimeline`. Arrays: object features [D], or [n, D], one row a
                 second (``object_rate_hz`` beside them says otherwise); motion features [D, T], one sequence for the
-                whole recording; or pictures, uint8 [n, C, H, W], where the bundle has the encoder's graph (8 a second
+                whole recording; or frames, uint8 [n, C, H, W], where the bundle has the encoder's graph (8 a second
                 for motion, or ``motion_rate_hz``). A function gives what the chunk sees: features [D], rows [K, D] or
-                [D, T], or pictures.
+                [D, T], or frames.
             classes: names, each once.
             rate_hz: the mixture's, to be held against the separator's.
             batch: most chunks a call, for a graph whose batch is open.
@@ -271,7 +271,7 @@ class Separator:
                 engine.close()
         self.bundle.close()
 
-    def __enter__(self) -> Separator:
+    def __enter__(self) -> BundleSeparator:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -383,11 +383,11 @@ class Separator:
                 continue
             array = np.asarray(value)
             if array.ndim == 4:
-                _check_pictures(array, source.role, name)
+                _check_frames(array, source.role, name)
                 arrays[source.role] = array
                 if source.kind != "frames":
                     raise DataError(
-                        f"class '{name}': this separator takes {source.role} features, and was given pictures"
+                        f"class '{name}': this separator takes {source.role} features, and was given frames"
                     )
             elif source.role == "object" and source.kind == "features" and array.ndim == 2:
                 arrays["features"][source.name] = array  # cut and pooled as in training
@@ -417,14 +417,14 @@ class Separator:
     def _encode(self, source: VisualSource, raw: Any, name: str) -> Array:
         """What a chunk sees of a source, as the graph takes it: [D], or [D, T] with T at most the graph's.
 
-        Pictures go through the encoder's graph, once for the same pictures: as often as what is seen changes, whatever
+        Frames go through the encoder's graph, once for the same frames: as often as what is seen changes, whatever
         the chunks are.
         """
         array = np.asarray(raw)
         where = f"class '{name}': {source.role}"
         if array.ndim == 4:
-            _check_pictures(array, source.role, name)
-            return self._pictures_encoded(source, array, where)
+            _check_frames(array, source.role, name)
+            return self._frames_encoded(source, array, where)
         if array.dtype.kind not in "fiu" or array.size == 0:
             raise DataError(f"{where} features must be numbers, got {array.dtype} {list(array.shape)}")
         array = array.astype(np.float32)
@@ -434,7 +434,7 @@ class Separator:
         width = int(wanted[2])
         if source.role == "object":
             if array.ndim == 2:
-                array = array.max(axis=0)  # of consecutive pictures, as the separator was trained
+                array = array.max(axis=0)  # of consecutive frames, as the separator was trained
             if array.shape != (width,):
                 raise DataError(
                     f"{where} features are {array.shape[-1] if array.ndim == 1 else list(array.shape)} wide, and this "
@@ -454,23 +454,23 @@ class Separator:
             )
         return array
 
-    def _pictures_encoded(self, source: VisualSource, pictures: Array, where: str) -> Array:
+    def _frames_encoded(self, source: VisualSource, frames: Array, where: str) -> Array:
         if source.role not in self._encoders:
             raise DataError(f"{where}: this bundle has no graph of a {source.role} encoder, so give features")
         graph, engine = self._encoders[source.role]
         (tensor,) = graph.inputs
         shape = tensor.shape[1:]
-        if pictures.shape != shape:
+        if frames.shape != shape:
             raise DataError(
-                f"{where} pictures are {list(pictures.shape)}, and the bundle's {graph.file} takes {list(shape)} "
+                f"{where} frames are {list(frames.shape)}, and the bundle's {graph.file} takes {list(shape)} "
                 "(number, channels, height, width): bring them to that size, or export it for yours"
             )
-        key = (source.role, hashlib.blake2b(pictures.tobytes(), digest_size=16).digest())
+        key = (source.role, hashlib.blake2b(frames.tobytes(), digest_size=16).digest())
         with self._lock:
             found = self._encoded.pop(key, None)
             if found is None:
                 first = tensor.shape[0] if isinstance(tensor.shape[0], int) else 1
-                block = np.broadcast_to(pictures.astype(tensor.dtype), (first, *pictures.shape))
+                block = np.broadcast_to(frames.astype(tensor.dtype), (first, *frames.shape))
                 (output,) = engine.run({tensor.name: block}).values()
                 found = np.array(output[0], dtype=np.float32)
                 if not np.isfinite(found).all():
@@ -482,9 +482,9 @@ class Separator:
 
 
 class Stream:
-    """Audio in, separated audio out, block by block. Made by :meth:`Separator.stream`."""
+    """Audio in, separated audio out, block by block. Made by :meth:`BundleSeparator.stream`."""
 
-    def __init__(self, separator: Separator, ids: Sequence[int], views: Sequence[_View]) -> None:
+    def __init__(self, separator: BundleSeparator, ids: Sequence[int], views: Sequence[_View]) -> None:
         self._separator = separator
 
         def run(chunks: Audio, starts: Sequence[int]) -> Audio:
@@ -551,10 +551,10 @@ def _sizes(shape: Sequence[int | str]) -> list[int]:
     return [1 if isinstance(size, str) else size for size in shape]
 
 
-def _check_pictures(array: Array, role: str, name: str) -> None:
+def _check_frames(array: Array, role: str, name: str) -> None:
     if array.dtype != np.uint8 or array.size == 0:
         raise DataError(
-            f"class '{name}': {role} pictures must be uint8 [number, channels, height, width], got {array.dtype} "
+            f"class '{name}': {role} frames must be uint8 [number, channels, height, width], got {array.dtype} "
             f"{list(array.shape)}"
         )
 

@@ -1,7 +1,7 @@
-"""Pictures or stored visual features beside a recording: how they are cut for a separator, and the file they travel in.
+"""Frames or stored visual features beside a recording: how they are cut for a separator, and the file they travel in.
 
 :class:`VisualTimeline` holds what there is of one video; the store and the visual file read through it, so training,
-testing and ``avsep separate`` cut pictures in one and the same way.
+testing and ``avsep separate`` cut frames in one and the same way.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _T = TypeVar("_T")
 class VisualSource:
     """What a visual encoder wants to be fed with, asked of the store.
 
-    ``role`` object or motion; ``kind`` frames (uint8 pictures) or features (stored vectors, by ``name`` and width
-    ``dim``). An object source takes ``frames`` = K consecutive pictures or vectors around the crop's centre; a motion
-    source all pictures of the crop (``frames`` = 0), or the video's stored sequence.
+    ``role`` object or motion; ``kind`` frames (uint8 images) or features (stored vectors, by ``name`` and width
+    ``dim``). An object source takes ``frames`` = K consecutive frames or vectors around the crop's centre; a motion
+    source all frames of the crop (``frames`` = 0), or the video's stored sequence.
     """
 
     role: str
@@ -54,8 +54,8 @@ class VisualSource:
 class VisualTimeline:
     """What is known of one video, as arrays, memory maps or open files.
 
-    ``object`` uint8 [n, 3, H, W] pictures at ``object_rate_hz``, ``motion`` uint8 [m, c, h, w] at ``motion_rate_hz``;
-    picture i covers the seconds [i, i + 1) / rate. ``features``: by name, object features [n, D] (one row a picture,
+    ``object`` uint8 [n, 3, H, W] frames at ``object_rate_hz``, ``motion`` uint8 [m, c, h, w] at ``motion_rate_hz``;
+    frame i covers the seconds [i, i + 1) / rate. ``features``: by name, object features [n, D] (one row a frame,
     at ``object_rate_hz``) or motion features [D, T] (one sequence for the whole video). ``where`` names the video in
     error messages.
     """
@@ -70,10 +70,10 @@ class VisualTimeline:
     def read(self, source: VisualSource, centre_s: float, duration_s: float, *, copy: bool = True) -> Array:
         """Cut what ``source`` asks for around ``centre_s``, ``duration_s`` seconds long.
 
-        Returns uint8 [K, 3, H, W] (object pictures: ``source.frames`` consecutive ones, the middle one covers
-        ``centre_s``), float32 [K, D] (object features, likewise), uint8 [M, c, h, w] (motion pictures: M =
+        Returns uint8 [K, 3, H, W] (object frames: ``source.frames`` consecutive ones, the middle one covers
+        ``centre_s``), float32 [K, D] (object features, likewise), uint8 [M, c, h, w] (motion frames: M =
         round(duration_s * rate) from round((centre_s - duration_s / 2) * rate) on) or float32 [D, T] (motion
-        features). Beyond the ends the border picture repeats. Without ``copy`` what is given may be a view of the
+        features). Beyond the ends the border frame repeats. Without ``copy`` what is given may be a view of the
         memory map, not to be written to.
 
         Raises :class:`DataError` when the video lacks the kind or the feature, or the width differs.
@@ -120,7 +120,7 @@ def timeline_of(timelines: Mapping[str, _T], name: str) -> _T:
     """What there is to see of a class; raises :class:`DataError`, with the classes that there are, where it lacks."""
     if name not in timelines:
         has = ", ".join(sorted(timelines)) or "none"
-        raise DataError(f"there are no pictures or features of class '{name}': there are those of {has}")
+        raise DataError(f"there are no frames or features of class '{name}': there are those of {has}")
     return timelines[name]
 
 
@@ -146,7 +146,7 @@ def write_visual_file(path: str | Path, timelines: Mapping[str, VisualTimeline])
     ``CLASS/features/NAME``.
     """
     if not timelines:
-        raise DataError(f"{path}: there is no clip to write pictures or features of: name at least one")
+        raise DataError(f"{path}: there is no clip to write frames or features of: name at least one")
     arrays: dict[str, Any] = {}
     for name, timeline in timelines.items():
         if not name or "/" in name:
@@ -192,7 +192,7 @@ def read_visual_file(path: str | Path) -> dict[str, VisualTimeline]:
         name, _, rest = key.partition("/")
         entry = found.setdefault(name, {"features": {}, "where": f"{path.name}: '{name}'"})
         if rest in ("object", "motion"):
-            _check_pictures(path, key, array, 3 if rest == "object" else None)
+            _check_frames(path, key, array, 3 if rest == "object" else None)
             entry[rest] = array
         elif rest in ("object_rate_hz", "motion_rate_hz"):
             if array.size != 1 or array.dtype.kind not in "fiu" or not 0 < float(array.reshape(-1)[0]) < math.inf:
@@ -212,9 +212,9 @@ def read_visual_file(path: str | Path) -> dict[str, VisualTimeline]:
     return timelines
 
 
-def _check_pictures(path: Path, key: str, array: Array, channels: int | None) -> None:
+def _check_frames(path: Path, key: str, array: Array, channels: int | None) -> None:
     if array.ndim != 4 or array.size == 0 or array.dtype != np.uint8:
-        raise DataError(f"{path}: {key} must be uint8 [pictures, channels, height, width], not {_kind(array)}")
+        raise DataError(f"{path}: {key} must be uint8 [frames, channels, height, width], not {_kind(array)}")
     if channels and array.shape[1] != channels:
         raise DataError(f"{path}: {key} has {array.shape[1]} channels, not {channels}")
 

@@ -49,7 +49,7 @@ def grown(*sizes: int, **how) -> Separator:
 
 @torch.no_grad()
 def logits(separator, class_ids) -> torch.Tensor:
-    """Of always the same mixtures and pictures."""
+    """Of always the same mixtures and frames."""
     return separator.predict(replace(random_batch(separator), class_ids=torch.tensor(class_ids))).output.logits
 
 

@@ -193,7 +193,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(weights, tmp_path_factory):
-    """Six videos, two of them damaged, and a store with pictures and features made in this process."""
+    """Six videos, two of them damaged, and a store with frames and features made in this process."""
     folder = tmp_path_factory.mktemp("seen")
     for k in range(4):
         write_good(folder / "videos" / CLASSES[k % 2] / f"{k}.mp4", k)
@@ -267,7 +267,7 @@ def test_other_weights_are_other_settings(weights, tmp_path):
 
 
 def test_a_part_of_a_video(tmp_path):
-    """Sound and pictures of the seconds that a table names, as of a video cut there."""
+    """Sound and frames of the seconds that a table names, as of a video cut there."""
     loud = np.concatenate([tone(2.0, hz=300.0), 0.3 * tone(2.0, hz=900.0)], axis=1)
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "v.mp4", brightness_ramp(40), loud)

@@ -172,7 +172,7 @@ REFUSED = {
         lambda d: d.table("path,class,start,end\nding/a.mp4,ding,0:30,0:40\n"),
         *("'0:30'", "seconds"),
     ),
-    "a picture for a table": (
+    "a frame for a table": (
         lambda d: d.argv("--table", d.file("t.csv", b"\x89PNG\xff\xfe\x00")),
         *("t.csv", "UTF-8"),
     ),

@@ -33,7 +33,7 @@ def _ramp(number: int) -> np.ndarray:
 
 
 def _counted(count: int, *shape: int) -> np.ndarray:
-    """Pictures in which every pixel is the picture's number."""
+    """Frames in which every pixel is the frame's number."""
     return np.broadcast_to(np.arange(count, dtype=np.uint8).reshape(-1, *(1 for _ in shape)), (count, *shape)).copy()
 
 
@@ -120,20 +120,20 @@ def test_audio_reads_stream(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("centre_s", "pictures"),
+    ("centre_s", "frames"),
     [(1.5, [0, 1, 2]), (2.0, [1, 2, 3]), (2.99, [1, 2, 3]), (0.2, [0, 0, 1]), (3.9, [2, 3, 3]), (99.0, [3, 3, 3])],
 )
-def test_object_pictures_surround_the_centre(made: Path, centre_s: float, pictures: list[int]) -> None:
+def test_object_frames_surround_the_centre(made: Path, centre_s: float, frames: list[int]) -> None:
     store = Store.open(made)
     found = store.read_visual(store.clips[0], OBJECT, centre_s=centre_s, duration_s=2.0)
     assert found.shape == (3, 3, 6, 6)
-    assert found[:, 0, 0, 0].tolist() == pictures
+    assert found[:, 0, 0, 0].tolist() == frames
 
 
 @pytest.mark.parametrize(
     ("centre_s", "first", "last"), [(2.0, 8, 23), (0.5, 0, 11), (3.5, 20, 31), (-9.0, 0, 0), (99.0, 31, 31)]
 )
-def test_motion_pictures_cover_the_crop(made: Path, centre_s: float, first: int, last: int) -> None:
+def test_motion_frames_cover_the_crop(made: Path, centre_s: float, first: int, last: int) -> None:
     store = Store.open(made)
     found = store.read_visual(store.clips[0], MOTION, centre_s=centre_s, duration_s=2.0)
     assert found.shape == (16, 1, 4, 4)
@@ -428,7 +428,7 @@ def test_a_clip_never_written_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "s/manifest.json").exists()
 
 
-def test_hash_covers_sound_pictures_and_splits(made: Path, tmp_path: Path) -> None:
+def test_hash_covers_sound_frames_and_splits(made: Path, tmp_path: Path) -> None:
     hashes = {Store.open(made).content_hash}
     for change in ("split", "audio", "object"):
         with StoreWriter(tmp_path / change, classes=["flute"], sample_rate_hz=RATE, origin=ORIGIN) as writer:
@@ -455,7 +455,7 @@ def test_check_reports_levels_and_problems(tmp_path: Path) -> None:
     text = "\n".join(result.problems)
     assert "'quiet' is silent" in text
     assert "'loud' is clipped (100.0 %" in text
-    assert "'quiet': its motion pictures never change" in text
+    assert "'quiet': its motion frames never change" in text
     assert "class 'piano' has no train clip" in text
     assert "'half'" not in text
 

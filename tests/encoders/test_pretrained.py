@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import avsep
-from avsep.encoders.visual._pretrained import prepare_pictures, weights_come_later
+from avsep.encoders.visual._pretrained import prepare_frames, weights_come_later
 from avsep.encoders.visual.videomae import spread_frames
 from avsep.errors import CheckpointError, ConfigError, MissingWeightsError
 from avsep.registry import VISUAL_ENCODERS
@@ -29,23 +29,23 @@ def folders(tmp_path_factory):
     return root, models
 
 
-def _pictures(*shape):
+def _frames(*shape):
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", ["clip_vit_b32", "siglip2_base", "resnet18"])
-def test_objects_are_the_maximum_over_single_pictures(folders, name):
+def test_objects_are_the_maximum_over_single_frames(folders, name):
     root, models = folders
     encoder = VISUAL_ENCODERS.create(name, {"weights": str(root / name), "batch": 4}, role="object")
     assert encoder.dim == WIDTHS[name]
-    frames = _pictures(2, 3, 3, 50, 40)
+    frames = _frames(2, 3, 3, 50, 40)
     found = encoder(frames)
     assert found.shape == (2, WIDTHS[name])
     size = encoder.size
     how = {"resized": encoder.resized, "square": encoder.square, "mode": encoder.mode}
     with torch.no_grad():
         for b in range(2):
-            ready = prepare_pictures(frames[b], size, encoder.mean, encoder.std, **how)
+            ready = prepare_frames(frames[b], size, encoder.mean, encoder.std, **how)
             out = models[name](pixel_values=ready)
             each = {
                 "clip_vit_b32": lambda out: out.image_embeds,
@@ -61,20 +61,20 @@ def test_objects_are_the_maximum_over_single_pictures(folders, name):
 def test_motion_is_the_maximum_over_places_of_frames_from_the_whole_video(folders):
     root, models = folders
     encoder = VISUAL_ENCODERS.create("videomae_base", {"weights": str(root / "videomae_base")}, role="motion")
-    frames = _pictures(2, 9, 3, 40, 40)
+    frames = _frames(2, 9, 3, 40, 40)
     found = encoder(frames)
     assert found.shape == (2, 16, 2)
     picked = frames[:, [0, 3, 5, 8]]
-    x = prepare_pictures(picked.flatten(0, 1), 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), mode="bilinear")
+    x = prepare_frames(picked.flatten(0, 1), 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), mode="bilinear")
     with torch.no_grad():
         tokens = models["videomae_base"](pixel_values=x.unflatten(0, (2, 4))).last_hidden_state
     torch.testing.assert_close(found, tokens.reshape(2, 2, 16, 16).amax(dim=2).transpose(1, 2), rtol=1e-4, atol=1e-5)
-    # a video shorter than that is filled with zeros, as published; grey pictures count for three colours
+    # a video shorter than that is filled with zeros, as published; grey frames count for three colours
     short = encoder(frames[:, :3])
     filled = torch.cat(
         (
             x.unflatten(0, (2, 4))[:, :0],
-            prepare_pictures(
+            prepare_frames(
                 frames[:, :3].flatten(0, 1), 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), mode="bilinear"
             ).unflatten(0, (2, 3)),
             torch.zeros(2, 1, 3, 32, 32),
@@ -116,16 +116,16 @@ def test_frames_are_spread_over_the_whole_video():
     ],
 )
 @pytest.mark.parametrize("shape", [(240, 320), (333, 217), (100, 150)])
-def test_pictures_are_prepared_as_the_publishers_do(kind, settings, how, shape):
+def test_frames_are_prepared_as_the_publishers_do(kind, settings, how, shape):
     processor = getattr(transformers, kind)(**settings)
     rng = np.random.default_rng(0)
     small = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
     from PIL import Image
 
-    picture = np.asarray(Image.fromarray(small).resize(shape[::-1], Image.Resampling.BICUBIC))
-    want = torch.from_numpy(np.asarray(processor(picture, return_tensors="np")["pixel_values"]))
+    frame = np.asarray(Image.fromarray(small).resize(shape[::-1], Image.Resampling.BICUBIC))
+    want = torch.from_numpy(np.asarray(processor(frame, return_tensors="np")["pixel_values"]))
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    got = prepare_pictures(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None], 224, mean, std, **how)
+    got = prepare_frames(torch.from_numpy(frame.copy()).permute(2, 0, 1)[None], 224, mean, std, **how)
     level = 1 / 255 / min(std)  # Pillow rounds to whole levels
     assert got.shape == want.shape
     assert (got - want).abs().max() < 1.6 * level
@@ -195,7 +195,7 @@ def test_a_separator_with_a_pretrained_encoder_is_saved_with_its_weights(folders
     assert not any("object_encoder" in n for n, p in separator.named_parameters() if p.requires_grad)
     avsep.separator.save_separator(separator, tmp_path / "saved")
     again = avsep.load_separator(tmp_path / "saved")
-    frames = _pictures(1, 2, 3, 3, 32, 32)
+    frames = _frames(1, 2, 3, 3, 32, 32)
     assert torch.equal(
         again.encode_visual(VisualInputs(frames)).object, separator.eval().encode_visual(VisualInputs(frames)).object
     )

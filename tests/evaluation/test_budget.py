@@ -23,7 +23,7 @@ CLIP_VISION = VisualSource("object", "features", name="clip_vit_b32", dim=512, f
 VIDEOMAE = VisualSource("motion", "features", name="videomae_base", dim=768)
 FRAMES = (VisualSource("object", "frames", frames=3), VisualSource("motion", "frames"))
 FRONT_END = FrontEndSpec(**TINY_FRONT_END)
-# of a clip of the tone store: 1.5 s, two object pictures and twelve motion pictures
+# of a clip of the tone store: 1.5 s, two object frames and twelve motion frames
 RECORDING = ExemplarBytes(2 * 16537, 2 * 3 * 32 * 32, 12 * 16 * 16)
 CROP = ExemplarBytes(2 * 8191, 2 * 3 * 32 * 32, 6 * 16 * 16)
 
@@ -66,7 +66,7 @@ def test_the_published_model_and_exemplars(minutes):
         exemplar_bytes(minutes, clip, FRAMES, front_end)
 
 
-def test_exemplars_of_picture_encoders(store):
+def test_exemplars_of_frame_encoders(store):
     clip = store.clip("ding-train-0")
     assert exemplar_bytes(store, clip, FRAMES, FRONT_END) == RECORDING
     assert exemplar_bytes(store, clip, FRAMES, FRONT_END, keep="clip") == CROP
@@ -131,9 +131,9 @@ def uneven(tmp_path_factory):
         for name, count in zip("abcd", (3, 4, 5, 3), strict=True):
             for k in range(count):
                 order.append(f"{name}{k}")
-                picture, motion = np.zeros((1, 3, 8, 8), np.uint8), np.zeros((2, 1, 8, 8), np.uint8)
+                frame, motion = np.zeros((1, 3, 8, 8), np.uint8), np.zeros((2, 1, 8, 8), np.uint8)
                 audio = np.zeros((k + 1) * RATE, np.int16)
-                writer.write_clip(order[-1], name, "train", audio, object_frames=picture, motion_frames=motion)
+                writer.write_clip(order[-1], name, "train", audio, object_frames=frame, motion_frames=motion)
         writer.finish(order)
     return Store.open(path)
 

@@ -827,7 +827,7 @@ def test_every_choice_of_a_plan_has_an_option(tmp_path, monkeypatch, capsys):
         (["--dynamic", "--sources", "9"], ["sources 9", "--max-sources 9"]),
         (["--frame-size", "240"], ["'240'", "240x320"]),
         (["--frame-size", "0x4"], ["frame_size", "[0, 4]"]),
-        (["--frame-size", "8x8"], ["frame_size", "take pictures", "leave it out"]),
+        (["--frame-size", "8x8"], ["frame_size", "take frames", "leave it out"]),
         (["--motion-frames", "8"], ["motion_frames", "leave it out"]),
         (["--motion-mask"], ["motion_mask", "no motion encoder"]),
         (["--target", "tensorrt-rtx", "--sm", "86,abc"], ["'abc'", "86"]),

@@ -81,7 +81,7 @@ def test_a_run_is_exported_in_every_precision(exported):
     assert made["separator.onnx"].parity.max_error < 1e-5
     assert made["separator.onnx"].parity.max_error < made["separator.fp16.onnx"].parity.max_error < 1e-2
     assert made["separator.fp16.onnx"].tolerance >= 4 * made["separator.fp16.onnx"].parity.max_error
-    # the encoders take the pictures as the store holds them
+    # the encoders take the frames as the store holds them
     assert made["object_encoder.onnx"].inputs[0].shape == (1, 3, 3, 32, 32)
     assert made["motion_encoder.onnx"].inputs[0].shape[2:] == (1, 16, 16)
 

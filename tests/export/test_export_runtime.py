@@ -22,7 +22,7 @@ from avsep.export.bundle.export import export
 from avsep.export.runtime import engines
 from avsep.export.runtime.command import main as runtime_main
 from avsep.export.runtime.reader import Bundle, Graph, TensorInfo, open_bundle
-from avsep.export.runtime.separator import Separator
+from avsep.export.runtime.separator import BundleSeparator
 from avsep.export.runtime.sessions import OnnxSession, open_session, start_onnx
 from avsep.export.runtime.wav import read_wav, write_wav
 from avsep.inference.chunking import default_context, plan_chunks
@@ -78,7 +78,7 @@ def bundles(separator, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runtime(bundles):
-    return Separator.load(bundles["fixed"], provider="cpu", threads=1)
+    return BundleSeparator.load(bundles["fixed"], provider="cpu", threads=1)
 
 
 def music(samples, seed=0, low_hz=80.0, high_hz=3000.0):
@@ -104,7 +104,7 @@ def test_it_answers_as_the_separator(separator, bundles, timelines, form, classe
     """Any form of graph, and fewer or more sources than it was made for: what PyTorch gives, in the order asked for."""
     mixture = music(int(3.3 * CLIP))
     expected = separate_audio(separator, mixture, timelines, classes)
-    loaded = Separator.load(bundles[form], provider="cpu", threads=1)
+    loaded = BundleSeparator.load(bundles[form], provider="cpu", threads=1)
     assert loaded.provider == "CPUExecutionProvider"
     found = loaded.separate(mixture, timelines, classes, RATE)
     assert found.shape == (len(classes), len(mixture))
@@ -135,7 +135,7 @@ def test_integers_and_doubles_are_the_same_audio(runtime, timelines):
 @pytest.mark.parametrize("form", ["fixed", "open", "spectral"])
 @pytest.mark.parametrize("block", [1000, 30000])
 def test_a_stream_gives_the_samples_of_the_whole(bundles, timelines, form, block):
-    loaded = Separator.load(bundles[form], provider="cpu", threads=1)
+    loaded = BundleSeparator.load(bundles[form], provider="cpu", threads=1)
     mixture = music(int(3.3 * CLIP), seed=2)
     expected = loaded.separate(mixture, timelines, ["piano", "flute", "cello"])
     stream = loaded.stream(["piano", "flute", "cello"], timelines, RATE)
@@ -169,9 +169,9 @@ def test_threads_share_a_separator():
 
 def test_another_context_is_the_separators_own(separator, bundles, duet, timelines, tmp_path, capsys):
     mixture = music(int(3.3 * CLIP))
-    usual = Separator.load(bundles["fixed"], "cpu", threads=1)
+    usual = BundleSeparator.load(bundles["fixed"], "cpu", threads=1)
     assert usual.context_samples == CLIP // 8
-    wider = Separator.load(bundles["fixed"], "cpu", threads=1, context_s=0.18)
+    wider = BundleSeparator.load(bundles["fixed"], "cpu", threads=1, context_s=0.18)
     assert wider.context_samples == int(0.18 * RATE)
     found = wider.separate(mixture, timelines, ["piano", "flute"])
     expected = separate_audio(separator, mixture, timelines, ["piano", "flute"], context_s=0.18)
@@ -181,7 +181,7 @@ def test_another_context_is_the_separators_own(separator, bundles, duet, timelin
         streamed(wider.stream(["piano", "flute"], timelines), mixture, 1000), expected, atol=2e-6
     )
     with pytest.raises(ConfigError, match=r"context 0\.2 s must lie between 0 and a quarter of a chunk \(0\.19 s\)"):
-        Separator.load(bundles["fixed"], context_s=0.2)
+        BundleSeparator.load(bundles["fixed"], context_s=0.2)
     arguments = [str(duet / "duet.wav"), "--classes", "flute", "--features", str(duet / "features.npz")]
     arguments += ["--format", "FLOAT", "--context", "0.18", "--provider", "cpu"]
     assert runtime_main([str(bundles["fixed"]), *arguments, "--out", str(tmp_path / "a")]) == 0
@@ -269,8 +269,8 @@ def test_features_as_arrays_and_functions(runtime, timelines):
 
 
 @pytest.mark.slow
-def test_pictures_of_a_trained_run(tone_run, tone_store, tmp_path):
-    """The encoders' graphs, fed with the store's pictures chunk by chunk, and no clicks of trained weights."""
+def test_frames_of_a_trained_run(tone_run, tone_store, tmp_path):
+    """The encoders' graphs, fed with the store's frames chunk by chunk, and no clicks of trained weights."""
     from avsep.data.store import Store, timelines_of
     from avsep.export.bundle.export import export_run
     from avsep.separator import load_separator
@@ -283,14 +283,14 @@ def test_pictures_of_a_trained_run(tone_run, tone_store, tmp_path):
     mixture = np.tile(sum(found) / 2, 3)
     classes = ["whirr", "ding"]
     expected = separate_audio(load_separator(tone_run, 1), mixture, timelines, classes)
-    loaded = Separator.load(bundle.path, provider="cpu", threads=1)
+    loaded = BundleSeparator.load(bundle.path, provider="cpu", threads=1)
     np.testing.assert_allclose(loaded.separate(mixture, timelines, classes), expected, atol=1e-4)
-    assert len(loaded._encoded) < 2 * 2 * len(seams(len(mixture)))  # fewer than the chunks' pictures
+    assert len(loaded._encoded) < 2 * 2 * len(seams(len(mixture)))  # fewer than the chunks' frames
     np.testing.assert_allclose(streamed(loaded.stream(classes, timelines), mixture, 1111), expected, atol=1e-4)
-    pictures = {n: {"object": t.object, "motion": t.motion} for n, t in timelines.items()}
-    np.testing.assert_allclose(loaded.separate(mixture, pictures, classes), expected, atol=1e-4)
+    frames = {n: {"object": t.object, "motion": t.motion} for n, t in timelines.items()}
+    np.testing.assert_allclose(loaded.separate(mixture, frames, classes), expected, atol=1e-4)
     with pytest.raises(DataError, match=r"motion_encoder\.onnx takes"):
-        loaded.separate(mixture, {n: {**p, "motion": p["motion"][:, :, 1:]} for n, p in pictures.items()}, classes)
+        loaded.separate(mixture, {n: {**p, "motion": p["motion"][:, :, 1:]} for n, p in frames.items()}, classes)
 
 
 # --- seams ------------------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def nearby(tmp_path_factory):
         folder = tmp_path_factory.mktemp("nearby")
         short = export(made, ExportPlan(), folder / "short").path
         long = export(made, ExportPlan(length_s=9 * CLIP / RATE), folder / "long").path
-    return Separator.load(short, "cpu", threads=1), Separator.load(long, "cpu", threads=1)
+    return BundleSeparator.load(short, "cpu", threads=1), BundleSeparator.load(long, "cpu", threads=1)
 
 
 def seams(samples):
@@ -413,7 +413,7 @@ def made_up(answer, *, sources=2, independent=None, encoders=(), motion_mask=Fal
         ],
     }
     engine = Recorder(answer)
-    return Separator(Bundle(None, manifest, (graph,)), graph, engine, dict(encoders)), engine
+    return BundleSeparator(Bundle(None, manifest, (graph,)), graph, engine, dict(encoders)), engine
 
 
 def halves(inputs):
@@ -441,8 +441,8 @@ def test_more_sources_than_the_graph_has_run_in_groups(independent):
             coupled.separate(mixture, features_of(), classes)
 
 
-def test_pictures_are_encoded_once_a_second_not_once_a_chunk():
-    """Object pictures change once a second, chunks come every half second, and one engine call serves all groups."""
+def test_frames_are_encoded_once_a_second_not_once_a_chunk():
+    """Object frames change once a second, chunks come every half second, and one engine call serves all groups."""
     object_graph = Graph(
         "o.onnx",
         "object_encoder",
@@ -456,9 +456,9 @@ def test_pictures_are_encoded_once_a_second_not_once_a_chunk():
     encoder = Recorder(lambda inputs: np.full((1, 5), inputs["frames"].astype(float).mean(), dtype=np.float32))
     made, engine = made_up(halves, encoders=[("object", (object_graph, encoder))])
     seconds = 6
-    pictures = np.zeros((seconds, 3, 8, 8), dtype=np.uint8) + np.arange(seconds, dtype=np.uint8)[:, None, None, None]
+    frames = np.zeros((seconds, 3, 8, 8), dtype=np.uint8) + np.arange(seconds, dtype=np.uint8)[:, None, None, None]
     features = {
-        name: {"object": pictures + np.uint8(50 * k), "motion": np.ones((3, 4))} for k, name in enumerate(CLASSES)
+        name: {"object": frames + np.uint8(50 * k), "motion": np.ones((3, 4))} for k, name in enumerate(CLASSES)
     }
     made.separate(music(seconds * RATE), features, ["cello", "flute", "piano"])
     chunks = len(engine.calls) // 2
@@ -472,9 +472,9 @@ def test_pictures_are_encoded_once_a_second_not_once_a_chunk():
             music(99), {"flute": {"object": np.zeros((9, 3, 7, 8), np.uint8), "motion": np.ones((3, 4))}}, ["flute"]
         )
     with pytest.raises(DataError, match="no graph of a motion encoder"):
-        made.separate(music(99), {"flute": {"object": pictures, "motion": np.zeros((9, 1, 8, 8), np.uint8)}}, ["flute"])
+        made.separate(music(99), {"flute": {"object": frames, "motion": np.zeros((9, 1, 8, 8), np.uint8)}}, ["flute"])
     with pytest.raises(DataError, match="uint8"):
-        made.separate(music(99), {"flute": {"object": pictures / 255, "motion": np.ones((3, 4))}}, ["flute"])
+        made.separate(music(99), {"flute": {"object": frames / 255, "motion": np.ones((3, 4))}}, ["flute"])
     # features that were encoded elsewhere need no graph: a row a second
     rows = {"flute": {"object": np.arange(6)[:, None] * np.ones(5), "motion": np.ones((3, 4))}}
     engine.calls.clear()
@@ -526,12 +526,12 @@ MISTAKES = {
     "steps": ({"features": {"flute": {**FEATURES["flute"], "motion": np.ones((12, 9))}}}, DataError, "-steps 9"),
     "NaN seen": ({"features": {"flute": {**FEATURES["flute"], "object": np.full(16, np.nan)}}}, DataError, "NaN"),
     "words": ({"features": {"flute": {**FEATURES["flute"], "object": ["a"]}}}, DataError, "must be numbers"),
-    "pictures": (
+    "frames": (
         {"features": {"flute": {**FEATURES["flute"], "object": np.zeros((4, 3, 8, 8), np.uint8)}}},
         DataError,
-        "was given pictures",
+        "was given frames",
     ),
-    "rate of pictures": ({"features": {"flute": {**FEATURES["flute"], "object_rate_hz": 0}}}, DataError, "positive"),
+    "rate of frames": ({"features": {"flute": {**FEATURES["flute"], "object_rate_hz": 0}}}, DataError, "positive"),
     "batch": ({"batch": 2}, ConfigError, "takes 1 chunks a call"),
 }
 
@@ -558,17 +558,17 @@ def test_silence_is_separated_into_silence(runtime):
 
 def test_what_runs_is_chosen_and_told(bundles, monkeypatch):
     with pytest.raises(UnknownNameError, match="unknown provider 'gpu'"):
-        Separator.load(bundles["fixed"], provider="gpu")
+        BundleSeparator.load(bundles["fixed"], provider="gpu")
     with pytest.raises(ExportError, match="holds no graph separator in int8"):
-        Separator.load(bundles["fixed"], provider="cpu", precision="int8")
+        BundleSeparator.load(bundles["fixed"], provider="cpu", precision="int8")
     with pytest.raises(ConfigError, match="threads"):
-        Separator.load(bundles["fixed"], threads=-1)
+        BundleSeparator.load(bundles["fixed"], threads=-1)
     if not torch.cuda.is_available():
         for provider in ("cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx"):
             with pytest.raises(ExportError) as raised:
-                Separator.load(bundles["fixed"], provider=provider)
+                BundleSeparator.load(bundles["fixed"], provider=provider)
             assert "\n" not in str(raised.value)
-        loaded = Separator.load(bundles["fixed"])
+        loaded = BundleSeparator.load(bundles["fixed"])
         assert loaded.provider == "CPUExecutionProvider"
         assert [line.partition(":")[0] for line in loaded.passed_over] == ["tensorrt", "tensorrt-rtx", "cuda"]
 
@@ -585,8 +585,8 @@ def test_what_runs_is_chosen_and_told(bundles, monkeypatch):
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", falls_back)
     with pytest.raises(ExportError, match="runs CPUExecutionProvider instead of CUDAExecutionProvider"):
-        Separator.load(bundles["fixed"], provider="cuda")
-    assert Separator.load(bundles["fixed"]).provider == "CPUExecutionProvider"
+        BundleSeparator.load(bundles["fixed"], provider="cuda")
+    assert BundleSeparator.load(bundles["fixed"]).provider == "CPUExecutionProvider"
     bundle = open_bundle(bundles["fixed"])
     assert OnnxSession(bundle, bundle.graph(), "cuda", fall_back=True).provider == "CPUExecutionProvider"
 
@@ -650,7 +650,7 @@ def test_what_was_opened_is_closed(bundles, monkeypatch):
     with pytest.raises(ExportError, match=r"no file other\.onnx"):
         open_session(bundle, [bundle.graph(), broken], "cpu", 1)
     assert closed == ["separator.onnx"]
-    with Separator.load(bundle, "cpu", threads=1):
+    with BundleSeparator.load(bundle, "cpu", threads=1):
         closed.clear()
     assert closed == ["separator.onnx"]
 
@@ -659,12 +659,12 @@ def test_engines_that_auto_does_not_take_are_told(bundles, duet, tmp_path, monke
     """Someone who built an engine should not find out by the clock that the CPU runs."""
     folder = shutil.copytree(bundles["fixed"], tmp_path / "bundle")
     monkeypatch.setattr(engines, "find_gpu", lambda: (None, "the NVIDIA driver finds no GPU"))
-    assert Separator.load(folder, threads=1).unused_engines == ()
+    assert BundleSeparator.load(folder, threads=1).unused_engines == ()
     (folder / "engines").mkdir()
     (folder / "engines" / "separator.tensorrt-sm87.plan").write_bytes(b"of an Orin")
-    (reason,) = Separator.load(folder, threads=1).unused_engines
+    (reason,) = BundleSeparator.load(folder, threads=1).unused_engines
     assert reason.startswith("tensorrt: ")
-    assert Separator.load(folder, "cpu", threads=1).unused_engines == ()
+    assert BundleSeparator.load(folder, "cpu", threads=1).unused_engines == ()
     arguments = [str(duet / "duet.wav"), "--classes", "flute", "--features", str(duet / "features.npz")]
     assert runtime_main([str(folder), *arguments, "--out", str(tmp_path / "a")]) == 0
     assert capsys.readouterr().err == f"note: {reason}\n"
@@ -680,7 +680,7 @@ def test_a_damaged_graph_is_refused_with_its_name(bundles, tmp_path):
     data[len(data) // 2] ^= 1
     (folder / "separator.onnx").write_bytes(data)
     with pytest.raises(ExportError, match=r"separator\.onnx is not the file that was exported"):
-        Separator.load(folder, provider="cpu")
+        BundleSeparator.load(folder, provider="cpu")
 
 
 # --- without torch, and the commands ----------------------------------------------------------------------------------
@@ -723,7 +723,7 @@ def test_it_runs_where_there_is_no_torch(bundles, duet, tmp_path, runtime, timel
         "import numpy as np\n"
         "import avsep.export.runtime as runtime\n"
         "assert 'onnxruntime' not in sys.modules\n"
-        f"separator = runtime.Separator.load({str(bundles['fixed'])!r}, 'cpu')\n"
+        f"separator = runtime.BundleSeparator.load({str(bundles['fixed'])!r}, 'cpu')\n"
         "features = {'flute': {'object': np.ones(16), 'motion': np.ones((12, 8))}}\n"
         "assert separator.separate(np.zeros(9000), features, ['flute']).shape == (1, 9000)\n"
         "assert separator.stream(['flute'], features).push(np.zeros(9000)).shape[1] > 0\n"

@@ -915,12 +915,12 @@ def test_the_engine_of_a_tar_runs_without_unpacking_it(jetson, copied_bundle, tm
     running = engines.open_engine(bundle, bundle.graph(), "tensorrt")
     np.testing.assert_array_equal(running.run({"mixture": mixture})["sources"], 2 * mixture)
     assert FakeCuda.live == 2
-    from avsep.export.runtime.separator import Separator
+    from avsep.export.runtime.separator import BundleSeparator
 
     elsewhere = plan.parent.rename(tmp_path / "elsewhere")
     with pytest.raises(ExportError, match="there is no engine"):
-        Separator.load(bundle, "tensorrt")
-    assert Separator.load(bundle, "tensorrt", engines=elsewhere).provider == "tensorrt"
+        BundleSeparator.load(bundle, "tensorrt")
+    assert BundleSeparator.load(bundle, "tensorrt", engines=elsewhere).provider == "tensorrt"
     elsewhere.rename(plan.parent)
     del running  # nobody closed it: the device's memory comes back all the same
     assert FakeCuda.live == 0

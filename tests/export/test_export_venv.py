@@ -38,11 +38,11 @@ for name in ("torch", "onnx", "pydantic", "typer", "rich", "yaml", "soundfile", 
 SCRIPT = """
 import sys
 import numpy as np
-from avsep_runtime import Separator, read_visual_file, verify_bundle
+from avsep_runtime import BundleSeparator, read_visual_file, verify_bundle
 
 assert verify_bundle(sys.argv[1]).provider == "CPUExecutionProvider"
 mixture, features = np.load(sys.argv[2]), read_visual_file(sys.argv[3])
-with Separator.load(sys.argv[1], provider="cpu") as separator:
+with BundleSeparator.load(sys.argv[1], provider="cpu") as separator:
     assert separator.provider == "CPUExecutionProvider"
     np.save(sys.argv[4], separator.separate(mixture, features, ["flute", "cello"]))
 """
@@ -178,5 +178,6 @@ def test_avseps_own_wheel_needs_no_more_either(tiny_bundle, tmp_path):
         done = on_device(python, "-W", "ignore", "-m", module, tiny_bundle)
         assert (done.returncode, done.stderr) == (0, "")
         assert f"all {len(list(tiny_bundle.iterdir()))} files match the manifest" in done.stdout
-    code = BARE.format(more="'avsep_runtime'") + "from avsep.export.runtime import Separator, Stream\n"
+    code = BARE.format(more="'avsep_runtime'") + "from avsep.export.runtime import BundleSeparator, Separator, Stream\n"
+    code += "assert Separator is BundleSeparator  # its name in bundles of 0.1\n"
     assert on_device(python, "-c", code).returncode == 0

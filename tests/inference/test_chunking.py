@@ -202,11 +202,11 @@ def test_a_stream_whose_separator_failed_does_not_go_on_in_silence():
     def fails_at_the_second(chunks, starts):
         calls.append(starts)
         if len(calls) == 2:
-            raise ValueError("no such picture")
+            raise ValueError("no such frame")
         return identity(chunks, starts)
 
     stream = LongStream(fails_at_the_second, 2, clip_samples=CLIP, context_samples=CONTEXT)
-    with pytest.raises(ValueError, match="no such picture"):
+    with pytest.raises(ValueError, match="no such frame"):
         stream.push(np.ones(3 * CLIP, dtype=np.float32))
     for go_on in (lambda: stream.push(np.ones(1, dtype=np.float32)), stream.flush):
         with pytest.raises(ConfigError, match="has failed: begin another one"):

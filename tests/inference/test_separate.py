@@ -35,7 +35,7 @@ def separator():
 
 @pytest.fixture(scope="module")
 def timelines():
-    """Pictures of different sizes and motion of different lengths: every source has its own video."""
+    """Frames of different sizes and motion of different lengths: every source has its own video."""
     rng = np.random.default_rng(0)
     return {
         name: VisualTimeline(
@@ -111,7 +111,7 @@ def test_files_add_up_to_the_mono_mixture(all_pass, timelines, tmp_path, rate_hz
     assert result.clipped == 0
 
 
-def test_a_chunk_gets_the_pictures_of_its_time(separator, timelines, monkeypatch):
+def test_a_chunk_gets_the_frames_of_its_time(separator, timelines, monkeypatch):
     """The object is looked up at the chunk's middle, motion over the chunk."""
     asked = []
     original = VisualTimeline.read

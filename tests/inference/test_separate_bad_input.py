@@ -30,7 +30,7 @@ BOXES = {"0": {"ding": [0, 0, 0.5, 1], "peep": [0.5, 0, 1, 1]}}
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """Made once: a separator, one that looks at unknown features, a deaf-to-pictures one, and good files."""
+    """Made once: a separator, one that looks at unknown features, a deaf-to-frames one, and good files."""
     folder = tmp_path_factory.mktemp("shelf")
     torch.manual_seed(0)
     classes = ("ding", "hum", "peep")
@@ -47,9 +47,9 @@ class Desk:
     path: Path
     shelf: Path
 
-    def video(self, pictures=PICTURES, sound=None, name="clip.mp4", **options) -> Path:
+    def video(self, frames=PICTURES, sound=None, name="clip.mp4", **options) -> Path:
         sound = tone(1.5, channels=6 if options.get("layout") == "5.1" else 1) if sound is None else sound
-        return write_video(self.path / name, pictures, sound, **options)
+        return write_video(self.path / name, frames, sound, **options)
 
     def silent_film(self) -> Path:
         return write_video(self.path / "clip.mp4", PICTURES, None)
@@ -109,14 +109,14 @@ REFUSED = {
     "an audio stream without samples": (lambda d: d.argv(d.file("a.wav", _wav_without_samples())), "no samples"),
     "silent track": (lambda d: d.argv(d.video(sound=np.zeros((1, 66150), np.float32))), "clip.mp4", "silent"),
     "no video, and nothing to see": (
-        lambda d: d.argv(d.video(pictures=None, name="clip.m4a"), more=("--whole-frame",)),
+        lambda d: d.argv(d.video(frames=None, name="clip.m4a"), more=("--whole-frame",)),
         *("clip.m4a", "--features"),
     ),
     "a sound with boxes": (lambda d: d.argv(_sound(d)), "sound.wav", "--features"),
     "text called a video": (lambda d: d.argv(d.file("clip.mp4", b"la la la " * 99)), "clip.mp4", "damaged"),
     "corrupt: half of the file is missing": (lambda d: d.argv(d.damaged(0.5)), "clip.mp4", "damaged"),
     "corrupt: zeros in place of the sound": (lambda d: d.argv(_holes(d)), "clip.mp4", "damaged"),
-    "a picture": (lambda d: d.argv(_png(d)), "clip.png", "no audio stream"),
+    "a frame": (lambda d: d.argv(_png(d)), "clip.png", "no audio stream"),
     "unknown class": (lambda d: d.argv(classes="ding,peeep"), "'peeep'", "'peep'"),
     "class twice": (lambda d: d.argv(classes="ding,ding"), "'ding'", "once"),
     "no class": (lambda d: d.argv(classes=" , "), "--classes"),
@@ -146,7 +146,7 @@ REFUSED = {
     ),
     "boxes in pixels": (
         lambda d: d.argv(boxes=d.boxes({"0": {"ding": [10, 4, 300, 200], "peep": [0, 0, 1, 1]}})),
-        *("'ding'", "outside the picture", "from 0 to 1"),
+        *("'ding'", "outside the frame", "from 0 to 1"),
     ),
     "empty box": (
         lambda d: d.argv(boxes=d.boxes({"0": {"ding": [0.4, 0, 0.4, 1], "peep": [0, 0, 1, 1]}})),
@@ -233,7 +233,7 @@ def _five_one(d: Desk):
 
 
 def _short(d: Desk):
-    return d.argv(d.video(pictures=PICTURES[:1], sound=tone(0.1)))
+    return d.argv(d.video(frames=PICTURES[:1], sound=tone(0.1)))
 
 
 def _clipped_boxes(d: Desk):
@@ -250,9 +250,9 @@ EXPECTED = {  # name -> (how, seconds of each file)
     "rotated phone video": (lambda d: d.argv(d.video(rotation=90)), 1.5),
     "sound that begins later": (lambda d: d.argv(d.video(sound=tone(1.0), audio_starts_s=0.5)), 1.5),
     "a tenth of a second": (_short, 0.1),
-    "pictures that end before the sound": (lambda d: d.argv(d.video(pictures=PICTURES[:5])), 1.5),
-    "a video without pictures, with features": (
-        lambda d: d.argv(d.video(pictures=None), more=("--features", d.features())),
+    "frames that end before the sound": (lambda d: d.argv(d.video(frames=PICTURES[:5])), 1.5),
+    "a video without frames, with features": (
+        lambda d: d.argv(d.video(frames=None), more=("--features", d.features())),
         1.5,
     ),
     "boxes that are a little outside": (_clipped_boxes, 1.5),

@@ -15,9 +15,9 @@ from avsep.errors import DataError
 from avsep.inference.chunking import default_context, plan_chunks
 from avsep.media import detection
 from avsep.media.detection import BoxTrack, Found, read_boxes
-from avsep.media.footage import sample_pictures, timelines_of_video, track_objects, whole_frame
+from avsep.media.footage import sample_frames, timelines_of_video, track_objects, whole_frame
 from avsep.media.timeline import VisualTimeline
-from avsep.media.video import iter_pictures, read_media_audio
+from avsep.media.video import iter_frames, read_media_audio
 from avsep.registry import VISUAL_ENCODERS
 from avsep.separator import build_separator, save_separator
 from avsep.types import VisualSource
@@ -34,7 +34,7 @@ HALVES = {"0": {"ding": [0, 0, 0.5, 1], "peep": [0.5, 0, 1, 1]}}
 RED, BLUE = np.array([200, 30, 30]), np.array([30, 30, 200])
 
 
-def picture(left, right, height=48, width=96):
+def frame(left, right, height=48, width=96):
     frame = np.empty((height, width, 3), np.uint8)
     frame[:, : width // 2], frame[:, width // 2 :] = left, right
     return frame
@@ -42,13 +42,13 @@ def picture(left, right, height=48, width=96):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A separator that looks at pictures, and a video of two players who change places after three seconds."""
+    """A separator that looks at frames, and a video of two players who change places after three seconds."""
     folder = tmp_path_factory.mktemp("home")
     torch.manual_seed(0)
     save_separator(build_separator(**TINY_SEPARATOR, classes=CLASSES), folder / "separator")
-    pictures = [picture(RED, BLUE) if k < 30 else picture(BLUE, RED) for k in range(50)]
+    frames = [frame(RED, BLUE) if k < 30 else frame(BLUE, RED) for k in range(50)]
     sound = np.concatenate([tone(5.0, 44100, 330.0), tone(5.0, 44100, 830.0)])
-    write_video(folder / "duet.mp4", pictures, sound, layout="stereo")
+    write_video(folder / "duet.mp4", frames, sound, layout="stereo")
     (folder / "halves.json").write_text(json.dumps(HALVES))
     return folder
 
@@ -66,10 +66,10 @@ class Finds:
     def __init__(self, *, weights="auto", device="cpu", batch=4):
         type(self).made += 1
 
-    def best(self, pictures, prompts):
-        scores, boxes = np.full((len(pictures), len(prompts)), 0.02), np.zeros((len(pictures), len(prompts), 4))
+    def best(self, frames, prompts):
+        scores, boxes = np.full((len(frames), len(prompts)), 0.02), np.zeros((len(frames), len(prompts), 4))
         boxes[..., 2:] = 0.3
-        for n, shown in enumerate(pictures):
+        for n, shown in enumerate(frames):
             red_left = shown[0, 5, 5] > shown[2, 5, 5]
             for q, prompt in enumerate(prompts):
                 for name, red in (("ding", True), ("peep", False)):
@@ -79,7 +79,7 @@ class Finds:
         return scores, boxes
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- frames ---------------------------------------------------------------------------------------------------------
 
 
 def test_each_class_is_cut_out_of_its_place_and_time(home):
@@ -117,9 +117,9 @@ def test_each_class_is_cut_out_of_its_place_and_time(home):
     assert whole.motion is None
 
 
-def test_boxes_are_those_of_the_upright_picture(tmp_path):
+def test_boxes_are_those_of_the_upright_frame(tmp_path):
     """A phone held upright: what its sensor has at the left a player shows at the top."""
-    video = write_video(tmp_path / "phone.mp4", [picture(RED, BLUE)] * 10, None, rotation=90)
+    video = write_video(tmp_path / "phone.mp4", [frame(RED, BLUE)] * 10, None, rotation=90)
     halves = {"ding": (0, 0, 1, 0.5), "peep": (0, 0.5, 1, 1)}
     track = BoxTrack({name: [(0.0, Found(box, 1, "given"))] for name, box in halves.items()})
     seen = timelines_of_video(video, ["ding", "peep"], [OBJECT], track)
@@ -138,7 +138,7 @@ def test_a_detector_is_asked_once_a_second_and_a_box_holds_for_its_second(home):
     assert track.at("ding", 3.0)[0] == 0.5
     seldom = track_objects(home / "duet.mp4", ["ding"], Finds(), every_s=2.5)
     assert len(seldom.entries["ding"]) == 2
-    assert len(sample_pictures(home / "duet.mp4", 12)) == 12
+    assert len(sample_frames(home / "duet.mp4", 12)) == 12
     with pytest.raises(ValueError, match="every_s"):
         track_objects(home / "duet.mp4", ["ding"], Finds(), every_s=0)
 
@@ -198,7 +198,7 @@ def test_objects_are_found_and_written_down_as_boxes_to_correct(home, argv, tmp_
     assert track.at("ding", 0.0) == (0.0, 0.0, 0.5, 1.0)
     assert track.at("ding", 4.0) == (0.5, 0.0, 1.0, 1.0)
     page = (tmp_path / "found" / "duet_separated.html").read_text()
-    assert "a ding: 5 of 5 pictures" in page
+    assert "a ding: 5 of 5 frames" in page
     assert run(*argv, "--boxes", tmp_path / "found" / "duet_boxes.json", "--out", tmp_path / "given") == 0
     for name in ("duet_ding.wav", "duet_peep.wav", "duet_residual.wav"):
         assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
@@ -217,7 +217,7 @@ def test_without_weights_the_whole_frame_is_shown_and_said_in_one_line(argv, tmp
 
 
 def test_several_files_with_classes_of_their_own(home, argv, tmp_path, monkeypatch, capfd):
-    write_video(tmp_path / "solo.mp4", [picture(RED, RED)] * 20, tone(2.0, hz=330.0))
+    write_video(tmp_path / "solo.mp4", [frame(RED, RED)] * 20, tone(2.0, hz=330.0))
     monkeypatch.setattr(detection, "OWLv2Detector", Finds)
     Finds.made = 0
     argv[argv.index("ding,peep")] = "auto"
@@ -256,7 +256,7 @@ def test_the_sound_of_a_video_is_enough_where_features_are_given(home, tmp_path)
 
 
 def test_features_are_extracted_by_the_encoders_of_their_names(home, tmp_path, monkeypatch):
-    """CLIP of each box, in its own shape, one row a second; VideoMAE of pictures from all of the video."""
+    """CLIP of each box, in its own shape, one row a second; VideoMAE of frames from all of the video."""
     pytest.importorskip("transformers")
     from support.small_weights import write_small
 
@@ -270,8 +270,8 @@ def test_features_are_extracted_by_the_encoders_of_their_names(home, tmp_path, m
     track = read_boxes(home / "halves.json")
     seen = timelines_of_video(home / "duet.mp4", ["ding", "peep"], separator.visual_sources(), track)
     clip, videomae = (VISUAL_ENCODERS.create(name, {}) for name in ("clip_vit_b32", "videomae_base"))
-    pictures = np.stack(list(iter_pictures(home / "duet.mp4", 1.0)))  # [5, 3, 48, 96]
-    for name, part in (("ding", pictures[..., :48]), ("peep", pictures[..., 48:])):
+    frames = np.stack(list(iter_frames(home / "duet.mp4", 1.0)))  # [5, 3, 48, 96]
+    for name, part in (("ding", frames[..., :48]), ("peep", frames[..., 48:])):
         features = seen[name].features
         with torch.inference_mode():
             rows = clip.encode(torch.from_numpy(part.copy())).numpy()
@@ -318,8 +318,8 @@ def test_a_bundle_sees_what_the_run_sees(home, tiny_bundle, tmp_path, monkeypatc
         def __init__(self, *, weights: str = "auto") -> None:
             super().__init__()
 
-        def encode(self, pictures):
-            mean = pictures.float().mean(dim=(2, 3)) / 255
+        def encode(self, frames):
+            mean = frames.float().mean(dim=(2, 3)) / 255
             return torch.cat((mean, mean**2, mean[:, :2] ** 3), dim=1)
 
         def source(self):
@@ -346,7 +346,7 @@ def test_seams_of_a_video_are_60_db_below_the_whole(tmp_path):
     """Of a separator that hears a neighbourhood: the chunks' result against the whole recording at once."""
     rng = np.random.default_rng(0)
     sound = 0.1 * rng.standard_normal((1, 6 * 44100)).astype(np.float32) + tone(6.0)
-    video = write_video(tmp_path / "noise.mp4", [picture(RED, BLUE)] * 60, sound)
+    video = write_video(tmp_path / "noise.mp4", [frame(RED, BLUE)] * 60, sound)
     found = {}
     with nearby_parts():
         for name, samples, more in (

@@ -28,15 +28,15 @@ PICTURE = np.zeros((3, 20, 30), np.uint8)
 
 
 class Knows:
-    """Finds what its table says, by picture number; everything else scores 0.01."""
+    """Finds what its table says, by frame number; everything else scores 0.01."""
 
     def __init__(self, *tables):
         self.tables = tables
         self.asked = []
 
-    def best(self, pictures, prompts):
+    def best(self, frames, prompts):
         self.asked.append(list(prompts))
-        rows = [[t.get(p, (0.01, MIDDLE)) for p in prompts] for t in self.tables[: len(pictures)]]
+        rows = [[t.get(p, (0.01, MIDDLE)) for p in prompts] for t in self.tables[: len(frames)]]
         return np.array([[s for s, _ in row] for row in rows]), np.array([[b for _, b in row] for row in rows])
 
 
@@ -109,12 +109,12 @@ def _scene(height, width, seed=0):
 
 
 def test_the_top_box_of_each_prompt_is_that_of_transformers_own_processor(folder):
-    pytest.importorskip("scipy")  # transformers needs it to prepare pictures
+    pytest.importorskip("scipy")  # transformers needs it to prepare frames
     transformers = pytest.importorskip("transformers")
     detector = OWLv2Detector(weights=folder, batch=2)
-    pictures = [_scene(48, 96), _scene(90, 48, 1), _scene(60, 64, 2)]
+    frames = [_scene(48, 96), _scene(90, 48, 1), _scene(60, 64, 2)]
     prompts = ["a violin", "a flute", "a person playing the violin"]
-    scores, boxes = detector.best(pictures, prompts)
+    scores, boxes = detector.best(frames, prompts)
     assert scores.shape == (3, 3)
     assert boxes.shape == (3, 3, 4)
     assert ((boxes >= 0) & (boxes <= 1)).all()
@@ -123,11 +123,11 @@ def test_the_top_box_of_each_prompt_is_that_of_transformers_own_processor(folder
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     text = tokenizer(prompts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
     processor = transformers.Owlv2ImageProcessorPil(size={"height": 64, "width": 64})
-    for picture, score, box in zip(pictures, scores, boxes, strict=True):
-        ready = prepare_square(torch.from_numpy(picture), 64)[None]
+    for frame, score, box in zip(frames, scores, boxes, strict=True):
+        ready = prepare_square(torch.from_numpy(frame), 64)[None]
         with torch.no_grad():
             output = model(**text, pixel_values=ready)
-        height, width = picture.shape[1:]
+        height, width = frame.shape[1:]
         for k in range(len(prompts)):
             output_k = type(output)(logits=output.logits[..., k : k + 1], pred_boxes=output.pred_boxes)
             (all_,) = processor.post_process_object_detection(
@@ -143,7 +143,7 @@ def test_the_top_box_of_each_prompt_is_that_of_transformers_own_processor(folder
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (64, 64), (50, 33), (97, 240)])
-def test_pictures_are_prepared_as_transformers_does_but_filled_up_with_grey(shape):
+def test_frames_are_prepared_as_transformers_does_but_filled_up_with_grey(shape):
     pytest.importorskip("scipy")
     transformers = pytest.importorskip("transformers")
     processor = transformers.Owlv2ImageProcessorPil(size={"height": 64, "width": 64})
@@ -151,9 +151,9 @@ def test_pictures_are_prepared_as_transformers_does_but_filled_up_with_grey(shap
 
     rng = np.random.default_rng(0)
     small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    picture = np.asarray(Image.fromarray(small).resize(shape[::-1], Image.Resampling.BICUBIC)).copy()
-    want = np.asarray(processor(picture, return_tensors="np")["pixel_values"])[0]
-    channels = torch.from_numpy(picture.transpose(2, 0, 1).copy())
+    frame = np.asarray(Image.fromarray(small).resize(shape[::-1], Image.Resampling.BICUBIC)).copy()
+    want = np.asarray(processor(frame, return_tensors="np")["pixel_values"])[0]
+    channels = torch.from_numpy(frame.transpose(2, 0, 1).copy())
     got = prepare_square(channels, 64, fill=0.0).numpy()
     edge = 1 if max(shape) < 64 else 0  # enlarged, its outermost row is mirrored there and held here
     inner = slice(edge, 64 - edge)
@@ -164,10 +164,10 @@ def test_pictures_are_prepared_as_transformers_does_but_filled_up_with_grey(shap
         np.testing.assert_allclose(grey[:, 32, -1], (0.5 - mean) / std, atol=1e-5)
 
 
-def test_pictures_do_not_depend_on_those_beside_them(folder):
-    pictures = [_scene(48, 96), _scene(90, 48, 1), _scene(60, 64, 2)]
-    one = OWLv2Detector(weights=folder, batch=1).best(pictures, ["a violin", "a flute"])
-    alone = OWLv2Detector(weights=folder, batch=3).best(pictures, ["a flute"])
+def test_frames_do_not_depend_on_those_beside_them(folder):
+    frames = [_scene(48, 96), _scene(90, 48, 1), _scene(60, 64, 2)]
+    one = OWLv2Detector(weights=folder, batch=1).best(frames, ["a violin", "a flute"])
+    alone = OWLv2Detector(weights=folder, batch=3).best(frames, ["a flute"])
     np.testing.assert_allclose(one[0][:, 1], alone[0][:, 0], atol=1e-5)
     np.testing.assert_allclose(one[1][:, 1], alone[1][:, 0], atol=1e-4)
 
@@ -226,7 +226,7 @@ def test_what_does_not_change_is_written_once():
         ('{"0": [0, 0, 1, 1]}', "'0' is not a second with its boxes"),
         ('{"0": {"a": [0, 0, 1]}}', r"box of 'a' at 0 s is \[0, 0, 1\]"),
         ('{"0": {"a": "left"}}', "write .left, top"),
-        ('{"0": {"a": [10, 20, 300, 200]}}', "lies outside the picture: give fractions"),
+        ('{"0": {"a": [10, 20, 300, 200]}}', "lies outside the frame: give fractions"),
         ('{"0": {"a": [0.5, 0, 0.5, 1]}}', "is empty"),
         ('{"0": {"a": [0, NaN, 1, 1]}}', "write .left"),
     ],

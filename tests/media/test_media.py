@@ -1,4 +1,4 @@
-"""Reading videos: sound and pictures in time, turned upright; damaged files in one line."""
+"""Reading videos: sound and frames in time, turned upright; damaged files in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from avsep.errors import AudioError, DataError
-from avsep.media.video import iter_pictures, probe, read_media_audio
+from avsep.media.video import iter_frames, probe, read_media_audio
 from support.media_files import brightness_ramp, tone, write_video
 
 RATE = 44100
@@ -18,8 +18,8 @@ def video(tmp_path_factory):
     return write_video(path, brightness_ramp(40), tone(4.0, channels=2), layout="stereo")
 
 
-def _levels(pictures):
-    return [int(p[0, -4, -4]) for p in pictures]
+def _levels(frames):
+    return [int(p[0, -4, -4]) for p in frames]
 
 
 def test_what_a_video_holds(video):
@@ -31,12 +31,12 @@ def test_what_a_video_holds(video):
     assert info.has_video
 
 
-def test_pictures_are_those_on_display_in_the_middle_of_their_time(video):
-    for rate, frames in ((1.0, [5, 15, 25, 35]), (2.0, [2, 7, 12, 17, 22, 27, 32, 37]), (10.0, range(40))):
-        pictures = list(iter_pictures(video, rate))
-        assert all(p.shape == (3, 48, 64) and p.dtype == np.uint8 for p in pictures)
-        np.testing.assert_allclose(_levels(pictures), [40 + 4 * f for f in frames], atol=3)
-    grey = list(iter_pictures(video, 1.0, short_side=24, grey=True))
+def test_frames_are_those_on_display_in_the_middle_of_their_time(video):
+    for rate, shown in ((1.0, [5, 15, 25, 35]), (2.0, [2, 7, 12, 17, 22, 27, 32, 37]), (10.0, range(40))):
+        frames = list(iter_frames(video, rate))
+        assert all(p.shape == (3, 48, 64) and p.dtype == np.uint8 for p in frames)
+        np.testing.assert_allclose(_levels(frames), [40 + 4 * f for f in shown], atol=3)
+    grey = list(iter_frames(video, 1.0, short_side=24, grey=True))
     assert grey[0].shape == (1, 24, 32)
     np.testing.assert_allclose(_levels(grey), [60, 100, 140, 180], atol=3)
 
@@ -45,17 +45,17 @@ def test_a_rate_that_varies(tmp_path):
     times = [0.0, 0.1, 0.2, 1.4, 1.5, 3.2, 3.9]  # a phone in the dark
     path = write_video(tmp_path / "vfr.mp4", brightness_ramp(len(times), step=25), tone(4.0), times_s=times)
     frames = np.array([2, 2, 2, 4, 4, 4, 5, 5])  # on display at 0.25, 0.75, ... s
-    np.testing.assert_allclose(_levels(iter_pictures(path, 2.0)), 40 + 25 * frames, atol=8)
+    np.testing.assert_allclose(_levels(iter_frames(path, 2.0)), 40 + 25 * frames, atol=8)
 
 
 @pytest.mark.parametrize(("degrees", "mark"), [(0, (0, 0)), (90, (0, 1)), (180, (1, 1)), (270, (1, 0))])
 def test_a_turned_phone_video_comes_upright(tmp_path, degrees, mark):
     path = write_video(tmp_path / "turned.mp4", brightness_ramp(5), None, rotation=degrees)
-    picture = next(iter_pictures(path, 1.0))
+    frame = next(iter_frames(path, 1.0))
     sides = (48, 64) if degrees % 180 == 0 else (64, 48)
-    assert picture.shape == (3, *sides)
+    assert frame.shape == (3, *sides)
     assert (probe(path).height, probe(path).width) == sides
-    corners = {(y, x): int(picture[0, (2, -3)[y], (2, -3)[x]]) for y in (0, 1) for x in (0, 1)}
+    corners = {(y, x): int(frame[0, (2, -3)[y], (2, -3)[x]]) for y in (0, 1) for x in (0, 1)}
     assert min(corners, key=corners.get) == mark
 
 
@@ -91,7 +91,7 @@ def test_a_cover_picture_is_no_video(tmp_path):
 
     path = tmp_path / "song.m4a"
     write_video(tmp_path / "plain.mp4", None, tone(1.0))
-    picture = brightness_ramp(1)[0]
+    frame = brightness_ramp(1)[0]
     with av.open(str(path), "w", format="mp4") as out, av.open(str(tmp_path / "plain.mp4")) as source:
         sound = out.add_stream_from_template(source.streams.audio[0])
         cover = out.add_stream("mjpeg", rate=1)
@@ -101,12 +101,12 @@ def test_a_cover_picture_is_no_video(tmp_path):
             if packet.dts is not None:
                 packet.stream = sound
                 out.mux(packet)
-        out.mux(cover.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        out.mux(cover.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         out.mux(cover.encode())
     assert not probe(path).has_video
     assert probe(path).has_audio
     with pytest.raises(DataError, match="has no video stream"):
-        next(iter_pictures(path, 1.0))
+        next(iter_frames(path, 1.0))
 
 
 def test_damage_ends_in_one_line(video, tmp_path):
@@ -119,7 +119,7 @@ def test_damage_ends_in_one_line(video, tmp_path):
     for name, (content, message) in cases.items():
         path = tmp_path / name
         path.write_bytes(content)
-        for read in (probe, read_media_audio, lambda p: next(iter_pictures(p, 1.0))):
+        for read in (probe, read_media_audio, lambda p: next(iter_frames(p, 1.0))):
             with pytest.raises(DataError, match=message) as error:
                 read(path)
             assert "\n" not in str(error.value)

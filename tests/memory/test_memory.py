@@ -13,7 +13,15 @@ from avsep.data.mixing import collate, load_source
 from avsep.data.store import Clip
 from avsep.errors import CheckpointError, ConfigError, NumericalError, UnknownNameError
 from avsep.losses import separation_loss
-from avsep.memory.base import Candidates, Exemplar, exemplars_from_plain, exemplars_to_plain, memory_rng, read_exemplars
+from avsep.memory.base import (
+    Candidates,
+    Exemplar,
+    MemoryPolicy,
+    exemplars_from_plain,
+    exemplars_to_plain,
+    memory_rng,
+    read_exemplars,
+)
 from avsep.memory.candidates import ScoredCandidates
 from avsep.memory.class_balanced import equal_shares
 from avsep.registry import MEMORIES
@@ -103,8 +111,13 @@ def test_every_policy_holds_distinct_clips_and_depends_on_seed_and_task_alone(na
         assert {k: memory[k] for k in held} == held
     else:
         assert sum(map(len, memory.values())) == 4
-    if not policy.judges:
+    if not policy.uses_separator:
         assert len({str(run(seed)) for seed in range(8)}) > 4
+
+
+def test_a_policy_of_0_1_that_judges_uses_the_separator():
+    assert not MemoryPolicy.uses_separator
+    assert type("Old", (MemoryPolicy,), {"judges": True}).uses_separator
 
 
 @pytest.mark.parametrize("name", [*PER_CLASS, *GLOBAL])
@@ -124,7 +137,7 @@ def test_how_exemplars_are_kept_changes_neither_which_nor_leaves_the_recording(n
     room = 20000 - FRONT_END.clip_samples
     starts = [e.start for kept in found["clip"].values() for e in kept]
     assert all(0 <= s <= room for s in starts)
-    assert (set(starts) == {clips.centre("a0")}) == _policy(name).judges
+    assert (set(starts) == {clips.centre("a0")}) == _policy(name).uses_separator
 
 
 def test_crops_of_clips_shorter_and_hardly_longer_than_a_crop():

@@ -225,9 +225,9 @@ def test_a_strategy_that_cannot_be_built_is_the_cells_problem(presets, tone_stor
 # ---------------------------------------------------------------------- data
 
 
-def test_object_features_are_stored_picture_by_picture(tone_store, tmp_path, monkeypatch):
+def test_object_features_are_stored_frame_by_frame(tone_store, tmp_path, monkeypatch):
     class Mean(torch.nn.Module):
-        """The mean of each colour, as a frozen encoder of three pictures."""
+        """The mean of each colour, as a frozen encoder of three frames."""
 
         frozen = True
 
@@ -250,11 +250,11 @@ def test_object_features_are_stored_picture_by_picture(tone_store, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["frame_cnn", "precomputed"])
-def test_only_a_frozen_encoder_of_pictures_can_be_stored(name, tone_store, monkeypatch):
+def test_only_a_frozen_encoder_of_frames_can_be_stored(name, tone_store, monkeypatch):
     params = {"features": "clip", "dim": 4} if name == "precomputed" else {}
     made = VISUAL_ENCODERS.create(name, params, role="object")
     monkeypatch.setattr(VISUAL_ENCODERS, "create", lambda _: made)
-    with pytest.raises(ConfigError, match=f"visual encoder '{name}' is no frozen encoder of object pictures"):
+    with pytest.raises(ConfigError, match=f"visual encoder '{name}' is no frozen encoder of object frames"):
         store_object_features(Store.open(tone_store), name, progress=False)
 
 

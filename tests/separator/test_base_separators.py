@@ -45,9 +45,9 @@ def test_the_teacher_has_embeddings_and_masks_of_every_class(base, tone_store):
     """Masks are class-agnostic: a separator of two classes answers for a source of a third."""
     separator = load_separator(trained(tone_store, "contavsep", "random_per_class", separator=base), task=0)
     separator.requires_grad_(False)
-    pictures = torch.randint(0, 256, (2, 2, 3, 3, 32, 32), dtype=torch.uint8)
+    frames = torch.randint(0, 256, (2, 2, 3, 3, 32, 32), dtype=torch.uint8)
     x = torch.rand(2, 1, 128, 128)
-    visual = separator.encode_visual(VisualInputs(pictures))
+    visual = separator.encode_visual(VisualInputs(frames))
     with torch.no_grad():
         output = separator(x, visual, torch.tensor([[0, 1], [1, 0]]))
         other = separator(x, visual, torch.zeros(2, 2, dtype=torch.long))

@@ -120,13 +120,13 @@ def test_a_published_checkpoint_answers_as_the_literal_network(published, traini
     separator.double().train(training)
     visual, unet, classifier = (network.double().train(training) for network in published)
     x = torch.rand(2, 1, 128, 128, dtype=torch.float64) * 3
-    pictures = torch.rand(2, 3, 1, 3, 64, 64, dtype=torch.float64)
+    frames = torch.rand(2, 3, 1, 3, 64, 64, dtype=torch.float64)
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    vector = visual(((pictures - mean) / std).flatten(0, 2))  # one object a source, six in all
+    vector = visual(((frames - mean) / std).flatten(0, 2))  # one object a source, six in all
     magnitudes = torch.expm1(x).repeat_interleave(3, 0)
     masks = unet(magnitudes.log(), vector)
     scores = classifier((magnitudes * masks + 1e-10).log())
-    output = separator(x, separator.encode_visual(VisualInputs(pictures)), torch.zeros(2, 3, dtype=torch.long))
+    output = separator(x, separator.encode_visual(VisualInputs(frames)), torch.zeros(2, 3, dtype=torch.long))
     torch.testing.assert_close(output.logits.sigmoid().flatten(0, 1), masks[:, 0])
     torch.testing.assert_close(output.class_logits.flatten(0, 1), scores)
     assert masks.std() > 0.01
@@ -479,7 +479,7 @@ def test_what_does_not_fit_is_named():
         decoder(encoder(x), VisualFeatures(), class_ids)
 
 
-def test_pictures_of_any_kind_and_size():
+def test_frames_of_any_kind_and_size():
     torch.manual_seed(0)
     encoder = ResNet18Map(dim=8, frames=2, size=64, width=4, channels=6).eval()
     frames = torch.randint(0, 256, (2, 2, 3, 80, 72), dtype=torch.uint8)

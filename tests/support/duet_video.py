@@ -1,4 +1,4 @@
-"""A video of two players side by side, made of the offline benchmark's sampled instruments and pictures."""
+"""A video of two players side by side, made of the offline benchmark's sampled instruments and frames."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def write_duet_video(
         sounds.append(_perform(player, notes, bank, clip, -20.0) / 32768 / len(names))
         times = [(i + 0.5) / fps for i in range(round(seconds * fps))]
         halves.append(draw(player, look_of(player, sight), poses(player, notes, times), SIDE))
-    pictures = np.concatenate(halves, axis=3).transpose(0, 2, 3, 1)  # [n, H, 2 W, 3]
+    frames = np.concatenate(halves, axis=3).transpose(0, 2, 3, 1)  # [n, H, 2 W, 3]
     sources = np.stack(sounds).astype(np.float32)
     mixture = resample(sources.sum(axis=0), SAMPLE_RATE_HZ, VIDEO_HZ)
-    write_video(path, pictures, mixture[None], fps=fps, rate_hz=VIDEO_HZ)
+    write_video(path, frames, mixture[None], fps=fps, rate_hz=VIDEO_HZ)
     return sources
 
 

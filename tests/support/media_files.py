@@ -13,7 +13,7 @@ MATRICES = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1
 
 def write_video(
     path: Path,
-    pictures: Iterable[np.ndarray] | None,
+    frames: Iterable[np.ndarray] | None,
     audio: np.ndarray | None,
     *,
     fps: int = 10,
@@ -23,12 +23,12 @@ def write_video(
     audio_starts_s: float = 0.0,
     rotation: int = 0,
 ) -> Path:
-    """An h264/aac file: ``pictures`` uint8 [H, W, 3] of even sides, at ``fps`` or ``times_s``; ``audio`` [C, L]."""
+    """An h264/aac file: ``frames`` uint8 [H, W, 3] of even sides, at ``fps`` or ``times_s``; ``audio`` [C, L]."""
     import av
 
     with av.open(str(path), "w") as container:
         video = sound = None
-        frames = [] if pictures is None else list(pictures)
+        frames = [] if frames is None else list(frames)
         if frames:
             video = container.add_stream("libx264", rate=1000 if times_s is not None else fps)
             video.height, video.width = frames[0].shape[:2]
@@ -36,8 +36,8 @@ def write_video(
             video.options = {"crf": "10", "preset": "ultrafast"}
         if audio is not None:
             sound = container.add_stream("aac", rate=rate_hz, layout=layout)
-        for number, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        for number, array in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
             frame.pts = number if times_s is None else round(times_s[number] * 1000)
             container.mux(video.encode(frame))
         if video is not None:
@@ -62,7 +62,7 @@ def _turn(path: Path, degrees: int) -> None:
     at = data.find(b"tkhd")
     while at >= 0:
         matrix = at + 8 + (32 if data[at + 4] else 20) + 16
-        if struct.unpack(">I", data[matrix + 36 : matrix + 40])[0]:  # a track with a width: the pictures
+        if struct.unpack(">I", data[matrix + 36 : matrix + 40])[0]:  # a track with a width: the frames
             a, b, c, d = MATRICES[degrees]
             data[matrix : matrix + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
         at = data.find(b"tkhd", at + 4)
@@ -70,13 +70,13 @@ def _turn(path: Path, degrees: int) -> None:
 
 
 def brightness_ramp(count: int, step: int = 4, height: int = 48, width: int = 64) -> list[np.ndarray]:
-    """Pictures that get brighter one by one, with a dark mark in the upper left corner."""
-    pictures = []
+    """Frames that get brighter one by one, with a dark mark in the upper left corner."""
+    frames = []
     for number in range(count):
-        picture = np.full((height, width, 3), 40 + step * number, np.uint8)
-        picture[: height // 3, : width // 3] = 0
-        pictures.append(picture)
-    return pictures
+        frame = np.full((height, width, 3), 40 + step * number, np.uint8)
+        frame[: height // 3, : width // 3] = 0
+        frames.append(frame)
+    return frames
 
 
 def tone(seconds: float, rate_hz: int = 44100, hz: float = 440.0, channels: int = 1) -> np.ndarray:

@@ -53,7 +53,7 @@ TASK = Task(1, ("peep", "whirr"), ("ding", "hum", "peep", "whirr"))
 
 def _batch(separator, dtype):
     rng = torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, 255, (4, 2, 3, 3, 32, 32), dtype=torch.uint8, generator=rng)
+    frames = torch.randint(0, 255, (4, 2, 3, 3, 32, 32), dtype=torch.uint8, generator=rng)
     motion = torch.randint(0, 255, (4, 2, 6, 1, 16, 16), dtype=torch.uint8, generator=rng)
     return Batch(
         sources=0.2 * torch.randn(4, 2, TINY_FRONT_END["clip_samples"], generator=rng).to(dtype),
@@ -61,7 +61,7 @@ def _batch(separator, dtype):
         video_ids=VIDEO_IDS,
         is_memory=CLASS_IDS < 2,
         visual=VisualInputs(
-            pictures.to(dtype) / 255, None if separator.motion_encoder is None else motion.to(dtype) / 255
+            frames.to(dtype) / 255, None if separator.motion_encoder is None else motion.to(dtype) / 255
         ),
     )
 

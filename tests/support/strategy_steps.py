@@ -27,14 +27,14 @@ def student_and_teacher(**parts):
 def make_step(student, num_old=2, class_ids=CLASS_IDS, rows=slice(None), video_ids=VIDEO_IDS):
     rng = torch.Generator().manual_seed(0)
     sources = 0.2 * torch.randn(3, 2, TINY_FRONT_END["clip_samples"], generator=rng)[rows]
-    pictures = torch.randint(0, 255, (3, 2, 3, 3, 32, 32), dtype=torch.uint8, generator=rng)[rows]
+    frames = torch.randint(0, 255, (3, 2, 3, 3, 32, 32), dtype=torch.uint8, generator=rng)[rows]
     motion = torch.randint(0, 255, (3, 2, 6, 1, 16, 16), dtype=torch.uint8, generator=rng)[rows]
     batch = Batch(
         sources=sources,
         class_ids=class_ids[rows],
         video_ids=video_ids[rows],
         is_memory=class_ids[rows] < num_old,
-        visual=VisualInputs(pictures, None if student.motion_encoder is None else motion),
+        visual=VisualInputs(frames, None if student.motion_encoder is None else motion),
     )
     spectrograms = student.analyse(batch.sources)
     visual = student.encode_visual(batch.visual)

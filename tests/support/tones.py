@@ -37,7 +37,7 @@ TINY_TASKS = [["ding", "hum"], ["peep", "whirr"]]
 
 
 def make_tone_store(path: Path, seconds: float = 1.5) -> Path:
-    """Classes are harmonic tones of different pitch with a tremolo; pictures are bright in the class's quarter."""
+    """Classes are harmonic tones of different pitch with a tremolo; frames are bright in the class's quarter."""
     from avsep.data.store import StoreWriter
 
     order = []

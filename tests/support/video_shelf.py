@@ -24,13 +24,13 @@ DAMAGED = {  # name -> status that it gets
 CLASSES = ("ding", "hum", "peep", "whirr")
 
 
-def pictures(count: int, hue: int) -> list[np.ndarray]:
+def frames(count: int, hue: int) -> list[np.ndarray]:
     """48 x 64 pixels, a bar that moves."""
     found = []
     for number in range(count):
-        picture = np.full((48, 64, 3), (hue, 90, 220 - hue), np.uint8)
-        picture[:, 4 * number % 60 : 4 * number % 60 + 6] = 250
-        found.append(picture)
+        frame = np.full((48, 64, 3), (hue, 90, 220 - hue), np.uint8)
+        frame[:, 4 * number % 60 : 4 * number % 60 + 6] = 250
+        found.append(frame)
     return found
 
 
@@ -38,7 +38,7 @@ def write_good(path: Path, number: int) -> Path:
     """A second and a bit of a tone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sound = tone(1.2, 16000, 300.0 + 70.0 * number)
-    return write_video(path, pictures(6, 20 + 20 * number), sound, fps=5, rate_hz=16000)
+    return write_video(path, frames(6, 20 + 20 * number), sound, fps=5, rate_hz=16000)
 
 
 def write_damaged(folder: Path, good: bytes) -> None:
@@ -52,9 +52,9 @@ def write_damaged(folder: Path, good: bytes) -> None:
     holes[at : at + size] = bytes(size)
     (folder / "holes.mp4").write_bytes(holes)
     (folder / "folder.mp4").mkdir()
-    write_video(folder / "film.mp4", pictures(6, 50), None, fps=5)
-    write_video(folder / "hushed.mp4", pictures(6, 50), np.zeros((1, 20000), np.float32), fps=5, rate_hz=16000)
-    write_video(folder / "blink.mp4", pictures(1, 50), tone(0.3, 16000), fps=5, rate_hz=16000)
+    write_video(folder / "film.mp4", frames(6, 50), None, fps=5)
+    write_video(folder / "hushed.mp4", frames(6, 50), np.zeros((1, 20000), np.float32), fps=5, rate_hz=16000)
+    write_video(folder / "blink.mp4", frames(1, 50), tone(0.3, 16000), fps=5, rate_hz=16000)
     write_video(folder / "sound.m4a", None, tone(1.2, 16000), rate_hz=16000)
 
 

@@ -558,7 +558,7 @@ def test_models_are_selected_on_the_validation_protocol_that_was_asked_for(tone_
         tone_store, TINY_TASKS, validation_protocol="paper", clip_samples=TINY_FRONT_END["clip_samples"]
     )
     spec = tiny_run_spec("finetune", "none", epochs=1, steps_per_epoch=1)
-    learner = ContinualLearner.from_spec(spec, accelerator="cpu", loggers=[])  # pictures are scored too
+    learner = ContinualLearner.from_spec(spec, accelerator="cpu", loggers=[])  # frames are scored too
     records = learner.fit(stream, tmp_path / "run", progress=False)
     assert RunFolder(tmp_path / "run").spec().validation_protocol == "paper"
     for task, (record, scores) in enumerate(zip(records, seen, strict=True)):

@@ -1,4 +1,4 @@
-"""From a data set's videos to a store: sound, pictures and features of each, and what became of every one.
+"""From a data set's videos to a store: sound, frames and features of each, and what became of every one.
 
 Each video is worked on alone, in one thread, and its files are whole or absent; the manifest is put together at the
 end in the order of the listing. So a killed run goes on where it was, and its result is the same byte for byte, however
@@ -49,7 +49,7 @@ STATUSES = {
     "no_audio": "no audio stream",
     "silent": f"sound below {SILENT_DB:.0f} dB",
     "short": "shorter than --min-seconds",
-    "no_video": "nothing to see, where pictures or features are asked for",
+    "no_video": "no video stream, where frames or features are asked for",
 }
 
 
@@ -57,7 +57,7 @@ STATUSES = {
 class Recipe:
     """What is made of each video. Plain data, the same in every process.
 
-    ``object`` and ``motion`` name extractors of features or are None; ``frames`` keeps pictures, those of the object
+    ``object`` and ``motion`` name extractors of features or are None; ``frames`` keeps the frames, of the object
     ``frame_size`` pixels a side; ``detector`` is ``owlv2`` or None (the whole frame). ``extractors`` tell by name where
     the weights come from and their hash, ``folders`` where they lie on this machine. Made by :func:`make_recipe`.
     """
@@ -75,7 +75,7 @@ class Recipe:
     folders: dict[str, str] = field(default_factory=dict)
 
     @property
-    def sees(self) -> bool:
+    def takes_frames(self) -> bool:
         return bool(self.object or self.motion or self.frames)
 
     @property
@@ -96,10 +96,10 @@ class Recipe:
 
     def origin(self) -> dict[str, Any]:
         """What the manifest says of it: nothing of this machine."""
-        told = {k: v for k, v in asdict(self).items() if k not in ("rate_hz", "folders")}
+        described = {k: v for k, v in asdict(self).items() if k not in ("rate_hz", "folders")}
         if not (self.roles or self.detector):
-            told.pop("device")
-        return told
+            described.pop("device")
+        return described
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,14 @@ def make_recipe(
         raise ConfigError(f"min_seconds {min_seconds:g} must be above 0")
     if detector not in (None, "owlv2"):
         raise UnknownNameError(f"no detector '{detector}': owlv2, or none for the whole frame")
-    sees = bool(object or motion or frames)
+    takes_frames = bool(object or motion or frames)
     kept = Recipe(
         rate_hz=rate_hz,
         object=object,
         motion=motion,
         frames=frames,
         frame_size=frame_size,
-        detector=detector if sees else None,  # there is nothing to cut out
+        detector=detector if takes_frames else None,  # there is nothing to cut out
         look_every_s=look_every_s,
         min_seconds=min_seconds,
     )
@@ -169,7 +169,7 @@ def make_recipe(
 
 
 def _extractors(recipe: Recipe, weights: str | os.PathLike[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """What is told of each extractor, and the folders of the weights."""
+    """Where each extractor's weights come from, and the folders they lie in."""
     from avsep.media.footage import extractors
 
     hubs: dict[str, Any] = {}
@@ -182,18 +182,18 @@ def _extractors(recipe: Recipe, weights: str | os.PathLike[str]) -> tuple[dict[s
         from avsep.media.detection import owlv2_hub
 
         hubs[recipe.detector] = owlv2_hub()
-    told: dict[str, dict[str, str]] = {}
+    provenance: dict[str, dict[str, str]] = {}
     folders: dict[str, str] = {}
     for name, hub in hubs.items():
         if hub is None:  # its weights come inside a package, which pins them
-            told[name] = {}
+            provenance[name] = {}
             continue
         place = "auto" if str(weights) == "auto" else str(Path(weights) / hub.folder_name)
         folder = hub.locate(place)
         file = next(p for p in (folder / "model.safetensors", folder / "pytorch_model.bin") if p.is_file())
-        told[name] = {"repository": hub.repository, "revision": hub.revision, "sha256": sha256_file(file)}
+        provenance[name] = {"repository": hub.repository, "revision": hub.revision, "sha256": sha256_file(file)}
         folders[name] = str(folder)
-    return told, folders
+    return provenance, folders
 
 
 # --- one video ------------------------------------------------------------------------------------------------------
@@ -228,21 +228,21 @@ def _make(out: str, root: str, recipe: Recipe, video: Video) -> str:
     """Write a video's files, or note why there are none; returns its status."""
     writer = StoreWriter.worker(out, recipe.rate_hz)
     source: dict[str, Any] | None = None
-    told = {"class": video.class_name, "split": video.split}
+    row = {"class": video.class_name, "split": video.split}
     try:
         path = Path(root) / video.file
         if not video.file:
             raise _SkippedError("missing", f"there is no {video.looked_for}")
         source = {"path": video.file}  # all that is known of what cannot be read
         source = _source(path, video)
-        mono, span, seconds = _hear(path, recipe, video)
+        mono, span, seconds = _read_sound(path, recipe, video)
         about = {"duration_s": seconds, "status": "ok", "source": source}
-        pictures = _see(path, recipe, video.class_name, span)
-        writer.write_clip(video.id, video.class_name, video.split, mono, about=about, **pictures)
+        visual = _read_visual(path, recipe, video.class_name, span)
+        writer.write_clip(video.id, video.class_name, video.split, mono, about=about, **visual)
         return "ok"
     except _SkippedError as stop:
-        told |= {"status": stop.status, "reason": _without(stop.reason, root)}
-        writer.note_skipped(video.id, {**told, "source": source})
+        row |= {"status": stop.status, "reason": _without(stop.reason, root)}
+        writer.note_skipped(video.id, {**row, "source": source})
         return stop.status
 
 
@@ -266,7 +266,7 @@ def _without(reason: str, root: str) -> str:
     return " ".join(reason.replace(f"{root.rstrip('/')}/", "").split())
 
 
-def _hear(path: Path, recipe: Recipe, video: Video) -> tuple[Any, tuple[float, float] | None, float]:
+def _read_sound(path: Path, recipe: Recipe, video: Video) -> tuple[Any, tuple[float, float] | None, float]:
     """The sound at the store's rate, the part that was taken, and its seconds."""
     from avsep.media.video import probe, read_sound
 
@@ -289,16 +289,16 @@ def _hear(path: Path, recipe: Recipe, video: Video) -> tuple[Any, tuple[float, f
     level_db = 10 * math.log10(max(power, 1e-12))
     if level_db < SILENT_DB:
         raise _SkippedError("silent", f"{video.file} is silent ({level_db:.0f} dB)")
-    if recipe.sees and not info.has_video:
-        raise _SkippedError("no_video", f"{video.file} has no pictures")
+    if recipe.takes_frames and not info.has_video:
+        raise _SkippedError("no_video", f"{video.file} has no frames")
     return resample(mono, own_hz, recipe.rate_hz), span, round(seconds, 3)
 
 
-def _see(path: Path, recipe: Recipe, class_name: str, span: tuple[float, float] | None) -> dict[str, Any]:
-    """Pictures and features, as ``avsep separate`` would see them."""
+def _read_visual(path: Path, recipe: Recipe, class_name: str, span: tuple[float, float] | None) -> dict[str, Any]:
+    """Frames and features, as ``avsep separate`` computes them."""
     from avsep.media.footage import timelines_of_video, track_objects, whole_frame
 
-    if not recipe.sees:
+    if not recipe.takes_frames:
         return {}
     encoders, detector = _looking(recipe)
     sizes = {**SIZES, "object": (recipe.frame_size, recipe.frame_size)}
@@ -539,12 +539,12 @@ def _run_processes(out: str, root: str, recipe: Recipe, todo: Sequence[Video], j
         for video in suspects:
             if _run_pool(out, root, recipe, [video], 1, done):
                 writer = StoreWriter.worker(out, recipe.rate_hz)
-                told = {"class": video.class_name, "split": video.split, "status": "crashed"}
+                row = {"class": video.class_name, "split": video.split, "status": "crashed"}
                 reason = f"the process that decoded {video.file} died, twice: the file is damaged, or memory is short"
                 record: dict[str, Any] = {"path": video.file}
                 with contextlib.suppress(_SkippedError):  # gone meanwhile
                     record = _source(Path(root) / video.file, video)
-                writer.note_skipped(video.id, {**told, "reason": reason, "source": record})
+                writer.note_skipped(video.id, {**row, "reason": reason, "source": record})
                 done("crashed")
 
 

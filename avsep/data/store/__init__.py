@@ -1,4 +1,4 @@
-"""Stores: clips with their audio, pictures and features, as files or in shards."""
+"""Stores: clips with their audio, frames and features, as files or in shards."""
 
 from avsep.data.store.files import SPLITS, Clip, Store, StoreWriter, add_features, remove_store, timelines_of
 

@@ -78,7 +78,7 @@ class Availability:
 
 @dataclass
 class StoreCheck:
-    """What :func:`check_store` found. ``problems`` are lines about single clips: silent, clipped, still pictures.
+    """What :func:`check_store` found. ``problems`` are lines about single clips: silent, clipped, still frames.
     ``availability`` is None of a store that was not prepared from videos."""
 
     classes: dict[str, dict[str, ClassSummary]]
@@ -128,7 +128,7 @@ def check_store(path: str | Path, bars: Progress | None = None) -> StoreCheck:
                 result.problems.append(f"clip '{clip.id}' is clipped ({100 * clipped:.1f} % of its samples)")
         motion = store.timeline(clip).motion
         if motion is not None and len(motion) > 1 and not np.any(np.asarray(motion[1:]) != np.asarray(motion[:-1])):
-            result.problems.append(f"clip '{clip.id}': its motion pictures never change")
+            result.problems.append(f"clip '{clip.id}': its motion frames never change")
         bars.advance(bar)
     for name, record in store.features.items():
         result.features[name] = _feature_summary(store, name, record["role"])
@@ -175,8 +175,8 @@ def _feature_summary(store: Store, name: str, role: str) -> FeatureSummary:
 
 
 def contact_sheet(store: Store, out: str | Path, per_class: int = 6, tile: int = 96) -> Path:
-    """Write a picture of a store's pictures: a row a class; object pictures of ``per_class`` clips at their middle,
-    then eight consecutive motion pictures of the first one."""
+    """Write an image of a store's frames: a row a class; object frames of ``per_class`` clips at their middle,
+    then eight consecutive motion frames of the first one."""
     try:
         from PIL import Image, ImageDraw
     except ImportError:
@@ -193,27 +193,27 @@ def contact_sheet(store: Store, out: str | Path, per_class: int = 6, tile: int =
             (3, top), f"{name}: {', '.join(c.id.removeprefix(name + '-') for c in chosen)}", fill=(230, 230, 230)
         )
         for column, clip in enumerate(chosen):
-            pictures = store.timeline(clip).object
-            if pictures is not None:
-                sheet.paste(_tile(pictures[len(pictures) // 2], tile), (column * tile, top + label))
+            frames = store.timeline(clip).object
+            if frames is not None:
+                sheet.paste(_tile(frames[len(frames) // 2], tile), (column * tile, top + label))
         motion = store.timeline(chosen[0]).motion if chosen else None
         if motion is not None:
-            for column, picture in enumerate(motion[len(motion) // 2 :][:motions]):
-                sheet.paste(_tile(picture, tile), ((per_class + column) * tile, top + label))
+            for column, frame in enumerate(motion[len(motion) // 2 :][:motions]):
+                sheet.paste(_tile(frame, tile), ((per_class + column) * tile, top + label))
     target = Path(out)
     target = target if target.suffix else target.with_suffix(".png")
     with atomic_path(target) as temporary:
         try:
             sheet.save(temporary)
         except ValueError:
-            raise DataError(f"{target}: a contact sheet is a picture, such as contact.png") from None
+            raise DataError(f"{target}: a contact sheet is an image, such as contact.png") from None
     return target
 
 
-def _tile(picture: np.ndarray, size: int) -> Image.Image:
-    """A picture [C, H, W] with one or three channels as a square tile."""
+def _tile(frame: np.ndarray, size: int) -> Image.Image:
+    """A frame [C, H, W] with one or three channels as a square tile."""
     from PIL import Image
 
-    channels = np.asarray(picture).transpose(1, 2, 0)  # [H, W, C]
+    channels = np.asarray(frame).transpose(1, 2, 0)  # [H, W, C]
     image = Image.fromarray(np.ascontiguousarray(channels if channels.shape[2] == 3 else channels[..., 0]))
     return image.convert("RGB").resize((size, size))

@@ -1,11 +1,11 @@
-"""A store: one folder with a manifest, audio, pictures and stored features of many clips, read by streaming.
+"""A store: one folder with a manifest, audio, frames and stored features of many clips, read by streaming.
 
 Layout::
 
     manifest.json            what is there, with sizes and SHA-256 hashes
     audio/ID.wav             PCM 16 bit, mono, at the store's rate
-    object/ID.npy            uint8 [n, 3, H, W], ``object_rate_hz`` pictures a second
-    motion/ID.npy            uint8 [m, c, h, w], ``motion_rate_hz`` pictures a second
+    object/ID.npy            uint8 [n, 3, H, W], ``object_rate_hz`` frames a second
+    motion/ID.npy            uint8 [m, c, h, w], ``motion_rate_hz`` frames a second
     features/NAME/ID.npy     float [n, D] (object) or [D, T] (motion)
     videos.csv               what became of each video (stores prepared from videos)
 
@@ -159,7 +159,7 @@ class Store:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over ids, classes, splits, lengths, rates and the hashes of audio and pictures, in manifest order.
+        """SHA-256 over ids, classes, splits, lengths, rates and the hashes of audio and frames, in manifest order.
 
         Stored features are left out: they are derived, and adding some changes no mixture and no protocol. See
         :meth:`feature_hash`.

@@ -163,9 +163,9 @@ def _bank(path: str) -> SoundFont:
 
 
 def _make_and_write(out: str, clip: _Clip) -> str:
-    audio, pictures, motion = make_clip(clip, [_bank(p) for p in clip.banks])
+    audio, frames, motion = make_clip(clip, [_bank(p) for p in clip.banks])
     writer = StoreWriter.worker(out, SAMPLE_RATE_HZ)
-    writer.write_clip(clip.id, clip.class_name, clip.split, audio, object_frames=pictures, motion_frames=motion)
+    writer.write_clip(clip.id, clip.class_name, clip.split, audio, object_frames=frames, motion_frames=motion)
     return clip.id
 
 

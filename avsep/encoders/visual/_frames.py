@@ -1,4 +1,4 @@
-"""What the picture encoders share: uint8 to float, resizing, normalised convolutions."""
+"""What the frame encoders share: uint8 to float, resizing, normalised convolutions."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def check_frames(frames: Tensor, channels: int, name: str) -> None:
 
 
 def to_float(frames: Tensor, size: int) -> Tensor:
-    """Pictures [B, c, H, W] (uint8 of 0..255, or float of 0..1) as float of -0.5..0.5, [B, c, size, size].
+    """Frames [B, c, H, W] (uint8 of 0..255, or float of 0..1) as float of -0.5..0.5, [B, c, size, size].
 
-    Other sizes are resized by area, which keeps what a small picture can show of a large one.
+    Other sizes are resized by area, which keeps what a small frame can show of a large one.
     """
     scale = 1.0 if frames.is_floating_point() else 1.0 / 255.0
     x = (frames if frames.is_floating_point() else frames.to(torch.get_default_dtype())) * scale - 0.5

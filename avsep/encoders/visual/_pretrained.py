@@ -22,7 +22,7 @@ from avsep.encoders.visual._frames import check_frames
 from avsep.errors import CheckpointError, MissingExtraError
 from avsep.types import VisualSource
 
-__all__ = ["FrozenPictures", "FrozenPretrained", "prepare_pictures", "read_weights", "weights_come_later"]
+__all__ = ["FrozenFrameEncoder", "FrozenPretrained", "prepare_frames", "read_weights", "weights_come_later"]
 
 _LATER: contextvars.ContextVar[bool] = contextvars.ContextVar("weights_come_later", default=False)
 
@@ -76,10 +76,10 @@ class FrozenPretrained(VisualEncoder):
         return super().train(False)
 
 
-class FrozenPictures(FrozenPretrained):
-    """K pictures of an object, each encoded alone, and the maximum over them.
+class FrozenFrameEncoder(FrozenPretrained):
+    """K frames of an object, each encoded alone, and the maximum over them.
 
-    Subclasses say how pictures are prepared (see :func:`prepare_pictures`) and give :meth:`_features`.
+    Subclasses say how frames are prepared (see :func:`prepare_frames`) and give :meth:`_features`.
     """
 
     provides = ("object",)
@@ -102,12 +102,12 @@ class FrozenPictures(FrozenPretrained):
     def source(self) -> VisualSource:
         return VisualSource(role="object", kind="frames", frames=self.frames)
 
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, frames: Tensor) -> Tensor:
         how: dict[str, Any] = {"resized": self.resized, "square": self.square, "mode": self.mode}
-        parts = torch.split(pictures, self.batch)
-        return torch.cat([self._features(prepare_pictures(p, self.size, self.mean, self.std, **how)) for p in parts])
+        parts = torch.split(frames, self.batch)
+        return torch.cat([self._features(prepare_frames(p, self.size, self.mean, self.std, **how)) for p in parts])
 
-    def _features(self, pictures: Tensor) -> Tensor:
+    def _features(self, frames: Tensor) -> Tensor:
         """[n, 3, size, size] -> [n, dim]."""
         raise NotImplementedError
 
@@ -143,7 +143,7 @@ def read_weights(kind: Any, config: Any, folder: Path) -> nn.Module:
     return whole
 
 
-def prepare_pictures(
+def prepare_frames(
     frames: Tensor,
     size: int,
     mean: tuple[float, ...],
@@ -153,7 +153,7 @@ def prepare_pictures(
     square: bool = False,
     mode: str = "bicubic",
 ) -> Tensor:
-    """Pictures [B, 3, H, W] (uint8 of 0..255, or float of 0..1) as the published models take them: [B, 3, size, size].
+    """Frames [B, 3, H, W] (uint8 of 0..255, or float of 0..1) as the published models take them: [B, 3, size, size].
 
     The shorter side is brought to ``resized`` (default: ``size``) with antialiasing and the middle square cut out;
     with ``square`` both sides are, and nothing is cut. The colours are normalised.

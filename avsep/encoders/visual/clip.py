@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from avsep.encoders.hub import HubModel
-from avsep.encoders.visual._pretrained import FrozenPictures
+from avsep.encoders.visual._pretrained import FrozenFrameEncoder
 from avsep.registry import VISUAL_ENCODERS
 
 __all__ = ["ClipViTB32", "SigLIP2Base"]
@@ -17,11 +17,11 @@ __all__ = ["ClipViTB32", "SigLIP2Base"]
 @VISUAL_ENCODERS.register(
     "clip_vit_b32", source="Radford et al., CLIP, ICML 2021; as used by ContAV-Sep (NeurIPS 2024)"
 )
-class ClipViTB32(FrozenPictures):
-    """Frozen CLIP ViT-B/32 image embeddings (512-d) of K pictures, maximum over them; needs the extra ``vision``.
+class ClipViTB32(FrozenFrameEncoder):
+    """Frozen CLIP ViT-B/32 image embeddings (512-d) of K frames, maximum over them; needs the extra ``vision``.
 
     ``frames`` is K, ``weights`` a folder of them or ``auto`` (``AVSEP_WEIGHTS``, the hub's cache, a download),
-    ``batch`` the pictures encoded at once.
+    ``batch`` the frames encoded at once.
 
     Shapes:
         frames [B, K, 3, H, W], uint8 0..255 or float 0..1 -> [B, 512].
@@ -44,14 +44,14 @@ class ClipViTB32(FrozenPictures):
     def _set_sizes(self, config: Any) -> None:
         self.dim, self.size = int(config.projection_dim), int(config.image_size)
 
-    def _features(self, pictures: Tensor) -> Tensor:
-        features: Tensor = self.model(pixel_values=pictures).image_embeds
+    def _features(self, frames: Tensor) -> Tensor:
+        features: Tensor = self.model(pixel_values=frames).image_embeds
         return features
 
 
 @VISUAL_ENCODERS.register("siglip2_base", source="Tschannen et al., SigLIP 2, arXiv 2502.14786, 2025")
-class SigLIP2Base(FrozenPictures):
-    """Frozen SigLIP 2 base (patch 16, 224 pixels) image embeddings (768-d) of K pictures, maximum over them.
+class SigLIP2Base(FrozenFrameEncoder):
+    """Frozen SigLIP 2 base (patch 16, 224 pixels) image embeddings (768-d) of K frames, maximum over them.
 
     Parameters, shapes and errors as :class:`ClipViTB32`.
     """
@@ -69,6 +69,6 @@ class SigLIP2Base(FrozenPictures):
     def _set_sizes(self, config: Any) -> None:
         self.dim, self.size = int(config.hidden_size), int(config.image_size)
 
-    def _features(self, pictures: Tensor) -> Tensor:
-        features: Tensor = self.model(pixel_values=pictures).pooler_output
+    def _features(self, frames: Tensor) -> Tensor:
+        features: Tensor = self.model(pixel_values=frames).pooler_output
         return features

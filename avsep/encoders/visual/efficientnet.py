@@ -121,9 +121,9 @@ class EfficientNetLite0(VisualEncoder):
     def train(self, mode: bool = True) -> EfficientNetLite0:
         return super().train(False)  # frozen statistics, whatever the separator around it does
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Single pictures [n, 3, H, W], uint8 0..255 or float 0..1 -> [n, dim]."""
-        return self(pictures[:, None])
+    def encode(self, frames: Tensor) -> Tensor:
+        """Single frames [n, 3, H, W], uint8 0..255 or float 0..1 -> [n, dim]."""
+        return self(frames[:, None])
 
     def forward(self, frames: Tensor) -> Tensor:
         check_frames(frames, 3, "efficientnet_lite0")

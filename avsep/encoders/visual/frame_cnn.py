@@ -1,4 +1,4 @@
-"""A small trainable picture encoder for objects."""
+"""A small trainable frame encoder for objects."""
 
 from __future__ import annotations
 

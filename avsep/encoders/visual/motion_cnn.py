@@ -1,4 +1,4 @@
-"""A small trainable encoder of movement: pictures and their differences, pooled in space, convolved in time."""
+"""A small trainable encoder of movement: frames and their differences, pooled in space, convolved in time."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class MotionCNN(VisualEncoder):
         check_frames(frames, 1, "motion_cnn")
         batch, count = frames.shape[:2]
         x = torch.unflatten(to_float(frames.flatten(0, 1), self.size), 0, (batch, count))  # [B, M, 1, s, s]
-        # Differences are small next to the pictures; signed and absolute, so that neither direction nor amount is lost.
+        # Differences are small next to the frames; signed and absolute, so that neither direction nor amount is lost.
         difference = 4.0 * F.pad(x[:, 1:] - x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))  # the first frame has none
         x = torch.cat((x, difference, difference.abs()), dim=2).flatten(0, 1)  # [B*M, 3, s, s]
         x = self.body(x)  # [B*M, 2c, s/8, s/8]

@@ -1,4 +1,4 @@
-"""ResNet-18, the picture encoder of Sound of Pixels and Co-Separation."""
+"""ResNet-18, the frame encoder of Sound of Pixels and Co-Separation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from avsep.encoders.hub import HubModel
-from avsep.encoders.visual._pretrained import FrozenPictures
+from avsep.encoders.visual._pretrained import FrozenFrameEncoder
 from avsep.registry import VISUAL_ENCODERS
 
 __all__ = ["ResNet18"]
@@ -17,8 +17,8 @@ __all__ = ["ResNet18"]
 @VISUAL_ENCODERS.register(
     "resnet18", source="He et al., CVPR 2016; as used by Sound of Pixels (ECCV 2018) and Co-Separation (ICCV 2019)"
 )
-class ResNet18(FrozenPictures):
-    """Frozen ImageNet features (512-d) of K pictures, maximum over places and pictures; needs the extra ``vision``.
+class ResNet18(FrozenFrameEncoder):
+    """Frozen ImageNet features (512-d) of K frames, maximum over places and frames; needs the extra ``vision``.
 
     Parameters, shapes and errors as :class:`~avsep.encoders.visual.clip.ClipViTB32`.
     """
@@ -38,6 +38,6 @@ class ResNet18(FrozenPictures):
     def _set_sizes(self, config: Any) -> None:
         self.dim, self.size = int(config.hidden_sizes[-1]), 224
 
-    def _features(self, pictures: Tensor) -> Tensor:
-        maps: Tensor = self.model(pixel_values=pictures).last_hidden_state
+    def _features(self, frames: Tensor) -> Tensor:
+        maps: Tensor = self.model(pixel_values=frames).last_hidden_state
         return maps.amax(dim=(2, 3))

@@ -27,7 +27,7 @@ class ResNet18Map(VisualEncoder, ResNet18):
     """Trainable ResNet-18 on K colour frames, its last map reduced to a vector; maximum over frames.
 
     The map is reduced by a 1x1 convolution to ``channels`` channels (with normalisation and ReLU) and a linear map to
-    ``dim``, so that places in the picture count. ``frames`` is K, ``size`` the side in pixels that frames are resized
+    ``dim``, so that places in the frame count. ``frames`` is K, ``size`` the side in pixels that frames are resized
     to, ``width`` that of the first level. At the defaults it has 14,454,208 parameters. It starts from random weights;
     the published one starts from ImageNet's, whose names it shares.
 

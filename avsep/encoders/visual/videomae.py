@@ -10,7 +10,7 @@ from torch import Tensor
 
 from avsep.encoders.hub import HubModel
 from avsep.encoders.visual._frames import check_frames
-from avsep.encoders.visual._pretrained import FrozenPretrained, prepare_pictures
+from avsep.encoders.visual._pretrained import FrozenPretrained, prepare_frames
 from avsep.errors import ConfigError
 from avsep.registry import VISUAL_ENCODERS
 from avsep.types import VisualSource
@@ -73,12 +73,12 @@ class VideoMAEBase(FrozenPretrained):
 
     def forward(self, frames: Tensor) -> Tensor:
         if frames.ndim == 5 and frames.shape[2] == 1:
-            frames = frames.expand(-1, -1, 3, -1, -1)  # grey pictures
+            frames = frames.expand(-1, -1, 3, -1, -1)  # grey frames
         elif frames.ndim != 5 or frames.shape[2] != 3 or 0 in frames.shape[1:]:
             raise ConfigError(f"videomae_base takes frames [B, M, 3 or 1, H, W], got {list(frames.shape)}")
         check_frames(frames, 3, "videomae_base")
         frames = frames[:, spread_frames(frames.shape[1], self.frames).to(frames.device)]
-        x = prepare_pictures(frames.flatten(0, 1), self.size, _MEAN, _STD, mode="bilinear")
+        x = prepare_frames(frames.flatten(0, 1), self.size, _MEAN, _STD, mode="bilinear")
         x = torch.unflatten(x, 0, frames.shape[:2])
         if missing := self.frames - x.shape[1]:
             x = torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), dim=1)
