@@ -7,6 +7,8 @@ from pathlib import Path
 
 # OpenMP threads that wait by spinning make a busy machine many times slower; before torch is imported anywhere.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for every core: more threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

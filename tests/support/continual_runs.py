@@ -56,9 +56,9 @@ SEPARATORS: dict[str, dict[str, Any]] = {
 RUNS = [
     ("iquery", "none"),
     ("iquery", "random_per_class"),
-    ("iquery_object", "none"),
+    pytest.param("iquery_object", "none", marks=pytest.mark.slow),
     ("coseparation", "random_per_class"),
-    ("sound_of_pixels", "none"),
+    pytest.param("sound_of_pixels", "none", marks=pytest.mark.slow),
 ]
 
 _TRAIN = {**TINY_TRAIN, "epochs": 1, "steps_per_epoch": 3, "checkpoint_every": 2}

@@ -24,9 +24,9 @@ RESUMED = [
     ("avcil", "random_per_class"),
 ]
 ON_EVERY_SEPARATOR = [
-    ("lwf", "none"),
-    ("ewf", "random_per_class"),
-    ("avcil", "random_per_class"),
+    pytest.param("lwf", "none", marks=pytest.mark.slow),
+    pytest.param("ewf", "random_per_class", marks=pytest.mark.slow),
+    pytest.param("avcil", "random_per_class", marks=pytest.mark.slow),
     ("contavsep", "random_per_class"),
 ]
 # (strategy, without its term, memory): both begin with the same first task
