@@ -199,8 +199,8 @@ def cut_frame(frame: Frame, box: Sequence[float], size: tuple[int, int] | None =
         return part
     form = "gray" if part.shape[0] == 1 else "rgb24"
     pixels = part[0] if part.shape[0] == 1 else np.ascontiguousarray(part.transpose(1, 2, 0))
-    frame = _av().VideoFrame.from_ndarray(pixels, format=form)
-    array = frame.to_ndarray(format=form, width=size[1], height=size[0], interpolation="AREA")
+    image = _av().VideoFrame.from_ndarray(pixels, format=form)
+    array = image.to_ndarray(format=form, width=size[1], height=size[0], interpolation="AREA")
     return np.ascontiguousarray(array[None] if part.shape[0] == 1 else array.transpose(2, 0, 1))
 
 

@@ -48,11 +48,11 @@ class LwF(Strategy):
         self, *, weight_mask: float = 0.3, variant: Literal["old_query", "grown_teacher"] = "old_query"
     ) -> None:
         check_weights(weight_mask=weight_mask)
-        variant = {"old_slot": "old_query"}.get(variant, variant)  # its name in the specs of version 0.1
-        if variant not in ("old_query", "grown_teacher"):
+        chosen: str = {"old_slot": "old_query"}.get(variant, variant)  # its name in the specs of version 0.1
+        if chosen not in ("old_query", "grown_teacher"):
             raise ValueError(f"variant must be 'old_query' or 'grown_teacher', got {variant!r}")
         self.weight_mask = weight_mask
-        self.variant = variant
+        self.variant = chosen
         self.needs_teacher = weight_mask > 0
         self._new_rows: dict[str, Tensor] = {}  # the student's tensors that growth changed, as they were after it
         self._grown: Separator | None = None
