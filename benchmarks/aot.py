@@ -343,11 +343,11 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m avsep.benchmarks.aot", description=__doc__)
     parser.add_argument("--out", default="benchmarks/results/aot.csv")
-    parser.add_argument("--op", action="append", default=[], help="operation; again for more [all]")
+    parser.add_argument("--op", action="append", default=[], help="operation; again for more [default: all]")
     parser.add_argument(
-        "--sm", action="append", default=[], type=int, help="architecture such as 90; again for more [all]"
+        "--sm", action="append", default=[], type=int, help="architecture such as 90; again for more [default: all]"
     )
-    parser.add_argument("--jobs", type=int, help="processes [as many as cores]")
+    parser.add_argument("--jobs", type=int, help="processes [default: as many as cores]")
     parser.add_argument("--fresh", action="store_true", help="compile again what the file has")
     chosen = parser.parse_args(arguments)
 

@@ -745,13 +745,15 @@ def draw(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line that needs no typer; the exit code is 2 for a mistake, 1 where a check failed."""
     parser = argparse.ArgumentParser(prog="python -m avsep.benchmarks.kernels", description=__doc__)
-    parser.add_argument("--op", action="append", default=[], help="operation, or unet; again for more [all]")
+    parser.add_argument("--op", action="append", default=[], help="operation, or unet; again for more [default: all]")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--sizes", default="paper", choices=SIZES)
-    parser.add_argument("--repeats", type=int, help="timed samples [20 on a GPU, 7 on the CPU]")
+    parser.add_argument("--repeats", type=int, help="timed samples [default: 20 on a GPU, 7 on the CPU]")
     parser.add_argument("--out", help="CSV file to append to")
     parser.add_argument("--plot", help="picture to draw; needs matplotlib")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile as a peer [on a GPU]")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile as a peer [default: on a GPU]"
+    )
     parser.add_argument("--check-only", action="store_true", help="compare with the references, time nothing")
     parser.add_argument("--from-csv", metavar="CSV", help="print bars and backend table of rows measured before")
     chosen = parser.parse_args(arguments)

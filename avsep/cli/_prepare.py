@@ -22,11 +22,15 @@ def command(
     out: Annotated[Path, typer.Option("--out", help="Folder to make the store in, outside of ROOT.")],
     table: Annotated[
         Path | None,
-        typer.Option("--table", help="Of folder: CSV with path,class and if wanted split,start,end,id [ROOT/CLASS/]."),
+        typer.Option(
+            "--table", help="Of folder: CSV with path,class and if wanted split,start,end,id [default: ROOT/CLASS/]."
+        ),
     ] = None,
     annotations: Annotated[
         Path | None,
-        typer.Option("--annotations", help="MUSIC21_solo_videos.json, Annotations.txt or vggsound.csv [in ROOT]."),
+        typer.Option(
+            "--annotations", help="MUSIC21_solo_videos.json, Annotations.txt or vggsound.csv [default: in ROOT]."
+        ),
     ] = None,
     splits: Annotated[
         Path | None,
@@ -36,7 +40,8 @@ def command(
         ),
     ] = None,
     classes: Annotated[
-        str | None, typer.Option("--classes", help="Classes to take, in task order, such as flute,piano [all].")
+        str | None,
+        typer.Option("--classes", help="Classes to take, in task order, such as flute,piano [default: all]."),
     ] = None,
     events: Annotated[bool, typer.Option("--events", help="Of ave: take the annotated seconds alone.")] = False,
     shares: Annotated[

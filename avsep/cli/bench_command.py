@@ -18,12 +18,14 @@ app = typer.Typer(
 
 _Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed calls of each variant.")]
 _Out = Annotated[Path, typer.Option("--out", help="CSV file to append the results to.")]
-_Plot = Annotated[Path | None, typer.Option("--plot", help="Picture to draw (.png, .svg, .pdf) [none].")]
+_Plot = Annotated[Path | None, typer.Option("--plot", help="Picture to draw (.png, .svg, .pdf) [default: none].")]
 _Preset = Annotated[str, typer.Option("--preset", help="iquery, or a YAML file of the same kind.")]
 _Batch = Annotated[int, typer.Option("--batch", min=1, help="Mixtures of two sources in a step.")]
 _Classes = Annotated[int, typer.Option("--classes", min=2, help="Classes seen so far; the last five are new.")]
 _Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
-_Store = Annotated[Path | None, typer.Argument(metavar="[STORE]", help="A store's folder [a temporary one, of noise].")]
+_Store = Annotated[
+    Path | None, typer.Argument(metavar="[STORE]", help="A store's folder [default: a temporary one, of noise].")
+]
 
 _OUT = Path("benchmarks-results.csv")
 _KERNELS_OUT = Path("benchmarks-kernels.csv")
@@ -39,7 +41,10 @@ def train(
     memory_share: Annotated[
         float | None,
         typer.Option(
-            "--memory-share", min=0, max=1, help="Share of exemplars among the sources [as published for --classes]."
+            "--memory-share",
+            min=0,
+            max=1,
+            help="Share of exemplars among the sources [default: as published for --classes].",
         ),
     ] = None,
     device: _Device = "cpu",
@@ -99,15 +104,18 @@ def export(
         Path | None, typer.Option("--run", help="What it was made from, for PyTorch: a run or saved separator.")
     ] = None,
     task: Annotated[
-        int | None, typer.Option("--task", min=0, help="Separator of this task [the last finished].")
+        int | None, typer.Option("--task", min=0, help="Separator of this task [default: the last finished].")
     ] = None,
     provider: Annotated[
         list[str] | None,
         typer.Option(
-            "--provider", help="cpu, cuda, onnxruntime-tensorrt, tensorrt, tensorrt-rtx; again for more [all here]."
+            "--provider",
+            help="cpu, cuda, onnxruntime-tensorrt, tensorrt, tensorrt-rtx; again for more [default: all here].",
         ),
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="Of PyTorch and ONNX Runtime [the cores].")] = 0,
+    threads: Annotated[
+        int, typer.Option("--threads", min=0, help="Of PyTorch and ONNX Runtime [default: the cores].")
+    ] = 0,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile among them.")] = True,
     memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Measure memory, each in its own process.")
@@ -159,15 +167,18 @@ def everything(
 def kernels(
     op: Annotated[
         list[str] | None,
-        typer.Option("--op", help="similarity_distillation, stft_masking, mask_head or unet; again for more [all]."),
+        typer.Option(
+            "--op", help="similarity_distillation, stft_masking, mask_head or unet; again for more [default: all]."
+        ),
     ] = None,
     device: _Device = "cpu",
     sizes: Annotated[str, typer.Option("--sizes", help="paper, large, all, or tiny (a quick trial).")] = "paper",
     repeats: Annotated[
-        int | None, typer.Option("--repeats", min=1, help="Timed samples of each variant [20 on a GPU, 7 on the CPU].")
+        int | None,
+        typer.Option("--repeats", min=1, help="Timed samples of each variant [default: 20 on a GPU, 7 on the CPU]."),
     ] = None,
     compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile among the peers [on a GPU].")
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile among the peers [default: on a GPU].")
     ] = None,
     check_only: Annotated[bool, typer.Option("--check-only", help="Compare with float64 and time nothing.")] = False,
     out: Annotated[Path, typer.Option("--out", help="CSV file to append the results to.")] = _KERNELS_OUT,
@@ -206,9 +217,11 @@ def kernels(
 
 @app.command("aot")
 def aot(
-    op: Annotated[list[str] | None, typer.Option("--op", help="Operation; again for more [all].")] = None,
-    sm: Annotated[list[int] | None, typer.Option("--sm", help="Architecture such as 90; again for more [all].")] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes [as many as cores].")] = None,
+    op: Annotated[list[str] | None, typer.Option("--op", help="Operation; again for more [default: all].")] = None,
+    sm: Annotated[
+        list[int] | None, typer.Option("--sm", help="Architecture such as 90; again for more [default: all].")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes [default: as many as cores].")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Compile again what the file has.")] = False,
     out: Annotated[Path, typer.Option("--out", help="CSV file to write.")] = _AOT_OUT,
 ) -> None:

@@ -20,9 +20,10 @@ def command(
         typer.Argument(metavar="RUN...", help="Run folders, as avsep train writes them.", show_default=False),
     ],
     task: Annotated[
-        int | None, typer.Option("--task", min=0, help="What persists after this task [the last that one follows].")
+        int | None,
+        typer.Option("--task", min=0, help="What persists after this task [default: the last that one follows]."),
     ] = None,
-    store: Annotated[Path | None, typer.Option("--store", help="Store folder [each run's own].")] = None,
+    store: Annotated[Path | None, typer.Option("--store", help="Store folder [default: each run's own].")] = None,
     align: Annotated[
         bool, typer.Option("--align", help="Also say which memories would bring all to the budget of the largest.")
     ] = False,

@@ -27,7 +27,7 @@ def command(
     joint: Annotated[
         list[Path] | None,
         typer.Option(
-            "--joint", help="Run of joint training, for intransigence; again for every seed [those among RUN]."
+            "--joint", help="Run of joint training, for intransigence; again for every seed [default: those among RUN]."
         ),
     ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write all numbers as CSV.")] = None,

@@ -29,7 +29,8 @@ def synth(
     size: Annotated[str, typer.Option("--size", help="tiny, small or full.")] = "tiny",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed gives other phrases and pictures.")] = 0,
     bank: Annotated[
-        list[Path] | None, typer.Option("--bank", help="SoundFont (.sf2); repeat for several [one that is found].")
+        list[Path] | None,
+        typer.Option("--bank", help="SoundFont (.sf2); repeat for several [default: one that is found]."),
     ] = None,
     holdout_bank: Annotated[
         Path | None, typer.Option("--holdout-bank", help="SoundFont that plays the test split only.")
@@ -39,7 +40,9 @@ def synth(
         str | None, typer.Option("--clips", help="Clips a class for train,val,test, such as 14,3,4.")
     ] = None,
     clip_s: Annotated[float | None, typer.Option("--clip-s", help="Seconds of a clip.")] = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes [one a CPU core].")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes [default: one a CPU core].")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Delete the store that is there and begin anew.")] = False,
 ) -> None:
     """Make the offline benchmark from sampled instruments and drawn players. Continues a killed run."""

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder, as avsep train writes it.", show_default=False)],
-    store: Annotated[Path | None, typer.Option("--store", help="Store folder [the run's own].")] = None,
+    store: Annotated[Path | None, typer.Option("--store", help="Store folder [default: the run's own].")] = None,
     task: Annotated[
-        list[int] | None, typer.Option("--task", min=0, help="Only after this task, from 0 on (repeatable) [all].")
+        list[int] | None,
+        typer.Option("--task", min=0, help="Only after this task, from 0 on (repeatable) [default: all]."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Mixtures separated at a time.")] = 4,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",

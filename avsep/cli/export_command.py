@@ -47,7 +47,7 @@ _Sm = Annotated[
     list[str] | None,
     typer.Option(
         "--sm",
-        help="Compute capabilities to build for without a GPU, such as 86,120 (tensorrt-rtx) (default: the GPU here).",
+        help="Compute capabilities to build for without a GPU, such as 86,120 (tensorrt-rtx) [default: the GPU here].",
     ),
 ]
 _Workspace = Annotated[
@@ -67,20 +67,20 @@ def run(
         typer.Option(
             "--task",
             min=0,
-            help="Export this task's separator (repeatable) (default: the last finished task's alone).",
+            help="Export this task's separator (repeatable) [default: the last finished task's alone].",
         ),
     ] = None,
     all_tasks: Annotated[bool, typer.Option("--all-tasks", help="Export every finished task's separator.")] = False,
     tar: Annotated[bool, typer.Option("--tar", help="Write several tasks as task-00.tar, ...")] = False,
     precision: Annotated[
         list[str] | None,
-        typer.Option("--precision", help="fp32, fp16 or int8 (repeatable: a graph each) (default: fp32)."),
+        typer.Option("--precision", help="fp32, fp16 or int8 (repeatable: a graph each) [default: fp32]."),
     ] = None,
     sources: Annotated[int, typer.Option("--sources", min=1, help="Sources separated in one call.")] = 2,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Mixtures in one call.")] = 1,
     length_s: Annotated[
         float | None,
-        typer.Option("--length-s", help="Seconds of one call (default: the clip's that it was trained on)."),
+        typer.Option("--length-s", help="Seconds of one call [default: the clip's that it was trained on]."),
     ] = None,
     dynamic: Annotated[
         bool, typer.Option("--dynamic", help="Leave the numbers of mixtures and sources open (slower in TensorRT).")
@@ -90,16 +90,16 @@ def run(
     ] = False,
     max_batch: Annotated[
         int | None,
-        typer.Option("--max-batch", min=1, help="Most mixtures in one call of an engine (--dynamic) (default: 8)."),
+        typer.Option("--max-batch", min=1, help="Most mixtures in one call of an engine (--dynamic) [default: 8]."),
     ] = None,
     max_sources: Annotated[
         int | None,
-        typer.Option("--max-sources", min=1, help="Most sources in one call of an engine (--dynamic) (default: 8)."),
+        typer.Option("--max-sources", min=1, help="Most sources in one call of an engine (--dynamic) [default: 8]."),
     ] = None,
     motion_steps: Annotated[
         int | None,
         typer.Option(
-            "--motion-steps", min=1, help="Steps of stored motion features (default: those of the run's store; else 8)."
+            "--motion-steps", min=1, help="Steps of stored motion features [default: those of the run's store; else 8]."
         ),
     ] = None,
     motion_mask: Annotated[
@@ -113,7 +113,7 @@ def run(
         typer.Option(
             "--motion-frames",
             min=1,
-            help="Frames in one call of the motion encoder (default: as the run's store has them; else 8 a second).",
+            help="Frames in one call of the motion encoder [default: as the run's store has them; else 8 a second].",
         ),
     ] = None,
     frame_size: Annotated[
@@ -122,14 +122,14 @@ def run(
             "--frame-size",
             metavar="HxW",
             help="Pixels of the frames that the encoders take, such as a camera's 240x320; resized in the graph "
-            "(default: as the run's store has them; else the encoders' own).",
+            "[default: as the run's store has them; else the encoders' own].",
         ),
     ] = None,
     opset: Annotated[int, typer.Option("--opset", help="ONNX operator set, 18 to 20.")] = 18,
     tolerance: Annotated[
         float | None,
         typer.Option(
-            "--tolerance", help="Largest difference from PyTorch in a sample (full scale is 1) (default: fp32: 0.001)."
+            "--tolerance", help="Largest difference from PyTorch in a sample (full scale is 1) [default: fp32: 0.001]."
         ),
     ] = None,
     gate_db: Annotated[
@@ -140,11 +140,11 @@ def run(
     ] = False,
     calibration: Annotated[
         int | None,
-        typer.Option("--calibration", min=1, help="Training mixtures that INT8 ranges are measured on (default: 64)."),
+        typer.Option("--calibration", min=1, help="Training mixtures that INT8 ranges are measured on [default: 64]."),
     ] = None,
     store: Annotated[
         Path | None,
-        typer.Option("--store", help="The run's store, for held-out mixtures (default: where the run says)."),
+        typer.Option("--store", help="The run's store, for held-out mixtures [default: where the run says]."),
     ] = None,
     licence: Annotated[
         str, typer.Option("--licence", help="Licence of the weights, noted in the bundle, such as CC-BY-4.0.")
@@ -330,7 +330,7 @@ def verify(
     ] = "cpu",
     tolerance: Annotated[
         float | None,
-        typer.Option("--tolerance", help="Largest difference from the golden outputs (default: each graph's own)."),
+        typer.Option("--tolerance", help="Largest difference from the golden outputs [default: each graph's own]."),
     ] = None,
 ) -> None:
     """Check a bundle's hashes and manifest, and run every graph on its golden inputs."""
@@ -364,7 +364,7 @@ def build(
     bundle: _Bundle,
     graph: Annotated[
         list[str] | None,
-        typer.Option("--graph", help="A graph of it, such as separator.onnx (repeatable) (default: all)."),
+        typer.Option("--graph", help="A graph of it, such as separator.onnx (repeatable) [default: all]."),
     ] = None,
     target: Annotated[
         str, typer.Option("--target", help="auto, tensorrt or tensorrt-rtx; onnxruntime only runs the graphs.")
@@ -373,7 +373,7 @@ def build(
     workspace_mib: _Workspace = 1024,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for the engines (default: engines in the bundle; beside a tar)."),
+        typer.Option("--out", help="Folder for the engines [default: engines in the bundle; beside a tar]."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what is good already.")] = False,
 ) -> None:

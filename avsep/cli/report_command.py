@@ -14,9 +14,9 @@ def command(
         list[Path] | None,
         typer.Option("--compare", help="Another run on the same tasks, shown beside it (repeatable)."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The page to write [RUN/report.html].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The page to write [default: RUN/report.html].")] = None,
     mixtures: Annotated[int, typer.Option("--mixtures", min=0, help="Test mixtures to hear.")] = 12,
-    store: Annotated[Path | None, typer.Option("--store", help="Store folder [the run's own].")] = None,
+    store: Annotated[Path | None, typer.Option("--store", help="Store folder [default: the run's own].")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Write one HTML page of a run: scores, curves, and test mixtures to hear and to see."""

@@ -31,14 +31,17 @@ def command(
     ] = "small",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of every cell.")] = 3,
     out: Annotated[Path, typer.Option("--out", help="Folder for cells, tables and plots.")] = Path("avsep-reproduce"),
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Cells at a time [the cores; 1 on a GPU].")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Cells at a time [default: the cores; 1 on a GPU].")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the grid in --out was.")] = False,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="iquery, coseparation, or both [as in the paper's table]."),
+        typer.Option("--base", help="iquery, coseparation, or both [default: as in the paper's table]."),
     ] = None,
     row: Annotated[
-        list[str] | None, typer.Option("--row", help="Only this row, e.g. contavsep+memory (repeatable) [all].")
+        list[str] | None,
+        typer.Option("--row", help="Only this row, e.g. contavsep+memory (repeatable) [default: all]."),
     ] = None,
     results: Annotated[
         list[Path] | None,

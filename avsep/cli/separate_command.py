@@ -58,7 +58,7 @@ def command(
         float, typer.Option("--look-every", min=0.04, help="Seconds of video from one detection to the next.")
     ] = 1.0,
     task: Annotated[
-        int | None, typer.Option("--task", min=0, help="Separator of this task (default: the last finished).")
+        int | None, typer.Option("--task", min=0, help="Separator of this task [default: the last finished].")
     ] = None,
     rate: Annotated[
         str, typer.Option("--rate", help="Rate of the files written: model (the separator's), input, or Hz.")
@@ -68,11 +68,11 @@ def command(
     page: Annotated[bool, typer.Option("--page/--no-page", help="Write NAME_separated.html, to hear and see.")] = True,
     batch: Annotated[
         int | None,
-        typer.Option("--batch", min=1, help="Chunks separated at once (default: 4; of a bundle: as its graph takes)."),
+        typer.Option("--batch", min=1, help="Chunks separated at once [default: 4; of a bundle: as its graph takes]."),
     ] = None,
     context: Annotated[
         float | None,
-        typer.Option("--context", help="Seconds of each side of a chunk thrown away (default: an eighth of it)."),
+        typer.Option("--context", help="Seconds of each side of a chunk thrown away [default: an eighth of it]."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Of a run: auto, cpu, cuda or mps.")] = "auto",
     provider: Annotated[
@@ -80,7 +80,7 @@ def command(
         typer.Option("--provider", help="Of a bundle: auto, cpu, cuda, onnxruntime-tensorrt, tensorrt, tensorrt-rtx."),
     ] = "auto",
     precision: Annotated[
-        str | None, typer.Option("--precision", help="Of a bundle: fp32, fp16 or int8 (default: fp32 where it has it).")
+        str | None, typer.Option("--precision", help="Of a bundle: fp32, fp16 or int8 [default: fp32 where it has it].")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:

@@ -26,15 +26,21 @@ def command(
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Run folder to write.")] = Path("runs/run"),
     preset: Annotated[
-        str | None, typer.Option("--preset", help="Preset name or YAML file (see: avsep list presets) [iquery_small].")
+        str | None,
+        typer.Option("--preset", help="Preset name or YAML file (see: avsep list presets) [default: iquery_small]."),
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option("--strategy", help="See: avsep list strategies; NAME+NAME combines them [contavsep].")
+        str | None,
+        typer.Option("--strategy", help="See: avsep list strategies; NAME+NAME combines them [default: contavsep]."),
     ] = None,
-    memory: Annotated[str | None, typer.Option("--memory", help="See: avsep list memories [random_per_class].")] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="See: avsep list memories [default: random_per_class].")
+    ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", help='Classes of each task: "flute,piano;cello,tuba" [the store\'s, by five].'),
+        typer.Option(
+            "--tasks", help='Classes of each task: "flute,piano;cello,tuba" [default: the store\'s, by five].'
+        ),
     ] = None,
     classes_per_task: Annotated[
         int | None, typer.Option("--classes-per-task", min=1, help="Cut the store's classes into tasks of this size.")
@@ -46,7 +52,9 @@ def command(
             help="released: do as the paper's released code does wherever avsep does otherwise (docs/fidelity.md).",
         ),
     ] = None,
-    protocol: Annotated[str | None, typer.Option("--protocol", help="Test pairs: fixed or paper [fixed].")] = None,
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", help="Test pairs: fixed or paper [default: fixed].")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same as --set train.seed=N.")] = None,
     settings: Annotated[
         list[str] | None,
@@ -55,7 +63,9 @@ def command(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
     devices: Annotated[
         int | None,
-        typer.Option("--devices", min=1, help="Processes on this machine that share every batch, one a GPU [1]."),
+        typer.Option(
+            "--devices", min=1, help="Processes on this machine that share every batch, one a GPU [default: 1]."
+        ),
     ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", min=0, help="Reader processes (of each); never changes the result.")

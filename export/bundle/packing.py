@@ -20,6 +20,7 @@ from avsep.errors import AvsepError, ConfigError
 from avsep.export.runtime.manifest import FORMAT, MANIFEST
 from avsep.export.runtime.reader import is_built_here
 from avsep.files import atomic_path, give_usual_rights, made_folder, read_json
+from avsep.runs.folder import RunFolder
 
 __all__ = ["check_target", "is_tar_name", "staged", "write_arrays", "write_tar"]
 
@@ -52,10 +53,10 @@ def check_target(out: str | os.PathLike[str]) -> Path:
     if target.is_symlink():
         target = target.resolve()
     tar = is_tar_name(target)
-    if (target / "run.yaml").is_file():
+    if RunFolder(target).is_run:
         raise ConfigError(f"{target} is a run: choose another place for the bundle")
     for around in target.absolute().resolve().parents:
-        if (around / "run.yaml").is_file() and (around / "tasks").is_dir():
+        if RunFolder(around).is_run and RunFolder(around).tasks.is_dir():
             raise ConfigError(f"{out} lies inside the run {around}, which a bundle would spoil: choose another place")
         if _is_bundle_folder(around):
             raise ConfigError(f"{out} lies inside the bundle {around}: choose another place")

@@ -33,14 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", required=True, help="classes to separate, such as flute,piano")
     parser.add_argument("--features", help="frames or features of each class (.npz of avsep data features)")
     parser.add_argument("--out", required=True, help="folder for STEM_CLASS.wav and STEM_residual.wav")
-    parser.add_argument("--provider", default="auto", help=f"one of {', '.join(PROVIDERS)} (default: auto)")
-    parser.add_argument("--engines", help="folder of engines built with --out (default: engines in the bundle's)")
-    parser.add_argument("--precision", help="of the graph: fp32, fp16 or int8 (default: fp32 where there is one)")
-    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime (default: its own choice)")
+    parser.add_argument("--provider", default="auto", help=f"one of {', '.join(PROVIDERS)} [default: auto]")
+    parser.add_argument("--engines", help="folder of engines built with --out [default: engines in the bundle's]")
+    parser.add_argument("--precision", help="of the graph: fp32, fp16 or int8 [default: fp32 where there is one]")
+    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime [default: its own choice]")
     parser.add_argument(
-        "--context", type=float, help="seconds of each side of a chunk thrown away (default: as the bundle says)"
+        "--context", type=float, help="seconds of each side of a chunk thrown away [default: as the bundle says]"
     )
-    parser.add_argument("--format", default="PCM_16", help="of the samples written: PCM_16 or FLOAT (default: PCM_16)")
+    parser.add_argument("--format", default="PCM_16", help="of the samples written: PCM_16 or FLOAT [default: PCM_16]")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     chosen = parser.parse_args(arguments)
     try:

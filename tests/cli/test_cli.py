@@ -400,6 +400,7 @@ def test_defaults_in_brackets_are_shown(capsys):
             assert run(*path, "--help") == 0
             shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
             for note in noted:
-                assert note.split()[0] in re.findall(r"\[([^\s\]]+)", shown), (path, note)
+                assert note.startswith("default: "), (path, note)
+                assert note.split()[1] in re.findall(r"\[default: ([^\s\]]+)", shown), (path, note)
                 checked += 1
     assert checked > 20
