@@ -122,6 +122,7 @@ def test_reading_a_given_store(tone_store, crop):
     assert [f() for f in case.variants.values()] == [4, 4]
 
 
+@pytest.mark.slow
 def test_all_runs_every_group(monkeypatch, tmp_path):
     made = []
     for name in ("data_cases", "metrics_cases", "train_cases"):

@@ -165,8 +165,8 @@ def test_a_video_that_crashes_the_decoder_is_noted_and_the_rest_goes_on(tmp_path
         """
 import os, sys
 from avsep.data.prepare import videos as prepare
-hear = prepare._hear
-prepare._hear = lambda path, *rest: os.abort() if path.stem == "crash" else hear(path, *rest)
+read = prepare._read_sound
+prepare._read_sound = lambda path, *rest: os.abort() if path.stem == "crash" else read(path, *rest)
 if __name__ == "__main__":
     from avsep.data.prepare.listings import list_folder
     recipe = prepare.make_recipe(object=None, motion=None)

@@ -327,6 +327,7 @@ def test_a_dynamic_graph_declares_names_and_has_no_forbidden_operator(dynamic):
     assert not {n.op_type for n in model.graph.node} & {"STFT", "DFT", "Attention", "GridSample", "Loop", "If", "Scan"}
 
 
+@pytest.mark.slow
 def test_a_dynamic_graph_builds_for_every_target_but_turing(dynamic, tmp_path):
     """TensorRT-RTX has no matrix product in fp32 for Turing: there the graph has to be fp16."""
     separator, plan, path = dynamic

@@ -169,7 +169,14 @@ def test_int8_layers_are_chosen_on_other_mixtures_than_the_gates(export_and_gate
     assert "quantised" not in made["separator.fp16.onnx"].to_dict()
 
 
-@pytest.mark.parametrize("name", ["separator.fp16.onnx", "separator.int8.onnx", "separator.onnx"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "separator.int8.onnx",
+        pytest.param("separator.fp16.onnx", marks=pytest.mark.slow),
+        pytest.param("separator.onnx", marks=pytest.mark.slow),
+    ],
+)
 def test_every_precision_builds(exported, name, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     from avsep.export.targets.tensorrt import build

@@ -203,6 +203,7 @@ def test_a_file_of_another_kind_is_left_alone(monkeypatch, tmp_path):
     assert other.read_text() == "name,age\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("mask_head" not in OPS, reason="needs a kernel")
 def test_rows_of_this_source_are_kept_and_others_compiled(tmp_path):
     """With every row of one architecture there but one, that one alone is compiled; unknown cases are dropped."""

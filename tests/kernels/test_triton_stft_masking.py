@@ -118,7 +118,9 @@ def test_analysis(name, align_corners):
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize("name", [*CASES, *SHORTER])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "paper" else []) for n in [*CASES, *SHORTER]]
+)
 def test_synthesis_and_gradient(name, align_corners):
     case = {**CASES, **SHORTER}[name]
     logits, mixture, options = synthesis_inputs(case)

@@ -58,7 +58,7 @@ RUNS = [
     ("iquery", "none"),
     ("iquery", "random_per_class"),
     pytest.param("iquery_object", "none", marks=pytest.mark.slow),
-    ("coseparation", "random_per_class"),
+    pytest.param("coseparation", "random_per_class", marks=pytest.mark.slow),
     pytest.param("sound_of_pixels", "none", marks=pytest.mark.slow),
 ]
 
