@@ -75,7 +75,7 @@ def command(
         typer.Option(
             "--logger",
             help="tensorboard, files, wandb, mlflow, package.module.Class or none; parameters as NAME:key=value,... "
-            "(repeatable) [tensorboard where installed]. The CSV logs are always written.",
+            "(repeatable) [default: tensorboard where installed]. The CSV logs are always written.",
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out after a kill.")] = False,
