@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -20,7 +19,7 @@ from pydantic import (
 )
 
 from avsep.errors import ConfigError, UnknownNameError, near_matches
-from avsep.files import read_yaml
+from avsep.files import parse_yaml, read_yaml
 from avsep.registry import (
     ADAPTERS,
     AUDIO_ENCODERS,
@@ -377,9 +376,9 @@ def apply_settings(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         if not sign or not key:
             raise ConfigError(f"setting {setting!r} must be KEY=VALUE, such as train.batch_size=8")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"setting {setting!r}: the value is not valid YAML") from None
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"setting {setting!r}: the value is not valid YAML ({error})") from None
         node: Any = data
         *parents, last = key.split(".")
         for part in parents:

@@ -107,7 +107,7 @@ def _claim(out: Path, seed: int, fresh: bool) -> None:
     """Take the folder for a demo of this seed; refuse one that holds anything else."""
     import shutil
 
-    from avsep.files import read_json, write_json
+    from avsep.files import entries, read_json, write_json
 
     mark = out / "demo.json"
     if mark.is_file():
@@ -120,7 +120,7 @@ def _claim(out: Path, seed: int, fresh: bool) -> None:
                     (out / name).unlink(missing_ok=True)
         elif found != seed:
             raise AvsepError(f"{out} holds a demo of seed {found}: add --fresh to replace it, or choose another --out")
-    elif out.exists() and any(out.iterdir()):
+    elif entries(out):
         raise AvsepError(f"{out} is not empty and not a demo: choose another folder with --out")
     write_json(mark, {"seed": seed})
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from avsep.environment import code_hash, commit
 from avsep.errors import AvsepError, ConfigError, MissingExtraError, RunError
-from avsep.files import FolderLock, read_json, refuse_file, write_json
+from avsep.files import FolderLock, entries, read_json, refuse_file, write_json
 from avsep.progress import Progress, progress_bar
 from avsep.reproduce.grid import Cell, Grid, identity_key
 from avsep.reproduce.preset import GridPreset
@@ -486,7 +486,7 @@ def check_folder(out: Path, resume: bool, *, preset: str, given: GridPreset, tun
         if then not in (None, _preset_hash(given)):
             raise _other_preset(out, found, preset)
         return
-    foreign = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
+    foreign = [name for name in entries(out) if not name.startswith(".")]
     if resume and not foreign:
         raise RunError(f"nothing to resume in {out}: start it without --resume")
     if set(foreign) - {"store"}:  # a store is made before the folder is marked

@@ -6,7 +6,8 @@ Layout::
     protocol.json                     the test mixtures
     tasks/TT/separator                the separator after task TT
     tasks/TT/strategy.safetensors     what the strategy keeps for the next task, where it keeps something
-    tasks/TT/task.json                the task's record, written last: a task without one is not finished
+    tasks/TT/task.json                the task's record with the SHA-256 of its files, written last: a task without
+                                      one is not finished
     state/                            the checkpoint that a resume goes on from
     logs/                             train.csv, validation.csv and the loggers' own
     evaluation.json, report.html      once evaluated and reported
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from avsep.errors import CheckpointError, ConfigError, RunError
-from avsep.files import read_json, read_yaml, write_json, write_yaml
+from avsep.files import entries, read_json, read_yaml, sha256_file, sweep, write_json, write_yaml
 from avsep.spec import RunSpec, validated
 
 __all__ = ["RunFolder", "TaskFolder"]
@@ -37,7 +38,8 @@ class TaskFolder:
 
     @property
     def is_finished(self) -> bool:
-        return self.record_file.is_file() and self.separator.is_dir()
+        """Whether the task has its record. What it lists may be lost or damaged: :meth:`check_files` finds out."""
+        return self.record_file.is_file()
 
     def record(self) -> dict[str, Any]:
         """The task's record.
@@ -54,14 +56,36 @@ class TaskFolder:
         return found
 
     def write_record(self, record: dict[str, Any]) -> None:
-        write_json(self.record_file, record)
+        """Write the record, with the SHA-256 of each file that the task has by now."""
+        files = [p for p in (*sorted(self.separator.glob("[!.]*")), self.strategy_file) if p.is_file()]
+        hashes = {p.relative_to(self.path).as_posix(): sha256_file(p) for p in files}
+        write_json(self.record_file, {**record, "files": hashes})
+
+    def check_files(self) -> None:
+        """Hold the task's files against the hashes in its record; records of version 0.1 have none.
+
+        Raises:
+            CheckpointError: a file is missing or was changed since the task was finished.
+        """
+        hashes = self.record().get("files", {})
+        if not isinstance(hashes, dict):
+            raise CheckpointError(f"{self.record_file} is damaged: its files are no table; train the task again")
+        for name, stated in hashes.items():
+            file = self.path / name
+            if not file.resolve().is_relative_to(self.path.resolve()):
+                raise CheckpointError(f"{self.record_file} is damaged: it lists {name!r}, which lies elsewhere")
+            way_out = f"restore it from a copy, or remove {self.path} to learn that task again (avsep train --resume)"
+            if not file.is_file():
+                raise CheckpointError(f"a file of a finished task is missing: {file}; {way_out}")
+            if sha256_file(file) != stated:
+                raise CheckpointError(f"a file of a finished task is damaged: {file}; {way_out}")
 
     def remove_leftovers(self) -> None:
-        """Remove what a kill left while the task was being written."""
-        for leftover in self.path.glob(".separator-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in self.path.glob(".strategy-*"):
-            leftover.unlink()
+        """Remove what a kill left while the task was being written, by version 0.1 too."""
+        for leftover in (*self.path.glob(".separator-*"), *self.path.glob(".strategy-*"), *self.path.glob(".task-*")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        sweep(self.path)
+        sweep(self.separator)
 
 
 class RunFolder:
@@ -135,10 +159,11 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Remove what a kill left while a task was being written."""
+        for place in (self.path, self.state, self.logs):
+            sweep(place)
         for _, folder in self._task_folders():
             folder.remove_leftovers()
 
     def foreign_entry(self) -> str | None:
         """The name of something in the folder that is not this library's; None for an empty or missing folder."""
-        found = sorted(p.name for p in self.path.iterdir() if p.name != ".lock") if self.path.is_dir() else []
-        return found[0] if found else None
+        return next(iter(entries(self.path)), None)

@@ -6,10 +6,9 @@ The weights file has the spec once more in its header, so that the two cannot be
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from safetensors.torch import save as safetensors_bytes
 
 from avsep.encoders.visual._pretrained import weights_come_later
 from avsep.errors import CheckpointError, ConfigError, RunError
-from avsep.files import atomic_path, give_usual_rights, read_yaml, write_yaml
-from avsep.runs.folder import RunFolder
+from avsep.files import atomic_path, read_yaml, staging_folder, write_yaml
+from avsep.runs.folder import RunFolder, TaskFolder
 from avsep.separator.build import build_from_spec
 from avsep.separator.module import Separator
 from avsep.spec import SeparatorSpec, validated
@@ -47,27 +46,54 @@ def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None
     if target.exists() and not target.is_dir():
         raise RunError(f"{target} is a file: a separator is saved as a folder, choose another name")
     spec = separator.spec.model_dump(mode="json")
-    header = {"format": _FORMAT, "spec": json.dumps(spec, sort_keys=True)}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in separator.state_dict().items()}
+    content = _weights_bytes(separator, spec)
     if _saved_spec(target) == spec:
         with atomic_path(target / WEIGHTS_FILE) as temporary:
-            temporary.write_bytes(safetensors_bytes(tensors, header))
+            temporary.write_bytes(content)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     # The pair changes together: write both beside the target before touching it.
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        give_usual_rights(staging)
+    with staging_folder(target) as staging:
         with atomic_path(staging / WEIGHTS_FILE) as temporary:
-            temporary.write_bytes(safetensors_bytes(tensors, header))
+            temporary.write_bytes(content)
         write_yaml(staging / SPEC_FILE, spec)
         if target.is_dir():
             for name in (WEIGHTS_FILE, SPEC_FILE):
                 os.replace(staging / name, target / name)
         else:
             os.replace(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _weights_bytes(separator: Separator, spec: dict[str, Any]) -> bytes:
+    """The weights file: the same bytes for the same weights and spec, with a hash of the tensors in its header."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in separator.state_dict().items()}
+    plain = safetensors_bytes(tensors)
+    size = int.from_bytes(plain[:8], "little")
+    data = memoryview(plain)[8 + size :]
+    metadata = {
+        "format": _FORMAT,
+        "spec": json.dumps(spec, sort_keys=True),
+        "tensors_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    # safetensors would write these keys in another order each time
+    header = json.dumps({"__metadata__": metadata, **json.loads(plain[8 : 8 + size])}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def _check_tensors_hash(path: Path) -> None:
+    """Hold the tensors' bytes against the hash in the file's header; files of version 0.1 have none."""
+    with _open_weights(path) as file:
+        stated = (file.metadata() or {}).get("tensors_sha256")
+    if stated is None:
+        return
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != stated:
+        raise CheckpointError(f"{path} is damaged: its tensors are not those that were saved; restore it from a copy")
 
 
 def _saved_spec(folder: Path) -> Any:
@@ -88,6 +114,9 @@ def load_separator(folder_or_run: str | os.PathLike[str], task: int | None = Non
     """
     folder = _separator_folder(Path(folder_or_run), task)
     weights = folder / WEIGHTS_FILE
+    of_task = TaskFolder(folder.parent)
+    if folder.absolute() == of_task.separator.absolute() and of_task.is_finished:
+        of_task.check_files()
     inside = _spec_in_weights(weights)
     spec = validated(SeparatorSpec, inside, str(weights))
     if (folder / SPEC_FILE).exists():
@@ -111,11 +140,7 @@ def _separator_folder(path: Path, task: int | None) -> Path:
             f"{path} is neither a separator ({SPEC_FILE} and {WEIGHTS_FILE}) nor a run (tasks/00/separator)"
         )
     folders = {int(entry.name): run.task(int(entry.name)) for entry in run.tasks.glob("*") if entry.name.isdigit()}
-    finished = {
-        number: folder.separator
-        for number, folder in sorted(folders.items())
-        if folder.record_file.is_file() and (folder.separator / WEIGHTS_FILE).is_file()
-    }
+    finished = {number: folder.separator for number, folder in sorted(folders.items()) if folder.is_finished}
     if not finished:
         raise CheckpointError(f"{path} has no finished task yet: train it further (avsep train --resume)")
     if task is None:
@@ -183,4 +208,5 @@ def _load_weights(separator: Separator, path: Path) -> None:
             raise CheckpointError(
                 f"{path}: '{name}' has the shape {list(state[name].shape)}, the spec gives {list(value.shape)}"
             )
+    _check_tensors_hash(path)
     separator.load_state_dict(state)

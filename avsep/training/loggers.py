@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from lightning_fabric.loggers.logger import Logger
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
 from avsep.errors import ConfigError, MissingExtraError, UnknownNameError, near_matches
-from avsep.files import atomic_path, read_json, write_json
+from avsep.files import atomic_path, parse_yaml, read_json, write_json
 
 __all__ = ["FilesLogger", "LoggerChoice", "choose_loggers", "closing"]
 
@@ -223,7 +222,7 @@ def _params(text: str, rest: str) -> dict[str, Any]:
         if not sign or not key.isidentifier():
             raise ConfigError(f"logger '{text}': parameters are NAME:key=value,key=value")
         try:
-            params[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"logger '{text}': {json.dumps(value)} is not a YAML value") from None
+            params[key] = parse_yaml(value)
+        except ValueError as error:
+            raise ConfigError(f"logger '{text}': {json.dumps(value)} is not a YAML value ({error})") from None
     return params

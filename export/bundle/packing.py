@@ -7,7 +7,6 @@ import io
 import os
 import shutil
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from avsep.errors import AvsepError, ConfigError
 from avsep.export.runtime.manifest import FORMAT, MANIFEST
 from avsep.export.runtime.reader import is_built_here
-from avsep.files import atomic_path, give_usual_rights, made_folder, read_json
+from avsep.files import atomic_path, exchange, made_folder, read_json, staging_folder
 from avsep.runs.folder import RunFolder
 
 __all__ = ["check_target", "is_tar_name", "staged", "write_arrays", "write_tar"]
@@ -113,36 +112,33 @@ def staged(target: Path) -> Iterator[Path]:
 
     A bundle that is there is replaced at once, and kept when anything fails.
     """
-    with made_folder(target.parent):
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            give_usual_rights(staging)
-            yield staging
-            if is_tar_name(target):
-                write_tar(staging, target)
-            else:
-                _replace(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    with made_folder(target.parent), staging_folder(target) as staging:
+        yield staging
+        if is_tar_name(target):
+            write_tar(staging, target)
+        else:
+            _replace(staging, target)
 
 
 def _replace(staging: Path, target: Path) -> None:
-    """Put the finished folder in the target's place; an older bundle is moved aside first and removed last."""
+    """Put the finished folder in the target's place.
+
+    It changes places with an older bundle in one step; where the system has no such step, the older one is moved aside
+    for a moment, and back if anything fails.
+    """
     if not target.exists():
         os.replace(staging, target)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    old = aside / target.name
+    if exchange(staging, target):
+        return  # the older one goes with the temporary folder
+    aside = target.with_name(f"{target.name}.old")
+    os.replace(target, aside)  # not a temporary name: whatever happens now, no bundle is swept away
     try:
-        os.replace(target, old)
         os.replace(staging, target)
     except BaseException:  # Ctrl-C too
-        if not target.exists():
-            os.replace(old, target)
+        os.replace(aside, target)
         raise
-    finally:
-        if target.exists():  # else the older bundle is the only one there is
-            shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_tar(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:

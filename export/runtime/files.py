@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
+import platform
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,24 +19,97 @@ from .errors import AvsepError, ConfigError
 
 __all__ = [
     "atomic_path",
+    "exchange",
     "give_usual_rights",
+    "is_staging",
     "made_folder",
     "refuse_file",
     "sha256_file",
     "staged_files",
+    "staging_folder",
+    "sweep",
 ]
+
+
+# The names of what is being written: `.staging-HOST-PID-...`. They tell whose it is.
+_STAGING = ".staging-"
+_HOST = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
+_swept: set[str] = set()
+
+
+def is_staging(name: str) -> bool:
+    """Whether a file or folder of this name is one that is being written, or that a kill left while it was."""
+    return name.startswith(_STAGING)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes of this machine that are no more left half-written in a folder.
+
+    Everything that writes calls it the first time it writes into a folder. What a living process is writing stays, and
+    so does what another machine wrote.
+    """
+    place = os.path.abspath(folder)
+    if place in _swept:
+        return
+    _swept.add(place)
+    with contextlib.suppress(OSError), os.scandir(place) as entries:
+        for entry in entries:
+            if is_staging(entry.name) and not _has_owner(entry):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)
+
+
+def _has_owner(entry: os.DirEntry[str]) -> bool:
+    host, _, rest = entry.name.removeprefix(_STAGING).partition("-")
+    pid = rest.partition("-")[0]
+    if host != _HOST or not pid.isdigit():
+        return True  # of another machine, or nothing of ours
+    if int(pid) == os.getpid():
+        return True
+    if os.name == "nt":  # where a process cannot be asked for without ending it
+        return time.time() - entry.stat().st_mtime < 24 * 3600
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _staging_parts(target: Path) -> tuple[str, str]:
+    """Prefix and suffix of a temporary name; it keeps the target's suffix, which some writers choose a format by."""
+    return f"{_STAGING}{_HOST}-{os.getpid()}-", f"-{target.stem[:40]}{target.suffix}"
+
+
+@contextlib.contextmanager
+def staging_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside ``target``, which must be moved to its place inside the block; else it goes."""
+    place = Path(target)
+    sweep(place.parent)
+    prefix, suffix = _staging_parts(place)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=place.parent))
+    try:
+        give_usual_rights(folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the target's folder; on success it becomes ``path``, on any error it is removed.
 
-    A full disk is reported with the target's name. The temporary name keeps the target's suffix, which some writers
-    choose a format by.
+    A full disk is reported with the target's name.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+    sweep(target.parent)
+    prefix, suffix = _staging_parts(target)
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -52,6 +129,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Swap two files or folders in one step, so that neither name is ever empty; False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
 def give_usual_rights(path: Path) -> None:
@@ -88,14 +177,10 @@ def staged_files(folder: str | os.PathLike[str], names: Iterable[Path]) -> Itera
         folder: made where it is missing; on any error nothing is left in it.
         names: the files; each is written under its own name into the temporary folder.
     """
-    with made_folder(folder) as place:
-        staging = Path(tempfile.mkdtemp(prefix=".separating-", dir=place))
-        try:
-            yield staging
-            for name in names:
-                os.replace(staging / name.name, name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    with made_folder(folder) as place, staging_folder(place / "files") as staging:
+        yield staging
+        for name in names:
+            os.replace(staging / name.name, name)
 
 
 def refuse_file(folder: Path) -> None:

@@ -28,7 +28,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -511,11 +510,7 @@ def _cancellable(work: Callable[[], Any], cancel: threading.Event) -> Any:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file whole, and remove what an earlier build that was killed left of it."""
-    for left in path.parent.glob(f".{path.stem}-*{path.suffix}"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
+    """Write a file whole."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 

@@ -537,7 +537,7 @@ CASES = [
          "protocol.json", "damaged", "--resume"),
     case("truncated separator", _damaged("tasks/00/separator/model.safetensors", _evaluate), "model.safetensors",
          "damaged"),
-    case("separator of another spec", lambda d: _mixed_up(d), "separator.yaml", "differ", "delete"),
+    case("separator of another spec", lambda d: _mixed_up(d), "separator.yaml", "damaged", "restore"),
     case("separator that is a pickle", _damaged("tasks/00/separator/model.safetensors", _evaluate, b"\x80\x04N."),
          "model.safetensors", "damaged"),
     # export

@@ -34,7 +34,7 @@ import numpy as np
 from avsep.data.store.maps import FileMaps, MappedFile, OpenFile, room_for_maps
 from avsep.data.store.shards import check_shards, find_shards
 from avsep.errors import ConfigError, DataError, UnknownNameError, near_matches
-from avsep.files import FolderLock, atomic_path, read_json, sha256_file, write_json
+from avsep.files import FolderLock, atomic_path, entries, read_json, sha256_file, write_json
 from avsep.media.timeline import VisualTimeline
 from avsep.types import VisualSource
 
@@ -498,7 +498,7 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         if self.path.exists() and not self.path.is_dir():
             raise DataError(f"{self.path} is a file: choose another folder")
-        strange = [p.name for p in self.path.iterdir() if p.name != ".lock"] if self.path.is_dir() else []
+        strange = entries(self.path)
         begun = (self.path / _JOURNAL).is_dir() or (self.path / "manifest.json").is_file()
         if strange and not begun:
             raise DataError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from avsep.data.store.files import SPLITS, VIDEOS_FILE, Clip, Store
 from avsep.errors import ConfigError, DataError
-from avsep.files import FolderLock, atomic_path, read_json, refuse_file, sha256_file, write_json, write_text
+from avsep.files import FolderLock, atomic_path, entries, read_json, refuse_file, sha256_file, write_json, write_text
 from avsep.progress import Progress
 
 __all__ = ["shard_store"]
@@ -61,11 +61,11 @@ def shard_store(
         "shard_folders": [_FOLDER, *(str(Path(f).resolve()) for f in folders)],
     }
     begun = out / _JOURNAL / "header.json"
-    there = [p.name for p in out.iterdir() if p.name != ".lock"] if out.is_dir() else []
+    there = [name for name in entries(out) if name != _JOURNAL or entries(out / _JOURNAL)]
     if there and not begun.is_file():
         if _FOLDER in there and (out / "manifest.json").is_file():
             return _finished(out, header)
-        raise DataError(f"{out} is not empty (it holds '{sorted(there)[0]}'): choose another folder")
+        raise DataError(f"{out} is not empty (it holds '{there[0]}'): choose another folder")
     with FolderLock(out):
         if begun.is_file() and read_json(begun) != header:
             raise DataError(
@@ -127,7 +127,7 @@ def _take(folder: Path, header: Mapping[str, Any]) -> None:
         if read_json(marker) != mark:
             raise DataError(f"{folder} holds the shards of another store: choose another folder")
         return
-    if folder.is_dir() and (there := sorted(p.name for p in folder.iterdir())):
+    if there := entries(folder):
         raise DataError(f"{folder} is not empty (it holds '{there[0]}'): choose another folder")
     write_json(marker, mark)
 

@@ -11,9 +11,7 @@ import contextlib
 import importlib.util
 import multiprocessing
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +26,7 @@ from avsep.data.synth.pictures import look_of, motion_frames, object_frames
 from avsep.data.synth.soundfont import Note, SoundFont
 from avsep.environment import die_with_parent
 from avsep.errors import AvsepError, ConfigError, DataError, UnknownNameError
-from avsep.files import made_folder, sha256_file
+from avsep.files import made_folder, sha256_file, staging_folder
 from avsep.media.audio import write_audio
 from avsep.media.timeline import write_visual_file
 from avsep.progress import Progress, progress_bar
@@ -332,15 +330,11 @@ def write_duet(store: Store, clip_ids: Sequence[str], out_dir: str | Path) -> di
     sources = [store.read_audio(c, 0, length) / np.float32(len(clips)) for c in clips]
     names = {c.class_name: f"references/{c.class_name}.wav" for c in clips}
     names |= {"duet": "duet.wav", "features": "features.npz"}
-    with made_folder(out):
-        staging = Path(tempfile.mkdtemp(prefix=".mixing-", dir=out))  # all of it appears, or nothing
-        try:
-            for name, sound in zip(names, [*sources, np.sum(sources, axis=0)], strict=False):
-                write_audio(staging / names[name], sound, store.sample_rate_hz)
-            write_visual_file(staging / names["features"], timelines)
-            (out / "references").mkdir(exist_ok=True)
-            for name in names.values():
-                os.replace(staging / name, out / name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    with made_folder(out), staging_folder(out / "duet") as staging:  # all of it appears, or nothing
+        for name, sound in zip(names, [*sources, np.sum(sources, axis=0)], strict=False):
+            write_audio(staging / names[name], sound, store.sample_rate_hz)
+        write_visual_file(staging / names["features"], timelines)
+        (out / "references").mkdir(exist_ok=True)
+        for name in names.values():
+            os.replace(staging / name, out / name)
     return {key: out / name for key, name in names.items()}
