@@ -132,6 +132,7 @@ def _replace(staging: Path, target: Path) -> None:
     if exchange(staging, target):
         return  # the older one goes with the temporary folder
     aside = target.with_name(f"{target.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed here, and made again since
     os.replace(target, aside)  # not a temporary name: whatever happens now, no bundle is swept away
     try:
         os.replace(staging, target)

@@ -483,8 +483,10 @@ def test_a_manifest_that_readers_refuse_is_never_written(quick, tmp_path):
 
 @pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=type)
 def test_a_stop_between_the_two_renames_loses_no_bundle(stop, quick, tmp_path, monkeypatch):
+    """Where the system cannot exchange two folders."""
     out = tmp_path / "b"
     export(bundle_separator(), None, out, made_from="before")
+    monkeypatch.setattr("avsep.export.bundle.packing.exchange", lambda *_: False)
     replace = os.replace
 
     def fails(source, target):
@@ -497,6 +499,28 @@ def test_a_stop_between_the_two_renames_loses_no_bundle(stop, quick, tmp_path, m
         export(bundle_separator(), None, out, made_from="after")
     assert open_bundle(out).manifest["made_from"] == "before"
     assert [f.name for f in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_an_older_bundle_stands_until_the_new_one_does(can, quick, tmp_path, monkeypatch):
+    from avsep.export.bundle import packing
+    from avsep.export.runtime.files import exchange
+
+    out = tmp_path / "b"
+    export(bundle_separator(), None, out, made_from="before")
+    (tmp_path / "b.old").mkdir()  # of an export that was killed once
+    monkeypatch.setattr(packing, "exchange", exchange if can else lambda *_: False)
+    moments = []
+    for name in ("replace", "rename"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real: (real(*a), moments.append(out.exists()))[0])
+    export(bundle_separator(), None, out, made_from="after")
+    assert open_bundle(out).manifest["made_from"] == "after"
+    if not can:
+        assert moments.count(False) == 1
+        assert [f.name for f in tmp_path.iterdir()] == ["b"]
+    elif exchange(tmp_path / "b", tmp_path / "b.old"):
+        assert all(moments)
 
 
 def test_a_bundle_has_the_rights_of_any_new_folder(quick, tmp_path):
