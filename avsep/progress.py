@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Progress", "progress_bar"]
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+__all__ = ["Progress", "printable", "progress_bar", "terminal"]
+
+# What makes a terminal do something, and what is no text: a name of a file or a class may hold any of it.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text as a terminal may have it: control characters and bytes that are no text stand as escapes."""
+    return _UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def terminal(**options: Any) -> Console:
+    """A console on which a text is what it says: brackets are no markup, colons no pictures, nothing is an escape."""
+    from rich.console import Console
+
+    class Terminal(Console):
+        def render_str(self, text: str, **how: Any) -> Text:
+            return super().render_str(printable(text), **how)
+
+    return Terminal(**{"markup": False, "emoji": False, **options})
 
 
 class Progress:
@@ -23,11 +47,11 @@ class Progress:
         if self._display is None:
             return 0
         self._display.start()  # does nothing the second time
-        return int(self._display.add_task(label, total=total, completed=done, note=""))
+        return int(self._display.add_task(printable(label), total=total, completed=done, note=""))
 
     def advance(self, bar: int, amount: int = 1, note: str | None = None) -> None:
         if self._display is not None:
-            fields = {} if note is None else {"note": note}
+            fields = {} if note is None else {"note": printable(note)}
             self._display.update(bar, advance=amount, **fields)
 
     def update(self, bar: int, done: int, total: int) -> None:
@@ -43,7 +67,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of text above the bars."""
         if self._display is not None:
-            self._display.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._display.console.print(text, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -55,17 +79,16 @@ def progress_bar(enabled: bool = True) -> Iterator[Progress]:
     if not enabled:
         yield Progress()
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Display
 
     display = Display(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=18),  # all columns together fit into 80 characters
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=terminal(stderr=True),
     )
     try:
         yield Progress(display)

@@ -155,9 +155,7 @@ def run(
         MissingExtraError: a plot without matplotlib.
         CheckFailed: after all, where a variant answered something else; it has no speed.
     """
-    from rich.console import Console
-
-    from avsep.progress import progress_bar
+    from avsep.progress import progress_bar, terminal
 
     if out is not None:
         check_results(out, COLUMNS)
@@ -168,7 +166,7 @@ def run(
     if threads < 0 or repeats < 1:
         raise ConfigError(f"threads must not be negative and repeats at least 1, got {threads} and {repeats}")
     threads = threads or os.cpu_count() or 1
-    console = console or Console()
+    console = console or terminal()
     with open_bundle(bundle) as opened, progress_bar(progress) as bars:
         graphs = [graph for graph in opened.graphs if graph.kind in ("separator", "spectral")]
         chunk = _chunk(opened, graphs[0])
@@ -499,7 +497,7 @@ def _print(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
 
     first = rows[0]
-    console.print(f"\n[bold]{first['case']}[/]: {first['settings']}; {first['repeats']} repeats", highlight=False)
+    console.print(f"\n{first['case']}: {first['settings']}; {first['repeats']} repeats", highlight=False, style="bold")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("variant", overflow="fold")
     numbers = {
@@ -522,7 +520,7 @@ def _print(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
     for row in rows:
         if row["note"]:
-            console.print(f"{row['variant']}: {row['note']}", highlight=False, markup=False)
+            console.print(f"{row['variant']}: {row['note']}", highlight=False)
     console.print(
         f"{first['device']}, {first['threads']} threads, load {first['load']}; ms: median; RTF: seconds "
         "of computing for one of audio; peak MB: of a process that loads it and runs once, and what it holds of a GPU",

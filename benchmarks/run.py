@@ -37,9 +37,11 @@ def run_cases(
         MissingExtraError: ``plot`` is asked for and matplotlib is not installed; likewise.
         CheckFailed: after the last case, when variants of any did not agree; no speed of those is shown or kept.
     """
-    from rich.console import Console
+    from rich.text import Text
 
-    console = console or Console()
+    from avsep.progress import printable, terminal
+
+    console = console or terminal()
     check_results(out)
     if plot is not None:
         require_matplotlib()
@@ -51,7 +53,7 @@ def run_cases(
                 found = measure_case(case, repeats, bars)
             except CheckFailed as error:
                 refused.append(str(error))
-                console.print(f"[red]refused[/]: {error}", highlight=False)
+                console.print(Text.assemble(("refused", "red"), f": {printable(str(error))}"))
                 continue
             append_rows(out, found)
             rows += found
@@ -69,7 +71,7 @@ def print_rows(console: Console, title: str, rows: Sequence[Mapping[str, Any]]) 
     from rich.table import Table
 
     first = rows[0]
-    console.print(f"\n[bold]{first['case']}[/]: {title}", highlight=False)
+    console.print(f"\n{first['case']}: {title}", highlight=False, style="bold")
     console.print(f"{first['settings']}; {first['repeats']} repeats", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
     for heading in ("variant", "median ms", "20 %", "80 %", f"{first['item']}s/s", "peak MB", "ratio"):

@@ -18,6 +18,9 @@ def main(argv: list[str] | None = None) -> None:
     # Before torch is imported: OpenMP threads that wait by spinning make training many times slower on a machine that
     # also does something else (a step of 0.5 s took 13 s with two busy neighbours on two cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to fail
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         from avsep.environment import die_with_parent, world_size
 
@@ -64,7 +67,10 @@ def _fail(text: str, code: int, error: Exception | None = None) -> None:
     import os
 
     from avsep.environment import world_size
+    from avsep.progress import printable
 
+    if code == 2:
+        text = printable(text)
     if world_size() == 1:
         print(text, file=sys.stderr)
         sys.exit(code)

@@ -147,13 +147,12 @@ def _listing(dataset: str, root: Path, **options: Any) -> Listing:
 def _print(result: Prepared) -> None:
     from collections import Counter
 
-    from rich.console import Console
-
     from avsep.data.prepare.videos import STATUSES
     from avsep.data.store.files import SPLITS, VIDEOS_FILE
+    from avsep.progress import terminal
 
     store = result.store
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = terminal(soft_wrap=True, highlight=False)
     console.print(f"{store.path}: {extent(store)}")
     counts = Counter({"ok": len(store.clips)}) + Counter(e["status"] for e in result.skipped)
     for status, meaning in STATUSES.items():

@@ -276,14 +276,12 @@ def _data(
 def _reading_memory(batch: int, mixtures: int, clip_s: float, shard_mb: float, out: Path) -> None:
     import tempfile
 
-    from rich.console import Console
-
     from avsep.benchmarks.cases import temporary_store
     from avsep.benchmarks.measure import append_rows, check_results
     from avsep.benchmarks.reading import memory_rows
     from avsep.benchmarks.run import print_rows
     from avsep.data.store.sharding import shard_store
-    from avsep.progress import progress_bar
+    from avsep.progress import progress_bar, terminal
 
     check_results(out)
     with tempfile.TemporaryDirectory(prefix="avsep-bench-") as folder, progress_bar() as bars:
@@ -299,7 +297,7 @@ def _reading_memory(batch: int, mixtures: int, clip_s: float, shard_mb: float, o
             stores[f"store, {times}x as long clips"] = longer.path
         rows = list(memory_rows(stores, batch=batch, mixtures=mixtures, done=lambda: bars.advance(bar)))
         append_rows(out, rows)
-    print_rows(Console(), "peak of a process's own memory while it reads", rows)
+    print_rows(terminal(), "peak of a process's own memory while it reads", rows)
     typer.echo(f"\nresults appended to {out}")
 
 

@@ -33,18 +33,17 @@ def command(
     ] = "random_per_class",
 ) -> None:
     """Count the bytes that runs keep between tasks; align their memories to one budget."""
-    from rich.console import Console
-
     from avsep.errors import ConfigError
     from avsep.evaluation.budget import align as aligned
     from avsep.evaluation.budget import budget_of
+    from avsep.progress import terminal
     from avsep.runs.folder import RunFolder
 
     if to is not None and not align:
         raise ConfigError(f"--to {to} says what to align to: give --align with it")
     names = _names(runs)
     specs = {name: RunFolder(run).spec() for name, run in names.items()}
-    console = Console()
+    console = terminal()
     console.print(_kept(specs, {name: budget_of(run, task, store=store) for name, run in names.items()}))
     if align:
         places = {spec.store for spec in specs.values()}
@@ -81,8 +80,6 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _kept(specs: dict[str, RunSpec], budgets: dict[str, Budget]) -> Table:
-    from rich.markup import escape
-
     table = _table(
         "MB (10⁶ bytes) that persist between tasks",
         *("run, strategy,\nmemory", "task", "model", "strategy", "clips", "audio", "seen", "total", "peak"),
@@ -90,7 +87,7 @@ def _kept(specs: dict[str, RunSpec], budgets: dict[str, Budget]) -> Table:
     for name, b in budgets.items():
         spec = specs[name]
         table.add_row(
-            escape(f"{name}\n{spec.strategy_name}\n{spec.memory.name}"),
+            f"{name}\n{spec.strategy_name}\n{spec.memory.name}",
             str(b.task),
             _mb(b.model),
             _mb(b.strategy_state),
@@ -106,14 +103,12 @@ def _kept(specs: dict[str, RunSpec], budgets: dict[str, Budget]) -> Table:
 
 
 def _memories(specs: dict[str, RunSpec], found: dict[str, Aligned]) -> Table:
-    from rich.markup import escape
-
     common = max(a.budget.total + a.spare for a in found.values())
     table = _table(f"Memories for a budget of {common:,} bytes", "run, memory", "clips", "MB", "spare bytes")
     for name, a in found.items():
         params = ", ".join(f"{k}={v}" for k, v in a.memory.params.items())
         table.add_row(
-            escape(f"{name}\n{a.memory.name}" + (f" ({params})" if params else "")),
+            f"{name}\n{a.memory.name}" + (f" ({params})" if params else ""),
             f"{a.budget.exemplars}{' (all)' if a.full else ''}",
             _mb(a.budget.total),
             f"{a.spare:,}",

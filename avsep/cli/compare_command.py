@@ -35,16 +35,15 @@ def command(
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw averages and curves (.png, .svg, .pdf).")] = None,
 ) -> None:
     """Compare evaluated runs: means over seeds, 95 % intervals, differences to a baseline."""
-    from rich.console import Console
-
     from avsep.evaluation.comparison import cells_of_runs, compare
     from avsep.evaluation.comparison_page import csv_text, draw, require_dependencies, write_page
     from avsep.files import write_text
+    from avsep.progress import terminal
 
     require_dependencies(plot, html)
     cells = cells_of_runs(runs)
     result = compare(cells, baseline=baseline, joint=_bounds(runs, joint, cells))
-    print_comparison(Console(), result)
+    print_comparison(terminal(), result)
     if csv is not None:
         write_text(csv, csv_text(result))
     if plot is not None:

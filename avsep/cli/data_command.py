@@ -46,9 +46,8 @@ def synth(
     force: Annotated[bool, typer.Option("--force", help="Delete the store that is there and begin anew.")] = False,
 ) -> None:
     """Make the offline benchmark from sampled instruments and drawn players. Continues a killed run."""
-    from rich.console import Console
-
     from avsep.data.synth.synthesis import synthesise
+    from avsep.progress import terminal
 
     try:
         store = synthesise(
@@ -65,8 +64,8 @@ def synth(
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
-    Console().print(f"{store.path}: {extent(store)}", highlight=False)
-    Console().print(f"content hash {store.content_hash}", highlight=False)
+    terminal().print(f"{store.path}: {extent(store)}", highlight=False)
+    terminal().print(f"content hash {store.content_hash}", highlight=False)
 
 
 def _counts(text: str) -> tuple[int, int, int]:
@@ -84,20 +83,20 @@ def _counts(text: str) -> tuple[int, int, int]:
 @app.command("check")
 def check(store: _StoreArgument) -> None:
     """Read a whole store: hashes, levels, what is there for each class and split, feature statistics."""
-    from rich.console import Console
+    from rich.text import Text
 
     from avsep.data.store.checking import check_store
     from avsep.errors import DataError
-    from avsep.progress import progress_bar
+    from avsep.progress import printable, progress_bar, terminal
 
     with progress_bar() as bars:
         result = check_store(store, bars)
-    console = Console()
+    console = terminal()
     _print_check(console, result)
     if result.availability is not None:
         _print_availability(console, result.availability, list(result.classes))
     for problem in result.problems:
-        console.print(f"[yellow]warning[/] {problem}", highlight=False)
+        console.print(Text.assemble(("warning", "yellow"), f" {printable(problem)}"))
     silent = [p for p in result.problems if "is silent" in p]
     if silent:
         raise DataError(

@@ -36,9 +36,11 @@ def command(
     ContAV-Sep, scores both on held-out clips, exports ONNX, separates a duet and writes one HTML page. A demo that was
     stopped goes on where it was.
     """
-    from rich.console import Console
+    from rich.text import Text
 
-    console = Console()
+    from avsep.progress import terminal
+
+    console = terminal()
     for package, extra, purpose in (
         ("PIL", "demo", "the benchmark's pictures"),
         ("matplotlib", "demo", "the report"),
@@ -51,7 +53,7 @@ def command(
     started = time.perf_counter()
 
     def section(title: str) -> None:
-        console.print(f"\n[bold]{title}[/bold] [dim]({time.perf_counter() - started:.0f} s)[/dim]")
+        console.print(Text.assemble("\n", (title, "bold"), (f" ({time.perf_counter() - started:.0f} s)", "dim")))
 
     from avsep.data.synth.synthesis import synthesise, write_duet
 
@@ -91,7 +93,7 @@ def command(
             progress=lambda done, total: bars.update(bar, done, total),
         )
     minutes = (time.perf_counter() - started) / 60
-    console.print(f"\nDone in {minutes:.1f} minutes. Listen and look: [bold]{page}[/bold]")
+    console.print(f"\nDone in {minutes:.1f} minutes. Listen and look: {page}")
 
 
 def _need(package: str, extra: str, purpose: str) -> None:

@@ -22,11 +22,9 @@ def command(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Score a run: SDR, SIR, SAR, SDRi and SI-SDR after every task, average and forgetting."""
-    from rich.console import Console
-
     from avsep.environment import pick_device
     from avsep.evaluation.evaluate import evaluate_run
-    from avsep.progress import progress_bar
+    from avsep.progress import progress_bar, terminal
 
     with progress_bar() as bars:
         known: dict[int, tuple[int, int]] = {}  # task -> (bar, mixtures done)
@@ -39,7 +37,7 @@ def command(
             known[number] = (bar, done)
 
         result = evaluate_run(run, store, tasks=task, batch_size=batch_size, device=pick_device(device), progress=show)
-    print_evaluation(Console(), result)
+    print_evaluation(terminal(), result)
     typer.echo(f"scores written to {run / 'evaluation.json'}; next: avsep report {run}")
 
 

@@ -160,11 +160,9 @@ def run(
 
     Without --task and --all-tasks it is the separator of the last finished task, which knows all classes so far.
     """
-    from rich.console import Console
-
     from avsep.errors import ConfigError
     from avsep.export import ExportPlan, export_run
-    from avsep.progress import progress_bar
+    from avsep.progress import progress_bar, terminal
     from avsep.runs.folder import RunFolder
 
     if all_tasks and task:
@@ -232,7 +230,7 @@ def run(
             progress=progress,
             tell=said.append,
         )
-    _show(Console(), bundles, f"exported to {out}")
+    _show(terminal(), bundles, f"exported to {out}")
     for line in dict.fromkeys(said):
         typer.echo(line, err=True)
     if target in _ENGINE_TARGETS:
@@ -289,9 +287,8 @@ def _build(
 def _show(console: Any, bundles: Sequence[Bundle], title: str) -> None:
     """What the manifests say was measured when the bundles were made."""
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=Text(title))
+    table = Table(title=title)
     table.add_column("graph", overflow="fold")
     for heading in ("MB", "max error", "dB", "drift dB", "ms"):
         table.add_column(heading, justify="right")
@@ -300,7 +297,7 @@ def _show(console: Any, bundles: Sequence[Bundle], title: str) -> None:
     for bundle in bundles:
         if len(bundles) > 1:
             table.add_section()
-            table.add_row(Text(bundle.path.name, style="bold"))
+            table.add_row(bundle.path.name, style="bold")
         for graph in bundle.graphs:
             parity, gate = graph.entry["parity"], graph.entry["gate"]
             drift = "-" if gate is None else f"{max(gate['max_drift_db'].values()):.3f}"
@@ -334,10 +331,10 @@ def verify(
     ] = None,
 ) -> None:
     """Check a bundle's hashes and manifest, and run every graph on its golden inputs."""
-    from rich.console import Console
     from rich.table import Table
 
     from avsep.export import verify_bundle
+    from avsep.progress import terminal
 
     result = verify_bundle(bundle, provider, tolerance=tolerance)
     table = Table(title=f"{bundle} holds")
@@ -354,7 +351,7 @@ def verify(
             f"{1e3 * check.seconds:.0f}",
             check.provider.removesuffix("ExecutionProvider"),
         )
-    Console().print(table)
+    terminal().print(table)
     count = len(result.bundle.files)
     typer.echo(f"all {count} files match the manifest; every graph ran on {result.provider} within its tolerance")
 
@@ -395,9 +392,8 @@ def build(
 @app.command("info")
 def info(bundle: _Bundle) -> None:
     """What is in a bundle, from its manifest; hashes are checked, nothing is run."""
-    from rich.console import Console
-
     from avsep.export import open_bundle
+    from avsep.progress import printable, terminal
 
     opened = open_bundle(bundle)
     manifest = opened.manifest
@@ -426,8 +422,8 @@ def info(bundle: _Bundle) -> None:
             )
     width = max(map(len, rows))
     for name, text in rows.items():
-        typer.echo(f"{name:<{width}}  {text}")
-    _show(Console(), [opened], "measured when it was made")
+        typer.echo(f"{name:<{width}}  {printable(text)}")
+    _show(terminal(), [opened], "measured when it was made")
 
 
 @app.command("schema")

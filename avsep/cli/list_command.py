@@ -23,16 +23,15 @@ def command(
     ] = None,
 ) -> None:
     """List components, presets and protocols: name, summary, parameters with their defaults, source."""
-    from rich.console import Console
-
     from avsep.errors import UnknownNameError, near_matches
+    from avsep.progress import terminal
     from avsep.registry import REGISTRIES
 
     other = {"presets": _presets, "protocols": _protocols}
     kinds = [*REGISTRIES, *other]
     if kind is not None and kind not in kinds:
         raise UnknownNameError(f"nothing to list under '{kind}': {near_matches(kind, kinds)}")
-    console = Console()
+    console = terminal()
     for key in kinds if kind is None else [kind]:
         console.print(other[key]() if key in other else _components(key))
 
@@ -48,27 +47,22 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _components(key: str) -> Table:
-    from rich.text import Text
-
     from avsep.registry import REGISTRIES
 
     table = _table(key, "name", "summary", "parameters", "source")
     for spec in REGISTRIES[key]:
         parameters = "\n".join(str(p) + (" (required)" if p.required else "") for p in spec.settings)
         source = spec.source if spec.package == "avsep" else f"{spec.source} [package {spec.package}]".strip()
-        # Text: summaries and sources hold brackets, which rich would take for markup
-        table.add_row(*(Text(cell) for cell in (spec.name, spec.summary, parameters or "-", source or "-")))
+        table.add_row(spec.name, spec.summary, parameters or "-", source or "-")
     return table
 
 
 def _presets() -> Table:
-    from rich.text import Text
-
     from avsep.spec import list_presets, load_preset
 
     table = _table("presets", "name", "summary", "source")
     for name, summary in list_presets().items():
-        table.add_row(*(Text(cell) for cell in (name, summary, str(load_preset(name).get("source", "-")))))
+        table.add_row(name, summary, str(load_preset(name).get("source", "-")))
     return table
 
 

@@ -67,9 +67,8 @@ def command(
     Cells that several tables share are run once. A grid that was killed goes on with --resume, and its result is the
     same to the last digit on the CPU, whatever --jobs.
     """
-    from rich.console import Console
-
     from avsep.errors import MissingExtraError
+    from avsep.progress import terminal
     from avsep.reproduce import (
         ResultStore,
         build_grid,
@@ -86,7 +85,7 @@ def command(
 
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "reproduce", "the plots")
-    console = Console()
+    console = terminal()
     loaded = load_grid_preset(preset)
     wanted = _tables(tables)
     if wanted == ["tune"]:
@@ -146,12 +145,12 @@ def command(
     for table_name in wanted:
         if table_name not in shown.rows:
             said = [f"{table_name}: no rows, not written.", *whole.notes[table_name]]
-            console.print(" ".join(said), markup=False, highlight=False, soft_wrap=True)
+            console.print(" ".join(said), highlight=False, soft_wrap=True)
             continue
         table = build_table(shown, table_name, claimed, data_set=data_set, preset=name, failed=outcome.failed)
         written = write_table(table, out)
         console.print()
-        console.print(markdown(table), markup=False, highlight=False, soft_wrap=True)
+        console.print(markdown(table), highlight=False, soft_wrap=True)
         console.print(f"written to {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
         if readme is not None and table_name in places:
             render_into(readme, table)
@@ -191,11 +190,11 @@ def _device(name: str, launcher: str) -> str:
 
 def _print_choices(grid: Any, preset: GridPreset, results: ResultStore) -> None:
     import yaml
-    from rich.console import Console
 
+    from avsep.progress import terminal
     from avsep.reproduce import choices
 
-    console = Console()
+    console = terminal()
     chosen: dict[str, dict[str, Any]] = {}
     for choice in choices(grid, preset, results):
         scores = ", ".join(
@@ -207,7 +206,7 @@ def _print_choices(grid: Any, preset: GridPreset, results: ResultStore) -> None:
     console.print(
         "\nmean SDR on validation pairs after the second task; for the preset's 'strategies':", highlight=False
     )
-    console.print(yaml.safe_dump(chosen, sort_keys=False).rstrip(), highlight=False, markup=False)
+    console.print(yaml.safe_dump(chosen, sort_keys=False).rstrip(), highlight=False)
 
 
 def _tables(names: list[str]) -> list[str]:

@@ -406,8 +406,9 @@ def _planned(
 
 
 def _print(results: list[SeparatedFile], out: Path, ran: str) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from avsep.progress import terminal
 
     table = Table(title=f"separated into {out}, on {ran}")
     table.add_column("file", overflow="fold")
@@ -419,7 +420,7 @@ def _print(results: list[SeparatedFile], out: Path, ran: str) -> None:
         for file, key in {**rows, result.residual.name: "residual"}.items():
             level = result.levels_db[key]
             table.add_row(file, f"{level:.1f}", f"{level - whole:+.1f}", f"{result.seconds:.2f}", str(result.rate_hz))
-    Console().print(table)
+    terminal().print(table)
     for result in results:
         for beside in result.beside:
             typer.echo(str(beside))

@@ -155,8 +155,9 @@ def command(
     if not learner.ranks.first:
         return
 
-    from rich.console import Console
     from rich.table import Table
+
+    from avsep.progress import terminal
 
     table = Table(title=f"{spec.strategy_name}, memory {spec.memory.name}")
     for heading in ("task", "classes", "steps", "best epoch", "validation SDR dB", "minutes"):
@@ -171,7 +172,7 @@ def command(
             "" if score is None else f"{score:.2f}",
             f"{record['seconds'] / 60:.1f}",
         )
-    Console().print(table)
+    terminal().print(table)
     typer.echo(f"run written to {out}; next: avsep evaluate {out}")
 
 
