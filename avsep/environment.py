@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "MOST_PROCESSES",
     "code_hash",
     "commit",
     "device_name",
@@ -37,6 +38,9 @@ __all__ = [
     "version_of",
     "world_size",
 ]
+
+MOST_PROCESSES = 1024
+"""Of one kind that a command may start on a machine: more is a slip of the finger."""
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from avsep.export.runtime.strict_json import MOST_DEPTH, load_json
 __all__ = [
     "FolderLock",
     "atomic_path",
+    "csv_cell",
     "entries",
     "exchange",
     "give_usual_rights",
@@ -51,6 +53,14 @@ def entries(folder: str | os.PathLike[str]) -> list[str]:
     return [name for name in found if name != ".lock" and not is_staging(name)]
 
 
+def csv_cell(value: Any) -> Any:
+    """A cell of a CSV file as a spreadsheet may have it, which would take a text such as ``=1+1`` for a formula."""
+    starts = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
+    if starts and not _NUMBER.fullmatch(value):
+        return f"'{value}"
+    return value
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -67,6 +77,7 @@ def write_yaml(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
 
+_NUMBER = re.compile(r"[-+]?[0-9][0-9.,]*(e[-+]?[0-9]+)?|-")
 # Manifests of large stores are tens of megabytes; a spec or a table written by a person is far below its limit.
 _MOST_JSON_BYTES = 1 << 30
 _MOST_YAML_BYTES = 16 << 20
@@ -144,6 +155,8 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
     except (yaml.YAMLError, OverflowError, KeyError, TypeError) as error:
         raise ValueError(" ".join(str(error).split())) from None
+    except ValueError as error:
+        raise ValueError("a number has too many digits" if "int string" in str(error) else str(error)) from None
     _check_numbers(value)
     return value
 

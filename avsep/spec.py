@@ -48,7 +48,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 _M = TypeVar("_M", bound=BaseModel)
@@ -227,22 +227,26 @@ class OptimizerSpec(_Model):
     """One parameter group's optimiser. Fresh for every task, as published."""
 
     name: Literal["adam", "adamw"] = "adam"
-    lr: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: float = Field(1e-4, gt=0, le=1e3)
+    weight_decay: float = Field(0.0, ge=0, le=1e3)
     schedule: Literal["step", "one_cycle", "constant"] = "step"
     milestones: tuple[int, ...] = Field((), description="0-based epochs from which the rate is multiplied by gamma")
-    gamma: float = Field(0.1, gt=0)
+    gamma: float = Field(0.1, gt=0, le=1e3)
 
 
 class TrainSpec(_Model):
     """The training of one task (defaults: the published setting, batch 32, 100 epochs, seed 1234)."""
 
-    batch_size: int = Field(32, ge=1)
-    sources: int = Field(2, ge=1, description="sources N in each training mixture")
-    epochs: int = Field(100, ge=1)
-    steps_per_epoch: int | None = Field(None, ge=1, description="draw this many batches an epoch instead of all")
-    current_repeats: int = Field(40, ge=1, description="times each clip of the current task stands in an epoch's list")
-    memory_repeats: int = Field(800, ge=1, description="times each exemplar stands in an epoch's list")
+    batch_size: int = Field(32, ge=1, le=2**16)
+    sources: int = Field(2, ge=1, le=256, description="sources N in each training mixture")
+    epochs: int = Field(100, ge=1, le=10**7)
+    steps_per_epoch: int | None = Field(
+        None, ge=1, le=10**9, description="draw this many batches an epoch instead of all"
+    )
+    current_repeats: int = Field(
+        40, ge=1, le=10**6, description="times each clip of the current task stands in an epoch's list"
+    )
+    memory_repeats: int = Field(800, ge=1, le=10**6, description="times each exemplar stands in an epoch's list")
     memory_share: Literal["grow", "constant"] = Field(
         "grow",
         description="constant divides memory_repeats by the exemplars of the class: a larger memory is then not seen "
@@ -255,7 +259,7 @@ class TrainSpec(_Model):
         "any", description="published: middles of whole seconds, 8 or more from either end of a long clip"
     )
     gain: tuple[float, float] = (0.5, 1.5)
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**63)
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
     validate_every: int = Field(1, ge=1, description="epochs between validations")
     validation_pairs: int | None = Field(None, ge=1, description="validation mixtures per task; all when unset")
@@ -285,8 +289,8 @@ class TrainSpec(_Model):
     @field_validator("gain")
     @classmethod
     def _gain(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("gain must be (low, high) with 0 < low <= high")
+        if not 0 < value[0] <= value[1] <= 1000:
+            raise ValueError("gain must be (low, high) with 0 < low <= high <= 1000")
         return value
 
 
@@ -378,7 +382,7 @@ def apply_settings(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         try:
             value = parse_yaml(text)
         except ValueError as error:
-            raise ConfigError(f"setting {setting!r}: the value is not valid YAML ({error})") from None
+            raise ConfigError(f"setting {setting[:80]!r}: the value is not valid YAML ({error})") from None
         node: Any = data
         *parents, last = key.split(".")
         for part in parents:

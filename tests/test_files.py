@@ -17,6 +17,7 @@ from avsep.export.runtime import files as runtime_files
 from avsep.files import (
     FolderLock,
     atomic_path,
+    csv_cell,
     entries,
     exchange,
     is_staging,
@@ -115,6 +116,13 @@ def test_two_folders_change_places_at_once(tmp_path):
     assert (tmp_path / "a" / "b").exists()
     assert (tmp_path / "b" / "a").exists()
     assert not exchange(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+cmd", "-x", "@sum", "\t=1", "-"])
+def test_no_cell_is_a_formula(text):
+    assert csv_cell(text) == (text if text == "-" else f"'{text}")
+    for value in ("flute", "-1.5", "+2e-3", "", 3, None):
+        assert csv_cell(value) == value
 
 
 # --- JSON and YAML ---------------------------------------------------------------------------------------------------

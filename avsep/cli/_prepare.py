@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from avsep.cli._text import extent, names_in
+from avsep.environment import MOST_PROCESSES
 
 if TYPE_CHECKING:
     from avsep.data.prepare.listings import Listing
@@ -69,7 +70,7 @@ def command(
         typer.Option("--weights", help="Folder of the extractors' folders; auto: AVSEP_WEIGHTS, cache, download."),
     ] = "auto",
     min_seconds: Annotated[float, typer.Option("--min-seconds", help="Shorter videos are passed over.")] = 1.0,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Videos worked on at once.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Videos worked on at once.")] = 1,
     engine: Annotated[str, typer.Option("--engine", help="processes, or ray (extra ray; RAY_ADDRESS).")] = "processes",
     device: Annotated[str, typer.Option("--device", help="Of the extractors: auto, cpu, cuda or mps.")] = "auto",
     update: Annotated[

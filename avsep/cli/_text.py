@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from avsep.export.runtime.recordings import names_in
+
 if TYPE_CHECKING:
     from avsep.data.store import Store
 
 __all__ = ["extent", "names_in"]
-
-
-def names_in(text: str) -> list[str]:
-    """The names of a list with commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def extent(store: Store) -> str:

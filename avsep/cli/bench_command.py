@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from avsep.environment import MOST_PROCESSES
+
 if TYPE_CHECKING:
     from avsep.benchmarks.measure import Case
 
@@ -61,7 +63,9 @@ def data(
     store: _Store = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Mixtures of two sources in a batch.")] = 8,
     mixtures: Annotated[int, typer.Option("--mixtures", min=1, help="Mixtures read in one pass.")] = 256,
-    workers: Annotated[int, typer.Option("--workers", min=0, help="Reader processes, beside none.")] = 2,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, max=MOST_PROCESSES, help="Reader processes, beside none.")
+    ] = 2,
     clips: Annotated[int, typer.Option("--clips", min=2, help="Clips of a temporary store.")] = 160,
     clip_s: Annotated[float, typer.Option("--clip-s", min=0.1, help="Seconds of a temporary store's clips.")] = 20.0,
     shard_mb: Annotated[float, typer.Option("--shard-mb", help="Size of the shards.")] = 64,
@@ -221,7 +225,9 @@ def aot(
     sm: Annotated[
         list[int] | None, typer.Option("--sm", help="Architecture such as 90; again for more [default: all].")
     ] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes [default: as many as cores].")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Processes [default: as many as cores].")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Compile again what the file has.")] = False,
     out: Annotated[Path, typer.Option("--out", help="CSV file to write.")] = _AOT_OUT,
 ) -> None:

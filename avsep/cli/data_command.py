@@ -9,6 +9,7 @@ import typer
 
 from avsep.cli import _prepare
 from avsep.cli._text import extent, names_in
+from avsep.environment import MOST_PROCESSES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +42,7 @@ def synth(
     ] = None,
     clip_s: Annotated[float | None, typer.Option("--clip-s", help="Seconds of a clip.")] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Processes [default: one a CPU core].")
+        int | None, typer.Option("--workers", min=1, max=MOST_PROCESSES, help="Processes [default: one a CPU core].")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Delete the store that is there and begin anew.")] = False,
 ) -> None:

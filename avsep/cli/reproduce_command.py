@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from avsep.environment import MOST_PROCESSES
+
 if TYPE_CHECKING:
     from avsep.reproduce import Cell, Grid, GridPreset, ResultStore
     from avsep.reproduce.runner import Launcher
@@ -32,7 +34,8 @@ def command(
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of every cell.")] = 3,
     out: Annotated[Path, typer.Option("--out", help="Folder for cells, tables and plots.")] = Path("avsep-reproduce"),
     jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Cells at a time [default: the cores; 1 on a GPU].")
+        int | None,
+        typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Cells at a time [default: the cores; 1 on a GPU]."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the grid in --out was.")] = False,
     base: Annotated[

@@ -85,6 +85,7 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
     """Separate videos or sounds of any length into one file per class and the residual, with a page to hear and see."""
+    from avsep.cli._text import names_in
     from avsep.errors import ConfigError
     from avsep.inference.recordings import check_recordings, ids_of_classes, read_mono, separate_recordings
     from avsep.media.detection import read_boxes
@@ -121,7 +122,7 @@ def command(
 
         looks = _Looks(engine, timelines, track, whole_frame, detector, look_every, device if run else "cpu", progress)
         options: dict[str, Any] = {"rate": rate, "subtype": subtype, "suffix": suffix, "overwrite": overwrite}
-        chosen = [name.strip() for name in classes.split(",") if name.strip()]
+        chosen = names_in(classes, engine.classes)
         if chosen != ["auto"]:
             ids_of_classes(engine.classes, chosen)
             if timelines or not engine.sources:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from avsep.environment import MOST_PROCESSES
 
 # settings of a run.yaml that are derived -> what they are derived from
 _ELSEWHERE = {
@@ -68,7 +71,10 @@ def command(
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=0, help="Reader processes (of each); never changes the result.")
+        int | None,
+        typer.Option(
+            "--workers", min=0, max=MOST_PROCESSES, help="Reader processes (of each); never changes the result."
+        ),
     ] = None,
     logger: Annotated[
         list[str] | None,
@@ -130,7 +136,9 @@ def command(
     opened = Store.open(store)
     if tasks is not None and classes_per_task is not None:
         raise ConfigError("give --tasks or --classes-per-task, not both")
-    lists: Sequence[Sequence[str]] | int | None = _tasks(tasks) if tasks is not None else classes_per_task
+    lists: Sequence[Sequence[str]] | int | None = classes_per_task
+    if tasks is not None:
+        lists = _tasks(tasks, opened.classes)
     preliminary = validated(RunSpec, data, "run")
     preliminary.check()
     lists = lists if lists is not None else preliminary.tasks or None
@@ -199,6 +207,8 @@ def _launched(devices: int | None, device: str, arguments: Sequence[str]) -> boo
                 f"--devices {devices} and {torch.cuda.device_count()} CUDA device(s) here: lower it, or train on the "
                 "CPU (--device cpu)"
             )
+    elif devices > (most := max(8, 2 * (os.cpu_count() or 1))):
+        raise ConfigError(f"--devices {devices} on a CPU of {os.cpu_count()} cores: {most} at most")
     if code := launch(devices, [*_this_program(), *arguments]):
         raise typer.Exit(code)
     return True
@@ -217,7 +227,8 @@ def _this_program() -> list[str]:
     return [sys.executable, "-m", "avsep"]
 
 
-def _tasks(text: str) -> list[list[str]]:
+def _tasks(text: str, known: Sequence[str]) -> list[list[str]]:
     """``a,b;c,d`` as lists of names."""
-    parts = text.strip().removesuffix(";").split(";")
-    return [[name.strip() for name in part.split(",") if name.strip()] for part in parts]
+    from avsep.cli._text import names_in
+
+    return [names_in(part, known) for part in text.strip().removesuffix(";").split(";")]

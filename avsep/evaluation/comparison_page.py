@@ -11,7 +11,7 @@ from typing import IO
 
 from avsep.errors import ConfigError, MissingExtraError
 from avsep.evaluation.comparison import Comparison, Difference, Estimate, MethodResult
-from avsep.files import atomic_path, write_text
+from avsep.files import atomic_path, csv_cell, write_text
 
 __all__ = [
     "NAMES",
@@ -107,7 +107,12 @@ def csv_text(comparison: Comparison) -> str:
         for name, curve in method.curves.items():
             values |= {f"{name}@{t}": value for t, value in enumerate(curve)}
         for name, value in values.items():
-            row = [method.method, name, len(value.per_seed), *map(_digits, (value.mean, value.low, value.high))]
+            row = [
+                csv_cell(method.method),
+                name,
+                len(value.per_seed),
+                *map(_digits, (value.mean, value.low, value.high)),
+            ]
             if other := method.differences.get(name):
                 row += [*map(_digits, (other.mean, other.low, other.high)), str(other.significant).lower()]
             writer.writerow(row + [""] * (10 - len(row)))

@@ -531,13 +531,13 @@ def _read_log(path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     rows = []
-    with open(path, encoding="utf-8", newline="") as file:
-        for record in csv.DictReader(file):
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        for record in csv.DictReader(line.replace("\0", "") for line in file):
             try:
                 row = {k: float(v) for k, v in record.items() if k is not None and v not in ("", None)}
             except ValueError:
                 continue  # the line a kill cut short
-            if "task" in row and "step" in row:
+            if all(math.isfinite(row.get(key, math.nan)) for key in ("task", "step")):
                 rows.append(row)
     return rows
 

@@ -26,8 +26,9 @@ class CsvLog:
         rows = []
         self.found = (-1, -1)
         if path.exists():
-            with open(path, encoding="utf-8", newline="") as file:
-                reader = csv.DictReader(file)
+            # a damaged byte costs its row, and no run
+            with open(path, encoding="utf-8", errors="replace", newline="") as file:
+                reader = csv.DictReader(line.replace("\0", "") for line in file)
                 self.columns = list(reader.fieldnames or [])
                 whole = [r for r in reader if _whole(r, self.columns)]
             self.found = max([self.found, *((int(r["task"]), int(r["step"])) for r in whole)])
@@ -44,7 +45,7 @@ class CsvLog:
 
     def write(self, row: dict[str, Any]) -> None:
         if new := [c for c in row if c not in self.columns]:
-            with open(self.path, encoding="utf-8", newline="") as file:
+            with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
                 rows = list(csv.DictReader(file))
             self.columns += new
             self._rewrite(rows)
@@ -55,4 +56,6 @@ class CsvLog:
 
 
 def _whole(row: dict[str, Any], columns: list[str]) -> bool:
-    return len(row) == len(columns) and None not in row.values() and row["task"].isdigit() and row["step"].isdigit()
+    if len(row) != len(columns) or None in row.values() or any("\ufffd" in text for text in row.values()):
+        return False
+    return all(str(row.get(key, "")).isdecimal() and len(row[key]) < 19 for key in ("task", "step"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from avsep.data.store import Clip
 from avsep.data.tasks import TaskStream
 from avsep.distributed.ranks import ALONE, Ranks, is_lost, synchronise_batch_norm
-from avsep.environment import seeded
+from avsep.environment import MOST_PROCESSES, seeded
 from avsep.errors import CheckpointError, ConfigError, LostRankError, RunError
 from avsep.files import FolderLock
 from avsep.memory.base import (
@@ -94,6 +94,8 @@ class ContinualLearner:
         self.exemplars: Memory = {}
         self.fabric = make_fabric(accelerator, self.train.precision)
         self.ranks = Ranks(self.fabric.global_rank, self.fabric.world_size)
+        if workers is not None and not 0 <= workers <= MOST_PROCESSES:
+            raise ConfigError(f"workers must be 0 to {MOST_PROCESSES}, got {workers}")
         forks = multiprocessing.get_start_method() == "fork"
         self.workers = workers if workers is not None else (4 if forks and self.fabric.device.type != "cpu" else 0)
 

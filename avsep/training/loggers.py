@@ -208,7 +208,7 @@ def _class_of(name: str) -> type[Any]:
         )
     try:
         found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"logger '{name}' cannot be imported: {error}") from None
     if not (isinstance(found, type) and all(hasattr(found, method) for method in _METHODS)):
         raise ConfigError(f"'{name}' is not a lightning_fabric.loggers.Logger: give the dotted path of such a class")

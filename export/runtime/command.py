@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import AvsepError, ConfigError, one_line
 from .files import staged_files
-from .recordings import check_targets, ids_of_classes, output_paths
+from .recordings import check_targets, ids_of_classes, names_in, output_paths
 from .separator import BundleSeparator
 from .sessions import PROVIDERS
 from .timeline import read_visual_file
@@ -55,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _separate_file(chosen: Any) -> str:
-    names = [name.strip() for name in chosen.classes.split(",") if name.strip()]
     path, out = Path(chosen.audio), Path(chosen.out)
     if chosen.format not in FORMATS:
         raise ConfigError(f"unknown sample format '{chosen.format}': one of {', '.join(FORMATS)}")
@@ -72,6 +71,7 @@ def _separate_file(chosen: Any) -> str:
     )
     clipped = 0
     with separator:
+        names = names_in(chosen.classes, separator.classes)
         ids_of_classes(separator.classes, names)
         if features is None and separator.visual_sources:
             raise ConfigError("this separator needs video frames: give --features FILE.npz (avsep data features)")

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import csv
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import ConfigError, UnknownNameError, near_matches
 
-__all__ = ["check_targets", "ids_of_classes", "output_paths"]
+__all__ = ["check_targets", "ids_of_classes", "names_in", "output_paths"]
+
+
+def names_in(text: str, known: Sequence[str] = ()) -> list[str]:
+    """The names of a list with commas. A name that has commas itself stands in double quotes, or is one of the
+    ``known`` ones: ``male speech, man speaking,violin`` are two of them.
+
+    Raises:
+        ConfigError: a quote is not closed.
+    """
+    try:
+        (parts,) = csv.reader([text], skipinitialspace=True, strict=True)
+    except (csv.Error, ValueError) as error:
+        raise ConfigError(f"{text!r} is no list of names with commas: {error}") from None
+    words = [part.strip() for part in parts]
+    whole = {tuple(part.strip() for part in name.split(",")): name for name in known if "," in name}
+    longest = max(map(len, whole), default=1)
+    names, at = [], 0
+    while at < len(words):
+        for count in range(min(longest, len(words) - at), 1, -1):
+            if (name := whole.get(tuple(words[at : at + count]))) is not None:
+                names.append(name)
+                at += count
+                break
+        else:
+            names.append(words[at])
+            at += 1
+    return [name for name in names if name]
 
 
 def ids_of_classes(known: Sequence[str], classes: Sequence[str]) -> list[int]:
@@ -24,17 +53,29 @@ def ids_of_classes(known: Sequence[str], classes: Sequence[str]) -> list[int]:
         raise ConfigError("no classes given: name the sounding objects, such as --classes flute,piano")
     if not known:
         raise ConfigError("this separator has no class names: build or save it with classes=(...)")
-    for name in classes:
-        if name not in known:
-            raise UnknownNameError(f"the separator has not learned class '{name}': {near_matches(name, known)}")
-    if repeated := sorted({name for name in classes if list(classes).count(name) > 1}):
+    # an umlaut may be one character or two
+    places = {unicodedata.normalize("NFC", name): place for place, name in enumerate(known)}
+    found = [places.get(unicodedata.normalize("NFC", name)) for name in classes]
+    ids = [place for place in found if place is not None]
+    if len(ids) < len(classes):
+        name = classes[found.index(None)]
+        raise UnknownNameError(f"the separator has not learned class '{name}': {near_matches(name, known)}")
+    if repeated := sorted(known[i] for i in set(ids) if ids.count(i) > 1):
         raise ConfigError(f"class '{repeated[0]}' is given twice: every class is separated once")
-    return [list(known).index(name) for name in classes]
+    return ids
 
 
 def output_paths(audio_path: Path, classes: Sequence[str], out_dir: Path, suffix: str = "wav") -> list[Path]:
     """``<stem>_<class>.wav`` for each class, then ``<stem>_residual.wav``; or with another suffix."""
-    return [out_dir / f"{audio_path.stem}_{_file_name(name)}.{suffix}" for name in (*classes, "residual")]
+    parts: list[str] = []
+    for name in (*classes, "residual"):
+        part = _file_name(name)
+        taken = [p.casefold() for p in parts]
+        number = 2
+        while part.casefold() in taken:  # `a:b` and `a b`
+            part, number = f"{_file_name(name)}-{number}", number + 1
+        parts.append(part)
+    return [out_dir / f"{audio_path.stem}_{part}.{suffix}" for part in parts]
 
 
 def _file_name(name: str) -> str:

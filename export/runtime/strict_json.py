@@ -30,6 +30,8 @@ def load_json(data: bytes) -> Any:
         raise ValueError(f"it is no text in UTF-8, from byte {error.start} on") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno}: {error.msg}") from None
+    except ValueError as error:
+        raise ValueError("a number has too many digits" if "int string" in str(error) else str(error)) from None
     if _depth(value) > MOST_DEPTH:
         raise ValueError("it is nested too deeply")
     return value

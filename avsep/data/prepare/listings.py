@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -197,9 +198,16 @@ def _listing(
 # --- a folder of one's own ----------------------------------------------------------------------------------------
 
 
+# Windows has devices of these names, with any suffix.
+_RESERVED = re.compile(r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")
+
+
 def _usable_id(text: str) -> str:
     """A text as an id, which serves as a file name."""
-    name = re.sub(rf"[/\\:\s]+|{UNFIT.pattern}", "_", text).lstrip(".") or "video"
+    text = unicodedata.normalize("NFC", text)  # an umlaut is one character, however a system wrote it
+    name = re.sub(rf"[/\\:\s]+|[<>\"|?*]|{UNFIT.pattern}", "_", text).strip(".") or "video"
+    if _RESERVED.fullmatch(name.partition(".")[0]):
+        name = f"_{name}"
     if len(name.encode()) > 180:
         name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return name
@@ -259,7 +267,7 @@ def _read_tree(root: Path, seed: int, shares: Sequence[float]) -> tuple[list[Vid
                 f"{root / file} lies in no class's folder: put it into {root / '/'.join((*parts[:-1], 'CLASS'))}, or "
                 "give a --table"
             )
-        class_name = parts[depth - 1]
+        class_name = unicodedata.normalize("NFC", parts[depth - 1])
         rest = "-".join((*parts[depth:-1], Path(file).stem))
         split = _SPLIT_NAMES[parts[0].lower()] if named else ""
         video_id = _usable_id("-".join(p for p in (class_name, split, rest) if p))
@@ -314,10 +322,14 @@ def _read_table(root: Path, table: Path, seed: int, shares: Sequence[float]) -> 
         hashed = hashed or not split
         split = _SPLIT_NAMES[split.lower()] if split else split_of(video_id, seed, shares)
         found = file.as_posix() if os.path.lexists(root / file) else ""
-        videos.append(Video(video_id, row["class"], split, found, file.as_posix(), span))
+        class_name = unicodedata.normalize("NFC", row["class"])
+        videos.append(Video(video_id, class_name, split, found, file.as_posix(), span))
     if not videos:
         raise DataError(f"{table} lists no videos: write a line a video below path,class,split")
     return videos, hashed
+
+
+_MOST_S = 1e7  # of a video: four months
 
 
 def _span(where: str, start: str, end: str) -> tuple[float, float] | None:
@@ -329,6 +341,8 @@ def _span(where: str, start: str, end: str) -> tuple[float, float] | None:
         raise DataError(f"{where}: start '{start}' and end '{end}' are not both seconds") from None
     if not 0 <= span[0] < span[1]:
         raise DataError(f"{where}: start {start or 0} and end {end} are not a part of a video: the end comes after")
+    if span[0] > _MOST_S or (end and not span[1] <= _MOST_S):
+        raise DataError(f"{where}: start {start or 0} and end {end} are more seconds than a video has")
     return span
 
 

@@ -29,7 +29,7 @@ from avsep.data.store.checking import SILENT_DB
 from avsep.data.store.files import VIDEOS_FILE, Store, StoreWriter, remove_store
 from avsep.environment import die_with_parent
 from avsep.errors import AvsepError, ConfigError, DataError, MissingExtraError, UnknownNameError, near_matches
-from avsep.files import refuse_file, sha256_file, write_text
+from avsep.files import csv_cell, refuse_file, sha256_file, write_text
 from avsep.media.audio import resample, to_mono
 from avsep.media.footage import MOTION_RATE_HZ, OBJECT_RATE_HZ, SIZES
 from avsep.progress import Progress, progress_bar
@@ -492,7 +492,8 @@ def _table(entries: Sequence[dict[str, Any]]) -> str:
     for entry in entries:
         source = entry.get("source") or {}
         row = [entry["id"], entry["class"], entry["split"], entry["status"], entry.get("duration_s", "")]
-        writer.writerow([*row, entry.get("reason", ""), source.get("path", ""), source.get("sha256", "")])
+        row += [entry.get("reason", ""), source.get("path", ""), source.get("sha256", "")]
+        writer.writerow(map(csv_cell, row))
     return text.getvalue()
 
 
