@@ -40,14 +40,23 @@ def main(argv: list[str] | None = None) -> None:
             _fail(f"avsep: {' '.join(str(error).split())}", 2, error)
         except OSError as error:
             _fail(f"avsep: {_os_error(error)}", 2)
+        except ModuleNotFoundError as error:
+            _fail(_without_package(error), 2)
         except Exception:
             if world_size() == 1:
                 raise
             import traceback
 
             _fail(traceback.format_exc().rstrip(), 1)
+    except ModuleNotFoundError as error:  # a package of those that everything needs
+        _fail(_without_package(error), 2)
     except KeyboardInterrupt:  # while modules were being imported
         _interrupted("")
+
+
+def _without_package(error: ModuleNotFoundError) -> str:
+    package = (error.name or str(error)).partition(".")[0]
+    return f"avsep: the package '{package}' is missing: install avsep with what it needs (pip install avsep)"
 
 
 def _interrupted(way_on: str) -> None:

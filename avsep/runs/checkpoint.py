@@ -6,9 +6,11 @@ of its files and is replaced last, so that a kill at any moment leaves the previ
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ __all__ = [
     "save_state",
     "save_tensors",
     "set_rng_state",
+    "taking_state",
     "unflatten_state",
 ]
 
@@ -150,12 +153,30 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
             raise CheckpointError(
                 f"checkpoint file is damaged: {target / name}; remove {folder} to go on from the last finished task"
             )
-    skeletons = read_json(target / "state.json")
     found = {}
-    for stem, skeleton in skeletons.items():
-        path = target / f"{stem}.safetensors"
-        found[stem] = unflatten_state(load_tensors(path) if path.exists() else {}, skeleton)
+    with _damage(f"{target / 'state.json'} is damaged: remove {folder} to go on from the last finished task"):
+        for stem, skeleton in read_json(target / "state.json").items():
+            path = target / f"{stem}.safetensors"
+            found[stem] = unflatten_state(load_tensors(path) if path.exists() else {}, skeleton)
     return found
+
+
+@contextlib.contextmanager
+def _damage(message: str) -> Iterator[None]:
+    """What a state of another form raises, as one line."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ConfigError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError):
+        raise CheckpointError(message) from None
+
+
+@contextlib.contextmanager
+def taking_state(folder: Path) -> Iterator[None]:
+    """Where a run takes up what :func:`load_latest` gave: what does not fit is damage, and is told as such."""
+    with _damage(f"the checkpoint in {folder} does not fit this run: remove it to go on from the last finished task"):
+        yield
 
 
 def save_state(path: Path, state: Any) -> str:
@@ -176,9 +197,10 @@ def load_state(path: Path, sha256: str, way_out: str) -> Any:
         raise CheckpointError(f"checkpoint file is missing: {path}; {way_out}")
     if sha256_file(path) != sha256:
         raise CheckpointError(f"checkpoint file is damaged: {path}; {way_out}")
-    with safe_open(path, framework="pt", device="cpu") as file:
-        skeleton = json.loads(file.metadata()["skeleton"])
-    return unflatten_state(load_tensors(path), skeleton)
+    with _damage(f"checkpoint file is damaged: {path}; {way_out}"):
+        with safe_open(path, framework="pt", device="cpu") as file:
+            skeleton = json.loads(file.metadata()["skeleton"])
+        return unflatten_state(load_tensors(path), skeleton)
 
 
 def rng_state() -> dict[str, Any]:

@@ -32,7 +32,7 @@ from avsep.memory.none import NoMemory
 from avsep.mixers.mixtures import epoch_steps
 from avsep.progress import Progress, progress_bar
 from avsep.registry import MEMORIES
-from avsep.runs.checkpoint import load_latest, load_state, save_state
+from avsep.runs.checkpoint import load_latest, load_state, save_state, taking_state
 from avsep.runs.folder import RunFolder
 from avsep.separator import Separator, build_from_spec, load_separator, save_separator
 from avsep.separator.weights import weight_shapes
@@ -190,7 +190,12 @@ class ContinualLearner:
             if self.ranks.first:
                 stream.protocol.save(run.protocol_file)
             self.ranks.wait()  # nobody writes before all have read
-            first = int(state["progress"]["task"]) if state else self._restore(stream, run)
+            if state:
+                with taking_state(run.state):
+                    first = int(state["progress"]["task"])
+                    stream.tasks[first]
+            else:
+                first = self._restore(stream, run)
             if other is not None and not state and first == 0:
                 self._take_first_task(other, stream, run, progress)
                 first = 1
@@ -373,9 +378,10 @@ class ContinualLearner:
         self._prepare_student(task)
         student = self.separator
         if state:
-            _load_student(student, state["student"], run)
-            self.exemplars = exemplars_from_plain(state["progress"]["exemplars"], str(run.state))
-            self.strategy.load_state_dict(state["strategy"])
+            with taking_state(run.state):
+                _load_student(student, state["student"], run)
+                self.exemplars = exemplars_from_plain(state["progress"]["exemplars"], str(run.state))
+                self.strategy.load_state_dict(state["strategy"])
         mixtures = self._mixtures(stream, task)
         ctx = self._context(stream, task, run, self._teacher(task, run), mixtures, resumed=state is not None)
         self.strategy.begin_task(ctx)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from avsep.distributed.ranks import ALONE, Ranks
 from avsep.errors import LostRankError, NumericalError
 from avsep.progress import Progress
-from avsep.runs.checkpoint import rng_state, save_latest, set_rng_state
+from avsep.runs.checkpoint import rng_state, save_latest, set_rng_state, taking_state
 from avsep.runs.folder import RunFolder
 from avsep.separator import Separator
 from avsep.spec import TrainSpec
@@ -146,7 +146,7 @@ class TaskLoop:
         self.record = TaskRecord()
         self._best: dict[str, Tensor] = {}
         if state is not None:
-            self._restore(state)
+            taking_state(folder.state)(self._restore)(state)
         self._started = time.perf_counter() - self.record.seconds
 
     def _restore(self, state: Mapping[str, Any]) -> None:

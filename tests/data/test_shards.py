@@ -154,6 +154,17 @@ def test_same_bytes_each_time_and_after_a_kill(source, made, tmp_path, monkeypat
     assert contents(out) == before
 
 
+@pytest.mark.parametrize("at", ["before the header", "at the second disk"])
+def test_killed_while_it_begins(at, source, made, tmp_path):
+    """What is half-written then has a name of its own, which keeps nobody from beginning again."""
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    half = out / shards._JOURNAL if at == "before the header" else disk
+    half.mkdir(parents=True)
+    (half / ".staging-0a1b2c3d-4194303-x-half.json").write_text("{")
+    store = shard_store(Store.open(source), out, shard_mb=SHARD_MB, folders=[disk])
+    assert len(store.clips) == len(Store.open(made).clips)
+
+
 def test_shards_of_shards_are_the_shards_of_the_files(source, made, tmp_path):
     large = shard_store(Store.open(made), tmp_path / "large", shard_mb=100)
     assert [s["name"] for s in large.manifest["shards"]] == ["train-000000.tar", "val-000000.tar", "test-000000.tar"]

@@ -228,7 +228,7 @@ def test_what_does_not_change_is_written_once():
         ('{"0": {"a": "left"}}', "write .left, top"),
         ('{"0": {"a": [10, 20, 300, 200]}}', "lies outside the frame: give fractions"),
         ('{"0": {"a": [0.5, 0, 0.5, 1]}}', "is empty"),
-        ('{"0": {"a": [0, NaN, 1, 1]}}', "write .left"),
+        ('{"0": {"a": [0, NaN, 1, 1]}}', "is not valid JSON"),
     ],
 )
 def test_boxes_that_are_none(text, told, tmp_path):

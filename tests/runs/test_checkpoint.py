@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from avsep.errors import AvsepError, CheckpointError, ConfigError, RunError
-from avsep.files import FolderLock, atomic_path, read_json, write_json
+from avsep.files import FolderLock, atomic_path, read_json, sha256_file, write_json
 from avsep.runs.checkpoint import flatten_state, load_latest, load_state, save_latest, save_state, unflatten_state
 from avsep.runs.csv_log import CsvLog
+from support.tones import dies_at_step, stream_of, tiny_learner
 
 
 def _state(value=1.0):
@@ -58,6 +59,57 @@ def test_a_state_in_one_file_round_trip_and_damage(tmp_path):
     with pytest.raises(CheckpointError, match=r"is missing: .*other; start again"):
         load_state(tmp_path / "other", digest, "start again")
     assert [p.name for p in path.parent.iterdir()] == ["state.safetensors"]
+
+
+def test_a_bad_byte_in_a_log_costs_its_row(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_bytes(b"task,step,loss\n0,1,0.5\n0,2,0.\xff\n0,3,\x00\n0,\xc2\xb2,1\n0,4,0.25\n")
+    log = CsvLog(path, (0, 9))
+    assert log.found == (0, 4)
+    log.write({"task": 0, "step": 5, "loss": 1.0, "more": 2})
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [r["step"] for r in rows if r["loss"]] == ["1", "4", "5"]
+    path.write_bytes(b"\xff\xfe\x00")
+    CsvLog(path, (0, 9)).write({"task": 0, "step": 1})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "1",
+        "null",
+        '{"student": {"$tensor": "none"}}',
+        '{"student": {"$dict": [1]}}',
+        '{"student": {"$list": 3}}',
+        '{"student": {"other": 1}}',
+        "{",
+        '{"a": ' * 100 + "1" + "}" * 100,
+    ],
+    ids=str,
+)
+def test_a_state_of_another_form_is_damage_though_its_hash_is_right(text, tmp_path):
+    save_latest(tmp_path / "state", "step-1", _state())
+    file = tmp_path / "state" / "step-1" / "state.json"
+    file.write_text(text)
+    pointer = tmp_path / "state" / "latest.json"
+    latest = json.loads(pointer.read_text())
+    latest["sha256"]["state.json"] = sha256_file(file)
+    pointer.write_text(json.dumps(latest))
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged: remove .*state to go on"):
+        load_latest(tmp_path / "state")
+
+
+@pytest.mark.parametrize("key", ["progress", "student", "optimizers", "random", "strategy"])
+def test_a_state_that_lacks_a_part_is_told_when_a_run_takes_it_up(key, tone_store, tmp_path, monkeypatch):
+    dies_at_step(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_learner(checkpoint_every=1).fit(stream_of(tone_store), tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    state = load_latest(tmp_path / "run" / "state")
+    save_latest(tmp_path / "run" / "state", "damaged", {k: v for k, v in state.items() if k != key})
+    with pytest.raises(CheckpointError, match=r"does not fit (this run: remove it|the separator)"):
+        tiny_learner(checkpoint_every=1).fit(stream_of(tone_store), tmp_path / "run", resume=True, progress=False)
 
 
 def test_a_failed_write_leaves_the_last_one(tmp_path, monkeypatch):
