@@ -138,6 +138,7 @@ BAD_JSON = {
     "nothing": "",
     "surrogates alone as bytes": b'{"a": "\xed\xa0\x80"}',
     "another encoding": '{"a": 1}'.encode("utf-16"),
+    "half of a character": r'{"a": "\ud800"}',
 }
 BAD_YAML = {
     "not a number": "a: .nan",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,8 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     try:
         latest = read_json(pointer)
         target, hashes = folder / str(latest["checkpoint"]), dict(latest["sha256"])
+        if not all(_is_plain(name) for name in (target.name, latest["checkpoint"], *hashes)):
+            raise ValueError("a name leads elsewhere")
     except (ConfigError, KeyError, TypeError, ValueError):
         raise CheckpointError(f"{pointer} is damaged: remove {folder} to go on from the last finished task") from None
     for name, stated in hashes.items():
@@ -159,6 +162,10 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
             path = target / f"{stem}.safetensors"
             found[stem] = unflatten_state(load_tensors(path) if path.exists() else {}, skeleton)
     return found
+
+
+def _is_plain(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", name) is not None
 
 
 @contextlib.contextmanager

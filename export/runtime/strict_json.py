@@ -32,6 +32,11 @@ def load_json(data: bytes) -> Any:
         raise ValueError(f"line {error.lineno}: {error.msg}") from None
     except ValueError as error:
         raise ValueError("a number has too many digits" if "int string" in str(error) else str(error)) from None
+    if b"\\ud" in data.lower():  # an escape that may be half of a character, which nothing can write or show
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text in it holds half of a character") from None
     if _depth(value) > MOST_DEPTH:
         raise ValueError("it is nested too deeply")
     return value
