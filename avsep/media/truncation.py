@@ -9,22 +9,22 @@ from typing import BinaryIO
 
 __all__ = ["missing_part"]
 
-_SEGMENT, _EBML = 0x18538067, b"\x1a\x45\xdf\xa3"
 _OGG_TAIL = 1 << 17  # two of the largest pages
+_MOST_PARTS = 1_000_000  # hours of a live stream; a file of nothing but headers would take as long to walk through
 
 
 def missing_part(path: str | os.PathLike[str]) -> str:
     """What a file lacks of what it states, such as "it states 900 bytes and has 600"; empty where nothing is known.
 
-    Knows Matroska and WebM (the size of the segment; a live stream states none), MP4 and MOV (boxes), AVI, and Ogg
-    (its last page).
+    Knows Matroska and WebM (the size of the segment, or in a live stream those of its parts), MP4 and MOV (boxes), AVI,
+    and Ogg (its last page). Of MPEG streams no part can be told from the whole.
     """
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         head = file.read(12)
         find: Callable[[BinaryIO, int], int]
-        if head[:4] == _EBML:
+        if head[:4] == b"\x1a\x45\xdf\xa3":
             find = _end_of_matroska
         elif head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
             find = _end_of_mp4
@@ -40,28 +40,30 @@ def missing_part(path: str | os.PathLike[str]) -> str:
 
 def _end_of_matroska(file: BinaryIO, size: int) -> int:
     place = 0
-    while place < size:
+    for _ in range(_MOST_PARTS):
         file.seek(place)
         head = file.read(12)
+        if not head:
+            break
         id_length = 9 - head[0].bit_length()
         if id_length > 4 or len(head) <= id_length:
-            return 0
-        first = head[id_length]
-        length = 9 - first.bit_length()  # bytes of the size, whose first bits tell their number
+            break
+        length = 9 - head[id_length].bit_length()  # bytes of the size, whose first bits tell their number
         if length > 8 or len(head) < id_length + length:
-            return 0
-        value = int.from_bytes(head[id_length : id_length + length], "big") & ((1 << 7 * length) - 1)
-        if value == (1 << 7 * length) - 1:  # unknown: a live stream
-            return 0
-        place += id_length + length + value
-        if int.from_bytes(head[:id_length], "big") == _SEGMENT and place > size:
-            return place
+            break
+        most = (1 << 7 * length) - 1
+        value = int.from_bytes(head[id_length : id_length + length], "big") & most
+        place += id_length + length
+        if value != most:  # else unknown, in a live stream: its parts follow
+            place += value
+            if place > size:
+                return place
     return 0
 
 
 def _end_of_mp4(file: BinaryIO, size: int) -> int:
     place = 0
-    for _ in range(1_000_000):  # a fragmented file has two boxes for every few seconds
+    for _ in range(_MOST_PARTS):
         if place + 8 > size:
             return 0
         file.seek(place)
