@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avsep.errors import AudioError, DataError, MissingExtraError
-from avsep.export.runtime.wav import check_rate, check_samples
+from avsep.export.runtime.wav import check_rate, check_samples, is_wav
 from avsep.media.audio import read_audio
 from avsep.media.truncation import missing_part
 
@@ -87,8 +87,7 @@ def probe(path: str | os.PathLike[str]) -> MediaInfo:
     with _opened(path) as container:
         duration = (container.duration or 0) / 1_000_000
         found: dict[str, Any] = {"duration_s": duration}
-        if container.streams.audio:
-            stream = container.streams.audio[0]
+        if (stream := _audio(container)) is not None:
             found |= {"sample_rate_hz": stream.rate or 0, "channels": stream.channels or 0}
         if (video := _video(container)) is not None:
             frame = next(_frames(container, video, path), None)
@@ -114,9 +113,10 @@ def read_media_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
     with _opened(path, AudioError) as container:
         if not container.streams.audio:
             raise AudioError(f"{path} has no audio stream: there is nothing to separate")
+        if (stream := _audio(container)) is None:
+            raise AudioError(f"{path}: its sound is damaged, or encoded in a way that FFmpeg does not know")
         if missing := missing_part(path):
             raise AudioError(f"{path} is truncated: {missing}; {_WAY_OUT}")
-        stream = container.streams.audio[0]
         start_s = _start_s(container)
         sound = _Sound(path)
         last_s = start_s  # of all streams: the sound may end before the frames
@@ -219,9 +219,16 @@ def read_sound(path: str | os.PathLike[str]) -> tuple[Audio, int]:
         AudioError: as :func:`avsep.media.audio.read_audio` and :func:`read_media_audio`.
         MissingExtraError: the file is a video, and PyAV is not installed.
     """
-    if Path(path).suffix.lower() in _SOUND_FILES or not Path(path).is_file():
+    if Path(path).suffix.lower() in _SOUND_FILES or not Path(path).is_file() or _begins_as_sound(path):
         return read_audio(path)
     return read_media_audio(path)
+
+
+def _begins_as_sound(path: str | os.PathLike[str]) -> bool:
+    """Whether a file of any name is of a kind that libsndfile is asked for: it is told there whether it is whole."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    return is_wav(head) or head[:4] in (b"fLaC", b".snd", b"caff") or (head[:4] == b"FORM" and head[8:11] == b"AIF")
 
 
 def iter_frames(
@@ -320,7 +327,7 @@ def _opened(path: str | os.PathLike[str], kind: type[DataError] = DataError) -> 
     name = str(file.absolute())
     try:
         container = av.open(name, mode="r", metadata_errors="ignore")
-        if any(not stream.rate for stream in container.streams.audio):  # it begins late
+        if (stream := _audio(container)) is not None and not stream.rate:  # it begins late
             container.close()
             container = av.open(name, mode="r", metadata_errors="ignore", options=_LOOK_FAR)
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -333,6 +340,11 @@ def _opened(path: str | os.PathLike[str], kind: type[DataError] = DataError) -> 
 
 def _reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error).strip().rstrip(".")
+
+
+def _audio(container: Any) -> Any:
+    """The first stream of sound that there is a decoder for."""
+    return next((stream for stream in container.streams.audio if stream.codec_context is not None), None)
 
 
 def _video(container: Any) -> Any:

@@ -38,11 +38,13 @@ LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 1000, 768_000
 RIFF_LIMIT = 0xFFFFFFFF
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _IN_DS64 = 0xFFFFFFFF  # an RF64's 32-bit sizes: the true ones stand in its chunk ds64
-# 60 dB above full scale: samples that were never scaled to +-1, or damage. Far larger ones overflow in a separator.
-_LOUDEST = 1000.0
+# Samples beyond this are no audio in +-1, but integers that somebody made floats of, or damage.
+_LARGEST_SAMPLE = 100.0
 # Chunks that stand behind the samples; others are known by their filling the rest of the file exactly.
-_BEHIND = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"cue ", b"smpl", b"inst", b"fact", b"PEAK", b"JUNK", b"junk", b"PAD ")
-_BEHIND += (b"FLLR", b"iXML", b"axml", b"chna", b"_PMX", b"cart", b"afsp", b"acid", b"plst", b"ltxt", b"umid", b"DISP")
+_BEHIND = frozenset(
+    b"LIST,id3 ,ID3 ,bext,cue ,smpl,inst,fact,PEAK,JUNK,junk,PAD ,FLLR,iXML,axml,chna,_PMX,cart,afsp,acid,plst,umid,"
+    b"DISP".split(b",")
+)
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")  # appended bare, as to an MP3
 
 
@@ -77,14 +79,17 @@ def check_rate(path: str | os.PathLike[str], rate_hz: int) -> None:
         )
 
 
-def check_samples(path: str | os.PathLike[str], samples: Audio) -> None:
-    """Raise :class:`AudioError` of samples that are NaN, infinite, or thousands of times beyond full scale."""
+def check_samples(name: str | os.PathLike[str], samples: Audio) -> None:
+    """Raise :class:`AudioError` of samples that are NaN, infinite or far beyond full scale.
+
+    ``name``: what the message calls them, such as the file's path.
+    """
     peak = float(max(samples.max(initial=0), -samples.min(initial=0)))  # NaN where a sample is
     if not np.isfinite(peak):
         count = int(samples.size - np.isfinite(samples).sum())
-        raise AudioError(f"{path} has {count} NaN or infinite samples: write it again without them")
-    if peak > _LOUDEST:
-        raise AudioError(f"{path} has samples up to {peak:.3g}, where full scale is 1: scale it to +-1 first")
+        raise AudioError(f"{name} has {count} NaN or infinite samples: write it again without them")
+    if peak > _LARGEST_SAMPLE:
+        raise AudioError(f"{name} reaches {peak:.6g}, and full scale is 1: divide 16-bit samples by 32768")
 
 
 def is_wav(head: bytes) -> bool:

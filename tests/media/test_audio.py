@@ -11,6 +11,7 @@ import soundfile
 from avsep.errors import AudioError, AvsepError, ConfigError
 from avsep.export.runtime import wav
 from avsep.media.audio import level_db, read_audio, resample, to_mono, write_audio
+from avsep.media.video import read_sound
 
 
 def tone(seconds=0.5, rate_hz=11025, frequency_hz=440.0):
@@ -111,6 +112,10 @@ def test_no_part_passes_for_the_whole(tmp_path, kind, kept):
     soundfile.write(tmp_path / "whole", sound, 24000, format=form, subtype=subtype)
     data = (tmp_path / "whole").read_bytes()
     (tmp_path / "cut").write_bytes(data[: int(kept * len(data))])
+    if kind in ("WAV", "RF64", "FLAC", "AIFF", "AU", "CAF"):  # of whatever name
+        assert read_sound(tmp_path / "whole")[0].shape == (1, 48000)
+        with pytest.raises(AudioError, match="truncated"):
+            read_sound(tmp_path / "cut")
     if kind in ("MAT5", "IRCAM", "NIST"):  # nothing tells, so that they are not read at all
         with pytest.raises(AudioError, match=f"format {kind}.*convert it first"):
             read_audio(tmp_path / "whole")
@@ -223,7 +228,7 @@ def test_a_rate_that_no_recording_has(tmp_path, rate_hz):
 
 
 def test_samples_far_beyond_full_scale_are_the_files_fault(tmp_path):
-    for value, ok in ((1.5, True), (900.0, True), (32768.0, False), (-1e30, False)):
+    for value, ok in ((1.5, True), (99.0, True), (32768.0, False), (-1e30, False)):
         sound = tone()
         sound[5] = value
         soundfile.write(tmp_path / "a.wav", sound, 11025, subtype="FLOAT")
@@ -231,7 +236,7 @@ def test_samples_far_beyond_full_scale_are_the_files_fault(tmp_path):
             if ok:
                 assert np.abs(read(tmp_path / "a.wav")[0]).max() == value
             else:
-                with pytest.raises(AudioError, match=rf"a\.wav has samples up to {abs(value):.3g}".replace("+", r"\+")):
+                with pytest.raises(AudioError, match=r"a\.wav reaches (32768|1e\+30), and full scale is 1"):
                     read(tmp_path / "a.wav")
 
 

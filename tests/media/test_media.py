@@ -274,6 +274,15 @@ def test_time_stamps_that_jump_by_hours_are_refused(tmp_path):
         read_media_audio(tmp_path / "a.mkv")
 
 
+def test_a_sound_that_nothing_decodes(tmp_path):
+    """FFmpeg knows the kind of stream, and no decoder."""
+    path = write_video(tmp_path / "a.mkv", brightness_ramp(10), tone(1.0))
+    path.write_bytes(path.read_bytes().replace(b"A_AAC", b"A_XYZ"))
+    assert not probe(path).has_audio
+    with pytest.raises(AudioError, match="FFmpeg does not know"):
+        read_media_audio(path)
+
+
 @pytest.mark.parametrize(
     "name", ["file:v.mp4", "concat:v.mp4", "a:b.mp4", "-x.mp4", "http:v.mp4", "v%d.mp4", b"\xe9.mp4"]
 )
