@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,10 @@ def command(
         str, typer.Option("--rate", help="Rate of the files written: model (the separator's), input, or Hz.")
     ] = "model",
     subtype: Annotated[str, typer.Option("--format", help="Samples as PCM_16, PCM_24 or FLOAT.")] = "PCM_16",
+    rescale: Annotated[
+        bool,
+        typer.Option("--rescale", help="Where samples would be clipped, scale all files of a recording by one factor."),
+    ] = False,
     suffix: Annotated[str, typer.Option("--suffix", help="Files as wav or flac.")] = "wav",
     page: Annotated[bool, typer.Option("--page/--no-page", help="Write NAME_separated.html, to hear and see.")] = True,
     batch: Annotated[
@@ -121,7 +126,8 @@ def command(
             display[0].update(bar_of[label], done, total)
 
         looks = _Looks(engine, timelines, track, whole_frame, detector, look_every, device if run else "cpu", progress)
-        options: dict[str, Any] = {"rate": rate, "subtype": subtype, "suffix": suffix, "overwrite": overwrite}
+        options: dict[str, Any] = {"rate": rate, "subtype": subtype, "suffix": suffix}
+        options |= {"rescale": rescale, "overwrite": overwrite}
         chosen = names_in(classes, engine.classes)
         if chosen != ["auto"]:
             ids_of_classes(engine.classes, chosen)
@@ -148,7 +154,7 @@ def command(
                 progress=lambda path, done, total: progress(f"separating {path.name}", done, total),
                 **options,
             )
-    _print(results, out, engine.ran)
+    _print(results, out, engine.ran, rescale)
 
 
 def _refuse_the_others(with_bundle: bool, **options: Any) -> None:
@@ -406,7 +412,7 @@ def _planned(
     return Recording(path, tuple(names), lambda mixture, report: engine.separate(mixture, seen, names, report), beside)
 
 
-def _print(results: list[SeparatedFile], out: Path, ran: str) -> None:
+def _print(results: list[SeparatedFile], out: Path, ran: str, rescale: bool) -> None:
     from rich.table import Table
 
     from avsep.progress import terminal
@@ -425,5 +431,12 @@ def _print(results: list[SeparatedFile], out: Path, ran: str) -> None:
     for result in results:
         for beside in result.beside:
             typer.echo(str(beside))
+    for result in results if rescale else []:
+        decibels = 20 * math.log10(result.gain)
+        typer.echo(f"{result.source.name}: all files are scaled by {result.gain:.4f} ({decibels:+.1f} dB)", err=True)
     if clipped := sum(result.clipped for result in results):
-        typer.echo(f"{clipped} samples were beyond full scale and are clipped; --format FLOAT keeps them", err=True)
+        typer.echo(
+            f"{clipped} samples were beyond full scale and are clipped: --rescale scales all files of a recording by "
+            "one factor instead, --format FLOAT keeps every sample",
+            err=True,
+        )

@@ -22,8 +22,15 @@ from numpy.typing import NDArray
 from avsep.errors import AudioError, ConfigError, DataError, NumericalError
 from avsep.export.runtime.chunking import context_in_samples, separate_long
 from avsep.export.runtime.files import staged_files
-from avsep.export.runtime.recordings import check_targets, ids_of_classes, output_paths
+from avsep.export.runtime.recordings import (
+    check_rescale,
+    check_targets,
+    fitting_gain,
+    ids_of_classes,
+    output_paths,
+)
 from avsep.export.runtime.timeline import VisualSource, VisualTimeline, timeline_of
+from avsep.export.runtime.wav import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, check_samples
 from avsep.files import refuse_file, write_text
 from avsep.media.audio import SUBTYPES, level_db, resample, to_mono, write_audio
 from avsep.media.video import is_video, read_sound
@@ -66,8 +73,9 @@ class SeparatedFile:
     """What :func:`separate_file` wrote.
 
     ``files`` by class name, in the order asked for; ``levels_db`` the root-mean-square levels by class, and of
-    ``residual`` and ``mixture``; ``clipped`` the number of samples beyond full scale in all files together;
-    ``beside`` further files (a page, boxes).
+    ``residual`` and ``mixture``, before any are clipped or rescaled; ``clipped`` the number of samples beyond full
+    scale in all files together; ``beside`` further files (a page, boxes). ``gain``: with ``rescale`` the one factor
+    that all files are scaled by, which add up to the mixture times it.
     """
 
     source: Path
@@ -78,6 +86,7 @@ class SeparatedFile:
     levels_db: dict[str, float]
     clipped: int
     beside: tuple[Path, ...] = ()
+    gain: float = 1.0
 
 
 def class_ids_of(separator: Separator, classes: Sequence[str]) -> list[int]:
@@ -193,11 +202,13 @@ def separate_audio(
 
     Raises:
         ConfigError, UnknownNameError: classes, as :func:`class_ids_of`.
+        AudioError: the mixture has NaN or infinite samples, or some far beyond full scale.
         DataError: a class without frames, or with frames that the separator's encoders do not take.
         NumericalError: the separator answers NaN or infinite.
     """
     import torch
 
+    check_samples("the mixture", mixture)
     ids = class_ids_of(separator, classes)
     lines = _timelines(separator, timelines, classes)
     spec = separator.spec.front_end
@@ -243,8 +254,10 @@ def _output_rate(rate: str | int, model_hz: int, input_hz: int) -> int:
         hertz = int(rate)
     except ValueError:
         hertz = 0
-    if not 1000 <= hertz <= 768000:
-        raise ConfigError(f"rate {rate!r} must be 'model', 'input' or a number of Hz from 1000 to 768000")
+    if not LOWEST_RATE_HZ <= hertz <= HIGHEST_RATE_HZ:
+        raise ConfigError(
+            f"rate {rate!r} must be 'model', 'input' or a number of Hz from {LOWEST_RATE_HZ} to {HIGHEST_RATE_HZ}"
+        )
     return hertz
 
 
@@ -257,6 +270,7 @@ def separate_files(
     *,
     rate: str | int = "model",
     subtype: str = "PCM_16",
+    rescale: bool = False,
     overwrite: bool = False,
     batch: int = 4,
     context_s: float | None = None,
@@ -267,7 +281,7 @@ def separate_files(
     Everything is checked before the first chunk is separated, and the files appear together at the end: a mistake or a
     kill leaves ``out_dir`` as it was. The residual is the mono mixture minus the sum of the sources, at the output's
     rate, so that all files of a recording add up to it; at the input's rate it also holds what lies above the
-    separator's band. Integer samples beyond full scale are clipped and counted.
+    separator's band. Integer samples beyond full scale are clipped and counted, or ``rescale`` prevents that.
 
     Args:
         audio_paths: files in any format of libsndfile, any rate and channel count.
@@ -275,6 +289,8 @@ def separate_files(
         out_dir: made when it is not there.
         rate: of the files written: ``model`` (the separator's), ``input`` (each file's own) or a number of Hz.
         subtype: ``PCM_16``, ``PCM_24`` or ``FLOAT``.
+        rescale: where a sample would be clipped, scale all files of that recording, the residual too, by one factor
+            (``gain`` of the result); not with ``FLOAT``, which clips nothing.
         overwrite: replace files that are there; otherwise that is refused.
         progress: called with (file, chunks done, chunks in all).
 
@@ -292,6 +308,7 @@ def separate_files(
         sample_rate_hz=separator.spec.front_end.sample_rate_hz,
         rate=rate,
         subtype=subtype,
+        rescale=rescale,
         overwrite=overwrite,
         progress=progress,
     )
@@ -333,6 +350,7 @@ def check_recordings(
     rate: str | int = "model",
     subtype: str = "PCM_16",
     suffix: str = "wav",
+    rescale: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Raise what :func:`separate_recordings` would raise of names and settings, before anything is read."""
@@ -344,6 +362,7 @@ def check_recordings(
         raise ConfigError(f"unknown suffix '{suffix}': one of {', '.join(SUFFIXES)}")
     if suffix == "flac" and subtype == "FLOAT":
         raise ConfigError("FLAC holds no FLOAT samples: use --format PCM_24, or --suffix wav")
+    check_rescale(rescale, subtype)
     _output_rate(rate, 1000, 1000)
     refuse_file(out)
     place = next(p for p in (out, *out.parents) if p.exists())
@@ -360,6 +379,7 @@ def separate_recordings(
     rate: str | int = "model",
     subtype: str = "PCM_16",
     suffix: str = "wav",
+    rescale: bool = False,
     overwrite: bool = False,
     progress: Callable[[Path, int, int], None] | None = None,
 ) -> list[SeparatedFile]:
@@ -373,7 +393,7 @@ def separate_recordings(
         AudioError, ConfigError: one line each; nothing is written then. And whatever a recording's functions raise.
     """
     out = Path(out_dir)
-    check_recordings(recordings, out, rate=rate, subtype=subtype, suffix=suffix, overwrite=overwrite)
+    check_recordings(recordings, out, rate=rate, subtype=subtype, suffix=suffix, rescale=rescale, overwrite=overwrite)
     for recording in recordings:
         read_mono(recording.path)
     targets = [recording.targets(out, suffix) for recording in recordings]
@@ -387,9 +407,9 @@ def separate_recordings(
             whole = resample(own, own_hz, rate_hz)  # [L'], straight from its own rate
             sources = _fit(resample(estimates, sample_rate_hz, rate_hz), len(whole))  # [N, L']
             signals = {**dict(zip(classes, sources, strict=True)), "residual": whole - sources.sum(axis=0)}
-            clipped = 0
+            clipped, gain = 0, fitting_gain(signals.values()) if rescale else 1.0
             for name, signal in zip(names[: len(signals)], signals.values(), strict=True):
-                clipped += write_audio(staging / name.name, signal, rate_hz, subtype)
+                clipped += write_audio(staging / name.name, signal * np.float32(gain), rate_hz, subtype)
             result = SeparatedSignals(mixture, estimates, mixture - estimates.sum(axis=0), sample_rate_hz)
             for text_file, make in recording.beside.items():
                 write_text(staging / text_file, make(result))
@@ -403,6 +423,7 @@ def separate_recordings(
                     levels_db={k: level_db(v) for k, v in {"mixture": whole, **signals}.items()},
                     clipped=clipped,
                     beside=tuple(names[len(signals) :]),
+                    gain=gain,
                 )
             )
     return results
@@ -422,6 +443,7 @@ def separate_file(
     *,
     rate: str | int = "model",
     subtype: str = "PCM_16",
+    rescale: bool = False,
     overwrite: bool = False,
     batch: int = 4,
     context_s: float | None = None,
@@ -436,6 +458,7 @@ def separate_file(
         out_dir,
         rate=rate,
         subtype=subtype,
+        rescale=rescale,
         overwrite=overwrite,
         batch=batch,
         context_s=context_s,

@@ -1,7 +1,7 @@
 """Audio files in and out, and resampling.
 
-Formats are libsndfile's (WAV, FLAC, OGG, MP3, AIFF and more; not MP4). A file that cannot be used ends in one
-:class:`~avsep.errors.AudioError`; what is written is whole or absent.
+Formats are those of libsndfile that tell whether a file is whole (WAV, RF64, W64, FLAC, OGG, MP3, AIFF, AU, CAF; not
+MP4). A file that cannot be used ends in one :class:`~avsep.errors.AudioError`; what is written is whole or absent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avsep.errors import AudioError, ConfigError
+from avsep.export.runtime import wav
 from avsep.files import atomic_path
+from avsep.media.truncation import missing_part
 
 __all__ = ["SUBTYPES", "level_db", "read_audio", "resample", "to_mono", "write_audio"]
 
@@ -23,16 +25,23 @@ Audio = NDArray[np.float32]
 
 # libsndfile's names of the sample formats write_audio offers, and the largest value each can hold
 SUBTYPES = {"PCM_16": 1 - 2.0**-15, "PCM_24": 1 - 2.0**-23, "FLOAT": float("inf")}
+_SAMPLE_BYTES = {"PCM_16": 2, "PCM_24": 3, "FLOAT": 4}
 
-# Chunk sizes that a recorder writes when it cannot know the length (it writes to a pipe); not a sign of truncation.
-_UNKNOWN_SIZE = 0x7FFFF000
+# What is read. libsndfile knows more, of which many do not say how long they are: a part would pass as the whole.
+_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF"}
+# Those whose sizes have 32 bits and that have no larger form; WAV has RF64.
+_SMALL_FORMATS = {"AIFF", "AU", "WAVEX"}
+_BLOCK = 1 << 20  # frames read at once: memory is taken for those that are there, not for those that a header states
 
 
 def read_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
     """Read a whole file as float32 [C, L] in +-1 (float files may exceed it) with its rate in Hz.
 
+    Of a WAV file whose header states less than there is, all is read.
+
     Raises:
-        AudioError: the file is missing, not audio, corrupt, truncated, has no samples, or has NaN or infinite ones.
+        AudioError: the file is missing, not audio, corrupt, truncated, has no samples, or has NaN or infinite ones or
+            some far beyond full scale; or its rate is none that recordings have.
     """
     import soundfile
 
@@ -44,28 +53,62 @@ def read_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
     if file.stat().st_size == 0:
         raise AudioError(f"{file} is empty (0 bytes): record or copy it again")
     try:
-        with soundfile.SoundFile(file) as source:
+        with soundfile.SoundFile(file.absolute()) as source:  # absolute: a file named - is no standard input
             rate_hz, stated, log, format_name = source.samplerate, source.frames, source.extra_info, source.format
-            samples: NDArray[Any] = source.read(dtype="float32", always_2d=True)  # [L, C]
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+            wav.check_rate(file, rate_hz)
+            if format_name not in _FORMATS:
+                raise AudioError(
+                    f"{file} is of the format {format_name}, of which a part can pass for the whole: convert it first "
+                    f"(ffmpeg -i {file.name} OUT.wav)"
+                )
+            if stated >= 2**62:  # a FLAC file that was written to a pipe; libsndfile cannot read it
+                raise AudioError(f"{file} does not state its length: write it again (ffmpeg -i {file.name} OUT.wav)")
+            if _states_less(file):
+                return wav.read_wav(file)
+            blocks: list[NDArray[Any]] = []
+            while not blocks or len(blocks[-1]) == _BLOCK:
+                blocks.append(source.read(_BLOCK, dtype="float32", always_2d=True))  # [L, C]
+    except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError) as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
         raise AudioError(
             f"{file} cannot be read as audio ({reason}): it is damaged, truncated or not WAV, FLAC, OGG or MP3"
         ) from None
-    if samples.shape[0] and (missing := _missing(log, format_name, stated, samples.shape[0])):
+    samples = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    missing = missing_part(file) or _missing(log, format_name, stated, samples.shape[0])
+    if samples.shape[0] and missing:
         raise AudioError(f"{file} is truncated: {missing}; copy it again")
     if samples.shape[0] == 0:
         raise AudioError(f"{file} holds no samples: it is empty or truncated")
-    if not np.isfinite(samples).all():
-        count = int(np.size(samples) - np.isfinite(samples).sum())
-        raise AudioError(f"{file} has {count} NaN or infinite samples: write it again without them")
+    wav.check_samples(file, samples)
     return np.ascontiguousarray(samples.T), rate_hz
+
+
+def _states_less(file: Path) -> bool:
+    """Whether a WAV file has more samples than its header states, which libsndfile would leave out.
+
+    Raises:
+        AudioError: it is truncated, or has more, but in an encoding that only libsndfile reads.
+    """
+    with open(file, "rb") as opened:
+        if not wav.is_wav(opened.read(12)):
+            return False
+    found = wav.find_samples(file)
+    if found.size <= found.stated:
+        return False
+    if not found.is_plain:
+        raise AudioError(
+            f"{file} has {found.size} bytes of samples, and its header states {found.stated}: decode it anew "
+            f"(ffmpeg -ignore_length 1 -i {file.name} OUT.wav)"
+        )
+    return True
 
 
 def _missing(log: str, format_name: str, stated: int, read: int) -> str:
     """What a file lacks of what its header promises, or nothing. libsndfile itself reads such a file in silence."""
-    for promised, found in re.findall(r"^\s*(?:data|SSND|riff)\s*:\s*(\d+)\s+\(should be (\d+)\)", log, re.MULTILINE):
-        if int(found) < int(promised) < _UNKNOWN_SIZE:
+    sizes = r"^\s*(?:data|SSND|riff|Data Size)\s*:\s*(\d+)\s+\(should be (\d+)\)"
+    for promised, found in re.findall(sizes, log, re.MULTILINE):
+        unknown = format_name != "W64" and wav.is_unknown_size(int(promised))
+        if int(found) < int(promised) and not unknown:
             return f"its header promises {promised} bytes and {found} are there"
     # a compressed file's length is an estimate where it has no index
     if stated - read > (stated // 50 if format_name == "MP3" else 0):
@@ -98,7 +141,7 @@ def resample(audio: Audio, from_hz: int, to_hz: int) -> Audio:
 
 
 def write_audio(path: str | os.PathLike[str], audio: Audio, rate_hz: int, subtype: str = "PCM_16") -> int:
-    """Write [L] or [C, L] atomically; the suffix chooses the format.
+    """Write [L] or [C, L] atomically; the suffix chooses the format. A WAV file beyond 4 GB becomes an RF64 one.
 
     Integer formats hold +-1: what is beyond is clipped, never wrapped and never scaled, since scaled files would no
     longer add up to their mixture. ``subtype="FLOAT"`` keeps every value.
@@ -107,7 +150,7 @@ def write_audio(path: str | os.PathLike[str], audio: Audio, rate_hz: int, subtyp
         The number of samples that were clipped.
 
     Raises:
-        AudioError: the audio is empty, not finite or of a wrong shape, or the disk is full.
+        AudioError: the audio is empty, not finite, of a wrong shape or too long for the format, or the disk is full.
         ConfigError: unknown subtype, or one that the suffix's format cannot hold.
     """
     import soundfile
@@ -125,6 +168,10 @@ def write_audio(path: str | os.PathLike[str], audio: Audio, rate_hz: int, subtyp
         )
     if not np.isfinite(audio).all():
         raise AudioError(f"cannot write {file}: the audio has NaN or infinite samples")
+    if audio.size * _SAMPLE_BYTES[subtype] + 1024 > wav.RIFF_LIMIT:  # with room for the header
+        if format_name in _SMALL_FORMATS:
+            raise AudioError(f"cannot write {file}: {format_name} holds no more than 4 GB; use the suffix .wav")
+        format_name = "RF64" if format_name == "WAV" else format_name
     top = np.float32(SUBTYPES[subtype])
     clipped = 0
     if np.isfinite(top):

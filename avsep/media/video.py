@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avsep.errors import AudioError, DataError, MissingExtraError
+from avsep.export.runtime.wav import check_rate, check_samples, is_wav
 from avsep.media.audio import read_audio
+from avsep.media.truncation import missing_part
 
 __all__ = ["MediaInfo", "cut_frame", "is_video", "iter_frames", "probe", "read_media_audio", "read_sound"]
 
@@ -27,6 +29,30 @@ Frame = NDArray[np.uint8]
 
 # What libsndfile is asked for; anything else goes to PyAV (videos, and audio that libsndfile does not know).
 _SOUND_FILES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64"}
+
+# Bare streams and broadcasts, which state no duration: FFmpeg reckons one from their size.
+_ESTIMATED = {
+    "aac",
+    "ac3",
+    "amr",
+    "dts",
+    "eac3",
+    "h264",
+    "hevc",
+    "loas",
+    "mp3",
+    "mpeg",
+    "mpegts",
+    "mpegvideo",
+    "truehd",
+}
+# Time stamps are rounded (to 1 ms in Matroska) and those of live encoders jitter: sound that is late by less than what
+# a person may notice beside the picture (45 ms, ITU-R BT.1359) is not moved.
+_ALIGNED_S = 0.04
+_MOST_SILENCE_S = 3600  # in gaps, all together; one damaged time stamp could ask for years
+_WAY_OUT = "copy it again, or take what is there (ffmpeg -i IN -c copy OUT)"
+# How far FFmpeg looks for the first packets of a stream that it found none of at first: bytes and microseconds.
+_LOOK_FAR = {"probesize": "200000000", "analyzeduration": "3600000000"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +87,7 @@ def probe(path: str | os.PathLike[str]) -> MediaInfo:
     with _opened(path) as container:
         duration = (container.duration or 0) / 1_000_000
         found: dict[str, Any] = {"duration_s": duration}
-        if container.streams.audio:
-            stream = container.streams.audio[0]
+        if (stream := _audio(container)) is not None:
             found |= {"sample_rate_hz": stream.rate or 0, "channels": stream.channels or 0}
         if (video := _video(container)) is not None:
             frame = next(_frames(container, video, path), None)
@@ -78,46 +103,106 @@ def read_media_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
     """The first audio stream as float32 mono [1, L] with its rate in Hz: the mean of its channels, less the
     low-frequency one (LFE), which a speaker for effects plays.
 
+    Where packets are missing, as in a captured stream, there is silence, so that sound and frames stay aligned.
+
     Raises:
-        AudioError: there is no audio stream, it cannot be decoded, is truncated, or has no samples.
+        AudioError: there is no audio stream, it cannot be decoded, has no samples, NaN ones, some far beyond full scale
+            or a rate that recordings have not; or the file is truncated.
     """
     av = _av()
     with _opened(path, AudioError) as container:
         if not container.streams.audio:
             raise AudioError(f"{path} has no audio stream: there is nothing to separate")
-        stream = container.streams.audio[0]
-        rate = int(stream.rate)
-        planar = av.AudioResampler(format="fltp")
-        parts: list[Audio] = []
-        offset_s: float | None = None
+        if (stream := _audio(container)) is None:
+            raise AudioError(f"{path}: its sound is damaged, or encoded in a way that FFmpeg does not know")
+        if missing := missing_part(path):
+            raise AudioError(f"{path} is truncated: {missing}; {_WAY_OUT}")
+        start_s = _start_s(container)
+        sound = _Sound(path)
+        last_s = start_s  # of all streams: the sound may end before the frames
         try:
-            for frame in container.decode(stream):
-                if offset_s is None:
-                    offset_s = (frame.time or 0.0) - _start_s(container)
-                frame.pts = None  # the resampler would fill gaps that rounded time stamps make
-                parts += [_mono(f) for f in planar.resample(frame)]
-            parts += [_mono(f) for f in planar.resample(None)]
+            for packet in container.demux():
+                first = packet.pts if packet.pts is not None else packet.dts
+                if first is not None and packet.time_base is not None:
+                    last_s = max(last_s, float((first + (packet.duration or 0)) * packet.time_base))
+                if packet.stream.index == stream.index:
+                    for frame in packet.decode():
+                        sound.add(frame, start_s)
+            samples = sound.joined()
         except av.FFmpegError as error:
-            seconds = sum(map(len, parts)) / rate
             raise AudioError(
-                f"{path}: its sound cannot be decoded beyond {seconds:.1f} s ({_reason(error)}): the file is damaged"
+                f"{path}: its sound cannot be decoded beyond {sound.seconds:.1f} s ({_reason(error)}): "
+                "the file is damaged"
             ) from None
-        stated = _stated_s(stream, container)
-    if not parts:
-        raise AudioError(f"{path} holds no samples: its audio stream is empty or damaged")
-    samples = np.concatenate(parts).astype(np.float32)
-    if len(samples) / rate < 0.9 * stated - 1.0:
+        stated_s = 0.0 if container.format.name in _ESTIMATED else (container.duration or 0) / 1_000_000
+    if stated_s - (last_s - start_s) > max(0.5, 0.05 * stated_s):
         raise AudioError(
-            f"{path} is truncated: it states {stated:.1f} s of sound and {len(samples) / rate:.1f} s are there"
+            f"{path} is truncated: it states {stated_s:.1f} s and {last_s - start_s:.1f} s are there; {_WAY_OUT}"
         )
-    if not np.isfinite(samples).all():
-        raise AudioError(f"{path} has NaN or infinite samples: encode it again")
-    lead = round((offset_s or 0.0) * rate)
-    if lead > 0:
-        samples = np.concatenate((np.zeros(lead, np.float32), samples))
-    elif lead < 0:
-        samples = samples[-lead:]
-    return samples[None], rate
+    if not len(samples):
+        raise AudioError(f"{path} holds no samples: its audio stream is empty or damaged")
+    check_samples(path, samples)
+    return samples[None], sound.rate_hz
+
+
+class _Sound:
+    """The samples of one audio stream, each at its time."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+        self.rate_hz = 0  # of the first frame
+        self.parts: list[Audio] = []
+        self.length = 0  # samples so far, from the beginning of the file on
+        self.silence = 0  # samples of it that fill gaps
+        self._before = 0  # samples before that beginning
+        self._resampler: Any = None
+        self._form: tuple[str, str, int] | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.length / self.rate_hz if self.rate_hz else 0.0
+
+    def add(self, frame: Any, start_s: float) -> None:
+        """Append a decoded frame, after silence where its time asks for some."""
+        form = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if form != self._form:  # a stream may change it, such as one recorded from a broadcast
+            check_rate(self.path, frame.sample_rate)
+            self.rate_hz = self.rate_hz or frame.sample_rate
+            self._flush()
+            self._resampler = _av().AudioResampler(format="fltp", rate=self.rate_hz)
+            self._form = form
+        late = 0 if frame.time is None else round((frame.time - start_s) * self.rate_hz) - self.length
+        if not self.parts and late < 0:  # it begins before the file does, as a player shows it
+            self.length, self._before = late, -late
+        elif late > (_ALIGNED_S * self.rate_hz if self.parts else 0):
+            self._fill(late)
+        frame.pts = None  # the resampler would fill gaps of its own
+        self._append(self._resampler.resample(frame))
+
+    def joined(self) -> Audio:
+        """All samples [L]."""
+        self._flush()
+        return np.concatenate([np.zeros(0, np.float32), *self.parts])[self._before :]
+
+    def _fill(self, samples: int) -> None:
+        self.silence += samples
+        if self.silence > _MOST_SILENCE_S * self.rate_hz:
+            raise AudioError(
+                f"{self.path}: its time stamps leave {self.silence / self.rate_hz:.0f} s without sound, more than "
+                f"{_MOST_SILENCE_S} s: they are damaged or jump; encode it again"
+            )
+        self.parts.append(np.zeros(samples, np.float32))
+        self.length += samples
+
+    def _append(self, frames: Sequence[Any]) -> None:
+        for frame in frames:
+            self.parts.append(_mono(frame))
+            self.length += len(self.parts[-1])
+
+    def _flush(self) -> None:
+        if self._resampler is not None:
+            self._append(self._resampler.resample(None))
+        self._resampler = self._form = None
 
 
 def is_video(path: str | os.PathLike[str]) -> bool:
@@ -134,9 +219,16 @@ def read_sound(path: str | os.PathLike[str]) -> tuple[Audio, int]:
         AudioError: as :func:`avsep.media.audio.read_audio` and :func:`read_media_audio`.
         MissingExtraError: the file is a video, and PyAV is not installed.
     """
-    if Path(path).suffix.lower() in _SOUND_FILES or not Path(path).is_file():
+    if Path(path).suffix.lower() in _SOUND_FILES or not Path(path).is_file() or _begins_as_sound(path):
         return read_audio(path)
     return read_media_audio(path)
+
+
+def _begins_as_sound(path: str | os.PathLike[str]) -> bool:
+    """Whether a file of any name is of a kind that libsndfile is asked for: it is told there whether it is whole."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    return is_wav(head) or head[:4] in (b"fLaC", b".snd", b"caff") or (head[:4] == b"FORM" and head[8:11] == b"AIF")
 
 
 def iter_frames(
@@ -179,7 +271,8 @@ def iter_frames(
         if shown is None:
             raise DataError(f"{path}: its video stream has no frame that can be decoded: the file is damaged")
         step = float(shown.duration * shown.time_base) if getattr(shown, "duration", None) else 0.0
-        ends = min(max(last - start + step, _stated_s(video, None) - first), last_s - first)
+        stated_s = float(video.duration * video.time_base) if video.duration else 0.0
+        ends = min(max(last - start + step, stated_s - first), last_s - first)
         while count == 0 or (count + 0.5) / rate_hz < ends:
             yield _converted(shown, short_side, grey)
             count += 1
@@ -230,8 +323,13 @@ def _opened(path: str | os.PathLike[str], kind: type[DataError] = DataError) -> 
         raise kind(f"{file} is not a file: give a video or audio file")
     if file.stat().st_size == 0:
         raise kind(f"{file} is empty (0 bytes): record or copy it again")
+    # Absolute: FFmpeg takes the beginning of file:a.mp4, concat:a.mp4 or http:a.mp4 for a protocol.
+    name = str(file.absolute())
     try:
-        container = av.open(str(file), mode="r", metadata_errors="ignore")
+        container = av.open(name, mode="r", metadata_errors="ignore")
+        if (stream := _audio(container)) is not None and not stream.rate:  # it begins late
+            container.close()
+            container = av.open(name, mode="r", metadata_errors="ignore", options=_LOOK_FAR)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise kind(
             f"{file} cannot be read as video or audio ({_reason(error)}): it is damaged, truncated or of another kind"
@@ -242,6 +340,11 @@ def _opened(path: str | os.PathLike[str], kind: type[DataError] = DataError) -> 
 
 def _reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error).strip().rstrip(".")
+
+
+def _audio(container: Any) -> Any:
+    """The first stream of sound that there is a decoder for."""
+    return next((stream for stream in container.streams.audio if stream.codec_context is not None), None)
 
 
 def _video(container: Any) -> Any:
@@ -272,12 +375,6 @@ def _frames(container: Any, stream: Any, path: str | os.PathLike[str]) -> Iterat
 
 def _start_s(container: Any) -> float:
     return (container.start_time or 0) / 1_000_000
-
-
-def _stated_s(stream: Any, container: Any) -> float:
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    return (container.duration or 0) / 1_000_000 if container is not None else 0.0
 
 
 def _mono(frame: Any) -> Audio:

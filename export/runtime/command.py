@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from .errors import AvsepError, ConfigError, one_line
 from .files import staged_files
-from .recordings import check_targets, ids_of_classes, names_in, output_paths
+from .recordings import check_rescale, check_targets, fitting_gain, ids_of_classes, names_in, output_paths
 from .separator import BundleSeparator
 from .sessions import PROVIDERS
 from .timeline import read_visual_file
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--context", type=float, help="seconds of each side of a chunk thrown away [default: as the bundle says]"
     )
     parser.add_argument("--format", default="PCM_16", help="of the samples written: PCM_16 or FLOAT [default: PCM_16]")
+    parser.add_argument(
+        "--rescale", action="store_true", help="scale all files by one factor where samples would be clipped"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     chosen = parser.parse_args(arguments)
     try:
@@ -58,6 +62,7 @@ def _separate_file(chosen: Any) -> str:
     path, out = Path(chosen.audio), Path(chosen.out)
     if chosen.format not in FORMATS:
         raise ConfigError(f"unknown sample format '{chosen.format}': one of {', '.join(FORMATS)}")
+    check_rescale(chosen.rescale, chosen.format)
     audio, rate_hz = read_wav(path)
     mixture = audio.mean(axis=0, dtype=np.float64).astype(np.float32)
     features = None if chosen.features is None else read_visual_file(chosen.features)
@@ -69,7 +74,7 @@ def _separate_file(chosen: Any) -> str:
         context_s=chosen.context,
         engines=chosen.engines,
     )
-    clipped = 0
+    clipped, gain = 0, 1.0
     with separator:
         names = names_in(chosen.classes, separator.classes)
         ids_of_classes(separator.classes, names)
@@ -85,11 +90,21 @@ def _separate_file(chosen: Any) -> str:
             begin = time.perf_counter()
             sources = separator.separate(mixture, features, names, rate_hz, progress=_counter())
             took_s = time.perf_counter() - begin
-            for target, signal in zip(targets, (*sources, mixture - sources.sum(axis=0)), strict=True):
-                clipped += write_wav(staging / target.name, signal, rate_hz, chosen.format)
+            signals = [*sources, mixture - sources.sum(axis=0)]
+            if chosen.rescale:
+                gain = fitting_gain(signals)
+            for target, signal in zip(targets, signals, strict=True):
+                clipped += write_wav(staging / target.name, signal * np.float32(gain), rate_hz, chosen.format)
     seconds = len(mixture) / rate_hz
     line = f"{', '.join(str(t) for t in targets)}: {seconds:.2f} s in {took_s:.2f} s on {separator.provider}"
-    return line + (f"; {clipped} samples beyond full scale were clipped (--format FLOAT keeps them)" if clipped else "")
+    if chosen.rescale:
+        line += f"; all files are scaled by {gain:.4f} ({20 * math.log10(gain):+.1f} dB)"
+    if clipped:
+        line += (
+            f"; {clipped} samples beyond full scale were clipped: --rescale scales all files by one factor instead, "
+        )
+        line += "--format FLOAT keeps every sample"
+    return line
 
 
 def _counter() -> Callable[[int, int], None] | None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import csv
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .errors import ConfigError, UnknownNameError, near_matches
 
-__all__ = ["check_targets", "ids_of_classes", "names_in", "output_paths"]
+__all__ = ["check_rescale", "check_targets", "fitting_gain", "ids_of_classes", "names_in", "output_paths"]
+
+_TOP = 1 - 2.0**-15  # the largest value that 16 bits hold; 24 bits hold more
 
 
 def names_in(text: str, known: Sequence[str] = ()) -> list[str]:
@@ -112,3 +117,15 @@ def check_targets(paths: Sequence[Path], targets: Sequence[Sequence[Path]], out:
                 raise ConfigError(f"{name} is a folder: choose another output folder")
             if name.exists() and not overwrite:
                 raise ConfigError(f"{name} is there already: choose another folder, or --overwrite")
+
+
+def check_rescale(rescale: bool, subtype: str) -> None:
+    """Raise :class:`ConfigError` where rescaling is asked for and nothing can clip."""
+    if rescale and subtype == "FLOAT":
+        raise ConfigError("FLOAT keeps every sample, so that --rescale does nothing with it: leave it out")
+
+
+def fitting_gain(signals: Iterable[NDArray[np.float32]]) -> float:
+    """The one factor by which all ``signals`` [L] stay within full scale: 1 where they do as they are."""
+    peak = max(float(np.abs(signal).max(initial=0)) for signal in signals)
+    return _TOP / peak if peak > 1 else 1.0

@@ -32,6 +32,7 @@ from .reader import Bundle, Graph, open_bundle
 from .recordings import ids_of_classes
 from .sessions import Engine, open_session
 from .timeline import VisualSource, VisualTimeline, timeline_of
+from .wav import check_samples
 
 __all__ = ["BundleSeparator", "Stream"]
 
@@ -41,8 +42,6 @@ Audio = NDArray[np.float32]
 Sight = Callable[[float, float], Any]
 Features = Mapping[str, "VisualTimeline | Mapping[str, Any]"]
 
-# Samples beyond this are no audio in +-1, but integers that somebody made floats of.
-_LARGEST_SAMPLE = 100.0
 _MOST_ENCODED = 256  # results of visual encoders that are remembered
 
 
@@ -575,9 +574,5 @@ def _mono(samples: Array) -> Audio:
     if array.dtype.kind != "f":
         raise AudioError(f"audio samples must be float in +-1, int16 or int32, got {array.dtype}")
     array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        count = int(array.size - np.isfinite(array).sum())
-        raise AudioError(f"the audio has {count} NaN or infinite samples: clean it first")
-    if array.size and (peak := float(np.abs(array).max())) > _LARGEST_SAMPLE:
-        raise AudioError(f"the audio reaches {peak:.0f}, and full scale is 1: divide 16-bit samples by 32768")
+    check_samples("the audio", array)
     return array

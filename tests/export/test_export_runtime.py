@@ -791,6 +791,26 @@ def test_the_devices_command_ends_in_one_line(bundles, duet, tmp_path, capsys, m
     assert not (tmp_path / "out").exists()
 
 
+def test_the_devices_command_rescales(bundles, duet, tmp_path, capsys):
+    loud = 12 * music(CLIP, seed=8)
+    soundfile.write(tmp_path / "loud.wav", loud, RATE, subtype="FLOAT")
+    arguments = [str(bundles["fixed"]), str(tmp_path / "loud.wav"), "--classes", "flute", "--provider", "cpu"]
+    arguments += ["--features", str(duet / "features.npz")]
+    assert runtime_main([*arguments, "--out", str(tmp_path / "a")]) == 0
+    told = capsys.readouterr().out
+    assert "were clipped: --rescale scales all files by one factor instead, --format FLOAT keeps every sample" in told
+    assert runtime_main([*arguments, "--rescale", "--out", str(tmp_path / "b")]) == 0
+    told = capsys.readouterr().out
+    assert "clipped" not in told
+    gain = float(told.partition("all files are scaled by ")[2].split()[0])
+    parts = [read_audio(tmp_path / "b" / f"loud_{name}.wav")[0][0] for name in ("flute", "residual")]
+    np.testing.assert_allclose(sum(parts), gain * loud, atol=1e-3)
+    assert max(np.abs(part).max() for part in parts) == pytest.approx(1, abs=1e-4)
+    assert runtime_main([*arguments, "--rescale", "--format", "FLOAT", "--out", str(tmp_path / "c")]) == 2
+    assert "--rescale does nothing" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
 def test_separate_with_a_bundle_and_with_its_separator(separator, bundles, duet, tmp_path, capsys):
     """``avsep separate`` gives the same files either way, at any rate of the recording."""
     save_separator(separator, tmp_path / "saved")

@@ -111,6 +111,59 @@ def test_files_add_up_to_the_mono_mixture(all_pass, timelines, tmp_path, rate_hz
     assert result.clipped == 0
 
 
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24"])
+def test_rescaling_scales_all_files_of_a_recording_by_one_factor(all_pass, timelines, tmp_path, subtype):
+    loud, quiet = (write(tmp_path, f"{name}.wav", level * music(1.3)) for name, level in (("loud", 8), ("quiet", 1)))
+    classes = ["flute", "acoustic guitar"]
+    clipped, _ = separate_files(all_pass, [loud, quiet], timelines, classes, tmp_path / "a", subtype=subtype)
+    assert clipped.clipped > 0
+    assert clipped.gain == 1.0
+    fitted, same = separate_files(
+        all_pass, [loud, quiet], timelines, classes, tmp_path / "b", subtype=subtype, rescale=True
+    )
+    assert same.gain == 1.0
+    assert fitted.clipped == same.clipped == 0
+    assert fitted.gain < 0.9
+    for result, level in ((fitted, 8 * fitted.gain), (same, 1)):
+        parts = [read_audio(f)[0][0] for f in (*result.files.values(), result.residual)]
+        np.testing.assert_allclose(sum(parts), level * music(1.3), atol=2e-4)
+        assert max(np.abs(part).max() for part in parts) == pytest.approx(1 if result is fitted else 0.3, abs=0.1)
+    assert fitted.levels_db == clipped.levels_db  # as separated
+    with pytest.raises(ConfigError, match="FLOAT keeps every sample"):
+        separate_file(all_pass, loud, timelines, classes, tmp_path / "c", subtype="FLOAT", rescale=True)
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_way_out_of_clipping_is_told(all_pass, timelines, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("avsep.separator.load_separator", lambda run, task=None: all_pass)
+    write_visual_file(tmp_path / "f.npz", timelines)
+    loud = write(tmp_path, "loud.wav", 8 * music(0.4))
+    arguments = {"run": tmp_path, "classes": "flute", "features": tmp_path / "f.npz", "device": "cpu", "page": False}
+    command([loud], out=tmp_path / "a", **arguments)
+    told = capsys.readouterr().err
+    assert "beyond full scale and are clipped: --rescale scales all files of a recording by one factor" in told
+    assert "--format FLOAT" in told
+    command([loud], out=tmp_path / "b", rescale=True, **arguments)
+    told = capsys.readouterr().err
+    assert "clipped" not in told
+    gain = float(told.partition("loud.wav: all files are scaled by ")[2].split()[0])
+    parts = [soundfile.read(tmp_path / "b" / f"loud_{name}.wav")[0] for name in ("flute", "residual")]
+    np.testing.assert_allclose(sum(parts), 8 * gain * music(0.4), atol=1e-3)
+    with pytest.raises(ConfigError, match="--rescale does nothing"):
+        command([loud], out=tmp_path / "c", rescale=True, subtype="FLOAT", **arguments)
+
+
+@pytest.mark.parametrize("value", [1e30, 32768.0, np.nan])
+def test_samples_that_no_recording_has_are_not_the_separators_fault(separator, timelines, tmp_path, value):
+    mixture = music(0.4)
+    mixture[7] = value
+    with pytest.raises(AudioError, match=r"the mixture (reaches|has 1 NaN)"):
+        separate_audio(separator, mixture, timelines, ["flute"])
+    with pytest.raises(AudioError, match=r"a\.wav (reaches|has 1 NaN)"):
+        separate_file(separator, write(tmp_path, "a.wav", mixture), timelines, ["flute"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_chunk_gets_the_frames_of_its_time(separator, timelines, monkeypatch):
     """The object is looked up at the chunk's middle, motion over the chunk."""
     asked = []

@@ -20,7 +20,7 @@ from avsep.media.timeline import VisualTimeline, write_visual_file
 from avsep.separator import build_separator, save_separator
 from support.commands import run
 from support.folders import contents
-from support.media_files import tone, write_video
+from support.media_files import copy_packets, tone, write_video
 from support.tones import TINY_SEPARATOR
 
 pytest.importorskip("av")
@@ -116,6 +116,10 @@ REFUSED = {
     "text called a video": (lambda d: d.argv(d.file("clip.mp4", b"la la la " * 99)), "clip.mp4", "damaged"),
     "corrupt: half of the file is missing": (lambda d: d.argv(d.damaged(0.5)), "clip.mp4", "damaged"),
     "corrupt: zeros in place of the sound": (lambda d: d.argv(_holes(d)), "clip.mp4", "damaged"),
+    "a part of a WebM": (lambda d: d.argv(_part_of_webm(d)), "clip.webm", "truncated"),
+    "a rate of 1 Hz": (lambda d: d.argv(_slow(d), more=("--whole-frame",)), "sound.wav", "sample rate of 1 Hz"),
+    "samples of 1e30": (lambda d: d.argv(_loud(d), more=("--whole-frame",)), "sound.wav", "reaches 1e+30"),
+    "rescaling of floats": (lambda d: d.argv(more=("--format", "FLOAT", "--rescale")), "FLOAT", "--rescale"),
     "a frame": (lambda d: d.argv(_png(d)), "clip.png", "no audio stream"),
     "unknown class": (lambda d: d.argv(classes="ding,peeep"), "'peeep'", "'peep'"),
     "class twice": (lambda d: d.argv(classes="ding,ding"), "'ding'", "once"),
@@ -179,6 +183,23 @@ def _sound(d: Desk) -> Path:
     return d.path / "sound.wav"
 
 
+def _part_of_webm(d: Desk) -> Path:
+    path = copy_packets(d.video(name="whole.mp4"), d.path / "clip.mkv")
+    data = path.read_bytes()
+    return d.file("clip.webm", data[: 2 * len(data) // 3])
+
+
+def _slow(d: Desk) -> Path:
+    data = bytearray(_sound(d).read_bytes())
+    data[24:28] = (1).to_bytes(4, "little")
+    return d.file("sound.wav", bytes(data))
+
+
+def _loud(d: Desk) -> Path:
+    soundfile.write(d.path / "sound.wav", np.full(9000, 1e30), 11025, subtype="FLOAT")
+    return d.path / "sound.wav"
+
+
 def _png(d: Desk) -> Path:
     from PIL import Image
 
@@ -232,6 +253,10 @@ def _five_one(d: Desk):
     return d.argv(d.video(sound=sound, layout="5.1"))
 
 
+def _with_gap(d: Desk) -> Path:
+    return copy_packets(d.video(name="whole.mp4"), d.path / "clip.ts", without_s=(0.5, 1.0))
+
+
 def _short(d: Desk):
     return d.argv(d.video(frames=PICTURES[:1], sound=tone(0.1)))
 
@@ -258,6 +283,8 @@ EXPECTED = {  # name -> (how, seconds of each file)
     "boxes that are a little outside": (_clipped_boxes, 1.5),
     "another sample rate": (lambda d: d.argv(d.video(sound=tone(1.5, 48000), rate_hz=48000)), 1.5),
     "separated before, and --overwrite": (_overwritten, 1.5),
+    "a name like a protocol": (lambda d: d.argv(d.video().rename(d.path / "file:clip.mp4")), 1.5),
+    "sound that is missing for a while": (lambda d: d.argv(_with_gap(d)), 1.5),
 }
 
 

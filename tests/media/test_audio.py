@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 import soundfile
 
 from avsep.errors import AudioError, AvsepError, ConfigError
+from avsep.export.runtime import wav
 from avsep.media.audio import level_db, read_audio, resample, to_mono, write_audio
+from avsep.media.video import read_sound
 
 
 def tone(seconds=0.5, rate_hz=11025, frequency_hz=440.0):
@@ -96,6 +100,172 @@ def test_a_streamed_wav_without_a_known_length_is_not_truncated(tmp_path):
     (tmp_path / "s.wav").write_bytes(data)
     got, _ = read_audio(tmp_path / "s.wav")
     np.testing.assert_allclose(got[0], tone(), atol=1e-4)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.95])
+@pytest.mark.parametrize(
+    "kind", ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "OPUS", "MP3", "MAT5", "IRCAM", "NIST"]
+)
+def test_no_part_passes_for_the_whole(tmp_path, kind, kept):
+    sound = np.random.default_rng(0).uniform(-0.5, 0.5, 48000)  # noise: of the compressed ones many pages
+    form, subtype = ("OGG", "OPUS") if kind == "OPUS" else (kind, None)
+    soundfile.write(tmp_path / "whole", sound, 24000, format=form, subtype=subtype)
+    data = (tmp_path / "whole").read_bytes()
+    (tmp_path / "cut").write_bytes(data[: int(kept * len(data))])
+    if kind in ("WAV", "RF64", "FLAC", "AIFF", "AU", "CAF"):  # of whatever name
+        assert read_sound(tmp_path / "whole")[0].shape == (1, 48000)
+        with pytest.raises(AudioError, match="truncated"):
+            read_sound(tmp_path / "cut")
+    if kind in ("MAT5", "IRCAM", "NIST"):  # nothing tells, so that they are not read at all
+        with pytest.raises(AudioError, match=f"format {kind}.*convert it first"):
+            read_audio(tmp_path / "whole")
+    else:
+        assert read_audio(tmp_path / "whole")[0].shape[1] == pytest.approx(48000, abs=2500)
+        with pytest.raises(AudioError, match="truncated"):
+            read_audio(tmp_path / "cut")
+
+
+def test_the_size_of_a_large_file_is_no_sign_of_a_pipe(tmp_path):
+    """Sizes over 2 GB were taken for those of a recorder that cannot know the length."""
+    write_audio(tmp_path / "a.wav", tone(), 11025)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[40:44] = struct.pack("<I", 3_000_000_000)
+    (tmp_path / "a.wav").write_bytes(data)
+    for read in (read_audio, wav.read_wav):
+        with pytest.raises(AudioError, match="promises 3000000000 bytes"):
+            read(tmp_path / "a.wav")
+
+
+def with_size(path, size):
+    data = bytearray(path.read_bytes())
+    at = data.find(b"data") + 4
+    data[at : at + 4] = struct.pack("<I", size)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("stated", [0, 2000, 5512])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+def test_a_header_that_states_less_than_there_is(tmp_path, stated, subtype):
+    """As that of a file over 4 GB does, whose 32 bits wrap: all samples are read."""
+    soundfile.write(tmp_path / "a.wav", tone(), 11025, subtype=subtype)
+    whole, _ = read_audio(tmp_path / "a.wav")
+    with_size(tmp_path / "a.wav", stated)
+    for read in (read_audio, wav.read_wav):
+        found, rate_hz = read(tmp_path / "a.wav")
+        assert rate_hz == 11025
+        np.testing.assert_array_equal(found, whole)
+
+
+def test_an_encoding_that_only_libsndfile_reads_is_refused_where_its_header_states_less(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(), 11025, subtype="ULAW")
+    with_size(tmp_path / "a.wav", 1000)
+    with pytest.raises(AudioError, match="its header states 1000: decode it anew"):
+        read_audio(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        b"LIST" + struct.pack("<I", 4) + b"INFO",
+        b"LIST" + struct.pack("<I", 400) + b"INFO",  # cut short: the samples are whole
+        b"abcd" + struct.pack("<I", 6) + b"\0" * 6 + b"efgh" + struct.pack("<I", 3) + b"\1\2\3",
+        b"TAG" + b"a song".ljust(125, b"\0"),
+        b"\0\0\0",
+    ],
+)
+@pytest.mark.parametrize("samples", [5000, 5001])
+def test_what_stands_behind_the_samples_is_no_sound(tmp_path, behind, samples):
+    sound = tone()[:samples]
+    for subtype, padding in (("PCM_U8", b""), ("PCM_U8", b"\0"), ("PCM_16", b"")):  # not every writer pads
+        soundfile.write(tmp_path / "a.wav", sound, 11025, subtype=subtype)
+        whole, _ = read_audio(tmp_path / "a.wav")
+        data = (tmp_path / "a.wav").read_bytes()
+        size = samples * (1 if subtype == "PCM_U8" else 2)
+        (tmp_path / "a.wav").write_bytes(data[: data.find(b"data") + 8 + size] + padding * (size % 2) + behind)
+        for read in (read_audio, wav.read_wav):
+            np.testing.assert_array_equal(read(tmp_path / "a.wav")[0], whole)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+def test_what_is_too_long_for_wav_becomes_rf64(tmp_path, monkeypatch, subtype):
+    """With a limit of 9000 bytes in place of 4 GB."""
+    write_audio(tmp_path / "usual.wav", tone(), 11025, subtype)
+    expected, _ = read_audio(tmp_path / "usual.wav")
+    assert (tmp_path / "usual.wav").read_bytes()[:4] == b"RIFF"
+    monkeypatch.setattr(wav, "RIFF_LIMIT", 9000)
+    write_audio(tmp_path / "long.wav", tone(), 11025, subtype)
+    writers = [tmp_path / "long.wav"]
+    if subtype != "PCM_24":
+        wav.write_wav(tmp_path / "runtime.wav", tone(), 11025, subtype)
+        writers.append(tmp_path / "runtime.wav")
+    for path in writers:
+        data = path.read_bytes()
+        assert data[:4] == b"RF64"
+        assert struct.unpack("<Q", data[20:28])[0] == len(data) - 8
+        for read in (read_audio, wav.read_wav, soundfile.read):
+            found, rate_hz = read(path)
+            assert rate_hz == 11025
+            np.testing.assert_allclose(np.squeeze(found), expected[0], atol=2**-15)
+        path.write_bytes(data[: len(data) // 2])
+        for read in (read_audio, wav.read_wav):
+            with pytest.raises(AudioError, match="truncated"):
+                read(path)
+    with pytest.raises(AudioError, match=r"AIFF holds no more than 4 GB; use the suffix \.wav"):
+        write_audio(tmp_path / "long.aiff", tone(), 11025)
+    write_audio(tmp_path / "long.flac", tone(), 11025)
+
+
+@pytest.mark.parametrize("rate_hz", [1, 999, 768_001, 2**31 - 1])
+def test_a_rate_that_no_recording_has(tmp_path, rate_hz):
+    wav.write_wav(tmp_path / "a.wav", tone(), 11025)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[24:28] = struct.pack("<I", rate_hz)
+    (tmp_path / "a.wav").write_bytes(data)
+    for read in (read_audio, wav.read_wav):
+        with pytest.raises(AudioError, match=f"states a sample rate of {rate_hz} Hz.*1000 to 768000"):
+            read(tmp_path / "a.wav")
+
+
+def test_samples_far_beyond_full_scale_are_the_files_fault(tmp_path):
+    for value, ok in ((1.5, True), (99.0, True), (32768.0, False), (-1e30, False)):
+        sound = tone()
+        sound[5] = value
+        soundfile.write(tmp_path / "a.wav", sound, 11025, subtype="FLOAT")
+        for read in (read_audio, wav.read_wav):
+            if ok:
+                assert np.abs(read(tmp_path / "a.wav")[0]).max() == value
+            else:
+                with pytest.raises(AudioError, match=r"a\.wav reaches (32768|1e\+30), and full scale is 1"):
+                    read(tmp_path / "a.wav")
+
+
+def test_a_header_that_states_far_more_takes_no_memory(tmp_path):
+    """FLAC states 2**36 samples at most: 256 GiB. And 0 where the encoder could not know."""
+    soundfile.write(tmp_path / "a.flac", tone(), 11025)
+    data = bytearray((tmp_path / "a.flac").read_bytes())
+    data[21] |= 0x0F
+    data[22:26] = b"\xff\xff\xff\xff"
+    (tmp_path / "a.flac").write_bytes(data)
+    with pytest.raises(AudioError, match="truncated"):
+        read_audio(tmp_path / "a.flac")
+    data[21] &= 0xF0
+    data[22:26] = b"\0\0\0\0"
+    (tmp_path / "a.flac").write_bytes(data)
+    with pytest.raises(AudioError, match="does not state its length"):
+        read_audio(tmp_path / "a.flac")
+
+
+@pytest.mark.parametrize("name", ["-", "a.raw", "file:a.wav"])
+def test_a_name_is_a_path(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write(tmp_path / "plain.wav", tone(), 11025)
+    (tmp_path / name).write_bytes((tmp_path / "plain.wav").read_bytes())
+    if name == "a.raw":  # libsndfile goes by this suffix
+        with pytest.raises(AudioError, match="cannot be read"):
+            read_audio(name)
+    else:
+        np.testing.assert_allclose(read_audio(name)[0][0], tone(), atol=1e-4)
 
 
 @pytest.mark.parametrize(("from_hz", "to_hz"), [(44100, 11025), (8000, 11025), (11025, 48000), (96000, 11025)])

@@ -56,6 +56,25 @@ def write_video(
     return path
 
 
+def copy_packets(source: Path, target: Path, *, without_s: tuple[float, float] = (0, 0), **options: str) -> Path:
+    """The streams of ``source`` in the container that the suffix of ``target`` names, without the sound of that time.
+
+    ``options`` are those of the container.
+    """
+    import av
+
+    with av.open(str(source)) as read, av.open(str(target.absolute()), "w", options=options) as write:
+        streams = {stream.index: write.add_stream_from_template(stream) for stream in read.streams}
+        for packet in read.demux():
+            if packet.dts is None:
+                continue
+            missing = without_s[0] <= packet.pts * packet.time_base < without_s[1]
+            if packet.stream.type != "audio" or not missing:
+                packet.stream = streams[packet.stream.index]
+                write.mux(packet)
+    return target
+
+
 def _turn(path: Path, degrees: int) -> None:
     """Write the display matrix that a phone writes when it is held upright."""
     data = bytearray(path.read_bytes())
