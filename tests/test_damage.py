@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -33,11 +34,15 @@ from avsep.export.runtime.wav import read_wav
 from avsep.files import write_json
 from avsep.media.audio import read_audio
 from avsep.media.detection import read_boxes
+from avsep.media.video import iter_frames, read_media_audio
 from avsep.runs.checkpoint import load_latest
 from avsep.runs.folder import RunFolder
 from avsep.spec import RunSpec, load_preset, validated
 from support.damage import damaged_bytes, damaged_value
+from support.media_files import brightness_ramp, tone, write_video
 
+HAS_VIDEO = importlib.util.find_spec("av") is not None
+VIDEOS = ("v.mp4", "v.mkv") if HAS_VIDEO else ()
 SLOWEST_S = 20.0
 MOST_MB = 700.0  # beyond what the process holds before
 
@@ -112,6 +117,9 @@ def cases(tone_store: Path, tone_run: Path, tiny_bundle: Path, tmp_path_factory:
     (home / "splits.csv").write_text("id,class,split\nx,flute,train\ny,flute,test\n")
     (home / "table.csv").write_text("path,class,start,end\nflute/a.mp4,flute,0,2\nviolin/a.mp4,violin,,\n")
     (home / "spec.yaml").write_text(yaml.safe_dump(RunFolder(run).spec().model_dump(mode="json")))
+    if HAS_VIDEO:
+        write_video(home / "v.mp4", brightness_ramp(6), tone(0.6, 16000), fps=10, rate_hz=16000)
+        write_video(home / "v.mkv", brightness_ramp(6), tone(0.6, 16000), fps=10, rate_hz=16000)
     shard = next((shards / "shards").glob("*.tar"))
     audio = next((store / "audio").glob("*.wav"))
     frames = next((store / "object").glob("*.npy"))
@@ -128,6 +136,12 @@ def cases(tone_store: Path, tone_run: Path, tiny_bundle: Path, tmp_path_factory:
             for name in ("a.wav", "b.wav", "c.flac", "d.ogg", "e.aiff")
         },
         "wav on a device": Case(home / "a.wav", lambda: read_wav(home / "a.wav")),
+        **{
+            f"video {name}": Case(
+                home / name, lambda name=name: (read_media_audio(home / name), list(iter_frames(home / name, 2.0)))
+            )
+            for name in VIDEOS
+        },
         "boxes": Case(home / "boxes.json", lambda: read_boxes(home / "boxes.json")),
         "splits as JSON": Case(home / "splits.json", lambda: read_splits(home / "splits.json")),
         "splits as CSV": Case(home / "splits.csv", lambda: read_splits(home / "splits.csv")),
@@ -151,7 +165,7 @@ JSON = (
     "bundle manifest",
 )  # fmt: skip
 NAMES = (
-    *JSON, "store audio", "store frames", "shard", "npz", "sound a.wav", "sound b.wav", "sound c.flac", "sound d.ogg",
+    *JSON, *(f"video {name}" for name in VIDEOS), "store audio", "store frames", "shard", "npz", "sound a.wav", "sound b.wav", "sound c.flac", "sound d.ogg",
     "sound e.aiff", "wav on a device", "splits as CSV", "splits as a pickle", "table", "spec", "run.yaml", "weights",
     "bundle graph",
 )  # fmt: skip

@@ -72,8 +72,9 @@ class TaskFolder:
             raise CheckpointError(f"{self.record_file} is damaged: its files are no table; train the task again")
         for name, stated in hashes.items():
             file = self.path / name
-            if not file.resolve().is_relative_to(self.path.resolve()):
-                raise CheckpointError(f"{self.record_file} is damaged: it lists {name!r}, which lies elsewhere")
+            parts = Path(name).parts
+            if "\0" in name or ".." in parts or Path(name).is_absolute() or len(name) > 200:
+                raise CheckpointError(f"{self.record_file} is damaged: it lists {name[:60]!r}, which is no file of it")
             way_out = f"restore it from a copy, or remove {self.path} to learn that task again (avsep train --resume)"
             if not file.is_file():
                 raise CheckpointError(f"a file of a finished task is missing: {file}; {way_out}")

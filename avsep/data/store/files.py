@@ -133,6 +133,10 @@ class Store:
         except FileNotFoundError:
             way_out = "put it back, or name its folder in shard_folders of manifest.json, or " * (what == "a shard")
             raise DataError(f"{file} is missing ({what}): {way_out}make the store again") from None
+        except (OSError, ValueError) as error:  # a name that is none, a folder that may not be entered
+            raise DataError(
+                f"{str(file)[:200]!r} ({what}) cannot be read: {error!s:.100}; make the store again"
+            ) from None
         if size != record["bytes"]:
             raise DataError(
                 f"{file} has {size} bytes instead of {record['bytes']}: it is truncated or was replaced; make the "
