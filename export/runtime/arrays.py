@@ -148,7 +148,7 @@ class Npz:
             found[name] = info
         total = sum(info.file_size for info in infos)
         if total > most_bytes:
-            raise ValueError(f"it unpacks to {total / 1e6:.0f} MB, more than the {most_bytes / 1e6:.0f} MB it may")
+            raise ValueError(f"it unpacks to more than the {most_bytes / 1e6:.1f} MB it may: to {total / 1e6:.1f} MB")
         return found
 
     def _header(self, info: zipfile.ZipInfo) -> ArrayHeader:
@@ -156,9 +156,7 @@ class Npz:
             start = member.read(START)
             header = read_header(start + member.read(header_bytes(start) - len(start)))
         if header.offset + header.nbytes != info.file_size:
-            raise ValueError(
-                f"{one_line(info.filename, 60)} has {info.file_size} bytes, and its header says {header}"
-            )
+            raise ValueError(f"{one_line(info.filename, 60)} has {info.file_size} bytes, and its header says {header}")
         return header
 
     def read(self, name: str) -> Array:

@@ -218,9 +218,9 @@ def read_visual_file(path: str | Path) -> dict[str, VisualTimeline]:
                     entry["features"][rest.removeprefix("features/")] = array
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, MemoryError) as error:
-        reason = error if isinstance(error, ValueError) else "there is not enough memory for it"
-        raise DataError(f"{path} is not a readable visual file (.npz): {one_line(reason, 200)}; write it again") from None
+    except ValueError as error:
+        reason = one_line(error, 200)
+        raise DataError(f"{path} is not a readable visual file (.npz): {reason}; write it again") from None
     timelines = {name: VisualTimeline(**entry) for name, entry in found.items()}
     if not timelines:
         raise DataError(f"{path} is an empty visual file")
@@ -252,6 +252,4 @@ def _check_entry(path: Path, key: str, header: ArrayHeader) -> None:
         if len(shape) != 2 or 0 in shape or kind != "f":
             raise DataError(f"{path}: {shown} must be a non-empty matrix of finite numbers, not {header}")
     else:
-        raise DataError(
-            f"{path}: unknown entry '{shown}'; entries are CLASS/object, CLASS/motion, CLASS/features/NAME"
-        )
+        raise DataError(f"{path}: unknown entry '{shown}'; entries are CLASS/object, CLASS/motion, CLASS/features/NAME")

@@ -148,11 +148,12 @@ def test_bad_visual_files_are_told(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
 def test_methods_that_take_memory_of_their_own_are_refused(method: int, tmp_path: Path) -> None:
+    path = zipped(tmp_path / "v.npz", {"flute/object.npy": npy(np.zeros((1, 3, 4, 4), np.uint8))}, method)
     with pytest.raises(DataError, match="packed as NumPy never does"):
-        read_visual_file(zipped(tmp_path / "v.npz", {"flute/object.npy": npy(np.zeros((1, 3, 4, 4), np.uint8))}, method))
+        read_visual_file(path)
 
 
-@pytest.mark.parametrize(("change", "told"), [(encrypted, "encrypted"), (smaller, "its header says")])
+@pytest.mark.parametrize(("change", "told"), [(encrypted, "encrypted"), (smaller, "CRC")])
 def test_lists_of_members_that_lie_are_refused(change, told: str, tmp_path: Path) -> None:
     path = zipped(tmp_path / "v.npz", {"flute/object.npy": npy(np.zeros((1, 3, 9, 9), np.uint8))})
     with_bytes(path, change)
@@ -162,12 +163,14 @@ def test_lists_of_members_that_lie_are_refused(change, told: str, tmp_path: Path
 
 def test_a_member_twice_and_a_folder_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "v.npz"
-    with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
-        for _ in range(2):
-            archive.writestr("flute/object.npy", npy(np.zeros((1, 3, 4, 4), np.uint8)))
+    data = npy(np.zeros((1, 3, 4, 4), np.uint8))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("flute/object.npy", data)
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("flute/object.npy", data)
     with pytest.raises(DataError, match="twice"):
         read_visual_file(path)
-    with pytest.raises(DataError, match="cannot be read|no such file"):
+    with pytest.raises(DataError, match="no such file"):
         read_visual_file(tmp_path)
 
 
@@ -184,7 +187,7 @@ def test_what_unpacks_to_gigabytes_takes_no_memory(asked_for: bool, tmp_path: Pa
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match="unpacks to 2100 MB"):
+        with pytest.raises(DataError, match=r"to 2100\.0 MB"):
             read_visual_file(path)
         assert tracemalloc.get_traced_memory()[1] < 8 * MB
     finally:
@@ -206,7 +209,7 @@ def test_any_damage_to_a_visual_file_is_told_or_harmless(tmp_path: Path) -> None
     path = tmp_path / "v.npz"
     seen = VisualTimeline(object=np.ones((2, 3, 4, 4), np.uint8), features={"clip": np.ones((2, 3))})
     write_visual_file(path, {"flute": seen})
-    whole, rng, refused = path.read_bytes(), random.Random(0), 0
+    whole, rng, told = path.read_bytes(), random.Random(0), []
     for _ in range(1500):
         data = bytearray(whole)
         for _ in range(rng.choice([1, 1, 2, 8])):
@@ -215,9 +218,9 @@ def test_any_damage_to_a_visual_file_is_told_or_harmless(tmp_path: Path) -> None
         try:
             read_visual_file(path)
         except DataError as error:
-            assert "\n" not in str(error)
-            refused += 1
-    assert refused > 750
+            told.append(str(error))
+    assert len(told) > 750
+    assert not any("\n" in line for line in told)
 
 
 def test_what_is_not_read_again_is_not_written(tmp_path: Path) -> None:
