@@ -21,6 +21,7 @@ import avsep
 from avsep.export.bundle.packing import write_arrays, write_tar
 from avsep.export.runtime.verify import main as verify_on_a_device
 from avsep.media.timeline import VisualTimeline, write_visual_file
+from support.bundles import write_sealed
 from support.commands import run
 from support.tones import bundle_separator
 
@@ -81,7 +82,18 @@ def added(name, content="x"):
 
 
 def edited(change):
-    """The manifest after ``change`` of its data."""
+    """The manifest after ``change`` of its data, with the hash that belongs to it."""
+
+    def damage(b):
+        manifest = json.loads((b / MANIFEST).read_text())
+        change(manifest)
+        write_sealed(b, manifest, files=False)
+
+    return damage
+
+
+def unsealed(change):
+    """The manifest after ``change`` of its data, as damage would leave it."""
 
     def damage(b):
         manifest = json.loads((b / MANIFEST).read_text())
@@ -89,6 +101,11 @@ def edited(change):
         (b / MANIFEST).write_text(json.dumps(manifest))
 
     return damage
+
+
+def contradicted(**values):
+    """What belongs to its place, with every hash right, but not to the separator's spec in the manifest."""
+    return edited(lambda m: m.update(values))
 
 
 def of_graph(**values):
@@ -286,8 +303,42 @@ BUNDLES = {
         ["profile", "mixture"],
     ),
     "encoder that is not there": (edited(lambda m: m["visual"][0].update(graph="object_encoder.onnx")), ["object"]),
+    # what contradicts the separator's spec in the manifest
+    "rate of 1 Hz": (contradicted(sample_rate_hz=1), ["sample_rate_hz = 1", "separator says 11025"]),
+    "rate of 768 kHz": (contradicted(sample_rate_hz=768_000), ["sample_rate_hz = 768000", "separator says 11025"]),
+    "rate of 1 GHz": (contradicted(sample_rate_hz=10**9), ["sample_rate_hz = 1000000000"]),
+    "classes reversed": (contradicted(classes=["cello", "piano", "flute"]), ["classes", "separator says"]),
+    "a class too many": (contradicted(classes=["flute", "piano", "cello", "drum"]), ["classes", "drum"]),
+    "a class too few": (contradicted(classes=["flute", "piano"]), ["classes", "separator says"]),
+    "no class": (contradicted(classes=[]), ["classes = []", "separator says"]),
+    "number of classes": (edited(lambda m: m["separator"].update(num_classes=4)), ["num_classes = 4", "3 classes"]),
+    "another hop": (edited(lambda m: m["transform"].update(hop=32)), ["transform.hop = 32", "separator says 64"]),
+    "another window": (edited(lambda m: m["transform"].update(n_fft=256)), ["transform.n_fft = 256", "254"]),
+    "another padding": (edited(lambda m: m["transform"].update(padding="reflect")), ["transform.padding", "zeros"]),
+    "another grid": (edited(lambda m: m["transform"].update(log_rows=64)), ["transform.log_rows = 64", "128"]),
+    "other corners": (edited(lambda m: m["transform"].update(align_corners=False)), ["transform.align_corners"]),
+    "other frames": (edited(lambda m: m["transform"].update(frames=127)), ["transform.frames = 127", "128"]),
+    "chunks off the hop": (edited(lambda m: m["chunking"].update(align_samples=1)), ["chunking.align_samples = 1"]),
+    "no sight": (contradicted(visual=[]), [GRAPH, "object_features"]),
+    "sight of another role": (edited(lambda m: m["visual"][0].update(role="motion")), [GRAPH, "motion_features"]),
+    "other features": (edited(lambda m: m["visual"][0].update(name="clop")), ["object.name", "clop", "clip"]),
+    "features of another width": (edited(lambda m: m["visual"][0].update(dim=9)), ["object.dim = 9", "says 8"]),
+    "frames in place of features": (edited(lambda m: m["visual"][0].update(kind="frames")), ["object.kind"]),
+    "a thousand million frames": (edited(lambda m: m["visual"][0].update(frames=10**9)), ["frames = 1000000000"]),
+    "no spec of the separator": (edited(lambda m: m["separator"].pop("front_end")), ["front_end is missing"]),
+    # damage that its own hash shows, whatever it looks like
+    "damaged rate": (unsealed(lambda m: m.update(sample_rate_hz=11024)), ["damaged", "manifest_sha256", "copy"]),
+    "damaged version": (unsealed(lambda m: m.update(version=3)), ["damaged", "manifest_sha256", "copy"]),
+    "damaged format": (unsealed(lambda m: m.update(format="avsep-bundlf")), ["damaged", "manifest_sha256"]),
+    "damaged on both sides": (
+        unsealed(lambda m: (m.update(sample_rate_hz=11027), m["separator"]["front_end"].update(sample_rate_hz=11027))),
+        ["damaged", "manifest_sha256"],
+    ),
+    "damaged notes": (unsealed(lambda m: m["made_with"].update(numpy="2.0")), ["damaged", "manifest_sha256"]),
+    "damaged hash": (unsealed(lambda m: m.update(manifest_sha256="0" * 64)), ["damaged", "manifest_sha256"]),
+    "hash that is a number": (unsealed(lambda m: m.update(manifest_sha256=0)), ["damaged", "manifest_sha256"]),
     # a content that fits its hash
-    "graph that is no graph": (forged(GRAPH, b"not a graph at all"), [GRAPH, "cannot load", "export it again"]),
+    "graph that is no graph": (forged(GRAPH, b"not a graph at all"), [GRAPH, "not an ONNX graph", "export"]),
     "graph swapped for another": (forged(GRAPH, another_graph), [GRAPH, "takes x", "another graph"]),
     "graph of another shape": (forged(GRAPH, other_shape), [GRAPH, "mixture", "[2, 8191]"]),
     "graph with another weight": (forged(GRAPH, reweighted), [GRAPH, "differs from its golden output"]),
