@@ -33,6 +33,9 @@ __all__ = ["MANIFEST", "Bundle", "Graph", "TensorInfo", "is_built_here", "open_b
 # A manifest is some kilobytes and a bundle a handful of files; more is no bundle, and not worth the memory.
 _MOST_MANIFEST_BYTES = 8 << 20
 _MOST_FILES = 256
+_MOST_FILE_BYTES = 1 << 32  # an ONNX file has at most half of that; a hole in a file can be of any size
+_MOST_EXTENSION_BYTES = 1 << 16
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 # What building an engine leaves in a bundle's folder on the device: not the bundle's, and not in its way.
 _BUILT_FOLDERS = ("engines", "__pycache__")
@@ -254,6 +257,9 @@ def open_bundle(path: str | os.PathLike[str], *, hashes: bool = True) -> Bundle:
     extra = sorted(n for n in names - stated - {MANIFEST} if not (place.is_dir() and is_built_here(n)))
     if extra:
         raise ExportError(f"{place} has a file {_shown(extra[0])} that is not of the bundle: remove it")
+    for name in sorted(stated):
+        if bundle.size(name) > _MOST_FILE_BYTES:
+            raise ExportError(f"{place}: {name} has {bundle.size(name)} bytes, more than any file of a bundle")
     bundle.manifest = manifest
     bundle.graphs = tuple(_graph(entry) for entry in manifest["graphs"])
     if hashes:
@@ -306,41 +312,61 @@ def _names_in_folder(folder: Path) -> set[str]:
 
 
 def _members_of_tar(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each file of an uncompressed tar lies, as (offset, bytes). Nothing is unpacked."""
+    """Where each file of an uncompressed tar lies, as (offset, bytes). Nothing is unpacked.
+
+    Headers are read one by one and taken for what they say. :mod:`tarfile` would follow the extensions in them (sparse
+    files, sizes and names elsewhere), which no bundle needs and which can send it anywhere.
+    """
     members: dict[str, tuple[int, int]] = {}
-    total = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                name = _shown(member.name)
-                if member.isdir() and member.name.strip("./") == "":
-                    continue  # `tar -cf bundle.tar -C bundle .` puts the folder itself in
-                if len(members) >= _MOST_FILES:
-                    raise ExportError(f"{path} holds more than {_MOST_FILES} files: it is not a bundle")
-                if not member.isreg() or member.issparse():
-                    kind = "a link" if member.issym() or member.islnk() else "not a plain file"
-                    raise ExportError(f"{path}: {name} is {kind}: a bundle holds plain files, copy it again")
-                plain = member.name.removeprefix("./")
-                if not is_plain_name(plain):
-                    out = "leads out of" if ".." in plain.split("/") or plain.startswith(("/", "\\")) else "is none of"
-                    raise ExportError(f"{path}: the name {name} {out} a bundle: tar its files alone, without a folder")
-                if plain in members:
-                    raise ExportError(f"{path} holds the file {name} twice: it is not one that avsep made")
-                if member.offset_data + member.size > total:
-                    raise ExportError(f"{path} is truncated within {name}: copy it again")
-                members[plain] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        with open(path, "rb") as file:
-            start = file.read(6)
-        if (
-            start[:2] == b"\x1f\x8b"
-            or start[:3] == b"BZh"
-            or start == b"\xfd7zXZ\x00"
-            or start[:4] == b"\x28\xb5\x2f\xfd"
-        ):
-            raise ExportError(f"{path} is compressed: uncompress it to a plain .tar first") from None
-        raise ExportError(f"{path} is neither a bundle's folder nor a readable tar ({_shown(error)})") from None
+    total, place = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        start = file.read(6)
+        while place < total:
+            file.seek(place)
+            block = file.read(tarfile.BLOCKSIZE)
+            if not block.strip(b"\0"):
+                break  # the end of a tar
+            if place and len(block) < tarfile.BLOCKSIZE:
+                raise ExportError(f"{path} is truncated: copy it again")
+            try:
+                member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except (tarfile.TarError, ValueError, LookupError) as error:
+                if start.startswith(_COMPRESSED):
+                    raise ExportError(f"{path} is compressed: uncompress it to a plain .tar first") from None
+                raise ExportError(f"{path} is neither a bundle's folder nor a readable tar ({_shown(error)})") from None
+            offset, name = place + tarfile.BLOCKSIZE, _shown(member.name)
+            if not 0 <= member.size <= total - offset:
+                raise ExportError(f"{path} is truncated within {name}: copy it again")
+            place = offset + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if member.type in (tarfile.XHDTYPE, tarfile.XGLTYPE):
+                _check_extension(path, file, member.size)
+                continue
+            if member.isdir() and member.name.strip("./") == "":
+                continue  # `tar -cf bundle.tar -C bundle .` puts the folder itself in
+            if len(members) >= _MOST_FILES:
+                raise ExportError(f"{path} holds more than {_MOST_FILES} files: it is not a bundle")
+            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                kind = "a link" if member.issym() or member.islnk() else "not a plain file"
+                raise ExportError(f"{path}: {name} is {kind}: a bundle holds plain files, copy it again")
+            plain = member.name.removeprefix("./")
+            if not is_plain_name(plain):
+                out = "leads out of" if ".." in plain.split("/") or plain.startswith(("/", "\\")) else "is none of"
+                raise ExportError(f"{path}: the name {name} {out} a bundle: tar its files alone, without a folder")
+            if plain in members:
+                raise ExportError(f"{path} holds the file {name} twice: it is not one that avsep made")
+            members[plain] = (offset, member.size)
     return members
+
+
+def _check_extension(path: Path, file: BinaryIO, size: int) -> None:
+    """Let pass what a header adds to the next one (times, owners), unless it is another name, size or form."""
+    data = file.read(size) if size <= _MOST_EXTENSION_BYTES else b" path="
+    for key in (b"path", b"linkpath", b"size", b"GNU.sparse."):
+        if b" " + key in data:
+            raise ExportError(
+                f"{path} holds a sparse file, or one with a name or size that takes an extension of tar: tar the "
+                "bundle's files plainly (tar --format=ustar)"
+            )
 
 
 @contextlib.contextmanager
