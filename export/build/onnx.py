@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from avsep.errors import ExportError, MissingExtraError
 from avsep.export.build.operators import audit
+from avsep.export.runtime.onnx_file import check_onnx
 
 __all__ = ["check_graph", "require_onnx", "write_onnx"]
 
@@ -107,7 +108,9 @@ def _quiet() -> Iterator[None]:
 
 
 def check_graph(path: Path, opset: int) -> dict[str, int]:
-    """Full checker, strict shape inference, and the audit of the operators (:mod:`avsep.export.build.operators`).
+    """All in one file, full checker, strict shape inference, and the audit of the operators.
+
+    The audit is :mod:`avsep.export.build.operators`.
 
     Returns:
         How often each operator stands in the graph.
@@ -117,6 +120,7 @@ def check_graph(path: Path, opset: int) -> dict[str, int]:
     """
     import onnx
 
+    check_onnx(path)  # first: the checker would look for the other files
     try:
         onnx.checker.check_model(str(path), full_check=True)
         model = onnx.load(str(path), load_external_data=False)

@@ -22,7 +22,7 @@ from avsep.export.build.plan import ExportPlan, tensor_specs
 from avsep.export.bundle.manifest import open_bundle, schema_text
 from avsep.export.bundle.packing import check_target, is_tar_name, staged, write_arrays
 from avsep.export.bundle.wheel import write_wheel
-from avsep.export.runtime.manifest import BUILD_SCRIPT, FORMAT, MANIFEST, SCHEMA_FILE, VERSION
+from avsep.export.runtime.manifest import BUILD_SCRIPT, FORMAT, MANIFEST, SCHEMA_FILE, VERSION, sealed
 from avsep.export.runtime.reader import Bundle
 from avsep.files import sha256_file, write_json, write_text
 from avsep.runs.folder import RunFolder
@@ -94,7 +94,7 @@ def export(
         manifest = _manifest(fresh, plan, made, target, made_from, weights_licence)
         write_text(folder / "README.md", _device_readme(manifest))
         manifest["files"] = {f.name: sha256_file(f) for f in sorted(folder.iterdir())}
-        write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, sealed(manifest))
         written = open_bundle(folder)  # it must be what its readers take, before anything is replaced by it
         for one in written.graphs:
             written.golden(one)

@@ -181,6 +181,12 @@ class Manifest(_Part):
     files: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(
         description="SHA-256 of every file of the bundle but manifest.json."
     )
+    manifest_sha256: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of all the rest of the manifest, as JSON in ASCII with sorted keys and without spaces. It "
+        "finds damage and is no signature. Where it is missing an earlier avsep made the bundle.",
+    )
 
 
 def schema_text() -> str:

@@ -6,6 +6,7 @@ The whole manifest, with what only people and ``avsep export`` read, is held aga
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -15,13 +16,25 @@ from typing import Any
 
 from .errors import ExportError, one_line
 
-__all__ = ["BUILD_SCRIPT", "FORMAT", "MANIFEST", "SCHEMA_FILE", "VERSION", "check_manifest", "is_plain_name", "parse"]
+__all__ = [
+    "BUILD_SCRIPT",
+    "FORMAT",
+    "MANIFEST",
+    "SCHEMA_FILE",
+    "SEAL",
+    "VERSION",
+    "check_manifest",
+    "is_plain_name",
+    "parse",
+    "sealed",
+]
 
 FORMAT = "avsep-bundle"
 VERSION = 2
 MANIFEST = "manifest.json"
 SCHEMA_FILE = "manifest.schema.json"
 BUILD_SCRIPT = "build_engine.py"
+SEAL = "manifest_sha256"  # the last key: the SHA-256 of the others (see sealed)
 REQUIRED_FILES = (SCHEMA_FILE, "README.md", BUILD_SCRIPT, "LICENSE")
 
 _MOST_DEPTH = 64
@@ -30,6 +43,9 @@ _MOST_TOLERANCE = 1000.0
 # A value's form is a type, a range, a pattern that matches it whole, a list of one form, a dictionary of forms by name
 # (or of one form, by `str`), or a tuple of the forms and constants that it may have.
 _SIZE, _COUNT = range(1, 2**31), range(2**31)
+_RATE_HZ = range(1, 768_001)
+_WIDTH, _FRAMES = range(1 << 20), range(1 << 12)  # of visual features and of frames around a moment: they take memory
+_FLAG = (True, False)
 _TEXT = re.compile(r"(?s).+")
 _SHAPES = {"min": [_SIZE], "opt": [_SIZE], "max": [_SIZE]}
 _TENSOR = {
@@ -48,12 +64,27 @@ _GRAPH = {
     "golden": re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*[.]npz"),
     "tolerance": float,
 }
+_TRANSFORM = {
+    "n_fft": _SIZE,
+    "hop": _SIZE,
+    "padding": ("zeros", "reflect"),
+    "log_rows": _SIZE,
+    "align_corners": _FLAG,
+    "clip_samples": _SIZE,
+}
+_ENCODER = {"name": _TEXT, "params": dict}
 _MANIFEST = {
     "name": _TEXT,
-    "separator": {"num_classes": _SIZE},
+    "separator": {
+        "num_classes": _SIZE,
+        "classes": [_TEXT],
+        "front_end": {"sample_rate_hz": _RATE_HZ, **_TRANSFORM},
+        "object_encoder": (None, _ENCODER),
+        "motion_encoder": (None, _ENCODER),
+    },
     "classes": [_TEXT],
-    "sample_rate_hz": _SIZE,
-    "transform": {"n_fft": _SIZE, "hop": _SIZE, "padding": ("zeros", "reflect"), "clip_samples": _SIZE},
+    "sample_rate_hz": _RATE_HZ,
+    "transform": {**_TRANSFORM, "frames": _SIZE},
     "chunking": {
         "clip_samples": _SIZE,
         "context_samples": _COUNT,
@@ -65,8 +96,8 @@ _MANIFEST = {
             "role": ("object", "motion"),
             "kind": ("frames", "features"),
             "name": str,
-            "dim": _COUNT,
-            "frames": _COUNT,
+            "dim": _WIDTH,
+            "frames": _FRAMES,
             "graph": (str, None),
         }
     ],
@@ -119,14 +150,32 @@ def _depth(value: Any) -> int:
     return depth
 
 
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the SHA-256 of all else in it as its last key, by which damage is told from another version.
+
+    The hash is of the JSON of the other keys in ASCII, sorted, without spaces, numbers as Python writes them.
+    """
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return {**rest, SEAL: hashlib.sha256(text.encode("ascii")).hexdigest()}
+
+
 def check_manifest(manifest: Any, where: str) -> None:
-    """Raise :class:`ExportError` where a manifest is not one that a bundle can be run by; ``where`` names its file."""
+    """Raise :class:`ExportError` where a manifest is not one that a bundle can be run by; ``where`` names its file.
+
+    One without a hash of its own, of an earlier avsep, is taken.
+    """
+    if isinstance(manifest, dict) and SEAL in manifest and sealed(manifest)[SEAL] != manifest[SEAL]:
+        raise ExportError(
+            f"{where} is damaged: it is not what was exported (its {SEAL} differs); copy the bundle again"
+        )
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ExportError(f"{where} is not of an avsep bundle (it has no format '{FORMAT}')")
     if (found := manifest.get("version")) != VERSION:
         way_out = "export it again" if found == 1 else "update avsep, or export it again"
         raise ExportError(f"{where} is of bundle version {one_line(found, 40)}, this avsep reads {VERSION}: {way_out}")
-    if mistake := _mistake(manifest, _MANIFEST, "") or next(_inconsistencies(manifest), ""):
+    mistakes = (mistake for check in (_inconsistencies, _contradictions) for mistake in check(manifest))
+    if mistake := _mistake(manifest, _MANIFEST, "") or next(mistakes, ""):
         raise ExportError(f"{where} is damaged: {one_line(mistake, 200)}; copy the bundle again or export it again")
 
 
@@ -198,8 +247,47 @@ def _inconsistencies(manifest: Mapping[str, Any]) -> Iterator[str]:
     for source in manifest["visual"]:
         if source["graph"] is not None and by_file.get(source["graph"], {}).get("kind") != f"{source['role']}_encoder":
             yield f"the {source['role']} source names a graph {json.dumps(source['graph'])} that encodes nothing of it"
+        elif source["graph"] is not None and source["role"] == "object":  # frames [1, K, channels, height, width]
+            shape = by_file[source["graph"]]["inputs"][0]["shape"] if by_file[source["graph"]]["inputs"] else []
+            if len(shape) != 5 or shape[1] != source["frames"]:
+                yield f"{source['graph']} takes frames {json.dumps(shape)}, the object source has {source['frames']}"
     for graph in graphs:
         yield from _graph_inconsistencies(graph, roles)
+
+
+def _contradictions(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What the manifest says otherwise than the copy of the separator's spec in it."""
+    spec, transform = manifest["separator"], manifest["transform"]
+    front_end = spec["front_end"]
+    stated = {
+        "sample_rate_hz": (manifest["sample_rate_hz"], front_end["sample_rate_hz"]),
+        "classes": (manifest["classes"], spec["classes"]),
+        **{f"transform.{key}": (transform[key], front_end[key]) for key in _TRANSFORM},
+        "transform.frames": (transform["frames"], 1 + front_end["clip_samples"] // front_end["hop"]),
+        "chunking.align_samples": (manifest["chunking"]["align_samples"], front_end["hop"]),
+    }
+    encoders = {role: spec[f"{role}_encoder"] for role in ("object", "motion") if spec[f"{role}_encoder"] is not None}
+    stated["the roles of visual"] = ([source["role"] for source in manifest["visual"]], list(encoders))
+    for source in manifest["visual"]:
+        encoder = encoders.get(source["role"])
+        if encoder is None:
+            continue
+        params = encoder["params"]
+        if encoder["name"] == "precomputed":  # others say themselves what they look at
+            stated[f"{source['role']}.kind"] = (source["kind"], "features")
+            stated[f"{source['role']}.name"] = (source["name"], params.get("features"))
+            stated[f"{source['role']}.dim"] = (source["dim"], params.get("dim"))
+            if source["role"] == "object" and "frames" in params:
+                stated["object.frames"] = (source["frames"], params["frames"])
+    for place, (told, wanted) in stated.items():
+        if told != wanted:
+            yield f"{place} = {_short(told)}, and its separator says {_short(wanted)}"
+    if spec["classes"] and len(spec["classes"]) != spec["num_classes"]:
+        yield f"separator.num_classes = {spec['num_classes']}, of {len(spec['classes'])} classes"
+
+
+def _short(value: Any) -> str:
+    return one_line(json.dumps(value), 60)
 
 
 def _graph_inconsistencies(graph: Mapping[str, Any], roles: list[str]) -> Iterator[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import math
 import os
 import shutil
@@ -17,7 +16,6 @@ import stat
 import tarfile
 import tempfile
 import weakref
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import ArrayHeader, Npz
 from .errors import ExportError, one_line
 from .manifest import MANIFEST, check_manifest, is_plain_name, parse
 
@@ -34,6 +33,9 @@ __all__ = ["MANIFEST", "Bundle", "Graph", "TensorInfo", "is_built_here", "open_b
 # A manifest is some kilobytes and a bundle a handful of files; more is no bundle, and not worth the memory.
 _MOST_MANIFEST_BYTES = 8 << 20
 _MOST_FILES = 256
+_MOST_FILE_BYTES = 1 << 32  # an ONNX file has at most half of that; a hole in a file can be of any size
+_MOST_EXTENSION_BYTES = 1 << 16
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 # What building an engine leaves in a bundle's folder on the device: not the bundle's, and not in its way.
 _BUILT_FOLDERS = ("engines", "__pycache__")
@@ -50,11 +52,11 @@ class TensorInfo:
     dtype: str
     shape: tuple[int | str, ...]
 
-    def fits(self, array: Array) -> bool:
+    def fits(self, array: Array | ArrayHeader) -> bool:
         """Whether the array has this element type and shape."""
         return (
             array.dtype == np.dtype(self.dtype)
-            and array.ndim == len(self.shape)
+            and len(array.shape) == len(self.shape)
             and all(isinstance(want, str) or want == got for want, got in zip(self.shape, array.shape, strict=True))
         )
 
@@ -163,26 +165,25 @@ class Bundle:
             ExportError: the file is damaged, or holds something else than the graph's inputs and outputs.
         """
         where = f"{self.path}: {graph.golden}"
-        arrays: dict[str, Array] = {}
+        tensors = (*graph.inputs, *graph.outputs)
+        data = self.read(graph.golden)
         try:
-            data = self.read(graph.golden)
-            _refuse_bomb(data, graph)
-            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-                for tensor in (*graph.inputs, *graph.outputs):
-                    if tensor.name not in archive.files:
+            with Npz(data, _most_golden(graph)) as archive:
+                for tensor in tensors:
+                    header = archive.headers.get(tensor.name)
+                    if header is None:
                         raise ExportError(f"{where} has no array '{tensor.name}': export it again")
-                    arrays[tensor.name] = archive[tensor.name]
-        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+                    if not tensor.fits(header):
+                        raise ExportError(
+                            f"{where}: array '{tensor.name}' is {header}, the graph's is {tensor.dtype} "
+                            f"{list(tensor.shape)}: export it again"
+                        )
+                arrays = {tensor.name: archive.read(tensor.name) for tensor in tensors}
+        except ValueError as error:
             raise ExportError(f"{where} cannot be read ({_shown(error)}): export it again") from None
-        for tensor in (*graph.inputs, *graph.outputs):
-            array = arrays[tensor.name]
-            if not tensor.fits(array):
-                raise ExportError(
-                    f"{where}: array '{tensor.name}' is {array.dtype} {list(array.shape)}, the graph's is "
-                    f"{tensor.dtype} {list(tensor.shape)}: export it again"
-                )
+        for name, array in arrays.items():
             if not np.isfinite(array).all():
-                raise ExportError(f"{where}: array '{tensor.name}' holds NaN or infinite values: export it again")
+                raise ExportError(f"{where}: array '{name}' holds NaN or infinite values: export it again")
         return {t.name: arrays[t.name] for t in graph.inputs}, {t.name: arrays[t.name] for t in graph.outputs}
 
     def folder(self) -> Path:
@@ -256,6 +257,9 @@ def open_bundle(path: str | os.PathLike[str], *, hashes: bool = True) -> Bundle:
     extra = sorted(n for n in names - stated - {MANIFEST} if not (place.is_dir() and is_built_here(n)))
     if extra:
         raise ExportError(f"{place} has a file {_shown(extra[0])} that is not of the bundle: remove it")
+    for name in sorted(stated):
+        if bundle.size(name) > _MOST_FILE_BYTES:
+            raise ExportError(f"{place}: {name} has {bundle.size(name)} bytes, more than any file of a bundle")
     bundle.manifest = manifest
     bundle.graphs = tuple(_graph(entry) for entry in manifest["graphs"])
     if hashes:
@@ -308,41 +312,61 @@ def _names_in_folder(folder: Path) -> set[str]:
 
 
 def _members_of_tar(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each file of an uncompressed tar lies, as (offset, bytes). Nothing is unpacked."""
+    """Where each file of an uncompressed tar lies, as (offset, bytes). Nothing is unpacked.
+
+    Headers are read one by one and taken for what they say. :mod:`tarfile` would follow the extensions in them (sparse
+    files, sizes and names elsewhere), which no bundle needs and which can send it anywhere.
+    """
     members: dict[str, tuple[int, int]] = {}
-    total = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                name = _shown(member.name)
-                if member.isdir() and member.name.strip("./") == "":
-                    continue  # `tar -cf bundle.tar -C bundle .` puts the folder itself in
-                if len(members) >= _MOST_FILES:
-                    raise ExportError(f"{path} holds more than {_MOST_FILES} files: it is not a bundle")
-                if not member.isreg() or member.issparse():
-                    kind = "a link" if member.issym() or member.islnk() else "not a plain file"
-                    raise ExportError(f"{path}: {name} is {kind}: a bundle holds plain files, copy it again")
-                plain = member.name.removeprefix("./")
-                if not is_plain_name(plain):
-                    out = "leads out of" if ".." in plain.split("/") or plain.startswith(("/", "\\")) else "is none of"
-                    raise ExportError(f"{path}: the name {name} {out} a bundle: tar its files alone, without a folder")
-                if plain in members:
-                    raise ExportError(f"{path} holds the file {name} twice: it is not one that avsep made")
-                if member.offset_data + member.size > total:
-                    raise ExportError(f"{path} is truncated within {name}: copy it again")
-                members[plain] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        with open(path, "rb") as file:
-            start = file.read(6)
-        if (
-            start[:2] == b"\x1f\x8b"
-            or start[:3] == b"BZh"
-            or start == b"\xfd7zXZ\x00"
-            or start[:4] == b"\x28\xb5\x2f\xfd"
-        ):
-            raise ExportError(f"{path} is compressed: uncompress it to a plain .tar first") from None
-        raise ExportError(f"{path} is neither a bundle's folder nor a readable tar ({_shown(error)})") from None
+    total, place = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        start = file.read(6)
+        while place < total:
+            file.seek(place)
+            block = file.read(tarfile.BLOCKSIZE)
+            if not block.strip(b"\0"):
+                break  # the end of a tar
+            if place and len(block) < tarfile.BLOCKSIZE:
+                raise ExportError(f"{path} is truncated: copy it again")
+            try:
+                member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except (tarfile.TarError, ValueError, LookupError) as error:
+                if start.startswith(_COMPRESSED):
+                    raise ExportError(f"{path} is compressed: uncompress it to a plain .tar first") from None
+                raise ExportError(f"{path} is neither a bundle's folder nor a readable tar ({_shown(error)})") from None
+            offset, name = place + tarfile.BLOCKSIZE, _shown(member.name)
+            if not 0 <= member.size <= total - offset:
+                raise ExportError(f"{path} is truncated within {name}: copy it again")
+            place = offset + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if member.type in (tarfile.XHDTYPE, tarfile.XGLTYPE):
+                _check_extension(path, file, member.size)
+                continue
+            if member.isdir() and member.name.strip("./") == "":
+                continue  # `tar -cf bundle.tar -C bundle .` puts the folder itself in
+            if len(members) >= _MOST_FILES:
+                raise ExportError(f"{path} holds more than {_MOST_FILES} files: it is not a bundle")
+            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                kind = "a link" if member.issym() or member.islnk() else "not a plain file"
+                raise ExportError(f"{path}: {name} is {kind}: a bundle holds plain files, copy it again")
+            plain = member.name.removeprefix("./")
+            if not is_plain_name(plain):
+                out = "leads out of" if ".." in plain.split("/") or plain.startswith(("/", "\\")) else "is none of"
+                raise ExportError(f"{path}: the name {name} {out} a bundle: tar its files alone, without a folder")
+            if plain in members:
+                raise ExportError(f"{path} holds the file {name} twice: it is not one that avsep made")
+            members[plain] = (offset, member.size)
     return members
+
+
+def _check_extension(path: Path, file: BinaryIO, size: int) -> None:
+    """Let pass what a header adds to the next one (times, owners), unless it is another name, size or form."""
+    data = file.read(size) if size <= _MOST_EXTENSION_BYTES else b" path="
+    for key in (b"path", b"linkpath", b"size", b"GNU.sparse."):
+        if b" " + key in data:
+            raise ExportError(
+                f"{path} holds a sparse file, or one with a name or size that takes an extension of tar: tar the "
+                "bundle's files plainly (tar --format=ustar)"
+            )
 
 
 @contextlib.contextmanager
@@ -377,10 +401,11 @@ def _graph(entry: Mapping[str, Any]) -> Graph:
 
 # What a dynamic dimension of golden arrays may be at most, where no profile says what it is.
 _MOST_DYNAMIC = 64
+_MOST_GOLDEN_BYTES = 1 << 30  # of all arrays of a graph, whatever the manifest says of their shapes
 
 
-def _refuse_bomb(data: bytes, graph: Graph) -> None:
-    """Raise where the archive would unpack to more than the graph's arrays can take."""
+def _most_golden(graph: Graph) -> int:
+    """How many bytes the graph's golden arrays can take."""
     open_sizes: dict[str, int] = {}
     for profile in graph.profiles:
         for tensor in graph.inputs:
@@ -391,6 +416,4 @@ def _refuse_bomb(data: bytes, graph: Graph) -> None:
     for tensor in (*graph.inputs, *graph.outputs):
         sizes = [open_sizes.get(size, _MOST_DYNAMIC) if isinstance(size, str) else size for size in tensor.shape]
         most += math.prod(sizes) * 8 + 4096  # 8: a wrong element type is to be told as such
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        if sum(info.file_size for info in archive.infolist()) > most:
-            raise ValueError("it unpacks to more than the graph takes and gives")
+    return min(most, _MOST_GOLDEN_BYTES)

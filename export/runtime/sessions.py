@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ExportError, UnknownNameError, one_line
+from .onnx_file import check_onnx
 from .reader import Bundle, Graph
 
 __all__ = [
@@ -98,9 +99,11 @@ def start_onnx(
         fall_back: go on where another provider runs than the one asked for.
 
     Raises:
-        ExportError: onnxruntime is missing, the provider cannot run here, or the graph is damaged.
+        ExportError: onnxruntime is missing, the provider cannot run here, or the graph is damaged or takes weights from
+            other files.
     """
     ort = _onnxruntime()
+    check_onnx(model, where)
     graph, name = (str(model), model.name) if isinstance(model, Path) else (model, "the graph")
     where = where or name
     wanted, cpu = ONNX_PROVIDERS[provider], ONNX_PROVIDERS["cpu"]

@@ -7,8 +7,6 @@ testing and ``avsep separate`` cut frames in one and the same way.
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +15,22 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DataError
+from .arrays import MAGIC, ArrayHeader, Npz
+from .errors import DataError, one_line
 from .files import atomic_path
 
-__all__ = ["VisualSource", "VisualTimeline", "read_visual_file", "timeline_of", "write_visual_file"]
+__all__ = [
+    "MOST_RATE_HZ",
+    "VisualSource",
+    "VisualTimeline",
+    "is_rate",
+    "read_visual_file",
+    "timeline_of",
+    "write_visual_file",
+]
+
+MOST_RATE_HZ = 1000.0  # of frames and features: no camera that sees sounds is quicker
+_MOST_BYTES = 1 << 30  # of the arrays in a visual file: half an hour of frames of 224 x 224, or weeks of features
 
 Array = NDArray[Any]
 _T = TypeVar("_T")
@@ -155,10 +165,18 @@ def write_visual_file(path: str | Path, timelines: Mapping[str, VisualTimeline])
             arrays[f"{name}/object"] = np.asarray(timeline.object)
         if timeline.motion is not None:
             arrays[f"{name}/motion"] = np.asarray(timeline.motion)
+        for rate_hz in (timeline.object_rate_hz, timeline.motion_rate_hz):
+            if not is_rate(rate_hz):
+                raise DataError(f"'{name}': {rate_hz} frames a second cannot be: at most {MOST_RATE_HZ:g} are read")
         arrays[f"{name}/object_rate_hz"] = np.float64(timeline.object_rate_hz)
         arrays[f"{name}/motion_rate_hz"] = np.float64(timeline.motion_rate_hz)
         for feature, array in timeline.features.items():
             arrays[f"{name}/features/{feature}"] = np.asarray(array)
+    if (total := sum(np.asarray(array).nbytes for array in arrays.values())) > _MOST_BYTES - (1 << 20):
+        raise DataError(
+            f"{path} would hold {total / 1e6:.0f} MB of frames and features, more than the {_MOST_BYTES / 1e6:.0f} MB "
+            "that are read again: write fewer clips, or smaller or shorter ones"
+        )
     target = Path(path)
     # a file object: numpy would append .npz to another suffix
     with atomic_path(target) as temporary, open(temporary, "wb") as file:
@@ -168,56 +186,70 @@ def write_visual_file(path: str | Path, timelines: Mapping[str, VisualTimeline])
 def read_visual_file(path: str | Path) -> dict[str, VisualTimeline]:
     """Read a file of :func:`write_visual_file`; returns the timelines by class name, in the file's order.
 
-    Raises :class:`DataError` when it is missing, damaged, or an array has a wrong shape or type.
+    Raises :class:`DataError` when it is missing, damaged or of over 1 GiB unpacked, or an array has a wrong shape or
+    type. Nothing is unpacked before that is known of all of its arrays.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(
             f"no such file: {path}; make one with avsep data features STORE --clips ID,ID --out {path.name}"
         )
-    arrays: dict[str, Array] = {}
-    try:
-        opened = np.load(path, allow_pickle=False)
-        if isinstance(opened, np.ndarray):
-            raise DataError(f"{path} holds one bare array, not a visual file (.npz with CLASS/object, ...)")
-        with opened as archive:
-            for key in archive.files:
-                arrays[key] = archive[key]
-    except ValueError:  # NumPy's own words advise to load it unsafely
-        raise DataError(f"{path} is not a readable visual file: it is no .npz, or holds pickled objects") from None
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a readable visual file (.npz): {error}; write it again") from None
     found: dict[str, dict[str, Any]] = {}
-    for key, array in arrays.items():
-        name, _, rest = key.partition("/")
-        entry = found.setdefault(name, {"features": {}, "where": f"{path.name}: '{name}'"})
-        if rest in ("object", "motion"):
-            _check_frames(path, key, array, 3 if rest == "object" else None)
-            entry[rest] = array
-        elif rest in ("object_rate_hz", "motion_rate_hz"):
-            if array.size != 1 or array.dtype.kind not in "fiu" or not 0 < float(array.reshape(-1)[0]) < math.inf:
-                raise DataError(f"{path}: {key} must be one positive number")
-            entry[rest] = float(array.reshape(-1)[0])
-        elif rest.startswith("features/") and rest != "features/":
-            if array.ndim != 2 or array.size == 0 or array.dtype.kind != "f" or not np.isfinite(array).all():
-                raise DataError(f"{path}: {key} must be a non-empty matrix of finite numbers, not {_kind(array)}")
-            entry["features"][rest.removeprefix("features/")] = array
-        else:
-            raise DataError(
-                f"{path}: unknown entry '{key}'; entries are CLASS/object, CLASS/motion, CLASS/features/NAME"
-            )
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                raise DataError(f"{path} holds one bare array, not a visual file (.npz with CLASS/object, ...)")
+        with Npz(path, _MOST_BYTES) as arrays:
+            for key, header in arrays.headers.items():
+                _check_entry(path, key, header)
+            for key in arrays.headers:
+                name, _, rest = key.partition("/")
+                entry = found.setdefault(name, {"features": {}, "where": f"{path.name}: '{name}'"})
+                array = arrays.read(key)
+                if rest in ("object", "motion"):
+                    entry[rest] = array
+                elif rest in _RATES:
+                    entry[rest] = float(array.reshape(-1)[0])
+                    if not is_rate(entry[rest]):
+                        raise DataError(f"{path}: {key} must be one positive number, at most {MOST_RATE_HZ:g}")
+                else:
+                    if not np.isfinite(array).all():
+                        raise DataError(f"{path}: {key} must be a matrix of finite numbers: it holds NaN or infinities")
+                    entry["features"][rest.removeprefix("features/")] = array
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        reason = one_line(error, 200)
+        raise DataError(f"{path} is not a readable visual file (.npz): {reason}; write it again") from None
     timelines = {name: VisualTimeline(**entry) for name, entry in found.items()}
     if not timelines:
         raise DataError(f"{path} is an empty visual file")
     return timelines
 
 
-def _check_frames(path: Path, key: str, array: Array, channels: int | None) -> None:
-    if array.ndim != 4 or array.size == 0 or array.dtype != np.uint8:
-        raise DataError(f"{path}: {key} must be uint8 [frames, channels, height, width], not {_kind(array)}")
-    if channels and array.shape[1] != channels:
-        raise DataError(f"{path}: {key} has {array.shape[1]} channels, not {channels}")
+_RATES = ("object_rate_hz", "motion_rate_hz")
 
 
-def _kind(array: Array) -> str:
-    return f"{array.dtype} {list(array.shape)}"
+def is_rate(value: object) -> bool:
+    """Whether frames or features can come at this rate (in a second)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= MOST_RATE_HZ
+
+
+def _check_entry(path: Path, key: str, header: ArrayHeader) -> None:
+    """Refuse what has no place in a visual file, by its name, type and shape."""
+    shown = one_line(key, 100)
+    _, _, rest = key.partition("/")
+    kind, shape = header.dtype.kind, header.shape
+    if rest in ("object", "motion"):
+        if len(shape) != 4 or 0 in shape or header.dtype != np.uint8:
+            raise DataError(f"{path}: {shown} must be uint8 [frames, channels, height, width], not {header}")
+        if rest == "object" and shape[1] != 3:
+            raise DataError(f"{path}: {shown} has {shape[1]} channels, not 3")
+    elif rest in _RATES:
+        if math.prod(shape) != 1 or kind not in "fiu":
+            raise DataError(f"{path}: {shown} must be one positive number, not {header}")
+    elif rest.startswith("features/") and rest != "features/":
+        if len(shape) != 2 or 0 in shape or kind != "f":
+            raise DataError(f"{path}: {shown} must be a non-empty matrix of finite numbers, not {header}")
+    else:
+        raise DataError(f"{path}: unknown entry '{shown}'; entries are CLASS/object, CLASS/motion, CLASS/features/NAME")

@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 
 def _refuse(reason: str) -> None:
@@ -54,6 +54,7 @@ if TYPE_CHECKING or __package__:
     from avsep.export.runtime import engines
     from avsep.export.runtime.errors import AvsepError, ExportError, one_line
     from avsep.export.runtime.files import atomic_path, made_folder, sha256_file
+    from avsep.export.runtime.onnx_file import check_onnx
     from avsep.export.runtime.reader import Bundle, Graph, open_bundle
 else:  # the build_engine.py of a bundle
     sys.path[:0] = filter(None, [_runtime_beside()])
@@ -61,6 +62,7 @@ else:  # the build_engine.py of a bundle
         from avsep_runtime import engines
         from avsep_runtime.errors import AvsepError, ExportError, one_line
         from avsep_runtime.files import atomic_path, made_folder, sha256_file
+        from avsep_runtime.onnx_file import check_onnx
         from avsep_runtime.reader import Bundle, Graph, open_bundle
     except ImportError as error:
         _refuse(f"{error}: pip install numpy, and the avsep_runtime-*.whl of the bundle")
@@ -249,7 +251,7 @@ def _parse(trt: Any, builder: Any, logger: Any, graph: Path) -> tuple[Any, Any]:
     Raises:
         ExportError: names every node that the parser refused.
     """
-    _check_onnx(graph)
+    check_onnx(graph)  # TensorRT calls an empty file and some texts a success, and gives no reason for others
     # Needed on 10; ignored on 11, where the flag has another number: it must come from the module.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -268,44 +270,6 @@ def _parse(trt: Any, builder: Any, logger: Any, graph: Path) -> tuple[Any, Any]:
     if network.num_inputs == 0 or network.num_outputs == 0:
         raise ExportError(f"{graph} has no inputs or no outputs: copy the bundle again")
     return network, parser
-
-
-def _check_onnx(graph: Path) -> None:
-    """Raise where a file is not a whole ONNX model.
-
-    TensorRT's parser calls an empty file and some texts a success, and gives no reason for others. A model is a
-    protobuf message: a key, a length and as many bytes, again and again to the end; field 7 is its graph, 8 its opsets.
-    """
-
-    def number(file: BinaryIO) -> int:
-        value = shift = 0
-        while True:
-            byte = file.read(1)
-            if not byte or shift > 63:
-                raise ValueError("it ends within a number")
-            value |= (byte[0] & 127) << shift
-            shift += 7
-            if byte[0] < 128:
-                return value
-
-    size, fields = graph.stat().st_size, set()
-    try:
-        with open(graph, "rb") as file:
-            while file.tell() < size:
-                key = number(file)
-                fields.add(key >> 3)
-                if key & 7 == 0:
-                    number(file)
-                elif key & 7 in (1, 2, 5):
-                    file.seek({1: 8, 5: 4}.get(key & 7) or number(file), os.SEEK_CUR)
-                else:
-                    raise ValueError("it is no protobuf message")
-            if file.tell() != size:
-                raise ValueError("it is truncated")
-        if not {7, 8} <= fields:
-            raise ValueError("it holds no graph")
-    except (ValueError, OverflowError, OSError) as error:
-        raise ExportError(f"{graph} is not an ONNX graph ({one_line(error)}): copy the bundle again") from None
 
 
 def _add_profiles(

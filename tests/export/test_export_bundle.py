@@ -29,6 +29,7 @@ from avsep.export.bundle.manifest import check_manifest, schema_text
 from avsep.export.bundle.packing import check_target, write_arrays, write_tar
 from avsep.export.bundle.wheel import write_wheel
 from avsep.export.runtime.manifest import MANIFEST
+from support.bundles import write_sealed
 from support.tones import BUNDLE_CLASSES, TINY_FRONT_END, bundle_separator, tiny_learner
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -263,7 +264,7 @@ def test_only_a_whole_number_is_an_integer(tiny_bundle, value):
 
     for check in (check_manifest, manifest.check_manifest):
         with pytest.raises(ExportError, match="sample_rate_hz"):
-            check({**manifest_of(tiny_bundle), "sample_rate_hz": value}, "b")
+            check(manifest.sealed({**manifest_of(tiny_bundle), "sample_rate_hz": value}), "b")
 
 
 @pytest.mark.parametrize("value", [0, "yes", None])
@@ -272,18 +273,44 @@ def test_whether_sources_are_independent_is_true_or_false(tiny_bundle, value):
 
     for check in (check_manifest, manifest.check_manifest):
         with pytest.raises(ExportError, match="independent_sources"):
-            check({**manifest_of(tiny_bundle), "independent_sources": value}, "b")
+            check(manifest.sealed({**manifest_of(tiny_bundle), "independent_sources": value}), "b")
 
 
 def test_a_bundle_of_an_earlier_avsep_opens(tiny_bundle, tmp_path):
-    """Without the wheel, and without the word on its sources."""
+    """Without the wheel, the word on its sources, and the manifest's own hash."""
     folder = shutil.copytree(tiny_bundle, tmp_path / "b")
     manifest = manifest_of(folder)
     (wheel,) = folder.glob("*.whl")
     wheel.unlink()
-    del manifest["files"][wheel.name], manifest["independent_sources"]
+    del manifest["files"][wheel.name], manifest["independent_sources"], manifest["manifest_sha256"]
     (folder / MANIFEST).write_text(json.dumps(manifest))
     verify_bundle(folder)
+
+
+def test_the_manifests_hash_is_of_its_content(tiny_bundle):
+    """Not of its layout; a few lines without avsep find it, as the bundle's README has them."""
+    manifest = manifest_of(tiny_bundle)
+    assert list(manifest)[-1] == "manifest_sha256"
+    stated = manifest.pop("manifest_sha256")
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(text.encode()).hexdigest() == stated
+
+
+def test_any_other_value_in_a_manifest_is_damage(tiny_bundle, tmp_path):
+    """What no check could know of, too: notes, measurements, hashes."""
+    from avsep.export.runtime import manifest
+
+    whole, rng = manifest_of(tiny_bundle), random.Random(0)
+    for _ in range(300):
+        changed = copy.deepcopy(whole)
+        place = changed
+        key = rng.choice(list(place))
+        while isinstance(place[key], (dict, list)) and place[key]:
+            place = place[key]
+            key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        place[key] = "other" if place[key] != "other" else "another"
+        with pytest.raises(ExportError, match="damaged"):
+            manifest.check_manifest(changed, "b")
 
 
 # ---------------------------------------------------------------------- folder and tar
@@ -376,8 +403,7 @@ def test_golden_arrays_of_an_open_graph_may_be_as_large_as_its_profile_says(tiny
         tensor["shape"] = ["batch", *rows[tensor["name"]]]
     profile = {n: {"min": [1, *rows[n]], "opt": [batch, *rows[n]], "max": [batch, *rows[n]]} for n in inputs}
     manifest["graphs"][0]["profiles"] = [profile]
-    manifest["files"]["separator.golden.npz"] = sha256(folder / "separator.golden.npz")
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_sealed(folder, manifest)
     bundle = open_bundle(folder)
     assert bundle.golden(bundle.graph())[1]["sources"].shape == (batch, 2, 8191)
     bundle.graph().entry["profiles"][0]["class_ids"]["opt"][0] = 1
@@ -689,7 +715,7 @@ def test_the_readme_runs_on_the_device(tiny_bundle, tmp_path):
     check = next(b for b in blocks(text, "bash") if "sha256" in b).replace("python3", sys.executable)
     shown = subprocess.run(["bash", "-c", check], cwd=folder, capture_output=True, text=True, timeout=60).stdout
     assert "DAMAGED" not in shown
-    assert shown.count("ok") == len(manifest_of(folder)["files"])
+    assert shown.count("ok") == len(manifest_of(folder)["files"]) + 1
     (folder / "separator.onnx").write_bytes(b"cut")
     shown = subprocess.run(["bash", "-c", check], cwd=folder, capture_output=True, text=True, timeout=60).stdout
     assert "DAMAGED separator.onnx" in shown

@@ -9,7 +9,9 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import avsep
 from avsep.export.bundle.packing import write_arrays, write_tar
 from avsep.export.runtime.verify import main as verify_on_a_device
 from avsep.media.timeline import VisualTimeline, write_visual_file
+from support.bundles import write_sealed
 from support.commands import run
 from support.tones import bundle_separator
 
@@ -81,7 +84,18 @@ def added(name, content="x"):
 
 
 def edited(change):
-    """The manifest after ``change`` of its data."""
+    """The manifest after ``change`` of its data, with the hash that belongs to it."""
+
+    def damage(b):
+        manifest = json.loads((b / MANIFEST).read_text())
+        change(manifest)
+        write_sealed(b, manifest, files=False)
+
+    return damage
+
+
+def unsealed(change):
+    """The manifest after ``change`` of its data, as damage would leave it."""
 
     def damage(b):
         manifest = json.loads((b / MANIFEST).read_text())
@@ -89,6 +103,11 @@ def edited(change):
         (b / MANIFEST).write_text(json.dumps(manifest))
 
     return damage
+
+
+def contradicted(**values):
+    """What belongs to its place, with every hash right, but not to the separator's spec in the manifest."""
+    return edited(lambda m: m.update(values))
 
 
 def of_graph(**values):
@@ -286,8 +305,43 @@ BUNDLES = {
         ["profile", "mixture"],
     ),
     "encoder that is not there": (edited(lambda m: m["visual"][0].update(graph="object_encoder.onnx")), ["object"]),
+    # what contradicts the separator's spec in the manifest
+    "rate of 1 Hz": (contradicted(sample_rate_hz=1), ["sample_rate_hz = 1", "separator says 11025"]),
+    "rate of 768 kHz": (contradicted(sample_rate_hz=768_000), ["sample_rate_hz = 768000", "separator says 11025"]),
+    "rate of 1 GHz": (contradicted(sample_rate_hz=10**9), ["sample_rate_hz = 1000000000"]),
+    "classes reversed": (contradicted(classes=["cello", "piano", "flute"]), ["classes", "separator says"]),
+    "a class too many": (contradicted(classes=["flute", "piano", "cello", "drum"]), ["classes", "drum"]),
+    "a class too few": (contradicted(classes=["flute", "piano"]), ["classes", "separator says"]),
+    "no class": (contradicted(classes=[]), ["classes = []", "separator says"]),
+    "number of classes": (edited(lambda m: m["separator"].update(num_classes=4)), ["num_classes = 4", "3 classes"]),
+    "another hop": (edited(lambda m: m["transform"].update(hop=32)), ["transform.hop = 32", "separator says 64"]),
+    "another window": (edited(lambda m: m["transform"].update(n_fft=256)), ["transform.n_fft = 256", "254"]),
+    "another padding": (edited(lambda m: m["transform"].update(padding="reflect")), ["transform.padding", "zeros"]),
+    "another grid": (edited(lambda m: m["transform"].update(log_rows=64)), ["transform.log_rows = 64", "128"]),
+    "other corners": (edited(lambda m: m["transform"].update(align_corners=False)), ["transform.align_corners"]),
+    "other frames": (edited(lambda m: m["transform"].update(frames=127)), ["transform.frames = 127", "128"]),
+    "chunks off the hop": (edited(lambda m: m["chunking"].update(align_samples=1)), ["chunking.align_samples = 1"]),
+    "no sight": (contradicted(visual=[]), [GRAPH, "object_features"]),
+    "sight of another role": (edited(lambda m: m["visual"][0].update(role="motion")), [GRAPH, "motion_features"]),
+    "other features": (edited(lambda m: m["visual"][0].update(name="clop")), ["object.name", "clop", "clip"]),
+    "features of another width": (edited(lambda m: m["visual"][0].update(dim=9)), ["object.dim = 9", "says 8"]),
+    "frames in place of features": (edited(lambda m: m["visual"][0].update(kind="frames")), ["object.kind"]),
+    "a thousand million frames": (edited(lambda m: m["visual"][0].update(frames=10**9)), ["frames = 1000000000"]),
+    "no spec of the separator": (edited(lambda m: m["separator"].pop("front_end")), ["front_end is missing"]),
+    # damage that its own hash shows, whatever it looks like
+    "damaged rate": (unsealed(lambda m: m.update(sample_rate_hz=11024)), ["damaged", "manifest_sha256", "copy"]),
+    "damaged version": (unsealed(lambda m: m.update(version=3)), ["damaged", "manifest_sha256", "copy"]),
+    "damaged format": (unsealed(lambda m: m.update(format="avsep-bundlf")), ["damaged", "manifest_sha256"]),
+    "damaged on both sides": (
+        unsealed(lambda m: (m.update(sample_rate_hz=11027), m["separator"]["front_end"].update(sample_rate_hz=11027))),
+        ["damaged", "manifest_sha256"],
+    ),
+    "damaged notes": (unsealed(lambda m: m["made_with"].update(numpy="2.0")), ["damaged", "manifest_sha256"]),
+    "damaged hash": (unsealed(lambda m: m.update(manifest_sha256="0" * 64)), ["damaged", "manifest_sha256"]),
+    "hash that is a number": (unsealed(lambda m: m.update(manifest_sha256=0)), ["damaged", "manifest_sha256"]),
     # a content that fits its hash
-    "graph that is no graph": (forged(GRAPH, b"not a graph at all"), [GRAPH, "cannot load", "export it again"]),
+    "graph that is no graph": (forged(GRAPH, b"not a graph at all"), [GRAPH, "not an ONNX graph", "export"]),
+    "graph without anything in it": (forged(GRAPH, b"\x3a\x00\x42\x00"), [GRAPH, "cannot load", "export it again"]),
     "graph swapped for another": (forged(GRAPH, another_graph), [GRAPH, "takes x", "another graph"]),
     "graph of another shape": (forged(GRAPH, other_shape), [GRAPH, "mixture", "[2, 8191]"]),
     "graph with another weight": (forged(GRAPH, reweighted), [GRAPH, "differs from its golden output"]),
@@ -359,6 +413,51 @@ def packed(*more, first=(), leave_out=()):
     return make
 
 
+def extended(**headers):
+    """The bundle as a tar whose manifest has further headers before it."""
+
+    def make(bundle, path):
+        with tarfile.open(path, "w:", format=tarfile.PAX_FORMAT) as archive:
+            for f in sorted(bundle.iterdir()):
+                info, content = member(f.name, f.read_bytes())
+                info.pax_headers = headers if f.name == MANIFEST else {}
+                archive.addfile(info, io.BytesIO(content))
+
+    return make
+
+
+def sparse_1_0(bundle, path):
+    extended(**{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9", "GNU.sparse.name": "x"})(
+        bundle, path
+    )
+
+
+def old_sparse(bundle, path):
+    """As GNU tar writes a file of 1 TB with nothing in it."""
+    info = tarfile.TarInfo("README.md")
+    info.type = tarfile.GNUTYPE_SPARSE
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+
+
+def sized(size):
+    """A header with these bytes for its size."""
+
+    def make(bundle, path):
+        block = bytearray(tarfile.TarInfo("README.md").tobuf(tarfile.USTAR_FORMAT))
+        block[124:136] = size
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+        path.write_bytes(bytes(block) * 3 + bytes(1024))
+
+    return make
+
+
+def endless_extensions(bundle, path):
+    info, body = tarfile.TarInfo("x"), b"11 a=bbbbb\n"
+    info.type, info.size = tarfile.XHDTYPE, len(body)
+    path.write_bytes((info.tobuf() + body.ljust(512, b"\0")) * 3000)
+
+
 def cut(share):
     def make(bundle, path):
         write_tar(bundle, path)
@@ -412,6 +511,17 @@ TARS = {
     "file missing": (packed(leave_out=(GRAPH,)), ["lacks", GRAPH]),
     "manifest missing": (packed(leave_out=(MANIFEST,)), ["not a bundle", MANIFEST]),
     "thousands of files": (packed(*(member(f"f{i}") for i in range(300))), ["more than 256 files"]),
+    "sparse map": (extended(**{"GNU.sparse.map": "a,b"}), ["b.tar", "sparse", "ustar"]),
+    "sparse size": (extended(**{"GNU.sparse.size": "zz", "GNU.sparse.map": "0,1"}), ["b.tar", "sparse"]),
+    "sparse file of version 1.0": (sparse_1_0, ["b.tar", "sparse"]),
+    "sparse file of old GNU tar": (old_sparse, ["README.md", "plain file"]),
+    "size below nothing elsewhere": (extended(size="-1024"), ["b.tar", "size"]),
+    "size that is none elsewhere": (extended(size="zz"), ["b.tar", "size"]),
+    "another name elsewhere": (extended(path="../evil.sh"), ["b.tar", "name"]),
+    "size below nothing": (sized(b"\xff" * 10 + b"\xfc\0"), ["b.tar", "README.md"]),
+    "size beyond everything": (sized(b"\x80" + b"\x7f" * 11), ["b.tar", "truncated", "README.md"]),
+    "size that is none": (sized(b"twelve bytes"), ["b.tar", "neither"]),
+    "thousands of extensions": (endless_extensions, ["not a bundle", MANIFEST]),
     "name that is none": (packed(member("a b\x1b[2J")), ["a b?[2J"]),
 }  # fmt: skip
 
@@ -421,6 +531,55 @@ def test_a_damaged_tar_is_refused(name, tiny_bundle, tmp_path, capfd):
     make, told = TARS[name]
     make(tiny_bundle, tmp_path / "b.tar")
     refused(["export", "verify", tmp_path / "b.tar"], told, tmp_path, capfd)
+
+
+def test_tars_of_other_programs_are_taken(tiny_bundle, tmp_path):
+    """Times and owners in further headers change nothing; nor does a file with holes, of which a tar knows nothing."""
+    from avsep.export import open_bundle
+
+    extended(mtime="1.5", **{"SCHILY.xattr.user.note": "a"})(tiny_bundle, tmp_path / "b.tar")
+    assert open_bundle(tmp_path / "b.tar").size(GRAPH) == (tiny_bundle / GRAPH).stat().st_size
+    if shutil.which("tar") is not None:
+        for form in ("gnu", "pax", "ustar"):
+            subprocess.run(["tar", f"--format={form}", "-cf", tmp_path / "t.tar", "-C", tiny_bundle, "."], check=True)
+            open_bundle(tmp_path / "t.tar")
+
+
+def test_a_hole_of_terabytes_is_refused_at_once(tiny_bundle, tmp_path, capfd):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    try:
+        os.truncate(bundle / "README.md", 1 << 40)
+    except OSError:
+        pytest.skip("no files with holes here")
+    started = time.perf_counter()
+    assert verify_on_a_device([str(bundle)]) == 2
+    assert time.perf_counter() - started < 2
+    assert "README.md has 1099511627776 bytes" in capfd.readouterr().err
+    os.truncate(bundle / "README.md", 0)
+
+
+def test_any_damage_to_a_tars_headers_is_refused_or_harmless(tiny_bundle, tmp_path):
+    from avsep.errors import ExportError
+    from avsep.export import open_bundle
+
+    write_tar(tiny_bundle, tmp_path / "b.tar")
+    whole, rng, told = (tmp_path / "b.tar").read_bytes(), random.Random(0), []
+    manifest = (tiny_bundle / MANIFEST).stat().st_size
+    headers = [0, 512 + -(-manifest // 512) * 512]
+    for _ in range(300):
+        data = bytearray(whole)
+        start = rng.choice(headers)
+        for _ in range(rng.choice([1, 2, 20])):
+            data[start + rng.randrange(512)] = rng.randrange(256)
+        data[start + 148 : start + 156] = b" " * 8
+        data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+        (tmp_path / "d.tar").write_bytes(data)
+        try:
+            open_bundle(tmp_path / "d.tar", hashes=False)
+        except ExportError as error:
+            told.append(str(error))
+    assert len(told) > 100
+    assert not any("\n" in line for line in told)
 
 
 def test_a_tar_of_damaged_files_is_refused(tiny_bundle, tmp_path, capfd):

@@ -29,11 +29,13 @@ def members(version: str) -> dict[str, set[str]]:
 
 
 def as_model(graph: dict[str, Any]) -> bytes:
-    """A "graph" in the frame of an ONNX model: field 7 holds it, field 8 an opset."""
+    """A "graph" in the frame of an ONNX model: field 7, the graph, has it as its text (10), field 8 is an opset."""
     data = json.dumps(graph).encode()
     data += b" " * max(0, 128 - len(data))
-    assert len(data) < 1 << 14
-    return b"\x3a" + bytes([len(data) & 127 | 128, len(data) >> 7]) + data + b"\x42\x00"
+    for key in (b"\x52", b"\x3a"):
+        assert len(data) < 1 << 14
+        data = key + bytes([len(data) & 127 | 128, len(data) >> 7]) + data
+    return data + b"\x42\x00"
 
 
 class Strict:
@@ -169,7 +171,7 @@ def make(version: str, *, log: tuple[str, ...] = (), fail: bool = False, steps: 
 
         def parse_from_file(self, path: str) -> bool:
             assert isinstance(path, str)
-            graph = json.loads(Path(path).read_bytes()[3:-2])
+            graph = json.loads(Path(path).read_bytes()[6:-2])
             self._faults = graph.pop("faults", [])
             self._network._graph = graph
             return not self._faults

@@ -55,14 +55,21 @@ def write_manifest(folder: Path, graphs: dict[str, list], least: str = "10.3") -
     for name in REQUIRED_FILES:
         (folder / name).write_text("not looked at")
     own = [p for p in folder.iterdir() if p.is_file() and p.name != "manifest.json"]
+    transform = {"n_fft": 254, "hop": 1, "padding": "zeros", "log_rows": 2, "align_corners": True, "clip_samples": 3}
+    names, encoders = ["flute", "piano"], {"object_encoder": None, "motion_encoder": None}
     manifest = {
         "format": "avsep-bundle",
         "version": 2,
         "name": "made up",
-        "separator": {"num_classes": 2},
-        "classes": ["flute", "piano"],
+        "separator": {
+            "num_classes": 2,
+            "classes": names,
+            "front_end": {"sample_rate_hz": 11025, **transform},
+            **encoders,
+        },
+        "classes": names,
         "sample_rate_hz": 11025,
-        "transform": {"n_fft": 254, "hop": 64, "padding": "zeros", "clip_samples": 3},
+        "transform": {**transform, "frames": 4},
         "chunking": {"clip_samples": 3, "context_samples": 0, "crossfade_samples": 0, "align_samples": 1},
         "visual": [],
         "graphs": entries,

@@ -6,20 +6,18 @@ that would be mapped for one read alone is read by position instead, at half the
 
 from __future__ import annotations
 
-import functools
-import io
 import math
 import mmap
 import os
 import struct
 import threading
-import tokenize
 from collections import OrderedDict
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from avsep.errors import DataError
+from avsep.export.runtime.arrays import ArrayHeader, header_bytes, read_header
 
 __all__ = ["ArrayOnDisk", "FileMaps", "MappedFile", "OpenFile", "PcmLayout", "array_in", "pcm_layout", "room_for_maps"]
 
@@ -154,9 +152,11 @@ class OpenFile:
     def array(self) -> ArrayOnDisk:
         """The array of a .npy file, of which only what is asked for is read; raises ValueError as :func:`array_in`."""
         head = self._read(0, _HEAD).tobytes()
-        if (end := _header_end(head)) > len(head):
+        if (end := header_bytes(head)) > len(head):
             head = self._read(0, end).tobytes()
-        return ArrayOnDisk(self, end, *_header(head[:end]))
+        header = read_header(head[:end])
+        _check_length(header, os.fstat(self._handle).st_size)
+        return ArrayOnDisk(self, header)
 
 
 def _read_into(handle: int, out: np.ndarray, start: int) -> int:
@@ -171,14 +171,10 @@ def _read_into(handle: int, out: np.ndarray, start: int) -> int:
 class ArrayOnDisk:
     """An array in an open file: its shape, and rows of it by slice."""
 
-    def __init__(
-        self, file: OpenFile, offset: int, dtype: np.dtype, shape: tuple[int, ...], order: Literal["C", "F"]
-    ) -> None:
-        self.shape = shape
-        self.dtype = dtype
+    def __init__(self, file: OpenFile, header: ArrayHeader) -> None:
+        self.dtype, self.shape, self._order, self._offset = header
+        self.ndim = len(self.shape)
         self._file = file
-        self._offset = offset
-        self._order = order
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -240,31 +236,13 @@ def pcm_layout(data: np.ndarray) -> PcmLayout:
 
 def array_in(data: np.ndarray) -> np.ndarray:
     """The array in a .npy file's bytes (uint8 [n]), without a copy; raises ValueError with what is wrong."""
-    offset = _header_end(data[:12].tobytes())
-    dtype, shape, order = _header(bytes(data[:offset]))
-    try:
-        array: np.ndarray = np.ndarray(shape, dtype, buffer=data, offset=offset, order=order)
-        return array
-    except TypeError:
-        raise ValueError("it ends early") from None
+    header = read_header(bytes(data[: header_bytes(bytes(data[:_HEAD]))]))
+    _check_length(header, len(data))
+    array: np.ndarray = np.ndarray(header.shape, header.dtype, buffer=data, offset=header.offset, order=header.order)
+    return array
 
 
-def _header_end(head: bytes) -> int:
-    if head[:6] != b"\x93NUMPY" or len(head) < 12 or head[6] not in (1, 2, 3):
-        raise ValueError("it is no .npy file")
-    start = 10 if head[6] == 1 else 12
-    return start + int.from_bytes(head[8:start], "little")
-
-
-@functools.lru_cache(maxsize=1024)  # arrays of one shape have one header, and NumPy parses it as Python
-def _header(header: bytes) -> tuple[np.dtype, tuple[int, ...], Literal["C", "F"]]:
-    file = io.BytesIO(header)
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    try:
-        shape, fortran, dtype = read(file)
-    except (SyntaxError, TypeError, tokenize.TokenError) as error:
-        raise ValueError(f"its header is damaged: {error}") from None
-    if dtype.hasobject:
-        raise ValueError("it holds pickled objects")
-    return dtype, shape, "F" if fortran else "C"
+def _check_length(header: ArrayHeader, size: int) -> None:
+    """Before memory is given to what the header says."""
+    if header.offset + header.nbytes > size:
+        raise ValueError("it ends early")
