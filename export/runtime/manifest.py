@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .errors import ExportError, one_line
+from .strict_json import load_json
 
 __all__ = [
     "BUILD_SCRIPT",
@@ -37,7 +37,6 @@ BUILD_SCRIPT = "build_engine.py"
 SEAL = "manifest_sha256"  # the last key: the SHA-256 of the others (see sealed)
 REQUIRED_FILES = (SCHEMA_FILE, "README.md", BUILD_SCRIPT, "LICENSE")
 
-_MOST_DEPTH = 64
 _MOST_TOLERANCE = 1000.0
 
 # A value's form is a type, a range, a pattern that matches it whole, a list of one form, a dictionary of forms by name
@@ -107,47 +106,15 @@ _MANIFEST = {
 
 
 def parse(data: bytes, where: str) -> Any:
-    """Strict JSON: no NaN, no number too large for a float, no key twice, no depth beyond sense.
+    """Strict JSON (:func:`load_json`).
 
     Raises:
         ExportError: one line that begins with ``where``.
     """
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is not JSON")
-
-    def number(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value):
-            raise ValueError(f"{text} is too large a number")
-        return value
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) != len(items):
-            raise ValueError("a key stands twice")
-        return result
-
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_float=number, object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        return load_json(data)
+    except ValueError as error:
         raise ExportError(f"{where} is not valid JSON ({one_line(error, 200)}): copy the bundle again") from None
-    if _depth(value) > _MOST_DEPTH:
-        raise ExportError(f"{where} is nested too deeply for a manifest: copy the bundle again")
-    return value
-
-
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [
-            child
-            for parent in level
-            if isinstance(parent, (dict, list))
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-        ]
-    return depth
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
