@@ -42,7 +42,13 @@ def check_shards(where: Path, manifest: Mapping[str, Any]) -> None:
         raise DataError(f"{where}: shards must be a list, not {str(shards)[:60]!r}; make the store again")
     for shard in shards:
         name = shard["name"]
-        if not name or Path(name).name != name or not _is_place(shard["bytes"]) or not isinstance(shard["sha256"], str):
+        if (
+            not name.isprintable()
+            or not name
+            or Path(name).name != name
+            or not _is_place(shard["bytes"])
+            or not isinstance(shard["sha256"], str)
+        ):
             raise DataError(f"{where}: damaged record of shard {name!r}; make the store again")
     for entry in manifest["clips"]:
         for kind, record in entry["files"].items():
