@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import random
 import shutil
 import tracemalloc
 import wave
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from avsep.data.store import Store, StoreWriter, add_features, remove_store, timelines_of
-from avsep.data.store.checking import check_store
+from avsep.data.store.checking import availability, check_store
 from avsep.errors import DataError, RunError, UnknownNameError
 from avsep.media.timeline import VisualTimeline, read_visual_file, write_visual_file
 from avsep.types import VisualSource
@@ -310,7 +313,27 @@ def test_rubbish_of_the_right_size(copy: Path) -> None:
         ({"version": 2}, "store version 2 is not 1"),
         ({"format": "other"}, "not the manifest of a store"),
         ({"sample_rate_hz": 0}, "sample_rate_hz = 0 is not a rate"),
-        ({"sample_rate_hz": "fast"}, "sample_rate_hz = 'fast' is not a rate"),
+        ({"sample_rate_hz": "fast"}, 'sample_rate_hz = "fast" is not a rate'),
+        ({"sample_rate_hz": 8000.5}, r"sample_rate_hz = 8000\.5 is not a rate"),
+        ({"sample_rate_hz": 10**9}, "up to 768000"),
+        ({"object_rate_hz": 1e9}, "object_rate_hz = 1000000000.0 is not a rate, a number above 0 and up to 1000"),
+        ({"motion_rate_hz": True}, "motion_rate_hz = true is not a rate"),
+        ({"object_shape": [3, 10**9, 10**9]}, "object_shape .* is not"),
+        ({"motion_shape": [1, 4]}, r"motion_shape = \[1, 4\] is not"),
+        ({"classes": "flute"}, "not a list of names"),
+        ({"classes": ["flute", "piano", 3]}, "not a list of names"),
+        ({"features": {"clip": {"role": "object", "dim": 10**9}}}, "damaged record of features 'clip'"),
+        ({"features": {"clip": {"role": "motion", "dim": 3, "steps": -1}}}, "damaged record of features 'clip'"),
+        ({"features": {"clip": 3}}, "is damaged"),
+        ({"origin": [1]}, r"origin = \[1\] does not say how a store was made"),
+        ({"origin": {"banks": ["a.sf2"]}}, "does not say how"),
+        ({"origin": {"test_banks": 3}}, "does not say how"),
+        ({"origin": {"generator": "avsep data prepare", "dataset": ["music"]}}, "does not say how"),
+        ({"origin": {"generator": "avsep data prepare", "splits": "published"}}, "does not say how"),
+        ({"licence": {}}, "licence = {} is not a text"),
+        ({"skipped": [{"id": "a", "class": "flute"}]}, "not the record of a skipped video"),
+        ({"skipped": 3}, "not the record of a skipped video"),
+        ({"shards": 3}, "must be"),
         ({"motion_rate_hz": -1}, "motion_rate_hz = -1 is not a rate"),
         ({"classes": ["flute"]}, "of class 'piano', which is not in the list"),
         ({"classes": ["flute", "piano", "piano"]}, "'piano' comes 2 times"),
@@ -322,6 +345,84 @@ def test_wrong_manifest(copy: Path, changes: dict[str, object], message: str) ->
     _edit(copy, **changes)
     with pytest.raises(DataError, match=message):
         Store.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(id="../../../x"), "cannot be a clip's id"),
+        (lambda c: c.update(id=7), "7 cannot be a clip's id"),
+        (lambda c: c.update(samples=True), "has true samples"),
+        (lambda c: c.update(samples=1 << 60), "samples"),
+        (lambda c: c["files"]["audio"].update(bytes=-1), "damaged record of its audio"),
+        (lambda c: c["files"]["audio"].update(path="audio/\0.wav"), "names a file"),
+        (lambda c: c["files"]["audio"].update(path="audio/" + "x" * 300), "cannot be read, File name too long"),
+        (lambda c: c["files"]["audio"].update(path="audio"), "not a plain file"),
+        (lambda c: c["files"].update(audio=3), "is damaged"),
+        (lambda c: c.update(files=[]), "is damaged"),
+    ],
+)
+def test_wrong_clips_in_a_manifest(copy: Path, change, message: str) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    change(manifest["clips"][1])
+    _edit(copy, **manifest)
+    with pytest.raises(DataError, match=message):
+        Store.open(copy)
+
+
+def test_any_damage_to_a_manifest_is_told_or_harmless(copy: Path) -> None:
+    """Whatever stands in its place, the store is refused in one line, or opens and can be told of."""
+    add_features(Store.open(copy), "clip", "object", lambda clip: np.ones((4, 5), np.float32))
+    text, rng, told = (copy / "manifest.json").read_text(), random.Random(0), []
+    strange = [None, True, -1, 0, 10**30, 1e308, 0.5, "", "x", "\0", "../x", [], [[]], {}, {"path": 1}]
+    for _ in range(600):
+        manifest = json.loads(text)
+        manifest["origin"] = {"generator": "avsep data prepare", "splits": {"by": "x"}}
+        place: Any = manifest
+        key: Any = rng.choice(list(place))
+        while isinstance(place[key], (dict, list)) and place[key] and rng.random() < 0.8:
+            place = place[key]
+            key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        if rng.random() < 0.2:
+            del place[key]
+        else:
+            place[key] = rng.choice(strange)
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        try:
+            store = Store.open(copy)
+            assert store.content_hash
+            availability(store)
+            for clip in store.clips:
+                store.read_audio(clip, 0, 10)
+                store.timeline(clip)
+        except DataError as error:
+            told.append(str(error))
+    assert len(told) > 200
+    assert not any("\n" in line for line in told)
+
+
+def test_what_a_header_only_says_takes_no_memory(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = copy / "motion/flute-val.npy"
+    size = file.stat().st_size
+    heads = [
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 1, 4, 4), }",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (32, 1, 4, 4), }",
+    ]
+    datas = [b"\x93NUMPY\x01\x00" + len(h).to_bytes(2, "little") + h.encode() for h in heads]
+    datas.append(b"\x93NUMPY\x02\x00" + (1 << 31).to_bytes(4, "little"))
+    for limit in (256, 0):  # mapped, and read by position
+        monkeypatch.setattr("avsep.data.store.files._HELD_MAPS", limit)
+        monkeypatch.setattr("avsep.data.store.files.room_for_maps", lambda most: most)
+        for data in datas:
+            file.write_bytes(data.ljust(size, b"\0"))
+            store = Store.open(copy)
+            tracemalloc.start()
+            try:
+                with pytest.raises(DataError, match="not a readable array"):
+                    store.read_visual(store.clip("flute-val"), MOTION, centre_s=1, duration_s=1)
+                assert tracemalloc.get_traced_memory()[1] < 1 << 20
+            finally:
+                tracemalloc.stop()
 
 
 def test_duplicate_ids_paths_outside_and_cut_json(copy: Path) -> None:
@@ -458,6 +559,67 @@ def test_check_reports_levels_and_problems(tmp_path: Path) -> None:
     assert "'quiet': its motion frames never change" in text
     assert "class 'piano' has no train clip" in text
     assert "'half'" not in text
+
+
+def _replace(path: Path, kind: str, array: np.ndarray) -> None:
+    """Another array in the place of a clip's, with the size and hash that belong to it."""
+    file = path / kind / "flute-val.npy"
+    np.save(file, array)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (clip,) = (c for c in manifest["clips"] if c["id"] == "flute-val")
+    clip["files"][kind].update(bytes=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    _edit(path, **manifest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "array", "message"),
+    [
+        ("object", np.zeros((4, 3, 6, 6), np.int8), r"int8 \[4, 3, 6, 6\] in place of uint8 \[n, 3, 6, 6\]"),
+        ("object", np.zeros((4, 3, 6, 6), np.float32), "float32"),
+        ("object", np.zeros((4, 1, 6, 6), np.uint8), r"\[4, 1, 6, 6\]"),
+        ("object", np.zeros((4, 3, 9, 6), np.uint8), r"\[4, 3, 9, 6\]"),
+        ("object", np.zeros((0, 3, 6, 6), np.uint8), r"\[0, 3, 6, 6\]"),
+        ("object", np.zeros((432,), np.uint8), r"\[432\]"),
+        ("motion", np.zeros((32, 1, 4, 4), np.uint16), "uint16"),
+        ("motion", np.zeros((32, 4, 4), np.uint8), r"\[32, 4, 4\] in place of uint8 \[n, 1, 4, 4\]"),
+        ("features/clip", np.zeros((4, 6), np.float32), r"\[4, 6\] in place of float \[n, 5\]"),
+        ("features/clip", np.zeros((4, 5), np.int64), "int64"),
+        ("features/clip", np.zeros(5, np.float32), r"\[5\]"),
+        ("features/clip", np.zeros((4, 5), np.complex64), "complex64"),
+    ],
+)
+def test_the_check_knows_arrays_of_another_type_or_shape(
+    copy: Path, kind: str, array: np.ndarray, message: str
+) -> None:
+    """By the check, whose hashes are right, and by all that read them."""
+    add_features(Store.open(copy), "clip", "object", lambda clip: np.ones((4, 5), np.float32))
+    _replace(copy, kind, array)
+    with pytest.raises(DataError, match=rf"flute-val\.npy is not a readable array \(it is .*{message}"):
+        check_store(copy)
+    source = {"object": OBJECT, "motion": MOTION}.get(kind, VisualSource("object", "features", name="clip", frames=3))
+    store = Store.open(copy)
+    with pytest.raises(DataError, match=message):
+        store.read_visual(store.clip("flute-val"), source, centre_s=1, duration_s=1)
+
+
+def test_a_check_needs_few_open_files(tmp_path: Path) -> None:
+    """Fewer than the store has, and than the 64 maps that are held where the system allows."""
+    resource = pytest.importorskip("resource")
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("open files are counted in /proc")
+    ids = [f"c{number}" for number in range(80)]
+    with StoreWriter(tmp_path / "s", classes=["flute"], sample_rate_hz=RATE, origin=ORIGIN) as writer:
+        for clip_id in ids:
+            frames = _counted(2, 1, 4, 4)
+            writer.write_clip(clip_id, "flute", "train", _ramp(0)[:100], motion_frames=frames)
+        writer.finish(ids)
+    check_store(tmp_path / "s")  # what it imports is imported
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 50, hard))
+    try:
+        check_store(tmp_path / "s")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # visual files

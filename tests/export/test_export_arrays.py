@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import resource
 import struct
 import tracemalloc
 import zipfile
@@ -184,7 +183,6 @@ def test_what_unpacks_to_gigabytes_takes_no_memory(asked_for: bool, tmp_path: Pa
         archive.writestr(f"{key}.npy", bytes(4 * MB))
     # the list of members says what a long deflated stream would: making one takes seconds
     with_bytes(path, lambda data: struct.pack_into("<I", data, data.rindex(b"PK\x01\x02") + 24, size))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match=r"to 2100\.0 MB"):
@@ -192,7 +190,6 @@ def test_what_unpacks_to_gigabytes_takes_no_memory(asked_for: bool, tmp_path: Pa
         assert tracemalloc.get_traced_memory()[1] < 8 * MB
     finally:
         tracemalloc.stop()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
 
 
 def test_a_long_list_of_members_is_refused(tmp_path: Path) -> None:

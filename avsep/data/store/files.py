@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import wave
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,9 +32,11 @@ from typing import Any
 
 import numpy as np
 
-from avsep.data.store.maps import FileMaps, MappedFile, OpenFile, room_for_maps
+from avsep.data.store.maps import ArrayOnDisk, FileMaps, MappedFile, OpenFile, array_header, load_array, room_for_maps
 from avsep.data.store.shards import check_shards, find_shards
 from avsep.errors import ConfigError, DataError, UnknownNameError, near_matches
+from avsep.export.runtime.errors import one_line
+from avsep.export.runtime.timeline import MOST_RATE_HZ, is_rate
 from avsep.files import FolderLock, atomic_path, entries, read_json, sha256_file, write_json
 from avsep.media.timeline import VisualTimeline
 from avsep.types import VisualSource
@@ -47,6 +50,9 @@ _JOURNAL = ".journal"
 VIDEOS_FILE = "videos.csv"
 _BYTE = np.dtype(np.uint8)
 _PCM = np.dtype("<i2")
+_MOST_SAMPLE_RATE_HZ = 768_000
+_MOST_SIDE = 1 << 16  # of a frame, in pixels, and of features in numbers or steps
+_MOST_BYTES = 1 << 40  # of one file
 _OPEN_MAPS = 64  # memory maps kept open per process, beside those of shards; each holds a file descriptor
 _OPEN_SHARDS = 128
 _HELD_MAPS = 256  # of the files that training reads from; those beyond are read by position
@@ -82,7 +88,7 @@ class Store:
             Clip(entry["id"], entry["class"], entry["split"], entry["samples"], index)
             for index, entry in enumerate(manifest["clips"])
         )
-        self._maps = FileMaps(_OPEN_MAPS)
+        self._maps = FileMaps(room_for_maps(_OPEN_MAPS))
         self._shards = find_shards(path, manifest)
         self._shard_maps = FileMaps(room_for_maps(_OPEN_SHARDS))
         self._held = FileMaps(room_for_maps(_HELD_MAPS))
@@ -129,14 +135,16 @@ class Store:
     @staticmethod
     def _check_file(file: Path, what: str, record: Mapping[str, Any], verify: bool) -> None:
         try:
-            size = file.stat().st_size
-        except FileNotFoundError:
+            found = file.stat()
+        except OSError as error:
+            why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read, {error.strerror}"
             way_out = "put it back, or name its folder in shard_folders of manifest.json, or " * (what == "a shard")
-            raise DataError(f"{file} is missing ({what}): {way_out}make the store again") from None
-        except (OSError, ValueError) as error:  # a name that is none, a folder that may not be entered
-            raise DataError(
-                f"{str(file)[:200]!r} ({what}) cannot be read: {error!s:.100}; make the store again"
-            ) from None
+            raise DataError(f"{str(file)[:300]} {why} ({what}): {way_out}make the store again") from None
+        except ValueError as error:  # a name that is none
+            raise DataError(f"{str(file)[:200]!r} ({what}) cannot be read: {error}; make the store again") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{file} is not a plain file ({what}): make the store again")
+        size = found.st_size
         if size != record["bytes"]:
             raise DataError(
                 f"{file} has {size} bytes instead of {record['bytes']}: it is truncated or was replaced; make the "
@@ -329,6 +337,7 @@ class Store:
             if kind != "audio":
                 try:
                     arrays[kind] = self._mapped(record).array()
+                    self._check_array(kind, arrays[kind])
                 except ValueError as error:
                     raise self._unreadable(record, error) from None
         return self._timeline(clip, arrays)
@@ -342,6 +351,25 @@ class Store:
             features={k.removeprefix("features/"): a for k, a in arrays.items() if k.startswith("features/")},
             where=f"clip '{clip.id}' of {self.path}",
         )
+
+    def _check_array(self, kind: str, array: np.ndarray | ArrayOnDisk) -> None:
+        """Raise ValueError where frames or features are not of the type and shape that the manifest says."""
+        shape: Sequence[int | None]
+        if kind in ("object", "motion"):
+            fits, wanted = array.dtype == np.uint8, "uint8"
+            shape = [None, *(self.manifest.get(f"{kind}_shape") or (3 if kind == "object" else None, None, None))]
+        else:
+            feature = self.features.get(kind.removeprefix("features/"), {})
+            dim, steps = feature.get("dim"), feature.get("steps")
+            fits, wanted = array.dtype.kind == "f", "float"
+            shape = [dim, steps] if feature.get("role") == "motion" else [None, dim]
+        if fits and len(array.shape) == len(shape) and 0 not in array.shape:
+            fits = all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
+        else:
+            fits = False
+        if not fits:
+            told = ", ".join("n" if want is None else str(want) for want in shape)
+            raise ValueError(f"it is {array.dtype} {list(array.shape)} in place of {wanted} [{told}]")
 
     def _unreadable(self, record: Mapping[str, Any], error: ValueError) -> DataError:
         return DataError(f"{self._name(record)} is not a readable array ({error}): make the store again")
@@ -364,7 +392,9 @@ class Store:
         with self._opened(record) as file:
             copy = copy and isinstance(file, MappedFile)  # what is read by position is nobody else's
             try:
-                return self._timeline(clip, {kind: file.array()}).read(source, centre_s, duration_s, copy=copy)
+                array = file.array()
+                self._check_array(kind, array)
+                return self._timeline(clip, {kind: array}).read(source, centre_s, duration_s, copy=copy)
             except ValueError as error:
                 raise self._unreadable(record, error) from None
 
@@ -410,15 +440,32 @@ def _check_manifest(path: Path, manifest: Any) -> None:
             f"{where}: store version {manifest.get('version')!r} is not {STORE_VERSION}, the one known here: update "
             f"avsep or make the store again"
         )
-    for key in ("sample_rate_hz", "object_rate_hz", "motion_rate_hz"):
-        value = manifest.get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise DataError(f"{where}: {key} = {value!r} is not a rate: make the store again")
-    if not isinstance(manifest["sample_rate_hz"], int):
-        raise DataError(f"{where}: sample_rate_hz = {manifest['sample_rate_hz']!r} is not a whole number")
+    rate_hz = manifest.get("sample_rate_hz")
+    if not _is_size(rate_hz, _MOST_SAMPLE_RATE_HZ):
+        raise DataError(
+            f"{where}: sample_rate_hz = {_short(rate_hz)} is not a rate, a whole number up to {_MOST_SAMPLE_RATE_HZ}: "
+            "make the store again"
+        )
+    for key in ("object_rate_hz", "motion_rate_hz"):
+        if not is_rate(manifest.get(key)):
+            raise DataError(
+                f"{where}: {key} = {_short(manifest.get(key))} is not a rate, a number above 0 and up to "
+                f"{MOST_RATE_HZ:g}: make the store again"
+            )
+    for key in ("object_shape", "motion_shape"):
+        shape = manifest.get(key)
+        whole = isinstance(shape, list) and len(shape) == 3 and all(_is_size(side, _MOST_SIDE) for side in shape)
+        if shape is not None and not whole:
+            raise DataError(f"{where}: {key} = {_short(shape)} is not [channels, height, width]: make the store again")
+    _check_notes(where, manifest)
     try:
         classes, clips, features = manifest["classes"], manifest["clips"], manifest["features"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
+            raise DataError(f"{where}: classes = {_short(classes)} is not a list of names: make the store again")
         ids = [entry["id"] for entry in clips]
+        for clip_id in ids:
+            if not isinstance(clip_id, str) or not is_clip_id(clip_id):
+                raise DataError(f"{where}: {_short(clip_id)} cannot be a clip's id: it must serve as a file name")
         for name, count in [*Counter(classes).items(), *Counter(ids).items()]:
             if count > 1:
                 raise DataError(f"{where}: '{name}' comes {count} times; ids and class names must be unique")
@@ -431,23 +478,61 @@ def _check_manifest(path: Path, manifest: Any) -> None:
                 raise DataError(
                     f"{where}: clip '{entry['id']}' is in split '{entry['split']}'; known: {', '.join(SPLITS)}"
                 )
-            if not isinstance(entry["samples"], int) or entry["samples"] < 0:
-                raise DataError(f"{where}: clip '{entry['id']}' has {entry['samples']!r} samples")
+            if not _is_count(entry["samples"]):
+                raise DataError(f"{where}: clip '{entry['id']}' has {_short(entry['samples'])} samples")
             for kind, record in entry["files"].items():
                 relative = Path(record["path"])
+                if UNFIT.search(record["path"]):
+                    raise DataError(f"{where}: clip '{entry['id']}' names a file {_short(record['path'])}")
                 if relative.is_absolute() or ".." in relative.parts:
                     raise DataError(f"{where}: clip '{entry['id']}' names a file outside the store: {record['path']}")
-                if not isinstance(record["bytes"], int) or not isinstance(record["sha256"], str):
+                if not _is_count(record["bytes"]) or not isinstance(record["sha256"], str):
                     raise DataError(f"{where}: clip '{entry['id']}': damaged record of its {kind}")
         for name, feature in features.items():
-            if feature["role"] not in ("object", "motion") or not isinstance(feature["dim"], int):
-                raise DataError(f"{where}: damaged record of features '{name}'")
+            steps = feature.get("steps")
+            sizes = _is_size(feature["dim"], _MOST_SIDE) and (steps is None or _is_size(steps, _MOST_SIDE))
+            if feature["role"] not in ("object", "motion") or not sizes:
+                raise DataError(f"{where}: damaged record of features '{name}': make the store again")
             for entry in clips:
                 if f"features/{name}" not in entry["files"]:
                     raise DataError(f"{where}: clip '{entry['id']}' lacks the features '{name}'")
         check_shards(where, manifest)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is damaged: {type(error).__name__} {error}; make the store again") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # of what is no list, record or path
+        raise DataError(
+            f"{where} is damaged: {type(error).__name__} {one_line(error, 100)}; make the store again"
+        ) from None
+
+
+def _check_notes(where: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise where what is told of a store (its origin, licence and skipped videos) is not what is written there."""
+    origin = manifest.get("origin", {})
+    whole = isinstance(origin, dict) and _texts(origin, "generator", "dataset", needed=False)
+    whole = whole and isinstance(origin.get("splits", {}), dict)
+    for key in ("banks", "test_banks"):
+        banks = origin.get(key, []) if whole else None
+        whole = isinstance(banks, list) and all(_texts(bank, "name", "sha256") for bank in banks)
+    if not whole:
+        raise DataError(f"{where}: origin = {_short(origin)} does not say how a store was made: make the store again")
+    if not _texts(manifest, "licence", needed=False):
+        raise DataError(f"{where}: licence = {_short(manifest['licence'])} is not a text: make the store again")
+    skipped = manifest.get("skipped", [])
+    for entry in skipped if isinstance(skipped, list) else [skipped]:
+        if not _texts(entry, "id", "class", "split", "status"):
+            raise DataError(f"{where}: {_short(entry)} is not the record of a skipped video: make the store again")
+
+
+def _texts(record: Any, *keys: str, needed: bool = True) -> bool:
+    """Whether it is a record that has texts under these keys, or (not ``needed``) nothing."""
+    return isinstance(record, dict) and all(isinstance(record.get(key, None if needed else ""), str) for key in keys)
+
+
+def _is_size(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def _is_count(value: object) -> bool:
+    """Of samples or bytes."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_BYTES
 
 
 def _record(root: Path, relative: str) -> dict[str, Any]:
@@ -529,9 +614,13 @@ class StoreWriter:
         header_file = self.path / _JOURNAL / "header.json"
         found = None
         if self.finished:
-            found = {k: v for k, v in read_json(self.path / "manifest.json").items() if k in self.header}
+            manifest = read_json(self.path / "manifest.json")
+            _check_manifest(self.path, manifest)
+            found = {k: v for k, v in manifest.items() if k in self.header}
         elif header_file.is_file():
             found = read_json(header_file)
+        if found is not None and not isinstance(found, dict):
+            raise DataError(f"{header_file} is damaged: make the store anew with --force")
         if found is not None and found != self.header:
             differs = sorted(k for k in self.header if found.get(k) != self.header[k])
             raise DataError(
@@ -558,8 +647,8 @@ class StoreWriter:
     def noted(self, clip_id: str) -> dict[str, Any] | None:
         """What the journal says of a clip, or None."""
         try:
-            entry: dict[str, Any] = read_json(self.path / _JOURNAL / f"{clip_id}.json")
-            return entry
+            entry = read_json(self.path / _JOURNAL / f"{clip_id}.json")
+            return entry if isinstance(entry, dict) else None
         except (ConfigError, OSError):
             return None
 
@@ -660,7 +749,7 @@ class StoreWriter:
         shapes = {}
         for kind in ("object", "motion"):
             files = [c["files"][kind]["path"] for c in clips if kind in c["files"]]
-            found = {tuple(np.load(self.path / f, mmap_mode="r", allow_pickle=False).shape[1:]) for f in files}
+            found = {array_header(str(self.path / f)).shape[1:] for f in files}
             if len(found) > 1:
                 raise DataError(f"{self.path}: the {kind} frames have different shapes: {sorted(found)}")
             shapes[kind] = list(found.pop()) if found else None
@@ -680,10 +769,7 @@ class StoreWriter:
     def _feature_record(self, name: str, role: str, clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What the manifest says of features."""
         kind = f"features/{name}"
-        widths = {
-            _width(role, np.load(self.path / c["files"][kind]["path"], mmap_mode="r", allow_pickle=False).shape)
-            for c in clips
-        }
+        widths = {_width(role, array_header(str(self.path / c["files"][kind]["path"])).shape) for c in clips}
         if len(widths) != 1:
             raise DataError(f"{self.path}: features '{name}' have different shapes: {sorted(widths, key=str)}")
         dim, steps = widths.pop()
@@ -761,9 +847,10 @@ def add_features(
         if callable(features):
             for clip in store.clips:
                 file = folder / f"{clip.id}.npy"
-                array = np.load(file, allow_pickle=False) if file.is_file() else features(clip)
+                there = file.is_file()
+                array = load_array(str(file)) if there else features(clip)
                 keep(clip.id, array)
-                if not file.is_file():
+                if not there:
                     _save_array(file, array)
         else:
             known = {c.id for c in store.clips}

@@ -19,7 +19,18 @@ import numpy as np
 from avsep.errors import DataError
 from avsep.export.runtime.arrays import ArrayHeader, header_bytes, read_header
 
-__all__ = ["ArrayOnDisk", "FileMaps", "MappedFile", "OpenFile", "PcmLayout", "array_in", "pcm_layout", "room_for_maps"]
+__all__ = [
+    "ArrayOnDisk",
+    "FileMaps",
+    "MappedFile",
+    "OpenFile",
+    "PcmLayout",
+    "array_header",
+    "array_in",
+    "load_array",
+    "pcm_layout",
+    "room_for_maps",
+]
 
 _HEAD = 128  # bytes of a file that hold the header of most arrays, and of every WAV file written here
 
@@ -172,6 +183,7 @@ class ArrayOnDisk:
     """An array in an open file: its shape, and rows of it by slice."""
 
     def __init__(self, file: OpenFile, header: ArrayHeader) -> None:
+        self.header = header
         self.dtype, self.shape, self._order, self._offset = header
         self.ndim = len(self.shape)
         self._file = file
@@ -195,6 +207,24 @@ class ArrayOnDisk:
         if len(whole) != math.prod(self.shape):
             raise ValueError("it ends early")
         return whole.reshape(self.shape, order=self._order).astype(dtype or self.dtype, copy=False)
+
+
+def load_array(path: str) -> np.ndarray:
+    """The array of a .npy file. Raises :class:`DataError` where it is missing or damaged."""
+    with OpenFile(path) as file:
+        try:
+            return np.asarray(file.array())
+        except ValueError as error:
+            raise DataError(f"{path} is not a readable array ({error}): delete it and run again") from None
+
+
+def array_header(path: str) -> ArrayHeader:
+    """Type and shape of a .npy file's array; errors as of :func:`load_array`."""
+    with OpenFile(path) as file:
+        try:
+            return file.array().header
+        except ValueError as error:
+            raise DataError(f"{path} is not a readable array ({error}): delete it and run again") from None
 
 
 class PcmLayout(NamedTuple):

@@ -38,18 +38,31 @@ def check_shards(where: Path, manifest: Mapping[str, Any]) -> None:
     shards, folders = manifest.get("shards", []), manifest.get("shard_folders", [])
     if not isinstance(folders, list) or not all(isinstance(f, str) and f for f in folders) or (shards and not folders):
         raise DataError(f"{where}: shard_folders must be a list of folders, not {folders!r}")
+    if not isinstance(shards, list):
+        raise DataError(f"{where}: shards must be a list, not {str(shards)[:60]!r}; make the store again")
     for shard in shards:
         name = shard["name"]
-        if Path(name).name != name or not isinstance(shard["bytes"], int) or not isinstance(shard["sha256"], str):
+        if (
+            not name.isprintable()
+            or not name
+            or Path(name).name != name
+            or not _is_place(shard["bytes"])
+            or not isinstance(shard["sha256"], str)
+        ):
             raise DataError(f"{where}: damaged record of shard {name!r}; make the store again")
     for entry in manifest["clips"]:
         for kind, record in entry["files"].items():
             if "shard" not in record:
                 continue
             number, offset = record["shard"], record["offset"]
-            whole = isinstance(number, int) and isinstance(offset, int) and 0 <= number < len(shards) and offset >= 0
+            whole = _is_place(number) and _is_place(offset) and number < len(shards)
             if not whole or offset + record["bytes"] > shards[number]["bytes"]:
                 raise DataError(
                     f"{where}: clip '{entry['id']}': its {kind} is said to lie at {offset!r} of shard {number!r}, "
                     f"where there is nothing; make the store again"
                 )
+
+
+def _is_place(value: object) -> bool:
+    """Whether it can count shards or bytes."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
