@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avsep.errors import AvsepError, ConfigError
+from avsep.errors import AvsepError, ConfigError, ExportError
 from avsep.export.runtime.manifest import FORMAT, MANIFEST
-from avsep.export.runtime.reader import is_built_here
+from avsep.export.runtime.reader import is_built_here, members_of_tar
 from avsep.files import atomic_path, exchange, made_folder, read_json, staging_folder
 from avsep.runs.folder import RunFolder
 
@@ -97,10 +97,11 @@ def _check_old_tar(target: Path) -> None:
     if target.is_dir():
         raise ConfigError(f"{target} is a folder: choose another name for the tar")
     try:
-        with tarfile.open(target, "r:") as archive:
-            file = archive.extractfile(MANIFEST)
-            found = b"" if file is None else file.read(1 << 20)
-    except (tarfile.TarError, KeyError, OSError):
+        offset, size = members_of_tar(target)[MANIFEST]
+        with open(target, "rb") as file:
+            file.seek(offset)
+            found = file.read(min(size, 1 << 20))
+    except (ExportError, KeyError, OSError):
         found = b""
     if FORMAT.encode() not in found:
         raise ConfigError(f"{target} is there and is not a bundle: choose another name")

@@ -123,6 +123,8 @@ class Npz:
             if size > most_bytes + (16 << 20):  # what a zip adds to what it holds is far less
                 raise ValueError(f"it has {size / 1e6:.0f} MB, more than the {most_bytes / 1e6:.0f} MB that are read")
             try:
+                if not zipfile.is_zipfile(self._file):
+                    raise ValueError("it is no .npz, or was cut short")
                 self._archive = zipfile.ZipFile(_InBlocks(self._file))
                 self._members = self._checked(most_bytes)
                 self.headers = {name: self._header(info) for name, info in self._members.items()}

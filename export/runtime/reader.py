@@ -28,12 +28,12 @@ from .arrays import ArrayHeader, Npz
 from .errors import ExportError, one_line
 from .manifest import MANIFEST, check_manifest, is_plain_name, parse
 
-__all__ = ["MANIFEST", "Bundle", "Graph", "TensorInfo", "is_built_here", "open_bundle"]
+__all__ = ["MANIFEST", "Bundle", "Graph", "TensorInfo", "is_built_here", "members_of_tar", "open_bundle"]
 
 # A manifest is some kilobytes and a bundle a handful of files; more is no bundle, and not worth the memory.
 _MOST_MANIFEST_BYTES = 8 << 20
 _MOST_FILES = 256
-_MOST_FILE_BYTES = 1 << 32  # an ONNX file has at most half of that; a hole in a file can be of any size
+_MOST_FILE_BYTES = 1 << 31  # of an ONNX file; a hole in a file can be of any size
 _MOST_EXTENSION_BYTES = 1 << 16
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
@@ -166,9 +166,12 @@ class Bundle:
         """
         where = f"{self.path}: {graph.golden}"
         tensors = (*graph.inputs, *graph.outputs)
+        most = _most_golden(graph)
+        if self.size(graph.golden) > most + (1 << 20):
+            raise ExportError(f"{where} unpacks to more than the graph takes and gives: export it again")
         data = self.read(graph.golden)
         try:
-            with Npz(data, _most_golden(graph)) as archive:
+            with Npz(data, most) as archive:
                 for tensor in tensors:
                     header = archive.headers.get(tensor.name)
                     if header is None:
@@ -240,7 +243,7 @@ def open_bundle(path: str | os.PathLike[str], *, hashes: bool = True) -> Bundle:
     if place.is_dir():
         names = _names_in_folder(place)
     else:
-        members = _members_of_tar(place)
+        members = members_of_tar(place)
         names = set(members)
     if MANIFEST not in names:
         hint = _hint_for(place)
@@ -311,8 +314,10 @@ def _names_in_folder(folder: Path) -> set[str]:
     return names
 
 
-def _members_of_tar(path: Path) -> dict[str, tuple[int, int]]:
+def members_of_tar(path: Path) -> dict[str, tuple[int, int]]:
     """Where each file of an uncompressed tar lies, as (offset, bytes). Nothing is unpacked.
+
+    Raises :class:`ExportError` where it is no tar of plain files in one folder.
 
     Headers are read one by one and taken for what they say. :mod:`tarfile` would follow the extensions in them (sparse
     files, sizes and names elsewhere), which no bundle needs and which can send it anywhere.

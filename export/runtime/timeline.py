@@ -7,6 +7,7 @@ testing and ``avsep separate`` cut frames in one and the same way.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,7 +191,7 @@ def read_visual_file(path: str | Path) -> dict[str, VisualTimeline]:
     type. Nothing is unpacked before that is known of all of its arrays.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, false for a name that no file can have
         raise DataError(
             f"no such file: {path}; make one with avsep data features STORE --clips ID,ID --out {path.name}"
         )
@@ -204,17 +205,18 @@ def read_visual_file(path: str | Path) -> dict[str, VisualTimeline]:
                 _check_entry(path, key, header)
             for key in arrays.headers:
                 name, _, rest = key.partition("/")
-                entry = found.setdefault(name, {"features": {}, "where": f"{path.name}: '{name}'"})
+                shown = one_line(key, 100)
+                entry = found.setdefault(name, {"features": {}, "where": f"{path.name}: '{one_line(name, 100)}'"})
                 array = arrays.read(key)
                 if rest in ("object", "motion"):
                     entry[rest] = array
                 elif rest in _RATES:
                     entry[rest] = float(array.reshape(-1)[0])
                     if not is_rate(entry[rest]):
-                        raise DataError(f"{path}: {key} must be one positive number, at most {MOST_RATE_HZ:g}")
+                        raise DataError(f"{path}: {shown} must be one positive number, at most {MOST_RATE_HZ:g}")
                 else:
                     if not np.isfinite(array).all():
-                        raise DataError(f"{path}: {key} must be a matrix of finite numbers: it holds NaN or infinities")
+                        raise DataError(f"{path}: {shown} must be of finite numbers: it holds NaN or infinity")
                     entry["features"][rest.removeprefix("features/")] = array
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None

@@ -134,6 +134,7 @@ BAD = {
     "rate of infinity": ({"flute/object_rate_hz.npy": npy(np.float64(np.inf))}, "at most 1000"),
     "rate of NaN": ({"flute/motion_rate_hz.npy": npy(np.float64(np.nan))}, "at most 1000"),
     "rate below nothing": ({"flute/motion_rate_hz.npy": npy(np.float64(-1))}, "positive"),
+    "names of several lines": ({"fl\nute\x1b/sound.npy": npy(np.ones(3))}, "fl ute"),
     "rates": ({"flute/motion_rate_hz.npy": npy(np.ones(3))}, "one positive number"),
 }
 
@@ -169,8 +170,9 @@ def test_a_member_twice_and_a_folder_are_refused(tmp_path: Path) -> None:
             archive.writestr("flute/object.npy", data)
     with pytest.raises(DataError, match="twice"):
         read_visual_file(path)
-    with pytest.raises(DataError, match="no such file"):
-        read_visual_file(tmp_path)
+    for name in (tmp_path, tmp_path / ("x" * 300), tmp_path / "a\0.npz"):
+        with pytest.raises(DataError, match="no such file"):
+            read_visual_file(name)
 
 
 @pytest.mark.parametrize("asked_for", [True, False])

@@ -316,6 +316,20 @@ def test_any_other_value_in_a_manifest_is_damage(tiny_bundle, tmp_path):
 # ---------------------------------------------------------------------- folder and tar
 
 
+def test_a_tar_of_anything_else_is_not_replaced(tiny_bundle, tmp_path):
+    """Nor one that Python's own reader of tars would stumble over."""
+    target = tmp_path / "b.tar"
+    write_tar(tiny_bundle, target)
+    assert check_target(target) == target
+    info, body = tarfile.TarInfo("x"), b"27 GNU.sparse.map=one,two\n"
+    info.type, info.size = tarfile.XHDTYPE, len(body)
+    extension = info.tobuf() + body.ljust(512, b"\0")
+    for data in (b"", b"dear", extension + target.read_bytes(), extension * 3000, target.read_bytes()[512:]):
+        target.write_bytes(data)
+        with pytest.raises(ConfigError, match="not a bundle: choose another name"):
+            check_target(target)
+
+
 def test_a_tar_holds_the_same(tiny_bundle, tmp_path):
     write_tar(tiny_bundle, tmp_path / "b.tar")
     folder, tar = open_bundle(tiny_bundle), open_bundle(tmp_path / "b.tar")

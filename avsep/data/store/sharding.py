@@ -19,6 +19,7 @@ __all__ = ["shard_store"]
 _FOLDER = "shards"
 _MARKER = "avsep-shards.json"  # in a folder beside the store's own: whose shards it holds
 _JOURNAL = ".journal"
+_OF_SHARD = ("name", "bytes", "sha256")
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
 
@@ -86,7 +87,7 @@ def shard_store(
         files: dict[str, dict[str, Any]] = {}
         for number, (name, clips) in enumerate(plan):
             target = places[number % len(places)] / name
-            done = _done(out / _JOURNAL / f"{name}.json", target)
+            done = _done(out / _JOURNAL / f"{name}.json", target, clips)
             if done is None:
                 done = _write_shard(store, target, number, clips)
                 write_json(out / _JOURNAL / f"{name}.json", done)
@@ -154,12 +155,13 @@ def _padded(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
 
 
-def _done(journal: Path, shard: Path) -> dict[str, Any] | None:
+def _done(journal: Path, shard: Path, clips: Sequence[Clip]) -> dict[str, Any] | None:
     """What an earlier run noted of a shard, if it is whole."""
     try:
         noted: dict[str, Any] = read_json(journal)
-        return noted if sha256_file(shard) == noted["shard"]["sha256"] else None
-    except (ConfigError, OSError, KeyError, TypeError):
+        whole = noted["files"].keys() == {clip.id for clip in clips} and noted["shard"].keys() == set(_OF_SHARD)
+        return noted if whole and sha256_file(shard) == noted["shard"]["sha256"] else None
+    except (ConfigError, OSError, KeyError, TypeError, AttributeError):
         return None
 
 
