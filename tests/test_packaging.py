@@ -60,3 +60,14 @@ def test_an_editable_install_is_found_from_the_folder_that_holds_the_clone(tmp_p
     for folder in (tmp_path, clone, installed):
         found = run([python, "-c", look], folder)
         assert found == f"{clone / 'avsep' / '__init__.py'} {clone / 'kernels' / '__init__.py'}"
+
+
+def test_a_missing_package_is_one_line():
+    """As after ``pip install --no-deps``."""
+    for package in ("typer", "pydantic", "yaml"):
+        code = f"import sys\nsys.modules[{package!r}] = None\nfrom avsep.cli import main\nmain(['list', 'presets'])\n"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"avsep: the package '{package}' is missing: install avsep with what it needs (pip install avsep)\n"
+        )
