@@ -172,17 +172,18 @@ class TeacherOutput:
     ) -> None:
         self.mixtures = mixtures
         self.class_ids = class_ids  # also keeps the tensor, and so its id, alive
-        self._step = step
+        # not the step itself, which holds this: tensors in a circle would wait for the garbage collector
+        self._batch = step.batch
+        self._spectrograms = step.spectrograms
         self._teacher = teacher
         self._batch_statistics = batch_statistics
 
     @cached_property
     def _prediction(self) -> Prediction:
-        step = self._step
         self._teacher.train(self._batch_statistics)
         with torch.no_grad():
             return self._teacher.predict(
-                step.batch, class_ids=self.class_ids, spectrograms=step.spectrograms, mixtures=self.mixtures
+                self._batch, class_ids=self.class_ids, spectrograms=self._spectrograms, mixtures=self.mixtures
             )
 
     @property
@@ -201,14 +202,14 @@ class TeacherOutput:
         rows = slice(None) if self.mixtures is None else self.mixtures
         self._teacher.train(self._batch_statistics)
         with torch.no_grad():
-            found: AudioFeatures = self._teacher.audio_encoder(self._step.spectrograms.network_input[rows])
+            found: AudioFeatures = self._teacher.audio_encoder(self._spectrograms.network_input[rows])
         return found
 
     def spread(self, x: Tensor) -> Tensor:
         """[M, N, ...] of :attr:`mixtures` -> [B, N, ...] of the batch, 0 elsewhere."""
         if self.mixtures is None:
             return x
-        whole = x.new_zeros(len(self._step.is_old), *x.shape[1:])
+        whole = x.new_zeros(len(self._batch.class_ids), *x.shape[1:])
         whole[self.mixtures] = x
         return whole
 

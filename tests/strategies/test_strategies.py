@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -263,3 +265,18 @@ def test_the_first_task_is_decided_by_what_acts_in_it():
     ]
     assert all(other != first() for other in others)
     assert first(weight_instance=0, instance="features") == first(weight_instance=0)
+
+
+def test_a_step_goes_without_the_garbage_collector(separators):
+    """Its tensors are most of a step's memory: in a circle of references they would wait for the collector."""
+    student, teacher = separators
+    gc.collect()
+    gc.disable()
+    try:
+        step = with_teacher(make_step(student), teacher)
+        sum(STRATEGIES.create("contavsep").loss(step).values()).backward()
+        gone = weakref.ref(step)
+        del step
+        assert gone() is None
+    finally:
+        gc.enable()
