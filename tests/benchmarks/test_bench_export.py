@@ -20,6 +20,7 @@ from avsep.export.bundle.export import export
 from avsep.export.runtime import calls as calls_of_graphs
 from avsep.separator import build_separator, save_separator
 
+pytestmark = pytest.mark.slow  # exports in every form, and loads each in processes of their own
 FRONT_END = {"sample_rate_hz": 11025, "clip_samples": 8191, "n_fft": 254, "hop": 64, "log_rows": 128}
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="tests what a machine without a GPU says")
 
