@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -132,15 +133,19 @@ def _replace(staging: Path, target: Path) -> None:
         return
     if exchange(staging, target):
         return  # the older one goes with the temporary folder
-    aside = target.with_name(f"{target.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed here, and made again since
-    os.replace(target, aside)  # not a temporary name: whatever happens now, no bundle is swept away
+    # a name that nobody has, and that is never swept: whatever happens now, the older bundle is there
+    aside = Path(tempfile.mkdtemp(prefix=f"{target.name}-old-", dir=target.parent))
+    old = aside / target.name
     try:
+        os.replace(target, old)
         os.replace(staging, target)
     except BaseException:  # Ctrl-C too
-        os.replace(aside, target)
+        if not target.exists():
+            os.replace(old, target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        if target.exists():  # else the older bundle is the only one there is
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_tar(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:

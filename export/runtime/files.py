@@ -33,7 +33,18 @@ __all__ = [
 
 # The names of what is being written: `.staging-HOST-PID-...`. They tell whose it is.
 _STAGING = ".staging-"
-_HOST = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
+
+
+def _host() -> str:
+    """This machine, or the container on it: the numbers of processes mean something in one of them alone."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return hashlib.blake2b(f"{platform.node()} {space}".encode(), digest_size=4).hexdigest()
+
+
+_HOST = _host()
 _swept: set[str] = set()
 
 
