@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from avsep.errors import ConfigError
 from avsep.kernels import Interpolation, StftTables, analyse, istft, make_tables, stft, synthesise, unwarp, warp
+from avsep.kernels.stft_masking.reference import loss_weight
 from avsep.spec import FrontEndSpec
 from avsep.types import Spectrograms
 
-__all__ = ["FrontEnd", "log_magnitude", "magnitude"]
+__all__ = ["FrontEnd", "log_magnitude", "magnitude", "reference_gain"]
+
+_MOST_GAIN = 1000.0  # 60 dB: what is quieter than that is left quiet
 
 
 def magnitude(network_input: Tensor) -> Tensor:
@@ -32,6 +35,22 @@ def log_magnitude(network_input: Tensor, floor: float = 1e-10) -> Tensor:
     second sum: ONNX's optimiser strikes out sums with so small a constant.
     """
     return magnitude(network_input).clamp(min=floor).log()
+
+
+def reference_gain(power: Tensor, window: Tensor, level_db: float) -> Tensor:
+    r"""The factor that brings mixtures to ``level_db`` (RMS, dB of full scale), at most 60 dB.
+
+    Args:
+        power: [B], the mean of \|X\|^2 over the bins and frames of each mixture's STFT. A signal of RMS s has
+            s^2 sum(w^2) (Parseval), so that graphs without the waveform find the same factor.
+        window: w [n_fft].
+        level_db: the level to reach.
+
+    Returns:
+        [B].
+    """
+    root = (power / (window.to(power.dtype) ** 2).sum()).sqrt()
+    return (10.0 ** (level_db / 20) / root.clamp(min=1e-12)).clamp(max=_MOST_GAIN)
 
 
 class FrontEnd(nn.Module):
@@ -112,6 +131,12 @@ class FrontEnd(nn.Module):
             )
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        if self.spec.level_db is not None:
+            # of the mixture alone: ratio masks do not know a level, and the masks go on the mixture as it came
+            power = (mixture.real.square() + mixture.imag.square()).mean(dim=(1, 2))  # [B]
+            gain = reference_gain(power, self.window, self.spec.level_db)[:, None, None, None]
+            network_input = torch.log1p(gain * magnitude(network_input))
+            weight = loss_weight(network_input) if targets else weight
         return Spectrograms(network_input=network_input, weight=weight, ratio=ratio, mixture=mixture)
 
     def synthesise(

@@ -109,6 +109,23 @@ class FrontEndSpec(_Model):
     log_rows: int = Field(256, gt=0, description="rows F of the log-frequency grid")
     align_corners: bool = Field(True, description="False reproduces the published code's warp")
     padding: Literal["zeros", "reflect"] = "zeros"
+    level_db: float | None = Field(
+        None,
+        ge=-100,
+        le=0,
+        description="bring every mixture to this level (RMS, dB of full scale) before the network looks at it; the "
+        "sources keep the mixture's own level; unset: as it is, as published",
+    )
+    limit_mask_sum: bool = Field(
+        False, description="divide the masks of a mixture's sources by their sum where that is above 1"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As :class:`TrainSpec`'s."""
+        data: dict[str, Any] = handler(self)
+        new = ("level_db", "limit_mask_sum")
+        return {key: value for key, value in data.items() if key not in new or value not in (None, False)}
 
     @model_validator(mode="after")
     def _consistent(self) -> FrontEndSpec:

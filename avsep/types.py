@@ -27,6 +27,7 @@ __all__ = [
     "VisualFeatures",
     "VisualInputs",
     "VisualSource",
+    "limit_mask_sum",
     "move_to",
 ]
 
@@ -54,26 +55,30 @@ class VisualInputs:
 
     ``object`` [B, N, K, ...], frames or vectors around the middle of the crop; ``motion`` [B, N, ...], frames in
     order of time or one feature sequence; ``motion_mask`` [B, N, M] bool over the input's time steps, True = valid, or
-    None where all are. A role that no encoder asks for is None.
+    None where all are. A role that no encoder asks for is None. ``seen`` [B, N] bool: False of a source of which there
+    is no picture, whatever stands in its place; None where all are seen.
     """
 
     object: Tensor | None = None
     motion: Tensor | None = None
     motion_mask: Tensor | None = None
+    seen: Tensor | None = None
 
     def __getitem__(self, mixtures: Tensor | slice) -> VisualInputs:
         """The inputs of some of the mixtures."""
-        parts = (self.object, self.motion, self.motion_mask)
+        parts = (self.object, self.motion, self.motion_mask, self.seen)
         return VisualInputs(*(None if part is None else part[mixtures] for part in parts))
 
 
 @dataclass(frozen=True)
 class VisualFeatures:
-    """Encoded frames: ``object`` [B, N, Do]; ``motion`` [B, N, Dm, Tm]; ``motion_mask`` [B, N, Tm], True = valid."""
+    """Encoded frames: ``object`` [B, N, Do]; ``motion`` [B, N, Dm, Tm]; ``motion_mask`` [B, N, Tm], True = valid;
+    ``seen`` [B, N] as in :class:`VisualInputs`."""
 
     object: Tensor | None = None
     motion: Tensor | None = None
     motion_mask: Tensor | None = None
+    seen: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ class MaskOutput:
     and a loss that is computed from the factors (:func:`avsep.losses.mask_losses`) never forms them. The ``audio``
     embedding may be given as a function without arguments, which is called when it is first asked for.
 
+    ``presence`` [B, N] are the logits of whether each asked source sounds in the mixture at all, of decoders that tell.
     ``classify`` takes the audio embedding to :attr:`class_logits`, of decoders that recognise what they separate.
     ``maps`` [B, N, C, H, W] are the named maps, coarsest first, of a decoder that is itself a U-Net: its part of what
     methods that compare feature maps look at.
@@ -123,7 +129,7 @@ class MaskOutput:
         ValueError: when there are neither logits nor both factors.
     """
 
-    __slots__ = ("_audio", "_classify", "_logits", "embedding", "maps", "mask_features", "motion", "object")
+    __slots__ = ("_audio", "_classify", "_logits", "embedding", "maps", "mask_features", "motion", "object", "presence")
 
     def __init__(
         self,
@@ -136,6 +142,7 @@ class MaskOutput:
         mask_features: Tensor | None = None,
         classify: Callable[[Tensor], Tensor] | None = None,
         maps: Mapping[str, Tensor] | None = None,
+        presence: Tensor | None = None,
     ) -> None:
         if logits is None and (embedding is None or mask_features is None):
             raise ValueError("a MaskOutput needs logits, or embedding and mask_features")
@@ -145,6 +152,7 @@ class MaskOutput:
         self.embedding = embedding
         self.mask_features = mask_features
         self.maps = dict(maps or {})
+        self.presence = presence
         self._logits = logits
         self._classify = classify
 
@@ -174,6 +182,20 @@ class MaskOutput:
             mask_features=None if embedding is None else first.mask_features,
             classify=first._classify,
             maps={name: choose([o.maps[name] for o in outputs]) for name in first.maps},
+            presence=choose_all([o.presence for o in outputs]),
+        )
+
+    def with_limited_sum(self) -> MaskOutput:
+        """The same with masks that sum up to at most 1 over the sources of a mixture, divided by their sum where that
+        is more: what they leave of the mixture is the residual's."""
+        return MaskOutput(
+            audio=self._audio,
+            object=self.object,
+            motion=self.motion,
+            logits=limit_mask_sum(self.logits),
+            classify=self._classify,
+            maps=self.maps,
+            presence=self.presence,
         )
 
     @property
@@ -236,6 +258,8 @@ class Batch:
     ``sources`` [B, N, L] float32, already scaled by 1/N, so that their sum is the mixture; ``class_ids`` [B, N]
     int64; ``video_ids`` [B, N] int64, equal exactly where two sources come from the same video; ``is_memory`` [B, N]
     bool; ``visual``, the inputs of the visual encoders; ``clips`` the ids of the clips, by mixture and source.
+    A source that is asked for and not in the mixture is all zeros. ``background`` [B, L] is what sounds beside the
+    sources and was not asked for, None where nothing does.
     """
 
     sources: Tensor
@@ -244,6 +268,7 @@ class Batch:
     is_memory: Tensor
     visual: VisualInputs = VisualInputs()
     clips: tuple[tuple[str, ...], ...] = ()
+    background: Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory, which a GPU reads without waiting; PyTorch's DataLoader calls it."""
@@ -252,7 +277,8 @@ class Batch:
     @property
     def mixture(self) -> Tensor:
         """[B, L]"""
-        return self.sources.sum(dim=1)
+        mixture = self.sources.sum(dim=1)
+        return mixture if self.background is None else mixture + self.background
 
 
 @dataclass(frozen=True)
@@ -280,6 +306,19 @@ class Task:
 
 
 _C = TypeVar("_C")
+
+
+def limit_mask_sum(logits: Tensor) -> Tensor:
+    """Logits [B, N, F, T] of masks m -> those of m / max(1, sum of m over N); unchanged where the sum is at most 1.
+
+    With m = sigmoid(l) and the sum S, logit(m / S) = -log(S (1 + e^-l) - 1), and l itself where S = 1. Beyond +-30 a
+    mask is 0 or 1 in single precision anyway.
+    """
+    kept = logits.clamp(-30.0, 30.0).float()
+    total = kept.sigmoid().sum(dim=1, keepdim=True)
+    above = total > 1.0
+    scaled = -(total * (1.0 + (-kept).exp()) - 1.0).clamp(min=1e-12).log()
+    return scaled.to(logits.dtype).where(above, logits)
 
 
 def move_to(container: _C, device: torch.device | str, **kwargs: Any) -> _C:

@@ -16,18 +16,24 @@ from avsep.errors import DataError
 from avsep.spec import FrontEndSpec
 from avsep.types import Batch, VisualInputs, VisualSource
 
-__all__ = ["Source", "collate", "load_mixtures", "load_source"]
+__all__ = ["Source", "collate", "load_mixtures", "load_source", "reverberate"]
+
+_ROOM_SEED = 20261129  # of the rooms of test mixtures; part of the protocol, so never a setting
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source of one mixture, as arrays: ``audio`` [L] float32 before scaling by 1/N; visual inputs by role."""
+    """One source of one mixture, as arrays: ``audio`` [L] float32 before scaling by 1/N; visual inputs by their role.
+
+    ``role``: what it does in the mixture (:data:`avsep.data.protocol.ROLES`).
+    """
 
     audio: np.ndarray
     visual: dict[str, np.ndarray]
     clip: Clip
     class_id: int
     is_memory: bool = False
+    role: str = "source"
 
 
 def load_source(
@@ -40,26 +46,58 @@ def load_source(
     *,
     gain: float = 1.0,
     is_memory: bool = False,
+    role: str = "source",
+    rt60_s: float = 0.0,
 ) -> Source:
     """Read the crop of ``clip`` that begins at sample ``start`` (zeros outside the clip; its last sample is zero, as
     published), apply the gain, clip to ±1, and read the frames of the same seconds.
 
-    A clip shorter than the crop is repeated until it fills it.
+    A clip shorter than the crop is repeated until it fills it. With ``rt60_s`` above 0 the sound is that of a room with
+    this reverberation time, one room a clip. A source that is asked for and absent (``role``) is silent; ``still``
+    shows one frame all along.
     """
     length = front_end.clip_samples
     if clip.samples == 0:
         raise DataError(f"clip '{clip.id}' has no samples: run avsep data check on the store")
-    audio = store.read_crop(clip, start, length, gain)
+    sounds = role in ("source", "unseen_source", "background")
+    audio = store.read_crop(clip, start, length, gain) if sounds else np.zeros(length, np.float32)
+    if sounds and rt60_s > 0:
+        audio = reverberate(audio, rt60_s, front_end.sample_rate_hz, seed=clip.index)
     centre_s = (start + length // 2) / front_end.sample_rate_hz
-    visual = {
-        source.role: store.read_visual(clip, source, centre_s=centre_s, duration_s=front_end.clip_s, copy=False)
-        for source in visual_sources
-    }
-    return Source(audio=audio, visual=visual, clip=clip, class_id=class_id, is_memory=is_memory)
+    visual = {}
+    for source in visual_sources if role != "background" else ():
+        array = store.read_visual(clip, source, centre_s=centre_s, duration_s=front_end.clip_s, copy=False)
+        if role == "still" and source.role == "motion":
+            array = np.repeat(array[:, :1], array.shape[1], 1) if source.kind == "feature" else _held(array)
+        visual[source.role] = array
+    return Source(audio=audio, visual=visual, clip=clip, class_id=class_id, is_memory=is_memory, role=role)
+
+
+def _held(frames: np.ndarray) -> np.ndarray:
+    """Frames [n, C, H, W] -> as many of the first."""
+    return np.repeat(frames[:1], len(frames), 0)
+
+
+def reverberate(audio: np.ndarray, rt60_s: float, sample_rate_hz: int, *, seed: int) -> np.ndarray:
+    """Sound [L] as a room of reverberation time ``rt60_s`` returns it: the direct sound and a tail of noise that falls
+    by 60 dB in that time, of equal energy (a source 'at the critical distance'), scaled to the level of the input."""
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([_ROOM_SEED, seed])))
+    length = max(2, round(rt60_s * sample_rate_hz))
+    tail = rng.standard_normal(length) * 10 ** (-3 * np.arange(length) / length)
+    tail[0] = 0.0
+    tail /= max(float(np.sqrt((tail**2).sum())), 1e-12)
+    size = 1 << (len(audio) + length).bit_length()
+    wet = np.fft.irfft(np.fft.rfft(audio, size) * np.fft.rfft(tail, size), size)[: len(audio)]
+    out = audio + wet
+    before, after = float((audio.astype(np.float64) ** 2).sum()), float((out**2).sum())
+    scaled: np.ndarray = (out * np.sqrt(before / after if after > 0 else 0.0)).astype(np.float32)
+    return scaled
 
 
 def collate(mixtures: Collection[Sequence[Source]]) -> Batch:
     """Stack mixtures of N sources each into a :class:`Batch`; sources are scaled by 1/N (1/2 for the published pairs).
+
+    Those in the background are not among the N; they are scaled as the others and added up.
 
     A mixture that is loaded when it is read (:class:`avsep.mixers.mixtures.TrainingMixtures`) goes to its place while
     it is still in the processor's cache. In a reader process the tensors are made in shared memory, where the training
@@ -67,9 +105,11 @@ def collate(mixtures: Collection[Sequence[Source]]) -> Batch:
     """
     sources = torch.empty(0)
     visual: dict[str, torch.Tensor] = {}
-    labels: list[list[tuple[int, int, bool, str]]] = []
+    labels: list[list[tuple[int, int, bool, str, bool]]] = []
     first: Source | None = None
-    for b, mixture in enumerate(mixtures):
+    background: torch.Tensor | None = None
+    for b, whole in enumerate(mixtures):
+        mixture = [source for source in whole if source.role != "background"]
         if first is None:
             first = mixture[0]
             shape = (len(mixtures), len(mixture))
@@ -84,14 +124,25 @@ def collate(mixtures: Collection[Sequence[Source]]) -> Batch:
                         f"{list(batch.shape[2:])} and {list(source.visual[role].shape)}: they cannot be in one batch"
                     )
                 batch.numpy()[b, n] = source.visual[role]
-        labels.append([(s.class_id, s.clip.index, s.is_memory, s.clip.id) for s in mixture])
+        for source in whole:
+            if source.role == "background":
+                if background is None:
+                    background = torch.zeros(len(mixtures), len(source.audio))
+                background[b] += torch.from_numpy(source.audio) / len(mixture)
+        labels.append(
+            [(s.class_id, s.clip.index, s.is_memory, s.clip.id, not s.role.startswith("unseen")) for s in mixture]
+        )
+    seen = torch.tensor([[label[4] for label in m] for m in labels], dtype=torch.bool)
     return Batch(
         sources=sources,
         class_ids=torch.tensor([[label[0] for label in m] for m in labels], dtype=torch.int64),
         video_ids=torch.tensor([[label[1] for label in m] for m in labels], dtype=torch.int64),
         is_memory=torch.tensor([[label[2] for label in m] for m in labels], dtype=torch.bool),
-        visual=VisualInputs(object=visual.get("object"), motion=visual.get("motion")),
+        visual=VisualInputs(
+            object=visual.get("object"), motion=visual.get("motion"), seen=None if bool(seen.all()) else seen
+        ),
         clips=tuple(tuple(label[3] for label in m) for m in labels),
+        background=background,
     )
 
 
@@ -115,11 +166,30 @@ def load_mixtures(
     rows = []
     for mixture in mixtures:
         sources = []
-        for clip_id, name, start in zip(mixture.clips, mixture.classes, mixture.starts, strict=True):
+        gain = 10 ** (mixture.gain_db / 20)
+        for clip_id, name, start, role in zip(
+            mixture.clips,
+            mixture.classes,
+            mixture.starts,
+            mixture.roles or ("source",) * len(mixture.clips),
+            strict=True,
+        ):
             if clip_id not in by_id:
                 raise DataError(f"the protocol names clip '{clip_id}', which {store.path} does not have")
-            if name not in class_index:
+            if name not in class_index and role != "background":
                 raise DataError(f"the protocol names class '{name}', which the separator has not learned")
-            sources.append(load_source(store, by_id[clip_id], start, front_end, visual_sources, class_index[name]))
+            sources.append(
+                load_source(
+                    store,
+                    by_id[clip_id],
+                    start,
+                    front_end,
+                    visual_sources,
+                    class_index.get(name, -1),
+                    gain=gain,
+                    role=role,
+                    rt60_s=mixture.rt60_s,
+                )
+            )
         rows.append(sources)
     return collate(rows)

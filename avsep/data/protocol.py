@@ -27,6 +27,7 @@ from avsep.types import Task
 __all__ = [
     "PARTNERS",
     "PROTOCOLS",
+    "ROLES",
     "Protocol",
     "ProtocolKind",
     "TestMixture",
@@ -36,6 +37,14 @@ __all__ = [
     "seconds_of",
 ]
 
+ROLES = {
+    "source": "sounds, is seen, and is asked for",
+    "unseen_source": "sounds and is asked for; there is no picture of it",
+    "moving": "is asked for and not in the mixture; it is seen playing something that is not heard",
+    "still": "is asked for and not in the mixture; it is seen at rest",
+    "unseen": "is asked for and not in the mixture; there is no picture of it",
+    "background": "sounds, and is not asked for",
+}
 PARTNERS = 2  # partners of each clip within its task
 CROSS = 1  # partners of each clip of a later task among the clips of earlier tasks
 _SEED = 20240901  # of the pair lists; part of the protocol, so never a setting
@@ -46,7 +55,8 @@ class TestMixture:
     """Clips that are added up, each from sample ``starts`` on.
 
     ``task`` is the latest task among the sources; ``list_name`` the list it stands in; ``degenerate`` is ``"self"``
-    where a clip meets itself, ``"same_class"`` where classes repeat, else empty.
+    where a clip meets itself, ``"same_class"`` where classes repeat, else empty. ``roles`` (:data:`ROLES`), one a clip,
+    is empty where all are sources; ``gain_db`` applies to all, as does the reverberation time ``rt60_s`` of a room.
     """
 
     __test__ = False  # not a test case, whatever its name
@@ -57,6 +67,17 @@ class TestMixture:
     task: int
     list_name: str
     degenerate: str = ""
+    roles: tuple[str, ...] = ()
+    gain_db: float = 0.0
+    rt60_s: float = 0.0
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The places of those clips that are asked for: the mixture's N sources, in order."""
+        return tuple(i for i in range(len(self.clips)) if self.role(i) != "background")
+
+    def role(self, place: int) -> str:
+        return self.roles[place] if self.roles else "source"
 
 
 @dataclass(frozen=True)
@@ -74,7 +95,16 @@ class Protocol:
     @property
     def hash(self) -> str:
         """SHA-256 over everything that decides what is scored."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._plain(), sort_keys=True).encode()).hexdigest()
+
+    def _plain(self) -> dict[str, Any]:
+        """As plain data; what came with later versions is left out where it is unset, and hashes stay the same."""
+        data = asdict(self)
+        for mixture in data["mixtures"]:
+            for key in ("roles", "gain_db", "rt60_s"):
+                if not mixture[key]:
+                    del mixture[key]
+        return data
 
     def at(self, task: int) -> list[TestMixture]:
         """The mixtures to score after task ``task``."""
@@ -93,7 +123,7 @@ class Protocol:
         raise ConfigError(f"class '{class_name}' is in no task of the protocol")
 
     def save(self, path: str | Path) -> None:
-        write_json(path, {"format": "avsep-protocol", "hash": self.hash, **asdict(self)})
+        write_json(path, {"format": "avsep-protocol", "hash": self.hash, **self._plain()})
 
     @classmethod
     def load(cls, path: str | Path) -> Protocol:
@@ -130,7 +160,9 @@ class Protocol:
 
 
 def _mixture(data: dict[str, Any]) -> TestMixture:
-    return TestMixture(**{**data, **{key: tuple(data[key]) for key in ("clips", "classes", "starts")}})
+    return TestMixture(
+        **{**data, **{key: tuple(data[key]) for key in ("clips", "classes", "starts", "roles") if key in data}}
+    )
 
 
 def seconds_of(clip: Clip, sample_rate_hz: int, clip_samples: int) -> int:

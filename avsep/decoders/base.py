@@ -29,6 +29,12 @@ class MaskDecoder(nn.Module, Component, ABC):
         query_parameter: name of the parameter with a row a class, the class's query, which the masks depend on; empty
             of a decoder without. :meth:`forward` takes as many classes as it has rows.
         mask_head: name of the submodule that turns a query's vector into its mask; empty of a decoder without.
+        tells_presence: its output says of each source that is asked for whether it sounds in the mixture at all
+            (:attr:`avsep.types.MaskOutput.presence`).
+        takes_unseen: it takes sources without a picture (``visual.seen``); for others the mean features of the class
+            stand in.
+        presence_threshold: probability from which a source counts as present, of a decoder that tells; a buffer (a
+            scalar tensor), which is chosen on validation data and stored with the weights.
         num_classes: classes known so far. Every decoder sets it, and :meth:`grow` changes it.
     """
 
@@ -36,8 +42,11 @@ class MaskDecoder(nn.Module, Component, ABC):
     independent_sources: bool = False
     query_parameter: str = ""
     mask_head: str = ""
+    tells_presence: bool = False
+    takes_unseen: bool = False
 
     num_classes: int
+    presence_threshold: Tensor
 
     @abstractmethod
     def forward(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:

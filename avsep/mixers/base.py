@@ -18,11 +18,16 @@ __all__ = ["Draw", "Mixer", "Pool"]
 
 
 class Draw(NamedTuple):
-    """One source of a mixture: the number of its clip in the pool, the first sample of its crop, and its gain."""
+    """One source of a mixture: the number of its clip in the pool, the first sample of its crop, its gain, and its role
+    (:data:`avsep.data.protocol.ROLES`).
+
+    All mixtures of an epoch have ``train.sources`` sources that are asked for, and any number in the background.
+    """
 
     clip: int
     start: int
     gain: float
+    role: str = "source"
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,9 @@ class TrainingMixtures(Dataset[list[Source]]):
 
     def __getitem__(self, item: int) -> list[Source]:
         drawn = self.mixer.draw(self._rng(item), item, self.pool)
-        return [self._load(number, start, gain) for number, start, gain in drawn]
+        return [self._load(*one) for one in drawn]
 
-    def _load(self, number: int, start: int, gain: float) -> Source:
+    def _load(self, number: int, start: int, gain: float, role: str) -> Source:
         clip = self.pool[number]
         return load_source(
             self.store,
@@ -91,6 +91,7 @@ class TrainingMixtures(Dataset[list[Source]]):
             self.class_index[clip.class_name],
             gain=gain,
             is_memory=self.pool.is_exemplar(number),
+            role=role,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -154,13 +155,14 @@ class Separator(nn.Module):
         ids = (batch.class_ids if class_ids is None else class_ids)[rows]
         self._check_class_ids(ids)
         if spectrograms is None:
-            spectrograms = self.analyse(batch.sources[rows])
+            background = None if batch.background is None else batch.background[rows]
+            spectrograms = self.analyse(batch.sources[rows], background)
             network_input = spectrograms.network_input
         else:
             network_input = spectrograms.network_input[rows]
         visual = self.encode_visual(batch.visual[rows])
         audio = self.audio_encoder(network_input)
-        return Prediction(spectrograms, audio, visual, self.mask_decoder(audio, visual, ids))
+        return Prediction(spectrograms, audio, visual, self._decode(audio, visual, ids))
 
     def encode_visual(self, inputs: VisualInputs) -> VisualFeatures:
         """Encode the frames or stored features of each source.
@@ -175,6 +177,7 @@ class Separator(nn.Module):
             object=_encode(self.object_encoder, inputs.object, "object"),
             motion=motion,
             motion_mask=None if motion is None or mask is None else _fit_mask(mask, motion.shape[-1]),
+            seen=inputs.seen,
         )
 
     def forward(self, network_input: Tensor, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
@@ -189,7 +192,11 @@ class Separator(nn.Module):
             ConfigError: when a class id is out of range (looked at where it costs nothing: ids on the CPU).
         """
         self._check_class_ids(class_ids)
-        return self.mask_decoder(self.audio_encoder(network_input), visual, class_ids.to(network_input.device))
+        return self._decode(self.audio_encoder(network_input), visual, class_ids.to(network_input.device))
+
+    def _decode(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
+        output = self.mask_decoder(audio, visual, class_ids)
+        return output.with_limited_sum() if self.spec.front_end.limit_mask_sum else output
 
     @property
     def has_taps(self) -> bool:
@@ -219,28 +226,56 @@ class Separator(nn.Module):
         of_sources = {} if output is None else output.maps
         return {**named, **{name: maps.flatten(0, 1) for name, maps in of_sources.items()}}
 
-    def analyse(self, sources: Tensor) -> Spectrograms:
-        """sources [B, N, L], already scaled so that their sum is the mixture -> the network's input and its targets."""
-        return self.front_end.analyse(sources)
+    def analyse(self, sources: Tensor, background: Tensor | None = None) -> Spectrograms:
+        """sources [B, N, L], already scaled so that they and the ``background`` [B, L], if any, sum up to the mixture
+        -> the network's input and its targets."""
+        if background is None:
+            return self.front_end.analyse(sources)
+        made = self.front_end.analyse(torch.cat((sources, background[:, None]), dim=1))
+        return replace(made, ratio=made.ratio[:, :-1])
 
-    def separate(self, mixture: Tensor, visual: VisualFeatures, class_ids: Tensor) -> Tensor:
-        """mixture [B, L] with L = ``spec.front_end.clip_samples`` -> sources [B, N, L].
+    def separate(
+        self, mixture: Tensor, visual: VisualFeatures, class_ids: Tensor, *, limit_mask_sum: bool = False
+    ) -> Tensor:
+        """mixture [B, L] or [B, C, L] with L = ``spec.front_end.clip_samples`` -> sources [B, N, L] or [B, N, C, L].
 
-        Gradients flow unless the caller stops them; dropout and normalisation follow the module's mode.
+        Of several channels the masks are found once, from their mean, and applied to each. Gradients flow unless the
+        caller stops them; dropout and normalisation follow the module's mode.
+
+        Args:
+            mixture: float, full scale at 1.
+            visual: encoded frames of the N sources.
+            class_ids: [B, N] int64.
+            limit_mask_sum: divide the masks by their sum where that is above 1, whatever ``spec.front_end`` says.
 
         Raises:
             ConfigError: when L is another length (long audio: ``avsep.inference.chunking``), or a class id is out of
                 range.
         """
+        return self.separate_and_tell(mixture, visual, class_ids, limit_mask_sum=limit_mask_sum)[0]
+
+    def separate_and_tell(
+        self, mixture: Tensor, visual: VisualFeatures, class_ids: Tensor, *, limit_mask_sum: bool = False
+    ) -> tuple[Tensor, MaskOutput]:
+        """:meth:`separate`, and what the mask decoder gave beside the masks (:attr:`MaskOutput.presence`)."""
         length = self.spec.front_end.clip_samples
-        if mixture.ndim != 2 or mixture.shape[1] != length:
+        if mixture.ndim not in (2, 3) or mixture.shape[-1] != length:
             raise ConfigError(
-                f"separate takes a mixture [B, {length}], got {list(mixture.shape)}: longer audio is cut into "
-                "overlapping chunks by avsep.inference.chunking.separate_long"
+                f"separate takes a mixture [B, {length}] or [B, channels, {length}], got {list(mixture.shape)}: longer "
+                "audio is cut into overlapping chunks by avsep.inference.chunking.separate_long"
             )
-        spectrograms = self.front_end.analyse(mixture[:, None, :], targets=False)
-        logits = self(spectrograms.network_input, visual, class_ids).logits
-        return self.front_end.synthesise(logits, spectrograms.mixture, length=length)
+        mono = mixture if mixture.ndim == 2 else mixture.mean(dim=1)
+        spectrograms = self.front_end.analyse(mono[:, None, :], targets=False)
+        output = self(spectrograms.network_input, visual, class_ids)
+        if limit_mask_sum and not self.spec.front_end.limit_mask_sum:
+            output = output.with_limited_sum()
+        logits, spectrum = output.logits, spectrograms.mixture
+        if mixture.ndim == 2:
+            return self.front_end.synthesise(logits, spectrum, length=length), output
+        batch, channels = mixture.shape[:2]
+        spectrum = self.front_end.stft(mixture).flatten(0, 1)  # [B C, bins, T]
+        waveforms = self.front_end.synthesise(logits.repeat_interleave(channels, 0), spectrum, length=length)
+        return torch.unflatten(waveforms, 0, (batch, channels)).transpose(1, 2), output
 
     def grow(self, num_classes: int, classes: Sequence[str] | None = None) -> None:
         """Make room for more classes; what is known of the old ones stays.

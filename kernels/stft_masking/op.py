@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avsep.kernels._backend import choose_backend
-from avsep.kernels.stft_masking.reference import hann_window, linear_frequency_grid, log_frequency_grid
+from avsep.kernels.stft_masking.reference import hann_window, linear_frequency_grid, log_frequency_grid, loss_weight
 
 __all__ = [
     "Analysis",
@@ -320,7 +320,7 @@ def analyse(
         warped = warp(magnitudes, tables, align_corners=align_corners)
         network_input = torch.log1p(warped[:, :1])
         ratio = (warped[:, 1:] / warped[:, :1]).clamp(0, 5)
-        return Analysis(network_input, network_input.clamp(1e-3, 10), ratio, mixture)
+        return Analysis(network_input, loss_weight(network_input), ratio, mixture)
 
 
 def _check_device(name: str, x: Tensor, tables: StftTables) -> None:

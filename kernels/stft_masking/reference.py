@@ -87,6 +87,11 @@ def istft_reference(spectrum: Tensor, n_fft: int, hop: int, length: int) -> Tens
     return total[..., kept] / envelope[kept]
 
 
+def loss_weight(network_input: Tensor) -> Tensor:
+    """What a pixel counts in the loss of masks, from the log1p of its magnitude."""
+    return network_input.clamp(1e-3, 10)
+
+
 def analyse_reference(
     sources: Tensor,
     *,
@@ -102,7 +107,7 @@ def analyse_reference(
     magnitudes = warp_reference(stft_reference(sources, n_fft, hop, padding).abs(), log_rows, align_corners)
     network_input = torch.log1p(mixture_magnitude)
     ratio = (magnitudes / mixture_magnitude).clamp(0, 5)
-    return network_input, network_input.clamp(1e-3, 10), ratio, mixture
+    return network_input, loss_weight(network_input), ratio, mixture
 
 
 def synthesise_reference(
