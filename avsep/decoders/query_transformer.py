@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avsep.decoders._alignment import TimeVaryingHead, at_frames, time_varying_logits
 from avsep.decoders.base import MaskDecoder
 from avsep.encoders.base import weight_places
 from avsep.errors import ConfigError
@@ -177,8 +178,11 @@ class QueryTransformer(MaskDecoder):
 
     It computes what the published code computes, less what that code throws away: the audio encoder runs once a mixture
     rather than once a source, the last layer and the masks only for the queried classes, and attentions that are never
-    called have no parameters. At the published setting (5 classes, 512-d objects, 768-d motion) it has 5,209,632
-    parameters, and 256 more for each further class.
+    called have no parameters. With ``time_varying`` the published query is one in time: to its vector of weights, the
+    same at all times, are added weights and a bias that vary with the source's motion and with what sounds
+    (:class:`~avsep.decoders._alignment.TimeVaryingHead` of 8 bands and 2 layers); they begin at zero, so that a
+    separator starts as the published one does. At the published setting (5 classes, 512-d objects, 768-d motion) it
+    has 5,209,632 parameters, and 256 more for each further class.
 
     Shapes:
         audio latent [B, latent_channels, H, W], mask features [B, mask_channels, F, T], object [B, N, object_dim],
@@ -204,6 +208,7 @@ class QueryTransformer(MaskDecoder):
         feedforward: int = 1024,
         encoder_layers: int = 1,
         layers: int = 4,
+        time_varying: bool = False,
     ) -> None:
         super().__init__()
         if dim < 4 or dim % 4 or heads < 1 or dim % heads:
@@ -241,6 +246,12 @@ class QueryTransformer(MaskDecoder):
                 for parameter in part.parameters():
                     if parameter.ndim > 1:
                         nn.init.xavier_uniform_(parameter)
+        self.time_varying = None
+        if time_varying:
+            self.time_varying = TimeVaryingHead(dim, mask_channels, bands=8, layers=2, kernel=5)
+            nn.init.zeros_(self.time_varying.out.weight)
+            assert self.time_varying.out.bias is not None
+            nn.init.zeros_(self.time_varying.out.bias)
 
     def grow(self, num_classes: int) -> None:
         """Make room for ``num_classes`` classes: old query rows stay, new ones are drawn from N(0, 1).
@@ -281,6 +292,13 @@ class QueryTransformer(MaskDecoder):
         own_queries = queries[class_ids][:, :, None, :]  # [B, N, 1, D]
         state = self.layers[-1](states.gather(2, own), own_queries, states, queries, key, memory)
         embedding = self.norm(state.squeeze(2))  # f_a [B, N, D]
+        if self.time_varying is not None:
+            return MaskOutput(
+                audio=embedding,
+                object=object_embedding,
+                motion=motion_embedding,
+                logits=self._varied(embedding, visual, audio),
+            )
         return MaskOutput(
             audio=embedding,
             object=object_embedding,
@@ -288,6 +306,21 @@ class QueryTransformer(MaskDecoder):
             embedding=self.head(embedding),
             mask_features=audio.mask_features,
         )
+
+    def _varied(self, embedding: Tensor, visual: VisualFeatures, audio: AudioFeatures) -> Tensor:
+        """Logits of weights that vary in time, from f_a [B, N, D]: [B, N, F, T]."""
+        features = audio.mask_features
+        assert features is not None
+        assert self.time_varying is not None
+        frames = features.shape[3]
+        query = embedding[..., None].expand(-1, -1, -1, frames)
+        if self.motion_proj is not None:
+            assert visual.motion is not None
+            motion = self.motion_proj(visual.motion.transpose(2, 3)).transpose(2, 3).flatten(0, 1)
+            valid = None if visual.motion_mask is None else visual.motion_mask.flatten(0, 1)
+            query = query + torch.unflatten(at_frames(motion, frames, valid), 0, embedding.shape[:2])
+        _, weights, bias = self.time_varying(query, features)
+        return time_varying_logits(self.head(embedding)[..., None] + weights, bias, features)
 
     def motion_attention(self, visual: VisualFeatures, class_ids: Tensor) -> Tensor | None:
         """Attention weights of the queried class over its source's motion in decoder layer 0, the mean over heads.

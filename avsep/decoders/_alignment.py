@@ -1,0 +1,134 @@
+"""What decoders share that follow their sources in time: features brought to the mask's frames, and presence."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from avsep.dsp import magnitude
+from avsep.types import Spectrograms
+
+__all__ = [
+    "PRESENT_SHARE",
+    "Presence",
+    "TimeVaryingHead",
+    "at_frames",
+    "frequency_bands",
+    "is_present",
+    "time_varying_logits",
+]
+
+PRESENT_SHARE = 0.01
+"""A source is present where its magnitudes sum up to more than this share of the mixture's (-40 dB)."""
+
+
+def at_frames(features: Tensor, frames: int, valid: Tensor | None = None) -> Tensor:
+    """Steps of a sequence, which span the clip, at its time frames: linear interpolation between their middles.
+
+    Args:
+        features: [M, D, steps].
+        frames: T.
+        valid: [M, steps] bool, the steps that are there; these alone span the clip. All when None; a sequence without
+            any counts as one with all.
+
+    Returns:
+        [M, D, T].
+    """
+    if valid is None:
+        return F.interpolate(features, size=frames, mode="linear")
+    valid = valid | ~valid.any(dim=1, keepdim=True)
+    order = torch.arange(valid.shape[1], device=valid.device) + (~valid).to(torch.int64) * valid.shape[1]
+    features = features.gather(2, order.argsort(dim=1)[:, None, :].expand_as(features))  # the valid ones first
+    count = valid.sum(dim=1, keepdim=True).to(features.dtype)  # [M, 1]
+    middles = torch.arange(frames, device=features.device, dtype=features.dtype) + 0.5
+    place = (middles * count / frames - 0.5).clamp(min=0.0).minimum(count - 1)  # [M, T]
+    low = place.floor()
+    share = (place - low)[:, None, :]
+    index = low.to(torch.int64)[:, None, :].expand(-1, features.shape[1], -1)
+    above = (low + 1).minimum(count - 1).to(torch.int64)[:, None, :].expand(-1, features.shape[1], -1)
+    return features.gather(2, index) * (1 - share) + features.gather(2, above) * share
+
+
+def frequency_bands(mask_features: Tensor, bands: int) -> Tensor:
+    """[B, C, F, T] -> [B, C * bands, T], the means over ``bands`` equal parts of the frequency axis."""
+    return torch.unflatten(mask_features, 2, (bands, -1)).mean(dim=3).flatten(1, 2)
+
+
+def time_varying_logits(weights: Tensor, bias: Tensor, mask_features: Tensor) -> Tensor:
+    """sum_k w_k(t) F_k(f, t) + b(t): weights [B, N, C, T], bias [B, N, 1, T], mask features [B, C, F, T] -> logits
+    [B, N, F, T]."""
+    product = weights.permute(0, 3, 1, 2) @ mask_features.permute(0, 3, 1, 2)  # [B, T, N, F]
+    return product.permute(0, 2, 3, 1) + bias
+
+
+def is_present(spectrograms: Spectrograms) -> Tensor:
+    """[B, N] bool: the sources that sound, from their ratio masks (:data:`PRESENT_SHARE`)."""
+    mixture = magnitude(spectrograms.network_input)  # [B, 1, F, T]
+    heard = (spectrograms.ratio * mixture).sum(dim=(2, 3))
+    return heard > PRESENT_SHARE * mixture.sum(dim=(2, 3))
+
+
+class TimeVaryingHead(nn.Module):
+    """The weights of the mask features at every time frame, from a query in time and from what sounds then.
+
+    Beside the query stand the mask features' means in ``bands`` parts of the frequency axis. ``layers`` convolutions
+    in time, ``kernel`` frames wide, each after the first added to what it reads, make of both the source's state, and a
+    linear map of it the weights and a bias.
+
+    Shapes:
+        query [B, N, D, T], mask features [B, C, F, T] with F a multiple of ``bands`` -> state [B, N, D, T], weights
+        [B, N, C, T] and bias [B, N, 1, T].
+    """
+
+    def __init__(self, dim: int, mask_channels: int, *, bands: int, layers: int, kernel: int) -> None:
+        super().__init__()
+        if min(dim, bands, layers, kernel) < 1 or kernel % 2 == 0:
+            raise ValueError(
+                f"dim, bands, layers and kernel must be positive and kernel odd, got dim {dim}, bands {bands}, layers "
+                f"{layers}, kernel {kernel}"
+            )
+        self.bands = bands
+        self.heard = nn.Conv1d(mask_channels * bands, dim, 1)
+        self.layers = nn.ModuleList(nn.Conv1d(2 * dim, 2 * dim, kernel, padding=kernel // 2) for _ in range(layers))
+        self.narrow = nn.Conv1d(2 * dim, dim, 1)
+        self.out = nn.Conv1d(dim, mask_channels + 1, 1)
+
+    def forward(self, query: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shape = query.shape[:2]
+        heard = self.heard(frequency_bands(mask_features, self.bands))  # [B, D, T]
+        heard = heard[:, None].expand(-1, shape[1], -1, -1)
+        first, *others = self.layers
+        state = F.relu(first(torch.cat((query, heard), dim=2).flatten(0, 1)))
+        for layer in others:
+            state = state + F.relu(layer(state))
+        state = self.narrow(state)  # [B N, D, T]
+        made = torch.unflatten(self.out(F.relu(state)), 0, shape)
+        return torch.unflatten(state, 0, shape), made[:, :, :-1], made[:, :, -1:]
+
+
+class Presence(nn.Module):
+    """Whether a source sounds at all, from its states in time and from what its mask lets through.
+
+    Shapes:
+        states [B, N, D, T]; logits of masks [B, N, F, T]; spectrogram [B, 1, F, T] -> logits [B, N]. No gradient goes
+        into the masks: they learn from the targets of zero.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(2 * dim + 2, dim)
+        self.out = nn.Linear(dim, 1)
+        # stands in the state, so that what was chosen goes with the weights
+        self.register_buffer("threshold", torch.tensor(0.5))
+
+    threshold: Tensor
+
+    def forward(self, states: Tensor, logits: Tensor, spectrogram: Tensor) -> Tensor:
+        mixture = magnitude(spectrogram).to(states.dtype)
+        mask = logits.detach().sigmoid().to(states.dtype)
+        through = (mask * mixture).sum(dim=2) / mixture.sum(dim=2).amax(dim=-1, keepdim=True).clamp(min=1e-6)
+        share = (through.mean(dim=-1) + 1e-4).log(), (through.amax(dim=-1) + 1e-4).log()
+        found = torch.cat((states.mean(dim=-1), states.amax(dim=-1), torch.stack(share, dim=-1)), dim=-1)
+        answer: Tensor = self.out(F.relu(self.hidden(found)))
+        return answer.squeeze(-1)

@@ -1,0 +1,90 @@
+"""A mixer for separators that look: pairs of one class, sources that are asked for in vain, sounds nobody asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from avsep.errors import ConfigError
+from avsep.mixers.base import Draw, Mixer, Pool
+from avsep.registry import MIXERS
+
+__all__ = ["Varied"]
+
+_ABSENT = ("moving", "still", "unseen")
+
+
+@MIXERS.register("varied", source="this library")
+class Varied(Mixer):
+    """Mixtures of every kind that a person may ask to separate, in fixed shares.
+
+    A mixture is ``same_class`` times of 1 one in which two sources are of one class, which only their pictures tell
+    apart; ``absent`` times one in which the last source is asked for and does not sound: its player is seen moving to
+    music that is not heard, or at rest, or there is no picture, as often each; and else one of different classes. In
+    ``background`` times of 1, whatever the kind, something sounds beside them that nobody asked for. Where all classes
+    differ, a source has no picture in ``unseen`` times of 1.
+
+    Classes are drawn uniformly from all that are there, then their clips, exemplars like the others. An epoch has
+    ``train.current_repeats`` mixtures a current clip; ``train.memory_repeats``, ``memory_share`` and ``partner`` play
+    no part.
+    """
+
+    def __init__(
+        self, *, same_class: float = 0.35, absent: float = 0.25, background: float = 0.15, unseen: float = 0.1
+    ) -> None:
+        for name, value in (("background", background), ("unseen", unseen)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be a share of 1, got {value}")
+        if not (same_class >= 0 and absent >= 0 and same_class + absent <= 1):
+            raise ValueError(f"same_class and absent must be shares of 1, got {same_class} and {absent}")
+        self.same_class = same_class
+        self.absent = absent
+        self.background = background
+        self.unseen = unseen
+
+    def begin_epoch(self, pool: Pool, rng: np.random.Generator) -> int:
+        self._of_class: dict[str, list[int]] = {}
+        for number in range(len(pool)):
+            self._of_class.setdefault(pool[number].class_name, []).append(number)
+        self._names = sorted(self._of_class)
+        self._twice = [name for name in self._names if len(self._of_class[name]) > 1]
+        sources = pool.train.sources
+        if len(self._names) < sources:
+            raise ConfigError(
+                f"mixer 'varied' mixes {sources} sources of different classes, and task {pool.task} trains on "
+                f"{len(self._names)}: give tasks more classes, or use mixer as_published"
+            )
+        if sources < 2 and self.same_class + self.absent > 0:
+            raise ConfigError(f"mixer 'varied' needs train.sources of 2 or more, got {sources}")
+        return pool.train.current_repeats * len(pool.clips)
+
+    def draw(self, rng: np.random.Generator, item: int, pool: Pool) -> list[Draw]:
+        sources = pool.train.sources
+        kind = float(rng.random())
+        pair = kind < self.same_class and bool(self._twice)
+        absent = self.same_class <= kind < self.same_class + self.absent
+        names = [str(name) for name in rng.permutation(self._names)]
+        if pair:
+            name = self._twice[int(rng.integers(len(self._twice)))]
+            names = [name, name, *(other for other in names if other != name)]
+        chosen: list[int] = []
+        for name in names[:sources]:
+            members = [number for number in self._of_class[name] if number not in chosen]
+            chosen.append(members[int(rng.integers(len(members)))])
+        roles = ["source"] * sources
+        if absent:
+            # sometimes a second player of what does sound: who moves to something else is not heard either
+            role = _ABSENT[int(rng.integers(len(_ABSENT)))]
+            heard = [number for number in self._of_class[names[0]] if number != chosen[0]]
+            if role != "unseen" and heard and rng.random() < 0.3:
+                chosen[-1] = heard[int(rng.integers(len(heard)))]
+            roles[-1] = role
+        elif not pair:
+            roles = ["unseen_source" if rng.random() < self.unseen else role for role in roles]
+        order = rng.permutation(sources)
+        drawn = [pool.draw(chosen[place], rng)._replace(role=roles[place]) for place in order]
+        if rng.random() < self.background:
+            others = [name for name in self._names if name not in names[:sources]] or self._names
+            members = self._of_class[others[int(rng.integers(len(others)))]]
+            free = [number for number in members if number not in chosen] or members
+            drawn.append(pool.draw(free[int(rng.integers(len(free)))], rng)._replace(role="background"))
+        return drawn
