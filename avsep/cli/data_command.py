@@ -27,6 +27,9 @@ _StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store's
 @app.command("synth")
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to make the store in.")],
+    version: Annotated[
+        int, typer.Option("--version", help="Of the benchmark: 1, or 2, which cannot be solved without the pictures.")
+    ] = 1,
     size: Annotated[str, typer.Option("--size", help="tiny, small or full.")] = "tiny",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed gives other phrases and pictures.")] = 0,
     bank: Annotated[
@@ -53,6 +56,7 @@ def synth(
     try:
         store = synthesise(
             out,
+            version=version,
             size=size,
             classes=None if classes is None else names_in(classes),
             seed=seed,

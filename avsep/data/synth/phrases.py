@@ -15,7 +15,7 @@ import numpy as np
 from avsep.data.synth.soundfont import Note
 from avsep.errors import UnknownNameError, near_matches
 
-__all__ = ["CLASSES", "INSTRUMENTS", "Instrument", "compose", "instrument"]
+__all__ = ["CELLS", "CLASSES", "INSTRUMENTS", "MODES", "PENTATONIC", "Instrument", "compose", "drum_bars", "instrument"]
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ INSTRUMENTS: tuple[Instrument, ...] = (
 )
 CLASSES: tuple[str, ...] = tuple(i.name for i in INSTRUMENTS)
 
-_MODES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 3, 5, 7, 9, 10), (0, 2, 4, 5, 7, 9, 10))
-_PENTATONIC = ((0, 2, 4, 7, 9), (0, 3, 5, 7, 10), (0, 2, 5, 7, 9))
+MODES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 3, 5, 7, 9, 10), (0, 2, 4, 5, 7, 9, 10))
+PENTATONIC = ((0, 2, 4, 7, 9), (0, 3, 5, 7, 10), (0, 2, 5, 7, 9))
 # one cell fills a beat or two; lengths in beats
-_CELLS: tuple[tuple[float, ...], ...] = (
+CELLS: tuple[tuple[float, ...], ...] = (
     (1.0,),
     (0.5, 0.5),
     (0.5, 0.5),
@@ -95,14 +95,14 @@ def instrument(name: str) -> Instrument:
 def compose(player: Instrument, duration_s: float, rng: np.random.Generator) -> tuple[Note, ...]:
     """A phrase of ``duration_s`` seconds for an instrument, in order of onset. All chance comes from ``rng``."""
     beat_s = 60 / rng.uniform(72, 144)
-    notes = _drums(duration_s, beat_s, rng) if player.play == "drums" else _melody(player, duration_s, beat_s, rng)
+    notes = drum_bars(duration_s, beat_s, rng) if player.play == "drums" else _melody(player, duration_s, beat_s, rng)
     notes = [n for n in notes if n.onset_s < duration_s]
     return tuple(sorted(notes, key=lambda n: (n.onset_s, n.key)))
 
 
 def _melody(player: Instrument, duration_s: float, beat_s: float, rng: np.random.Generator) -> list[Note]:
     tonic = int(rng.integers(12))
-    modes = _PENTATONIC if player.pentatonic else _MODES
+    modes = PENTATONIC if player.pentatonic else MODES
     mode = modes[int(rng.integers(len(modes)))]
     # the phrase lives in a window of the register, about an octave and a half wide, somewhere in it
     width = min(player.high - player.low, int(rng.integers(12, 21)))
@@ -110,7 +110,7 @@ def _melody(player: Instrument, duration_s: float, beat_s: float, rng: np.random
     steps = [k for k in range(bottom, bottom + width + 1) if (k - tonic) % 12 in mode]
     place = int(rng.integers(len(steps) // 4, len(steps) - len(steps) // 4))
 
-    weights = rng.dirichlet(np.full(len(_CELLS), 0.7)) + 0.02
+    weights = rng.dirichlet(np.full(len(CELLS), 0.7)) + 0.02
     weights /= weights.sum()
     rest = float(rng.uniform(0.0, 0.1))
     loud = float(rng.uniform(72, 104))
@@ -122,7 +122,7 @@ def _melody(player: Instrument, duration_s: float, beat_s: float, rng: np.random
     time_s = float(rng.uniform(0.02, 0.15))
     beat = 0.0
     while time_s < duration_s - 0.08:
-        for length in _CELLS[int(rng.choice(len(_CELLS), p=weights))]:
+        for length in CELLS[int(rng.choice(len(CELLS), p=weights))]:
             if time_s >= duration_s - 0.08:
                 break
             span_s = length * beat_s
@@ -156,7 +156,7 @@ def _melody(player: Instrument, duration_s: float, beat_s: float, rng: np.random
     return notes
 
 
-def _drums(duration_s: float, beat_s: float, rng: np.random.Generator) -> list[Note]:
+def drum_bars(duration_s: float, beat_s: float, rng: np.random.Generator) -> list[Note]:
     """A drum kit: a bar's pattern that repeats with small changes, and fills."""
     cells = 16  # sixteenths of a bar of four beats
     step_s = beat_s / 4

@@ -10,7 +10,7 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,12 +22,24 @@ from avsep.errors import MissingExtraError
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
-__all__ = ["MOTION_SIZE", "OBJECT_SIZE", "Look", "Pose", "draw", "look_of", "motion_frames", "object_frames", "poses"]
+__all__ = [
+    "MOTION_SIZE",
+    "OBJECT_SIZE",
+    "Look",
+    "Pose",
+    "draw",
+    "look_of",
+    "motion_frames",
+    "object_frames",
+    "poses",
+    "poses_v2",
+]
 
 OBJECT_SIZE = 112  # pixels, RGB
 MOTION_SIZE = 48  # pixels, gray
 _DECAY_S = 0.12
 _SUPERSAMPLING = 2
+_LEAN_ANGLE, _LEAN_DOWN = 0.09, 0.045  # radians, and a share of the picture's height
 _Colour = tuple[int, int, int]
 _Point = tuple[float, float]
 
@@ -59,7 +71,7 @@ class Pose:
     ``pitch``: the current note's place in the register; ``strike``: what is left of the last stroke; ``stroke``: where
     the bow or bellows are; ``fingers``: six booleans, the last three of which serve as valves; ``breath``: 1 while a
     note sounds; ``hits``: what is left of the last stroke on each piece of the drum kit (kick, snare, hat, toms,
-    crash).
+    crash); ``nod``: in version 2, how far the player leans with the last onset, in [-1, 1].
     """
 
     time_s: float
@@ -69,6 +81,7 @@ class Pose:
     fingers: tuple[bool, ...] = (False,) * 6
     breath: float = 0.0
     hits: tuple[float, ...] = (0.0,) * 5
+    nod: float = 0.0
 
 
 # movement
@@ -78,14 +91,20 @@ _PIECES = ({35, 36}, {37, 38, 40}, {42, 44, 46}, {41, 43, 45, 47, 48, 50}, {49, 
 _VALVES = ((0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1), (1, 1, 1))
 
 
-def poses(player: Instrument, notes: Sequence[Note], times_s: Sequence[float]) -> list[Pose]:
-    """The player's pose at each moment of ``times_s`` while playing ``notes`` (in order of onset)."""
-    events: list[list[Note]] = []  # chords and strums count as one
+def _events(notes: Sequence[Note]) -> list[list[Note]]:
+    """The notes by strokes: chords and strums count as one."""
+    events: list[list[Note]] = []
     for note in notes:
         if events and note.onset_s - events[-1][0].onset_s < 0.05:
             events[-1].append(note)
         else:
             events.append([note])
+    return events
+
+
+def poses(player: Instrument, notes: Sequence[Note], times_s: Sequence[float]) -> list[Pose]:
+    """The player's pose at each moment of ``times_s`` while playing ``notes`` (in order of onset)."""
+    events = _events(notes)
     onsets = np.array([e[0].onset_s for e in events])
     found = []
     for t in times_s:
@@ -118,6 +137,56 @@ def _pose(player: Instrument, event: Sequence[Note], number: int, t: float) -> P
         else tuple(sounding and i < closed for i in range(6)),
         breath=float(sounding),
     )
+
+
+# how far a player leans with each onset: those whose hands hardly move for one lean most
+_LEAN = {"wind": 1.0, "bowed": 0.6, "bellows": 0.7, "plucked": 0.5, "struck": 0.5, "drums": 0.35}
+
+
+def poses_v2(player: Instrument, notes: Sequence[Note], times_s: Sequence[float], frame_s: float) -> list[Pose]:
+    """As :func:`poses`, with movement that tells each onset apart from what comes before and after it.
+
+    At the first of the ``times_s``, which are ``frame_s`` seconds apart, after an onset a stroke is there in full; bows
+    and bellows turn at each note and go fastest at its beginning; and every player leans to one side and the other, an
+    onset each.
+    """
+    events = _events(notes)
+    onsets = np.array([e[0].onset_s for e in events])
+    pieces = [np.array([n.onset_s for n in notes if n.key in piece]) for piece in _PIECES]
+    lean = _LEAN[player.play]
+    found = []
+    for t in times_s:
+        current = int(np.searchsorted(onsets, t, side="right")) - 1
+        if current < 0:
+            found.append(Pose(t))
+            continue
+        left = _settled(t - float(onsets[current]), frame_s)
+        nod = lean * left * (1 if current % 2 else -1)
+        if player.play == "drums":
+            last = [p[: int(np.searchsorted(p, t, side="right"))] for p in pieces]
+            hits = tuple(_settled(t - float(p[-1]), frame_s) if len(p) else 0.0 for p in last)
+            found.append(Pose(t, hits=hits, nod=nod))
+            continue
+        top = max(events[current], key=lambda n: n.key)
+        since = t - float(onsets[current])
+        # a bow that is fast at first and has crossed the string when the note ends
+        settling = min(0.16, 0.5 * top.duration_s)
+        way = -math.expm1(-min(since, top.duration_s) / settling) / -math.expm1(-top.duration_s / settling)
+        pose = _pose(player, events[current], current, t)
+        found.append(
+            replace(
+                pose,
+                strike=left * (0.6 + 0.4 * top.velocity / 127),
+                stroke=way if current % 2 == 0 else 1 - way,
+                nod=nod,
+            )
+        )
+    return found
+
+
+def _settled(since: float, frame_s: float) -> float:
+    """What is left of a stroke; all of it at the first frame after it."""
+    return math.exp(-max(since - frame_s, 0.0) / _DECAY_S)
 
 
 def _last_hit(notes: Sequence[Note], piece: set[int], t: float) -> float:
@@ -200,13 +269,17 @@ def look_of(player: Instrument, rng: np.random.Generator) -> Look:
 class _Canvas:
     """Draws shapes given in the scene's coordinates: x to the right and y down, about -1 to 1, origin in the middle."""
 
-    def __init__(self, draw: ImageDraw.ImageDraw, size: int, look: Look, time_s: float) -> None:
+    def __init__(self, draw: ImageDraw.ImageDraw, size: int, look: Look, pose: Pose) -> None:
         self.draw = draw
         self.scale = look.scale * size
-        drift = look.sway[0] * math.sin(2 * math.pi * look.sway[1] * time_s + look.sway[2])
-        self.cos, self.sin = math.cos(look.angle + drift) * self.scale, math.sin(look.angle + drift) * self.scale
+        drift = look.sway[0] * math.sin(2 * math.pi * look.sway[1] * pose.time_s + look.sway[2])
+        angle = look.angle + drift + _LEAN_ANGLE * pose.nod
+        self.cos, self.sin = math.cos(angle) * self.scale, math.sin(angle) * self.scale
         self.sign = -1.0 if look.mirrored else 1.0
-        self.at = ((0.5 + look.shift[0] + drift) * size, (0.5 + look.shift[1]) * size)
+        self.at = (
+            (0.5 + look.shift[0] + drift) * size,
+            (0.5 + look.shift[1] + _LEAN_DOWN * abs(pose.nod)) * size,
+        )
 
     def _map(self, points: Sequence[_Point]) -> list[_Point]:
         cos, sin, (x0, y0), sign = self.cos, self.sin, self.at, self.sign
@@ -703,7 +776,7 @@ def draw(player: Instrument, look: Look, moments: Sequence[Pose], size: int) -> 
     frames = np.empty((len(moments), 3, size, size), np.uint8)
     for number, pose in enumerate(moments):
         image = backdrop.copy()
-        recipe(_Canvas(ImageDraw.Draw(image), large, look, pose.time_s), look, pose)
+        recipe(_Canvas(ImageDraw.Draw(image), large, look, pose), look, pose)
         frames[number] = np.asarray(image.reduce(_SUPERSAMPLING)).transpose(2, 0, 1)  # [3, size, size]
     return frames
 
@@ -713,18 +786,40 @@ def _times(duration_s: float, rate_hz: float) -> list[float]:
     return [(i + 0.5) / rate_hz for i in range(max(1, math.ceil(duration_s * rate_hz - 1e-6)))]
 
 
+def _poses(player: Instrument, notes: Sequence[Note], duration_s: float, rate_hz: float, version: int) -> list[Pose]:
+    times_s = _times(duration_s, rate_hz)
+    if version == 1:
+        return poses(player, notes, times_s)
+    return poses_v2(player, notes, times_s, 1 / rate_hz)
+
+
 def object_frames(
-    player: Instrument, look: Look, notes: Sequence[Note], duration_s: float, rate_hz: float = 1.0
+    player: Instrument,
+    look: Look,
+    notes: Sequence[Note],
+    duration_s: float,
+    rate_hz: float = 1.0,
+    *,
+    version: int = 1,
 ) -> np.ndarray:
     """uint8 [n, 3, 112, 112], one RGB picture for each 1 / ``rate_hz`` seconds."""
-    return draw(player, look, poses(player, notes, _times(duration_s, rate_hz)), OBJECT_SIZE)
+    return draw(player, look, _poses(player, notes, duration_s, rate_hz, version), OBJECT_SIZE)
 
 
 def motion_frames(
-    player: Instrument, look: Look, notes: Sequence[Note], duration_s: float, rate_hz: float = 8.0
+    player: Instrument,
+    look: Look,
+    notes: Sequence[Note],
+    duration_s: float,
+    rate_hz: float = 8.0,
+    *,
+    version: int = 1,
 ) -> np.ndarray:
     """uint8 [m, 1, 48, 48], one gray picture for each 1 / ``rate_hz`` seconds."""
-    rgb = draw(player, look, poses(player, notes, _times(duration_s, rate_hz)), MOTION_SIZE)
+    return _gray(draw(player, look, _poses(player, notes, duration_s, rate_hz, version), MOTION_SIZE))
+
+
+def _gray(rgb: np.ndarray) -> np.ndarray:
     weights = np.array([77, 150, 29], np.uint32).reshape(3, 1, 1)  # ITU-R BT.601 luma, in 256ths
     gray: np.ndarray = ((rgb * weights).sum(axis=1, keepdims=True) >> 8).astype(np.uint8)  # [m, 1, 48, 48]
     return gray

