@@ -64,6 +64,7 @@ class AlignedQuery(MaskDecoder):
         super().__init__()
         if not presence_weight >= 0:
             raise ValueError(f"presence_weight must be 0 or more, got {presence_weight}")
+        self.head = TimeVaryingHead(dim, mask_channels, bands=bands, layers=layers, kernel=kernel)
         self.num_classes = num_classes
         self.dim = dim
         self.class_agnostic = not class_given
@@ -74,11 +75,8 @@ class AlignedQuery(MaskDecoder):
         self.no_object = nn.Parameter(torch.randn(dim))
         self.motion_proj = self.no_motion = None
         if motion_dim is not None:
-            self.motion_proj = nn.Sequential(
-                nn.Conv1d(motion_dim, dim, 3, padding=1), nn.ReLU(), nn.Conv1d(dim, dim, 3, padding=1)
-            )
+            self.motion_proj = nn.ModuleList(nn.Conv1d(width, dim, 3, padding=1) for width in (motion_dim, dim))
             self.no_motion = nn.Parameter(torch.randn(dim))
-        self.head = TimeVaryingHead(dim, mask_channels, bands=bands, layers=layers, kernel=kernel)
         self.presence = Presence(dim)
 
     @property
@@ -133,7 +131,11 @@ class AlignedQuery(MaskDecoder):
         assert self.motion_proj is not None
         assert self.no_motion is not None
         valid = None if visual.motion_mask is None else visual.motion_mask.flatten(0, 1)
-        motion = at_frames(self.motion_proj(visual.motion.flatten(0, 1)), frames, valid)
+        motion = visual.motion.flatten(0, 1)
+        for number, layer in enumerate(self.motion_proj):
+            motion = F.relu(motion) if number else motion
+            motion = layer(motion if valid is None else motion * valid[:, None].to(motion.dtype))
+        motion = at_frames(motion, frames, valid)
         motion = torch.unflatten(motion, 0, visual.motion.shape[:2])
         if visual.seen is None:
             return motion

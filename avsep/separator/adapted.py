@@ -88,10 +88,17 @@ class AdaptedDecoder(MaskDecoder):
         self.num_classes = decoder.num_classes
         self.sizes: tuple[int, ...] = ()
         self.independent_sources = decoder.independent_sources
+        self.class_agnostic = decoder.class_agnostic
+        self.tells_presence = decoder.tells_presence
+        self.takes_unseen = decoder.takes_unseen
         if decoder.query_parameter:
             self.query_parameter = f"decoder.{decoder.query_parameter}"
         if decoder.mask_head:
             self.mask_head = f"decoder.{decoder.mask_head}"
+
+    @property
+    def presence_threshold(self) -> Tensor:  # type: ignore[override]
+        return self.decoder.presence_threshold
 
     def grow(self, num_classes: int) -> None:
         """Make room in the decoder; :meth:`set_tasks` follows where the new classes are a new task."""

@@ -40,6 +40,9 @@ class Separator(nn.Module):
     object_encoder: VisualEncoder | None
     motion_encoder: VisualEncoder | None
     mask_decoder: MaskDecoder
+    class_means: dict[str, Tensor] | None
+    """The classes' mean visual features by role, [Q, ...], which stand in for pictures that are not there, of a
+    separator whose mask decoder cannot do without (``takes_unseen``), once it is trained. Not of the ``state_dict``."""
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class Separator(nn.Module):
         self.object_encoder = object_encoder
         self.motion_encoder = motion_encoder
         self.mask_decoder = mask_decoder
+        self.class_means = None
         self._held = False
         self._freeze()
 
@@ -128,6 +132,11 @@ class Separator(nn.Module):
         }
 
     @property
+    def can_go_unseen(self) -> bool:
+        """Whether it separates sources of which there is no picture."""
+        return self.mask_decoder.takes_unseen or self.class_means is not None
+
+    @property
     def class_index(self) -> dict[str, int]:
         """The class id of each class name."""
         return {name: number for number, name in enumerate(self.classes)}
@@ -195,8 +204,29 @@ class Separator(nn.Module):
         return self._decode(self.audio_encoder(network_input), visual, class_ids.to(network_input.device))
 
     def _decode(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
+        if visual.seen is not None and not self.mask_decoder.takes_unseen:
+            visual = self._with_means(visual, class_ids)
         output = self.mask_decoder(audio, visual, class_ids)
         return output.with_limited_sum() if self.spec.front_end.limit_mask_sum else output
+
+    def _with_means(self, visual: VisualFeatures, class_ids: Tensor) -> VisualFeatures:
+        """The features, with those of the class's mean where there is no picture."""
+        assert visual.seen is not None
+        if self.class_means is None:
+            raise ConfigError(
+                f"mask decoder '{self.spec.mask_decoder.name}' needs a picture of every source, and this separator "
+                "keeps no mean pictures of its classes: give a picture of each, or train it with this version"
+            )
+        found: dict[str, Tensor] = {}
+        for role, given in (("object", visual.object), ("motion", visual.motion)):
+            if given is not None:
+                means = self.class_means[role].to(given)[class_ids]  # [B, N, ...]
+                if means.shape != given.shape:  # stored motion of another length
+                    means = nn.functional.interpolate(means.flatten(0, 1), size=given.shape[-1], mode="linear")
+                    means = torch.unflatten(means, 0, class_ids.shape)
+                found[role] = given.where(visual.seen.reshape(*visual.seen.shape, *(1,) * (given.ndim - 2)), means)
+        mask = None if visual.motion_mask is None else visual.motion_mask | ~visual.seen[..., None]
+        return VisualFeatures(**found, motion_mask=mask)
 
     @property
     def has_taps(self) -> bool:

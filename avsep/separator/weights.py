@@ -30,6 +30,7 @@ __all__ = ["SPEC_FILE", "WEIGHTS_FILE", "load_separator", "save_separator", "wei
 SPEC_FILE = "separator.yaml"
 WEIGHTS_FILE = "model.safetensors"
 _FORMAT = "avsep-separator-1"
+_MEANS = "class_means."  # begins the names of tensors that are not of the state_dict
 
 
 def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None:
@@ -66,7 +67,9 @@ def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None
 
 def _weights_bytes(separator: Separator, spec: dict[str, Any]) -> bytes:
     """The weights file: the same bytes for the same weights and spec, with a hash of the tensors in its header."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in separator.state_dict().items()}
+    means = {f"{_MEANS}{role}": value for role, value in (separator.class_means or {}).items()}
+    state = {**separator.state_dict(), **means}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     plain = safetensors_bytes(tensors)
     size = int.from_bytes(plain[:8], "little")
     data = memoryview(plain)[8 + size :]
@@ -177,7 +180,8 @@ def _spec_in_weights(path: Path) -> Any:
 def weight_shapes(folder: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     """The shapes of a saved separator's tensors by name, without reading them."""
     with _open_weights(Path(folder) / WEIGHTS_FILE) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        names = [name for name in file.keys() if not name.startswith(_MEANS)]  # noqa: SIM118  (not a dict)
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 def _check_same_spec(folder: Path, spec: SeparatorSpec) -> None:
@@ -198,6 +202,7 @@ def _load_weights(separator: Separator, path: Path) -> None:
     """Copy the file's tensors into the separator, or raise one line and change nothing."""
     with _open_weights(path) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    means = {name.removeprefix(_MEANS): state.pop(name) for name in list(state) if name.startswith(_MEANS)}
     own = separator.state_dict()
     if missing := sorted(own.keys() - state.keys()):
         raise CheckpointError(f"{path} lacks {len(missing)} tensors of its spec, among them '{missing[0]}'")
@@ -208,5 +213,11 @@ def _load_weights(separator: Separator, path: Path) -> None:
             raise CheckpointError(
                 f"{path}: '{name}' has the shape {list(state[name].shape)}, the spec gives {list(value.shape)}"
             )
+    for role, value in means.items():
+        if role not in ("object", "motion") or len(value) != separator.num_classes:
+            raise CheckpointError(
+                f"{path}: '{_MEANS}{role}' has {len(value)} rows, and the separator {separator.num_classes} classes"
+            )
     _check_tensors_hash(path)
     separator.load_state_dict(state)
+    separator.class_means = means or None

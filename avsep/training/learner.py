@@ -39,6 +39,7 @@ from avsep.separator.weights import weight_shapes
 from avsep.spec import ComponentRef, RunSpec, TrainSpec, validated
 from avsep.strategies import build_strategy
 from avsep.strategies.base import TaskContext
+from avsep.training.afterwards import choose_presence_threshold, mean_pictures
 from avsep.training.loader import TaskMixtures
 from avsep.training.log import TaskLog
 from avsep.training.loggers import choose_loggers, closing
@@ -493,6 +494,7 @@ class ContinualLearner:
             self.ranks.broadcast_tensors(student.state_dict())
             self.strategy.load_state_dict(self.ranks.broadcast(_on_cpu(self.strategy.state_dict())))
         self.exemplars = self._remember(stream, task, self.exemplars)
+        self._complete(stream, task)
         if self.ranks.several:
             chosen = self.ranks.broadcast(exemplars_to_plain(self.exemplars))
             self.exemplars = exemplars_from_plain(chosen, "process 0")
@@ -519,6 +521,17 @@ class ContinualLearner:
                 "strategy_state": save_state(folder.strategy_file, kept) if kept else None,
             }
         )
+
+    def _complete(self, stream: TaskStream, task: Task) -> None:
+        """What the separator gets beside what it has learned: a presence threshold, or mean pictures of its classes."""
+        student, device = self.separator, self.fabric.device
+        choose_presence_threshold(student, stream.store, stream.validation.at(task.index), device)
+        if student.mask_decoder.takes_unseen or not student.visual_sources():
+            return
+        at_hand = {name: _clips(stream, name) for name in (task.seen if self.strategy.uses_all_data else task.classes)}
+        by_id = {clip.id: clip for clip in stream.store.clips}
+        kept = {name: [by_id[one.id] for one in ones] for name, ones in self.exemplars.items()}
+        student.class_means = mean_pictures(student, stream.store, {**kept, **at_hand}, device)
 
     def _remember(self, stream: TaskStream, task: Task, held: Memory, *, scored: bool = True) -> Memory:
         """The memory after a task; nothing is added after the last one. Where candidates are not ``scored``, the
