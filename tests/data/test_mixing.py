@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
-from avsep.data.mixing import collate, load_mixtures, load_source
-from avsep.data.protocol import build_protocol
+from avsep.data.mixing import collate, load_mixtures, load_source, reverberate
+from avsep.data.protocol import TestMixture, build_protocol
 from avsep.data.store import Clip, Store
 from avsep.data.tasks import make_tasks
 from avsep.errors import ConfigError, DataError
@@ -221,3 +224,81 @@ def test_a_constant_share_is_of_each_class():
     train = TrainSpec(memory_share="constant", memory_repeats=12, batch_size=2)
     data = TrainingMixtures(None, clips, kept, train, FRONT_END, (), {"a": 0, "b": 1, "c": 2}, task=1, epoch=0)
     assert np.bincount(data.mixer.entries).tolist() == [40] * 4 + [12] + [4] * 3
+
+
+# -------------------------------------------------------------------------------------------------------------- roles
+
+
+def _mixture(store, roles, **settings):
+    """Test clips of as many classes as there are roles."""
+    names = list(CLASSES)[: len(roles)]
+    clips = [store.select(classes=[name], split="test")[0].id for name in names]
+    return TestMixture(tuple(clips), tuple(names), (0,) * len(names), 0, "roles", roles=tuple(roles), **settings)
+
+
+def _load(store, *mixtures):
+    return load_mixtures(store, mixtures, FRONT_END, SOURCES, CLASSES)
+
+
+def test_absent_sources_are_silent_and_count_in_the_scale(store):
+    plain = _load(store, _mixture(store, ["source", "source", "source"]))
+    batch = _load(store, _mixture(store, ["source", "moving", "source"]))
+    assert batch.sources.shape == (1, 3, FRONT_END.clip_samples)
+    assert torch.equal(batch.sources[0, 1], torch.zeros(FRONT_END.clip_samples))
+    assert torch.equal(batch.sources[0, [0, 2]], plain.sources[0, [0, 2]])
+    assert torch.equal(batch.visual.motion, plain.visual.motion)  # it is seen all the same
+    assert batch.visual.seen is None
+    assert batch.background is None
+
+
+def test_who_is_at_rest_holds_still(store):
+    motion = _load(store, _mixture(store, ["source", "still"])).visual.motion
+    assert torch.equal(motion[0, 1], motion[0, 1, :1].expand_as(motion[0, 1]))
+    assert not torch.equal(motion[0, 0], motion[0, 0, :1].expand_as(motion[0, 0]))
+
+
+def test_what_nobody_asked_for_is_in_the_mixture_alone(store):
+    plain = _load(store, _mixture(store, ["source", "source", "source"]))
+    batch = _load(store, _mixture(store, ["source", "source", "background"]), _mixture(store, ["source", "source"]))
+    assert batch.sources.shape == (2, 2, FRONT_END.clip_samples)
+    assert batch.class_ids.tolist() == [[0, 1], [0, 1]]
+    torch.testing.assert_close(batch.mixture[0], plain.mixture[0] * 3 / 2)  # divided by those asked for
+    torch.testing.assert_close(batch.mixture[1], batch.sources[1].sum(dim=0))
+
+
+def test_sources_without_a_picture_are_marked(store):
+    batch = _load(store, _mixture(store, ["unseen_source", "source"]), _mixture(store, ["source", "unseen"]))
+    assert batch.visual.seen.tolist() == [[False, True], [True, False]]
+    assert batch.sources[0, 0].abs().max() > 0
+    assert batch.sources[1, 1].abs().max() == 0
+
+
+def test_level_and_room_of_a_mixture(store):
+    plain, quiet, room = (
+        _load(store, _mixture(store, ["source", "source"], **settings)).sources
+        for settings in ({}, {"gain_db": -20.0}, {"rt60_s": 0.3})
+    )
+    torch.testing.assert_close(quiet, plain / 10, rtol=1e-5, atol=1e-8)
+    energy = plain.square().sum(dim=-1)
+    torch.testing.assert_close(room.square().sum(dim=-1), energy, rtol=1e-3, atol=0)
+    assert (room - plain).square().sum(dim=-1).min() > 0.05 * energy.min()
+
+
+def test_reverberation_falls_by_60_db_in_its_time():
+    click = np.zeros(4000, np.float32)
+    click[0] = 1.0
+    heard = reverberate(click, 0.2, 8000, seed=3)
+    assert np.array_equal(heard, reverberate(click, 0.2, 8000, seed=3))
+    assert not np.array_equal(heard, reverberate(click, 0.2, 8000, seed=4))
+    early, late = (np.sqrt(np.mean(heard[a:b] ** 2)) for a, b in ((1, 161), (1281, 1441)))
+    assert 20 * np.log10(early / late) == pytest.approx(48, abs=5)  # 0.16 s apart
+    assert np.abs(heard[1700:]).max() < 1e-6
+
+
+def test_hashes_of_lists_without_roles_stay_as_they_were(store):
+    protocol = build_protocol("fixed", store, make_tasks([list(CLASSES)]), split="test", clip_samples=8191)
+    plain = json.dumps(asdict(protocol), sort_keys=True)
+    for text in (', "gain_db": 0.0', ', "roles": []', ', "rt60_s": 0.0'):
+        assert text in plain
+        plain = plain.replace(text, "")
+    assert protocol.hash == hashlib.sha256(plain.encode()).hexdigest()

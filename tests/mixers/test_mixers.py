@@ -9,7 +9,7 @@ import pytest
 
 from avsep.data.store import Clip
 from avsep.errors import ConfigError, UnknownNameError
-from avsep.mixers import Balanced, Pool
+from avsep.mixers import Balanced, Pool, Varied
 from avsep.mixers.mixtures import TrainingMixtures
 from avsep.registry import MIXERS
 from avsep.spec import FrontEndSpec, TrainSpec, validated
@@ -105,7 +105,7 @@ def test_draws_depend_on_the_item_alone(mixer):
     draws = [one.mixer.draw(one._rng(i), i, one.pool) for i in range(20)]
     assert [again.mixer.draw(again._rng(i), i, again.pool) for i in reversed(range(20))] == draws[::-1]
     assert [next_epoch.mixer.draw(next_epoch._rng(i), i, next_epoch.pool) for i in range(20)] != draws
-    assert all(len(d) == 2 for d in draws)
+    assert all(len([one for one in d if one.role != "background"]) == 2 for d in draws)
 
 
 def test_in_a_run(tone_store, tmp_path):
@@ -120,3 +120,81 @@ def test_a_spec_names_its_mixer_and_is_silent_of_the_default():
     assert spec.model_dump(mode="json")["mixer"] == {"name": "balanced", "params": {"old_old": 0.25}}
     with pytest.raises(UnknownNameError, match="no mixer named 'balancd'"):
         MIXERS.get("balancd")
+
+
+# ------------------------------------------------------------------------------------------------------------- varied
+
+
+def _kinds(mixtures, pool):
+    """What the mixtures are, and how often: same_class, absent, different; and the share with a background."""
+    counts = Counter()
+    for mixture in mixtures:
+        asked = [one for one in mixture if one.role != "background"]
+        assert len(asked) == pool.train.sources
+        roles = [one.role for one in asked]
+        counts["background"] += len(mixture) > len(asked)
+        names = [pool[one.clip].class_name for one in asked]
+        if any(role in ("moving", "still", "unseen") for role in roles):
+            counts["absent"] += 1
+            counts[next(role for role in roles if role in ("moving", "still", "unseen"))] += 1
+            counts["absent of the class that sounds"] += len(set(names)) == 1
+        elif len(set(names)) < len(names):
+            counts["same_class"] += 1
+            assert roles == ["source", "source"]  # a class that is there twice needs both pictures
+        else:
+            counts["different"] += 1
+            counts["without a picture"] += roles.count("unseen_source")
+        clips = [one.clip for one in mixture]
+        assert len(set(clips)) == len(clips)
+    return counts
+
+
+def test_varied_keeps_its_shares():
+    pool = _pool()
+    count = 20_000
+    found = _kinds(_drawn(pool, count, Varied()), pool)
+    expected = {
+        "same_class": 0.35,
+        "absent": 0.25,
+        "different": 0.4,
+        "background": 0.15,
+        "without a picture": 0.4 * 0.2,
+        **dict.fromkeys(("moving", "still", "unseen"), 0.25 / 3),
+    }
+    for name, share in expected.items():
+        assert found[name] / count == pytest.approx(share, abs=0.015), name
+    assert found["absent of the class that sounds"] > 0
+
+
+def test_varied_draws_classes_evenly_exemplars_too():
+    pool = _pool()
+    drawn = Counter()
+    for mixture in _drawn(pool, 20_000, Varied(same_class=0, absent=0, background=0)):
+        drawn.update(pool[one.clip].class_name for one in mixture)
+    assert len(drawn) == 20
+    assert max(drawn.values()) < 1.1 * min(drawn.values())
+
+
+def test_varied_with_one_clip_a_class_makes_no_pairs_of_a_class():
+    pool = Pool(_clips(["a", "b", "c"], 1), [], TrainSpec(batch_size=1), FrontEndSpec(), task=0)
+    found = _kinds(_drawn(pool, 500, Varied(same_class=1.0, absent=0.0)), pool)
+    assert found["same_class"] == 0
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"same_class": 0.8, "absent": 0.3}, "must be shares of 1, got 0.8 and 0.3"),
+        ({"background": 1.5}, "background must be a share of 1, got 1.5"),
+        ({"unseen": -0.1}, "unseen must be a share of 1"),
+    ],
+)
+def test_varied_refuses_what_are_no_shares(params, message):
+    with pytest.raises(ValueError, match=message):
+        Varied(**params)
+
+
+def test_varied_needs_two_classes():
+    pool = Pool(_clips(["a"], 4), [], TrainSpec(batch_size=1), FrontEndSpec(), task=2)
+    with pytest.raises(ConfigError, match="task 2 trains on 1"):
+        Varied().begin_epoch(pool, np.random.default_rng(0))
