@@ -250,7 +250,7 @@ class Registry(Generic[_C]):
 
 # What a mask decoder is given of the encoders beside it, and of the classes; people never set these by hand.
 _DECODER_WIRING = frozenset(
-    {"num_classes", "mask_channels", "latent_channels", "skip_channels", "object_dim", "motion_dim"}
+    {"num_classes", "mask_channels", "latent_channels", "skip_channels", "object_dim", "motion_dim", "log_rows"}
 )
 
 AUDIO_ENCODERS: Registry[AudioEncoder] = Registry(

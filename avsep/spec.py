@@ -32,6 +32,7 @@ from avsep.registry import (
 )
 
 __all__ = [
+    "AugmentSpec",
     "ComponentRef",
     "FrontEndSpec",
     "OptimizerSpec",
@@ -251,6 +252,16 @@ class OptimizerSpec(_Model):
     gamma: float = Field(0.1, gt=0, le=1e3)
 
 
+class AugmentSpec(_Model):
+    """Random changes of every training source (:mod:`avsep.data.augment`)."""
+
+    equaliser_db: float = Field(0.0, ge=0, le=24, description="largest gain or loss of a band, in dB")
+    detune_cents: float = Field(
+        0.0, ge=0, le=100, description="largest change of pitch, and with it of speed: 25 cents move 1.5 % in time"
+    )
+    rooms: float = Field(0.0, ge=0, le=1, description="share of the sources that sound in a room (RT60 .1 to .8 s)")
+
+
 class TrainSpec(_Model):
     """The training of one task (defaults: the published setting, batch 32, 100 epochs, seed 1234)."""
 
@@ -292,6 +303,8 @@ class TrainSpec(_Model):
         None, description="which clips meet in a training mixture: as_published when unset"
     )
 
+    augment: AugmentSpec | None = Field(None, description="random changes of every source; none when unset")
+
     @property
     def optimizers(self) -> dict[str, OptimizerSpec]:
         """The settings of each parameter group (:meth:`avsep.Separator.parameter_groups`), by its name."""
@@ -301,7 +314,7 @@ class TrainSpec(_Model):
     def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What came with later versions is left out where it is unset: specs of the same run stay the same text."""
         data: dict[str, Any] = handler(self)
-        return {key: value for key, value in data.items() if value or key not in ("groups", "mixer")}
+        return {key: value for key, value in data.items() if value or key not in ("groups", "mixer", "augment")}
 
     @field_validator("gain")
     @classmethod

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from avsep.data.augment import Change, reverberate
 from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip, Store
 from avsep.errors import DataError
 from avsep.spec import FrontEndSpec
 from avsep.types import Batch, VisualInputs, VisualSource
 
-__all__ = ["Source", "collate", "load_mixtures", "load_source", "reverberate"]
+__all__ = ["Source", "collate", "load_mixtures", "load_source"]
 
 _ROOM_SEED = 20261129  # of the rooms of test mixtures; part of the protocol, so never a setting
 
@@ -48,21 +49,26 @@ def load_source(
     is_memory: bool = False,
     role: str = "source",
     rt60_s: float = 0.0,
+    change: Change | None = None,
 ) -> Source:
     """Read the crop of ``clip`` that begins at sample ``start`` (zeros outside the clip; its last sample is zero, as
     published), apply the gain, clip to ±1, and read the frames of the same seconds.
 
     A clip shorter than the crop is repeated until it fills it. With ``rt60_s`` above 0 the sound is that of a room with
-    this reverberation time, one room a clip. A source that is asked for and absent (``role``) is silent; ``still``
-    shows one frame all along.
+    this reverberation time, one room a clip; a ``change`` is one of :mod:`avsep.data.augment`. A source that is asked
+    for and absent (``role``) is silent; ``still`` shows one frame all along.
     """
     length = front_end.clip_samples
     if clip.samples == 0:
         raise DataError(f"clip '{clip.id}' has no samples: run avsep data check on the store")
     sounds = role in ("source", "unseen_source", "background")
-    audio = store.read_crop(clip, start, length, gain) if sounds else np.zeros(length, np.float32)
+    audio = np.zeros(length, np.float32)
+    if sounds:
+        audio = store.read_crop(clip, start, length if change is None else change.samples(length), gain)
+    if sounds and change is not None:
+        audio = change.apply(audio, length, front_end.sample_rate_hz)
     if sounds and rt60_s > 0:
-        audio = reverberate(audio, rt60_s, front_end.sample_rate_hz, seed=clip.index)
+        audio = reverberate(audio, rt60_s, front_end.sample_rate_hz, seed=(_ROOM_SEED, clip.index))
     centre_s = (start + length // 2) / front_end.sample_rate_hz
     visual = {}
     for source in visual_sources if role != "background" else ():
@@ -76,22 +82,6 @@ def load_source(
 def _held(frames: np.ndarray) -> np.ndarray:
     """Frames [n, C, H, W] -> as many of the first."""
     return np.repeat(frames[:1], len(frames), 0)
-
-
-def reverberate(audio: np.ndarray, rt60_s: float, sample_rate_hz: int, *, seed: int) -> np.ndarray:
-    """Sound [L] as a room of reverberation time ``rt60_s`` returns it: the direct sound and a tail of noise that falls
-    by 60 dB in that time, of equal energy (a source 'at the critical distance'), scaled to the level of the input."""
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([_ROOM_SEED, seed])))
-    length = max(2, round(rt60_s * sample_rate_hz))
-    tail = rng.standard_normal(length) * 10 ** (-3 * np.arange(length) / length)
-    tail[0] = 0.0
-    tail /= max(float(np.sqrt((tail**2).sum())), 1e-12)
-    size = 1 << (len(audio) + length).bit_length()
-    wet = np.fft.irfft(np.fft.rfft(audio, size) * np.fft.rfft(tail, size), size)[: len(audio)]
-    out = audio + wet
-    before, after = float((audio.astype(np.float64) ** 2).sum()), float((out**2).sum())
-    scaled: np.ndarray = (out * np.sqrt(before / after if after > 0 else 0.0)).astype(np.float32)
-    return scaled
 
 
 def collate(mixtures: Collection[Sequence[Source]]) -> Batch:

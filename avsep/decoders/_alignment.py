@@ -56,7 +56,7 @@ def frequency_bands(mask_features: Tensor, bands: int) -> Tensor:
 
 
 def time_varying_logits(weights: Tensor, bias: Tensor, mask_features: Tensor) -> Tensor:
-    """sum_k w_k(t) F_k(f, t) + b(t): weights [B, N, C, T], bias [B, N, 1, T], mask features [B, C, F, T] -> logits
+    """sum_k w_k(t) F_k(f, t) + b(f, t): weights [B, N, C, T], bias [B, N, F, T], mask features [B, C, F, T] -> logits
     [B, N, F, T]."""
     product = weights.permute(0, 3, 1, 2) @ mask_features.permute(0, 3, 1, 2)  # [B, T, N, F]
     return product.permute(0, 2, 3, 1) + bias
@@ -72,31 +72,38 @@ def is_present(spectrograms: Spectrograms) -> Tensor:
 class TimeVaryingHead(nn.Module):
     """The weights of the mask features at every time frame, from a query in time and from what sounds then.
 
-    Beside the query stand the mask features' means in ``bands`` parts of the frequency axis. ``layers`` convolutions
-    in time, ``kernel`` frames wide, each after the first added to what it reads, make of both the source's state, and a
-    linear map of it the weights and a bias.
+    Beside the query stand the mask features' means in ``bands`` parts of the frequency axis and the mixture's spectrum.
+    ``layers`` convolutions in time, ``kernel`` frames wide with dilations 1, 3, 9, ..., each after the first added to
+    what it reads, make of both the source's state. A linear map of it gives the weights and a bias for every frequency
+    row, so that a mask can follow a pitch that it sees or hears.
 
     Shapes:
-        query [B, N, D, T], mask features [B, C, F, T] with F a multiple of ``bands`` -> state [B, N, D, T], weights
-        [B, N, C, T] and bias [B, N, 1, T].
+        query [B, N, D, T], mask features [B, C, F, T] with F = ``rows`` a multiple of ``bands``, spectrogram
+        [B, 1, F, T] -> state [B, N, D, T], weights [B, N, C, T] and bias [B, N, F, T].
     """
 
-    def __init__(self, dim: int, mask_channels: int, *, bands: int, layers: int, kernel: int) -> None:
+    def __init__(self, dim: int, mask_channels: int, rows: int, *, bands: int, layers: int, kernel: int) -> None:
         super().__init__()
         if min(dim, bands, layers, kernel) < 1 or kernel % 2 == 0:
             raise ValueError(
-                f"dim, bands, layers and kernel must be positive and kernel odd, got dim {dim}, bands {bands}, layers "
+                f"dim, bands and layers must be positive and kernel odd, got dim {dim}, bands {bands}, layers "
                 f"{layers}, kernel {kernel}"
             )
+        if rows % bands:
+            raise ValueError(f"bands must divide the {rows} rows of the log-frequency grid, got {bands}")
         self.bands = bands
-        self.heard = nn.Conv1d(mask_channels * bands, dim, 1)
-        self.layers = nn.ModuleList(nn.Conv1d(2 * dim, 2 * dim, kernel, padding=kernel // 2) for _ in range(layers))
+        self.channels = mask_channels
+        self.heard = nn.Conv1d(mask_channels * bands + rows, dim, 1)
+        self.layers = nn.ModuleList(
+            nn.Conv1d(2 * dim, 2 * dim, kernel, padding=3**k * (kernel // 2), dilation=3**k) for k in range(layers)
+        )
         self.narrow = nn.Conv1d(2 * dim, dim, 1)
-        self.out = nn.Conv1d(dim, mask_channels + 1, 1)
+        self.out = nn.Conv1d(dim, mask_channels + rows, 1)
 
-    def forward(self, query: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, query: Tensor, mask_features: Tensor, spectrogram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shape = query.shape[:2]
-        heard = self.heard(frequency_bands(mask_features, self.bands))  # [B, D, T]
+        bands = frequency_bands(mask_features, self.bands)
+        heard = self.heard(torch.cat((bands, spectrogram[:, 0].to(bands.dtype)), dim=1))  # [B, D, T]
         heard = heard[:, None].expand(-1, shape[1], -1, -1)
         first, *others = self.layers
         state = F.relu(first(torch.cat((query, heard), dim=2).flatten(0, 1)))
@@ -104,7 +111,7 @@ class TimeVaryingHead(nn.Module):
             state = state + F.relu(layer(state))
         state = self.narrow(state)  # [B N, D, T]
         made = torch.unflatten(self.out(F.relu(state)), 0, shape)
-        return torch.unflatten(state, 0, shape), made[:, :, :-1], made[:, :, -1:]
+        return torch.unflatten(state, 0, shape), made[:, :, : self.channels], made[:, :, self.channels :]
 
 
 class Presence(nn.Module):

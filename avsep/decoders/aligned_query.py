@@ -25,10 +25,10 @@ class AlignedQuery(MaskDecoder):
     """A mask is a weighted sum of the mask features whose weights change in time, with what moves and what sounds.
 
     A source's query is the sum of its object, its class and its motion, brought to the mask's time frames; beside it
-    stands what the mixture is like at that time, the mask features' means in ``bands`` parts of the frequency axis.
-    ``layers`` convolutions in time (``kernel`` frames wide, each added to what it reads) make of both the source's
-    state, and a linear map the weights of the mask features and a bias: M(f, t) = sigmoid(sum_k w_k(t) F_k(f, t) +
-    b(t)). So two players of one instrument get different masks if they move at different times.
+    stands what the mixture is like at that time: its spectrum, and the mask features' means in ``bands`` parts of the
+    frequency axis. ``layers`` convolutions in time (``kernel`` frames wide, with dilations 1, 3, 9, ..., each added to
+    what it reads) make of both the source's state, and a linear map the weights of the mask features and a bias for
+    every row of frequencies: M(f, t) = sigmoid(sum_k w_k(t) F_k(f, t) + b(f, t)). So two players of one instrument get different masks if they move at different times.
 
     ``class_given`` off leaves the class out: the decoder goes by the pictures alone (and then takes no class at all).
     Sources without a picture get a learned vector in place of the object and of the motion. Whether a source sounds in
@@ -36,7 +36,7 @@ class AlignedQuery(MaskDecoder):
     whether its magnitudes make up 1 % of the mixture's.
 
     Shapes:
-        mask_features [B, C, F, T] with F a multiple of ``bands``, object [B, N, object_dim], motion
+        mask_features [B, C, F, T] with F = ``log_rows`` a multiple of ``bands``, object [B, N, object_dim], motion
         [B, N, motion_dim, Tm] (where there is a motion encoder), class_ids [B, N] -> logits [B, N, F, T], presence
         [B, N], embeddings f_a (the state's mean in time), f_o and f_m [B, N, dim].
     """
@@ -53,6 +53,7 @@ class AlignedQuery(MaskDecoder):
         num_classes: int,
         mask_channels: int,
         object_dim: int,
+        log_rows: int,
         motion_dim: int | None = None,
         dim: int = 64,
         bands: int = 8,
@@ -64,7 +65,7 @@ class AlignedQuery(MaskDecoder):
         super().__init__()
         if not presence_weight >= 0:
             raise ValueError(f"presence_weight must be 0 or more, got {presence_weight}")
-        self.head = TimeVaryingHead(dim, mask_channels, bands=bands, layers=layers, kernel=kernel)
+        self.head = TimeVaryingHead(dim, mask_channels, log_rows, bands=bands, layers=layers, kernel=kernel)
         self.num_classes = num_classes
         self.dim = dim
         self.class_agnostic = not class_given
@@ -114,7 +115,7 @@ class AlignedQuery(MaskDecoder):
             motion = self._motion(visual, frames)  # [B, N, D, T]
             motion_embedding = motion.mean(dim=-1)
             query = query + motion
-        state, weights, bias = self.head(query.expand(-1, -1, -1, frames), features)
+        state, weights, bias = self.head(query.expand(-1, -1, -1, frames), features, audio.spectrogram)
         logits = time_varying_logits(weights, bias, features)
         return MaskOutput(
             audio=state.mean(dim=-1),

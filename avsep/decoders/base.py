@@ -18,8 +18,8 @@ class MaskDecoder(nn.Module, Component, ABC):
     """Base of mask decoders: features of a mixture and of its sources in, a mask for each source out.
 
     ``needs`` names the features it takes (see :class:`~avsep.registry.Component`). Its constructor takes those of
-    ``num_classes``, ``mask_channels``, ``latent_channels``, ``skip_channels``, ``object_dim`` and ``motion_dim`` (None
-    without a motion encoder) that it has a use for; a decoder that takes ``motion_dim`` may stand beside a motion
+    ``num_classes``, ``mask_channels``, ``latent_channels``, ``skip_channels``, ``object_dim``, ``motion_dim`` (None
+    without a motion encoder) and ``log_rows`` (of the front end) that it has a use for; a decoder that takes ``motion_dim`` may stand beside a motion
     encoder.
 
     Attributes:

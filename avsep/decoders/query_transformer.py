@@ -203,6 +203,7 @@ class QueryTransformer(MaskDecoder):
         latent_channels: int,
         object_dim: int,
         motion_dim: int | None = None,
+        log_rows: int = 256,
         dim: int = 256,
         heads: int = 8,
         feedforward: int = 1024,
@@ -248,7 +249,7 @@ class QueryTransformer(MaskDecoder):
                         nn.init.xavier_uniform_(parameter)
         self.time_varying = None
         if time_varying:
-            self.time_varying = TimeVaryingHead(dim, mask_channels, bands=8, layers=2, kernel=5)
+            self.time_varying = TimeVaryingHead(dim, mask_channels, log_rows, bands=8, layers=2, kernel=5)
             nn.init.zeros_(self.time_varying.out.weight)
             assert self.time_varying.out.bias is not None
             nn.init.zeros_(self.time_varying.out.bias)
@@ -319,7 +320,9 @@ class QueryTransformer(MaskDecoder):
             motion = self.motion_proj(visual.motion.transpose(2, 3)).transpose(2, 3).flatten(0, 1)
             valid = None if visual.motion_mask is None else visual.motion_mask.flatten(0, 1)
             query = query + torch.unflatten(at_frames(motion, frames, valid), 0, embedding.shape[:2])
-        _, weights, bias = self.time_varying(query, features)
+        if audio.spectrogram is None:
+            raise ConfigError("time_varying needs an audio encoder that gives its spectrogram on (unet7 does)")
+        _, weights, bias = self.time_varying(query, features, audio.spectrogram)
         return time_varying_logits(self.head(embedding)[..., None] + weights, bias, features)
 
     def motion_attention(self, visual: VisualFeatures, class_ids: Tensor) -> Tensor | None:

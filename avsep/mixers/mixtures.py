@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
+from avsep.data.augment import Change, draw_change
 from avsep.data.mixing import Source, load_source
 from avsep.data.store import Clip, Store
 from avsep.errors import ConfigError
@@ -20,6 +21,8 @@ from avsep.spec import ComponentRef, FrontEndSpec, TrainSpec
 from avsep.types import VisualSource
 
 __all__ = ["TrainingMixtures", "epoch_steps"]
+
+_CHANGES = 2**32  # added to an item's number, for the random numbers of its changes
 
 
 class TrainingMixtures(Dataset[list[Source]]):
@@ -78,9 +81,13 @@ class TrainingMixtures(Dataset[list[Source]]):
 
     def __getitem__(self, item: int) -> list[Source]:
         drawn = self.mixer.draw(self._rng(item), item, self.pool)
-        return [self._load(*one) for one in drawn]
+        changes: list[Change | None] = [None] * len(drawn)
+        if self.train.augment is not None:
+            rng = self._rng(item + _CHANGES)  # not the mixer's: what is drawn does not depend on how it is changed
+            changes = [draw_change(self.train.augment, rng) for _ in drawn]
+        return [self._load(*one, change) for one, change in zip(drawn, changes, strict=True)]
 
-    def _load(self, number: int, start: int, gain: float, role: str) -> Source:
+    def _load(self, number: int, start: int, gain: float, role: str, change: Change | None) -> Source:
         clip = self.pool[number]
         return load_source(
             self.store,
@@ -92,6 +99,7 @@ class TrainingMixtures(Dataset[list[Source]]):
             gain=gain,
             is_memory=self.pool.is_exemplar(number),
             role=role,
+            change=change,
         )
 
 

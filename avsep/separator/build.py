@@ -40,6 +40,7 @@ def build_from_spec(spec: SeparatorSpec) -> Separator:
         skip_channels=audio_encoder.skip_channels,
         object_dim=None if visual["object"] is None else visual["object"].dim,
         motion_dim=None if visual["motion"] is None else visual["motion"].dim,
+        log_rows=spec.front_end.log_rows,
     )
     if spec.adapter is not None:
         audio_encoder, mask_decoder = _with_adapters(spec, spec.adapter, audio_encoder, mask_decoder)

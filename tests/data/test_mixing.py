@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from avsep.data.mixing import collate, load_mixtures, load_source, reverberate
+from avsep.data.augment import Change, draw_change, equalise, reverberate, with_speed
+from avsep.data.mixing import collate, load_mixtures, load_source
 from avsep.data.protocol import TestMixture, build_protocol
 from avsep.data.store import Clip, Store
 from avsep.data.tasks import make_tasks
 from avsep.errors import ConfigError, DataError
 from avsep.mixers.mixtures import TrainingMixtures
-from avsep.spec import FrontEndSpec, TrainSpec
+from avsep.spec import AugmentSpec, FrontEndSpec, TrainSpec
 from avsep.types import VisualSource
 from support.tones import RATE, TINY_FRONT_END, make_tone_store
 
@@ -287,9 +288,9 @@ def test_level_and_room_of_a_mixture(store):
 def test_reverberation_falls_by_60_db_in_its_time():
     click = np.zeros(4000, np.float32)
     click[0] = 1.0
-    heard = reverberate(click, 0.2, 8000, seed=3)
-    assert np.array_equal(heard, reverberate(click, 0.2, 8000, seed=3))
-    assert not np.array_equal(heard, reverberate(click, 0.2, 8000, seed=4))
+    heard = reverberate(click, 0.2, 8000, seed=(3,))
+    assert np.array_equal(heard, reverberate(click, 0.2, 8000, seed=(3,)))
+    assert not np.array_equal(heard, reverberate(click, 0.2, 8000, seed=(4,)))
     early, late = (np.sqrt(np.mean(heard[a:b] ** 2)) for a, b in ((1, 161), (1281, 1441)))
     assert 20 * np.log10(early / late) == pytest.approx(48, abs=5)  # 0.16 s apart
     assert np.abs(heard[1700:]).max() < 1e-6
@@ -302,3 +303,54 @@ def test_hashes_of_lists_without_roles_stay_as_they_were(store):
         assert text in plain
         plain = plain.replace(text, "")
     assert protocol.hash == hashlib.sha256(plain.encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ changes
+
+
+def _tone(hz, samples=8000, rate=8000):
+    return np.sin(2 * np.pi * hz * np.arange(samples) / rate).astype(np.float32)
+
+
+def test_speed_raises_the_pitch():
+    change = Change(speed=2 ** (50 / 1200))
+    length = 8000
+    made = change.apply(_tone(400, change.samples(length)), length, 8000)
+    assert len(made) == length
+    spectrum = np.abs(np.fft.rfft(made[1000:7000] * np.hanning(6000)))
+    assert np.argmax(spectrum) * 8000 / 6000 == pytest.approx(400 * change.speed, abs=1.4)
+    assert np.abs(made[1000:7000]).max() == pytest.approx(1.0, abs=0.02)
+    np.testing.assert_allclose(with_speed(_tone(400), 8000), _tone(400), atol=1e-6)
+
+
+def test_the_equaliser_has_its_gains_at_its_bands():
+    for hz, gain in ((60, -6.0), (4000, 6.0)):
+        made = equalise(_tone(hz, 16000), (-6.0, 6.0), 8000)
+        inner = slice(4000, 12000)
+        level = 20 * np.log10(np.abs(made[inner]).max() / np.abs(_tone(hz, 16000)[inner]).max()) if hz < 4000 else gain
+        assert level == pytest.approx(gain, abs=0.3)
+    middle = equalise(_tone(490, 16000), (-6.0, 6.0), 8000)[4000:12000]
+    assert 20 * np.log10(np.abs(middle).max()) == pytest.approx(0.0, abs=0.3)  # half-way in log frequency
+
+
+def test_changes_depend_on_the_item_alone_and_change_no_draw(store):
+    plain, changed, again = (
+        _epoch(store, augment=augment)
+        for augment in (None, AugmentSpec(equaliser_db=6, detune_cents=30, rooms=0.5), AugmentSpec(equaliser_db=6))
+    )
+    for item in (3, 0):
+        one, two = plain[item], changed[item]
+        assert [s.clip.id for s in one] == [s.clip.id for s in two]
+        assert not any(np.array_equal(a.audio, b.audio) for a, b in zip(one, two, strict=True))
+        assert all(np.array_equal(a.visual["motion"], b.visual["motion"]) for a, b in zip(one, two, strict=True))
+        for a, b in zip(two, changed[item], strict=True):
+            np.testing.assert_array_equal(a.audio, b.audio)
+        assert all(len(s.audio) == FRONT_END.clip_samples for s in again[item])
+
+
+def test_what_is_not_asked_for_is_not_changed():
+    rng = np.random.default_rng(0)
+    change = draw_change(AugmentSpec(), rng)
+    assert change == Change(room=change.room)
+    audio = _tone(300)
+    assert change.apply(audio, 8000, 8000) is audio
