@@ -28,7 +28,8 @@ class AlignedQuery(MaskDecoder):
     stands what the mixture is like at that time: its spectrum, and the mask features' means in ``bands`` parts of the
     frequency axis. ``layers`` convolutions in time (``kernel`` frames wide, with dilations 1, 3, 9, ..., each added to
     what it reads) make of both the source's state, and a linear map the weights of the mask features and a bias for
-    every row of frequencies: M(f, t) = sigmoid(sum_k w_k(t) F_k(f, t) + b(f, t)). So two players of one instrument get different masks if they move at different times.
+    every row of frequencies: M(f, t) = sigmoid(sum_k w_k(t) F_k(f, t) + b(f, t)). So two players of one instrument get
+    different masks if they move at different times.
 
     ``class_given`` off leaves the class out: the decoder goes by the pictures alone (and then takes no class at all).
     Sources without a picture get a learned vector in place of the object and of the motion. Whether a source sounds in

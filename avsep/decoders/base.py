@@ -19,8 +19,8 @@ class MaskDecoder(nn.Module, Component, ABC):
 
     ``needs`` names the features it takes (see :class:`~avsep.registry.Component`). Its constructor takes those of
     ``num_classes``, ``mask_channels``, ``latent_channels``, ``skip_channels``, ``object_dim``, ``motion_dim`` (None
-    without a motion encoder) and ``log_rows`` (of the front end) that it has a use for; a decoder that takes ``motion_dim`` may stand beside a motion
-    encoder.
+    without a motion encoder) and ``log_rows`` (of the front end) that it has a use for; a decoder that takes
+    ``motion_dim`` may stand beside a motion encoder.
 
     Attributes:
         class_agnostic: its masks do not depend on the class ids.

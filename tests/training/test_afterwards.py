@@ -1,0 +1,154 @@
+"""What a separator gets once a task is learned: a presence threshold, or mean pictures of its classes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from avsep.data.mixing import load_mixtures
+from avsep.data.protocol import build_protocol
+from avsep.data.store import Store
+from avsep.data.tasks import make_tasks, task_stream
+from avsep.errors import CheckpointError, ConfigError
+from avsep.separator import build_separator, load_separator, save_separator
+from avsep.spec import FrontEndSpec
+from avsep.training.afterwards import best_threshold, choose_presence_threshold, mean_pictures
+from avsep.training.learner import ContinualLearner
+from avsep.types import VisualFeatures
+from support.tones import TINY_FRONT_END, TINY_TASKS, TINY_TRAIN
+
+NAMES = [name for task in TINY_TASKS for name in task]
+
+
+@pytest.fixture(scope="module")
+def store(tone_store):
+    return Store.open(tone_store)
+
+
+def small(decoder, classes=NAMES, **params):
+    return build_separator(
+        classes=classes,
+        seed=0,
+        audio_encoder=("unet7", {"base_channels": 4, "mask_channels": 4}),
+        object_encoder=("frame_cnn", {"dim": 8, "size": 16, "channels": 4}),
+        motion_encoder=("motion_cnn", {"dim": 8, "steps": 4, "size": 16, "channels": 4}),
+        mask_decoder=(decoder, params),
+        front_end=TINY_FRONT_END,
+    ).eval()
+
+
+def aligned():
+    return small("aligned_query", dim=8, bands=4)
+
+
+def iquery(classes=NAMES):
+    return small("query_transformer", classes, dim=16, heads=2, feedforward=16, layers=2)
+
+
+def validation(store):
+    samples = FrontEndSpec(**TINY_FRONT_END).clip_samples
+    return build_protocol("fixed", store, make_tasks([NAMES]), split="val", clip_samples=samples).mixtures
+
+
+def test_the_threshold_is_half_way_between_those_that_part_best():
+    assert best_threshold(torch.tensor([0.9, 0.7]), torch.tensor([0.1, 0.3])) == pytest.approx(0.5)
+    assert best_threshold(torch.tensor([0.9, 0.7, 0.2]), torch.tensor([0.1, 0.3])) == pytest.approx(0.5)
+    assert best_threshold(torch.tensor([0.9]), torch.tensor([0.9])) in (pytest.approx(0.899), pytest.approx(0.901))
+
+
+def test_the_threshold_is_chosen_on_validation_mixtures_and_stored(store, tmp_path):
+    separator = aligned()
+    assert float(separator.mask_decoder.presence_threshold) == 0.5
+    mixtures = validation(store)
+    found = choose_presence_threshold(separator, store, mixtures)
+    assert 0 < found < 1
+    assert found != 0.5
+    assert choose_presence_threshold(aligned(), store, mixtures) == found
+    save_separator(separator, tmp_path / "separator")
+    loaded = load_separator(tmp_path / "separator")
+    assert float(loaded.mask_decoder.presence_threshold) == pytest.approx(found)
+
+
+def test_no_threshold_where_nothing_tells_or_nothing_can_be_asked_in_vain(store):
+    mixtures = validation(store)
+    assert choose_presence_threshold(iquery(), store, mixtures) is None
+    two = [m for m in mixtures if set(m.classes) == {NAMES[0], NAMES[1]}]
+    assert choose_presence_threshold(aligned(), store, two) is None
+
+
+def test_means_are_those_of_the_clips_and_old_ones_stay(store):
+    separator = iquery()
+    clips = {name: store.select(classes=[name], split="train") for name in NAMES}
+    means = mean_pictures(separator, store, clips)
+    assert means["object"].shape == (len(NAMES), 8)
+    assert means["motion"].shape == (len(NAMES), 8, 4)
+    one = mean_pictures(separator, store, {name: group[:1] for name, group in clips.items()})
+    batch_of = [one["object"][0]]
+    for clip in clips[NAMES[0]][1:]:
+        batch_of.append(mean_pictures(separator, store, {NAMES[0]: [clip]})["object"][0])
+    torch.testing.assert_close(means["object"][0], torch.stack(batch_of).mean(dim=0))
+    separator.class_means = means
+    later = mean_pictures(separator, store, {NAMES[-1]: clips[NAMES[-1]][:1]})
+    torch.testing.assert_close(later["object"][:-1], means["object"][:-1])
+    torch.testing.assert_close(later["object"][-1], one["object"][-1])
+
+
+def test_means_stand_in_where_there_is_no_picture(store, tmp_path):
+    separator = iquery()
+    batch = load_mixtures(
+        store,
+        validation(store)[:2],
+        separator.spec.front_end,
+        separator.visual_sources(),
+        separator.class_index,
+    )
+    seen = torch.tensor([[True, False], [True, True]])
+    unseen = replace(batch, visual=replace(batch.visual, seen=seen))
+    with pytest.raises(ConfigError, match="'query_transformer' needs a picture of every source"):
+        separator.predict(unseen)
+    assert not separator.can_go_unseen
+    clips = {name: store.select(classes=[name], split="train") for name in NAMES}
+    separator.class_means = mean_pictures(separator, store, clips)
+    assert separator.can_go_unseen
+    whole, partly = separator.predict(batch), separator.predict(unseen)
+    visual = separator.encode_visual(batch.visual)
+    means, class_id = separator.class_means, int(batch.class_ids[0, 1])
+    filled = VisualFeatures(visual.object.clone(), visual.motion.clone())
+    filled.object[0, 1], filled.motion[0, 1] = means["object"][class_id], means["motion"][class_id]
+    expected = separator.mask_decoder(whole.audio, filled, batch.class_ids).logits
+    torch.testing.assert_close(partly.output.logits, expected)
+    assert not torch.equal(partly.output.logits[0, 1], whole.output.logits[0, 1])
+    save_separator(separator, tmp_path / "separator")
+    loaded = load_separator(tmp_path / "separator")
+    assert all(torch.equal(loaded.class_means[role], means[role]) for role in ("object", "motion"))
+    assert loaded.state_dict().keys() == separator.state_dict().keys()
+
+
+def test_means_of_other_classes_are_refused(tmp_path):
+    separator = iquery()
+    separator.class_means = {"object": torch.zeros(len(NAMES) + 1, 8)}
+    save_separator(separator, tmp_path / "separator")
+    with pytest.raises(CheckpointError, match=r"'class_means\.object' has 5 rows, and the separator 4 classes"):
+        load_separator(tmp_path / "separator")
+
+
+@pytest.mark.parametrize("decoder", ["aligned", "iquery"])
+def test_a_run_gives_its_separators_what_they_need(tone_store, tmp_path, decoder):
+    first = TINY_TASKS[0]
+    separator = small("aligned_query", first, dim=8, bands=4) if decoder == "aligned" else iquery(first)
+    learner = ContinualLearner(
+        separator, strategy="finetune", memory="random_per_class", train=TINY_TRAIN, accelerator="cpu"
+    )
+    stream = task_stream(tone_store, TINY_TASKS, clip_samples=separator.spec.front_end.clip_samples)
+    learner.fit(stream, tmp_path / "run", progress=False)
+    for task, classes in ((0, 2), (1, 4)):
+        loaded = load_separator(tmp_path / "run", task=task)
+        assert loaded.can_go_unseen
+        if decoder == "aligned":
+            assert loaded.class_means is None
+            assert task == 0 or float(loaded.mask_decoder.presence_threshold) != 0.5
+        else:
+            assert len(loaded.class_means["object"]) == classes
+            assert (loaded.class_means["object"].abs().amax(dim=1) > 0).all()
