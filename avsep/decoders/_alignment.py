@@ -73,9 +73,9 @@ class TimeVaryingHead(nn.Module):
     """The weights of the mask features at every time frame, from a query in time and from what sounds then.
 
     Beside the query stand the mask features' means in ``bands`` parts of the frequency axis and the mixture's spectrum.
-    ``layers`` convolutions in time, ``kernel`` frames wide with dilations 1, 3, 9, ..., each after the first added to
-    what it reads, make of both the source's state. A linear map of it gives the weights and a bias for every frequency
-    row, so that a mask can follow a pitch that it sees or hears.
+    A linear map joins the two, and ``layers`` convolutions in time, ``kernel`` frames wide with dilations 1, 3, 9, ...,
+    each added to what it reads, make of them the source's state. A linear map of that gives the weights and a bias for
+    every frequency row, so that a mask can follow a pitch that it sees or hears.
 
     Shapes:
         query [B, N, D, T], mask features [B, C, F, T] with F = ``rows`` a multiple of ``bands``, spectrogram
@@ -94,10 +94,10 @@ class TimeVaryingHead(nn.Module):
         self.bands = bands
         self.channels = mask_channels
         self.heard = nn.Conv1d(mask_channels * bands + rows, dim, 1)
+        self.join = nn.Conv1d(2 * dim, dim, 1)
         self.layers = nn.ModuleList(
-            nn.Conv1d(2 * dim, 2 * dim, kernel, padding=3**k * (kernel // 2), dilation=3**k) for k in range(layers)
+            nn.Conv1d(dim, dim, kernel, padding=3**k * (kernel // 2), dilation=3**k) for k in range(layers)
         )
-        self.narrow = nn.Conv1d(2 * dim, dim, 1)
         self.out = nn.Conv1d(dim, mask_channels + rows, 1)
 
     def forward(self, query: Tensor, mask_features: Tensor, spectrogram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,12 +105,10 @@ class TimeVaryingHead(nn.Module):
         bands = frequency_bands(mask_features, self.bands)
         heard = self.heard(torch.cat((bands, spectrogram[:, 0].to(bands.dtype)), dim=1))  # [B, D, T]
         heard = heard[:, None].expand(-1, shape[1], -1, -1)
-        first, *others = self.layers
-        state = F.relu(first(torch.cat((query, heard), dim=2).flatten(0, 1)))
-        for layer in others:
+        state = F.relu(self.join(torch.cat((query, heard), dim=2).flatten(0, 1)))  # [B N, D, T]
+        for layer in self.layers:
             state = state + F.relu(layer(state))
-        state = self.narrow(state)  # [B N, D, T]
-        made = torch.unflatten(self.out(F.relu(state)), 0, shape)
+        made = torch.unflatten(self.out(state), 0, shape)
         return torch.unflatten(state, 0, shape), made[:, :, : self.channels], made[:, :, self.channels :]
 
 

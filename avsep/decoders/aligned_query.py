@@ -123,7 +123,7 @@ class AlignedQuery(MaskDecoder):
             object=object_embedding,
             motion=motion_embedding,
             logits=logits,
-            presence=self.presence(F.relu(state), logits, audio.spectrogram),
+            presence=self.presence(state, logits, audio.spectrogram),
         )
 
     def _motion(self, visual: VisualFeatures, frames: int) -> Tensor:
