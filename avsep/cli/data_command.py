@@ -221,15 +221,19 @@ def info(store: _StoreArgument) -> None:
 
 @app.command("banks")
 def banks() -> None:
-    """List the SoundFont banks that are found on this machine; the first is the one that synth uses."""
-    from avsep.data.synth.synthesis import NO_BANK, find_banks
+    """List the SoundFont banks that are found on this machine, and what synth uses each for."""
+    from avsep.data.synth.synthesis import NO_BANK, find_banks, held_out
     from avsep.errors import DataError
 
     found = find_banks()
     if not found:
         raise DataError(NO_BANK)
-    for path in found:
-        typer.echo(f"{path} ({path.stat().st_size / 1e6:.0f} MB)")
+    held = held_out(found)
+    for number, path in enumerate(found):
+        use = "plays the test split of version 2" if path == held else "trains version 2"
+        if number == 0:
+            use = f"plays version 1, {use}" if held else "plays both versions, the only bank"
+        typer.echo(f"{path} ({path.stat().st_size / 1e6:.0f} MB): {use}")
 
 
 @app.command("sheet")

@@ -132,15 +132,11 @@ def _perform(player: Instrument, notes: Sequence[Note], bank: SoundFont, clip: _
 
     preset = preset_of(player, bank)
     length = round(clip.duration_s * SAMPLE_RATE_HZ)
-    sound = bank.render(
-        notes,
-        bank=preset[0],
-        program=preset[1],
-        samples=round(clip.duration_s * _RENDER_RATE_HZ),
-        sample_rate_hz=_RENDER_RATE_HZ,
-    )
+    render, rate_hz = (bank.render, _RENDER_RATE_HZ) if clip.version == 1 else (bank.render_low, 2 * SAMPLE_RATE_HZ)
+    samples = round(clip.duration_s * rate_hz)
+    sound = render(notes, bank=preset[0], program=preset[1], samples=samples, sample_rate_hz=rate_hz)
     audio = np.zeros(length)
-    low = soxr.resample(sound.astype(np.float64), _RENDER_RATE_HZ, SAMPLE_RATE_HZ, quality="HQ")[:length]
+    low = soxr.resample(sound.astype(np.float64), rate_hz, SAMPLE_RATE_HZ, quality="HQ")[:length]
     audio[: len(low)] = low
     audio -= audio.mean()
     fade = min(round(_FADE_S * SAMPLE_RATE_HZ), length)
@@ -332,6 +328,8 @@ def _choose_banks_v2(
     if held is not None:
         same = sha256_file(held)
         main = [path for path in main if sha256_file(path) != same]
+        if not main:
+            raise DataError(f"{held} is held out for the test split and no other bank is left to train on: add one")
     if not main:
         raise DataError(NO_BANK)
     if held is None:
