@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from avsep.data.synth.soundfont import SoundFont
+from avsep.data.synth.soundfont import Note, SoundFont
+from avsep.media.audio import write_audio
 
-__all__ = ["LOOP", "bank_bytes", "bank_of"]
+__all__ = ["LOOP", "bank_bytes", "bank_of", "record_notes"]
 
 _SINE_RATE = 44100  # of a sine of 441 Hz: 100 samples a period
 _ROOT = 69
@@ -70,3 +72,16 @@ def bank_of(tmp_path: Path, *zones: dict[int, int], **kwargs: object) -> SoundFo
     path = tmp_path / "bank.sf2"
     path.write_bytes(bank_bytes(*zones, **kwargs))  # type: ignore[arg-type]
     return SoundFont(path)
+
+
+def record_notes(bank: SoundFont, preset: tuple[int, int], folder: Path, keys: Iterable[int], style: str) -> None:
+    """Write a WAV file of each key, after a moment of silence, as recordings of single notes are named.
+
+    ``style`` holds ``{name}`` (As4), ``{key}`` (70) or both, without the suffix.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for key in keys:
+        note = Note(0.15, 0.8, key, 100)
+        sound = bank.render([note], bank=preset[0], program=preset[1], samples=26000, sample_rate_hz=22050)
+        name = ["C", "Cs", "D", "Ds", "E", "F", "Fs", "G", "Gs", "A", "As", "B"][key % 12] + str(key // 12 - 1)
+        write_audio(folder / f"{style.format(name=name, key=key)}.wav", 0.5 * sound / np.abs(sound).max(), 22050)
