@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -257,8 +259,6 @@ def test_folders_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
 
 @needs_bank
 def test_notes_without_a_pitch_are_told_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     bank = SoundFont(find_banks()[0])
     record_notes(bank, preset_of(instrument("flute"), bank), tmp_path / "flute", range(60, 66), "take x{key}x")
     monkeypatch.setitem(sys.modules, "librosa", None)
@@ -266,8 +266,21 @@ def test_notes_without_a_pitch_are_told_and_counted(tmp_path: Path, monkeypatch:
         find_notes(tmp_path)
 
 
+def test_a_pitch_that_its_frames_do_not_agree_on_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(hz: list[float]) -> int | None:
+        answer = np.array(hz), np.isfinite(hz), np.ones(len(hz))
+        monkeypatch.setitem(sys.modules, "librosa", SimpleNamespace(pyin=lambda *_, **__: answer))
+        return detect_key(np.zeros(100, np.float32), 22050)
+
+    assert found([440, 441, np.nan, 439]) == 69
+    assert found([440, 441, 880, 439]) == 69  # a frame an octave off
+    assert found([440, 520, 600, 300]) is None
+    assert found([440, np.nan, np.nan]) is None
+
+
 @needs_bank
 @needs_librosa
+@pytest.mark.slow  # its compiler takes ten seconds
 def test_pitch_is_detected_where_the_name_has_none(tmp_path: Path) -> None:
     bank = SoundFont(find_banks()[0])
     keys = (57, 62, 67, 72)

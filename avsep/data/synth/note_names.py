@@ -78,9 +78,11 @@ def detect_key(sound: np.ndarray, rate_hz: int) -> int | None:
     except ImportError:
         raise MissingExtraError("librosa", "notes", "the pitch of notes whose names do not state it") from None
     part = sound[: int(0.8 * rate_hz)].astype(np.float32)
+    highest_hz = min(4200.0, 0.45 * rate_hz)
     # coarse steps: the nearest key is asked for, and the search takes their number squared
-    steps = {"frame_length": 2048, "hop_length": 1024, "resolution": 0.25}
-    hz, voiced, _ = librosa.pyin(part, fmin=32.0, fmax=min(4200.0, 0.45 * rate_hz), sr=rate_hz, **steps)
+    hz, voiced, _ = librosa.pyin(
+        part, fmin=32.0, fmax=highest_hz, sr=rate_hz, frame_length=2048, hop_length=1024, resolution=0.25
+    )
     hz = hz[voiced & np.isfinite(hz)]
     if len(hz) < 3:
         return None

@@ -380,7 +380,10 @@ class SoundFont:
         if buses:
             size = _smooth_size(samples + 1023)
             hz = np.fft.rfftfreq(size, 1 / sample_rate_hz)
-            spectrum = sum(np.fft.rfft(sound, size) * _two_pole_response(hz, *bus) for bus, sound in buses.items())
+            spectrum = np.zeros(len(hz), np.complex128)
+            for bus, sound in buses.items():
+                if bus is not None:
+                    spectrum += np.fft.rfft(sound, size) * _two_pole_response(hz, *bus)
             out += np.fft.irfft(spectrum, size)[:samples].astype(np.float32)
         return out
 
@@ -460,13 +463,14 @@ class SoundFont:
         sustain_db = min(max(region.value(_SUSTAIN) / 10, 0.0), 100.0)
         per_db = math.log2(10) / 20
         t = np.arange(min(total, held), dtype=np.float32) / np.float32(rate_hz)
-        gain = np.exp2(np.clip((t - top) * (-100 * per_db / max(decay, 1e-4)), -per_db * sustain_db, 0))
+        gain: np.ndarray = np.exp2(np.clip((t - top) * (-100 * per_db / max(decay, 1e-4)), -per_db * sustain_db, 0))
         rising = int(np.searchsorted(t, delay + attack))
         gain[:rising] = np.clip((t[:rising] - delay) / max(attack, 1e-9), 0, 1)
         if held >= total:
             return gain
         since = np.arange(total - held, dtype=np.float32) / np.float32(rate_hz)
-        return np.concatenate((gain, (gain[-1] if held else 0) * np.exp2(since * (-100 * per_db / release))))
+        last = gain[-1] if held else 0
+        return np.concatenate((gain, last * np.exp2(since * (-100 * per_db / release))), dtype=np.float32)
 
     def _envelope(self, region: _Region, key: int, total: int, held: int, release: float, rate_hz: int) -> np.ndarray:
         """Volume envelope: linear attack, then straight lines in dB down to the sustain level and in the release."""
@@ -510,9 +514,8 @@ def _two_pole_response(hz: np.ndarray, corner_hz: float, q: float) -> np.ndarray
 
 def _smooth_size(length: int) -> int:
     """A size at or a little above it of which a Fourier transform is fast: 2, 3 and 5 are its only prime factors."""
-    return min(
-        odd << max(0, (-(-length // odd) - 1).bit_length()) for odd in (3**a * 5**b for a in range(4) for b in range(4))
-    )
+    odds: list[int] = [3**a * 5**b for a in range(4) for b in range(4)]
+    return min(odd << max(0, (-(-length // odd) - 1).bit_length()) for odd in odds)
 
 
 def _text(name: bytes) -> str:
