@@ -12,9 +12,12 @@ from avsep.cli._text import extent, names_in
 from avsep.environment import MOST_PROCESSES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from avsep.data.store.checking import Availability, StoreCheck
+    from avsep.data.synth.recorded import LeftOut
 
 app = typer.Typer(
     help="Make the offline benchmark or prepare your videos; check, shard and look at stores.", no_args_is_help=True
@@ -71,6 +74,78 @@ def synth(
         raise KeyboardInterrupt("the same command goes on where it was") from None
     terminal().print(f"{store.path}: {extent(store)}", highlight=False)
     terminal().print(f"content hash {store.content_hash}", highlight=False)
+
+
+@app.command("notes")
+def notes(
+    folder: Annotated[Path, typer.Argument(help="Folder with a folder of recorded single notes for each class.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make the store in.")],
+    pictures: Annotated[
+        list[str] | None,
+        typer.Option("--as", help="Picture and phrasing of another class, such as viola=violin; repeat for more."),
+    ] = None,
+    split_by: Annotated[
+        str, typer.Option("--split-by", help="recording: no test note is a training note; none: all splits share.")
+    ] = "recording",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed gives other phrases and pictures.")] = 0,
+    clips: Annotated[
+        str | None, typer.Option("--clips", help="Clips a class for train,val,test [default: 100,8,10].")
+    ] = None,
+    clip_s: Annotated[float | None, typer.Option("--clip-s", help="Seconds of a clip [default: 8].")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, max=MOST_PROCESSES, help="Processes [default: one a CPU core].")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Delete the store that is there and begin anew.")] = False,
+) -> None:
+    """Make version 2 of the offline benchmark from your recordings of single notes. Continues a killed run."""
+    from avsep.data.synth.recorded import DIVIDED_FROM, find_notes, synthesise_notes
+    from avsep.errors import ConfigError
+    from avsep.progress import printable, progress_bar, terminal
+
+    drawn = {}
+    for text in pictures or ():
+        name, equals, picture = text.partition("=")
+        if not (name and equals and picture):
+            raise ConfigError(f"--as {text}: give CLASS=PICTURE, such as viola=violin")
+        drawn[name] = picture
+    with progress_bar() as bars:
+        found = find_notes(folder, pictures=drawn, bars=bars)
+    console = terminal()
+    for line in _left_out(found.left_out):
+        console.print(printable(line), highlight=False, markup=False)
+    few = [name for name, there in found.recordings.items() if len(there) < DIVIDED_FROM]
+    if few and split_by == "recording":
+        console.print(
+            f"fewer than {DIVIDED_FROM} notes, which all splits share: {', '.join(few)}", highlight=False, markup=False
+        )
+    try:
+        store = synthesise_notes(
+            found,
+            out,
+            seed=seed,
+            clips_per_class=None if clips is None else _counts(clips),
+            clip_s=clip_s,
+            split_by=split_by,
+            workers=workers,
+            force=force,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on where it was") from None
+    used = ", ".join(f"{name} {len(there)}" for name, there in found.recordings.items())
+    console.print(f"notes used: {used}", highlight=False, markup=False)
+    console.print(f"{store.path}: {extent(store)}", highlight=False)
+    console.print(f"content hash {store.content_hash}", highlight=False)
+
+
+def _left_out(files: Sequence[LeftOut]) -> list[str]:
+    """Lines that say how many recordings are left out and why, with an example of each reason."""
+    by_reason: dict[str, list[LeftOut]] = {}
+    for file in files:
+        by_reason.setdefault(file.reason, []).append(file)
+    return [
+        f"left out {len(there)}: {reason}, such as {there[0].path} ({there[0].detail})"
+        for reason, there in sorted(by_reason.items())
+    ]
 
 
 def _counts(text: str) -> tuple[int, int, int]:
@@ -221,15 +296,19 @@ def info(store: _StoreArgument) -> None:
 
 @app.command("banks")
 def banks() -> None:
-    """List the SoundFont banks that are found on this machine; the first is the one that synth uses."""
-    from avsep.data.synth.synthesis import NO_BANK, find_banks
+    """List the SoundFont banks that are found on this machine, and what synth uses each for."""
+    from avsep.data.synth.synthesis import NO_BANK, find_banks, held_out
     from avsep.errors import DataError
 
     found = find_banks()
     if not found:
         raise DataError(NO_BANK)
-    for path in found:
-        typer.echo(f"{path} ({path.stat().st_size / 1e6:.0f} MB)")
+    held = held_out(found)
+    for number, path in enumerate(found):
+        use = "plays the test split of version 2" if path == held else "trains version 2"
+        if number == 0:
+            use = f"plays version 1, {use}" if held else "plays both versions, the only bank"
+        typer.echo(f"{path} ({path.stat().st_size / 1e6:.0f} MB): {use}")
 
 
 @app.command("sheet")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from avsep.data.synth.synthesis import SIZES, TINY_CLASSES, find_banks, synthesi
 from avsep.errors import ConfigError, DataError, UnknownNameError
 from avsep.media.timeline import read_visual_file
 from support.folders import contents
+from support.soundfonts import LOOP, bank_bytes, bank_of
 
 PAPER_ORDER = [
     *("accordion", "bagpipe", "bassoon", "clarinet", "drum"),
@@ -31,68 +31,6 @@ PAPER_ORDER = [
     *("xylophone", "acoustic_guitar", "banjo", "cello", "electric_bass"),
     *("erhu", "guzheng", "pipa", "trumpet", "ukulele"),
 ]
-
-# a bank of one sine, written by the specification, so that what is heard can be computed
-
-_SINE_HZ, _SINE_RATE = 441.0, 44100  # 100 samples a period
-_ROOT = 69
-
-
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
-
-
-def _bank_bytes(
-    *zones: dict[int, int],
-    preset: dict[int, int] | None = None,
-    kind: int = 1,
-    global_zone: dict[int, int] | None = None,
-) -> bytes:
-    """A SoundFont with one instrument of ``zones`` (generator: amount), each on the same looped sine."""
-    sine = (16384 * np.sin(2 * np.pi * np.arange(4410) / 100)).round().astype("<i2")
-    samples = _chunk(b"smpl", sine.tobytes() + bytes(92))
-    generators, bags = b"", b""
-    count = 0
-    ranges = (43, 44)
-    for zone in ([global_zone] if global_zone else []) + list(zones):
-        bags += struct.pack("<HH", count, 0)
-        # ranges come first and the sample last, as the specification asks
-        entries = sorted(zone.items(), key=lambda e: (e[0] not in ranges, e[0]))
-        if zone is not global_zone:
-            entries.append((53, 0))
-        for number, amount in entries:
-            generators += struct.pack("<HH", number, amount & 0xFFFF)
-            count += 1
-    total = len(zones) + bool(global_zone)
-    bags += struct.pack("<HH", count, 0)
-    outer = [*sorted((preset or {}).items()), (41, 0)]
-    pgen = b"".join(struct.pack("<HH", n, a & 0xFFFF) for n, a in outer)
-    header = struct.pack("<20s5IBbHH", b"sine", 0, 4410, 1000, 1100, _SINE_RATE, _ROOT, 0, 0, kind)
-    hydra = (
-        _chunk(
-            b"phdr",
-            struct.pack("<20s3H3I", b"Test", 5, 0, 0, 0, 0, 0) + struct.pack("<20s3H3I", b"EOP", 0, 0, 1, 0, 0, 0),
-        )
-        + _chunk(b"pbag", struct.pack("<HHHH", 0, 0, len(outer), 0))
-        + _chunk(b"pmod", bytes(10))
-        + _chunk(b"pgen", pgen + bytes(4))
-        + _chunk(b"inst", struct.pack("<20sH", b"Inst", 0) + struct.pack("<20sH", b"EOI", total))
-        + _chunk(b"ibag", bags)
-        + _chunk(b"imod", bytes(10))
-        + _chunk(b"igen", generators + bytes(4))
-        + _chunk(b"shdr", header + bytes(46))
-    )
-    body = b"sfbk" + _chunk(b"LIST", b"INFO") + _chunk(b"LIST", b"sdta" + samples) + _chunk(b"LIST", b"pdta" + hydra)
-    return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-LOOP = {54: 1}
-
-
-def _bank(tmp_path: Path, *zones: dict[int, int], **kwargs: object) -> SoundFont:
-    path = tmp_path / "bank.sf2"
-    path.write_bytes(_bank_bytes(*zones, **kwargs))  # type: ignore[arg-type]
-    return SoundFont(path)
 
 
 def _play(bank: SoundFont, *notes: Note, seconds: float = 1.0) -> np.ndarray:
@@ -106,7 +44,7 @@ def _pitch_hz(sound: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("key", "expected_hz"), [(69, 441.0), (81, 882.0), (57, 220.5), (76, 441 * 2 ** (7 / 12))])
 def test_a_looped_sine_keeps_pitch_and_never_clicks(tmp_path: Path, key: int, expected_hz: float) -> None:
-    sound = _play(_bank(tmp_path, LOOP), Note(0.0, 2.0, key, 127))
+    sound = _play(bank_of(tmp_path, LOOP), Note(0.0, 2.0, key, 127))
     assert _pitch_hz(sound) == pytest.approx(expected_hz, rel=1e-3)
     # a sine of this pitch moves by at most 2 pi f A / rate a sample; a bad loop would jump further
     assert np.abs(np.diff(sound)).max() <= 1.02 * 2 * math.pi * expected_hz * 0.5 / 44100
@@ -114,25 +52,25 @@ def test_a_looped_sine_keeps_pitch_and_never_clicks(tmp_path: Path, key: int, ex
 
 
 def test_tuning_generators_add_up(tmp_path: Path) -> None:
-    bank = _bank(tmp_path, {**LOOP, 51: 2, 52: 50}, preset={51: -1, 52: -50})
+    bank = bank_of(tmp_path, {**LOOP, 51: 2, 52: 50}, preset={51: -1, 52: -50})
     assert _pitch_hz(_play(bank, Note(0, 2, 69, 127))) == pytest.approx(441 * 2 ** (1 / 12), rel=1e-3)
-    drum = _bank(tmp_path, {**LOOP, 56: 0})  # scale tuning 0: every key sounds alike
+    drum = bank_of(tmp_path, {**LOOP, 56: 0})  # scale tuning 0: every key sounds alike
     assert _pitch_hz(_play(drum, Note(0, 2, 40, 127))) == pytest.approx(441, rel=1e-3)
-    root = _bank(tmp_path, {**LOOP, 58: 57})
+    root = bank_of(tmp_path, {**LOOP, 58: 57})
     assert _pitch_hz(_play(root, Note(0, 2, 57, 127))) == pytest.approx(441, rel=1e-3)
 
 
 def test_velocity_and_attenuation_follow_the_specification(tmp_path: Path) -> None:
-    loud = np.abs(_play(_bank(tmp_path, LOOP), Note(0, 2, 69, 127))).max()
-    half = np.abs(_play(_bank(tmp_path, LOOP), Note(0, 2, 69, 64))).max()
+    loud = np.abs(_play(bank_of(tmp_path, LOOP), Note(0, 2, 69, 127))).max()
+    half = np.abs(_play(bank_of(tmp_path, LOOP), Note(0, 2, 69, 64))).max()
     assert 20 * math.log10(loud / half) == pytest.approx(40 * math.log10(127 / 64), abs=0.05)
-    soft = np.abs(_play(_bank(tmp_path, {**LOOP, 48: 60}, preset={48: 40}), Note(0, 2, 69, 127))).max()
+    soft = np.abs(_play(bank_of(tmp_path, {**LOOP, 48: 60}, preset={48: 40}), Note(0, 2, 69, 127))).max()
     assert 20 * math.log10(loud / soft) == pytest.approx(10, abs=0.05)
 
 
 def test_envelope_attack_decay_sustain_release(tmp_path: Path) -> None:
     # attack 0.25 s, decay 100 dB in 1 s down to -20 dB, release 100 dB in 0.5 s
-    bank = _bank(tmp_path, {**LOOP, 34: -2400, 36: 0, 37: 200, 38: -1200})
+    bank = bank_of(tmp_path, {**LOOP, 34: -2400, 36: 0, 37: 200, 38: -1200})
     sound = np.abs(_play(bank, Note(0, 1.0, 69, 127), seconds=1.6))
     peak = {t: sound[int(t * 44100) - 60 : int(t * 44100) + 60].max() / 0.5 for t in (0.125, 0.35, 0.9, 1.1, 1.5)}
     assert peak[0.125] == pytest.approx(0.5, abs=0.02)
@@ -144,24 +82,24 @@ def test_envelope_attack_decay_sustain_release(tmp_path: Path) -> None:
 
 def test_zones_choose_by_key_and_velocity_and_inherit(tmp_path: Path) -> None:
     low_half = {43: 0 | (60 << 8), **LOOP}
-    bank = _bank(tmp_path, low_half)
+    bank = bank_of(tmp_path, low_half)
     assert _play(bank, Note(0, 1, 60)).any()
     assert not _play(bank, Note(0, 1, 61)).any()
-    loud_only = _bank(tmp_path, {44: 100 | (127 << 8), **LOOP})
+    loud_only = bank_of(tmp_path, {44: 100 | (127 << 8), **LOOP})
     assert not _play(loud_only, Note(0, 1, 60, 99)).any()
     assert _play(loud_only, Note(0, 1, 60, 100)).any()
-    inherited = _bank(tmp_path, {}, global_zone={**LOOP, 48: 200})
-    alone = _bank(tmp_path, {**LOOP, 48: 200})
+    inherited = bank_of(tmp_path, {}, global_zone={**LOOP, 48: 200})
+    alone = bank_of(tmp_path, {**LOOP, 48: 200})
     assert np.array_equal(_play(inherited, Note(0, 1, 69)), _play(alone, Note(0, 1, 69)))
     assert _play(alone, Note(0, 1, 69))[-100:].any()  # the loop was inherited, too
 
 
 def test_unlooped_samples_end_and_exclusive_classes_cut(tmp_path: Path) -> None:
-    once = _play(_bank(tmp_path, {}), Note(0.2, 1.0, 69, 127))
+    once = _play(bank_of(tmp_path, {}), Note(0.2, 1.0, 69, 127))
     assert not once[: int(0.2 * 44100)].any()
     assert once[int(0.29 * 44100) : int(0.299 * 44100)].any()
     assert not once[int(0.301 * 44100) :].any()  # 4,410 samples are 0.1 s
-    hat = _bank(tmp_path, {**LOOP, 57: 1, 38: 2400})
+    hat = bank_of(tmp_path, {**LOOP, 57: 1, 38: 2400})
     both = _play(hat, Note(0, 0.9, 69, 127), Note(0.3, 0.001, 69, 1))
     assert np.abs(both[int(0.29 * 44100) : int(0.3 * 44100)]).max() > 0.4
     assert np.abs(both[int(0.32 * 44100) :]).max() < 1e-3
@@ -170,13 +108,13 @@ def test_unlooped_samples_end_and_exclusive_classes_cut(tmp_path: Path) -> None:
 def test_low_pass_takes_the_treble(tmp_path: Path) -> None:
     dark = {**LOOP, 8: 6900}  # corner at 440 Hz
     high = Note(0, 2, 69 + 24, 127)  # 1764 Hz, two octaves above: 24 dB down
-    open_ = _play(_bank(tmp_path, LOOP), high)[4410:]
-    shut = _play(_bank(tmp_path, dark), high)[4410:]
+    open_ = _play(bank_of(tmp_path, LOOP), high)[4410:]
+    shut = _play(bank_of(tmp_path, dark), high)[4410:]
     assert 20 * math.log10(np.std(shut) / np.std(open_)) == pytest.approx(-24, abs=2)
 
 
 def test_damaged_banks_are_refused_in_one_line(tmp_path: Path) -> None:
-    whole = _bank_bytes(LOOP)
+    whole = bank_bytes(LOOP)
     path = tmp_path / "cut.sf2"
     for cut in range(0, len(whole) - 1, 97):
         path.write_bytes(whole[:cut])
@@ -184,14 +122,14 @@ def test_damaged_banks_are_refused_in_one_line(tmp_path: Path) -> None:
             SoundFont(path)
     with pytest.raises(DataError, match="no such SoundFont"):
         SoundFont(tmp_path / "none.sf2")
-    path.write_bytes(_bank_bytes(LOOP, kind=0x11))
+    path.write_bytes(bank_bytes(LOOP, kind=0x11))
     with pytest.raises(DataError, match="SF3"):
         SoundFont(path)
 
 
 def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
     """Whatever the bytes of the tables, a bank either plays finite sound or is refused."""
-    whole = _bank_bytes(LOOP, {**LOOP, 43: 60 | (90 << 8), 34: -2000}, preset={48: 20})
+    whole = bank_bytes(LOOP, {**LOOP, 43: 60 | (90 << 8), 34: -2000}, preset={48: 20})
     tables = whole.index(b"pdta")
     rng = np.random.default_rng(0)
     path = tmp_path / "damaged.sf2"
@@ -204,8 +142,9 @@ def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
         try:
             bank = SoundFont(path)
             for number, program in bank.presets:
-                sound = bank.render([Note(0, 0.02, 69)], bank=number, program=program, samples=2000)
-                assert np.isfinite(sound).all()
+                for render in (bank.render, bank.render_low):
+                    sound = render([Note(0, 0.02, 69)], bank=number, program=program, samples=2000)
+                    assert np.isfinite(sound).all()
         except DataError:
             refused += 1
     assert 0 < refused < 300
@@ -213,7 +152,7 @@ def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
 
 def test_unknown_presets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no preset at bank 0, program 6"):
-        _bank(tmp_path, LOOP).render([], bank=0, program=6, samples=10)
+        bank_of(tmp_path, LOOP).render([], bank=0, program=6, samples=10)
 
 
 # classes and phrases
@@ -466,7 +405,7 @@ def test_no_bank_says_what_to_install(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_bank_without_the_instrument_is_named(tmp_path: Path) -> None:
-    bank = _bank(tmp_path, LOOP)
+    bank = bank_of(tmp_path, LOOP)
     with pytest.raises(DataError, match=r"bank\.sf2 has no preset for 'drum'"):
         synthesise(tmp_path / "s", banks=[bank.path], **SMALL)  # type: ignore[arg-type]
 

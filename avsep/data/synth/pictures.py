@@ -11,6 +11,7 @@ import colorsys
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,6 +40,7 @@ OBJECT_SIZE = 112  # pixels, RGB
 MOTION_SIZE = 48  # pixels, gray
 _DECAY_S = 0.12
 _SUPERSAMPLING = 2
+_TILT = 0.16  # radians from the lowest to the highest note
 _LEAN_ANGLE, _LEAN_DOWN = 0.09, 0.045  # radians, and a share of the picture's height
 _Colour = tuple[int, int, int]
 _Point = tuple[float, float]
@@ -66,12 +68,13 @@ class Look:
 
 @dataclass(frozen=True)
 class Pose:
-    """The player at one moment; all numbers lie in [0, 1].
+    """The player at one moment; all numbers lie in [0, 1] where no other range is given.
 
     ``pitch``: the current note's place in the register; ``strike``: what is left of the last stroke; ``stroke``: where
     the bow or bellows are; ``fingers``: six booleans, the last three of which serve as valves; ``breath``: 1 while a
     note sounds; ``hits``: what is left of the last stroke on each piece of the drum kit (kick, snare, hat, toms,
-    crash); ``nod``: in version 2, how far the player leans with the last onset, in [-1, 1].
+    crash); ``nod`` and ``tilt``: in version 2, how far the player leans with the last onset, in
+    [-1, 1], and how far a wind instrument is turned by the pitch, in radians.
     """
 
     time_s: float
@@ -82,6 +85,7 @@ class Pose:
     breath: float = 0.0
     hits: tuple[float, ...] = (0.0,) * 5
     nod: float = 0.0
+    tilt: float = 0.0
 
 
 # movement
@@ -179,6 +183,7 @@ def poses_v2(player: Instrument, notes: Sequence[Note], times_s: Sequence[float]
                 strike=left * (0.6 + 0.4 * top.velocity / 127),
                 stroke=way if current % 2 == 0 else 1 - way,
                 nod=nod,
+                tilt=_TILT * (pose.pitch - 0.5) if player.play == "wind" else 0.0,
             )
         )
     return found
@@ -271,9 +276,10 @@ class _Canvas:
 
     def __init__(self, draw: ImageDraw.ImageDraw, size: int, look: Look, pose: Pose) -> None:
         self.draw = draw
+        self.gray = draw.mode == "L"
         self.scale = look.scale * size
         drift = look.sway[0] * math.sin(2 * math.pi * look.sway[1] * pose.time_s + look.sway[2])
-        angle = look.angle + drift + _LEAN_ANGLE * pose.nod
+        angle = look.angle + drift + _LEAN_ANGLE * pose.nod + pose.tilt
         self.cos, self.sin = math.cos(angle) * self.scale, math.sin(angle) * self.scale
         self.sign = -1.0 if look.mirrored else 1.0
         self.at = (
@@ -285,21 +291,32 @@ class _Canvas:
         cos, sin, (x0, y0), sign = self.cos, self.sin, self.at, self.sign
         return [(x0 + sign * (x * cos - y * sin), y0 + x * sin + y * cos) for x, y in points]
 
+    def _ink(self, colour: _Colour) -> _Colour | int:
+        return _luma(colour) if self.gray else colour
+
     def polygon(self, points: Sequence[_Point], colour: _Colour) -> None:
-        self.draw.polygon(self._map(points), fill=colour)
+        self.draw.polygon(self._map(points), fill=self._ink(colour))
 
     def box(self, x0: float, y0: float, x1: float, y1: float, colour: _Colour) -> None:
         self.polygon(((x0, y0), (x1, y0), (x1, y1), (x0, y1)), colour)
 
     def line(self, points: Sequence[_Point], width: float, colour: _Colour) -> None:
-        self.draw.line(self._map(points), fill=colour, width=max(1, round(width * self.scale)), joint="curve")
+        self.draw.line(
+            self._map(points), fill=self._ink(colour), width=max(1, round(width * self.scale)), joint="curve"
+        )
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, colour: _Colour) -> None:
         self.polygon([(x + rx * c, y + ry * s) for c, s in _CIRCLE], colour)
 
     def dot(self, x: float, y: float, radius: float, colour: _Colour) -> None:
         (px, py), r = self._map(((x, y),))[0], radius * self.scale
-        self.draw.ellipse((px - r, py - r, px + r, py + r), fill=colour)
+        self.draw.ellipse((px - r, py - r, px + r, py + r), fill=self._ink(colour))
+
+
+@lru_cache(maxsize=4096)
+def _luma(colour: _Colour) -> int:
+    """ITU-R BT.601, in 256ths."""
+    return (77 * colour[0] + 150 * colour[1] + 29 * colour[2]) >> 8
 
 
 _CIRCLE = tuple((math.cos(2 * math.pi * i / 20), math.sin(2 * math.pi * i / 20)) for i in range(20))
@@ -547,7 +564,7 @@ class _Turned(_Canvas):
     """A canvas turned and moved within another."""
 
     def __init__(self, base: _Canvas, angle: float, at: _Point) -> None:
-        self.draw, self.scale = base.draw, base.scale
+        self.draw, self.scale, self.gray = base.draw, base.scale, base.gray
         self.base, self.angle, self.offset = base, (math.cos(angle), math.sin(angle)), at
 
     def _map(self, points: Sequence[_Point]) -> list[_Point]:
@@ -764,8 +781,8 @@ def _backdrop(look: Look, size: int) -> Image.Image:
     return image
 
 
-def draw(player: Instrument, look: Look, moments: Sequence[Pose], size: int) -> np.ndarray:
-    """Draw the scene at each pose; returns uint8 [n, 3, size, size] (RGB)."""
+def draw(player: Instrument, look: Look, moments: Sequence[Pose], size: int, *, gray: bool = False) -> np.ndarray:
+    """Draw the scene at each pose; returns uint8 [n, 3, size, size] (RGB), or [n, 1, size, size] drawn in grays."""
     try:
         from PIL import ImageDraw
     except ImportError:
@@ -773,11 +790,14 @@ def draw(player: Instrument, look: Look, moments: Sequence[Pose], size: int) -> 
     large = _SUPERSAMPLING * size
     backdrop = _backdrop(look, large)
     recipe = _RECIPES[player.name]
-    frames = np.empty((len(moments), 3, size, size), np.uint8)
+    if gray:
+        backdrop = backdrop.convert("L")
+    frames = np.empty((len(moments), 1 if gray else 3, size, size), np.uint8)
     for number, pose in enumerate(moments):
         image = backdrop.copy()
         recipe(_Canvas(ImageDraw.Draw(image), large, look, pose), look, pose)
-        frames[number] = np.asarray(image.reduce(_SUPERSAMPLING)).transpose(2, 0, 1)  # [3, size, size]
+        small = np.asarray(image.reduce(_SUPERSAMPLING))
+        frames[number] = small if gray else small.transpose(2, 0, 1)  # [3, size, size]
     return frames
 
 
@@ -816,10 +836,10 @@ def motion_frames(
     version: int = 1,
 ) -> np.ndarray:
     """uint8 [m, 1, 48, 48], one gray picture for each 1 / ``rate_hz`` seconds."""
-    return _gray(draw(player, look, _poses(player, notes, duration_s, rate_hz, version), MOTION_SIZE))
-
-
-def _gray(rgb: np.ndarray) -> np.ndarray:
+    moments = _poses(player, notes, duration_s, rate_hz, version)
+    if version > 1:
+        return draw(player, look, moments, MOTION_SIZE, gray=True)
+    rgb = draw(player, look, moments, MOTION_SIZE)
     weights = np.array([77, 150, 29], np.uint32).reshape(3, 1, 1)  # ITU-R BT.601 luma, in 256ths
     gray: np.ndarray = ((rgb * weights).sum(axis=1, keepdims=True) >> 8).astype(np.uint8)  # [m, 1, 48, 48]
     return gray

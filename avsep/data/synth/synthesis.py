@@ -13,11 +13,12 @@ import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,8 +41,8 @@ SAMPLE_RATE_HZ = 11025
 _RENDER_RATE_HZ = 44100  # rendering at the low rate folds the instruments' treble back (aliasing)
 OBJECT_RATE_HZ = 1
 MOTION_RATES_HZ = {1: 8, 2: 16}  # by version
-_LEVEL_DB, _LEVEL_JITTER_DB, _PEAK = -20.0, 2.0, 0.97
-_LEVEL_V2_DB, _ACTIVE_DB = -22.0, 40.0  # of what sounds: pauses, this far below the loudest, do not count
+_LEVEL_DB, LEVEL_JITTER_DB, _PEAK = -20.0, 2.0, 0.97
+LEVEL_V2_DB, _ACTIVE_DB = -22.0, 40.0  # of what sounds: pauses, this far below the loudest, do not count
 _FADE_S = 0.05
 LICENCE = (
     "Rendered from the SoundFont banks named under origin, whose own licences apply to the sound (TimGM6mb: GPL-2; "
@@ -116,8 +117,8 @@ def make_clip(clip: _Clip, banks: Sequence[SoundFont]) -> tuple[np.ndarray, np.n
     music, sight = (np.random.Generator(np.random.Philox(s)) for s in np.random.SeedSequence(key).spawn(2))
     bank = banks[int(music.integers(len(banks)))]
     notes = (compose if first else compose_v2)(player, clip.duration_s, music)
-    level_db = _LEVEL_DB if first else _LEVEL_V2_DB
-    level_db += float(music.uniform(-_LEVEL_JITTER_DB, _LEVEL_JITTER_DB))
+    level_db = _LEVEL_DB if first else LEVEL_V2_DB
+    level_db += float(music.uniform(-LEVEL_JITTER_DB, LEVEL_JITTER_DB))
     audio = _perform(player, notes, bank, clip, level_db)
     look = look_of(player, sight)
     return (
@@ -128,35 +129,42 @@ def make_clip(clip: _Clip, banks: Sequence[SoundFont]) -> tuple[np.ndarray, np.n
 
 
 def _perform(player: Instrument, notes: Sequence[Note], bank: SoundFont, clip: _Clip, level_db: float) -> np.ndarray:
+    preset = preset_of(player, bank)
+    render, rate_hz = (bank.render, _RENDER_RATE_HZ) if clip.version == 1 else (bank.render_low, 2 * SAMPLE_RATE_HZ)
+    samples = round(clip.duration_s * rate_hz)
+    sound = render(notes, bank=preset[0], program=preset[1], samples=samples, sample_rate_hz=rate_hz)
+    try:
+        return finish_audio(sound, rate_hz, clip.duration_s, level_db, active=clip.version > 1)
+    except DataError:
+        raise DataError(
+            f"{bank.path} plays nothing audible for '{player.name}' (bank {preset[0]}, program {preset[1]})"
+        ) from None
+
+
+def finish_audio(sound: np.ndarray, rate_hz: int, duration_s: float, level_db: float, *, active: bool) -> np.ndarray:
+    """Bring a played phrase [L] to the store's rate and to a level in dB below full scale (RMS); returns int16.
+
+    ``active``: the level is that of what sounds, without the pauses. Raises :class:`DataError` where nothing does.
+    """
     import soxr
 
-    preset = preset_of(player, bank)
-    length = round(clip.duration_s * SAMPLE_RATE_HZ)
-    sound = bank.render(
-        notes,
-        bank=preset[0],
-        program=preset[1],
-        samples=round(clip.duration_s * _RENDER_RATE_HZ),
-        sample_rate_hz=_RENDER_RATE_HZ,
-    )
+    length = round(duration_s * SAMPLE_RATE_HZ)
     audio = np.zeros(length)
-    low = soxr.resample(sound.astype(np.float64), _RENDER_RATE_HZ, SAMPLE_RATE_HZ, quality="HQ")[:length]
+    low = soxr.resample(sound.astype(np.float64), rate_hz, SAMPLE_RATE_HZ, quality="HQ")[:length]
     audio[: len(low)] = low
     audio -= audio.mean()
     fade = min(round(_FADE_S * SAMPLE_RATE_HZ), length)
     audio[length - fade :] *= np.linspace(1, 0, fade)
-    rms = float(np.sqrt(np.mean(audio**2))) if clip.version == 1 else _active_rms(audio)
+    rms = active_rms(audio, SAMPLE_RATE_HZ) if active else float(np.sqrt(np.mean(audio**2)))
     if not np.isfinite(rms) or rms < 1e-6:
-        raise DataError(
-            f"{bank.path} plays nothing audible for '{player.name}' (bank {preset[0]}, program {preset[1]})"
-        )
+        raise DataError("nothing audible")
     gain = min(10 ** (level_db / 20) / rms, _PEAK / float(np.abs(audio).max()))
     return np.rint(audio * gain * 32767).astype(np.int16)
 
 
-def _active_rms(audio: np.ndarray) -> float:
+def active_rms(audio: np.ndarray, rate_hz: int) -> float:
     """Level of what sounds, without the pauses: all classes get the same whether they play much or little."""
-    step = SAMPLE_RATE_HZ // 20
+    step = rate_hz // 20
     padded = np.pad(audio, (0, -len(audio) % step))
     power = np.mean(padded.reshape(-1, step) ** 2, axis=1)
     return float(np.sqrt(power[power >= power.max() * 10 ** (-_ACTIVE_DB / 10)].mean()))
@@ -226,8 +234,6 @@ def synthesise(
     chosen = (SIZES if version == 1 else SIZES_V2)[size]
     if motion_rate_hz is None:
         motion_rate_hz = MOTION_RATES_HZ[version]
-    if not 1 <= motion_rate_hz <= 120:
-        raise ConfigError(f"motion_rate_hz = {motion_rate_hz:g}: give 1 to 120 frames a second")
     names = list(chosen.classes) if classes is None else list(classes)
     for name in names:
         instrument(name)
@@ -238,16 +244,7 @@ def synthesise(
     duration_s = chosen.clip_s if clip_s is None else float(clip_s)
     if not names:
         raise ConfigError(f"no classes: name some of {', '.join(CLASSES)}")
-    if len(counts) != 3 or min(counts) < 0 or sum(counts) < 1:
-        raise ConfigError(
-            f"clips_per_class = {counts}: give three numbers from 0 on, not all 0, for train, val and test"
-        )
-    if not 0.5 <= duration_s <= 3600:
-        raise ConfigError(f"clip_s = {duration_s:g}: a clip has 0.5 to 3600 seconds")
-    if seed < 0:
-        raise ConfigError(f"seed = {seed}: a seed is 0 or more")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers = {workers}: give 1 or more")
+    check_settings(counts, duration_s, seed, workers, motion_rate_hz)
 
     main_banks, test_banks = (_choose_banks if version == 1 else _choose_banks_v2)(banks, holdout_bank)
     for path in dict.fromkeys((*main_banks, *test_banks)):
@@ -296,8 +293,26 @@ def synthesise(
         todo = [c for c in clips if not writer.is_done(c.id)]
         with contextlib.ExitStack() as stack:
             bars = progress if isinstance(progress, Progress) else stack.enter_context(progress_bar(progress))
-            _run(str(out), todo, len(clips), workers or os.cpu_count() or 1, bars)
+            run_all(_make_and_write, str(out), todo, len(clips), workers or os.cpu_count() or 1, bars)
         return writer.finish([c.id for c in clips])
+
+
+def check_settings(
+    counts: tuple[int, ...], duration_s: float, seed: int, workers: int | None, motion_rate_hz: float
+) -> None:
+    """Raise :class:`ConfigError` for settings of a store that cannot be made."""
+    if len(counts) != 3 or min(counts) < 0 or sum(counts) < 1:
+        raise ConfigError(
+            f"clips_per_class = {counts}: give three numbers from 0 on, not all 0, for train, val and test"
+        )
+    if not 0.5 <= duration_s <= 3600:
+        raise ConfigError(f"clip_s = {duration_s:g}: a clip has 0.5 to 3600 seconds")
+    if seed < 0:
+        raise ConfigError(f"seed = {seed}: a seed is 0 or more")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers = {workers}: give 1 or more")
+    if not 1 <= motion_rate_hz <= 120:
+        raise ConfigError(f"motion_rate_hz = {motion_rate_hz:g}: give 1 to 120 frames a second")
 
 
 def _choose_banks(
@@ -332,6 +347,8 @@ def _choose_banks_v2(
     if held is not None:
         same = sha256_file(held)
         main = [path for path in main if sha256_file(path) != same]
+        if not main:
+            raise DataError(f"{held} is held out for the test split and no other bank is left to train on: add one")
     if not main:
         raise DataError(NO_BANK)
     if held is None:
@@ -350,19 +367,22 @@ def held_out(banks: Sequence[Path]) -> Path | None:
     return next((path for path in banks if "generaluser" in path.name.lower()), banks[1])
 
 
-def _run(out: str, todo: Sequence[_Clip], total: int, workers: int, bars: Progress) -> None:
+def run_all(
+    make: Callable[[str, Any], str], out: str, todo: Sequence[Any], total: int, workers: int, bars: Progress
+) -> None:
+    """Call ``make(out, clip)`` for each clip of ``todo``, in ``workers`` processes."""
     bar = bars.add("making clips", total, done=total - len(todo))
     workers = min(workers, len(todo))
     if workers <= 1:
         for clip in todo:
-            _make_and_write(out, clip)
+            make(out, clip)
             bars.advance(bar)
         return
     # spawn, not fork: the caller may hold threads (torch), which a fork would leave locked
     with ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=die_with_parent
     ) as pool:
-        futures = [pool.submit(_make_and_write, out, clip) for clip in todo]
+        futures = [pool.submit(make, out, clip) for clip in todo]
         try:
             for future in as_completed(futures):
                 future.result()
