@@ -56,29 +56,39 @@ class VisualInputs:
     ``object`` [B, N, K, ...], frames or vectors around the middle of the crop; ``motion`` [B, N, ...], frames in
     order of time or one feature sequence; ``motion_mask`` [B, N, M] bool over the input's time steps, True = valid, or
     None where all are. A role that no encoder asks for is None. ``seen`` [B, N] bool: False of a source of which there
-    is no picture, whatever stands in its place; None where all are seen.
+    is no picture, whatever stands in its place; None where all are seen. ``motion_seen`` likewise: False of a source
+    whose motion is not known; None where it is known of all that are seen.
     """
 
     object: Tensor | None = None
     motion: Tensor | None = None
     motion_mask: Tensor | None = None
     seen: Tensor | None = None
+    motion_seen: Tensor | None = None
 
     def __getitem__(self, mixtures: Tensor | slice) -> VisualInputs:
         """The inputs of some of the mixtures."""
-        parts = (self.object, self.motion, self.motion_mask, self.seen)
+        parts = (self.object, self.motion, self.motion_mask, self.seen, self.motion_seen)
         return VisualInputs(*(None if part is None else part[mixtures] for part in parts))
 
 
 @dataclass(frozen=True)
 class VisualFeatures:
     """Encoded frames: ``object`` [B, N, Do]; ``motion`` [B, N, Dm, Tm]; ``motion_mask`` [B, N, Tm], True = valid;
-    ``seen`` [B, N] as in :class:`VisualInputs`."""
+    ``seen`` and ``motion_seen`` [B, N] as in :class:`VisualInputs`."""
 
     object: Tensor | None = None
     motion: Tensor | None = None
     motion_mask: Tensor | None = None
     seen: Tensor | None = None
+    motion_seen: Tensor | None = None
+
+    @property
+    def moving(self) -> Tensor | None:
+        """[B, N] bool, the sources whose motion is known; None where it is of all."""
+        if self.seen is None or self.motion_seen is None:
+            return self.seen if self.motion_seen is None else self.motion_seen
+        return self.seen & self.motion_seen
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def load_source(
     length = front_end.clip_samples
     if clip.samples == 0:
         raise DataError(f"clip '{clip.id}' has no samples: run avsep data check on the store")
-    sounds = role in ("source", "unseen_source", "background")
+    sounds = role in ("source", "unseen_source", "photo_source", "background")
     audio = np.zeros(length, np.float32)
     if sounds:
         audio = store.read_crop(clip, start, length if change is None else change.samples(length), gain)
@@ -95,7 +95,7 @@ def collate(mixtures: Collection[Sequence[Source]]) -> Batch:
     """
     sources = torch.empty(0)
     visual: dict[str, torch.Tensor] = {}
-    labels: list[list[tuple[int, int, bool, str, bool]]] = []
+    labels: list[list[tuple[int, int, bool, str, str]]] = []
     first: Source | None = None
     background: torch.Tensor | None = None
     for b, whole in enumerate(mixtures):
@@ -119,17 +119,21 @@ def collate(mixtures: Collection[Sequence[Source]]) -> Batch:
                 if background is None:
                     background = torch.zeros(len(mixtures), len(source.audio))
                 background[b] += torch.from_numpy(source.audio) / len(mixture)
-        labels.append(
-            [(s.class_id, s.clip.index, s.is_memory, s.clip.id, not s.role.startswith("unseen")) for s in mixture]
-        )
-    seen = torch.tensor([[label[4] for label in m] for m in labels], dtype=torch.bool)
+        labels.append([(s.class_id, s.clip.index, s.is_memory, s.clip.id, s.role) for s in mixture])
+    seen, motion_seen = (
+        torch.tensor([[not label[4].startswith(kinds) for label in m] for m in labels], dtype=torch.bool)
+        for kinds in ("unseen", "photo")
+    )
     return Batch(
         sources=sources,
         class_ids=torch.tensor([[label[0] for label in m] for m in labels], dtype=torch.int64),
         video_ids=torch.tensor([[label[1] for label in m] for m in labels], dtype=torch.int64),
         is_memory=torch.tensor([[label[2] for label in m] for m in labels], dtype=torch.bool),
         visual=VisualInputs(
-            object=visual.get("object"), motion=visual.get("motion"), seen=None if bool(seen.all()) else seen
+            object=visual.get("object"),
+            motion=visual.get("motion"),
+            seen=None if bool(seen.all()) else seen,
+            motion_seen=None if bool(motion_seen.all()) else motion_seen,
         ),
         clips=tuple(tuple(label[3] for label in m) for m in labels),
         background=background,

@@ -40,9 +40,11 @@ __all__ = [
 ROLES = {
     "source": "sounds, is seen, and is asked for",
     "unseen_source": "sounds and is asked for; there is no picture of it",
+    "photo_source": "sounds and is asked for; there is a picture of it, and its motion is not known",
     "moving": "is asked for and not in the mixture; it is seen playing something that is not heard",
     "still": "is asked for and not in the mixture; it is seen at rest",
     "unseen": "is asked for and not in the mixture; there is no picture of it",
+    "photo": "is asked for and not in the mixture; there is a picture of it, and its motion is not known",
     "background": "sounds, and is not asked for",
 }
 PARTNERS = 2  # partners of each clip within its task

@@ -32,9 +32,9 @@ class AlignedQuery(MaskDecoder):
     different masks if they move at different times.
 
     ``class_given`` off leaves the class out: the decoder goes by the pictures alone (and then takes no class at all).
-    Sources without a picture get a learned vector in place of the object and of the motion. Whether a source sounds in
-    the mixture is told beside its mask, learned by binary cross-entropy with the weight ``presence_weight`` against
-    whether its magnitudes make up 1 % of the mixture's.
+    Sources without a picture, or of unknown motion, get a learned vector in place of the object and of the motion.
+    Whether a source sounds in the mixture is told beside its mask, learned by binary cross-entropy with the weight
+    ``presence_weight`` against whether its magnitudes make up 1 % of the mixture's.
 
     Shapes:
         mask_features [B, C, F, T] with F = ``log_rows`` a multiple of ``bands``, object [B, N, object_dim], motion
@@ -139,9 +139,9 @@ class AlignedQuery(MaskDecoder):
             motion = layer(motion if valid is None else motion * valid[:, None].to(motion.dtype))
         motion = at_frames(motion, frames, valid)
         motion = torch.unflatten(motion, 0, visual.motion.shape[:2])
-        if visual.seen is None:
+        if (known := visual.moving) is None:
             return motion
-        return motion.where(visual.seen[..., None, None], self.no_motion.to(motion.dtype)[:, None])
+        return motion.where(known[..., None, None], self.no_motion.to(motion.dtype)[:, None])
 
     def auxiliary_losses(self, output: MaskOutput, spectrograms: Spectrograms, class_ids: Tensor) -> dict[str, Tensor]:
         """The presence loss, weighted; empty where its weight is 0."""

@@ -10,7 +10,8 @@ from avsep.registry import MIXERS
 
 __all__ = ["Varied"]
 
-_ABSENT = ("moving", "still", "unseen")
+_ABSENT = ("moving", "still", "unseen", "photo")
+_UNKNOWN = ("unseen_source", "photo_source")
 
 
 @MIXERS.register("varied", source="this library")
@@ -18,10 +19,11 @@ class Varied(Mixer):
     """Mixtures of every kind that a person may ask to separate, in fixed shares.
 
     A mixture is ``same_class`` times of 1 one in which two sources are of one class, which only their pictures tell
-    apart; ``absent`` times one in which the last source is asked for and does not sound: its player is seen moving to
-    music that is not heard, or at rest, or there is no picture, as often each; and else one of different classes. In
-    ``background`` times of 1, whatever the kind, something sounds beside them that nobody asked for. Where all classes
-    differ, a source has no picture in ``unseen`` times of 1.
+    apart; ``absent`` times one in which a source is asked for and does not sound: its player is seen moving to music
+    that is not heard, or at rest, or there is one picture and no motion, or no picture, as often each; and else one of
+    different classes. In ``background`` times of 1, whatever the kind, something sounds beside them that nobody asked
+    for. Where all classes differ, there is nothing seen of any source but its class, or one picture and no motion, as
+    often each, in ``unseen`` times of 1; and in as many of only some of the sources.
 
     Classes are drawn uniformly from all that are there, then their clips, exemplars like the others. An epoch has
     ``train.current_repeats`` mixtures a current clip; ``train.memory_repeats``, ``memory_share`` and ``partner`` play
@@ -29,11 +31,11 @@ class Varied(Mixer):
     """
 
     def __init__(
-        self, *, same_class: float = 0.35, absent: float = 0.25, background: float = 0.15, unseen: float = 0.1
+        self, *, same_class: float = 0.35, absent: float = 0.25, background: float = 0.15, unseen: float = 0.25
     ) -> None:
-        for name, value in (("background", background), ("unseen", unseen)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be a share of 1, got {value}")
+        for name, value, most in (("background", background, 1), ("unseen", unseen, 0.5)):
+            if not 0 <= value <= most:
+                raise ValueError(f"{name} must lie between 0 and {most}, got {value}")
         if not (same_class >= 0 and absent >= 0 and same_class + absent <= 1):
             raise ValueError(f"same_class and absent must be shares of 1, got {same_class} and {absent}")
         self.same_class = same_class
@@ -75,11 +77,14 @@ class Varied(Mixer):
             # sometimes a second player of what does sound: who moves to something else is not heard either
             role = _ABSENT[int(rng.integers(len(_ABSENT)))]
             heard = [number for number in self._of_class[names[0]] if number != chosen[0]]
-            if role != "unseen" and heard and rng.random() < 0.3:
+            if role in ("moving", "still") and heard and rng.random() < 0.3:
                 chosen[-1] = heard[int(rng.integers(len(heard)))]
             roles[-1] = role
         elif not pair:
-            roles = ["unseen_source" if rng.random() < self.unseen else role for role in roles]
+            share = float(rng.random())
+            for place in range(sources):
+                if share < self.unseen or (share < 2 * self.unseen and rng.random() < 0.5):
+                    roles[place] = _UNKNOWN[int(rng.integers(2))]
         order = rng.permutation(sources)
         drawn = [pool.draw(chosen[place], rng)._replace(role=roles[place]) for place in order]
         if rng.random() < self.background:

@@ -187,6 +187,7 @@ class Separator(nn.Module):
             motion=motion,
             motion_mask=None if motion is None or mask is None else _fit_mask(mask, motion.shape[-1]),
             seen=inputs.seen,
+            motion_seen=inputs.motion_seen,
         )
 
     def forward(self, network_input: Tensor, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
@@ -204,28 +205,34 @@ class Separator(nn.Module):
         return self._decode(self.audio_encoder(network_input), visual, class_ids.to(network_input.device))
 
     def _decode(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
-        if visual.seen is not None and not self.mask_decoder.takes_unseen:
+        if visual.moving is not None and not self.mask_decoder.takes_unseen:
             visual = self._with_means(visual, class_ids)
         output = self.mask_decoder(audio, visual, class_ids)
         return output.with_limited_sum() if self.spec.front_end.limit_mask_sum else output
 
     def _with_means(self, visual: VisualFeatures, class_ids: Tensor) -> VisualFeatures:
         """The features, with those of the class's mean where there is no picture."""
-        assert visual.seen is not None
         if self.class_means is None:
             raise ConfigError(
                 f"mask decoder '{self.spec.mask_decoder.name}' needs a picture of every source, and this separator "
                 "keeps no mean pictures of its classes: give a picture of each, or train it with this version"
             )
         found: dict[str, Tensor] = {}
-        for role, given in (("object", visual.object), ("motion", visual.motion)):
+        for role, given, seen in (
+            ("object", visual.object, visual.seen),
+            ("motion", visual.motion, visual.moving),
+        ):
             if given is not None:
+                found[role] = given
+            if given is not None and seen is not None:
                 means = self.class_means[role].to(given)[class_ids]  # [B, N, ...]
                 if means.shape != given.shape:  # stored motion of another length
                     means = nn.functional.interpolate(means.flatten(0, 1), size=given.shape[-1], mode="linear")
                     means = torch.unflatten(means, 0, class_ids.shape)
-                found[role] = given.where(visual.seen.reshape(*visual.seen.shape, *(1,) * (given.ndim - 2)), means)
-        mask = None if visual.motion_mask is None else visual.motion_mask | ~visual.seen[..., None]
+                found[role] = given.where(seen.reshape(*seen.shape, *(1,) * (given.ndim - 2)), means)
+        mask = visual.motion_mask
+        if mask is not None and visual.moving is not None:
+            mask = mask | ~visual.moving[..., None]
         return VisualFeatures(**found, motion_mask=mask)
 
     @property

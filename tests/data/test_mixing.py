@@ -270,6 +270,12 @@ def test_what_nobody_asked_for_is_in_the_mixture_alone(store):
 def test_sources_without_a_picture_are_marked(store):
     batch = _load(store, _mixture(store, ["unseen_source", "source"]), _mixture(store, ["source", "unseen"]))
     assert batch.visual.seen.tolist() == [[False, True], [True, False]]
+    assert batch.visual.motion_seen is None
+    photos = _load(store, _mixture(store, ["photo_source", "photo"]), _mixture(store, ["source", "source"]))
+    assert photos.visual.seen is None
+    assert photos.visual.motion_seen.tolist() == [[False, False], [True, True]]
+    assert photos.sources[0, 0].abs().max() > 0
+    assert photos.sources[0, 1].abs().max() == 0
     assert batch.sources[0, 0].abs().max() > 0
     assert batch.sources[1, 1].abs().max() == 0
 

@@ -150,6 +150,18 @@ def test_what_stands_in_place_of_a_missing_picture_does_not_count():
     assert not torch.equal(whole.logits[0, 1], partly.logits[0, 1])
 
 
+def test_a_picture_alone_says_nothing_of_the_motion():
+    decoder = aligned()
+    audio, visual, ids = features()
+    known = torch.tensor([[True, False], [True, True]])
+    partly = decoder(audio, replace(visual, motion_seen=known), ids).logits
+    moved = replace(visual, motion=visual.motion.clone(), motion_seen=known)
+    moved.motion[0, 1] = -9.0
+    assert torch.equal(decoder(audio, moved, ids).logits, partly)
+    assert not torch.equal(decoder(audio, replace(visual, seen=known), ids).logits[0, 1], partly[0, 1])
+    assert torch.equal(partly[1], decoder(audio, visual, ids).logits[1])
+
+
 def test_presence_has_no_say_in_the_masks():
     decoder = aligned().train()
     audio, visual, ids = features()

@@ -134,16 +134,19 @@ def _kinds(mixtures, pool):
         roles = [one.role for one in asked]
         counts["background"] += len(mixture) > len(asked)
         names = [pool[one.clip].class_name for one in asked]
-        if any(role in ("moving", "still", "unseen") for role in roles):
+        if absent := [role for role in roles if role in ("moving", "still", "unseen", "photo")]:
             counts["absent"] += 1
-            counts[next(role for role in roles if role in ("moving", "still", "unseen"))] += 1
+            counts[absent[0]] += 1
             counts["absent of the class that sounds"] += len(set(names)) == 1
         elif len(set(names)) < len(names):
             counts["same_class"] += 1
             assert roles == ["source", "source"]  # a class that is there twice needs both pictures
         else:
             counts["different"] += 1
-            counts["without a picture"] += roles.count("unseen_source")
+            unknown = [role for role in roles if role in ("unseen_source", "photo_source")]
+            counts["nothing seen"] += len(unknown) == len(roles)
+            counts["seen in part"] += 0 < len(unknown) < len(roles)
+            counts.update(unknown)
         clips = [one.clip for one in mixture]
         assert len(set(clips)) == len(clips)
     return counts
@@ -158,8 +161,10 @@ def test_varied_keeps_its_shares():
         "absent": 0.25,
         "different": 0.4,
         "background": 0.15,
-        "without a picture": 0.4 * 0.2,
-        **dict.fromkeys(("moving", "still", "unseen"), 0.25 / 3),
+        "nothing seen": 0.4 * 0.25 * 1.25,
+        "seen in part": 0.4 * 0.25 * 0.5,
+        **dict.fromkeys(("unseen_source", "photo_source"), 0.4 * 0.25 * 1.5),
+        **dict.fromkeys(("moving", "still", "unseen", "photo"), 0.25 / 4),
     }
     for name, share in expected.items():
         assert found[name] / count == pytest.approx(share, abs=0.015), name
@@ -185,8 +190,8 @@ def test_varied_with_one_clip_a_class_makes_no_pairs_of_a_class():
     ("params", "message"),
     [
         ({"same_class": 0.8, "absent": 0.3}, "must be shares of 1, got 0.8 and 0.3"),
-        ({"background": 1.5}, "background must be a share of 1, got 1.5"),
-        ({"unseen": -0.1}, "unseen must be a share of 1"),
+        ({"background": 1.5}, "background must lie between 0 and 1, got 1.5"),
+        ({"unseen": 0.6}, "unseen must lie between 0 and 0.5, got 0.6"),
     ],
 )
 def test_varied_refuses_what_are_no_shares(params, message):
