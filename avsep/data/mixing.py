@@ -68,7 +68,7 @@ def load_source(
     for source in visual_sources if role != "background" else ():
         array = store.read_visual(clip, source, centre_s=centre_s, duration_s=front_end.clip_s, copy=False)
         if role == "still" and source.role == "motion":
-            array = np.repeat(array[:, :1], array.shape[1], 1) if source.kind == "feature" else _held(array)
+            array = np.repeat(array[:, :1], array.shape[1], 1) if source.kind == "features" else _held(array)
         visual[source.role] = array
     return Source(audio=audio, visual=visual, clip=clip, class_id=class_id, is_memory=is_memory, role=role)
 
