@@ -147,6 +147,11 @@ class Protocol:
         """The mixtures of one task's own list (not of ``paper``)."""
         return [m for m in self.mixtures if m.list_name == f"task-{task}"]
 
+    def selecting(self, task: int) -> list[TestMixture]:
+        """The mixtures by whose mean weights are selected: of ``audiovisual`` the headline's and the same-class
+        duets, else all."""
+        return [m for m in self.at(task) if m.list_name not in APART or m.list_name == "same-class"]
+
     def task_of(self, class_name: str) -> int:
         for index, names in enumerate(self.tasks):
             if class_name in names:

@@ -4,6 +4,10 @@ After the published evaluation (Pian et al., NeurIPS 2024): the mixture's phase,
 (frames - 1) x hop samples (65,280), references cut likewise, BSS-eval v3 without a search over permutations, mixtures
 with a silent signal skipped. Unlike it, skipped mixtures are counted, and mixtures of a clip with itself or with its
 own class are kept out of the means and reported beside them.
+
+Of a mixture whose clips have roles (:data:`avsep.data.protocol.ROLES`) the sources that are asked for are separated.
+Those that sound are scored against their references, with what sounds unasked as one more reference; of an absent one
+the level of what comes out is measured.
 """
 
 from __future__ import annotations
@@ -20,14 +24,14 @@ import torch
 
 from avsep.data.mixing import load_mixtures
 from avsep.data.opening import open_run_store
-from avsep.data.protocol import Protocol, TestMixture
+from avsep.data.protocol import APART, Protocol, TestMixture, build_protocol
 from avsep.data.store import Store
-from avsep.errors import AvsepError, DataError, NumericalError, RunError
+from avsep.errors import AvsepError, ConfigError, DataError, NumericalError, RunError
 from avsep.evaluation.bss import SILENCE, bss_eval, si_sdr
 from avsep.evaluation.continual import continual_scores
 from avsep.files import read_json, sha256_file, write_json
 from avsep.runs.folder import RunFolder
-from avsep.types import Batch, move_to
+from avsep.types import Batch, Task, move_to
 
 if TYPE_CHECKING:
     from avsep.separator import Separator
@@ -38,11 +42,18 @@ __all__ = [
     "Kept",
     "MixtureScore",
     "SourceScore",
+    "batches",
+    "can_go_unseen",
     "current_evaluation",
+    "evaluate_on",
     "evaluate_run",
     "evaluate_separator",
     "is_counted",
+    "is_headline",
+    "level_db",
     "mean_sdr",
+    "pattern",
+    "presence_scores",
     "rows_of",
     "rows_of_task",
     "summarise",
@@ -50,13 +61,20 @@ __all__ = [
 ]
 
 EVALUATION_VERSION = 1
+LEVEL_FLOOR_DB = -120.0
+_SOUNDING = ("source", "unseen_source")
 METRICS = ("sdr", "sir", "sar", "sdri", "si_sdr")
 """The metrics of every source, in dB; ``sdri`` is the SDR less that of the mixture taken as the estimate."""
 
 
 @dataclass(frozen=True)
 class SourceScore:
-    """One source of one mixture; dB, NaN where undefined (see :class:`avsep.evaluation.bss.BssResult`)."""
+    """One source that is asked for; dB, NaN where undefined (see :class:`avsep.evaluation.bss.BssResult`) and for one
+    that is not in the mixture.
+
+    ``role`` as in :data:`avsep.data.protocol.ROLES`; ``level_db``: the estimate's level relative to the mixture's;
+    ``presence``: the probability that the source is in the mixture, None of a decoder that does not tell.
+    """
 
     clip: str
     class_name: str
@@ -66,6 +84,9 @@ class SourceScore:
     sar: float
     si_sdr: float
     sdr_mixture: float
+    role: str = "source"
+    level_db: float = math.nan
+    presence: float | None = None
 
     @property
     def sdri(self) -> float:
@@ -111,8 +132,28 @@ class MixtureScore:
 
     @property
     def counted(self) -> bool:
-        """Whether the mixture enters the means."""
-        return self.status == "ok" and not self.mixture.degenerate
+        """Whether the mixture enters the means of its list."""
+        return self.status == "ok" and self.mixture.counted
+
+
+def can_go_unseen(separator: Separator) -> bool:
+    """Whether the separator takes sources of which there is no picture."""
+    return bool(separator.mask_decoder.takes_unseen)
+
+
+def pattern(mixture: TestMixture) -> tuple[int, tuple[int, ...], bool]:
+    """The number of sources that are asked for, the places among them of those that sound, and whether there is a
+    background: what the mixtures of one batch have in common."""
+    roles = [mixture.role(place) for place in mixture.asked]
+    sounding = tuple(n for n, role in enumerate(roles) if role in _SOUNDING)
+    return len(roles), sounding, len(roles) < len(mixture.clips)
+
+
+def level_db(signals: torch.Tensor, mixture: torch.Tensor) -> torch.Tensor:
+    """The level of ``signals`` [B, N, L] relative to that of ``mixture`` [B, L], [B, N] in dB, at least -120."""
+    power = signals.double().square().mean(dim=-1)
+    whole = mixture.double().square().mean(dim=-1, keepdim=True).clamp(min=1e-30)
+    return (10 * (power / whole).clamp(min=1e-30).log10()).clamp(min=LEVEL_FLOOR_DB)
 
 
 def evaluate_separator(
@@ -131,8 +172,15 @@ def evaluate_separator(
     ``progress`` is called with the number of mixtures done since the last call; ``keep`` lists the positions whose
     signals are returned too; ``task_of`` gives each class's task (default: the mixture's own). The separator is left on
     ``device`` and in the mode it was in. Raises :class:`DataError` for a clip or class that is not there,
-    :class:`NumericalError` where the separator gives a NaN or an infinity.
+    :class:`NumericalError` where the separator gives a NaN or an infinity, :class:`ConfigError` for a source without a
+    picture and a separator that needs one (:func:`can_go_unseen`).
     """
+    unseen = next((m for m in mixtures if m.needs_unseen), None)
+    if unseen is not None and not can_go_unseen(separator):
+        raise ConfigError(
+            f"list '{unseen.list_name}' has sources without a picture, which mask decoder "
+            f"'{separator.spec.mask_decoder.name}' does not take: leave it out"
+        )
     was_training = separator.training
     separator.to(device).eval()
     front_end = separator.spec.front_end
@@ -140,7 +188,7 @@ def evaluate_separator(
     scores: list[MixtureScore] = []
     try:
         with torch.no_grad():
-            for first, group in _batches(mixtures, batch_size):
+            for first, group in batches(mixtures, batch_size):
                 batch = load_mixtures(store, group, front_end, sources_wanted, separator.class_index)
                 kept = [b for b in range(len(group)) if first + b in keep]
                 scores += _score_batch(separator, batch, group, device, kept, task_of)
@@ -151,13 +199,13 @@ def evaluate_separator(
     return scores
 
 
-def _batches(mixtures: Sequence[TestMixture], size: int) -> Iterator[tuple[int, Sequence[TestMixture]]]:
-    """Consecutive mixtures of the same number of sources, at most ``size`` at a time, with the first one's position."""
+def batches(mixtures: Sequence[TestMixture], size: int) -> Iterator[tuple[int, Sequence[TestMixture]]]:
+    """Consecutive mixtures of one :func:`pattern`, at most ``size`` at a time, with the first one's position."""
     first = 0
     while first < len(mixtures):
-        count = len(mixtures[first].clips)
+        alike = pattern(mixtures[first])
         last = first + 1
-        while last < min(first + size, len(mixtures)) and len(mixtures[last].clips) == count:
+        while last < min(first + size, len(mixtures)) and pattern(mixtures[last]) == alike:
             last += 1
         yield first, mixtures[first:last]
         first = last
@@ -176,7 +224,9 @@ def _score_batch(
     moved = move_to(batch, device)
     visual = separator.encode_visual(moved.visual)
     # [B, N, L]; the last, incomplete hop is not scored
-    estimates = separator.separate(moved.mixture, visual, moved.class_ids)[..., :length].float().cpu()
+    separated, output = separator.separate_and_tell(moved.mixture, visual, moved.class_ids)
+    estimates = separated[..., :length].float().cpu()
+    presence = None if output.presence is None else torch.sigmoid(output.presence.float()).cpu()
     for b, mixture in enumerate(group):
         if not bool(torch.isfinite(estimates[b]).all()):
             raise NumericalError(
@@ -185,30 +235,47 @@ def _score_batch(
             )
     estimates = estimates.clamp(-1.0, 1.0)
     references, mixed = batch.sources[..., :length], batch.mixture[..., :length]
-    result = bss_eval(references, estimates, mixture=mixed)
-    invariant = si_sdr(references, estimates)
+    count, sounding, _ = pattern(group[0])
+    heard, given = references, estimates
+    if len(sounding) < count:
+        heard, given = references[:, sounding], estimates[:, sounding]
+    if batch.background is not None:  # its estimate is nobody's, and its score not looked at: the mixture stands in
+        heard = torch.cat((heard, batch.background[:, None, :length]), dim=1)
+        given = torch.cat((given, mixed[:, None]), dim=1)
+    result = bss_eval(heard, given, mixture=mixed)
+    invariant = si_sdr(heard, given)
     assert result.sdr_mixture is not None
-    silent_reference = (references.abs().sum(dim=-1, dtype=torch.float64) <= SILENCE).any(dim=1).tolist()
+    silent = result.silent[:, : len(sounding)].any(dim=1).tolist()
+    silent_reference = (heard[:, : len(sounding)].abs().sum(dim=-1, dtype=torch.float64) <= SILENCE).any(dim=1).tolist()
+    doubled = {b for b, *_ in result.duplicates}
+    levels = level_db(estimates, mixed)
 
     found = []
-    for b, (mixture, status) in enumerate(zip(group, result.status, strict=True)):
-        if status == "silent":
+    for b, mixture in enumerate(group):
+        status = "degenerate" if b in doubled else "ok"
+        if silent[b]:
             status = "silent_reference" if silent_reference[b] else "silent_estimate"
-        sources = tuple(
-            SourceScore(
-                clip=clip,
-                class_name=name,
-                task=mixture.task if task_of is None else task_of[name],
-                sdr=result.sdr[b, n].item(),
-                sir=result.sir[b, n].item(),
-                sar=result.sar[b, n].item(),
-                si_sdr=invariant[b, n].item(),
-                sdr_mixture=result.sdr_mixture[b, n].item(),
+        sources = []
+        for n, place in enumerate(mixture.asked):
+            name = mixture.classes[place]
+            at = sounding.index(n) if n in sounding else None
+            sources.append(
+                SourceScore(
+                    clip=mixture.clips[place],
+                    class_name=name,
+                    task=mixture.task if task_of is None else task_of[name],
+                    sdr=_at(result.sdr, b, at),
+                    sir=_at(result.sir, b, at),
+                    sar=_at(result.sar, b, at),
+                    si_sdr=_at(invariant, b, at),
+                    sdr_mixture=_at(result.sdr_mixture, b, at),
+                    role=mixture.role(place),
+                    level_db=levels[b, n].item(),
+                    presence=None if presence is None else presence[b, n].item(),
+                )
             )
-            for n, (clip, name) in enumerate(zip(mixture.clips, mixture.classes, strict=True))
-        )
         ill = bool(result.jitter[b] > 0)
-        found.append(MixtureScore(mixture, sources, status, ill))
+        found.append(MixtureScore(mixture, tuple(sources), status, ill))
     if kept:
         rows = torch.tensor(kept)
         shown = separator.predict(moved, mixtures=rows)
@@ -231,20 +298,25 @@ def _score_batch(
     return found
 
 
+def _at(scores: torch.Tensor, mixture: int, source: int | None) -> float:
+    return math.nan if source is None else scores[mixture, source].item()
+
+
 # --- rows and summaries -----------------------------------------------------------------------------------------------
 
 
-def rows_of(scores: Iterable[MixtureScore]) -> list[dict[str, Any]]:
+def rows_of(scores: Iterable[MixtureScore], numbers: Iterable[int] | None = None) -> list[dict[str, Any]]:
     """One plain row a source, as ``evaluation.json`` holds them; scores in dB, NaN becomes None.
 
-    ``list``, ``mixture`` (its number among those scored together), ``source`` (its place in the mixture), ``clip``,
-    ``class``, ``task`` (the class's), ``status`` and ``ill_conditioned`` (:class:`MixtureScore`), ``degenerate``
-    (:class:`~avsep.data.protocol.TestMixture`), the ``METRICS`` and ``sdr_mixture``, the mixture's own SDR.
+    ``list``, ``mixture`` (its number among those scored together, or of ``numbers``), ``source`` (its place among
+    those asked for), ``clip``, ``class``, ``task`` (the class's), ``status`` and ``ill_conditioned``
+    (:class:`MixtureScore`), ``degenerate`` (:class:`~avsep.data.protocol.TestMixture`), the ``METRICS`` and
+    ``sdr_mixture``, the mixture's own SDR; ``role``, ``level_db`` and ``presence`` (:class:`SourceScore`).
     """
     rows = []
-    for number, score in enumerate(scores):
+    for number, score in enumerate(scores) if numbers is None else zip(numbers, scores, strict=True):
         for place, source in enumerate(score.sources):
-            values = {m: getattr(source, m) for m in (*METRICS, "sdr_mixture")}
+            values = {m: getattr(source, m) for m in (*METRICS, "sdr_mixture", "level_db")}
             rows.append(
                 {
                     "list": score.mixture.list_name,
@@ -257,14 +329,22 @@ def rows_of(scores: Iterable[MixtureScore]) -> list[dict[str, Any]]:
                     "degenerate": score.mixture.degenerate,
                     "ill_conditioned": score.ill_conditioned,
                     **{m: round(v, 6) if math.isfinite(v) else None for m, v in values.items()},
+                    "role": source.role,
+                    "presence": None if source.presence is None else round(source.presence, 6),
                 }
             )
     return rows
 
 
 def is_counted(row: Mapping[str, Any]) -> bool:
-    """Whether a row's mixture enters the means: scored, and not a clip with itself or its own class."""
-    return row["status"] == "ok" and not row["degenerate"]
+    """Whether a row's mixture enters the means of its list: scored, and not a clip with itself, nor with its own class
+    but in the list of such pairs."""
+    return row["status"] == "ok" and (not row["degenerate"] or row["list"] in APART)
+
+
+def is_headline(row: Mapping[str, Any]) -> bool:
+    """Whether a row's list enters the means over all lists and the task matrix."""
+    return row["list"] not in APART
 
 
 def _statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
@@ -281,7 +361,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ``mixtures`` = ``scored`` + ``skipped`` (a signal is silent; ``silent_estimates`` of them for what the separator
     gave) + ``degenerate`` (a clip with itself or its own class, or the same signal twice). Only scored ones enter
     ``mean`` and ``median``; ``with_degenerate`` adds the degenerate ones, as the published numbers do, but for the SIR
-    and SAR of a pair of identical references, which do not exist.
+    and SAR of a pair of identical references, which do not exist. Where sources are asked for that are not in the
+    mixture, ``absent`` has their number and the median levels of what came out for them and for the ``present`` ones,
+    in dB of the mixture's.
     """
 
     def mixtures(chosen: Iterable[Mapping[str, Any]]) -> int:
@@ -299,19 +381,58 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "ill_conditioned": mixtures(r for r in scored if r["ill_conditioned"]),
         **_statistics(scored),
     }
+    absent = [r["level_db"] for r in rows if not _sounds(r)]
+    if absent:
+        present = [r["level_db"] for r in rows if _sounds(r)]
+        summary["absent"] = {
+            "sources": len(absent),
+            "level_db": float(np.median(absent)),
+            "present_level_db": float(np.median(present)) if present else None,
+        }
     if degenerate:
         summary["with_degenerate"] = _statistics([*scored, *degenerate])
         summary["only_degenerate"] = _statistics(degenerate)
     return summary
 
 
+def _sounds(row: Mapping[str, Any]) -> bool:
+    return row.get("role", "source") in _SOUNDING
+
+
+def presence_scores(rows: Sequence[Mapping[str, Any]], threshold: float) -> dict[str, Any] | None:
+    """How well the separator tells which sources are in the mixture, over the lists in which some are not.
+
+    ``auc``: how often a present source has a higher probability than an absent one, ties half; ``right``: the share on
+    the right side of ``threshold``. None where the decoder does not tell, or nothing absent was asked for.
+    """
+    lists = {r["list"] for r in rows if not _sounds(r)}
+    told = [r for r in rows if r["list"] in lists and r.get("presence") is not None]
+    present = np.array([r["presence"] for r in told if _sounds(r)])
+    absent = np.array([r["presence"] for r in told if not _sounds(r)])
+    if not len(present) or not len(absent):
+        return None
+    above = (present[:, None] > absent).mean() + 0.5 * (present[:, None] == absent).mean()
+    right = float((present >= threshold).sum() + (absent < threshold).sum()) / len(told)
+    return {
+        "auc": float(above),
+        "right": right,
+        "threshold": threshold,
+        "present": len(present),
+        "absent": len(absent),
+    }
+
+
 def mean_sdr(scores: Sequence[MixtureScore], *, degenerate: bool = False) -> float:
-    """Mean SDR in dB over the sources of each mixture, then over the scored mixtures; with ``degenerate`` over those of
+    """Mean SDR in dB over the sources in each mixture, then over the scored mixtures; with ``degenerate`` over those of
     a clip with itself or its own class too, as the released code selects its models.
 
     Raises :class:`DataError` when none is left to score.
     """
-    values = [float(np.mean([s.sdr for s in m.sources])) for m in scores if m.counted or (degenerate and not m.skipped)]
+    values = [
+        float(np.mean([s.sdr for s in m.sources if s.role in _SOUNDING]))
+        for m in scores
+        if m.counted or (degenerate and not m.skipped)
+    ]
     if not values:
         raise DataError(f"none of the {len(scores)} mixtures can be scored: each has a silent or a repeated source")
     return float(np.mean(values))
@@ -319,8 +440,8 @@ def mean_sdr(scores: Sequence[MixtureScore], *, degenerate: bool = False) -> flo
 
 def rows_of_task(rows: Iterable[Mapping[str, Any]], task: int, metric: str = "sdr") -> list[Mapping[str, Any]]:
     """The scored rows of sources of a task: those of its own list (``task-j``), which never changes with the step,
-    where there is one; else all of them."""
-    mine = [r for r in rows if r["task"] == task]
+    where there is one; else all of them. Of lists apart none."""
+    mine = [r for r in rows if r["task"] == task and is_headline(r)]
     own = [r for r in mine if r["list"] == f"task-{task}"]
     return [r for r in own or mine if is_counted(r) and r[metric] is not None]
 
@@ -351,8 +472,8 @@ def _separator_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _previous(path: Path, identity: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """What an earlier evaluation of the same protocol and store holds, by task. A damaged file is computed anew."""
+def _previous(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier evaluation of the same protocol and store holds. A damaged file is computed anew."""
     if not path.is_file():
         return {}
     try:
@@ -361,6 +482,11 @@ def _previous(path: Path, identity: Mapping[str, Any]) -> dict[int, dict[str, An
         return {}
     if not isinstance(data, dict) or any(data.get(key) != value for key, value in identity.items()):
         return {}
+    return data
+
+
+def _steps(data: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The scored steps of an evaluation, by task."""
     try:
         return {int(step["task"]): step for step in data["after"]}
     except (KeyError, TypeError, ValueError):
@@ -377,7 +503,7 @@ def current_evaluation(run_folder: str | Path) -> dict[str, Any] | None:
         return None
     protocol = Protocol.load(run.protocol_file)
     last = run.finished_tasks()[-1]
-    steps = _previous(path, _identity(protocol, run.spec().store_hash or protocol.store_hash))
+    steps = _steps(_previous(path, _identity(protocol, run.spec().store_hash or protocol.store_hash)))
     if last not in steps or steps[last].get("separator") != _separator_hash(run.task(last).separator):
         return None
     result: dict[str, Any] = read_json(path)
@@ -403,77 +529,284 @@ def evaluate_run(
     tasks: Sequence[int] | None = None,
     batch_size: int = 4,
     device: str | torch.device = "cpu",
+    yardsticks: bool = True,
+    dependence: int = 0,
     progress: Callable[[int, int, int], None] | None = None,
+    more_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Score the separator of every finished task (or of ``tasks``) on the run's frozen mixtures of the tasks it knows.
 
     Writes ``evaluation.json`` after each task and returns what it holds; a task whose separator has not changed since
-    is not scored again. ``progress`` is called with (task, mixtures done, mixtures in all) of that task.
+    is not scored again. ``progress`` is called with (task, mixtures done, mixtures in all) of that task,
+    ``more_progress`` with (what, done, in all) of the yardsticks and of the dependence on pictures.
 
     The result: ``format`` (``avsep-evaluation``), ``version``, ``protocol``, ``protocol_version``, ``protocol_hash``,
     ``store_hash``; ``tasks``, the class names of each; ``after``, one entry a scored task with its ``task``,
     ``separator`` hash, the ``seconds`` it was trained for, the bytes it keeps as ``memory``
     (:meth:`avsep.evaluation.budget.Budget.plain`), ``lists`` (:func:`summarise` by list name), ``all`` (over all
-    lists), ``by_task`` (by the sources' task over all lists) and ``rows`` (:func:`rows_of`); and, when no task up to
-    the last scored one is missing, ``matrices`` by metric (:func:`task_matrix`) and ``continual``, the measures of each
-    matrix (:class:`avsep.evaluation.continual.ContinualScores`), with the SDR's once more as ``matrix``, ``average``
-    (by task), ``forgetting`` and ``bwt``.
+    lists but those apart, :data:`~avsep.data.protocol.APART`), ``by_task`` (by the sources' task over the same),
+    ``rows`` (:func:`rows_of`) and, where they apply, ``presence`` (:func:`presence_scores`) and ``left_out``, the lists
+    that the separator cannot be asked for; and, when no task up to the last scored one is missing, ``matrices`` by
+    metric (:func:`task_matrix`) and ``continual``, the measures of each matrix
+    (:class:`avsep.evaluation.continual.ContinualScores`), with the SDR's once more as ``matrix``, ``average`` (by
+    task), ``forgetting`` and ``bwt``.
+
+    With ``yardsticks`` it also holds the ``identity`` and the ``rows`` of :mod:`avsep.evaluation.yardsticks`, scored
+    once on the mixtures of the last finished task; with ``dependence`` above 0 ``visual_dependence``, by the last
+    scored task :func:`avsep.evaluation.visual_dependence.visual_dependence` over that many mixtures a list. An older
+    file need not have either.
 
     Raises:
         RunError: not a run folder, no finished task, or a task that is not finished.
         DataError: the store is not the one the run was trained on.
     """
-    from avsep.separator import load_separator
-
     run = RunFolder(run_folder)
+    protocol = Protocol.load(_require_tasks(run, tasks).protocol_file)
+    opened = open_run_store(run, store, protocol)
+    return _evaluate(
+        run,
+        protocol,
+        opened,
+        run.evaluation_file,
+        tasks=tasks,
+        own_store=opened,
+        batch_size=batch_size,
+        device=device,
+        yardsticks=yardsticks,
+        dependence=dependence,
+        progress=progress,
+        more_progress=more_progress,
+    )
+
+
+def evaluate_on(
+    run_folder: str | Path,
+    store: Store | str | Path,
+    *,
+    protocol: str | None = None,
+    split: str = "test",
+    out: str | Path | None = None,
+    tasks: Sequence[int] | None = None,
+    batch_size: int = 4,
+    device: str | torch.device = "cpu",
+    yardsticks: bool = True,
+    dependence: int = 0,
+    progress: Callable[[int, int, int], None] | None = None,
+    more_progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Score a run on a store that it was not trained with, on a ``protocol`` (the run's kind by default) made over its
+    ``split``, and return the result and the file it is in: ``out``, or one beside the run's own named after the store.
+
+    Classes are known by their names. Those of the run that the store lacks are in no mixture and stand under
+    ``missing``; ``store`` is the store's name. The rest is as in :func:`evaluate_run`, without ``seconds`` and
+    ``memory``. The static filter is of the run's own training clips where they are at hand, else of the store's
+    (``yardsticks.identity.filter.whose``: ``run`` or ``tested``).
+
+    Raises:
+        RunError: as :func:`evaluate_run`; ``out`` is the run's own ``evaluation.json``.
+        DataError: another sample rate, no class in common, or no mixture to score.
+    """
+    run = RunFolder(run_folder)
+    _require_tasks(run, tasks)
+    spec = run.spec()
+    opened = store if isinstance(store, Store) else Store.open(store)
+    opened.require_rate(spec.separator.front_end.sample_rate_hz)
+    known = [name for names in spec.tasks for name in names]
+    there = [n for n in known if n in opened.classes and opened.select(classes=[n], split=split)]
+    if not there:
+        raise DataError(
+            f"{opened.path} has no {split} clip of a class that {run} has learned ({', '.join(known)}): it has "
+            f"{', '.join(opened.classes)}"
+        )
+    lists = [tuple(name for name in names if name in there) for names in spec.tasks]
+    made = [Task(t, names, tuple(n for before in lists[: t + 1] for n in before)) for t, names in enumerate(lists)]
+    kind = protocol or spec.protocol
+    tested = build_protocol(kind, opened, made, split=split, clip_samples=spec.separator.front_end.clip_samples)
+    if not any(tested.at(task) for task in tasks or run.finished_tasks()):
+        raise DataError(
+            f"protocol '{kind}' has no mixture over the {split} clips of {', '.join(there)} in {opened.path}: it takes "
+            f"two classes of a task"
+        )
+    name = f"evaluation-{opened.path.resolve().name}-{opened.content_hash[:8]}"
+    name += "".join(f"-{part}" for part, usual in ((kind, spec.protocol), (split, "test")) if part != usual)
+    path = run.path / f"{name}.json" if out is None else Path(out)
+    if path.resolve() == run.evaluation_file.resolve():
+        raise RunError(f"{path} holds the scores of the run's own test mixtures: give another file with --out")
+    try:
+        own = open_run_store(run)
+        own.require_rate(opened.sample_rate_hz)
+    except AvsepError:
+        own = None
+    extra = {"store": opened.path.resolve().name, "split": split, "missing": [n for n in known if n not in there]}
+    result = _evaluate(
+        run,
+        tested,
+        opened,
+        path,
+        tasks=tasks,
+        own_store=own,
+        extra=extra,
+        batch_size=batch_size,
+        device=device,
+        yardsticks=yardsticks,
+        dependence=dependence,
+        progress=progress,
+        more_progress=more_progress,
+    )
+    return result, path
+
+
+def _require_tasks(run: RunFolder, tasks: Sequence[int] | None) -> RunFolder:
     finished = run.finished_tasks()
     for task in tasks or ():
         if task not in finished:
             raise RunError(f"task {task} of {run} is not finished; finished: {', '.join(map(str, finished))}")
-    protocol = Protocol.load(run.protocol_file)
-    opened = open_run_store(run, store, protocol)
-    task_of = {name: index for index, names in enumerate(protocol.tasks) for name in names}
-    identity = _identity(protocol, opened.content_hash)
-    path = run.evaluation_file
-    steps = {t: step for t, step in _previous(path, identity).items() if t in finished}
-    hashes = {t: _separator_hash(run.task(t).separator) for t in finished}
-    steps = {t: step for t, step in steps.items() if step.get("separator") == hashes[t]}
+    return run
 
-    result = _assemble(identity, steps, protocol)
+
+def _evaluate(
+    run: RunFolder,
+    protocol: Protocol,
+    store: Store,
+    path: Path,
+    *,
+    tasks: Sequence[int] | None,
+    own_store: Store | None,
+    batch_size: int,
+    device: str | torch.device,
+    yardsticks: bool,
+    dependence: int,
+    progress: Callable[[int, int, int], None] | None,
+    more_progress: Callable[[str, int, int], None] | None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Score what is not scored yet, after every task into ``path``. ``own_store``: the one the run was trained on,
+    None where it is not at hand; ``extra``: of another store, what is said of it."""
+    from avsep.separator import load_separator
+
+    finished = run.finished_tasks()
+    task_of = {name: index for index, names in enumerate(protocol.tasks) for name in names}
+    identity = {**_identity(protocol, store.content_hash), **(extra or {})}
+    before = _previous(path, identity)
+    hashes = {t: _separator_hash(run.task(t).separator) for t in finished}
+    steps = {t: s for t, s in _steps(before).items() if t in finished and s.get("separator") == hashes[t]}
+    beside = {key: before[key] for key in ("yardsticks", "visual_dependence") if isinstance(before.get(key), dict)}
+
+    result = _assemble(identity, steps, protocol, beside)
     for task in finished if tasks is None else sorted(set(tasks)):
         mixtures = protocol.at(task)
         if not mixtures:
+            if extra is not None:
+                continue  # of a task whose classes the store does not have
             raise DataError(f"the protocol of {run} has no mixture for task {task}")
         if task in steps:
             if progress is not None:
                 progress(task, len(mixtures), len(mixtures))
             continue
+        separator = load_separator(run.path, task=task)
+        unseen = can_go_unseen(separator)
+        numbers = [number for number, m in enumerate(mixtures) if unseen or not m.needs_unseen]
         done = 0
 
-        def advance(count: int, task: int = task, total: int = len(mixtures)) -> None:
+        def advance(count: int, task: int = task, total: int = len(numbers)) -> None:
             nonlocal done
             done += count
             if progress is not None:
                 progress(task, done, total)
 
         scores = evaluate_separator(
-            load_separator(run.path, task=task),
-            opened,
-            mixtures,
+            separator,
+            store,
+            [mixtures[number] for number in numbers],
             batch_size=batch_size,
             device=device,
             progress=advance,
             task_of=task_of,
         )
+        rows = rows_of(scores, numbers[: len(scores)])
+        left_out = sorted({m.list_name for m in mixtures if m.needs_unseen and not unseen})
+        presence = None
+        if separator.mask_decoder.tells_presence:
+            presence = presence_scores(rows, float(separator.mask_decoder.presence_threshold))
         steps[task] = {
             "task": task,
             "separator": hashes[task],
-            **_costs(run, task, opened),
-            **_summaries(rows_of(scores)),
+            **(_costs(run, task, store) if extra is None else {}),
+            **_summaries(rows),
+            **({} if presence is None else {"presence": presence}),
+            **({"left_out": left_out} if left_out else {}),
         }
-        result = _assemble(identity, steps, protocol)
+        result = _assemble(identity, steps, protocol, beside)
+        write_json(path, result)
+    if yardsticks:
+        found = _yardsticks(
+            run, protocol, store, own_store, beside.get("yardsticks"), task_of, batch_size, more_progress
+        )
+        if found is not None:
+            beside["yardsticks"] = found
+    if dependence > 0 and steps:
+        last = max(steps)
+        kept = beside.get("visual_dependence", {}).get(str(last))
+        if not _is_current(kept, hashes[last], dependence):
+            from avsep.evaluation.visual_dependence import visual_dependence
+
+            lists = visual_dependence(
+                load_separator(run.path, task=last),
+                store,
+                protocol.at(last),
+                split=protocol.split,
+                count=dependence,
+                batch_size=batch_size,
+                device=device,
+                progress=None if more_progress is None else lambda *state: more_progress("other pictures", *state),
+            )
+            kept = {"separator": hashes[last], "count": dependence, "lists": lists}
+        beside["visual_dependence"] = {str(last): kept}
+    if beside != {key: before.get(key) for key in beside}:
+        result = _assemble(identity, steps, protocol, beside)
         write_json(path, result)
     return result
+
+
+def _is_current(kept: Any, separator: str, count: int) -> bool:
+    return isinstance(kept, dict) and (kept.get("separator"), kept.get("count")) == (separator, count)
+
+
+def _yardsticks(
+    run: RunFolder,
+    protocol: Protocol,
+    store: Store,
+    own_store: Store | None,
+    before: Mapping[str, Any] | None,
+    task_of: Mapping[str, int],
+    batch_size: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> dict[str, Any] | None:
+    """The yardsticks on the mixtures of the last finished task, or ``before`` where they are of the same."""
+    from avsep.dsp import FrontEnd
+    from avsep.evaluation.yardsticks import StaticFilter, identity, measure
+
+    spec = run.spec().separator.front_end
+    last = run.finished_tasks()[-1]
+    mixtures = protocol.at(last)
+    if not mixtures:
+        return None
+    trained = store if own_store is None else own_store
+    wanted = identity(spec, last, "tested" if own_store is None else "run", trained.content_hash)
+    if before is not None and before.get("identity") == wanted:
+        return dict(before)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress("yardsticks", done, len(mixtures))
+
+    classes = sorted({m.classes[place] for m in mixtures for place in m.asked})
+    static = StaticFilter.fit(trained, classes, FrontEnd(spec))
+    rows = measure(mixtures, store, spec, static, task_of=task_of, batch_size=batch_size, progress=advance)
+    return {"identity": wanted, "rows": rows}
 
 
 def _costs(run: RunFolder, task: int, store: Store) -> dict[str, Any]:
@@ -485,21 +818,25 @@ def _costs(run: RunFolder, task: int, store: Store) -> dict[str, Any]:
 
 
 def _summaries(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    lists = sorted({r["list"] for r in rows})
-    owners = sorted({r["task"] for r in rows})
+    lists = sorted({r["list"] for r in rows}, key=lambda name: (name in APART, name))
+    headline = [r for r in rows if is_headline(r)]
+    owners = sorted({r["task"] for r in headline})
     return {
         "lists": {name: summarise([r for r in rows if r["list"] == name]) for name in lists},
-        "by_task": {str(j): summarise([r for r in rows if r["task"] == j]) for j in owners},
-        "all": summarise(rows),
+        "by_task": {str(j): summarise([r for r in headline if r["task"] == j]) for j in owners},
+        "all": summarise(headline),
         "rows": rows,
     }
 
 
-def _assemble(identity: Mapping[str, Any], steps: Mapping[int, dict[str, Any]], protocol: Protocol) -> dict[str, Any]:
+def _assemble(
+    identity: Mapping[str, Any], steps: Mapping[int, dict[str, Any]], protocol: Protocol, beside: Mapping[str, Any]
+) -> dict[str, Any]:
     result = {
         **identity,
         "tasks": [list(names) for names in protocol.tasks],
         "after": [steps[t] for t in sorted(steps)],
+        **beside,
     }
     if steps and sorted(steps) == list(range(len(steps))):
         rows = [steps[t]["rows"] for t in sorted(steps)]

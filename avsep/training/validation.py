@@ -28,7 +28,7 @@ class Validation:
         self, stream: TaskStream, task: Task, train: TrainSpec, ranks: Ranks = ALONE, device: torch.device | str = "cpu"
     ) -> None:
         self._stream = stream
-        self._all = stream.validation.at(task.index)
+        self._all = stream.validation.selecting(task.index)
         self._mixtures = _thinned(self._all, train.validation_pairs)
         self._batch_size = train.batch_size
         self._ranks = ranks

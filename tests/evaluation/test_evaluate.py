@@ -31,6 +31,7 @@ from avsep.evaluation.evaluate import (
 from avsep.files import read_json
 from avsep.runs.folder import RunFolder
 from avsep.separator import load_separator
+from avsep.types import MaskOutput
 from support.tones import TINY_FRONT_END, TINY_TASKS, make_tone_store
 
 
@@ -40,6 +41,7 @@ class Stub:
     def __init__(self, separator, answer):
         self._separator, self._answer = separator, answer
         self.training = False
+        self.presence = None
 
     def __getattr__(self, name):
         return getattr(self._separator, name)
@@ -56,8 +58,9 @@ class Stub:
     def train(self, mode=True):
         return self
 
-    def separate(self, mixture, visual, class_ids):
-        return self._answer(mixture, class_ids)
+    def separate_and_tell(self, mixture, visual, class_ids):
+        answer = self._answer(mixture, class_ids)
+        return answer, MaskOutput(audio=None, logits=torch.zeros(1), presence=self.presence)
 
 
 @pytest.fixture(scope="module")
