@@ -25,7 +25,7 @@ from avsep.types import VisualInputs, move_to
 if TYPE_CHECKING:
     from avsep.separator import Separator
 
-__all__ = ["CHANGES", "visual_dependence"]
+__all__ = ["CHANGES", "HEADINGS", "visual_dependence"]
 
 CHANGES = {
     "other_clip": "the pictures are those of another clip of the class",
@@ -33,6 +33,13 @@ CHANGES = {
     "exchanged": "exchanged between the sources",
     "still": "without motion: the first moment is held",
     "none": "there are none",
+}
+HEADINGS = {
+    "other_clip": "other clip",
+    "other_class": "other class",
+    "exchanged": "exchanged",
+    "still": "still",
+    "none": "none",
 }
 _LISTS = ("headline", "same-class")
 
