@@ -49,6 +49,7 @@ def command(
     With another store, protocol or split the scores go into a file beside the run's own.
     """
     from avsep.data.opening import open_run_store
+    from avsep.data.protocol import Protocol
     from avsep.data.store import Store
     from avsep.environment import pick_device
     from avsep.evaluation.evaluate import evaluate_on, evaluate_run
@@ -58,8 +59,9 @@ def command(
     spec = RunFolder(run).spec()
     opened = None if store is None else Store.open(store)
     other = (protocol or spec.protocol) != spec.protocol or split != "test"
-    if opened is not None and spec.store_hash:
-        other = other or opened.content_hash != spec.store_hash
+    if opened is not None:
+        trained_on = spec.store_hash or Protocol.load(RunFolder(run).protocol_file).store_hash
+        other = other or opened.content_hash != trained_on
     if out is not None and not other:
         raise ConfigError(f"--out {out} is for scores on another --store, --protocol or --split: these go into {run}")
     if other and opened is None:
@@ -149,7 +151,7 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
         table.add_section()
     console.print(table)
     _print_yardsticks(console, result)
-    _print_absent(console, result["after"][-1])
+    _print_absent(console, result, result["after"][-1])
     print_dependence(console, result)
     if all("seconds" in step for step in result["after"]):
         console.print(_costs(result["after"]))
@@ -199,20 +201,24 @@ def _print_yardsticks(console: Console, result: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _print_absent(console: Console, step: dict[str, Any]) -> None:
+def _print_absent(console: Console, result: dict[str, Any], step: dict[str, Any]) -> None:
     """What comes out for sources that are not in the mixture, and whether the separator knows."""
     from rich import box
     from rich.table import Table
+
+    from avsep.evaluation.yardsticks import absent_levels
 
     absent = {name: summary["absent"] for name, summary in step["lists"].items() if "absent" in summary}
     if not absent:
         return
     console.print("Median level of what comes out, in dB of the mixture's")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("list", "absent sources", "present sources"):
+    fixed = absent_levels(result, step, "static filter")
+    for heading in ("list", "absent sources", "present sources", "absent, by the static filter"):
         table.add_column(heading, justify="left" if heading == "list" else "right", no_wrap=True)
     for name, levels in absent.items():
-        table.add_row(name, _number(levels["level_db"]), _number(levels["present_level_db"]))
+        own = (levels["level_db"], levels["present_level_db"])
+        table.add_row(name, *map(_number, own), _number(fixed.get(name)))
     console.print(table)
     if presence := step.get("presence"):
         console.print(

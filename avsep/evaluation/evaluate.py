@@ -56,6 +56,7 @@ __all__ = [
     "presence_scores",
     "rows_of",
     "rows_of_task",
+    "sounds",
     "summarise",
     "task_matrix",
 ]
@@ -381,9 +382,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "ill_conditioned": mixtures(r for r in scored if r["ill_conditioned"]),
         **_statistics(scored),
     }
-    absent = [r["level_db"] for r in rows if not _sounds(r)]
+    absent = [r["level_db"] for r in rows if not sounds(r)]
     if absent:
-        present = [r["level_db"] for r in rows if _sounds(r)]
+        present = [r["level_db"] for r in rows if sounds(r)]
         summary["absent"] = {
             "sources": len(absent),
             "level_db": float(np.median(absent)),
@@ -395,7 +396,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def _sounds(row: Mapping[str, Any]) -> bool:
+def sounds(row: Mapping[str, Any]) -> bool:
+    """Whether a row's source is in the mixture."""
     return row.get("role", "source") in _SOUNDING
 
 
@@ -405,10 +407,10 @@ def presence_scores(rows: Sequence[Mapping[str, Any]], threshold: float) -> dict
     ``auc``: how often a present source has a higher probability than an absent one, ties half; ``right``: the share on
     the right side of ``threshold``. None where the decoder does not tell, or nothing absent was asked for.
     """
-    lists = {r["list"] for r in rows if not _sounds(r)}
+    lists = {r["list"] for r in rows if not sounds(r)}
     told = [r for r in rows if r["list"] in lists and r.get("presence") is not None]
-    present = np.array([r["presence"] for r in told if _sounds(r)])
-    absent = np.array([r["presence"] for r in told if not _sounds(r)])
+    present = np.array([r["presence"] for r in told if sounds(r)])
+    absent = np.array([r["presence"] for r in told if not sounds(r)])
     if not len(present) or not len(absent):
         return None
     above = (present[:, None] > absent).mean() + 0.5 * (present[:, None] == absent).mean()
@@ -630,6 +632,8 @@ def evaluate_on(
     name = f"evaluation-{opened.path.resolve().name}-{opened.content_hash[:8]}"
     name += "".join(f"-{part}" for part, usual in ((kind, spec.protocol), (split, "test")) if part != usual)
     path = run.path / f"{name}.json" if out is None else Path(out)
+    if path.is_dir():
+        raise AvsepError(f"{path} is a folder: name the file, for example {path / f'{name}.json'}")
     if path.resolve() == run.evaluation_file.resolve():
         raise RunError(f"{path} holds the scores of the run's own test mixtures: give another file with --out")
     try:

@@ -39,10 +39,21 @@ from avsep.evaluation.evaluate import (
     pattern,
     rows_of,
     rows_of_task,
+    sounds,
 )
 from avsep.spec import FrontEndSpec
 
-__all__ = ["YARDSTICKS", "StaticFilter", "ideal_logits", "measure", "rows_of_yardstick", "sdr_by_list", "sdr_by_task"]
+__all__ = [
+    "YARDSTICKS",
+    "StaticFilter",
+    "absent_levels",
+    "ideal_logits",
+    "identity",
+    "measure",
+    "rows_of_yardstick",
+    "sdr_by_list",
+    "sdr_by_task",
+]
 
 YARDSTICKS = {
     "mixture": "the mixture itself, taken for every source",
@@ -229,6 +240,15 @@ def sdr_by_list(evaluation: Mapping[str, Any], step: Mapping[str, Any]) -> dict[
             found[name] = {key: _means([r for r in rows if r["list"] == key])["sdr"] for key in lists}
             found[name]["all"] = _means([r for r in rows if is_headline(r)])["sdr"]
     return found
+
+
+def absent_levels(evaluation: Mapping[str, Any], step: Mapping[str, Any], name: str) -> dict[str, float]:
+    """The median level in dB of what a yardstick gives for absent sources, by the lists of ``step`` that have any."""
+    found: dict[str, list[float]] = {}
+    for row in rows_of_yardstick(evaluation, name, step):
+        if not sounds(row):
+            found.setdefault(row["list"], []).append(row["level_db"])
+    return {key: float(np.median(levels)) for key, levels in found.items()}
 
 
 def sdr_by_task(evaluation: Mapping[str, Any]) -> dict[str, list[float | None]]:
