@@ -184,7 +184,7 @@ class Comparison:
     """What :func:`compare` found; ``protocol`` to ``tasks`` are what all runs have in common.
 
     ``yardsticks``: :data:`avsep.evaluation.yardsticks.YARDSTICKS` as methods that learn nothing, with the seeds of the
-    baseline, so that differences pair; of the first run whose evaluation has them.
+    baseline, so that differences pair; of one of the runs whose evaluations have them.
     """
 
     methods: tuple[MethodResult, ...]
@@ -363,10 +363,11 @@ def _size(evaluation: Mapping[str, Any]) -> int:
 
 
 def _yardstick_cells(cells: Sequence[Cell]) -> dict[str, Cell]:
-    """The yardsticks as runs, from the first evaluation that holds them; none where none does."""
-    holder = next((c.evaluation for c in cells if c.evaluation.get("yardsticks")), None)
-    if holder is None:
+    """The yardsticks as runs, from the evaluation that holds them and has most lists; none where none does."""
+    holders = [c.evaluation for c in cells if c.evaluation.get("yardsticks")]
+    if not holders:
         return {}
+    holder = max(holders, key=_size)
     found = {}
     for name in YARDSTICKS:
         steps = [{"task": s["task"], "rows": rows_of_yardstick(holder, name, s)} for s in holder["after"]]
