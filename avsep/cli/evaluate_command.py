@@ -98,7 +98,7 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from avsep.evaluation.evaluate import METRICS
+    from avsep.evaluation.scores import METRICS
     from avsep.evaluation.yardsticks import sdr_by_task
 
     if not result["after"]:

@@ -196,9 +196,8 @@ class Protocol:
 
 
 def _mixture(data: dict[str, Any]) -> TestMixture:
-    return TestMixture(
-        **{**data, **{key: tuple(data[key]) for key in ("clips", "classes", "starts", "roles") if key in data}}
-    )
+    lists: dict[str, Any] = {key: tuple(data[key]) for key in ("clips", "classes", "starts", "roles") if key in data}
+    return TestMixture(**{**data, **lists})
 
 
 def seconds_of(clip: Clip, sample_rate_hz: int, clip_samples: int) -> int:

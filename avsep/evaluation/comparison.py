@@ -47,14 +47,8 @@ from avsep.evaluation.continual import (
     percentile_interval,
     resampling_weights,
 )
-from avsep.evaluation.evaluate import (
-    METRICS,
-    current_evaluation,
-    is_counted,
-    is_headline,
-    rows_of_task,
-    summarise,
-)
+from avsep.evaluation.evaluate import current_evaluation
+from avsep.evaluation.scores import METRICS, is_counted, is_headline, rows_of_task, summarise
 from avsep.evaluation.visual_dependence import CHANGES
 from avsep.evaluation.yardsticks import YARDSTICKS, rows_of_yardstick
 from avsep.registry import MEMORIES, STRATEGIES, Registry

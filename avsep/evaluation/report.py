@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from avsep.data.protocol import Protocol, TestMixture
     from avsep.data.store import Store
-    from avsep.evaluation.evaluate import Kept, MixtureScore
+    from avsep.evaluation.scores import Kept, MixtureScore
     from avsep.spec import OptimizerSpec, TrainSpec
 
 __all__ = [
@@ -382,7 +382,7 @@ def gather(
     """Read the runs and separate the page's test mixtures with each run's last separator; raises as write_report."""
     import avsep
     from avsep.data.protocol import Protocol
-    from avsep.evaluation.evaluate import can_go_unseen, evaluate_separator
+    from avsep.evaluation.scores import can_go_unseen, evaluate_separator
     from avsep.separator import load_separator
 
     if mixtures < 0:

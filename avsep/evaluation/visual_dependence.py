@@ -19,7 +19,7 @@ from avsep.data.protocol import TestMixture, centre_start
 from avsep.data.store import Clip, Store
 from avsep.errors import NumericalError
 from avsep.evaluation.bss import sdr_alone
-from avsep.evaluation.evaluate import batches, can_go_unseen, is_headline
+from avsep.evaluation.scores import batches, can_go_unseen, is_headline
 from avsep.types import VisualInputs, move_to
 
 if TYPE_CHECKING:

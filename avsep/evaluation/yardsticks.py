@@ -28,7 +28,7 @@ from avsep.data.store import Clip, Store
 from avsep.dsp import FrontEnd
 from avsep.errors import DataError
 from avsep.evaluation.bss import SILENCE, sdr_alone, si_sdr
-from avsep.evaluation.evaluate import (
+from avsep.evaluation.scores import (
     METRICS,
     MixtureScore,
     SourceScore,
@@ -48,11 +48,11 @@ __all__ = [
     "StaticFilter",
     "absent_levels",
     "ideal_logits",
-    "identity",
     "measure",
     "rows_of_yardstick",
     "sdr_by_list",
     "sdr_by_task",
+    "yardstick_identity",
 ]
 
 YARDSTICKS = {
@@ -130,7 +130,7 @@ def ideal_logits(ratio: Tensor) -> Tensor:
     return torch.logit(ratio, eps=_EPSILON)
 
 
-def identity(spec: FrontEndSpec, task: int, whose: str, store_hash: str) -> dict[str, Any]:
+def yardstick_identity(spec: FrontEndSpec, task: int, whose: str, store_hash: str) -> dict[str, Any]:
     """What two measurements must share for one to stand for the other. ``whose`` training clips the static filter is
     of: the ``run``'s or the ``tested`` store's."""
     grid = hashlib.sha256(json.dumps(spec.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
@@ -152,7 +152,7 @@ def measure(
     batch_size: int = 4,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a yardstick and source (:func:`avsep.evaluation.evaluate.rows_of`, with ``yardstick``), numbered as
+    """One row a yardstick and source (:func:`avsep.evaluation.scores.rows_of`, with ``yardstick``), numbered as
     ``mixtures`` are. SIR and SAR are left out."""
     front_end = FrontEnd(spec)
     length = (spec.frames - 1) * spec.hop

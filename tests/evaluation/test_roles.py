@@ -15,7 +15,7 @@ from avsep.data.store import Store
 from avsep.data.tasks import make_tasks, task_stream
 from avsep.errors import ConfigError
 from avsep.evaluation.bss import bss_eval
-from avsep.evaluation.evaluate import (
+from avsep.evaluation.scores import (
     evaluate_separator,
     level_db,
     mean_sdr,

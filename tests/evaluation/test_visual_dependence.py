@@ -11,6 +11,7 @@ import torch
 from avsep.data.protocol import build_protocol
 from avsep.data.store import Store
 from avsep.data.tasks import make_tasks
+from avsep.evaluation import evaluate
 from avsep.evaluation import visual_dependence as module
 from avsep.evaluation.evaluate import evaluate_run
 from avsep.evaluation.visual_dependence import CHANGES, visual_dependence
@@ -140,8 +141,8 @@ def test_the_choice_is_even_and_always_the_same(separator, store, mixtures):
 def test_a_run_keeps_it_for_its_last_task(tone_run, tmp_path, monkeypatch):
     run = shutil.copytree(tone_run, tmp_path / "run")
     calls = []
-    real = module.visual_dependence
-    monkeypatch.setattr(module, "visual_dependence", lambda *a, **k: calls.append(k["count"]) or real(*a, **k))
+    real = evaluate.visual_dependence
+    monkeypatch.setattr(evaluate, "visual_dependence", lambda *a, **k: calls.append(k["count"]) or real(*a, **k))
     assert "visual_dependence" not in evaluate_run(run, yardsticks=False)
     result = evaluate_run(run, yardsticks=False, dependence=3)
     (task, found), *more = result["visual_dependence"].items()

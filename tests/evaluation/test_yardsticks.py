@@ -120,8 +120,8 @@ def test_a_run_has_them_once_and_its_own_rows_stay(run, monkeypatch):
     assert "yardsticks" not in plain
     assert sdr_by_list(plain, plain["after"][-1]) == sdr_by_task(plain) == {}
     calls = []
-    real = yardsticks.measure
-    monkeypatch.setattr(yardsticks, "measure", lambda *a, **k: calls.append(a) or real(*a, **k))
+    real = evaluate.measure
+    monkeypatch.setattr(evaluate, "measure", lambda *a, **k: calls.append(a) or real(*a, **k))
     monkeypatch.setattr(evaluate, "evaluate_separator", lambda *a, **k: pytest.fail("scored again"))
     seen = []
     result = evaluate_run(run, more_progress=lambda *state: seen.append(state))  # a file of before is completed
