@@ -351,9 +351,11 @@ class RunSpec(_Model):
     memory: ComponentRef = Field(default_factory=lambda: ComponentRef(name="none"))
     train: TrainSpec = Field(default_factory=lambda: TrainSpec())
     tasks: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_task_lists)] = ()
-    protocol: Literal["fixed", "paper"] = "fixed"
-    validation_protocol: Literal["fixed", "paper"] = Field(
-        "fixed", description="paper: models are selected on pairs redrawn after every task, degenerate ones included"
+    protocol: Literal["fixed", "paper", "audiovisual"] = "fixed"
+    validation_protocol: Literal["fixed", "paper", "audiovisual"] = Field(
+        "fixed",
+        description="paper: models are selected on pairs redrawn after every task, degenerate ones included; "
+        "audiovisual: on pairs of different classes and of one class",
     )
     store: str = ""
     store_hash: str = ""

@@ -95,6 +95,12 @@ def print_comparison(console: Console, result: Comparison) -> None:
         if result.baseline is not None:
             cells.append(interval_text(method.differences.get("average"), signed=True))
         table.add_row(*cells, bytes_text(method.memory_bytes), minutes_text(method.seconds))
+    table.add_section()
+    for method in result.yardsticks:
+        cells = [method.method, "", interval_text(method.values.get("average"))]
+        if result.baseline is not None:
+            cells.append(interval_text(method.differences.get("average"), signed=True))
+        table.add_row(*cells, "", "")
     console.print(table)
 
     shown = [n for n in ("forgetting", "bwt", "intransigence") if any(n in m.values for m in result.methods)]
@@ -104,6 +110,9 @@ def print_comparison(console: Console, result: Comparison) -> None:
     for name in (*shown, *tasks):
         table.add_column(NAMES.get(name, name.replace("-", " ")), justify="right")
     for method in result.methods:
+        table.add_row(method.method, *(_number(method.values.get(n)) for n in (*shown, *tasks)))
+    table.add_section()
+    for method in result.yardsticks:
         table.add_row(method.method, *(_number(method.values.get(n)) for n in (*shown, *tasks)))
     console.print(table)
 
@@ -116,6 +125,43 @@ def print_comparison(console: Console, result: Comparison) -> None:
     for method in result.methods:
         numbers = [_number(method.values.get(n)) for n in metrics]
         table.add_row(method.method, *numbers, *(f"{method.counts[n]:.4g}" for n in counts))
+    table.add_section()
+    for method in result.yardsticks:
+        table.add_row(method.method, *(_number(method.values.get(n)) for n in metrics), "", "", "")
+    console.print(table)
+    _print_lists(console, result)
+    _print_dependence(console, result)
+
+
+def _print_lists(console: Console, result: Comparison) -> None:
+    """SDR on the lists apart; they are many, so that they are the rows."""
+    from avsep.evaluation.comparison_page import lists_apart
+
+    names = lists_apart(result)
+    if not names:
+        return
+    shown = (*result.methods, *result.yardsticks)
+    table = _table("SDR in dB on the lists apart, after the last task")
+    for heading in ("method", *(str(number) for number in range(1, len(names) + 1))):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for method in shown:
+        table.add_row(method.method, *(_number(method.values.get(f"list:{name}")) for name in names))
+    console.print(table)
+    console.print("; ".join(f"{number}: {name}" for number, name in enumerate(names, start=1)))
+
+
+def _print_dependence(console: Console, result: Comparison) -> None:
+    from avsep.evaluation.visual_dependence import HEADINGS
+
+    if not any(method.dependence for method in result.methods):
+        return
+    table = _table("Change of SDR in dB when the pictures are other ones, after the last task")
+    for heading in ("method", "list", *HEADINGS.values()):
+        table.add_column(heading, justify="left" if heading in ("method", "list") else "right")
+    for method in result.methods:
+        for place, (name, changes) in enumerate(method.dependence.items()):
+            cells = [f"{round(changes[key], 2) + 0.0:+.2f}" if key in changes else "" for key in HEADINGS]
+            table.add_row("" if place else method.method, name, *cells)
     console.print(table)
 
 

@@ -255,21 +255,22 @@ def _results(runs: dict[str, Path]) -> dict[str, dict[str, Any]]:
 def _print_scores(console: Console, results: dict[str, dict[str, Any]]) -> None:
     from rich.table import Table
 
+    from avsep.evaluation.yardsticks import sdr_by_task
+
     table = Table(title="SDR in dB on held-out clips, mean over sources: higher is better")
     for heading in ("", "task 0 learned", "after task 1", "forgotten", "task 1 learned"):
         table.add_column(heading, justify="right" if heading else "left")
-    rows = results["contavsep"]["after"][-1]["rows"]
-    baseline = [_mean([r["sdr_mixture"] for r in rows if r["list"] == f"task-{t}"]) for t in (0, 1)]
-    table.add_row("mixture", f"{baseline[0]:.2f}", f"{baseline[0]:.2f}", "", f"{baseline[1]:.2f}")
+    for name, (old, new) in sdr_by_task(results["contavsep"]).items():
+        table.add_row(name, _db(old), _db(old), "", _db(new))
+    table.add_section()
     for name, result in results.items():
         (first, _), (kept, new) = result["matrix"]
         table.add_row(name, f"{first:.2f}", f"{kept:.2f}", f"{result['forgetting']:.2f}", f"{new:.2f}")
     console.print(table)
 
 
-def _mean(values: list[float | None]) -> float:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known)
+def _db(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _export(console: Console, run: Path, out: Path) -> None:

@@ -7,38 +7,90 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from avsep.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder, as avsep train writes it.", show_default=False)],
-    store: Annotated[Path | None, typer.Option("--store", help="Store folder [default: the run's own].")] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", help="Store folder, the run's own or another [default: the run's own]."),
+    ] = None,
     task: Annotated[
         list[int] | None,
         typer.Option("--task", min=0, help="Only after this task, from 0 on (repeatable) [default: all]."),
     ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option("--protocol", help="Lists of test mixtures, see: avsep list protocols [default: the run's]."),
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Clips that the test mixtures are of.")] = "test",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="File of the scores on another store, protocol or split [default: RUN/evaluation-STORE-HASH.json].",
+        ),
+    ] = None,
+    dependence: Annotated[
+        int,
+        typer.Option(
+            "--dependence", min=0, help="Mixtures of a list that are separated with other pictures too; 0: none."
+        ),
+    ] = 60,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Mixtures separated at a time.")] = 4,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
-    """Score a run: SDR, SIR, SAR, SDRi and SI-SDR after every task, average and forgetting."""
+    """Score a run beside fixed yardsticks: SDR, SIR, SAR, SDRi and SI-SDR after every task, average and forgetting.
+
+    With another store, protocol or split the scores go into a file beside the run's own.
+    """
+    from avsep.data.opening import open_run_store
+    from avsep.data.protocol import Protocol
+    from avsep.data.store import Store
     from avsep.environment import pick_device
-    from avsep.evaluation.evaluate import evaluate_run
+    from avsep.evaluation.evaluate import evaluate_on, evaluate_run
     from avsep.progress import progress_bar, terminal
+    from avsep.runs.folder import RunFolder
 
+    spec = RunFolder(run).spec()
+    opened = None if store is None else Store.open(store)
+    other = (protocol or spec.protocol) != spec.protocol or split != "test"
+    if opened is not None:
+        trained_on = spec.store_hash or Protocol.load(RunFolder(run).protocol_file).store_hash
+        other = other or opened.content_hash != trained_on
+    if out is not None and not other:
+        raise ConfigError(f"--out {out} is for scores on another --store, --protocol or --split: these go into {run}")
+    if other and opened is None:
+        opened = open_run_store(run)
     with progress_bar() as bars:
-        known: dict[int, tuple[int, int]] = {}  # task -> (bar, mixtures done)
+        known: dict[str, tuple[int, int]] = {}  # label -> (bar, mixtures done)
 
-        def show(number: int, done: int, total: int) -> None:
-            bar, before = known.get(number, (-1, 0))
-            if number not in known:
-                bar = bars.add(f"after task {number}", total=total)
+        def show(label: str, done: int, total: int) -> None:
+            bar, before = known.get(label, (-1, 0))
+            if label not in known:
+                bar = bars.add(label, total=total)
             bars.advance(bar, done - before)
-            known[number] = (bar, done)
+            known[label] = (bar, done)
 
-        result = evaluate_run(run, store, tasks=task, batch_size=batch_size, device=pick_device(device), progress=show)
+        how: dict[str, Any] = {
+            "tasks": task,
+            "batch_size": batch_size,
+            "device": pick_device(device),
+            "dependence": dependence,
+            "progress": lambda number, done, total: show(f"after task {number}", done, total),
+            "more_progress": show,
+        }
+        if other and opened is not None:
+            result, path = evaluate_on(run, opened, protocol=protocol, split=split, out=out, **how)
+        else:
+            result, path = evaluate_run(run, opened, **how), RunFolder(run).evaluation_file
     print_evaluation(terminal(), result)
-    typer.echo(f"scores written to {run / 'evaluation.json'}; next: avsep report {run}")
+    onwards = "" if other else f"; next: avsep report {run}"
+    typer.echo(f"scores written to {path}{onwards}")
 
 
 def print_evaluation(console: Console, result: dict[str, Any]) -> None:
@@ -46,8 +98,17 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from avsep.evaluation.evaluate import METRICS
+    from avsep.evaluation.scores import METRICS
+    from avsep.evaluation.yardsticks import sdr_by_task
 
+    if not result["after"]:
+        console.print("No task that is scored has a test mixture here.")
+        return
+    if result.get("missing"):
+        console.print(
+            f"{result['store']} has no {result['split']} clip of {', '.join(result['missing'])}: mixtures of these are "
+            "left out"
+        )
     names = {"sdr": "SDR", "sir": "SIR", "sar": "SAR", "sdri": "SDRi", "si_sdr": "SI-SDR"}
     matrix = result.get("matrix")
     if matrix is not None:
@@ -59,6 +120,10 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
         table.add_column("average", justify="right", style="bold")
         for t, line in enumerate(matrix):
             table.add_row(str(t), *[_number(v) for v in line], _number(result["average"][t]))
+        table.add_section()
+        for name, line in sdr_by_task(result).items():
+            average = None if None in line else sum(v for v in line if v is not None) / len(line)
+            table.add_row(name, *[_number(v) for v in line], _number(average))
         console.print(table)
         if result["forgetting"] is not None:  # there is none after one task alone
             console.print(
@@ -85,7 +150,15 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
                 table.add_row("", "with degen.", *[_number(means[m]) for m in METRICS], "", "", "")
         table.add_section()
     console.print(table)
-    console.print(_costs(result["after"]))
+    _print_yardsticks(console, result)
+    _print_absent(console, result, result["after"][-1])
+    print_dependence(console, result)
+    if all("seconds" in step for step in result["after"]):
+        console.print(_costs(result["after"]))
+    if left_out := result["after"][-1].get("left_out"):
+        console.print(
+            f"left out: {', '.join(left_out)}: the separator needs a picture of every source that is asked for"
+        )
     last = result["after"][-1]["all"]
     if last["skipped"]:
         console.print(
@@ -98,10 +171,98 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
         )
 
 
+def _print_yardsticks(console: Console, result: dict[str, Any]) -> None:
+    """The last step's mean SDR of each list beside what needs no training."""
+    from rich import box
+    from rich.table import Table
+
+    from avsep.evaluation.yardsticks import YARDSTICKS, sdr_by_list
+
+    step = result["after"][-1]
+    found = sdr_by_list(result, step)
+    if not found:
+        return
+    tested = result["yardsticks"]["identity"]["filter"]["whose"] == "tested"
+    whose = f"the training clips of {result['store']}, the run's own not being at hand" if tested else "training clips"
+    console.print(f"SDR in dB after task {step['task']} beside yardsticks; the static filter is of {whose}")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("list", "separator", *YARDSTICKS, "less filter"):
+        table.add_column(heading, justify="left" if heading == "list" else "right", no_wrap=True)
+    lists = {**step["lists"], **({"all": step["all"]} if len(step["lists"]) > 1 else {})}
+    for name, summary in lists.items():
+        own, static = summary["mean"]["sdr"], found["static filter"].get(name)
+        gain = None if own is None or static is None else own - static
+        table.add_row(
+            name,
+            _number(own),
+            *[_number(found[y].get(name)) for y in YARDSTICKS],
+            "" if gain is None else f"{gain:+.2f}",
+        )
+    console.print(table)
+
+
+def _print_absent(console: Console, result: dict[str, Any], step: dict[str, Any]) -> None:
+    """What comes out for sources that are not in the mixture, and whether the separator knows."""
+    from rich import box
+    from rich.table import Table
+
+    from avsep.evaluation.yardsticks import absent_levels
+
+    absent = {name: summary["absent"] for name, summary in step["lists"].items() if "absent" in summary}
+    if not absent:
+        return
+    console.print("Median level of what comes out, in dB of the mixture's")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    fixed = absent_levels(result, step, "static filter")
+    for heading in ("list", "absent sources", "present sources", "absent, by the static filter"):
+        table.add_column(heading, justify="left" if heading == "list" else "right", no_wrap=True)
+    for name, levels in absent.items():
+        own = (levels["level_db"], levels["present_level_db"])
+        table.add_row(name, *map(_number, own), _number(fixed.get(name)))
+    console.print(table)
+    if presence := step.get("presence"):
+        console.print(
+            f"presence: AUC {presence['auc']:.3f}; {presence['right']:.1%} right at a probability of "
+            f"{presence['threshold']:.2f} ({presence['present']} present, {presence['absent']} absent sources)"
+        )
+    else:
+        console.print("presence: this separator's decoder does not tell")
+
+
+def print_dependence(console: Console, result: dict[str, Any]) -> None:
+    """How much the SDR changes when the pictures do."""
+    from rich import box
+    from rich.table import Table
+
+    from avsep.evaluation.visual_dependence import HEADINGS
+
+    for task, found in (result.get("visual_dependence") or {}).items():
+        if not found["lists"]:
+            console.print("other pictures: the separator takes none")
+            continue
+        console.print(f"Change of SDR in dB when the pictures are other ones, after task {task}")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for heading in ("list", "mixtures", "SDR", *HEADINGS.values()):
+            table.add_column(heading, justify="left" if heading == "list" else "right", no_wrap=True)
+        for name, line in found["lists"].items():
+            changes = [line["changes"][key] for key in HEADINGS]
+            table.add_row(
+                name,
+                str(line["mixtures"]),
+                _number(line["sdr"]),
+                *map(_signed, changes),
+            )
+        console.print(table)
+
+
 def _costs(steps: list[dict[str, Any]]) -> str:
     minutes = ", ".join(f"{step['seconds'] / 60:.1f}" for step in steps)
     megabytes = ", ".join(f"{step['memory']['total'] / 1e6:.2f}" for step in steps)
     return f"minutes of training by task: {minutes}; MB kept after each: {megabytes} (more: avsep budget)"
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None else f"{round(value, 2) + 0.0:+.2f}"
 
 
 def _number(value: float | None) -> str:

@@ -56,7 +56,7 @@ def command(
         ),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option("--protocol", help="Test pairs: fixed or paper [default: fixed].")
+        str | None, typer.Option("--protocol", help="Test mixtures: fixed, paper or audiovisual [default: fixed].")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same as --set train.seed=N.")] = None,
     settings: Annotated[

@@ -5,6 +5,9 @@ pairs; the lists never change with the task, so that a later score differs from 
 ``paper`` redraws the pairs after every task as the published code does (sample i of the n clips seen so far meets
 ``random.seed(i); randint(0, n - 1)``), which lets a clip meet itself or its own class; such pairs are marked and
 reported apart.
+``audiovisual`` has the pairs of ``fixed``, whose mean stays the headline, and beside them lists that ask for more than
+to be told the class (:data:`APART`): two players of one class, three sources, sources that are asked for and absent,
+sounds that nobody asked for, quiet and reverberant mixtures, sources without a picture.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from avsep.files import read_json, write_json
 from avsep.types import Task
 
 __all__ = [
+    "APART",
     "PARTNERS",
     "PROTOCOLS",
     "ROLES",
@@ -47,6 +51,22 @@ ROLES = {
     "photo": "is asked for and not in the mixture; there is a picture of it, and its motion is not known",
     "background": "sounds, and is not asked for",
 }
+APART = {
+    "same-class": "two clips of one class",
+    "three": "three sources of different classes",
+    "absent-moving": "one source; a second that is asked for is silent, and seen playing",
+    "absent-still": "one source; a second that is asked for is silent, and seen at rest",
+    "absent-unseen": "one source; a second that is asked for is silent, and there is no picture of it",
+    "absent-pair": "two sources; a third that is asked for is silent, and seen at rest",
+    "background": "two sources that are asked for, and a third that is not",
+    "quiet": "pairs of the headline, 20 dB quieter",
+    "reverberant": "pairs of the headline in a room with a reverberation time of 0.5 s",
+    "unseen": "pairs of the headline without any picture",
+}
+"""The lists of ``audiovisual`` beside those of ``fixed``: each has its own means and is in no mean over all lists."""
+
+QUIET_DB = -20.0
+ROOM_RT60_S = 0.5
 PARTNERS = 2  # partners of each clip within its task
 CROSS = 1  # partners of each clip of a later task among the clips of earlier tasks
 _SEED = 20240901  # of the pair lists; part of the protocol, so never a setting
@@ -80,6 +100,17 @@ class TestMixture:
 
     def role(self, place: int) -> str:
         return self.roles[place] if self.roles else "source"
+
+    @property
+    def needs_unseen(self) -> bool:
+        """Whether a source that is asked for has no picture."""
+        return any(role in ("unseen_source", "unseen") for role in self.roles)
+
+    @property
+    def counted(self) -> bool:
+        """Whether the means of its list take it in: not a clip with itself, and with its own class only in the list
+        of such pairs."""
+        return not self.degenerate or self.list_name in APART
 
 
 @dataclass(frozen=True)
@@ -115,8 +146,13 @@ class Protocol:
         return [m for m in self.mixtures if m.task <= task]
 
     def within(self, task: int) -> list[TestMixture]:
-        """The mixtures of one task's own list (``fixed`` only)."""
+        """The mixtures of one task's own list (not of ``paper``)."""
         return [m for m in self.mixtures if m.list_name == f"task-{task}"]
+
+    def selecting(self, task: int) -> list[TestMixture]:
+        """The mixtures by whose mean weights are selected: of ``audiovisual`` the headline's and the same-class
+        duets, else all."""
+        return [m for m in self.at(task) if m.list_name not in APART or m.list_name == "same-class"]
 
     def task_of(self, class_name: str) -> int:
         for index, names in enumerate(self.tasks):
@@ -162,9 +198,8 @@ class Protocol:
 
 
 def _mixture(data: dict[str, Any]) -> TestMixture:
-    return TestMixture(
-        **{**data, **{key: tuple(data[key]) for key in ("clips", "classes", "starts", "roles") if key in data}}
-    )
+    lists: dict[str, Any] = {key: tuple(data[key]) for key in ("clips", "classes", "starts", "roles") if key in data}
+    return TestMixture(**{**data, **lists})
 
 
 def seconds_of(clip: Clip, sample_rate_hz: int, clip_samples: int) -> int:
@@ -184,12 +219,12 @@ def centre_start(clip: Clip, sample_rate_hz: int, clip_samples: int) -> int:
 
 
 def build_protocol(name: str, store: Store, tasks: Sequence[Task], *, split: str, clip_samples: int) -> Protocol:
-    """Build a protocol by name (``fixed`` or ``paper``) for the tasks of a stream. Deterministic."""
+    """Build a protocol by name (:data:`PROTOCOLS`) for the tasks of a stream. Deterministic."""
     if name not in PROTOCOLS:
         raise ConfigError(f"no protocol '{name}': known: {', '.join(PROTOCOLS)}")
     kind = PROTOCOLS[name]
 
-    def mixture(clips: Sequence[Clip], list_name: str) -> TestMixture:
+    def mixture(clips: Sequence[Clip], list_name: str, **more: Any) -> TestMixture:
         classes = [c.class_name for c in clips]
         degenerate = ""
         if len({c.id for c in clips}) < len(clips):
@@ -203,6 +238,7 @@ def build_protocol(name: str, store: Store, tasks: Sequence[Task], *, split: str
             task=max(t.index for t in tasks for c in classes if c in t.classes),
             list_name=list_name,
             degenerate=degenerate,
+            **more,
         )
 
     mixtures = kind.build(store, tasks, split, mixture)
@@ -243,15 +279,81 @@ def _partners(
 
 
 def _fixed(store: Store, tasks: Sequence[Task], split: str, mixture: Any) -> list[TestMixture]:
+    return [found for task in tasks for found in _fixed_of(task, store, split, mixture)]
+
+
+def _fixed_of(task: Task, store: Store, split: str, mixture: Any) -> list[TestMixture]:
+    found = []
+    clips = store.select(classes=list(task.classes), split=split)
+    if len(task.classes) > 1:
+        pairs = _partners(clips, clips, PARTNERS, _rng(task.index, 0))
+        found += [mixture(p, f"task-{task.index}") for p in pairs]
+    if task.old:
+        old = store.select(classes=list(task.old), split=split)
+        found += [mixture(p, "cross") for p in _partners(clips, old, CROSS, _rng(task.index, 1))]
+    return found
+
+
+def _audiovisual(store: Store, tasks: Sequence[Task], split: str, mixture: Any) -> list[TestMixture]:
+    """Task after task, so that a mixture keeps its number when tasks are added."""
     found = []
     for task in tasks:
+        headline = _fixed_of(task, store, split, mixture)
         clips = store.select(classes=list(task.classes), split=split)
-        if len(task.classes) > 1:
-            pairs = _partners(clips, clips, PARTNERS, _rng(task.index, 0))
-            found += [mixture(p, f"task-{task.index}") for p in pairs]
-        if task.old:
-            old = store.select(classes=list(task.old), split=split)
-            found += [mixture(p, "cross") for p in _partners(clips, old, CROSS, _rng(task.index, 1))]
+        seen = store.select(classes=list(task.seen), split=split)
+        by_id = {c.id: c for c in seen}
+        found += headline
+        for name in task.classes:
+            own = [c for c in clips if c.class_name == name]
+            rounds = len(own) if len(own) > 2 else len(own) - 1  # a ring: each clip leads one pair and follows in one
+            found += [mixture((own[i], own[(i + 1) % len(own)]), "same-class") for i in range(max(rounds, 0))]
+
+        for number, (name, roles) in enumerate(_ASKED.items(), start=2):
+            size = len(roles) or 3
+            pool = clips if len(task.classes) >= size else seen  # the task's own, so that no clip is used more
+            found += [mixture(g, name, roles=roles) for g in _groups(clips, pool, size, _rng(task.index, number))]
+        firsts = {m.clips[0]: m for m in reversed(headline)}  # the first pair that each clip leads
+        pairs = [tuple(by_id[c] for c in firsts[clip.id].clips) for clip in clips if clip.id in firsts]
+        for name, more in (
+            ("quiet", {"gain_db": QUIET_DB}),
+            ("reverberant", {"rt60_s": ROOM_RT60_S}),
+            ("unseen", {"roles": ("unseen_source",) * 2}),
+        ):
+            found += [mixture(pair, name, **more) for pair in pairs]
+    return found
+
+
+_ASKED: dict[str, tuple[str, ...]] = {  # list -> roles; the first source is each clip in turn
+    "three": (),
+    "absent-moving": ("source", "moving"),
+    "absent-still": ("source", "still"),
+    "absent-unseen": ("source", "unseen"),
+    "absent-pair": ("source", "source", "still"),
+    "background": ("source", "source", "background"),
+}
+
+
+def _groups(clips: Sequence[Clip], pool: Sequence[Clip], size: int, rng: np.random.Generator) -> list[tuple[Clip, ...]]:
+    """For each clip a group of ``size`` of different classes that it leads; the others are used evenly, and no group
+    comes twice where there are others. None where there are fewer classes."""
+    used = {c.id: 0 for c in pool}
+    taken: set[frozenset[str]] = set()
+    found = []
+    for clip in clips:
+        group = [clip]
+        while len(group) < size:
+            classes, ids = {c.class_name for c in group}, [c.id for c in group]
+            open_ = [c for c in pool if c.class_name not in classes]
+            if not open_:
+                return []
+            open_ = [c for c in open_ if frozenset([*ids, c.id]) not in taken] or open_
+            least = min(used[c.id] for c in open_)
+            fair = [c for c in open_ if used[c.id] == least]
+            partner = fair[int(rng.integers(len(fair)))]
+            used[partner.id] += 1
+            group.append(partner)
+        taken.add(frozenset(c.id for c in group))
+        found.append(tuple(group))
     return found
 
 
@@ -286,5 +388,11 @@ PROTOCOLS = {
         "as released: one partner among all clips seen so far, redrawn after every task; pairs of a clip with itself "
         "or its own class are reported apart",
         _paper,
+    ),
+    "audiovisual": ProtocolKind(
+        1,
+        "the pairs of fixed, and lists of their own for two players of one class, three sources, sources that are "
+        "absent or in the background, quiet and reverberant mixtures, and sources without a picture",
+        _audiovisual,
     ),
 }

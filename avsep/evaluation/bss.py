@@ -44,6 +44,7 @@ __all__ = [
     "BssResult",
     "bss_eval",
     "mixture_baseline",
+    "sdr_alone",
     "sdr_improvement",
     "si_sdr",
 ]
@@ -183,6 +184,42 @@ def sdr_improvement(
     scores = bss_eval(references, estimates, filter_length, mixture=mixture)
     assert scores.sdr_mixture is not None
     return scores.sdr - scores.sdr_mixture
+
+
+def sdr_alone(references: Tensor, estimates: Tensor, filter_length: int = 512) -> Tensor:
+    """SDR [B, E, N] in dB of several sets of ``estimates`` [B, E, N, L] against the same ``references`` [B, N, L].
+
+    The SDR of :func:`bss_eval`, whose SIR and SAR are not wanted: it compares no reference with another, so that each
+    costs one small factorisation, which all E estimates share. NaN where the reference or the estimate is silent.
+
+    Raises NumericalError as :func:`bss_eval` does; ValueError for shapes that do not fit.
+    """
+    if estimates.ndim != 4 or references.ndim != 3 or estimates[:, 0].shape != references.shape:
+        raise ValueError(
+            f"references must be [B, N, L] and estimates [B, E, N, L], got {tuple(references.shape)} and "
+            f"{tuple(estimates.shape)}"
+        )
+    _check_finite("references", references)
+    _check_finite("estimates", estimates)
+    batch, sets, sources, samples = estimates.shape
+    size = _fft_size(samples + filter_length - 1)
+    found = torch.full((batch, sets, sources), math.nan, dtype=torch.float64)
+    buffer = torch.empty(filter_length, filter_length, dtype=torch.float64, device=references.device)
+    for b in range(batch):
+        for n in range(sources):
+            reference, queries = references[b, n].double(), estimates[b, :, n].double()  # [L], [E, L]
+            quiet = _is_silent(reference[None])
+            if bool(quiet):
+                continue
+            reference_f = torch.fft.rfft(_unit_energy(reference[None]), n=size)  # [1, K]
+            query_f = torch.fft.rfft(_unit_energy(queries), n=size)  # [E, K]
+            lags = _reference_correlations(reference_f[None], filter_length, size)[0]
+            factor = _Factor(lags, quiet, filter_length, buffer)
+            right = _project_back(reference_f, query_f, filter_length, size)  # [1, E, taps]
+            target = _apply(_solve(factor, right, reference_f, query_f, filter_length, size), reference_f, size)
+            ratio = _ratio_db(_energy(target), _energy(query_f - target))
+            found[b, :, n] = ratio.masked_fill(_is_silent(queries), math.nan).cpu()
+    return found
 
 
 def si_sdr(references: Tensor, estimates: Tensor, *, zero_mean: bool = False) -> Tensor:

@@ -10,6 +10,7 @@
     Comparison.methods: tuple[MethodResult, ...]     # in the order of the cells; as_dict() is JSON
     MethodResult.values["average" | "forgetting" | "bwt" | "sdr" | "task-0" | ...] -> Estimate (mean, low, high)
     MethodResult.differences[...] -> Difference (mean, low, high, significant), to the baseline
+    Comparison.yardsticks: tuple[MethodResult]   # the mixture, the static filter, the ideal mask, like methods
 
 Intervals are percentile intervals of a paired bootstrap over test clips, widened by what seeds change. The test
 mixtures are the same frozen lists for every seed and method, and a clip is in several of them: mixtures drawn as if
@@ -28,14 +29,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from avsep.data.protocol import Protocol
+from avsep.data.protocol import APART, Protocol
 from avsep.errors import RunError, UnknownNameError, near_matches
 from avsep.evaluation.continual import (
     Interval,
@@ -46,7 +47,10 @@ from avsep.evaluation.continual import (
     percentile_interval,
     resampling_weights,
 )
-from avsep.evaluation.evaluate import METRICS, current_evaluation, is_counted, rows_of_task, summarise
+from avsep.evaluation.evaluate import current_evaluation
+from avsep.evaluation.scores import METRICS, is_counted, is_headline, rows_of_task, summarise
+from avsep.evaluation.visual_dependence import CHANGES
+from avsep.evaluation.yardsticks import YARDSTICKS, rows_of_yardstick
 from avsep.registry import MEMORIES, STRATEGIES, Registry
 from avsep.runs.folder import RunFolder
 from avsep.spec import ComponentRef, RunSpec
@@ -67,18 +71,24 @@ _Array = NDArray[np.float64]
 _Clips = Mapping[tuple[str, int], tuple[tuple[str, str], ...]]
 _COLUMNS = ("list", "mixture", "task", "status", "degenerate", "ill_conditioned", *METRICS)
 _COUNTS = ("scored", "skipped", "silent_estimates", "degenerate")
+_KEPT = ("matrices", "continual", "visual_dependence")
 _IDENTITY = ("protocol", "protocol_version", "protocol_hash", "store_hash", "tasks")
 
 
 def compact_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`compare` reads of an ``evaluation.json``, as plain data.
 
-    The protocol's and the store's identity, ``tasks``, ``matrices`` and ``continual`` as they are, and in ``after`` for
-    each step its ``task``, the ``counts`` of mixtures and the sources' scores as ``columns``.
+    The protocol's and the store's identity, ``tasks``, ``matrices``, ``continual`` and ``visual_dependence`` as they
+    are, and in ``after`` for each step its ``task``, the ``counts`` of mixtures and the sources' scores as ``columns``.
+    Yardsticks are left out.
     """
     return {
         "format": "avsep-scores",
-        **{key: evaluation[key] for key in (*_IDENTITY, "matrices", "continual") if key in evaluation},
+        **{
+            key: evaluation[key]
+            for key in (*_IDENTITY, "matrices", "continual", "visual_dependence")
+            if key in evaluation
+        },
         "after": [
             {
                 "task": step["task"],
@@ -143,9 +153,12 @@ class MethodResult:
     ``values`` by name: ``average`` (A_T of the SDR matrix, each task counting alike), ``task-0`` ... (its last row),
     ``forgetting``, ``bwt``, ``intransigence`` (mean over tasks, over the seeds that have a joint run), and ``sdr``,
     ``sir``, ``sar``, ``sdri``, ``si_sdr`` over the sources of all scored mixtures; ``released_sdr`` ... with the
-    degenerate mixtures, where the protocol has such. What is undefined (forgetting after one task) is left out.
+    degenerate mixtures, where the protocol has such; ``list:three`` ... the SDR on each list apart. What is undefined
+    (forgetting after one task) is left out.
     ``differences``: the same names, to the baseline; empty for the baseline itself. ``curves``: ``average`` (A_t) and
     the metrics by step. ``matrix``: R[t][j], mean over seeds. ``counts`` of mixtures after the last task, likewise.
+    ``dependence``: by list the mean changes of SDR with other pictures (:mod:`avsep.evaluation.visual_dependence`), of
+    the seeds that were measured.
     """
 
     method: str
@@ -157,11 +170,16 @@ class MethodResult:
     counts: dict[str, float]
     memory_bytes: float | None = None
     seconds: float | None = None
+    dependence: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found; ``protocol`` to ``tasks`` are what all runs have in common."""
+    """What :func:`compare` found; ``protocol`` to ``tasks`` are what all runs have in common.
+
+    ``yardsticks``: :data:`avsep.evaluation.yardsticks.YARDSTICKS` as methods that learn nothing, with the seeds of the
+    baseline, so that differences pair; of one of the runs whose evaluations have them.
+    """
 
     methods: tuple[MethodResult, ...]
     baseline: str | None
@@ -172,9 +190,10 @@ class Comparison:
     protocol_hash: str
     store_hash: str
     tasks: tuple[tuple[str, ...], ...] = field(default=())
+    yardsticks: tuple[MethodResult, ...] = ()
 
     def __getitem__(self, method: str) -> MethodResult:
-        for result in self.methods:
+        for result in (*self.methods, *self.yardsticks):
             if result.method == method:
                 return result
         raise KeyError(method)
@@ -235,8 +254,12 @@ def compare(
         raise UnknownNameError(f"no method '{baseline}' to compare with: {near_matches(baseline, methods)}")
 
     first = chosen[0].evaluation
-    layout = _Layout(first)
+    # the one with most: what a separator cannot be asked for is left out of its scores
+    layout = _Layout(max((c.evaluation for c in (*chosen, *uppers)), key=_size))
     tables = {name: {c.seed: _Table(layout, c) for c in members} for name, members in methods.items()}
+    paired = [c.seed for c in methods[baseline if baseline is not None else next(iter(methods))]]
+    beside = {name: _Table(layout, cell) for name, cell in _yardstick_cells(chosen).items()}
+    tables |= {name: dict.fromkeys(paired, table) for name, table in beside.items()}
     upper: dict[int, _Table] = {}
     for cell in uppers:
         if cell.seed in upper:
@@ -250,7 +273,8 @@ def compare(
 
         def of(table: _Table, number: int) -> dict[str, _Array]:
             if table not in known:
-                known[table] = table.measures(weights, bounds.get(number))
+                bound = None if any(table is other for other in beside.values()) else bounds.get(number)
+                known[table] = table.measures(weights, bound)
             return known[table]
 
         found: dict[tuple[str, str, str], list[_Array]] = {}
@@ -286,27 +310,34 @@ def compare(
                 made[key] = kind(**vars(interval), per_seed=tuple(value.tolist()))
         return made
 
-    results = []
-    for name, members in methods.items():
+    def result(name: str, members: Sequence[Cell]) -> MethodResult:
         values = estimates(name, "values", Estimate)
         counts = [_counts(c.evaluation["after"][-1]) for c in members]
-        results.append(
-            MethodResult(
-                method=name,
-                seeds=tuple(c.seed for c in members),
-                values={k: v for k, v in values.items() if "@" not in k},
-                differences={k: v for k, v in estimates(name, "differences", Difference).items() if "@" not in k},
-                curves={
-                    key: tuple(values[f"{key}@{t}"] for t in range(layout.steps))
-                    for key in ("average", *METRICS)
-                    if all(f"{key}@{t}" in values for t in range(layout.steps))
-                },
-                matrix=_mean_matrix([t.matrix(np.ones((1, layout.mixtures)))[0] for t in tables[name].values()]),
-                counts={key: float(np.mean([c[key] for c in counts])) for key in counts[0]},
-                memory_bytes=_mean([c.memory_bytes for c in members]),
-                seconds=_mean([c.seconds for c in members]),
-            )
+        return MethodResult(
+            method=name,
+            seeds=tuple(c.seed for c in members),
+            values={k: v for k, v in values.items() if "@" not in k},
+            differences={k: v for k, v in estimates(name, "differences", Difference).items() if "@" not in k},
+            curves={
+                key: tuple(values[f"{key}@{t}"] for t in range(layout.steps))
+                for key in ("average", *METRICS)
+                if all(f"{key}@{t}" in values for t in range(layout.steps))
+            },
+            matrix=_mean_matrix([t.matrix(np.ones((1, layout.mixtures)))[0] for t in tables[name].values()]),
+            counts={key: float(np.mean([c[key] for c in counts])) for key in counts[0]},
+            memory_bytes=_mean([c.memory_bytes for c in members]),
+            seconds=_mean([c.seconds for c in members]),
+            dependence=_dependence(members),
         )
+
+    learned = ("forgetting", "bwt", "intransigence")  # of what does not learn there are none
+    yardsticks = []
+    for name, cell in _yardstick_cells(chosen).items():
+        made = result(name, [replace(cell, seed=number) for number in paired])
+        values = {k: v for k, v in made.values.items() if k not in learned}
+        differences = {k: v for k, v in made.differences.items() if k not in learned}
+        yardsticks.append(replace(made, values=values, differences=differences))
+    results = [result(name, members) for name, members in methods.items()]
     return Comparison(
         methods=tuple(results),
         baseline=baseline,
@@ -317,7 +348,39 @@ def compare(
         protocol_hash=first["protocol_hash"],
         store_hash=first["store_hash"],
         tasks=tuple(tuple(names) for names in first["tasks"]),
+        yardsticks=tuple(yardsticks),
     )
+
+
+def _size(evaluation: Mapping[str, Any]) -> int:
+    return sum(len(_rows(step)) for step in evaluation["after"])
+
+
+def _yardstick_cells(cells: Sequence[Cell]) -> dict[str, Cell]:
+    """The yardsticks as runs, from the evaluation that holds them and has most lists; none where none does."""
+    holders = [c.evaluation for c in cells if c.evaluation.get("yardsticks")]
+    if not holders:
+        return {}
+    holder = max(holders, key=_size)
+    found = {}
+    for name in YARDSTICKS:
+        steps = [{"task": s["task"], "rows": rows_of_yardstick(holder, name, s)} for s in holder["after"]]
+        if steps[-1]["rows"]:
+            found[name] = Cell(name, 0, {"after": steps})
+    return found
+
+
+def _dependence(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
+    """Mean change of SDR by list and kind of pictures, over the runs in which it was measured after the last task."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for cell in cells:
+        last = str(cell.evaluation["after"][-1]["task"])
+        lists = (cell.evaluation.get("visual_dependence") or {}).get(last, {}).get("lists", {})
+        for name, line in lists.items():
+            for key in CHANGES:
+                if line["changes"].get(key) is not None:
+                    found.setdefault(name, {}).setdefault(key, []).append(line["changes"][key])
+    return {name: {key: float(np.mean(v)) for key, v in of.items()} for name, of in found.items()}
 
 
 def clips_of_protocol(protocol: Protocol) -> dict[tuple[str, int], tuple[tuple[str, str], ...]]:
@@ -495,11 +558,15 @@ class _Layout:
         self._clips: dict[tuple[str, int], dict[str, str]] = {key: {} for key in keys}
         for r in (r for step in rows for r in step if "clip" in r):
             self._clips[r["list"], r["mixture"]][r["clip"]] = r["class"]
-        kinds = ["all", *(["released"] if any(r["degenerate"] for step in rows for r in step) else [])]
+        kinds = [
+            "all",
+            *(["released"] if any(r["degenerate"] and is_headline(r) for step in rows for r in step) else []),
+        ]
         steps = range(self.steps)
         columns = [
             *(("matrix", t, str(j)) for t in steps for j in range(t + 1)),
             *((kind, t, metric) for kind in kinds for t in steps for metric in METRICS),
+            *(("list", self.steps - 1, name) for name in APART if name in lists),
         ]
         self.column = {key: number for number, key in enumerate(columns)}
 
@@ -540,10 +607,16 @@ class _Table:
             for j in range(t + 1):
                 self._add(("matrix", t, str(j)), rows_of_task(rows, j), "sdr")
             for metric in METRICS:
-                audible = [r for r in rows if r[metric] is not None and not r["status"].startswith("silent")]
+                audible = [
+                    r for r in rows if r[metric] is not None and not r["status"].startswith("silent") and is_headline(r)
+                ]
                 self._add(("all", t, metric), [r for r in audible if is_counted(r)], metric)
                 if ("released", t, metric) in layout.column:
                     self._add(("released", t, metric), audible, metric)
+            for kind, of_step, name in layout.column:
+                if (kind, of_step) == ("list", t):
+                    scored = [r for r in rows if r["list"] == name and is_counted(r) and r["sdr"] is not None]
+                    self._add((kind, t, name), scored, "sdr")
 
     def _add(self, key: tuple[str, int, str], rows: Iterable[Mapping[str, Any]], metric: str) -> None:
         column = self.layout.column[key]
@@ -598,13 +671,15 @@ class _Table:
         for (kind, t, metric), column in self.layout.column.items():
             if kind == "all":
                 found[f"{metric}@{t}"] = means[:, column]
-            if kind != "matrix" and t == last:
+            if kind == "list":
+                found[f"list:{metric}"] = means[:, column]
+            elif kind != "matrix" and t == last:
                 found[metric if kind == "all" else f"released_{metric}"] = means[:, column]
         return found
 
 
 def _counts(step: Mapping[str, Any]) -> dict[str, int]:
-    found = step["counts"] if "counts" in step else summarise(step["rows"])
+    found = step["counts"] if "counts" in step else summarise([r for r in step["rows"] if is_headline(r)])
     return {key: found[key] for key in _COUNTS}
 
 

@@ -9,8 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import IO
 
+from avsep.data.protocol import APART
 from avsep.errors import ConfigError, MissingExtraError
 from avsep.evaluation.comparison import Comparison, Difference, Estimate, MethodResult
+from avsep.evaluation.visual_dependence import CHANGES, HEADINGS
 from avsep.files import atomic_path, csv_cell, write_text
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "csv_text",
     "draw",
     "interval_text",
+    "lists_apart",
     "minutes_text",
     "render_page",
     "require_dependencies",
@@ -85,6 +88,11 @@ def interval_text(value: Estimate | None, *, signed: bool = False) -> str:
     return f"{mean} [{low}, {high}]{star}"
 
 
+def lists_apart(comparison: Comparison) -> list[str]:
+    """The lists of test mixtures that are in no mean over all, where any run was scored on such."""
+    return [name for name in APART if any(f"list:{name}" in m.values for m in comparison.methods)]
+
+
 def bytes_text(value: float | None) -> str:
     return "" if value is None else f"{value / 1e6:.1f} MB"
 
@@ -96,13 +104,14 @@ def minutes_text(value: float | None) -> str:
 def csv_text(comparison: Comparison) -> str:
     """One line a method and measure: seeds, mean, interval, and the difference to the baseline with its own.
 
-    Measures by step are called ``sdr@0`` and so on; bytes, seconds and counts have a mean alone.
+    Measures by step are called ``sdr@0`` and so on, the changes of SDR with other pictures ``pictures:headline:still``
+    and so on; these, bytes, seconds and counts have a mean alone.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     difference = ("difference", "difference_low", "difference_high", "significant")
     writer.writerow(("method", "measure", "seeds", "mean", "low", "high", *difference))
-    for method in comparison.methods:
+    for method in (*comparison.methods, *comparison.yardsticks):
         values = dict(method.values)
         for name, curve in method.curves.items():
             values |= {f"{name}@{t}": value for t, value in enumerate(curve)}
@@ -120,9 +129,10 @@ def csv_text(comparison: Comparison) -> str:
             ("memory_bytes", method.memory_bytes),
             ("seconds", method.seconds),
             *method.counts.items(),
+            *((f"pictures:{of}:{key}", value) for of, line in method.dependence.items() for key, value in line.items()),
         ):
             if number is not None:
-                writer.writerow([method.method, name, len(method.seeds), f"{number:.10g}", *[""] * 6])
+                writer.writerow([csv_cell(method.method), name, len(method.seeds), f"{number:.10g}", *[""] * 6])
     return buffer.getvalue()
 
 
@@ -159,6 +169,18 @@ def draw(comparison: Comparison, target: Path | IO[bytes]) -> None:
         places = [t + _offset(number, len(methods)) for t in range(len(curve))]
         curves.plot(places, [v.mean for v in curve], color=colour, marker=marker, ms=5, lw=1.5)
         curves.vlines(places, [v.low for v in curve], [v.high for v in curve], color=colour, lw=1, alpha=0.7)
+    for yardstick in comparison.yardsticks[:2]:  # the ideal mask is far away
+        dots.axvline(yardstick.values["average"].mean, color="0.5", lw=1, ls=":")
+        dots.annotate(
+            yardstick.method,
+            (yardstick.values["average"].mean, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(2, 3),
+            textcoords="offset points",
+            rotation=90,
+            fontsize=7,
+            color="0.4",
+        )
     dots.set_yticks(range(len(methods)), [m.method for m in methods])
     for label, number in zip(dots.get_yticklabels(), range(len(methods)), strict=True):
         label.set_color(_style(number)[0])
@@ -221,6 +243,9 @@ def render_page(comparison: Comparison) -> str:
             caption=caption(comparison),
             picture=base64.b64encode(picture.getvalue()).decode("ascii"),
             names={n: NAMES[n] for n in names},
+            lists=lists_apart(comparison),
+            changes=CHANGES,
+            headings=HEADINGS,
             colours=[_style(number)[0] for number in range(len(comparison.methods))],
             interval=interval_text,
             difference=_difference,

@@ -8,15 +8,18 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from avsep.data.opening import open_run_store
+from avsep.data.protocol import APART
 from avsep.errors import AvsepError, RunError
 from avsep.evaluation.drawing import PAGE_BYTES, SignalView, dependencies, markup, page_environment, pretty
+from avsep.evaluation.visual_dependence import CHANGES, HEADINGS
+from avsep.evaluation.yardsticks import YARDSTICKS, rows_of_yardstick, sdr_by_list, sdr_by_task
 from avsep.files import write_text
 from avsep.runs.folder import RunFolder
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
     from avsep.data.protocol import Protocol, TestMixture
     from avsep.data.store import Store
-    from avsep.evaluation.evaluate import Kept, MixtureScore
+    from avsep.evaluation.scores import Kept, MixtureScore
     from avsep.spec import OptimizerSpec, TrainSpec
 
 __all__ = [
@@ -91,7 +94,8 @@ class SeparatedView:
 class SourceView:
     """One source: the truth, its ideal mask [F, T], pictures [K, 3, H, W] uint8 and what every run made of it.
 
-    ``mixture_sdr``: the SDR in dB of the mixture itself taken as the estimate.
+    ``mixture_sdr``: the SDR in dB of the mixture itself taken as the estimate; ``yardsticks``: that of the other
+    yardsticks by name, where they were scored; ``said``: what is unusual about it.
     """
 
     class_name: str
@@ -101,6 +105,8 @@ class SourceView:
     pictures: np.ndarray | None
     separated: Sequence[SeparatedView]
     mixture_sdr: float | None = None
+    yardsticks: Mapping[str, float] = field(default_factory=dict)
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,11 @@ def render_report(context: ReportContext) -> str:
         bar=_bar,
         validation_lines=_validation_lines,
         gain=_common_gain,
+        yardsticks_of=_yardsticks_of,
+        dependence_of=_dependence_of,
+        run_lists_apart=_lists_apart,
+        headings=HEADINGS,
+        changes=CHANGES,
     )
     return str(environment.get_template("report.html").render(page=context, matrices=_matrices(context.runs)))
 
@@ -181,6 +192,27 @@ def _run_summary(run: RunView) -> dict[str, float | None]:
         **{m: mean.get(m) for m in ("sdr", "sir", "sar", "sdri", "si_sdr")},
         **{k: last.get(k) for k in ("scored", "skipped", "degenerate")},
     }
+
+
+def _yardsticks_of(run: RunView) -> dict[str, Any]:
+    """The yardsticks' SDR as ``lines`` of the task matrix and by ``lists`` after the last step; {} without any."""
+    evaluation = run.evaluation
+    if not evaluation or not evaluation.get("after") or not evaluation.get("yardsticks"):
+        return {}
+    return {"lines": sdr_by_task(evaluation), "lists": sdr_by_list(evaluation, evaluation["after"][-1])}
+
+
+def _lists_apart(runs: Sequence[RunView]) -> bool:
+    """Whether a run was scored on lists that have means of their own."""
+    steps = [step for run in runs for step in (run.evaluation or {}).get("after", ())]
+    return any(name in APART for step in steps for name in step["lists"])
+
+
+def _dependence_of(run: RunView) -> dict[str, Any]:
+    """The changes of SDR with other pictures by list, of the last step that was measured; {} without any."""
+    found = (run.evaluation or {}).get("visual_dependence") or {}
+    lists: dict[str, Any] = found[max(found, key=int)]["lists"] if found else {}
+    return lists
 
 
 def _matrices(runs: Sequence[RunView]) -> dict[str, float]:
@@ -293,11 +325,11 @@ def line_chart(
 def pick_mixtures(mixtures: Sequence[TestMixture], count: int) -> list[TestMixture]:
     """``count`` mixtures spread over the lists and, within a list, over its length: by place, never by score.
 
-    Degenerate ones are left out.
+    Degenerate ones are left out, but for the list of such pairs.
     """
     lists: dict[str, list[TestMixture]] = {}
     for mixture in mixtures:
-        if not mixture.degenerate:
+        if mixture.counted:
             lists.setdefault(mixture.list_name, []).append(mixture)
     shares = dict.fromkeys(lists, 0)
     while sum(shares.values()) < min(count, sum(map(len, lists.values()))):
@@ -350,7 +382,7 @@ def gather(
     """Read the runs and separate the page's test mixtures with each run's last separator; raises as write_report."""
     import avsep
     from avsep.data.protocol import Protocol
-    from avsep.evaluation.evaluate import evaluate_separator
+    from avsep.evaluation.scores import can_go_unseen, evaluate_separator
     from avsep.separator import load_separator
 
     if mixtures < 0:
@@ -370,7 +402,10 @@ def gather(
     task_of = {name: index for index, names in enumerate(protocol.tasks) for name in names}
 
     fitting = _fitting(protocol.clip_samples, max((len(m.clips) for m in protocol.mixtures), default=2), len(folders))
-    chosen = pick_mixtures(protocol.at(known), min(mixtures, fitting))
+    separators = [load_separator(folder, task=finished[folder][-1]) for folder in folders]
+    everything = protocol.at(known)
+    unseen = all(can_go_unseen(separator) for separator in separators)
+    chosen = pick_mixtures([m for m in everything if unseen or not m.needs_unseen], min(mixtures, fitting))
     names = _run_names(folders)
     scored: list[list[MixtureScore]] = []
     done = 0
@@ -382,19 +417,18 @@ def gather(
             progress(done, len(chosen) * len(folders))
 
     rate_hz = opened.sample_rate_hz
-    for folder in folders:
-        separator = load_separator(folder, task=finished[folder][-1])
-        everything = range(len(chosen))
+    for separator in separators:
+        shown = range(len(chosen))
         scored.append(
-            evaluate_separator(
-                separator, opened, chosen, device=device, progress=advance, keep=everything, task_of=task_of
-            )
+            evaluate_separator(separator, opened, chosen, device=device, progress=advance, keep=shown, task_of=task_of)
         )
-    views = [
-        _mixture_view(number, [scores[number] for scores in scored], names, opened, known)
-        for number in range(len(chosen))
-    ]
     run_views = [_run_view(f, n, len(finished[f])) for f, n in zip(folders, names, strict=True)]
+    beside = _yardsticks_by_source(run_views[0].evaluation or {})
+    place = {mixture: number for number, mixture in enumerate(everything)}
+    views = [
+        _mixture_view([scores[number] for scores in scored], names, opened, known, beside.get(place[mixture], {}))
+        for number, mixture in enumerate(chosen)
+    ]
     return ReportContext(
         title=names[0] if len(names) == 1 else f"{names[0]} against {', '.join(names[1:])}",
         runs=run_views,
@@ -542,8 +576,22 @@ def _read_log(path: Path) -> list[dict[str, float]]:
     return rows
 
 
+def _yardsticks_by_source(evaluation: Mapping[str, Any]) -> dict[int, dict[int, dict[str, float]]]:
+    """SDR in dB of the yardsticks but the mixture, by the mixture's number, the source's place and the yardstick."""
+    found: dict[int, dict[int, dict[str, float]]] = {}
+    for name in list(YARDSTICKS)[1:]:
+        for row in rows_of_yardstick(evaluation, name):
+            if row["sdr"] is not None:
+                found.setdefault(row["mixture"], {}).setdefault(row["source"], {})[name] = row["sdr"]
+    return found
+
+
 def _mixture_view(
-    number: int, scores: Sequence[MixtureScore], names: Sequence[str], store: Store, known: int
+    scores: Sequence[MixtureScore],
+    names: Sequence[str],
+    store: Store,
+    known: int,
+    beside: Mapping[int, Mapping[str, float]],
 ) -> MixtureView:
     first = scores[0]
     kept = first.kept
@@ -571,7 +619,9 @@ def _mixture_view(
                 ideal_mask=kept.ratios[n],
                 pictures=_pictures(kept, n, first, store),
                 separated=separated,
-                mixture_sdr=source.sdr_mixture,
+                mixture_sdr=source.sdr_mixture if math.isfinite(source.sdr_mixture) else None,
+                yardsticks=beside.get(n, {}),
+                said=_SAID.get(source.role, ""),
             )
         )
     title = " + ".join(pretty(s.class_name) for s in sources)
@@ -582,6 +632,14 @@ def _mixture_view(
         sources=sources,
         warning="" if all(s.status == "ok" for s in scores) else "A signal here is silent, so it has no score.",
     )
+
+
+_SAID = {
+    "unseen_source": "no picture",
+    "moving": "not in the mixture, seen playing",
+    "still": "not in the mixture, seen at rest",
+    "unseen": "not in the mixture, no picture",
+}
 
 
 def _note(tasks: Sequence[int], known: int) -> str:
@@ -597,13 +655,16 @@ def _note(tasks: Sequence[int], known: int) -> str:
 def _pictures(kept: Kept, source: int, score: MixtureScore, store: Store) -> np.ndarray | None:
     """The object pictures the separator saw; where it saw stored features, the store's pictures of that moment."""
     seen = kept.object
+    if score.sources[source].role.startswith("unseen"):
+        return None
     if seen is not None and seen.dtype == np.uint8 and seen.ndim == 5:  # [N, K, 3, H, W]
         shown: np.ndarray = seen[source][:3]
         return shown
-    clip = store.clip(score.mixture.clips[source])
+    place = score.mixture.asked[source]
+    clip = store.clip(score.mixture.clips[place])
     frames = store.timeline(clip).object
     if frames is None or not len(frames):
         return None
-    centre = (score.mixture.starts[source] + len(kept.mixture) / 2) / store.sample_rate_hz
-    place = int(np.clip(round(centre * store.object_rate_hz - 0.5), 0, len(frames) - 1))
-    return np.asarray(frames[max(0, place - 1) : place + 2])
+    centre = (score.mixture.starts[place] + len(kept.mixture) / 2) / store.sample_rate_hz
+    frame = int(np.clip(round(centre * store.object_rate_hz - 0.5), 0, len(frames) - 1))
+    return np.asarray(frames[max(0, frame - 1) : frame + 2])

@@ -168,6 +168,7 @@ def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress, devi
         run,
         unit["store"],
         device=device,
+        yardsticks=False,  # a cell's result holds the method's scores alone
         progress=lambda _task, done, total: progress.update(0, done, total),
     )
     scoring_s = time.perf_counter() - started

@@ -29,7 +29,7 @@ from avsep.training.loggers import LoggerChoice
 if TYPE_CHECKING:
     from lightning_fabric.loggers.logger import Logger
 
-    from avsep.evaluation.evaluate import Kept, MixtureScore
+    from avsep.evaluation.scores import Kept, MixtureScore
     from avsep.separator import Separator
 
 __all__ = ["TaskLog", "chosen_mixtures", "gradient_norm", "mask_picture"]
@@ -161,7 +161,7 @@ class TaskLog:
         """Masks of a few mixtures as pictures, and with ``sounds`` the mixtures, references and what was separated."""
         if "pictures" in self._stopped or all(choice.failed for choice, _ in self._choices):
             return
-        from avsep.evaluation.evaluate import evaluate_separator
+        from avsep.evaluation.scores import evaluate_separator
 
         rate_hz = separator.spec.front_end.sample_rate_hz
         with self._guarded("pictures"), _undisturbed():

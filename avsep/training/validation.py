@@ -9,14 +9,14 @@ import torch
 from avsep.data.protocol import TestMixture
 from avsep.data.tasks import TaskStream
 from avsep.distributed.ranks import ALONE, Ranks
-from avsep.evaluation.evaluate import evaluate_separator, mean_sdr
+from avsep.evaluation.scores import evaluate_separator, mean_sdr
 from avsep.separator import Separator
 from avsep.spec import TrainSpec
 from avsep.training.log import TaskLog, chosen_mixtures
 from avsep.types import Task
 
 if TYPE_CHECKING:
-    from avsep.evaluation.evaluate import MixtureScore
+    from avsep.evaluation.scores import MixtureScore
 
 __all__ = ["Validation"]
 
@@ -28,7 +28,7 @@ class Validation:
         self, stream: TaskStream, task: Task, train: TrainSpec, ranks: Ranks = ALONE, device: torch.device | str = "cpu"
     ) -> None:
         self._stream = stream
-        self._all = stream.validation.at(task.index)
+        self._all = stream.validation.selecting(task.index)
         self._mixtures = _thinned(self._all, train.validation_pairs)
         self._batch_size = train.batch_size
         self._ranks = ranks

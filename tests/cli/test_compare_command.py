@@ -9,15 +9,18 @@ import shutil
 import pytest
 import yaml
 
+from avsep.data.tasks import task_stream
 from avsep.errors import RunError
 from avsep.evaluation import comparison_page
 from avsep.evaluation.budget import budget_of
 from avsep.evaluation.comparison import cells_of_runs, compare
 from avsep.evaluation.evaluate import evaluate_run
+from avsep.evaluation.yardsticks import YARDSTICKS, sdr_by_task
 from avsep.files import read_json
 from support.commands import run
 from support.evaluations import cells
 from support.pages import Page
+from support.tones import TINY_FRONT_END, TINY_TASKS
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,79 @@ def test_tables_files_and_picture(variant, tmp_path, capsys, monkeypatch):
     assert len(page.all("table")) == 4
     assert [i["src"][:22] for i in page.all("img")] == ["data:image/png;base64,"]
     assert not [a for tag in ("script", "link") for a in page.all(tag) if "http" in str(a)]
+
+
+def test_yardsticks_stand_beside_methods_and_pair_with_the_baseline(variant, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("COLUMNS", "120")
+    runs = [variant("p0", **FINETUNE), variant("p1", 1.0, seed=7, **FINETUNE), variant("c0", 2.0)]
+    page = tmp_path / "page.html"
+    assert run("compare", *runs, "--baseline", "finetune", "--csv", tmp_path / "all.csv", "--html", page) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 120
+    assert [sum(line.split()[:1] == [name] for line in shown.splitlines()) for name in ("mixture", "static")] == [3, 3]
+    result = compare(cells_of_runs(runs), baseline="finetune")
+    evaluation = read_json(runs[0] / "evaluation.json")
+    assert [m.method for m in result.methods] == ["finetune", "contavsep + random_per_class"]
+    assert [m.method for m in result.yardsticks] == list(YARDSTICKS)
+    for name, (first, second) in sdr_by_task(evaluation).items():
+        values = result[name].values
+        assert (values["task-0"].mean, values["task-1"].mean) == pytest.approx((first, second))
+        assert not {"forgetting", "bwt"} & set(values)
+        own = result["finetune"].values["average"]
+        assert result[name].differences["average"].mean == pytest.approx((first + second) / 2 - own.mean)
+        assert len(result[name].differences["average"].per_seed) == 2  # each of the baseline's seeds
+    rows = {(r["method"], r["measure"]): r for r in csv.DictReader((tmp_path / "all.csv").read_text().splitlines())}
+    assert float(rows["ideal mask", "sdr"]["mean"]) == pytest.approx(result["ideal mask"].values["sdr"].mean, abs=1e-6)
+    assert page.read_text().count("static filter") == 3
+
+    for folder in runs:  # of an earlier version: no yardsticks, and all else as it is
+        old = read_json(folder / "evaluation.json")
+        del old["yardsticks"]
+        (folder / "evaluation.json").write_text(json.dumps(old))
+    without = compare(cells_of_runs(runs), baseline="finetune")
+    assert without.yardsticks == ()
+    assert without.methods == result.methods
+
+
+def test_lists_apart_and_other_pictures_are_compared(tone_store, tone_run, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = task_stream(tone_store, TINY_TASKS, protocol="audiovisual", clip_samples=TINY_FRONT_END["clip_samples"])
+    one = shutil.copytree(tone_run, tmp_path / "one")
+    stream.protocol.save(one / "protocol.json")
+    evaluation = evaluate_run(one, dependence=2)
+    two = shutil.copytree(one, tmp_path / "two")
+    spec = yaml.safe_load((two / "run.yaml").read_text())
+    (two / "run.yaml").write_text(yaml.safe_dump({**spec, "strategy": "finetune"}))
+    scores = read_json(two / "evaluation.json")
+    rows = scores["after"][-1]["rows"]  # of a separator that cannot be asked for one of the lists
+    scores["after"][-1]["rows"] = [r for r in rows if r["list"] != "three"]
+    scores["visual_dependence"]["1"]["lists"]["headline"]["changes"]["still"] = -4.25
+    (two / "evaluation.json").write_text(json.dumps(scores))
+    assert run("compare", two, one, "--html", tmp_path / "page.html", "--csv", tmp_path / "all.csv") == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 120
+    assert "-4.25" in shown
+    assert "1: same-class" in shown
+    result = compare(cells_of_runs([two, one]))
+    step = evaluation["after"][-1]
+    for name in ("same-class", "three", "absent-pair", "background"):
+        value = result["contavsep + random_per_class"].values[f"list:{name}"].mean
+        assert value == pytest.approx(step["lists"][name]["mean"]["sdr"])
+        assert f"list:{name}" in result["static filter"].values
+    first = result["finetune + random_per_class"]
+    assert "list:three" not in first.values
+    assert first.values["sdr"].mean == pytest.approx(step["all"]["mean"]["sdr"])
+    assert first.counts["scored"] == step["all"]["scored"] == 12
+    assert "released_sdr" not in first.values  # pairs of one class are a list of their own
+    assert first.dependence["headline"]["still"] == -4.25
+    text = (tmp_path / "page.html").read_text()
+    assert "Lists apart" in text
+    assert "−4.25" in text or "-4.25" in text
+    assert "pictures:headline:still" in (tmp_path / "all.csv").read_text()
 
 
 def test_joint_runs_bound_the_methods_of_their_separator(variant, capsys):

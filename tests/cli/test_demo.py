@@ -16,6 +16,7 @@ import pytest
 import soundfile
 import yaml
 
+from avsep.evaluation.yardsticks import sdr_by_task
 from support.tones import TINY_SEPARATOR, TINY_TRAIN
 
 pytest.importorskip("PIL")
@@ -46,6 +47,10 @@ def test_it_leaves_what_it_says(small):
         audio, rate = soundfile.read(out / "separated" / name)
         assert (len(audio), rate) == (8 * 11025, 11025)
     assert {p.name for p in (out / "exported").iterdir()} == {"task-00", "task-01"}
+    evaluation = json.loads((out / "contavsep" / "evaluation.json").read_text())
+    for name, (old, new) in sdr_by_task(evaluation).items():
+        row = next(line for line in done.stdout.splitlines() if line.startswith(f"│ {name} "))
+        assert [float(x) for x in re.findall(r"-?\d+\.\d+", row)] == pytest.approx([old, old, new], abs=0.0051)
     for run in ("finetune", "contavsep"):
         matrix = json.loads((out / run / "evaluation.json").read_text())["matrix"]
         (first, _), (kept, new) = matrix

@@ -14,7 +14,7 @@ import torch
 from avsep.data.augment import Change, draw_change, equalise, reverberate, with_speed
 from avsep.data.mixing import collate, load_mixtures, load_source
 from avsep.data.protocol import TestMixture, build_protocol
-from avsep.data.store import Clip, Store
+from avsep.data.store import Clip, Store, add_features
 from avsep.data.tasks import make_tasks
 from avsep.errors import ConfigError, DataError
 from avsep.mixers.mixtures import TrainingMixtures
@@ -360,3 +360,19 @@ def test_what_is_not_asked_for_is_not_changed():
     assert change == Change(room=change.room)
     audio = _tone(300)
     assert change.apply(audio, 8000, 8000) is audio
+
+
+def test_a_source_at_rest_shows_one_moment(tmp_path):
+    store = Store.open(make_tone_store(tmp_path / "store"))
+    steps = np.arange(6, dtype=np.float32).reshape(2, 3)  # two values at three moments
+    store = add_features(store, "steps", "motion", ((c.id, steps) for c in store.clips))
+    clip = store.clip("ding-test-0")
+    for source, axis in ((SOURCES[1], 0), (VisualSource("motion", "features", "steps", dim=2), 1)):
+        moving, still = (
+            load_source(store, clip, 0, FRONT_END, (source,), 0, role=role).visual["motion"]
+            for role in ("source", "still")
+        )
+        assert still.shape == moving.shape
+        assert len(np.unique(moving, axis=axis).reshape(-1)) > len(np.unique(still, axis=axis).reshape(-1))
+        np.testing.assert_array_equal(np.take(still, 0, axis), np.take(moving, 0, axis))
+        np.testing.assert_array_equal(np.take(still, -1, axis), np.take(moving, 0, axis))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from avsep.data.protocol import Protocol, build_protocol, centre_start
+from avsep.data.protocol import APART, PROTOCOLS, Protocol, build_protocol, centre_start
 from avsep.data.store import Clip
 from avsep.data.tasks import make_tasks, split_classes
 from avsep.errors import ConfigError, DataError
@@ -41,7 +41,7 @@ def protocols():
     return (
         store,
         tasks,
-        {n: build_protocol(n, store, tasks, split="test", clip_samples=LENGTH) for n in ("fixed", "paper")},
+        {n: build_protocol(n, store, tasks, split="test", clip_samples=LENGTH) for n in PROTOCOLS},
     )
 
 
@@ -98,8 +98,9 @@ def test_fixed_pairs_of_a_task_do_not_depend_on_later_tasks():
 def test_protocol_file_round_trip_and_damage(protocols, tmp_path):
     path = tmp_path / "protocol.json"
     fixed = protocols[2]["fixed"]
-    fixed.save(path)
-    assert Protocol.load(path) == fixed
+    for made in (protocols[2]["audiovisual"], fixed):
+        made.save(path)
+        assert Protocol.load(path) == made
     data = json.loads(path.read_text())
     data["mixtures"][0]["starts"][0] += 1
     path.write_text(json.dumps(data))
@@ -116,7 +117,84 @@ def test_the_lists_of_a_version_are_frozen(protocols):
     assert {name: (p.version, p.hash[:16]) for name, p in protocols[2].items()} == {
         "fixed": (1, "7d6beed3bd247d73"),
         "paper": (1, "897da7834e05719f"),
+        "audiovisual": (1, "47c902e3d3b10f68"),
     }
+
+
+def by_list(protocol):
+    lists = {}
+    for mixture in protocol.mixtures:
+        lists.setdefault(mixture.list_name, []).append(mixture)
+    return lists
+
+
+def test_audiovisual_has_the_pairs_of_fixed_and_lists_beside_them(protocols):
+    _, _, made = protocols
+    lists = by_list(made["audiovisual"])
+    assert set(lists) == {*APART, *(f"task-{j}" for j in range(4)), "cross"}
+    assert [m for m in made["audiovisual"].mixtures if m.list_name not in APART] == list(made["fixed"].mixtures)
+    assert all(m.counted for m in made["audiovisual"].mixtures)
+    roles = {
+        "absent-moving": ("source", "moving"),
+        "absent-still": ("source", "still"),
+        "absent-unseen": ("source", "unseen"),
+        "absent-pair": ("source", "source", "still"),
+        "background": ("source", "source", "background"),
+        "unseen": ("unseen_source", "unseen_source"),
+    }
+    for name in APART:
+        for m in lists[name]:
+            assert m.roles == roles.get(name, ())
+            assert len(m.asked) == (3 if name in ("three", "absent-pair") else 2)
+            assert (m.gain_db, m.rt60_s) == {"quiet": (-20, 0), "reverberant": (0, 0.5)}.get(name, (0, 0))
+            assert m.needs_unseen == (name in ("unseen", "absent-unseen"))
+            assert m.task == max(made["audiovisual"].task_of(c) for c in m.classes)
+            if name == "same-class":
+                assert m.degenerate == "same_class"
+                assert len(set(m.classes)) == 1
+            else:
+                assert not m.degenerate
+                assert len(set(m.classes)) == len(m.clips)
+
+
+def test_audiovisual_lists_are_small_and_use_clips_evenly(protocols):
+    store, _, made = protocols
+    lists = by_list(made["audiovisual"])
+    for name in APART:
+        assert len(lists[name]) == len(store.clips), name  # one for each clip, which leads it
+        assert [m.clips[0] for m in lists[name]] == [c.id for c in store.clips]
+        assert len({frozenset(m.clips) for m in lists[name]}) == len(lists[name])
+        uses = Counter(c for m in lists[name] for c in m.clips)
+        assert max(uses.values()) - min(uses.values()) <= 3, name
+    headline = {(m.clips, m.starts) for m in made["fixed"].mixtures}
+    for name in ("quiet", "reverberant", "unseen"):  # what is lost is measured against the same pairs
+        assert {(m.clips, m.starts) for m in lists[name]} <= headline
+
+
+def test_audiovisual_lists_of_a_task_do_not_depend_on_later_tasks(protocols):
+    store, _, made = protocols
+    whole = made["audiovisual"]
+    short = build_protocol(
+        "audiovisual", store, make_tasks(split_classes(CLASSES, 5)[:2]), split="test", clip_samples=LENGTH
+    )
+    assert short.at(1) == whole.at(1)
+    for earlier, later in ((0, 1), (1, 3)):
+        assert whole.at(later)[: len(whole.at(earlier))] == whole.at(earlier)
+
+
+def test_audiovisual_of_few_classes_and_clips_leaves_lists_out():
+    def lists(classes, tasks, **store):
+        made = build_protocol(
+            "audiovisual", _Clips(classes, **store), make_tasks(tasks), split="test", clip_samples=LENGTH
+        )
+        return {name: len(members) for name, members in by_list(made).items()}
+
+    alone = lists(["a"], [["a"]], per_class=1)
+    assert alone == {}
+    pair = lists(["a", "b"], [["a"], ["b"]], per_class=2)
+    assert pair["same-class"] == 2  # two clips make one pair
+    assert pair["cross"] == pair["quiet"] == 2  # a task of one class: its headline is the cross list
+    assert "three" not in pair
 
 
 def test_a_fixed_mixture_keeps_its_number_as_tasks_are_added(protocols):
@@ -156,5 +234,5 @@ def test_split_refuses_a_remainder():
 
 
 def test_unknown_protocol_names_the_known():
-    with pytest.raises(ConfigError, match="known: fixed, paper"):
+    with pytest.raises(ConfigError, match="known: fixed, paper, audiovisual"):
         build_protocol("mine", SimpleNamespace(), (), split="test", clip_samples=1)

@@ -11,7 +11,7 @@ import torch
 
 from avsep.errors import DataError, NumericalError
 from avsep.evaluation import bss
-from avsep.evaluation.bss import bss_eval, mixture_baseline, sdr_improvement, si_sdr
+from avsep.evaluation.bss import bss_eval, mixture_baseline, sdr_alone, sdr_improvement, si_sdr
 
 RATE = 11025
 
@@ -281,3 +281,21 @@ def test_float32_input_is_computed_in_float64():
     found, result = ours(references, estimates)
     assert result.sdr.dtype == torch.float64
     np.testing.assert_allclose(found, mir(references.astype(float), estimates.astype(float)), atol=1e-6)
+
+
+def test_sdr_alone_is_the_sdr_of_bss_eval():
+    rng = np.random.default_rng(11)
+    references = torch.from_numpy(np.stack([chords(rng, 3, 6000) for _ in range(2)]))
+    sets = torch.stack([references + k * torch.from_numpy(rng.standard_normal(references.shape)) for k in (0.1, 1)], 1)
+    sets[1, 0, 2] = 0
+    references[0, 1] = 0
+    found = sdr_alone(references, sets)
+    assert found.shape == (2, 2, 3)
+    for e in range(2):
+        np.testing.assert_allclose(found[:, e], bss_eval(references, sets[:, e]).sdr, atol=1e-9)
+    assert torch.isnan(found[0, :, 1]).all()
+    assert torch.isnan(found[1, 0, 2])
+    with pytest.raises(ValueError, match=r"estimates \[B, E, N, L\]"):
+        sdr_alone(references, references)
+    with pytest.raises(NumericalError, match="estimates"):
+        sdr_alone(references, sets * torch.nan)

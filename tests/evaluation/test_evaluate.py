@@ -31,33 +31,8 @@ from avsep.evaluation.evaluate import (
 from avsep.files import read_json
 from avsep.runs.folder import RunFolder
 from avsep.separator import load_separator
+from support.answers import Stub
 from support.tones import TINY_FRONT_END, TINY_TASKS, make_tone_store
-
-
-class Stub:
-    """Answers with what it is told instead of separating; everything else is a real separator's."""
-
-    def __init__(self, separator, answer):
-        self._separator, self._answer = separator, answer
-        self.training = False
-
-    def __getattr__(self, name):
-        return getattr(self._separator, name)
-
-    def __call__(self, *args):
-        return self._separator(*args)
-
-    def to(self, device):
-        return self
-
-    def eval(self):
-        return self
-
-    def train(self, mode=True):
-        return self
-
-    def separate(self, mixture, visual, class_ids):
-        return self._answer(mixture, class_ids)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +93,7 @@ def test_the_mode_of_the_separator_is_left_alone(tone_run, store, protocol):
 
 
 def test_silent_estimates_are_skipped_and_counted(tone_run, store, protocol):
-    mute = Stub(load_separator(tone_run), lambda x, ids: torch.zeros(len(x), ids.shape[1], x.shape[1]))
+    mute = Stub(load_separator(tone_run), lambda x, visual, ids: torch.zeros(len(x), ids.shape[1], x.shape[1]))
     scores = evaluate_separator(mute, store, protocol.at(0))
     assert {s.status for s in scores} == {"silent_estimate"}
     summary = summarise(rows_of(scores))
@@ -130,13 +105,15 @@ def test_silent_estimates_are_skipped_and_counted(tone_run, store, protocol):
 
 
 def test_estimates_that_are_not_finite_name_the_clips(tone_run, store, protocol):
-    broken = Stub(load_separator(tone_run), lambda x, ids: torch.full((len(x), ids.shape[1], x.shape[1]), torch.nan))
+    broken = Stub(
+        load_separator(tone_run), lambda x, visual, ids: torch.full((len(x), ids.shape[1], x.shape[1]), torch.nan)
+    )
     with pytest.raises(NumericalError, match=protocol.at(0)[0].clips[0]):
         evaluate_separator(broken, store, protocol.at(0))
 
 
 def test_estimates_are_clipped_before_scoring(tone_run, store, protocol):
-    def loud(mixture, class_ids):
+    def loud(mixture, visual, class_ids):
         return 100 * mixture[:, None].expand(-1, class_ids.shape[1], -1)
 
     score = evaluate_separator(Stub(load_separator(tone_run), loud), store, protocol.at(0)[:1], keep=[0])[0]

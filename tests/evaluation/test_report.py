@@ -33,6 +33,7 @@ from avsep.evaluation.report import (
     render_report,
     write_report,
 )
+from avsep.evaluation.yardsticks import rows_of_yardstick, sdr_by_task
 from support.pages import Page
 
 pytest.importorskip("jinja2")
@@ -283,6 +284,41 @@ def test_settings_say_what_the_training_was_and_tasks_count_from_0(scored_run, t
     ):
         assert part in text, part
     assert "task 2" not in text
+
+
+def test_yardsticks_and_other_pictures_are_on_the_page(scored_run, tmp_path):
+    run = shutil.copytree(scored_run, tmp_path / "run")
+    evaluation = evaluate_run(run, dependence=2)
+    text = html.unescape(write_report(run, tmp_path / "page.html", mixtures=2).read_text(encoding="utf-8"))
+    shown = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r'data:[^"]*', "", text)))
+    lines = {name: " ".join(f"{v:.1f}" for v in line) for name, line in sdr_by_task(evaluation).items()}
+    for name, numbers in lines.items():
+        assert f"{name} {numbers}" in shown
+    row = next(r for r in rows_of_yardstick(evaluation, "static filter") if (r["mixture"], r["source"]) == (0, 0))
+    assert f"static filter: {row['sdr']:+.1f} dB".replace("-", "−") in shown
+    assert "better than a fixed filter by" in shown
+    assert "Does it look?" in shown
+    plain = json.loads((run / "evaluation.json").read_text())
+    del plain["yardsticks"], plain["visual_dependence"]  # as version 0.1 wrote it
+    (run / "evaluation.json").write_text(json.dumps(plain))
+    text = write_report(run, tmp_path / "page.html", mixtures=1).read_text(encoding="utf-8")
+    assert "Does it look?" not in text
+    assert "better than a fixed filter by" not in text
+
+
+def test_mixtures_with_roles_can_be_heard(tone_store, tone_run, tmp_path):
+    from avsep.data.tasks import task_stream
+    from support.tones import TINY_FRONT_END, TINY_TASKS
+
+    run = shutil.copytree(tone_run, tmp_path / "run")
+    stream = task_stream(tone_store, TINY_TASKS, protocol="audiovisual", clip_samples=TINY_FRONT_END["clip_samples"])
+    stream.protocol.save(run / "protocol.json")
+    text = write_report(run, tmp_path / "page.html", mixtures=12).read_text(encoding="utf-8")
+    assert "not in the mixture, seen playing" in text
+    assert "not in the mixture, seen at rest" in text
+    assert "no picture" not in text  # this separator needs one of every source
+    assert "ding + ding" in text
+    assert ">nan" not in text.lower()
 
 
 @pytest.mark.parametrize("what", ["weights", "tasks", "mixtures"])
