@@ -53,23 +53,27 @@ def synth(
     force: Annotated[bool, typer.Option("--force", help="Delete the store that is there and begin anew.")] = False,
 ) -> None:
     """Make the offline benchmark from sampled instruments and drawn players. Continues a killed run."""
+    import warnings
+
     from avsep.data.synth.synthesis import synthesise
     from avsep.progress import terminal
 
     try:
-        store = synthesise(
-            out,
-            version=version,
-            size=size,
-            classes=None if classes is None else names_in(classes),
-            seed=seed,
-            banks=bank,
-            holdout_bank=holdout_bank,
-            workers=workers,
-            clips_per_class=None if clips is None else _counts(clips),
-            clip_s=clip_s,
-            force=force,
-        )
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: typer.echo(f"avsep: {message}", err=True)
+            store = synthesise(
+                out,
+                version=version,
+                size=size,
+                classes=None if classes is None else names_in(classes),
+                seed=seed,
+                banks=bank,
+                holdout_bank=holdout_bank,
+                workers=workers,
+                clips_per_class=None if clips is None else _counts(clips),
+                clip_s=clip_s,
+                force=force,
+            )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
     terminal().print(f"{store.path}: {extent(store)}", highlight=False)

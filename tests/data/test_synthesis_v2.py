@@ -249,6 +249,20 @@ def test_the_command_makes_version_2_and_says_which_bank_is_held_out(
 
 
 @needs_bank
+def test_the_command_warns_in_one_line_of_a_bank_that_plays_all(tmp_path: Path) -> None:
+    from avsep.cli.data_command import app
+
+    arguments = ("--version", "2", "--bank", str(find_banks()[0]), "--classes", "flute", "--clips", "1,0,0")
+    result = CliRunner().invoke(
+        app, ["synth", str(tmp_path / "s"), *arguments, "--clip-s", "0.5", "--workers", "1"], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    told = [line for line in result.output.splitlines() if "only SoundFont bank" in line]
+    assert len(told) == 1
+    assert told[0].startswith("avsep: ")
+
+
+@needs_bank
 def test_every_bank_found_plays_the_registers() -> None:
     for path in find_banks()[:2]:
         bank = SoundFont(path)
