@@ -1,7 +1,8 @@
 """From a video to what a separator looks at: objects over time, and their frames or features by class.
 
-Frames are taken at the rates of a store (1 a second of an object, 8 grey ones of its movement), cut out by the
-object's box, and brought to one size. torch is loaded only where features are extracted.
+Frames are taken at the rates of a store (1 a second of an object, 8 grey ones of its movement, or as many as the
+separator takes), cut out by the object's box, and brought to one size. torch is loaded only where features are
+extracted.
 """
 
 from __future__ import annotations
@@ -221,8 +222,10 @@ def timelines_of_video(
         found = _motion_features(path, classes, track, made, of_motion, count, report, span)
         for name in classes:
             features[name][of_motion.name] = found[name]
-    if ("motion", "frames") in wanted:
-        for second, frame in _timed_frames(path, MOTION_RATE_HZ, report, span, grey=True):
+    motion_rate_hz = MOTION_RATE_HZ
+    if moving := wanted.get(("motion", "frames")):
+        motion_rate_hz = moving.rate_hz or MOTION_RATE_HZ
+        for second, frame in _timed_frames(path, motion_rate_hz, report, span, grey=True):
             for name in classes:
                 movement[name].append(cut_frame(frame, track.at(name, second), side["motion"]))
     timelines = {}
@@ -233,7 +236,7 @@ def timelines_of_video(
             object=np.stack(crops[name]) if crops[name] else None,
             motion=np.stack(movement[name]) if movement[name] else None,
             object_rate_hz=OBJECT_RATE_HZ,
-            motion_rate_hz=MOTION_RATE_HZ,
+            motion_rate_hz=motion_rate_hz,
             features=features[name],
             where=f"{Path(path).name}: '{name}'",
         )

@@ -43,7 +43,8 @@ class VisualSource:
 
     ``role`` object or motion; ``kind`` frames (uint8 images) or features (stored vectors, by ``name`` and width
     ``dim``). An object source takes ``frames`` = K consecutive frames or vectors around the crop's centre; a motion
-    source all frames of the crop (``frames`` = 0), or the video's stored sequence.
+    source all frames of the crop (``frames`` = 0), ``rate_hz`` of them a second (0: as many as there are), or the
+    video's stored sequence.
     """
 
     role: str
@@ -51,6 +52,7 @@ class VisualSource:
     name: str = ""
     dim: int = 0
     frames: int = 0
+    rate_hz: float = 0.0
 
     def middle_s(self, start: int, clip_samples: int, total_samples: int, rate_hz: int) -> float:
         """The moment that a chunk from sample ``start`` on is looked up at, in seconds of the recording.
@@ -83,8 +85,9 @@ class VisualTimeline:
 
         Returns uint8 [K, 3, H, W] (object frames: ``source.frames`` consecutive ones, the middle one covers
         ``centre_s``), float32 [K, D] (object features, likewise), uint8 [M, c, h, w] (motion frames: M =
-        round(duration_s * rate) from round((centre_s - duration_s / 2) * rate) on) or float32 [D, T] (motion
-        features). Beyond the ends the border frame repeats. Without ``copy`` what is given may be a view of the
+        round(duration_s * rate) from round((centre_s - duration_s / 2) * rate) on, at the source's rate where it has
+        one: each the frame that is there at its middle) or float32 [D, T] (motion features). Beyond the ends the border
+        frame repeats. Without ``copy`` what is given may be a view of the
         memory map, not to be written to.
 
         Raises :class:`DataError` when the video lacks the kind or the feature, or the width differs.
@@ -94,9 +97,14 @@ class VisualTimeline:
             if array is None:
                 raise DataError(f"{self.where} has no {source.role} frames; it has {self._has()}")
             if source.role == "motion":
-                count = max(1, _round(duration_s * self.motion_rate_hz))
-                first = _round((centre_s - duration_s / 2) * self.motion_rate_hz)
-                return _clamped(array, first, count, copy)  # [M, c, h, w]
+                rate_hz = source.rate_hz or self.motion_rate_hz
+                count = max(1, _round(duration_s * rate_hz))
+                first = _round((centre_s - duration_s / 2) * rate_hz)
+                if rate_hz == self.motion_rate_hz:
+                    return _clamped(array, first, count, copy)  # [M, c, h, w]
+                middles_s = (np.arange(first, first + count) + 0.5) / rate_hz
+                index = np.floor(middles_s * self.motion_rate_hz + 1e-9).astype(np.int64)
+                return _picked(array, np.clip(index, 0, len(array) - 1))
             return self._around(array, source, centre_s, copy)  # [K, 3, H, W]
         if source.kind != "features":
             raise DataError(f"a visual source is of kind frames or features, not '{source.kind}'")
@@ -145,7 +153,11 @@ def _clamped(array: Array, first: int, count: int, copy: bool) -> Array:
     low, high = max(first, 0), min(first + count, len(array))
     if high - low == count:
         return np.array(array[low:high]) if copy else array[low:high]
-    index = np.clip(np.arange(first, first + count), 0, len(array) - 1)
+    return _picked(array, np.clip(np.arange(first, first + count), 0, len(array) - 1))
+
+
+def _picked(array: Array, index: Array) -> Array:
+    """The rows of an array at the places ``index``, which rise."""
     start = int(index[0])
     return np.asarray(array[start : int(index[-1]) + 1])[index - start]
 

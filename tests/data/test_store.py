@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tracemalloc
 import wave
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -649,6 +650,24 @@ def test_visual_rates_are_kept(tmp_path: Path) -> None:
     assert found.read(MOTION, 1.0, 0.4)[:, 0, 0, 0].tolist() == list(range(20, 30))
     with pytest.raises(DataError, match=r"'flute' has no object frames; it has motion frames"):
         found.read(OBJECT, 1.0, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("rate_hz", "expected"),
+    [
+        (25.0, [20, 21, 22, 23, 24, 25, 26, 27, 28, 29]),
+        (50.0, [k for n in range(20, 30) for k in (n, n)]),
+        (12.5, [21, 23, 25, 27, 29]),  # those at the middles
+        (5.0, [22, 27]),
+    ],
+)
+def test_motion_comes_at_the_rate_that_is_asked_for(rate_hz, expected):
+    timeline = VisualTimeline(motion=_counted(50, 1, 2, 2), motion_rate_hz=25.0)
+    source = replace(MOTION, rate_hz=rate_hz)
+    assert timeline.read(source, 1.0, 0.4)[:, 0, 0, 0].tolist() == expected
+    beyond = timeline.read(source, 2.0, 0.4)[:, 0, 0, 0]
+    assert beyond[-1] == 49
+    assert len(beyond) == len(expected)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,10 @@ def test_each_class_is_cut_out_of_its_place_and_time(home):
     assert seen["ding"].motion.mean() > seen["peep"].motion.mean() + 10  # red is brighter
     assert reports[-1][0] == 40
     assert all(done <= total for done, total in reports)
+    fast = VisualSource("motion", "frames", rate_hz=16.0)
+    (often,) = timelines_of_video(home / "duet.mp4", ["ding"], [fast], whole_frame(["ding"])).values()
+    assert often.motion_rate_hz == 16.0
+    assert often.read(fast, centre_s=2.5, duration_s=1.0).shape == (16, 1, 48, 48)
     (whole,) = timelines_of_video(home / "duet.mp4", ["ding"], [OBJECT], whole_frame(["ding"])).values()
     assert abs(whole.object[0, 0, 50, 10].astype(int) - whole.object[0, 0, 50, 100]) > 100
     assert whole.motion is None

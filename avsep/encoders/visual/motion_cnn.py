@@ -23,7 +23,8 @@ class MotionCNN(VisualEncoder):
     """Small trainable CNN on grey frames and their differences, pooled to a few steps in time.
 
     ``dim`` is the feature width, ``steps`` the number Tm of time steps given out, ``size`` the side in pixels that
-    frames of any size are brought to, ``channels`` the width of the first convolution.
+    frames of any size are brought to, ``channels`` the width of the first convolution. ``rate_hz`` is how many frames a
+    second it is given, from stores and videos of any rate; 0: as many as a store has (videos: 8).
 
     Shapes:
         frames [B, M, 1, H, W], uint8 0..255 or float 0..1, in order of time -> [B, dim, steps].
@@ -33,14 +34,19 @@ class MotionCNN(VisualEncoder):
     size: int
     steps: int
 
-    def __init__(self, *, dim: int = 64, steps: int = 12, size: int = 48, channels: int = 8) -> None:
+    def __init__(
+        self, *, dim: int = 64, steps: int = 12, size: int = 48, channels: int = 8, rate_hz: float = 0.0
+    ) -> None:
         super().__init__()
         if min(dim, steps, channels) < 1 or size < 16 or channels % 4:
             raise ValueError(
                 f"dim and steps must be positive, size at least 16, channels a multiple of 4: got dim {dim}, steps "
                 f"{steps}, size {size}, channels {channels}"
             )
+        if not 0 <= rate_hz <= 1000:
+            raise ValueError(f"rate_hz must lie between 0 and 1000, got {rate_hz}")
         self.dim = dim
+        self.rate_hz = rate_hz
         self.steps = steps
         self.size = size
         self.body = nn.Sequential(ConvNormReLU(3, channels, 5, 4), ConvNormReLU(channels, 2 * channels, 3, 2))
@@ -48,7 +54,7 @@ class MotionCNN(VisualEncoder):
         self.head = nn.Conv1d(dim, dim, 1)
 
     def source(self) -> VisualSource:
-        return VisualSource(role="motion", kind="frames")
+        return VisualSource(role="motion", kind="frames", rate_hz=self.rate_hz)
 
     def forward(self, frames: Tensor) -> Tensor:
         check_frames(frames, 1, "motion_cnn")
