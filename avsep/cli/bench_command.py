@@ -101,6 +101,50 @@ def metrics(
     _run(_metrics(batch, sources, length), repeats, out, plot)
 
 
+@app.command("separators")
+def separators(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder; its test split is scored.")],
+    preset: Annotated[
+        list[str] | None,
+        typer.Option("--preset", help="Again for more [default: aligned, aligned_by_picture, iquery_small]."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each preset.")] = 3,
+    runs: Annotated[Path, typer.Option("--runs", help="Folder of the runs, which go on where they were.")] = Path(
+        "runs/separators"
+    ),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of every run, such as train.epochs=2.")
+    ] = None,
+    train: Annotated[bool, typer.Option("--train/--no-train", help="Train, or report the runs that are there.")] = True,
+    out: Annotated[Path, typer.Option("--out", help="CSV file to write; a table in Markdown stands beside it.")] = Path(
+        "separators.csv"
+    ),
+) -> None:
+    """What presets reach on a store when they learn all of its classes at once, beside the static filter.
+
+    Different classes, duets of one class, absent sources, rooms, other pictures: the lists of the protocol audiovisual.
+    """
+    from avsep.benchmarks.measure import check_results
+    from avsep.benchmarks.separators import COLUMNS, evaluations_in, facts_of, measure, report, run_presets
+    from avsep.data.store import Store
+    from avsep.errors import ConfigError
+    from avsep.progress import terminal
+
+    check_results(out, COLUMNS)
+    presets = preset or ["aligned", "aligned_by_picture", "iquery_small"]
+    numbers = list(range(seeds))
+    opened = Store.open(store)
+    found = (
+        run_presets(opened, runs, presets, numbers, settings=settings or ())
+        if train
+        else evaluations_in(runs, presets, numbers)
+    )
+    if not found:
+        raise ConfigError(f"{runs} holds no evaluated run of {', '.join(presets)}: leave --no-train out")
+    report(measure(found), out, facts_of(opened, numbers))
+    terminal().print(out.with_suffix(".md").read_text(), highlight=False, markup=False)
+
+
 @app.command("export")
 def export(
     bundle: Annotated[Path, typer.Argument(help="A bundle of avsep export, folder or tar.")],

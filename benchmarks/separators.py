@@ -1,0 +1,296 @@
+"""Presets side by side on one store: trained jointly on all of its classes, seed after seed, and scored on its tests.
+
+Each preset and seed is a run of its own in ``runs``, which goes on where it was stopped. The lists are those of the
+protocol ``audiovisual``; intervals are of both the training seeds and the test mixtures.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avsep.data.store import Store
+from avsep.evaluation.continual import Interval, percentile_interval, resampling_weights
+from avsep.files import csv_cell, read_json, write_text
+from avsep.progress import Progress
+
+__all__ = ["COLUMNS", "MEASURES", "Found", "Measure", "evaluations_in", "facts_of", "measure", "report", "run_presets"]
+
+_Rows = Sequence[Mapping[str, Any]]
+_RESAMPLES = 10_000
+_FACTS = ("store", "classes", "seed_numbers", "commit", "date")
+COLUMNS = ("preset", "measure", "unit", "mean", "low", "high", "seeds", *_FACTS)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A line of the report: its name, its unit, and what it takes of the rows of a run.
+
+    ``pick``: which rows count. ``over``: ``mixture`` (improvement over the mixture itself) or a yardstick of the same
+    rows; ``column``: of the rows.
+    """
+
+    name: str
+    pick: Callable[[Mapping[str, Any]], bool]
+    column: str = "sdri"
+    over: str = ""
+
+
+def _in_list(*names: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda row: row["list"] in names
+
+
+def _headline(row: Mapping[str, Any]) -> bool:
+    from avsep.evaluation.scores import is_headline
+
+    return is_headline(row)
+
+
+MEASURES = (
+    Measure("different classes", _headline),
+    Measure("different classes, above the static filter", _headline, over="static filter"),
+    Measure("same class", _in_list("same-class")),
+    Measure("three sources", _in_list("three")),
+    Measure("something in the background", _in_list("background")),
+    Measure("20 dB quieter", _in_list("quiet")),
+    Measure("in a room", _in_list("reverberant")),
+    Measure("no pictures", _in_list("unseen")),
+)
+
+
+def run_presets(
+    store: Store | str | Path,
+    runs: str | Path,
+    presets: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    settings: Sequence[str] = (),
+    dependence: int = 60,
+    accelerator: str = "auto",
+    progress: Progress | bool = True,
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """Train and evaluate every preset with every seed; the evaluations by preset and seed.
+
+    Args:
+        settings: of ``--set``, for all of the runs.
+        dependence: mixtures a list of the measure of dependence on pictures.
+    """
+    from avsep.data.tasks import task_stream
+    from avsep.evaluation.evaluate import evaluate_run
+    from avsep.runs.folder import RunFolder
+    from avsep.spec import RunSpec, apply_settings, load_preset, validated
+    from avsep.training.learner import ContinualLearner
+
+    opened = store if isinstance(store, Store) else Store.open(store)
+    found = {}
+    for seed in seeds:
+        for name in presets:
+            preset = load_preset(name)
+            data = {
+                "separator": dict(preset["separator"]),
+                "train": {**preset["train"], "seed": seed},
+                "strategy": "joint",
+                "tasks": [list(opened.classes)],
+                "protocol": "audiovisual",
+                "validation_protocol": "audiovisual",
+                "preset": name,
+            }
+            spec = validated(RunSpec, apply_settings(data, list(settings)), name)
+            stream = task_stream(
+                opened,
+                spec.tasks,
+                protocol=spec.protocol,
+                validation_protocol=spec.validation_protocol,
+                clip_samples=spec.separator.front_end.clip_samples,
+            )
+            folder = RunFolder(Path(runs) / f"{Path(name).stem}-{seed}")
+            learner = ContinualLearner.from_spec(spec, accelerator=accelerator)
+            learner.fit(stream, folder.path, resume=folder.is_run, progress=progress, preset=name)
+            found[name, seed] = evaluate_run(folder.path, opened, dependence=dependence)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ measures
+
+
+@dataclass(frozen=True)
+class Found:
+    """A number of a preset: its mean with its interval, and that of each seed."""
+
+    preset: str
+    measure: str
+    unit: str
+    value: Interval
+    seeds: tuple[float, ...]
+
+
+def measure(evaluations: Mapping[tuple[str, int], Mapping[str, Any]], *, without: str = "drum") -> list[Found]:
+    """All numbers of all presets. ``without``: a class whose mixtures are left out of one more line a measure of
+    different classes."""
+    found = []
+    for preset in dict.fromkeys(name for name, _ in evaluations):
+        runs = [evaluation for (name, _), evaluation in evaluations.items() if name == preset]
+        found += _of_preset(preset, runs, without)
+    return found
+
+
+def _of_preset(preset: str, runs: Sequence[Mapping[str, Any]], without: str) -> list[Found]:
+    steps = [run["after"][-1] for run in runs]
+    found = []
+    measures = list(MEASURES)
+    if any(row["class"] == without for row in steps[0]["rows"]):
+        for one in MEASURES[:2]:
+            measures.append(
+                Measure(f"{one.name}, without {without}", _without(steps[0]["rows"], one, without), over=one.over)
+            )
+    for one in measures:
+        table = _table(one, runs)
+        if table.size:
+            found.append(Found(preset, one.name, "dB", *_interval(table)))
+    found += _dependence(preset, steps, runs)
+    for name, unit, values in (
+        ("absent sources, median level", "dB", [_median_level(step["rows"]) for step in steps]),
+        ("presence, area under the curve", "", [(step.get("presence") or {}).get("auc") for step in steps]),
+        ("presence, share right", "", [(step.get("presence") or {}).get("right") for step in steps]),
+    ):
+        known = [float(value) for value in values if value is not None]
+        if known:
+            found.append(Found(preset, name, unit, _over_seeds(known), tuple(known)))
+    return found
+
+
+def _without(rows: _Rows, one: Measure, name: str) -> Callable[[Mapping[str, Any]], bool]:
+    with_it = {(row["list"], row["mixture"]) for row in rows if row["class"] == name}
+    return lambda row: one.pick(row) and (row["list"], row["mixture"]) not in with_it
+
+
+def _table(one: Measure, runs: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+    """The measure of each mixture, [seeds, mixtures]: the mean over its sources."""
+    from avsep.evaluation.scores import sounds
+    from avsep.evaluation.yardsticks import rows_of_yardstick
+
+    lines: list[dict[tuple[str, int], float]] = []
+    for run in runs:
+        step = run["after"][-1]
+        base: dict[tuple[str, int, int], float] = {}
+        if one.over:
+            for row in rows_of_yardstick(run, one.over, step):
+                if row[one.column] is not None:
+                    base[row["list"], row["mixture"], row["source"]] = row[one.column]
+        sums: dict[tuple[str, int], list[float]] = {}
+        for row in step["rows"]:
+            key = (row["list"], row["mixture"], row["source"])
+            if not one.pick(row) or row["status"] != "ok" or not sounds(row) or row[one.column] is None:
+                continue
+            if not one.over or key in base:
+                sums.setdefault(key[:2], []).append(row[one.column] - base.get(key, 0.0))
+        lines.append({key: float(np.mean(values)) for key, values in sums.items()})
+    shared = sorted(set.intersection(*(set(line) for line in lines))) if lines else []
+    return np.array([[line[key] for key in shared] for line in lines])
+
+
+def _interval(table: NDArray[np.float64]) -> tuple[Interval, tuple[float, ...]]:
+    """The mean of [seeds, mixtures], with the interval over both, and the mean of each seed."""
+    seeds, mixtures = table.shape
+    drawn = []
+    generators = (
+        resampling_weights([size], resamples=_RESAMPLES, seed=number) for number, size in enumerate((seeds, mixtures))
+    )
+    whole = [np.concatenate(list(blocks)) for blocks in generators]  # [resamples, seeds], [resamples, mixtures]
+    drawn = np.einsum("rs,sm,rm->r", whole[0], table, whole[1]) / (seeds * mixtures)
+    return percentile_interval(float(table.mean()), drawn, 0.95), tuple(table.mean(axis=1).tolist())
+
+
+def _over_seeds(values: Sequence[float]) -> Interval:
+    """The mean with the least and the most of the seeds, where there is nothing else to resample."""
+    return Interval(float(np.mean(values)), min(values), max(values))
+
+
+def _median_level(rows: _Rows) -> float | None:
+    from avsep.evaluation.scores import sounds
+
+    levels = [row["level_db"] for row in rows if not sounds(row)]
+    return float(np.median(levels)) if levels else None
+
+
+def _dependence(preset: str, steps: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> list[Found]:
+    from avsep.evaluation.visual_dependence import HEADINGS
+
+    found = []
+    for list_name, title in (("headline", "different classes"), ("same-class", "same class")):
+        for change, heading in HEADINGS.items():
+            values = []
+            for step, run in zip(steps, runs, strict=True):
+                changes = (run.get("visual_dependence") or {}).get(str(step["task"]), {}).get("lists", {})
+                value = (changes.get(list_name) or {}).get("changes", {}).get(change)
+                if value is not None:
+                    values.append(float(value))
+            if values:
+                found.append(
+                    Found(preset, f"{title}, change with pictures: {heading}", "dB", _over_seeds(values), tuple(values))
+                )
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def report(found: Sequence[Found], out: str | Path, facts: Mapping[str, Any]) -> None:
+    """Write ``out`` (.csv) with a line a preset and measure, and the same beside it as a table in Markdown."""
+    path = Path(out)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for one in found:
+        numbers = [f"{x:.3f}" for x in (one.value.mean, one.value.low, one.value.high)]
+        seeds = " ".join(f"{x:.3f}" for x in one.seeds)
+        writer.writerow(
+            [csv_cell(str(x)) for x in (one.preset, one.measure, one.unit, *numbers, seeds, *facts.values())]
+        )
+    write_text(path, text.getvalue())
+    presets = list(dict.fromkeys(one.preset for one in found))
+    lines = [f"| | {' | '.join(presets)} |", f"|---|{'---|' * len(presets)}"]
+    by_name: dict[str, dict[str, Found]] = {}
+    for one in found:
+        by_name.setdefault(one.measure + (f", {one.unit}" if one.unit else ""), {})[one.preset] = one
+    for name, of_preset in by_name.items():
+        cells = [_cell(of_preset.get(preset)) for preset in presets]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
+
+
+def _cell(one: Found | None) -> str:
+    if one is None:
+        return ""
+    digits = 2 if one.unit else 3
+    return f"{one.value.mean:.{digits}f} [{one.value.low:.{digits}f}, {one.value.high:.{digits}f}]"
+
+
+def evaluations_in(runs: str | Path, presets: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int], Any]:
+    """The evaluations of finished runs, without training any."""
+    from avsep.runs.folder import RunFolder
+
+    found = {}
+    for seed in seeds:
+        for name in presets:
+            file = RunFolder(Path(runs) / f"{Path(name).stem}-{seed}").evaluation_file
+            if file.is_file():
+                found[name, seed] = read_json(file)
+    return found
+
+
+def facts_of(store: Store, seeds: Sequence[int]) -> dict[str, Any]:
+    """What stands beside every line."""
+    from avsep.environment import commit
+
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    values = (store.content_hash[:12], len(store.classes), " ".join(map(str, seeds)), commit(), date)
+    return dict(zip(_FACTS, values, strict=True))
