@@ -62,6 +62,7 @@ MEASURES = (
     Measure("something in the background", _in_list("background")),
     Measure("20 dB quieter", _in_list("quiet")),
     Measure("in a room", _in_list("reverberant")),
+    Measure("one picture each, no motion", _in_list("photo")),
     Measure("no pictures", _in_list("unseen")),
 )
 

@@ -61,6 +61,7 @@ APART = {
     "background": "two sources that are asked for, and a third that is not",
     "quiet": "pairs of the headline, 20 dB quieter",
     "reverberant": "pairs of the headline in a room with a reverberation time of 0.5 s",
+    "photo": "pairs of the headline with one picture of each source and no motion",
     "unseen": "pairs of the headline without any picture",
 }
 """The lists of ``audiovisual`` beside those of ``fixed``: each has its own means and is in no mean over all lists."""
@@ -104,7 +105,7 @@ class TestMixture:
     @property
     def needs_unseen(self) -> bool:
         """Whether a source that is asked for has no picture."""
-        return any(role in ("unseen_source", "unseen") for role in self.roles)
+        return any(role in ("unseen_source", "unseen", "photo_source", "photo") for role in self.roles)
 
     @property
     def counted(self) -> bool:
@@ -317,6 +318,7 @@ def _audiovisual(store: Store, tasks: Sequence[Task], split: str, mixture: Any) 
         for name, more in (
             ("quiet", {"gain_db": QUIET_DB}),
             ("reverberant", {"rt60_s": ROOM_RT60_S}),
+            ("photo", {"roles": ("photo_source",) * 2}),
             ("unseen", {"roles": ("unseen_source",) * 2}),
         ):
             found += [mixture(pair, name, **more) for pair in pairs]

@@ -636,6 +636,8 @@ def _mixture_view(
 
 _SAID = {
     "unseen_source": "no picture",
+    "photo_source": "one picture, no motion",
+    "photo": "not in the mixture, one picture",
     "moving": "not in the mixture, seen playing",
     "still": "not in the mixture, seen at rest",
     "unseen": "not in the mixture, no picture",

@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 LEVEL_FLOOR_DB = -120.0
-_SOUNDING = ("source", "unseen_source")
+_SOUNDING = ("source", "unseen_source", "photo_source")
 METRICS = ("sdr", "sir", "sar", "sdri", "si_sdr")
 """The metrics of every source, in dB; ``sdri`` is the SDR less that of the mixture taken as the estimate."""
 
@@ -128,7 +128,7 @@ class MixtureScore:
 
 def can_go_unseen(separator: Separator) -> bool:
     """Whether the separator takes sources of which there is no picture."""
-    return bool(separator.mask_decoder.takes_unseen)
+    return separator.can_go_unseen
 
 
 def pattern(mixture: TestMixture) -> tuple[int, tuple[int, ...], bool]:
