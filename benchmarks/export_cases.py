@@ -111,7 +111,7 @@ class _Skipped:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What all variants compute: a golden mixture [B, (C,) L] with its features, and the waveforms [B, N, (C,) L] due."""
+    """What all variants compute: a golden mixture [B, (C,) L] with its features, and the waveforms due, [B, N, (C,) L]."""
 
     mixture: Array
     inputs: Mapping[str, Array]

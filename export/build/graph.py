@@ -201,9 +201,7 @@ class _Logits(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(
-        self, network_input: Tensor, visual: VisualFeatures, class_ids: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, network_input: Tensor, visual: VisualFeatures, class_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         output: MaskOutput = self.network(network_input, visual, class_ids)
         return output.logits, output.presence
 

@@ -349,8 +349,8 @@ def _within(drift: Callable[[tuple[str, ...]], Gate], limit_db: float, layers: t
 def _measured(
     path: Path, golden: Mapping[str, Array], reference: Mapping[str, Array], limit: float | None, whose: str
 ) -> tuple[Parity, float]:
-    """Parity with the reference outputs, of that which differs most, and the tolerance for others to hold: ``limit``, or, without one, what was measured
-    with some room.
+    """Parity with the reference outputs, of that which differs most, and the tolerance for others to hold: ``limit``,
+    or, without one, what was measured with some room.
 
     Raises :class:`ExportError` where the graph differs by more than the limit; ``whose`` limit it is, in words.
     """

@@ -66,7 +66,8 @@ class ExportPlan:
         gate_db: largest drift of SDR, SIR or SAR in any source, in dB.
         allow_drift: write a graph that drifts by more; its manifest says so.
         max_batch, max_sources: upper ends of the optimisation profile of a dynamic graph. They, ``batch`` and
-            ``sources`` are at most 256; ``motion_steps``, ``motion_frames`` and each side of a frame 4096, ``channels`` 64.
+            ``sources`` are at most 256, ``channels`` 64; ``motion_steps``, ``motion_frames`` and each side of a frame
+            4096.
     """
 
     batch: int = 1

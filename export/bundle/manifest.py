@@ -173,7 +173,8 @@ class Manifest(_Part):
     )
     sample_rate_hz: Size
     channels: Annotated[int, Field(ge=1, le=256)] = Field(
-        1, description="Of the mixture and of each source. Where it is missing, or 1, the graphs have no such dimension."
+        1,
+        description="Of the mixture and of each source. Where it is missing, or 1, the graphs have no such dimension.",
     )
     presence_threshold: float | None = Field(
         None,

@@ -105,9 +105,7 @@ def _separate_file(chosen: Any) -> str:
             print(f"note: {reason}", file=sys.stderr)
         with staged_files(out, targets) as staging:
             begin = time.perf_counter()
-            sources, presence = separator.separate_with_presence(
-                mixture, features, names, rate_hz, progress=_counter()
-            )
+            sources, presence = separator.separate_with_presence(mixture, features, names, rate_hz, progress=_counter())
             took_s = time.perf_counter() - begin
             signals = [*sources, mixture - sources.sum(axis=0)]
             if chosen.rescale:

@@ -33,7 +33,7 @@ __all__ = [
 
 FORMAT = "avsep-bundle"
 VERSION = 3
-# 2 knows one channel and one output; bundles that have no more are still written as 2, so that earlier runtimes run them
+# 2 knows one channel and one output. Bundles that have no more are still written as 2: earlier runtimes run them.
 VERSIONS = (2, VERSION)
 MANIFEST = "manifest.json"
 SCHEMA_FILE = "manifest.schema.json"
@@ -291,7 +291,8 @@ def _graph_inconsistencies(graph: Mapping[str, Any], roles: list[str], manifest:
             yield f"{graph['file']} takes {', '.join(inputs)} instead of {', '.join(sorted(expected))}"
         told = {tensor["name"] for tensor in graph["outputs"]} & {PRESENCE}
         if len(graph["outputs"]) - len(told) != 1:
-            yield f"{graph['file']} gives {', '.join(t['name'] for t in graph['outputs'])}, and one of them is separated"
+            given = ", ".join(tensor["name"] for tensor in graph["outputs"])
+            yield f"{graph['file']} gives {given}: one of them is what is separated, and none but {PRESENCE} beside it"
         if told and manifest.get("presence_threshold") is None:
             yield f"{graph['file']} tells presence, and there is no presence_threshold"
         channels, shape = manifest.get("channels", 1), inputs.get(first, [])

@@ -28,9 +28,9 @@ from .calls import GraphCall
 from .chunking import LongStream, context_in_samples, default_crossfade, separate_long
 from .engines import engines_folder
 from .errors import AudioError, ConfigError, DataError, NumericalError
+from .manifest import PRESENCE
 from .reader import Bundle, Graph, open_bundle
 from .recordings import LargestPresence, Separated, ids_of_classes
-from .manifest import PRESENCE
 from .sessions import Engine, open_session
 from .timeline import VisualSource, VisualTimeline, timeline_of
 from .wav import check_samples
@@ -235,9 +235,7 @@ class BundleSeparator:
             ConfigError, UnknownNameError: no classes, unknown ones, or one twice.
             NumericalError: the graph answers NaN.
         """
-        return self.separate_with_presence(
-            mixture, features, classes, rate_hz, batch=batch, progress=progress
-        ).sources
+        return self.separate_with_presence(mixture, features, classes, rate_hz, batch=batch, progress=progress).sources
 
     def separate_with_presence(
         self,
@@ -592,8 +590,8 @@ class Stream:
         samples = _samples(block)
         if self._channels is None and samples.ndim != 1:
             raise AudioError(
-                f"the audio must be mono, [samples], got shape {list(samples.shape)}: take the mean of its channels, or "
-                "begin a stream of channels, stream(..., channels=C)"
+                f"the audio must be mono, [samples], got shape {list(samples.shape)}: take the mean of its channels, "
+                "or begin a stream of channels, stream(..., channels=C)"
             )
         return self._stream.push(samples)
 
