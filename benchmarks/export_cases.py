@@ -111,7 +111,7 @@ class _Skipped:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What all variants compute: a golden mixture [B, (C,) L] with its features, and the waveforms due, [B, N, (C,) L]."""
+    """What all variants compute: a golden mixture [B, L] or [B, C, L] with its features, and the waveforms due."""
 
     mixture: Array
     inputs: Mapping[str, Array]

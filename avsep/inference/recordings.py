@@ -34,7 +34,7 @@ from avsep.export.runtime.recordings import (
     ids_of_classes,
     output_paths,
 )
-from avsep.export.runtime.timeline import VisualSource, VisualTimeline, timeline_of
+from avsep.export.runtime.timeline import MOTION_STEPS, VisualSource, VisualTimeline, timeline_of
 from avsep.export.runtime.wav import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, check_samples
 from avsep.files import refuse_file, write_text
 from avsep.media.audio import SUBTYPES, level_db, resample, to_mono, write_audio
@@ -244,10 +244,9 @@ def _encode(
 
     spec = separator.spec.front_end
     device = next(separator.parameters()).device
-    encoded: list[VisualFeatures] = []
+    known: list[VisualFeatures] = []
     for timeline in timelines:
         if timeline is None:
-            encoded.append(_unseen(separator, len(starts)))
             continue
         inputs: dict[str, Tensor] = {}
         for source in separator.visual_sources():
@@ -256,7 +255,11 @@ def _encode(
                 centre_s = source.middle_s(start, spec.clip_samples, samples, spec.sample_rate_hz)
                 rows.append(torch.from_numpy(_read_checked(timeline, source, centre_s, spec.clip_s)))
             inputs[source.role] = torch.stack(rows)[:, None].to(device)  # [b, 1, ...]
-        encoded.append(separator.encode_visual(VisualInputs(**inputs)))
+        known.append(separator.encode_visual(VisualInputs(**inputs)))
+    lengths = [v.motion.shape[-1] for v in known if v.motion is not None]
+    unseen = _unseen(separator, len(starts), max(lengths, default=0)) if len(known) < len(timelines) else None
+    of_seen = iter(known)
+    encoded = [next(of_seen) if unseen is None or timeline is not None else unseen for timeline in timelines]
     objects = [v.object for v in encoded if v.object is not None]
     motions = [v.motion for v in encoded if v.motion is not None]
     motion = mask = None
@@ -272,8 +275,8 @@ def _encode(
     return VisualFeatures(torch.cat(objects, dim=1) if objects else None, motion, mask, seen)
 
 
-def _unseen(separator: Separator, count: int) -> VisualFeatures:
-    """Zeros as the features of one source of which there is no picture."""
+def _unseen(separator: Separator, count: int, steps: int) -> VisualFeatures:
+    """Zeros as the features of one source of which there is no picture, as many steps of motion as others have."""
     import torch
 
     like = next(separator.parameters())
@@ -281,7 +284,7 @@ def _unseen(separator: Separator, count: int) -> VisualFeatures:
     made = {}
     for role, encoder in dims.items():
         if encoder is not None:
-            shape = (encoder.dim,) if role == "object" else (encoder.dim, encoder.steps or 1)
+            shape = (encoder.dim,) if role == "object" else (encoder.dim, steps or encoder.steps or MOTION_STEPS)
             made[role] = torch.zeros(count, 1, *shape, device=like.device, dtype=like.dtype)
     return VisualFeatures(**made)
 

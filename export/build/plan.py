@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from avsep.errors import ConfigError
+from avsep.export.runtime.timeline import MOTION_STEPS
 
 if TYPE_CHECKING:
     from avsep.separator import Separator
@@ -17,8 +18,6 @@ __all__ = ["PRECISIONS", "TOLERANCE", "ExportPlan", "TensorSpec", "profiles", "t
 # becomes one operator, which TensorRT takes only in half precision.
 OPSETS = (18, 20)
 PRECISIONS = ("fp32", "fp16", "int8")
-# Motion steps of stored features where neither the plan nor the encoder says: VideoMAE's.
-_MOTION_STEPS = 8
 # Largest absolute difference from PyTorch in a sample that an fp32 graph may have.
 TOLERANCE = 1e-3
 # More is a slip of the hand, and would end in want of memory after minutes.
@@ -187,7 +186,7 @@ def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSp
         inputs.append(TensorSpec("object_features", "float32", (batch, sources, width), source_axes))
     if separator.motion_encoder is not None:
         encoder = separator.motion_encoder
-        steps = encoder.steps or plan.motion_steps or _MOTION_STEPS
+        steps = encoder.steps or plan.motion_steps or MOTION_STEPS
         shape = (batch, sources, encoder.dim, steps)
         inputs.append(TensorSpec("motion_features", "float32", shape, source_axes))
         if plan.motion_mask:

@@ -88,7 +88,7 @@ class BundleSeparator:
         self.can_go_unseen = any(tensor.name == "seen" for tensor in graph.inputs)
         self.tells_presence = any(tensor.name == PRESENCE for tensor in graph.outputs)
         self.presence_threshold = float(manifest["presence_threshold"]) if self.tells_presence else None
-        self.limits_mask_sum = bool(manifest["separator"]["front_end"].get("limit_mask_sum", False))
+        self.limits_mask_sum = bool(manifest["separator"].get("front_end", {}).get("limit_mask_sum"))
         self._chunking = dict(manifest["chunking"] if chunking is None else chunking)
         self.clip_samples = int(self._chunking["clip_samples"])
         # Bundles that do not say so are of an avsep whose decoders all were.
@@ -332,10 +332,10 @@ class BundleSeparator:
         channels = shape[0] if len(shape) == 2 else 1
         if channels in (1, self.channels):
             return
-        takes = "must be mono" if self.channels == 1 else f"must be mono or of {self.channels} channels"
+        takes = "mono, [samples]" if self.channels == 1 else f"mono or [{self.channels}, samples]"
         raise AudioError(
-            f"the audio {takes} for this bundle, got {channels} channels in shape {list(shape)}: take the mean of its "
-            f"channels, or export it with --channels {channels}"
+            f"the audio must be {takes} for this bundle, got {channels} channels in shape {list(shape)}: take their "
+            f"mean, or export it with --channels {channels}"
         )
 
     def _check_count(self, count: int) -> None:
