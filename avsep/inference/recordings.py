@@ -77,7 +77,7 @@ SILENT_PEAK = 1e-5
 SUFFIXES = ("wav", "flac")
 # Two sources of more correlation are nearly the same sound.
 ALIKE = 0.95
-# A source whose level is so near to the mixture's is the mixture, since a mask only takes away.
+# A source whose level is so near to the mixture's, and that sounds like it, is the mixture.
 UNSEPARATED_DB = 0.5
 
 
@@ -136,24 +136,33 @@ def _find(
     """Look at a mixture [L] or [C, L] and what became of it."""
     names, sources = recording.classes, separated.sources
     whole = level_db(mixture)
-    flat = {name: _mono(source).astype(np.float64) for name, source in zip(names, sources, strict=True)}
-    sounds = {name: x - x.mean() for name, x in flat.items() if float(np.abs(x).max()) >= SILENT_PEAK}
-    norms = {name: float(np.linalg.norm(x)) for name, x in sounds.items()}
+    parts = dict(zip(names, sources, strict=True))
+    sounds = {name: _unit(_mono(part)) for name, part in parts.items()}
     alike = []
-    for one, other in itertools.combinations(sounds, 2):
-        if norms[one] * norms[other] > 0:
-            correlation = float(sounds[one] @ sounds[other]) / (norms[one] * norms[other])
-            alike += [(one, other, correlation)] if correlation > ALIKE else []
-    levels = {name: level_db(source) - whole for name, source in zip(names, sources, strict=True)}
+    for one, other in itertools.combinations(names, 2):
+        correlation = float(sounds[one] @ sounds[other])
+        alike += [(one, other, correlation)] if correlation > ALIKE else []
+    near = {name: level for name, part in parts.items() if abs(level := level_db(part) - whole) <= UNSEPARATED_DB}
+    mixed = _unit(mixture)
     presence = () if separated.presence is None else map(float, separated.presence)
     return Findings(
         presence=dict(zip(names, presence, strict=False)),
         threshold=threshold,
         alike=tuple(alike),
-        unseparated={name: level for name, level in levels.items() if abs(level) <= UNSEPARATED_DB},
+        unseparated={name: level for name, level in near.items() if float(_unit(parts[name]) @ mixed) > ALIKE},
         unseen=recording.unseen,
         limited=limited,
     )
+
+
+def _unit(audio: Audio) -> NDArray[np.float64]:
+    """A signal of any shape as one vector without a mean, of length 1: the product of two is their correlation. Zeros
+    of silence, which is like nothing."""
+    flat = audio.astype(np.float64).reshape(-1)
+    if float(np.abs(flat).max()) < SILENT_PEAK:
+        return np.zeros_like(flat)
+    flat -= flat.mean()
+    return flat / max(float(np.linalg.norm(flat)), 1e-12)
 
 
 @dataclass(frozen=True)
