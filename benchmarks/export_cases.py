@@ -33,6 +33,7 @@ from avsep.benchmarks.plot import plot_rows, require_matplotlib
 from avsep.environment import version_of
 from avsep.errors import AvsepError, ConfigError, ExportError
 from avsep.export.runtime.calls import GraphCall
+from avsep.export.runtime.manifest import PRESENCE
 from avsep.export.runtime.reader import Bundle, Graph, open_bundle
 from avsep.export.runtime.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
 from avsep.export.runtime.transforms import istft
@@ -110,7 +111,7 @@ class _Skipped:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What all variants compute: a golden mixture [B, L] with its features, and the waveforms [B, N, L] due."""
+    """What all variants compute: a golden mixture [B, L] or [B, C, L] with its features, and the waveforms due."""
 
     mixture: Array
     inputs: Mapping[str, Array]
@@ -235,7 +236,7 @@ def run(
 
 def _chunk(bundle: Bundle, graph: Graph) -> _Chunk:
     inputs, outputs = bundle.golden(graph)
-    (output,) = outputs.values()
+    (output,) = (array for name, array in outputs.items() if name != PRESENCE)
     transform = bundle.manifest["transform"]
     length = int(transform["clip_samples"])
     features = {name: array for name, array in inputs.items() if name not in ("mixture", "spectrum")}
@@ -250,11 +251,8 @@ def _chunk(bundle: Bundle, graph: Graph) -> _Chunk:
 def _graph_call(bundle: Bundle, graph: Graph, engine: Engine, chunk: _Chunk) -> Callable[[], Array]:
     """Waveform to waveforms, as the runtime calls a graph: the transforms of a spectral one in NumPy."""
 
-    def run(given: dict[str, Array]) -> Array:
-        (output,) = engine.run(given).values()
-        return output
-
-    call = GraphCall(run, graph.kind == "spectral", bundle.manifest["transform"])
+    spectral, channels = graph.kind == "spectral", int(bundle.manifest.get("channels", 1))
+    call = GraphCall(engine.run, spectral, bundle.manifest["transform"], channels=channels)
     return lambda: call(chunk.mixture, chunk.inputs)
 
 
@@ -346,12 +344,14 @@ def _torch_variants(
 
 def _separator(bundle: Bundle, run: str | os.PathLike[str], task: int | None) -> Separator:
     """The run's separator, for the bundle's length, held against the bundle's spec."""
-    from avsep.export.build.graph import with_length
+    from avsep.export.build.graph import with_length, with_limited_sum
     from avsep.separator import load_separator
 
     separator = load_separator(run, task)
     clip = int(bundle.manifest["transform"]["clip_samples"])
     separator = with_length(separator, clip / bundle.sample_rate_hz).eval().requires_grad_(False)
+    if bundle.manifest["separator"]["front_end"].get("limit_mask_sum"):
+        separator = with_limited_sum(separator)
     if separator.spec.model_dump(mode="json") != bundle.manifest["separator"]:
         raise ConfigError(
             f"{run} holds another separator than the bundle, which was made from {bundle.manifest['made_from'] or '?'}"
@@ -373,6 +373,7 @@ def _torch_call(separator: Separator, chunk: _Chunk, device: str, compiled: bool
         object=given.get("object_features"),
         motion=given.get("motion_features"),
         motion_mask=given.get("motion_mask"),
+        seen=given.get("seen"),
     )
     ids = given["class_ids"]
     mixture = torch.from_numpy(chunk.mixture)

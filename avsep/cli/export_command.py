@@ -88,6 +88,20 @@ def run(
     spectral: Annotated[
         bool, typer.Option("--spectral", help="Leave both transforms out of the graph (for DLA).")
     ] = False,
+    channels: Annotated[
+        int,
+        typer.Option(
+            "--channels", min=1, help="Channels of the mixture and of each source: 2 for stereo. Mono is always taken."
+        ),
+    ] = 1,
+    limit_mask_sum: Annotated[
+        bool,
+        typer.Option(
+            "--limit-mask-sum",
+            help="Divide the masks by their sum where that is above 1: the parts and the residual add up to the "
+            "mixture, and no part is louder than it.",
+        ),
+    ] = False,
     max_batch: Annotated[
         int | None,
         typer.Option("--max-batch", min=1, help="Most mixtures in one call of an engine (--dynamic) [default: 8]."),
@@ -195,6 +209,8 @@ def run(
         length_s=length_s,
         dynamic=dynamic,
         spectral=spectral,
+        channels=channels,
+        limit_mask_sum=limit_mask_sum,
         precision=tuple(dict.fromkeys(precision or ("fp32",))),
         motion_steps=motion_steps,
         motion_mask=motion_mask,
@@ -406,6 +422,14 @@ def info(bundle: _Bundle) -> None:
         "classes": ", ".join(opened.classes) or "not named",
         "sample rate": f"{rate} Hz, chunks of {clip} samples ({clip / rate:.3f} s)",
     }
+    if (channels := manifest.get("channels", 1)) > 1:
+        rows["channels"] = f"{channels}, or mono"
+    if manifest["separator"]["front_end"].get("limit_mask_sum"):
+        rows["masks"] = "sum up to at most 1: the parts and the residual add up to the mixture"
+    if (threshold := manifest.get("presence_threshold")) is not None:
+        rows["presence"] = f"told of each source; from {threshold:.3g} on it counts as present"
+    if any(tensor.name == "seen" for graph in opened.graphs for tensor in graph.inputs):
+        rows["pictures"] = "welcome, not required"
     for source in manifest["visual"]:
         what = "frames" if source["kind"] == "frames" else f"stored features '{source['name']}'"
         how = f", computed by {source['graph']}" if source["graph"] else ""

@@ -25,7 +25,7 @@ def command(
         list[Path],
         typer.Argument(
             metavar="VIDEO|AUDIO...",
-            help="Recordings: any rate and length, channels mixed to mono. A video is looked at.",
+            help="Recordings: any rate, length and number of channels, which are kept. A video is looked at.",
         ),
     ],
     classes: Annotated[
@@ -58,6 +58,15 @@ def command(
     look_every: Annotated[
         float, typer.Option("--look-every", min=0.04, help="Seconds of video from one detection to the next.")
     ] = 1.0,
+    picture: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--picture",
+            metavar="CLASS=PHOTO",
+            help="One picture for a class, in place of what a video shows of it (repeatable). Some separators need "
+            "neither.",
+        ),
+    ] = None,
     task: Annotated[
         int | None, typer.Option("--task", min=0, help="Separator of this task [default: the last finished].")
     ] = None,
@@ -68,6 +77,15 @@ def command(
     rescale: Annotated[
         bool,
         typer.Option("--rescale", help="Where samples would be clipped, scale all files of a recording by one factor."),
+    ] = False,
+    mono: Annotated[bool, typer.Option("--mono", help="Mix the channels to mono first.")] = False,
+    limit_mask_sum: Annotated[
+        bool,
+        typer.Option(
+            "--limit-mask-sum",
+            help="Divide the masks by their sum where that is above 1: the parts and the residual add up to the "
+            "mixture, and no part is louder than it.",
+        ),
     ] = False,
     suffix: Annotated[str, typer.Option("--suffix", help="Files as wav or flac.")] = "wav",
     page: Annotated[bool, typer.Option("--page/--no-page", help="Write NAME_separated.html, to hear and see.")] = True,
@@ -92,7 +110,8 @@ def command(
     """Separate videos or sounds of any length into one file per class and the residual, with a page to hear and see."""
     from avsep.cli._text import names_in
     from avsep.errors import ConfigError
-    from avsep.inference.recordings import check_recordings, ids_of_classes, read_mono, separate_recordings
+    from avsep.export.runtime.recordings import mixed_down
+    from avsep.inference.recordings import check_recordings, ids_of_classes, read_recording, separate_recordings
     from avsep.media.detection import read_boxes
     from avsep.media.timeline import read_visual_file
     from avsep.progress import progress_bar
@@ -104,15 +123,22 @@ def command(
     if sum(given.values()) > 1:
         both = " and ".join(name for name, there in given.items() if there)
         raise ConfigError(f"{both} both say what is seen of the classes: leave all but one out")
-    for path in files:  # the likeliest mistakes first, before a network is loaded
-        read_mono(path)
+    channels = {path: _channels(read_recording(path)[0]) for path in files}  # the likeliest mistakes first
+    photos = _photos(picture or [])
     timelines = {} if features is None else read_visual_file(features)
     track = None if boxes is None else read_boxes(boxes)
     if run is not None:
-        engine = _of_run(run, task, device, batch or 4, context)
+        engine = _of_run(run, task, device, batch or 4, context, limit_mask_sum)
     else:
         assert bundle is not None
         engine = _of_bundle(bundle, provider, precision, batch, context)
+        if limit_mask_sum and not engine.limited:
+            raise ConfigError(
+                f"--limit-mask-sum is not in the graph of {bundle}: export it so (avsep export RUN --limit-mask-sum)"
+            )
+    mixed = {
+        path: mono or (engine.channels is not None and n not in (1, engine.channels)) for path, n in channels.items()
+    }
 
     with contextlib.ExitStack() as stack:
         display: list[Progress] = []  # opened by the first bar, so that a mistake found before is one line alone
@@ -126,18 +152,22 @@ def command(
             display[0].update(bar_of[label], done, total)
 
         looks = _Looks(engine, timelines, track, whole_frame, detector, look_every, device if run else "cpu", progress)
+        looks.show(photos)
         options: dict[str, Any] = {"rate": rate, "subtype": subtype, "suffix": suffix}
         options |= {"rescale": rescale, "overwrite": overwrite}
         chosen = names_in(classes, engine.classes)
         if chosen != ["auto"]:
             ids_of_classes(engine.classes, chosen)
+            for name in photos:
+                if name not in chosen:
+                    raise ConfigError(f"--picture {name}=... is of no class that is asked for: {', '.join(chosen)}")
             if timelines or not engine.sources:
-                engine.check(timelines, chosen)
+                engine.check({**timelines, **looks.pictures}, chosen)
         looks.check(files, chosen)
         page = page and _can_draw()
 
         def planned(path: Path, names: list[str], seen: dict[str, VisualTimeline] | None) -> Recording:
-            return _planned(path, names, seen, engine, looks, page)
+            return _planned(path, names, seen, engine, looks, page, mixed[path])
 
         if chosen != ["auto"]:  # what can go wrong with the files, before a video is looked at
             check_recordings([planned(path, chosen, None) for path in files], out, **options)
@@ -146,15 +176,41 @@ def command(
             names = looks.propose(path) if chosen == ["auto"] else chosen
             ids_of_classes(engine.classes, names)
             recordings.append(planned(path, names, looks.timelines(path, names)))
+        for path, count in channels.items():
+            if mixed[path] and not mono and engine.channels is not None:
+                typer.echo(mixed_down(path.name, count, engine.channels), err=True)
         with engine.opened():
             results = separate_recordings(
                 recordings,
                 out,
                 sample_rate_hz=engine.rate_hz,
+                threshold=engine.threshold,
+                limited=engine.limited,
                 progress=lambda path, done, total: progress(f"separating {path.name}", done, total),
                 **options,
             )
     _print(results, out, engine.ran, rescale)
+
+
+def _channels(audio: Any) -> int:
+    """Of sound [L] or [C, L]."""
+    return 1 if audio.ndim == 1 else len(audio)
+
+
+def _photos(given: list[str]) -> dict[str, Path]:
+    """["violin=photo.jpg", ...] as paths by class."""
+    from avsep.errors import ConfigError
+
+    photos: dict[str, Path] = {}
+    for text in given:
+        name, sign, path = text.partition("=")
+        name = name.strip()
+        if not (name and sign and path):
+            raise ConfigError(f"--picture {text!r} is not a class and its picture: write it as violin=photo.jpg")
+        if name in photos:
+            raise ConfigError(f"--picture gives two pictures of '{name}': a class is shown one")
+        photos[name] = Path(path)
+    return photos
 
 
 def _refuse_the_others(with_bundle: bool, **options: Any) -> None:
@@ -187,6 +243,8 @@ class _Engine:
 
     ``separate`` takes a mixture, timelines, classes and a function to report to; ``check`` raises what it would raise
     of timelines and classes; ``sizes`` are the heights and widths of frames by role, ``ran`` says where it runs.
+    ``channels`` that it takes beside one, None: any number. ``threshold`` of presence, where it tells that. Whether its
+    masks are ``limited`` to a sum of 1, and whether it ``can_go_unseen``.
     """
 
     classes: tuple[str, ...]
@@ -196,21 +254,27 @@ class _Engine:
     ran: str
     separate: Callable[[Any, Any, list[str], Any], Any]
     check: Callable[[Any, list[str]], None]
+    channels: int | None
+    threshold: float | None
+    limited: bool
+    can_go_unseen: bool
     opened: Callable[[], Any] = field(default=contextlib.nullcontext)
 
 
-def _of_run(run: Path, task: int | None, device: str, batch: int, context_s: float | None) -> _Engine:
+def _of_run(
+    run: Path, task: int | None, device: str, batch: int, context_s: float | None, limit_mask_sum: bool
+) -> _Engine:
     """A trained separator."""
     from avsep.environment import pick_device
     from avsep.inference.chunking import context_in_samples
-    from avsep.inference.recordings import check_timelines, separate_audio
+    from avsep.inference.recordings import check_timelines, separate_and_tell
     from avsep.media.footage import SIZES
     from avsep.separator import load_separator
 
     chosen = pick_device(device)
     separator = load_separator(run, task).to(chosen)
     encoders = {"object": separator.object_encoder, "motion": separator.motion_encoder}
-    spec = separator.spec.front_end
+    spec, decoder = separator.spec.front_end, separator.mask_decoder
     context_in_samples(context_s, clip_samples=spec.clip_samples, sample_rate_hz=spec.sample_rate_hz)
     return _Engine(
         classes=separator.classes,
@@ -218,10 +282,21 @@ def _of_run(run: Path, task: int | None, device: str, batch: int, context_s: flo
         rate_hz=spec.sample_rate_hz,
         sizes={role: _size(SIZES[role], None if e is None else e.size) for role, e in encoders.items()},
         ran=f"PyTorch, {chosen}",
-        separate=lambda mixture, seen, names, report: separate_audio(
-            separator, mixture, seen, names, batch=batch, context_s=context_s, progress=report
+        separate=lambda mixture, seen, names, report: separate_and_tell(
+            separator,
+            mixture,
+            seen,
+            names,
+            batch=batch,
+            context_s=context_s,
+            limit_mask_sum=limit_mask_sum,
+            progress=report,
         ),
         check=functools.partial(check_timelines, separator),
+        channels=None,
+        threshold=float(decoder.presence_threshold) if decoder.tells_presence else None,
+        limited=limit_mask_sum or spec.limit_mask_sum,
+        can_go_unseen=separator.can_go_unseen,
     )
 
 
@@ -245,16 +320,21 @@ def _of_bundle(
         rate_hz=separator.sample_rate_hz,
         sizes=separator.frame_sizes,
         ran=separator.provider,
-        separate=lambda mixture, seen, names, report: separator.separate(
+        separate=lambda mixture, seen, names, report: separator.separate_with_presence(
             mixture, seen, names, batch=batch, progress=report
         ),
         check=separator.check,
+        channels=separator.channels,
+        threshold=separator.presence_threshold,
+        limited=separator.limits_mask_sum,
+        can_go_unseen=separator.can_go_unseen,
         opened=lambda: separator,
     )
 
 
 class _Looks:
-    """What is seen of the classes in each file: given features, given boxes, a detector's, or the whole frame."""
+    """What is seen of the classes in each file: given features or pictures, given boxes, a detector's, or the whole
+    frame; nothing, where the separator can go unseen."""
 
     def __init__(
         self,
@@ -275,18 +355,41 @@ class _Looks:
         self.every_s = every_s
         self.device = device
         self.progress = progress
+        self.pictures: dict[str, VisualTimeline] = {}
         self.found: dict[Path, BoxTrack] = {}
+        self.videos: set[Path] = set()
         self._detector: Any = None
         self._encoders: Any = None
+
+    def show(self, photos: dict[str, Path]) -> None:
+        """Read one picture for each of some classes."""
+        from avsep.errors import ConfigError
+        from avsep.inference.recordings import ids_of_classes
+        from avsep.media.picture import timeline_of_picture
+
+        if photos and not self.engine.sources:
+            raise ConfigError("this separator looks at nothing, so that --picture does nothing: leave it out")
+        for name, path in photos.items():
+            ids_of_classes(self.engine.classes, [name])
+            if name in self.given:
+                raise ConfigError(f"--picture and --features both say what is seen of '{name}': leave one out")
+            self.pictures[name] = timeline_of_picture(path, self.engine.sources, self.engine.sizes)
+
+    def looks_at(self, path: Path, classes: list[str]) -> bool:
+        """Whether the file itself is looked at."""
+        unshown = classes == ["auto"] or any(name not in self.pictures for name in classes)
+        return bool(self.engine.sources) and not self.given and unshown and path in self.videos
 
     def check(self, files: list[Path], classes: list[str]) -> None:
         """Raise where a file shows nothing that the separator needs, or a class has no box."""
         from avsep.errors import ConfigError, DataError
         from avsep.media.video import is_video
 
+        if self.engine.sources and not self.given:
+            self.videos = {path for path in files if is_video(path)}
         if self.track is not None and classes != ["auto"]:
             for name in classes:
-                if name not in self.track.classes:
+                if name not in self.track.classes and name not in self.pictures:
                     raise DataError(
                         f"there are no boxes of class '{name}': there are those of {', '.join(self.track.classes)}"
                     )
@@ -294,12 +397,21 @@ class _Looks:
             if classes == ["auto"] and not self.given:
                 raise ConfigError("this separator takes no video frames: name the classes instead of auto")
             return
+        named = self.pictures if classes == ["auto"] else classes
+        unshown = [name for name in named if name not in self.pictures]
         for path in files:
-            if not is_video(path):
-                raise ConfigError(
-                    f"this separator needs video frames, and {path} has none: give --features FILE.npz "
-                    "(see: avsep data features)"
-                )
+            if path in self.videos or (named and not unshown):
+                continue
+            if not self.engine.can_go_unseen:
+                way_out = "give --features FILE.npz (see: avsep data features)"
+                if all(source.kind == "frames" for source in self.engine.sources):
+                    way_out += f", or a picture of each class (--picture {(unshown or ['CLASS'])[0]}=photo.jpg)"
+                raise ConfigError(f"this separator needs video frames, and {path} has none: {way_out}")
+            if not named:
+                raise ConfigError(f"{path} shows nothing: name the classes instead of auto")
+            if self.track is not None or self.whole_frame:
+                option = "--boxes" if self.track is not None else "--whole-frame"
+                raise ConfigError(f"{option} is of a video, and {path} is none: leave it out")
 
     def propose(self, path: Path) -> list[str]:
         """The classes for ``--classes auto``: those of the given boxes or features, else those that are seen."""
@@ -308,9 +420,9 @@ class _Looks:
         from avsep.media.footage import sample_frames
 
         known = self.engine.classes
-        if self.given or self.track is not None:
+        if self.given or self.track is not None or self.pictures:
             named = self.track.classes if self.track is not None else tuple(self.given)
-            names = [name for name in named if name in known]
+            names = [name for name in dict.fromkeys((*named, *self.pictures)) if name in known]
             where = "the boxes" if self.track is not None else "the features"
         else:
             names = propose_classes(self._detect(), sample_frames(path), known)
@@ -325,21 +437,27 @@ class _Looks:
     def timelines(self, path: Path, classes: list[str]) -> dict[str, VisualTimeline]:
         from avsep.media.footage import Encoders, timelines_of_video
 
+        pictures = {name: timeline for name, timeline in self.pictures.items() if name in classes}
         if self.given or not self.engine.sources:
-            return self.given
+            return {**self.given, **pictures}
+        if not self.looks_at(path, classes):
+            self.engine.check(pictures, classes)
+            return pictures
+        unshown = [name for name in classes if name not in pictures]
         if self._encoders is None and any(source.kind == "features" for source in self.engine.sources):
             self._encoders = Encoders(device=self._place())
-        track = self._track(path, classes)
+        track = self._track(path, unshown)
         self.found[path] = track
         seen = timelines_of_video(
             path,
-            classes,
+            unshown,
             self.engine.sources,
             track,
             encoders=self._encoders,
             sizes=self.engine.sizes,
             report=functools.partial(self.progress, f"looking at {path.name}"),
         )
+        seen.update(pictures)
         self.engine.check(seen, classes)
         return seen
 
@@ -387,6 +505,7 @@ def _planned(
     engine: _Engine,
     looks: _Looks,
     page: bool,
+    mono: bool,
 ) -> Recording:
     """A file with all that is written of it; without ``seen`` only to check the names of the files."""
     from avsep.inference.page import render_separated
@@ -395,21 +514,28 @@ def _planned(
 
     track = looks.found.get(path)
     beside: dict[str, Callable[[Any], str]] = {}
-    detects = bool(engine.sources) and not looks.given and looks.track is None and not looks.whole_frame
-    if detects:
+    if looks.looks_at(path, names) and looks.track is None and not looks.whole_frame:
         beside[f"{path.stem}_boxes.json"] = lambda _: "" if track is None else track.as_json()
     if page:
         rules: dict[str, list[str]] = {}
         if track is not None:
-            for name in names:
+            for name in (name for name in names if name not in looks.pictures):
                 counts = track.rules(name)
                 total = sum(counts.values())
                 rules[name] = [
                     "boxes given" if rule == GIVEN else f"{rule}: {count} of {total} frames" if total > 1 else rule
                     for rule, count in counts.items()
                 ]
+        rules |= {name: ["picture given"] for name in names if name in looks.pictures}
         beside[f"{path.stem}_separated.html"] = lambda signals: render_separated(path.name, names, signals, seen, rules)
-    return Recording(path, tuple(names), lambda mixture, report: engine.separate(mixture, seen, names, report), beside)
+    return Recording(
+        path,
+        tuple(names),
+        lambda mixture, report: engine.separate(mixture, seen, names, report),
+        beside,
+        mono,
+        tuple(name for name in names if engine.sources and name not in (seen or {})),
+    )
 
 
 def _print(results: list[SeparatedFile], out: Path, ran: str, rescale: bool) -> None:
@@ -419,18 +545,29 @@ def _print(results: list[SeparatedFile], out: Path, ran: str, rescale: bool) -> 
 
     table = Table(title=f"separated into {out}, on {ran}")
     table.add_column("file", overflow="fold")
-    for heading in ("level dB", "to mixture dB", "s", "Hz"):
+    tells = any(result.findings.presence for result in results)
+    for heading in ("level dB", "to mixture dB", "s", "Hz", *(["presence"] if tells else [])):
         table.add_column(heading, justify="right")
     for result in results:
         whole = result.levels_db["mixture"]
         rows = {str(result.source): "mixture", **{f.name: c for c, f in result.files.items()}}
         for file, key in {**rows, result.residual.name: "residual"}.items():
             level = result.levels_db[key]
-            table.add_row(file, f"{level:.1f}", f"{level - whole:+.1f}", f"{result.seconds:.2f}", str(result.rate_hz))
+            cells = [file, f"{level:.1f}", f"{level - whole:+.1f}", f"{result.seconds:.2f}", str(result.rate_hz)]
+            presence = result.findings.presence.get(key) if key in result.files else None
+            table.add_row(*cells, *(["" if presence is None else f"{presence:.0%}"] if tells else []))
     terminal().print(table)
+    if results and results[0].findings.limited:
+        typer.echo("the parts and the residual add up to the mixture, and no part is louder than it")
     for result in results:
         for beside in result.beside:
             typer.echo(str(beside))
+    for result in results:
+        if result.findings.unseen:
+            unseen = ", ".join(result.findings.unseen)
+            typer.echo(f"{result.source.name}: no picture of {unseen}: asked for by name alone", err=True)
+        for line in result.findings.lines():
+            typer.echo(f"{result.source.name}: {line}", err=True)
     for result in results if rescale else []:
         decibels = 20 * math.log10(result.gain)
         typer.echo(f"{result.source.name}: all files are scaled by {result.gain:.4f} ({decibels:+.1f} dB)", err=True)

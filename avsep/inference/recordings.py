@@ -1,7 +1,8 @@
 """Separate recordings of any length, rate and channel count with a trained separator.
 
-A recording is mixed to mono, brought to the separator's rate and fed as it is, without any change of level: training
-mixtures are sums of N sources scaled by 1/N, so a recording at an ordinary level lies within what was trained on.
+A recording keeps its channels: the masks are found once, from their mean, and applied to each. It is brought to the
+separator's rate and fed as it is: training mixtures are sums of N sources scaled by 1/N, so a recording at an ordinary
+level lies within what was trained on (and a separator with a reference level brings any level there by itself).
 
 torch is loaded by what runs a separator in PyTorch; reading, writing and checking is shared with the runtime of
 exported bundles, which has none.
@@ -10,6 +11,7 @@ exported bundles, which has none.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,13 +25,16 @@ from avsep.errors import AudioError, ConfigError, DataError, NumericalError
 from avsep.export.runtime.chunking import context_in_samples, separate_long
 from avsep.export.runtime.files import staged_files
 from avsep.export.runtime.recordings import (
+    LargestPresence,
+    Separated,
+    absent,
     check_rescale,
     check_targets,
     fitting_gain,
     ids_of_classes,
     output_paths,
 )
-from avsep.export.runtime.timeline import VisualSource, VisualTimeline, timeline_of
+from avsep.export.runtime.timeline import MOTION_STEPS, VisualSource, VisualTimeline, timeline_of
 from avsep.export.runtime.wav import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, check_samples
 from avsep.files import refuse_file, write_text
 from avsep.media.audio import SUBTYPES, level_db, resample, to_mono, write_audio
@@ -42,7 +47,9 @@ if TYPE_CHECKING:
     from avsep.separator import Separator
 
 __all__ = [
+    "Findings",
     "Recording",
+    "Separated",
     "SeparatedFile",
     "SeparatedSignals",
     "check_recordings",
@@ -54,7 +61,9 @@ __all__ = [
     "output_paths",
     "read_mixture",
     "read_mono",
+    "read_recording",
     "read_sound",
+    "separate_and_tell",
     "separate_audio",
     "separate_file",
     "separate_files",
@@ -66,6 +75,94 @@ Audio = NDArray[np.float32]
 # Below this peak (-100 dB of full scale) a recording is silent: 16-bit noise lies above it.
 SILENT_PEAK = 1e-5
 SUFFIXES = ("wav", "flac")
+# Two sources of more correlation are nearly the same sound.
+ALIKE = 0.95
+# A source whose level is so near to the mixture's, and that sounds like it, is the mixture.
+UNSEPARATED_DB = 0.5
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What there is to say of a result beside its sounds.
+
+    Attributes:
+        presence: by class the probability that it sounds in the recording at all, the largest of any chunk; empty of a
+            separator that does not tell.
+        threshold: from which a class counts as present.
+        alike: pairs of classes whose sounds are nearly the same, with the correlation of their mono signals.
+        unseparated: classes that got the mixture itself, with their level to it in dB.
+        unseen: classes of which the separator saw no picture.
+        limited: the parts and the residual add up to the mixture, and no part is louder than it.
+    """
+
+    presence: Mapping[str, float] = field(default_factory=dict)
+    threshold: float | None = None
+    alike: tuple[tuple[str, str, float], ...] = ()
+    unseparated: Mapping[str, float] = field(default_factory=dict)
+    unseen: tuple[str, ...] = ()
+    limited: bool = False
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The classes that are probably not in the recording."""
+        return tuple(name for name, p in self.presence.items() if self.threshold is not None and p < self.threshold)
+
+    def lines(self) -> list[str]:
+        """What a person should know of the result, a line each."""
+        found = [f"{name}: {absent(self.presence[name])}" for name in self.absent]
+        found += [
+            f"{one} and {other} are nearly the same sound (correlation {correlation:.2f}): they were not told apart"
+            for one, other, correlation in self.alike
+        ]
+        found += [
+            f"{name} hardly differs from the recording itself ({level:+.1f} dB): nothing was taken away from it"
+            for name, level in self.unseparated.items()
+        ]
+        return found
+
+    def tags(self, name: str) -> list[str]:
+        """The same of one class, in a few words each."""
+        found = ["no picture"] if name in self.unseen else []
+        found += [absent(self.presence[name])] if name in self.absent else []
+        for one, other, _ in self.alike:
+            if name in (one, other):
+                found.append(f"nearly the same sound as {other if name == one else one}")
+        return [*found, "hardly differs from the recording"] if name in self.unseparated else found
+
+
+def _find(
+    recording: Recording, mixture: Audio, separated: Separated, threshold: float | None, limited: bool
+) -> Findings:
+    """Look at a mixture [L] or [C, L] and what became of it."""
+    names, sources = recording.classes, separated.sources
+    whole = level_db(mixture)
+    parts = dict(zip(names, sources, strict=True))
+    sounds = {name: _unit(_mono(part)) for name, part in parts.items()}
+    alike = []
+    for one, other in itertools.combinations(names, 2):
+        correlation = float(sounds[one] @ sounds[other])
+        alike += [(one, other, correlation)] if correlation > ALIKE else []
+    near = {name: level for name, part in parts.items() if abs(level := level_db(part) - whole) <= UNSEPARATED_DB}
+    mixed = _unit(mixture)
+    presence = () if separated.presence is None else map(float, separated.presence)
+    return Findings(
+        presence=dict(zip(names, presence, strict=False)),
+        threshold=threshold,
+        alike=tuple(alike),
+        unseparated={name: level for name, level in near.items() if float(_unit(parts[name]) @ mixed) > ALIKE},
+        unseen=recording.unseen,
+        limited=limited,
+    )
+
+
+def _unit(audio: Audio) -> NDArray[np.float64]:
+    """A signal of any shape as one vector without a mean, of length 1: the product of two is their correlation. Zeros
+    of silence, which is like nothing."""
+    flat = audio.astype(np.float64).reshape(-1)
+    if float(np.abs(flat).max()) < SILENT_PEAK:
+        return np.zeros_like(flat)
+    flat -= flat.mean()
+    return flat / max(float(np.linalg.norm(flat)), 1e-12)
 
 
 @dataclass(frozen=True)
@@ -74,8 +171,9 @@ class SeparatedFile:
 
     ``files`` by class name, in the order asked for; ``levels_db`` the root-mean-square levels by class, and of
     ``residual`` and ``mixture``, before any are clipped or rescaled; ``clipped`` the number of samples beyond full
-    scale in all files together; ``beside`` further files (a page, boxes). ``gain``: with ``rescale`` the one factor
-    that all files are scaled by, which add up to the mixture times it.
+    scale in all channels of all files together; ``beside`` further files (a page, boxes). ``gain``: with ``rescale``
+    the one factor that all files are scaled by, which add up to the mixture times it. ``channels`` of each file;
+    ``findings`` what else there is to say.
     """
 
     source: Path
@@ -87,6 +185,8 @@ class SeparatedFile:
     clipped: int
     beside: tuple[Path, ...] = ()
     gain: float = 1.0
+    channels: int = 1
+    findings: Findings = Findings()
 
 
 def class_ids_of(separator: Separator, classes: Sequence[str]) -> list[int]:
@@ -100,22 +200,38 @@ def read_mono(path: str | os.PathLike[str]) -> tuple[Audio, int]:
     Raises:
         AudioError: the file cannot be used (:func:`read_sound`) or is silent.
     """
-    audio, rate_hz = read_sound(path)
-    mono = to_mono(audio)
-    if float(np.abs(mono).max()) < SILENT_PEAK:
-        mixed = "" if audio.shape[0] == 1 else f" when its {audio.shape[0]} channels are mixed to mono"
-        raise AudioError(f"{path} is silent{mixed}: there is nothing to separate")
-    return mono, rate_hz
+    return read_recording(path, mono=True)
 
 
-def read_mixture(path: str | os.PathLike[str], rate_hz: int) -> tuple[Audio, Audio, int]:
-    """Read a recording: mono [L'] at its own rate, mono [L] at ``rate_hz``, and its own rate in Hz.
+def read_recording(path: str | os.PathLike[str], *, mono: bool = False) -> tuple[Audio, int]:
+    """The sound of a file as float32 [C, L], or [L] where it has one channel (or ``mono``), with its rate in Hz.
+
+    Raises:
+        AudioError: the file cannot be used (:func:`read_sound`), or is silent where its channels are mixed to mono,
+            which is what masks are found from.
+    """
+    audio, rate_hz = read_sound(path, mono=mono)
+    mixed = to_mono(audio)
+    if float(np.abs(mixed).max()) < SILENT_PEAK:
+        when = "" if audio.shape[0] == 1 else f" when its {audio.shape[0]} channels are mixed to mono"
+        raise AudioError(f"{path} is silent{when}: there is nothing to separate")
+    return (mixed if mono or audio.shape[0] == 1 else audio), rate_hz
+
+
+def _mono(audio: Audio) -> Audio:
+    """[L] or [C, L] -> [L]"""
+    return audio if audio.ndim == 1 else to_mono(audio)
+
+
+def read_mixture(path: str | os.PathLike[str], rate_hz: int, *, mono: bool = True) -> tuple[Audio, Audio, int]:
+    """Read a recording: mono [L'] at its own rate, mono [L] at ``rate_hz``, and its own rate in Hz. Without ``mono``
+    its channels are kept (:func:`read_recording`).
 
     Raises:
         AudioError: the file cannot be used (:func:`read_sound`) or is silent.
     """
-    mono, own_rate_hz = read_mono(path)
-    return mono, resample(mono, own_rate_hz, rate_hz), own_rate_hz
+    own, own_rate_hz = read_recording(path, mono=mono)
+    return own, resample(own, own_rate_hz, rate_hz), own_rate_hz
 
 
 def _read_checked(timeline: VisualTimeline, source: VisualSource, centre_s: float, duration_s: float) -> NDArray[Any]:
@@ -126,19 +242,21 @@ def _read_checked(timeline: VisualTimeline, source: VisualSource, centre_s: floa
 
 
 def _encode(
-    separator: Separator, timelines: Sequence[VisualTimeline], starts: Sequence[int], samples: int
+    separator: Separator, timelines: Sequence[VisualTimeline | None], starts: Sequence[int], samples: int
 ) -> VisualFeatures:
     """The visual features of b chunks and N sources: object [b, N, Do], motion [b, N, Dm, Tm].
 
     Each source is encoded on its own, since frames of different files may differ in size and rate; motion sequences
-    of different lengths are filled up and masked.
+    of different lengths are filled up and masked. Of a source without a timeline there are zeros, and it is unseen.
     """
     import torch
 
     spec = separator.spec.front_end
     device = next(separator.parameters()).device
-    encoded: list[VisualFeatures] = []
+    known: list[VisualFeatures] = []
     for timeline in timelines:
+        if timeline is None:
+            continue
         inputs: dict[str, Tensor] = {}
         for source in separator.visual_sources():
             rows = []
@@ -146,7 +264,11 @@ def _encode(
                 centre_s = source.middle_s(start, spec.clip_samples, samples, spec.sample_rate_hz)
                 rows.append(torch.from_numpy(_read_checked(timeline, source, centre_s, spec.clip_s)))
             inputs[source.role] = torch.stack(rows)[:, None].to(device)  # [b, 1, ...]
-        encoded.append(separator.encode_visual(VisualInputs(**inputs)))
+        known.append(separator.encode_visual(VisualInputs(**inputs)))
+    lengths = [v.motion.shape[-1] for v in known if v.motion is not None]
+    unseen = _unseen(separator, len(starts), max(lengths, default=0)) if len(known) < len(timelines) else None
+    of_seen = iter(known)
+    encoded = [next(of_seen) if unseen is None or timeline is not None else unseen for timeline in timelines]
     objects = [v.object for v in encoded if v.object is not None]
     motions = [v.motion for v in encoded if v.motion is not None]
     motion = mask = None
@@ -156,22 +278,44 @@ def _encode(
         if len(set(steps)) > 1:
             valid = torch.arange(max(steps), device=device) < torch.tensor(steps, device=device)[:, None]  # [N, Tm]
             mask = valid.expand(len(starts), -1, -1)
-    return VisualFeatures(object=torch.cat(objects, dim=1) if objects else None, motion=motion, motion_mask=mask)
+    seen = None
+    if any(timeline is None for timeline in timelines):
+        seen = torch.tensor([timeline is not None for timeline in timelines], device=device).expand(len(starts), -1)
+    return VisualFeatures(torch.cat(objects, dim=1) if objects else None, motion, mask, seen)
+
+
+def _unseen(separator: Separator, count: int, steps: int) -> VisualFeatures:
+    """Zeros as the features of one source of which there is no picture, as many steps of motion as others have."""
+    import torch
+
+    like = next(separator.parameters())
+    dims = {role: getattr(separator, f"{role}_encoder") for role in ("object", "motion")}
+    made = {}
+    for role, encoder in dims.items():
+        if encoder is not None:
+            shape = (encoder.dim,) if role == "object" else (encoder.dim, steps or encoder.steps or MOTION_STEPS)
+            made[role] = torch.zeros(count, 1, *shape, device=like.device, dtype=like.dtype)
+    return VisualFeatures(**made)
 
 
 def _timelines(
     separator: Separator, timelines: Mapping[str, VisualTimeline], classes: Sequence[str]
-) -> list[VisualTimeline]:
-    """The timelines of ``classes``, each read once for what the separator wants, so that mistakes show at once."""
+) -> list[VisualTimeline | None]:
+    """The timelines of ``classes``, each read once for what the separator wants, so that mistakes show at once; None
+    of a class that has none, where the separator can go unseen."""
     sources = separator.visual_sources()
     if not sources:
         return [VisualTimeline()] * len(classes)
     spec = separator.spec.front_end
-    found = []
+    found: list[VisualTimeline | None] = []
     for name in classes:
-        found.append(timeline_of(timelines, name))
+        if separator.can_go_unseen and name not in timelines:
+            found.append(None)
+            continue
+        timeline = timeline_of(timelines, name)
+        found.append(timeline)
         for source in sources:
-            _read_checked(found[-1], source, spec.clip_s / 2, spec.clip_s)
+            _read_checked(timeline, source, spec.clip_s / 2, spec.clip_s)
     return found
 
 
@@ -189,14 +333,18 @@ def separate_audio(
     *,
     batch: int = 4,
     context_s: float | None = None,
+    limit_mask_sum: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Audio:
-    """Separate a mono mixture [L] at the separator's rate into [N, L], one row a class, in the order of ``classes``.
+    """Separate a mixture [L] at the separator's rate into [N, L], one row a class, in the order of ``classes``; or one
+    of several channels [C, L] into [N, C, L].
 
     Runs on the separator's device, in evaluation mode (its mode is restored), ``batch`` chunks at a time.
 
     Args:
-        timelines: frames or features by class name, on the recording's time axis.
+        timelines: frames or features by class name, on the recording's time axis. Where the separator can go unseen,
+            classes without any may be left out.
+        limit_mask_sum: divide the masks by their sum where that is above 1, whatever the separator's setting.
         context_s: seconds thrown away on each side of a chunk; an eighth of the chunk when None.
         progress: called with (chunks done, chunks in all).
 
@@ -206,6 +354,30 @@ def separate_audio(
         DataError: a class without frames, or with frames that the separator's encoders do not take.
         NumericalError: the separator answers NaN or infinite.
     """
+    return separate_and_tell(
+        separator,
+        mixture,
+        timelines,
+        classes,
+        batch=batch,
+        context_s=context_s,
+        limit_mask_sum=limit_mask_sum,
+        progress=progress,
+    ).sources
+
+
+def separate_and_tell(
+    separator: Separator,
+    mixture: Audio,
+    timelines: Mapping[str, VisualTimeline],
+    classes: Sequence[str],
+    *,
+    batch: int = 4,
+    context_s: float | None = None,
+    limit_mask_sum: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Separated:
+    """As :func:`separate_audio`, and what the separator tells of each class's presence."""
     import torch
 
     check_samples("the mixture", mixture)
@@ -213,13 +385,19 @@ def separate_audio(
     lines = _timelines(separator, timelines, classes)
     spec = separator.spec.front_end
     device = next(separator.parameters()).device
-    total = int(mixture.shape[0])
+    total = int(mixture.shape[-1])
+    presence = LargestPresence()
 
     def run(chunks: Audio, starts: Sequence[int]) -> Audio:
         visual = _encode(separator, lines, starts, total)
         class_ids = torch.tensor(ids).expand(len(starts), -1)  # [b, N]
-        estimates = separator.separate(torch.from_numpy(chunks).to(device), visual, class_ids).float().cpu().numpy()
-        if not np.isfinite(estimates).all():
+        waveforms, output = separator.separate_and_tell(
+            torch.from_numpy(chunks).to(device), visual, class_ids, limit_mask_sum=limit_mask_sum
+        )
+        estimates: Audio = waveforms.float().cpu().numpy()
+        told = None if output.presence is None else torch.sigmoid(output.presence.float()).cpu().numpy()
+        presence.add(told)
+        if not np.isfinite(estimates).all() or (told is not None and not np.isfinite(told).all()):
             raise NumericalError(
                 f"the separator answers NaN or infinite samples near {starts[0] / spec.sample_rate_hz:.1f} s: its "
                 "weights are damaged, or its training diverged"
@@ -230,7 +408,7 @@ def separate_audio(
     separator.eval()
     try:
         with torch.inference_mode():
-            return separate_long(
+            sources = separate_long(
                 run,
                 mixture,
                 clip_samples=spec.clip_samples,
@@ -243,6 +421,7 @@ def separate_audio(
             )
     finally:
         separator.train(training)
+    return Separated(sources, presence.value)
 
 
 def _output_rate(rate: str | int, model_hz: int, input_hz: int) -> int:
@@ -274,12 +453,14 @@ def separate_files(
     overwrite: bool = False,
     batch: int = 4,
     context_s: float | None = None,
+    mono: bool = False,
+    limit_mask_sum: bool = False,
     progress: Callable[[Path, int, int], None] | None = None,
 ) -> list[SeparatedFile]:
-    """Separate audio files and write one mono WAV per class and the residual of each.
+    """Separate audio files and write one WAV per class and the residual of each, with the file's channels.
 
     Everything is checked before the first chunk is separated, and the files appear together at the end: a mistake or a
-    kill leaves ``out_dir`` as it was. The residual is the mono mixture minus the sum of the sources, at the output's
+    kill leaves ``out_dir`` as it was. The residual is the mixture minus the sum of the sources, at the output's
     rate, so that all files of a recording add up to it; at the input's rate it also holds what lies above the
     separator's band. Integer samples beyond full scale are clipped and counted, or ``rescale`` prevents that.
 
@@ -292,6 +473,8 @@ def separate_files(
         rescale: where a sample would be clipped, scale all files of that recording, the residual too, by one factor
             (``gain`` of the result); not with ``FLOAT``, which clips nothing.
         overwrite: replace files that are there; otherwise that is refused.
+        mono: mix the channels of each file to mono first.
+        limit_mask_sum: as :func:`separate_audio`'s.
         progress: called with (file, chunks done, chunks in all).
 
     Raises:
@@ -299,13 +482,26 @@ def separate_files(
     """
     check_timelines(separator, timelines, classes)
 
-    def run(mixture: Audio, report: Callable[[int, int], None] | None) -> Audio:
-        return separate_audio(separator, mixture, timelines, classes, batch=batch, context_s=context_s, progress=report)
+    def run(mixture: Audio, report: Callable[[int, int], None] | None) -> Separated:
+        return separate_and_tell(
+            separator,
+            mixture,
+            timelines,
+            classes,
+            batch=batch,
+            context_s=context_s,
+            limit_mask_sum=limit_mask_sum,
+            progress=report,
+        )
 
+    front_end, decoder = separator.spec.front_end, separator.mask_decoder
+    unseen = tuple(name for name in classes if name not in timelines) if separator.visual_sources() else ()
     return separate_recordings(
-        [Recording(Path(path), tuple(classes), run) for path in audio_paths],
+        [Recording(Path(path), tuple(classes), run, mono=mono, unseen=unseen) for path in audio_paths],
         out_dir,
-        sample_rate_hz=separator.spec.front_end.sample_rate_hz,
+        sample_rate_hz=front_end.sample_rate_hz,
+        threshold=float(decoder.presence_threshold) if decoder.tells_presence else None,
+        limited=limit_mask_sum or front_end.limit_mask_sum,
         rate=rate,
         subtype=subtype,
         rescale=rescale,
@@ -316,27 +512,32 @@ def separate_files(
 
 @dataclass(frozen=True)
 class SeparatedSignals:
-    """A mixture [L], its sources [N, L] and what is left of it [L], at the separator's rate."""
+    """A mixture [L], its sources [N, L] and what is left of it [L], at the separator's rate; of a recording of several
+    channels [C, L], [N, C, L] and [C, L]."""
 
     mixture: Audio
     sources: Audio
     residual: Audio
     rate_hz: int
+    findings: Findings = Findings()
 
 
 @dataclass(frozen=True)
 class Recording:
     """A file to be separated.
 
-    ``separate`` is called with the mixture [L] at the separator's rate and a function to report (chunks done, chunks in
-    all) to, or None, and gives [N, L], a row for each of ``classes``. ``beside``: names of further text files, each
-    with what makes its content of the result.
+    ``separate`` is called with the mixture at the separator's rate, [L] of a file of one channel (or ``mono``), else
+    [C, L], and a function to report (chunks done, chunks in all) to, or None, and gives the sources [N, L] or
+    [N, C, L], one for each of ``classes``. ``beside``: names of further text files, each with what makes its content of
+    the result. ``mono``: mix the channels first. ``unseen``: the classes that are shown nothing of.
     """
 
     path: Path
     classes: tuple[str, ...]
-    separate: Callable[[Audio, Callable[[int, int], None] | None], Audio]
+    separate: Callable[[Audio, Callable[[int, int], None] | None], Separated]
     beside: Mapping[str, Callable[[SeparatedSignals], str]] = field(default_factory=dict)
+    mono: bool = False
+    unseen: tuple[str, ...] = ()
 
     def targets(self, out: Path, suffix: str) -> list[Path]:
         """The files that come of it: :func:`output_paths`, then those beside."""
@@ -381,6 +582,8 @@ def separate_recordings(
     suffix: str = "wav",
     rescale: bool = False,
     overwrite: bool = False,
+    threshold: float | None = None,
+    limited: bool = False,
     progress: Callable[[Path, int, int], None] | None = None,
 ) -> list[SeparatedFile]:
     """What :func:`separate_files` does around the separator, which may be of any kind.
@@ -388,6 +591,8 @@ def separate_recordings(
     Args:
         sample_rate_hz: the separator's.
         suffix: ``wav`` or ``flac``.
+        threshold: presence from which a class counts as present.
+        limited: the separator's masks sum up to at most 1.
 
     Raises:
         AudioError, ConfigError: one line each; nothing is written then. And whatever a recording's functions raise.
@@ -395,22 +600,26 @@ def separate_recordings(
     out = Path(out_dir)
     check_recordings(recordings, out, rate=rate, subtype=subtype, suffix=suffix, rescale=rescale, overwrite=overwrite)
     for recording in recordings:
-        read_mono(recording.path)
+        read_recording(recording.path, mono=recording.mono)
     targets = [recording.targets(out, suffix) for recording in recordings]
     results = []
     with staged_files(out, [name for names in targets for name in names]) as staging:
         for recording, names in zip(recordings, targets, strict=True):
             path, classes = recording.path, recording.classes
-            own, mixture, own_hz = read_mixture(path, sample_rate_hz)
-            estimates = recording.separate(mixture, None if progress is None else functools.partial(progress, path))
+            own, mixture, own_hz = read_mixture(path, sample_rate_hz, mono=recording.mono)
+            separated = recording.separate(mixture, None if progress is None else functools.partial(progress, path))
+            estimates = separated.sources
+            findings = _find(recording, mixture, separated, threshold, limited)
             rate_hz = _output_rate(rate, sample_rate_hz, own_hz)
-            whole = resample(own, own_hz, rate_hz)  # [L'], straight from its own rate
-            sources = _fit(resample(estimates, sample_rate_hz, rate_hz), len(whole))  # [N, L']
+            whole = resample(own, own_hz, rate_hz)  # [(C,) L'], straight from its own rate
+            length = whole.shape[-1]
+            sources = _fit(resample(estimates, sample_rate_hz, rate_hz), length)  # [N, (C,) L']
             signals = {**dict(zip(classes, sources, strict=True)), "residual": whole - sources.sum(axis=0)}
             clipped, gain = 0, fitting_gain(signals.values()) if rescale else 1.0
             for name, signal in zip(names[: len(signals)], signals.values(), strict=True):
                 clipped += write_audio(staging / name.name, signal * np.float32(gain), rate_hz, subtype)
-            result = SeparatedSignals(mixture, estimates, mixture - estimates.sum(axis=0), sample_rate_hz)
+            left = mixture - estimates.sum(axis=0)
+            result = SeparatedSignals(mixture, estimates, left, sample_rate_hz, findings)
             for text_file, make in recording.beside.items():
                 write_text(staging / text_file, make(result))
             results.append(
@@ -419,19 +628,22 @@ def separate_recordings(
                     files=dict(zip(classes, names, strict=False)),
                     residual=names[len(classes)],
                     rate_hz=rate_hz,
-                    seconds=len(whole) / rate_hz,
+                    seconds=length / rate_hz,
                     levels_db={k: level_db(v) for k, v in {"mixture": whole, **signals}.items()},
                     clipped=clipped,
                     beside=tuple(names[len(signals) :]),
                     gain=gain,
+                    channels=1 if whole.ndim == 1 else len(whole),
+                    findings=findings,
                 )
             )
     return results
 
 
 def _fit(audio: Audio, length: int) -> Audio:
-    """[N, L'] cut or filled up to ``length``: a length that was rounded twice may be off by a sample or two."""
-    return np.pad(audio[:, :length], ((0, 0), (0, max(length - audio.shape[1], 0))))
+    """[..., L'] cut or filled up to ``length``: a length that was rounded twice may be off by a sample or two."""
+    around = [(0, 0)] * (audio.ndim - 1)
+    return np.pad(audio[..., :length], [*around, (0, max(length - audio.shape[-1], 0))])
 
 
 def separate_file(
@@ -447,6 +659,8 @@ def separate_file(
     overwrite: bool = False,
     batch: int = 4,
     context_s: float | None = None,
+    mono: bool = False,
+    limit_mask_sum: bool = False,
     progress: Callable[[Path, int, int], None] | None = None,
 ) -> SeparatedFile:
     """Separate one audio file: :func:`separate_files` of one."""
@@ -462,6 +676,8 @@ def separate_file(
         overwrite=overwrite,
         batch=batch,
         context_s=context_s,
+        mono=mono,
+        limit_mask_sum=limit_mask_sum,
         progress=progress,
     )
     return result

@@ -125,7 +125,7 @@ def to_mono(audio: Audio) -> Audio:
 
 
 def resample(audio: Audio, from_hz: int, to_hz: int) -> Audio:
-    """Resample [L] or [C, L] (soxr, high quality: linear phase, 20 bits). The length becomes round(L * to / from)."""
+    """Resample [..., L] (soxr, high quality: linear phase, 20 bits). The length becomes round(L * to / from)."""
     if from_hz <= 0 or to_hz <= 0:
         raise AudioError(f"sample rates must be positive, got {from_hz} and {to_hz} Hz")
     if from_hz == to_hz:
@@ -133,7 +133,8 @@ def resample(audio: Audio, from_hz: int, to_hz: int) -> Audio:
     import soxr
 
     length = max(round(audio.shape[-1] * to_hz / from_hz), 1)
-    converted = soxr.resample(np.ascontiguousarray(audio.T), from_hz, to_hz, quality="HQ").T
+    flat = np.ascontiguousarray(audio.reshape(-1, audio.shape[-1]).T)  # [L, channels]
+    converted = soxr.resample(flat, from_hz, to_hz, quality="HQ").T.reshape(*audio.shape[:-1], -1)
     result = np.zeros((*audio.shape[:-1], length), dtype=np.float32)
     shared = min(length, converted.shape[-1])  # soxr's own length may differ by one sample
     result[..., :shared] = converted[..., :shared]

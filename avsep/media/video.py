@@ -99,9 +99,10 @@ def probe(path: str | os.PathLike[str]) -> MediaInfo:
         return MediaInfo(**found)
 
 
-def read_media_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
+def read_media_audio(path: str | os.PathLike[str], *, mono: bool = True) -> tuple[Audio, int]:
     """The first audio stream as float32 mono [1, L] with its rate in Hz: the mean of its channels, less the
-    low-frequency one (LFE), which a speaker for effects plays.
+    low-frequency one (LFE), which a speaker for effects plays. Without ``mono`` these channels themselves, [C, L];
+    of a stream that changes their number midway the mean.
 
     Where packets are missing, as in a captured stream, there is silence, so that sound and frames stay aligned.
 
@@ -118,7 +119,7 @@ def read_media_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
         if missing := missing_part(path):
             raise AudioError(f"{path} is truncated: {missing}; {_WAY_OUT}")
         start_s = _start_s(container)
-        sound = _Sound(path)
+        sound = _Sound(path, mono)
         last_s = start_s  # of all streams: the sound may end before the frames
         try:
             for packet in container.demux():
@@ -139,19 +140,21 @@ def read_media_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
         raise AudioError(
             f"{path} is truncated: it states {stated_s:.1f} s and {last_s - start_s:.1f} s are there; {_WAY_OUT}"
         )
-    if not len(samples):
+    if not samples.shape[1]:
         raise AudioError(f"{path} holds no samples: its audio stream is empty or damaged")
     check_samples(path, samples)
-    return samples[None], sound.rate_hz
+    return samples, sound.rate_hz
 
 
 class _Sound:
     """The samples of one audio stream, each at its time."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], mono: bool) -> None:
         self.path = path
+        self.mono = mono
         self.rate_hz = 0  # of the first frame
-        self.parts: list[Audio] = []
+        self.parts: list[Audio] = []  # [C, l], of silence [1, l]
+        self._counts: set[int] = set()  # of channels, in the parts that are no silence
         self.length = 0  # samples so far, from the beginning of the file on
         self.silence = 0  # samples of it that fill gaps
         self._before = 0  # samples before that beginning
@@ -180,9 +183,13 @@ class _Sound:
         self._append(self._resampler.resample(frame))
 
     def joined(self) -> Audio:
-        """All samples [L]."""
+        """All samples [C, L]."""
         self._flush()
-        return np.concatenate([np.zeros(0, np.float32), *self.parts])[self._before :]
+        if len(self._counts) > 1:
+            self.parts = [_mean(part) for part in self.parts]
+        count = max((len(part) for part in self.parts), default=1)
+        parts = [np.broadcast_to(part, (count, part.shape[1])) for part in self.parts]
+        return np.concatenate([np.zeros((count, 0), np.float32), *parts], axis=1)[:, self._before :]
 
     def _fill(self, samples: int) -> None:
         self.silence += samples
@@ -191,13 +198,15 @@ class _Sound:
                 f"{self.path}: its time stamps leave {self.silence / self.rate_hz:.0f} s without sound, more than "
                 f"{_MOST_SILENCE_S} s: they are damaged or jump; encode it again"
             )
-        self.parts.append(np.zeros(samples, np.float32))
+        self.parts.append(np.zeros((1, samples), np.float32))
         self.length += samples
 
     def _append(self, frames: Sequence[Any]) -> None:
         for frame in frames:
-            self.parts.append(_mono(frame))
-            self.length += len(self.parts[-1])
+            channels = _channels(frame)
+            self.parts.append(_mean(channels) if self.mono else channels)
+            self._counts.add(len(self.parts[-1]))
+            self.length += channels.shape[1]
 
     def _flush(self) -> None:
         if self._resampler is not None:
@@ -212,8 +221,9 @@ def is_video(path: str | os.PathLike[str]) -> bool:
     return probe(path).has_video
 
 
-def read_sound(path: str | os.PathLike[str]) -> tuple[Audio, int]:
-    """The sound of an audio or video file as float32 [C, L] with its rate in Hz; that of a video comes mono.
+def read_sound(path: str | os.PathLike[str], *, mono: bool = True) -> tuple[Audio, int]:
+    """The sound of an audio or video file as float32 [C, L] with its rate in Hz; that of a video comes mono, unless
+    ``mono`` is False.
 
     Raises:
         AudioError: as :func:`avsep.media.audio.read_audio` and :func:`read_media_audio`.
@@ -221,7 +231,7 @@ def read_sound(path: str | os.PathLike[str]) -> tuple[Audio, int]:
     """
     if Path(path).suffix.lower() in _SOUND_FILES or not Path(path).is_file() or _begins_as_sound(path):
         return read_audio(path)
-    return read_media_audio(path)
+    return read_media_audio(path, mono=mono)
 
 
 def _begins_as_sound(path: str | os.PathLike[str]) -> bool:
@@ -377,10 +387,17 @@ def _start_s(container: Any) -> float:
     return (container.start_time or 0) / 1_000_000
 
 
-def _mono(frame: Any) -> Audio:
-    channels: NDArray[Any] = frame.to_ndarray()  # [C, n]
+def _channels(frame: Any) -> Audio:
+    """[C, n], without the low-frequency one."""
+    channels: Audio = frame.to_ndarray()
     kept = [i for i, channel in enumerate(frame.layout.channels) if not channel.name.startswith("LFE")]
-    mean: Audio = channels[kept or slice(None)].mean(axis=0, dtype=np.float64).astype(np.float32)
+    found: Audio = channels[kept or slice(None)]
+    return found
+
+
+def _mean(channels: Audio) -> Audio:
+    """[C, n] -> [1, n]"""
+    mean: Audio = channels.mean(axis=0, dtype=np.float64, keepdims=True).astype(np.float32)
     return mean
 
 

@@ -72,6 +72,11 @@ class Separator(nn.Module):
     def num_classes(self) -> int:
         return self.spec.num_classes
 
+    @property
+    def can_go_unseen(self) -> bool:
+        """Whether sources may be asked for of which there is no picture (``visual.seen`` False)."""
+        return self.mask_decoder.takes_unseen
+
     def _frozen(self) -> Iterator[nn.Module]:
         for encoder in (self.audio_encoder, self.object_encoder, self.motion_encoder):
             if encoder is not None and encoder.frozen:

@@ -44,6 +44,7 @@ __all__ = [
     "measure_gate",
     "references",
     "source_inputs",
+    "sources_are_independent",
     "synthetic_batches",
     "validation_batches",
 ]
@@ -244,20 +245,23 @@ def encoded(separator: Separator, batch: Batch, plan: ExportPlan, number: int = 
     rng = np.random.default_rng([plan.seed, number])
     specs, _ = tensor_specs(separator, plan)
     count, sources = batch.class_ids.shape
+    seen = torch.arange(count * sources).reshape(count, sources) % 3 > 0 if separator.can_go_unseen else None
     drawn = {
         s.name: torch.from_numpy(rng.standard_normal((count, sources, *s.shape[2:])).astype(np.float32))
         for s in specs
         if s.name.endswith("_features")
     }
-    return VisualFeatures(object=drawn.get("object_features"), motion=drawn.get("motion_features"))
+    return VisualFeatures(object=drawn.get("object_features"), motion=drawn.get("motion_features"), seen=seen)
 
 
 # --- the graph as a function ------------------------------------------------------------------------------------------
 
 
 def source_inputs(visual: VisualFeatures, class_ids: Tensor) -> dict[str, Array]:
-    """What a graph can be given of each source, by input name; without a mask every motion step is valid."""
+    """What a graph can be given of each source, by input name; without a mask every motion step is valid, and without
+    ``seen`` every source is seen."""
     given: dict[str, Array] = {"class_ids": class_ids.numpy()}
+    given["seen"] = np.ones(class_ids.shape, dtype=bool) if visual.seen is None else visual.seen.numpy()
     if visual.object is not None:
         given["object_features"] = visual.object.numpy()
     if visual.motion is not None:
@@ -273,12 +277,14 @@ def graph_separator(path: Path, separator: Separator) -> Separate:
     inputs = {i.name: i.shape for i in session.get_inputs()}
     first = next(iter(inputs))
     batch, sources = (size if isinstance(size, int) else None for size in inputs["class_ids"])
+    names = [output.name for output in session.get_outputs()]
     call = GraphCall(
-        lambda given: np.asarray(session.run(None, given)[0]),
+        lambda given: dict(zip(names, session.run(None, given), strict=True)),
         first == "spectrum",
         separator.spec.front_end.model_dump(),
         batch,
         sources,
+        channels=inputs[first][1] if len(inputs[first]) == (5 if first == "spectrum" else 3) else 1,
     )
 
     def separate(mixture: Tensor, visual: VisualFeatures, class_ids: Tensor) -> Tensor:
@@ -307,12 +313,23 @@ class Reference:
 
 
 def references(separator: Separator, batches: Iterable[Batch], plan: ExportPlan) -> list[Reference]:
-    """Run PyTorch on mixtures of the separator's length, on the CPU."""
+    """Run PyTorch on mixtures of the separator's length, on the CPU.
+
+    Where sources depend on each other, it is asked for as many at once as a graph of fixed shapes is, which repeats the
+    last one to fill them up.
+    """
     made = []
+    free = plan.dynamic or sources_are_independent(separator)
     for number, batch in enumerate(batches):
         visual = encoded(separator, batch, plan, number)
-        with torch.inference_mode():
-            estimate = separator.separate(batch.mixture, visual, batch.class_ids)
+        sources = batch.class_ids.shape[1]
+        width = sources if free else plan.sources
+        parts = []
+        for first in range(0, sources, width):
+            of = torch.arange(first, first + width).clamp(max=sources - 1)
+            with torch.inference_mode():
+                parts.append(separator.separate(batch.mixture, _columns(visual, of), batch.class_ids[:, of]))
+        estimate = torch.cat(parts, dim=1)[:, :sources]
         made.append(Reference(batch, visual, _scores(separator, batch, estimate)))
     return made
 
@@ -338,6 +355,17 @@ def measure_gate(
             raise ExportError(f"{path.name} gives NaN or infinite samples for a mixture: export it in fp32")
         scored += _drifts(separator, one, _scores(separator, one.batch, estimate))
     return _summary(scored, plan, on)
+
+
+def sources_are_independent(separator: Separator) -> bool:
+    """Whether what a source gets depends on nothing else that is asked for."""
+    return separator.mask_decoder.independent_sources and not separator.spec.front_end.limit_mask_sum
+
+
+def _columns(visual: VisualFeatures, of: Tensor) -> VisualFeatures:
+    """The features of some of the sources."""
+    parts = (visual.object, visual.motion, visual.motion_mask, visual.seen)
+    return VisualFeatures(*(None if part is None else part[:, of] for part in parts))
 
 
 def _scores(separator: Separator, batch: Batch, estimate: Tensor) -> BssResult:

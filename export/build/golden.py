@@ -23,8 +23,8 @@ def golden_inputs(
     *,
     stft: dict[str, Any] | None = None,
 ) -> dict[str, Array]:
-    """Inputs to compare with: chords of decaying tones in a little noise, features from N(0, 1), class ids in turn,
-    frames of random noise.
+    """Inputs to compare with: chords of decaying tones in a little noise (other ones in every channel), features from
+    N(0, 1), class ids in turn, every second source unseen, frames of random noise.
 
     Args:
         specs: the graph's inputs.
@@ -34,18 +34,20 @@ def golden_inputs(
     inputs: dict[str, Array] = {}
     for spec in specs:
         if spec.name == "mixture":
-            inputs[spec.name] = _chords(spec.shape[0], spec.shape[1], sample_rate_hz, rng)
+            inputs[spec.name] = _chords(spec.shape, sample_rate_hz, rng)
         elif spec.name == "spectrum":
             from avsep.export.runtime.transforms import stft as transform
 
             assert stft is not None
-            mixture = _chords(spec.shape[0], int(stft["length"]), sample_rate_hz, rng)
+            mixture = _chords((*spec.shape[:-3], int(stft["length"])), sample_rate_hz, rng)
             inputs[spec.name] = transform(
                 mixture, n_fft=int(stft["n_fft"]), hop=int(stft["hop"]), padding=str(stft["padding"])
             )
         elif spec.name == "class_ids":
             size = spec.shape[0] * spec.shape[1]
             inputs[spec.name] = (np.arange(size, dtype=np.int64) % num_classes).reshape(spec.shape)
+        elif spec.name == "seen":
+            inputs[spec.name] = (np.arange(int(np.prod(spec.shape))) % 2 == 0).reshape(spec.shape)
         elif spec.dtype == "bool":
             # each source's last steps are missing, of none, one, two, ... in turn; never all
             steps = spec.shape[-1]
@@ -58,10 +60,12 @@ def golden_inputs(
     return inputs
 
 
-def _chords(batch: int, length: int, sample_rate_hz: int, rng: np.random.Generator) -> Array:
+def _chords(shape: tuple[int, ...], sample_rate_hz: int, rng: np.random.Generator) -> Array:
+    """[..., L]"""
+    length = shape[-1]
     time_s = np.arange(length) / sample_rate_hz
-    mixture = 0.002 * rng.standard_normal((batch, length))
-    for row in mixture:
+    mixture = 0.002 * rng.standard_normal(shape)
+    for row in mixture.reshape(-1, length):
         for _ in range(12):
             start_s, pitch_hz = rng.uniform(0, time_s[-1]), 110 * 2 ** rng.uniform(0, 3)
             age_s = np.maximum(time_s - start_s, 0)

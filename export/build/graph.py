@@ -8,7 +8,7 @@ for the published ``align_corners=False``, another along time).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from avsep.decoders.conditioned_unet import SharedUpConv
+from avsep.dsp import reference_gain
 from avsep.encoders.audio.unet7 import UpConv, folded_kernel
 from avsep.errors import ExportError
 from avsep.kernels.stft_masking.reference import hann_window, linear_frequency_grid, log_frequency_grid
@@ -24,9 +25,18 @@ from avsep.spec import FrontEndSpec
 from avsep.types import MaskOutput, VisualFeatures
 
 if TYPE_CHECKING:
+    from avsep.export.build.plan import ExportPlan
     from avsep.separator import Separator
 
-__all__ = ["PolyphaseSTFT", "SpectralSeparator", "WaveformSeparator", "warp_matrices", "with_length"]
+__all__ = [
+    "PolyphaseSTFT",
+    "SpectralSeparator",
+    "WaveformSeparator",
+    "fitted",
+    "warp_matrices",
+    "with_length",
+    "with_limited_sum",
+]
 
 Matrix = NDArray[np.float64]
 
@@ -181,7 +191,8 @@ def _mix_rows(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 class _Logits(nn.Module):
-    """A separator up to its logits [B, N, F', T], which a decoder may leave to be formed outside of its own forward.
+    """A separator up to its logits [B, N, F', T], which a decoder may leave to be formed outside of its own forward,
+    and those of presence [B, N], of a decoder that tells it.
 
     As one module, so that all of the network stands in one scope of the graph, which half precision goes by.
     """
@@ -190,9 +201,9 @@ class _Logits(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, network_input: Tensor, visual: VisualFeatures, class_ids: Tensor) -> Tensor:
+    def forward(self, network_input: Tensor, visual: VisualFeatures, class_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         output: MaskOutput = self.network(network_input, visual, class_ids)
-        return output.logits
+        return output.logits, output.presence
 
 
 class _MaskedSeparator(nn.Module):
@@ -201,11 +212,17 @@ class _MaskedSeparator(nn.Module):
     warp: Tensor
     unwarp: Tensor
     time: Tensor | None
+    window: Tensor
     first_input = ""
+    first_output = ""
 
-    def __init__(self, separator: Separator, *, motion_mask: bool = False) -> None:
+    def __init__(self, separator: Separator, *, motion_mask: bool = False, channels: int = 1) -> None:
         super().__init__()
         spec = separator.spec.front_end
+        self.channels = channels
+        self.level_db = spec.level_db
+        self.tells_presence = separator.mask_decoder.tells_presence
+        self.takes_unseen = separator.can_go_unseen
         self.separator = _Logits(separator.merged())
         _constant_weights(self.separator)
         self.has_object = separator.object_encoder is not None
@@ -216,20 +233,28 @@ class _MaskedSeparator(nn.Module):
         for name, matrix in zip(("warp", "unwarp", "time"), warp_matrices(spec), strict=True):
             kernel = None if matrix is None else torch.from_numpy(matrix[:, :, None, None].copy()).float()
             self.register_buffer(name, kernel, persistent=False)
+        if self.level_db is not None:
+            self.register_buffer("window", hann_window(spec.n_fft).float(), persistent=False)
 
-    def masks(self, real: Tensor, imaginary: Tensor, features: tuple[Tensor, ...]) -> Tensor:
-        """real and imaginary [B, bins, T] of the mixture -> [B, N, bins, T]"""
+    def masks(self, real: Tensor, imaginary: Tensor, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        """real and imaginary [B, bins, T] of the mono mixture -> masks [B, N, bins, T], and of a decoder that tells
+        presence the probabilities [B, N]."""
         given = dict(zip(self.input_names()[1:], features, strict=True))
-        magnitude = (real * real + imaginary * imaginary).sqrt() + 1e-10
+        power = real * real + imaginary * imaginary
+        magnitude = power.sqrt() + 1e-10
         warped = self._along_time(_mix_rows(magnitude, self.warp))  # [B, F', T]
+        if self.level_db is not None:  # as FrontEnd.analyse
+            warped = reference_gain(power.mean(dim=(1, 2)), self.window, self.level_db)[:, None, None] * warped
         visual = VisualFeatures(
             object=given.get("object_features"),
             motion=given.get("motion_features"),
             motion_mask=given.get("motion_mask"),
+            seen=given.get("seen"),
         )
-        logits = self.separator(torch.log1p(warped)[:, None], visual, given["class_ids"])  # [B, N, F', T]
+        logits, presence = self.separator(torch.log1p(warped)[:, None], visual, given["class_ids"])  # [B, N, F', T]
         masks = _mix_rows(torch.sigmoid(logits).flatten(0, 1), self.unwarp)  # [B * N, bins, T]
-        return torch.unflatten(self._along_time(masks), 0, logits.shape[:2])
+        masks = torch.unflatten(self._along_time(masks), 0, logits.shape[:2])
+        return masks, torch.sigmoid(presence) if self.tells_presence else None
 
     def _along_time(self, x: Tensor) -> Tensor:
         """[M, rows, T] -> the same shape"""
@@ -243,7 +268,12 @@ class _MaskedSeparator(nn.Module):
             names.append("motion_features")
             if self.motion_mask:
                 names.append("motion_mask")
+        if self.takes_unseen:
+            names.append("seen")
         return (*names, "class_ids")
+
+    def output_names(self) -> tuple[str, ...]:
+        return (self.first_output, "presence") if self.tells_presence else (self.first_output,)
 
 
 class WaveformSeparator(_MaskedSeparator):
@@ -252,25 +282,41 @@ class WaveformSeparator(_MaskedSeparator):
     Shapes:
         mixture [B, L]; object_features [B, N, Do] and motion_features [B, N, Dm, Tm], the outputs of the visual
         encoders, each only where the separator has that encoder; with ``motion_mask`` a bool [B, N, Tm] (True =
-        valid); class_ids int64 [B, N] -> sources [B, N, L].
+        valid); of a separator that can go unseen bool ``seen`` [B, N]; class_ids int64 [B, N] -> sources [B, N, L],
+        and of a decoder that tells it presence [B, N], probabilities. With C > 1 ``channels`` the mixture is [B, C, L]
+        and the sources are [B, N, C, L]; the masks are those of the channels' mean.
     """
 
-    first_input = "mixture"
+    first_input, first_output = "mixture", "sources"
 
-    def __init__(self, separator: Separator, *, motion_mask: bool = False) -> None:
-        super().__init__(separator, motion_mask=motion_mask)
+    def __init__(self, separator: Separator, *, motion_mask: bool = False, channels: int = 1) -> None:
+        super().__init__(separator, motion_mask=motion_mask, channels=channels)
         spec = separator.spec.front_end
         self.stft = PolyphaseSTFT(spec.clip_samples, spec.n_fft, spec.hop, spec.padding)
 
-    def forward(self, mixture: Tensor, *features: Tensor) -> Tensor:
-        """The features are those of :meth:`input_names`, in that order."""
+    def forward(self, mixture: Tensor, *features: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The features are those of :meth:`input_names`, in that order; the results those of :meth:`output_names`."""
+        if self.channels > 1:
+            return self._of_channels(mixture, features)
         spectrum = self.stft.analyse(mixture)  # [B, 2F, T]
         real, imaginary = spectrum[:, : self.stft.bins], spectrum[:, self.stft.bins :]
-        mask = self.masks(real, imaginary, features)  # [B, N, F, T]
+        mask, presence = self.masks(real, imaginary, features)  # [B, N, F, T]
         # The mixture's phase: real and imaginary part scaled alike.
         estimate = torch.cat((mask * real[:, None], mask * imaginary[:, None]), dim=2)  # [B, N, 2F, T]
         waveforms = self.stft.synthesise(estimate.flatten(0, 1))  # [B * N, L]
-        return torch.unflatten(waveforms, 0, (mixture.shape[0], mask.shape[1])).clamp(-1.0, 1.0)
+        waveforms = torch.unflatten(waveforms, 0, (mixture.shape[0], mask.shape[1])).clamp(-1.0, 1.0)
+        return waveforms if presence is None else (waveforms, presence)
+
+    def _of_channels(self, mixture: Tensor, features: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
+        spectrum = self.stft.analyse(mixture.flatten(0, 1))  # [B * C, 2F, T]
+        spectrum = torch.unflatten(spectrum, 0, (mixture.shape[0], self.channels))
+        mono = spectrum.mean(dim=1)  # the transform of the channels' mean
+        mask, presence = self.masks(mono[:, : self.stft.bins], mono[:, self.stft.bins :], features)  # [B, N, F, T]
+        estimate = torch.cat((mask, mask), dim=2)[:, :, None] * spectrum[:, None]  # [B, N, C, 2F, T]
+        waveforms = self.stft.synthesise(estimate.flatten(0, 2))  # [B * N * C, L]
+        shape = (mixture.shape[0], mask.shape[1], self.channels)
+        waveforms = torch.unflatten(waveforms, 0, shape).clamp(-1.0, 1.0)
+        return waveforms if presence is None else (waveforms, presence)
 
 
 class SpectralSeparator(_MaskedSeparator):
@@ -280,15 +326,36 @@ class SpectralSeparator(_MaskedSeparator):
 
     Shapes:
         spectrum [B, 2, bins, T], the mixture's real and imaginary part; the others as in :class:`WaveformSeparator`
-        -> estimate [B, N, 2, bins, T], whose inverse transform is to be limited to +-1.
+        -> estimate [B, N, 2, bins, T], whose inverse transform is to be limited to +-1. With C > 1 ``channels``
+        [B, C, 2, bins, T] -> [B, N, C, 2, bins, T].
     """
 
-    first_input = "spectrum"
+    first_input, first_output = "spectrum", "estimate"
 
-    def forward(self, spectrum: Tensor, *features: Tensor) -> Tensor:
-        """The features are those of :meth:`input_names`, in that order."""
-        mask = self.masks(spectrum[:, 0], spectrum[:, 1], features)  # [B, N, bins, T]
-        return mask[:, :, None] * spectrum[:, None]
+    def forward(self, spectrum: Tensor, *features: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The features are those of :meth:`input_names`, in that order; the results those of :meth:`output_names`."""
+        mono = spectrum.mean(dim=1) if self.channels > 1 else spectrum
+        mask, presence = self.masks(mono[:, 0], mono[:, 1], features)  # [B, N, bins, T]
+        of_source = mask[:, :, None, None] if self.channels > 1 else mask[:, :, None]
+        estimate = of_source * spectrum[:, None]
+        return estimate if presence is None else (estimate, presence)
+
+
+def fitted(separator: Separator, plan: ExportPlan) -> Separator:
+    """The separator as a plan has it exported: :func:`with_length`, and :func:`with_limited_sum` where it is asked for.
+
+    Raises :class:`ExportError` as the former.
+    """
+    made = with_length(separator, plan.length_s)
+    return with_limited_sum(made) if plan.limit_mask_sum else made
+
+
+def with_limited_sum(separator: Separator) -> Separator:
+    """The separator with masks that sum up to at most 1 (``front_end.limit_mask_sum``): the same modules. Itself where
+    it has that setting."""
+    if separator.spec.front_end.limit_mask_sum:
+        return separator
+    return _with_front_end(separator, "limit_mask_sum", limit_mask_sum=True)
 
 
 def with_length(separator: Separator, length_s: float | None) -> Separator:
@@ -299,9 +366,6 @@ def with_length(separator: Separator, length_s: float | None) -> Separator:
     Raises:
         ExportError: the audio encoder cannot take so many frames; names the nearest lengths that it can.
     """
-    from avsep.separator import Separator as _Separator
-    from avsep.spec import SeparatorSpec, validated
-
     front_end = separator.spec.front_end
     if length_s is None or abs(length_s - front_end.clip_s) < 5e-4:
         return separator
@@ -322,9 +386,17 @@ def with_length(separator: Separator, length_s: float | None) -> Separator:
         raise ExportError(
             f"length_s {length_s:g} is too short to be reflected: at least {front_end.n_fft / rate:.3f} s"
         )
+    return _with_front_end(separator, "length_s", clip_samples=samples)
+
+
+def _with_front_end(separator: Separator, where: str, **settings: Any) -> Separator:
+    """The same modules behind a front end with other settings; ``where`` stands before what is wrong with them."""
+    from avsep.separator import Separator as _Separator
+    from avsep.spec import SeparatorSpec, validated
+
     data = separator.spec.model_dump()
-    data["front_end"]["clip_samples"] = samples
-    spec = validated(SeparatorSpec, data, "length_s")
+    data["front_end"].update(settings)
+    spec = validated(SeparatorSpec, data, where)
     made = _Separator(
         spec,
         separator.audio_encoder,

@@ -66,14 +66,14 @@ _SHARES = (0.5, 1.0)
 class GraphFile:
     """A graph that was written, and what the manifest says of it.
 
-    ``golden`` holds inputs and output by name; ``quantised`` says of an INT8 graph how its layers were chosen.
+    ``golden`` holds inputs and outputs by name; ``quantised`` says of an INT8 graph how its layers were chosen.
     """
 
     file: str
     kind: str
     precision: str
     inputs: tuple[TensorSpec, ...]
-    output: TensorSpec
+    outputs: tuple[TensorSpec, ...]
     profiles: list[dict[str, dict[str, list[int]]]]
     opset: int
     operators: dict[str, int]
@@ -94,7 +94,7 @@ class GraphFile:
             "kind": self.kind,
             "precision": self.precision,
             "inputs": [spec.to_dict() for spec in self.inputs],
-            "outputs": [self.output.to_dict()],
+            "outputs": [spec.to_dict() for spec in self.outputs],
             "profiles": self.profiles,
             "opset": self.opset,
             "operators": self.operators,
@@ -174,9 +174,9 @@ class _SeparatorWriter:
             separator, synthetic_batches(separator, plan) if held_out is None else held_out, plan
         )
         self.calibration, self.validation = calibration, validation
-        self.inputs, self.output = tensor_specs(separator, plan)
+        self.inputs, self.outputs = tensor_specs(separator, plan)
         form = SpectralSeparator if plan.spectral else WaveformSeparator
-        self.module = form(separator, motion_mask=plan.motion_mask).eval()
+        self.module = form(separator, motion_mask=plan.motion_mask, channels=plan.channels).eval()
         self.golden = self._golden(self.inputs)
         self.reference = self._answer(self.golden)
         self.single: Path | None = None
@@ -188,21 +188,31 @@ class _SeparatorWriter:
         count = self.separator.spec.num_classes
         return golden_inputs(list(specs), count, front_end.sample_rate_hz, self.plan.seed, stft=stft)
 
-    def _answer(self, inputs: Mapping[str, Array]) -> Array:
-        """What PyTorch answers, by the path that training and evaluation use."""
+    def _answer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """What PyTorch answers, by output name, by the path that training and evaluation use."""
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         visual = VisualFeatures(
-            tensors.get("object_features"), tensors.get("motion_features"), tensors.get("motion_mask")
+            tensors.get("object_features"),
+            tensors.get("motion_features"),
+            tensors.get("motion_mask"),
+            tensors.get("seen"),
         )
+        ids, channels = tensors["class_ids"], self.plan.channels
         with torch.inference_mode():
             if not self.plan.spectral:
-                return self.separator.separate(tensors["mixture"], visual, tensors["class_ids"]).numpy()
-            front_end = self.separator.spec.front_end
-            mixture = istft(inputs["spectrum"], hop=front_end.hop, length=front_end.clip_samples)
-            network_input = self.separator.analyse(torch.from_numpy(mixture)[:, None]).network_input
-            logits = self.separator(network_input, visual, tensors["class_ids"]).logits
-            masks = self.separator.front_end.unwarp(torch.sigmoid(logits))  # [B, N, bins, T]
-            return (masks[:, :, None] * tensors["spectrum"][:, None]).numpy()
+                estimate, output = self.separator.separate_and_tell(tensors["mixture"], visual, ids)
+            else:
+                front_end = self.separator.spec.front_end
+                mixture = istft(inputs["spectrum"], hop=front_end.hop, length=front_end.clip_samples)
+                mono = torch.from_numpy(mixture if channels == 1 else mixture.mean(axis=1))
+                output = self.separator(self.separator.analyse(mono[:, None]).network_input, visual, ids)
+                masks = self.separator.front_end.unwarp(torch.sigmoid(output.logits))  # [B, N, bins, T]
+                masks = masks[:, :, None] if channels == 1 else masks[:, :, None, None]
+                estimate = masks * tensors["spectrum"][:, None]
+            answers = {self.outputs[0].name: estimate.numpy()}
+            if output.presence is not None:
+                answers["presence"] = torch.sigmoid(output.presence).numpy()
+            return {spec.name: answers[spec.name] for spec in self.outputs}
 
     def write(self, precision: str, tell: Callable[[str], None] = lambda what: None) -> GraphFile:
         """Write, check, compare and gate one graph; ``tell`` is given what is being done, where it takes long."""
@@ -228,11 +238,11 @@ class _SeparatorWriter:
             kind=self.kind,
             precision=precision,
             inputs=self.inputs,
-            output=self.output,
+            outputs=self.outputs,
             profiles=profiles(self.inputs, self.plan),
             opset=self.plan.opset,
             operators=operators,
-            golden={**self.golden, self.output.name: self.reference},
+            golden={**self.golden, **self.reference},
             parity=parity,
             tolerance=tolerance,
             gate=gate,
@@ -247,7 +257,8 @@ class _SeparatorWriter:
         ]
         tensors = {name: torch.from_numpy(array) for name, array in self._golden(specs).items()}
         open_axes = {s.name: s.open_axes for s in self.inputs}
-        write_onnx(self.module, tensors, self.output.name, path, self.plan.opset, open_axes=open_axes)
+        names = [spec.name for spec in self.outputs]
+        write_onnx(self.module, tensors, names, path, self.plan.opset, open_axes=open_axes)
 
     def _half(self, path: Path) -> None:
         import onnx
@@ -324,6 +335,8 @@ class _SeparatorWriter:
             rows = np.resize(np.arange(batch.class_ids.shape[0]), self.plan.batch)
             columns = np.resize(np.arange(batch.class_ids.shape[1]), self.plan.sources)
             mixture = batch.mixture.numpy()[rows]
+            if self.plan.channels > 1:
+                mixture = np.repeat(mixture[:, None], self.plan.channels, axis=1)
             if first == "spectrum":
                 mixture = stft(mixture, n_fft=front_end.n_fft, hop=front_end.hop, padding=front_end.padding)
             yield {first: mixture, **{name: given[name][rows][:, columns] for name in of_sources}}
@@ -334,15 +347,16 @@ def _within(drift: Callable[[tuple[str, ...]], Gate], limit_db: float, layers: t
 
 
 def _measured(
-    path: Path, golden: Mapping[str, Array], reference: Array, limit: float | None, whose: str
+    path: Path, golden: Mapping[str, Array], reference: Mapping[str, Array], limit: float | None, whose: str
 ) -> tuple[Parity, float]:
-    """Parity with the reference, and the tolerance for others to hold: ``limit``, or, without one, what was measured
-    with some room.
+    """Parity with the reference outputs, of that which differs most, and the tolerance for others to hold: ``limit``,
+    or, without one, what was measured with some room.
 
     Raises :class:`ExportError` where the graph differs by more than the limit; ``whose`` limit it is, in words.
     """
-    estimate, provider, seconds = run_onnx(path, golden)
-    parity = Parity(*compare(estimate, reference), provider=provider, seconds=seconds)
+    estimates, provider, seconds = run_onnx(path, golden)
+    worst = max(compare(estimates[name], expected) for name, expected in reference.items())
+    parity = Parity(*worst, provider=provider, seconds=seconds)
     if limit is None:
         return parity, max(TOLERANCE, _TOLERANCE_FACTOR * parity.max_error)
     if not parity.max_error <= limit:
@@ -369,13 +383,14 @@ def _write_encoder(separator: Separator, role: str, plan: ExportPlan, folder: Pa
     open_axes = {given.name: given.open_axes}
     operators = write_onnx(module, {given.name: example}, output.name, path, plan.opset, open_axes=open_axes)
     limit = TOLERANCE * max(float(np.abs(reference).max()), _LEAST_FEATURE)
-    parity, tolerance = _measured(path, golden, reference, limit, "a thousandth of its largest feature")
+    wanted = {output.name: reference}
+    parity, tolerance = _measured(path, golden, wanted, limit, "a thousandth of its largest feature")
     return GraphFile(
         file=path.name,
         kind=f"{role}_encoder",
         precision="fp32",
         inputs=(given,),
-        output=output,
+        outputs=(output,),
         profiles=profiles((given,), plan),
         opset=plan.opset,
         operators=operators,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ def require_onnx() -> None:
 def write_onnx(
     module: nn.Module,
     inputs: Mapping[str, Tensor],
-    output: str,
+    outputs: str | Sequence[str],
     path: Path,
     opset: int = 18,
     *,
@@ -42,6 +42,7 @@ def write_onnx(
     """Trace ``module`` with ``inputs`` (in the order of its arguments), write it and check it.
 
     Args:
+        outputs: name of what it gives, or names where it gives several.
         open_axes: for each input the axes whose size stays open, with their names; None: all shapes are fixed. An open
             axis must be at least 2 in ``inputs``, since a size of 1 is taken for a constant; the graph takes 1 as well.
 
@@ -71,7 +72,7 @@ def write_onnx(
                 dynamo=True,
                 opset_version=opset,
                 input_names=list(inputs),
-                output_names=[output],
+                output_names=[outputs] if isinstance(outputs, str) else list(outputs),
                 dynamic_shapes=dynamic,
                 external_data=False,
                 verbose=False,

@@ -38,8 +38,8 @@ class Parity:
         return asdict(self)
 
 
-def run_onnx(path: Path, inputs: Mapping[str, Array]) -> tuple[Array, str, float]:
-    """Run a graph of one output in ONNX Runtime. Returns the output, the provider that ran and the seconds.
+def run_onnx(path: Path, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], str, float]:
+    """Run a graph in ONNX Runtime. Returns the outputs by name, in order, the provider that ran and the seconds.
 
     Raises:
         ExportError: as :func:`start_onnx`, or the graph does not take the inputs.
@@ -47,7 +47,9 @@ def run_onnx(path: Path, inputs: Mapping[str, Array]) -> tuple[Array, str, float
     session, got = start_onnx(path)
     try:
         start = time.perf_counter()
-        (output,) = session.run(None, dict(inputs))
-        return np.asarray(output), got, time.perf_counter() - start
+        outputs = session.run(None, dict(inputs))
+        seconds = time.perf_counter() - start
+        names = (output.name for output in session.get_outputs())
+        return {name: np.asarray(output) for name, output in zip(names, outputs, strict=True)}, got, seconds
     except Exception as error:  # onnxruntime raises classes of its C++ module that share no base but this one
         raise ExportError(f"ONNX Runtime cannot run {path.name}: {one_line(error)}") from None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from avsep.errors import ConfigError
+from avsep.export.runtime.timeline import MOTION_STEPS
 
 if TYPE_CHECKING:
     from avsep.separator import Separator
@@ -17,14 +18,13 @@ __all__ = ["PRECISIONS", "TOLERANCE", "ExportPlan", "TensorSpec", "profiles", "t
 # becomes one operator, which TensorRT takes only in half precision.
 OPSETS = (18, 20)
 PRECISIONS = ("fp32", "fp16", "int8")
-# Motion steps of stored features where neither the plan nor the encoder says: VideoMAE's.
-_MOTION_STEPS = 8
 # Largest absolute difference from PyTorch in a sample that an fp32 graph may have.
 TOLERANCE = 1e-3
 # More is a slip of the hand, and would end in want of memory after minutes.
 _MOST = {
     "batch": 256,
     "sources": 256,
+    "channels": 64,
     "max_batch": 256,
     "max_sources": 256,
     "motion_steps": 4096,
@@ -45,6 +45,10 @@ class ExportPlan:
         dynamic: leave B and N open in the graph (``batch`` and ``sources`` are then what an engine is tuned for); the
             length always is fixed.
         spectral: leave both transforms out of the graph: the mixture's spectrum in, the estimates' spectra out.
+        channels: C of the mixture and of each source; the masks are found once, from the channels' mean. With 1 there
+            is no such dimension.
+        limit_mask_sum: divide the masks by their sum where that is above 1, whatever the separator's own setting: what
+            comes out and the residual then add up to the mixture, and no part is louder than it.
         precision: one graph each, of ``fp32``, ``fp16`` (mixed) and ``int8`` (mixed).
         motion_steps: Tm of stored motion features; None: those of the mixtures, or 8. An encoder that computes has its
             own.
@@ -61,7 +65,8 @@ class ExportPlan:
         gate_db: largest drift of SDR, SIR or SAR in any source, in dB.
         allow_drift: write a graph that drifts by more; its manifest says so.
         max_batch, max_sources: upper ends of the optimisation profile of a dynamic graph. They, ``batch`` and
-            ``sources`` are at most 256; ``motion_steps``, ``motion_frames`` and each side of a frame 4096.
+            ``sources`` are at most 256, ``channels`` 64; ``motion_steps``, ``motion_frames`` and each side of a frame
+            4096.
     """
 
     batch: int = 1
@@ -69,6 +74,8 @@ class ExportPlan:
     length_s: float | None = None
     dynamic: bool = False
     spectral: bool = False
+    channels: int = 1
+    limit_mask_sum: bool = False
     precision: tuple[str, ...] = ("fp32",)
     motion_steps: int | None = None
     motion_mask: bool = False
@@ -84,7 +91,7 @@ class ExportPlan:
     max_sources: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("batch", "sources", "motion_steps", "motion_frames", "calibration", "max_batch", "max_sources"):
+        for name in (*_MOST, "calibration"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -153,8 +160,9 @@ class TensorSpec:
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.declared)}
 
 
-def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSpec, ...], TensorSpec]:
-    """The inputs of the separator's graph, in order, and its output. The separator has the plan's length already.
+def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs of the separator's graph, in order, and its outputs, first what is separated. The separator has the
+    plan's length already.
 
     Raises:
         ConfigError: the plan asks for what the separator's visual encoders do not have.
@@ -165,25 +173,30 @@ def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSp
     mixture_axes = {0: "batch"} if plan.dynamic else {}
     source_axes = {0: "batch", 1: "sources"} if plan.dynamic else {}
     bins, frames = front_end.n_fft // 2 + 1, front_end.frames
+    channels = () if plan.channels == 1 else (plan.channels,)
     if plan.spectral:
-        inputs = [TensorSpec("spectrum", "float32", (batch, 2, bins, frames), mixture_axes)]
-        output = TensorSpec("estimate", "float32", (batch, sources, 2, bins, frames), source_axes)
+        inputs = [TensorSpec("spectrum", "float32", (batch, *channels, 2, bins, frames), mixture_axes)]
+        outputs = [TensorSpec("estimate", "float32", (batch, sources, *channels, 2, bins, frames), source_axes)]
     else:
         length = front_end.clip_samples
-        inputs = [TensorSpec("mixture", "float32", (batch, length), mixture_axes)]
-        output = TensorSpec("sources", "float32", (batch, sources, length), source_axes)
+        inputs = [TensorSpec("mixture", "float32", (batch, *channels, length), mixture_axes)]
+        outputs = [TensorSpec("sources", "float32", (batch, sources, *channels, length), source_axes)]
     if separator.object_encoder is not None:
         width = separator.object_encoder.dim
         inputs.append(TensorSpec("object_features", "float32", (batch, sources, width), source_axes))
     if separator.motion_encoder is not None:
         encoder = separator.motion_encoder
-        steps = encoder.steps or plan.motion_steps or _MOTION_STEPS
+        steps = encoder.steps or plan.motion_steps or MOTION_STEPS
         shape = (batch, sources, encoder.dim, steps)
         inputs.append(TensorSpec("motion_features", "float32", shape, source_axes))
         if plan.motion_mask:
             inputs.append(TensorSpec("motion_mask", "bool", (batch, sources, steps), source_axes))
+    if separator.can_go_unseen:
+        inputs.append(TensorSpec("seen", "bool", (batch, sources), source_axes))
     inputs.append(TensorSpec("class_ids", "int64", (batch, sources), source_axes))
-    return tuple(inputs), output
+    if separator.mask_decoder.tells_presence:
+        outputs.append(TensorSpec("presence", "float32", (batch, sources), source_axes))
+    return tuple(inputs), tuple(outputs)
 
 
 def _check_visual(separator: Separator, plan: ExportPlan) -> None:

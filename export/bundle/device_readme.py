@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from avsep.export.runtime.manifest import PRESENCE
+
 __all__ = ["device_readme", "trtexec_line"]
 
 # Megabytes that trtexec's builder may use for trying out kernels: fits the smallest Orin.
@@ -26,10 +28,11 @@ def device_readme(manifest: Mapping[str, Any]) -> str:
     main = next((g for g in graphs if g["kind"] in ("separator", "spectral")), graphs[0])
     rate, chunking = manifest["sample_rate_hz"], manifest["chunking"]
     roles = [source["role"] for source in manifest["visual"]]
+    kind = "mono" if manifest.get("channels", 1) == 1 else f"{manifest['channels']} channels or mono"
     facts = [
         f"- made from: {manifest['made_from'] or 'not stated'}, {manifest['created']}, by avsep "
         f"{manifest['made_with'].get('avsep', '')}",
-        f"- sample rate: {rate} Hz, mono; a call takes {chunking['clip_samples']} samples "
+        f"- sample rate: {rate} Hz, {kind}; a call takes {chunking['clip_samples']} samples "
         f"({chunking['clip_samples'] / rate:.3f} s)",
     ]
     for source in manifest["visual"]:
@@ -50,7 +53,6 @@ def device_readme(manifest: Mapping[str, Any]) -> str:
         features_note="\nfeatures.npz comes from `avsep data features`." if roles else "",
         classes=_classes(manifest["classes"]),
         golden=main["golden"],
-        output=main["outputs"][0]["name"],
         graph=main["file"],
         tolerance=f"{main['tolerance']:g}",
         least_tensorrt=", ".join(f"`{g['file']}` {g['least_tensorrt']}" for g in graphs),
@@ -85,12 +87,15 @@ def _row(graph: Mapping[str, Any]) -> str:
 def _feeding(main: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     lines = ["Every input as the network wants it:", ""]
     names = {tensor["name"] for tensor in main["inputs"]}
+    channels = manifest.get("channels", 1)
+    of = "mono samples" if channels == 1 else f"samples of {channels} channels (a mono signal in all of them)"
     if "mixture" in names:
-        lines.append("- `mixture`: mono samples, full scale 1, as recorded: no change of level is needed")
+        lines.append(f"- `mixture`: {of}, full scale 1, as recorded: no change of level is needed")
     if "spectrum" in names:
         t = manifest["transform"]
+        each = "" if channels == 1 else f"of each of {channels} channels the "
         lines.append(
-            f"- `spectrum`: real and imaginary part of the centred STFT (n_fft {t['n_fft']}, hop {t['hop']}, "
+            f"- `spectrum`: {each}real and imaginary part of the centred STFT (n_fft {t['n_fft']}, hop {t['hop']}, "
             f"{t['window']} window, {t['padding']} beyond the ends); the estimate is transformed back and limited to ±1"
         )
     for role in ("object", "motion"):
@@ -98,7 +103,16 @@ def _feeding(main: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
             lines.append(f"- `{role}_features`: one set a source, in the order of the class ids")
     if "motion_mask" in names:
         lines.append("- `motion_mask`: which steps of the motion features are valid")
+    if "seen" in names:
+        lines.append("- `seen`: which sources there is a picture of; the features of the others are zeros")
     lines.append("- `class_ids`: one number a source, from the list below")
+    if any(tensor["name"] == PRESENCE for tensor in main["outputs"]):
+        threshold = manifest["presence_threshold"]
+        lines += [
+            "",
+            f"Beside the sounds comes `{PRESENCE}`: of each source the probability that it sounds in the mixture at "
+            f"all; below {threshold:.3g} it probably does not. Of a long recording the largest of any chunk counts.",
+        ]
     return "\n".join(lines)
 
 

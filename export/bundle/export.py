@@ -22,7 +22,7 @@ from avsep.export.build.plan import ExportPlan, tensor_specs
 from avsep.export.bundle.manifest import open_bundle, schema_text
 from avsep.export.bundle.packing import check_target, is_tar_name, staged, write_arrays
 from avsep.export.bundle.wheel import write_wheel
-from avsep.export.runtime.manifest import BUILD_SCRIPT, FORMAT, MANIFEST, SCHEMA_FILE, VERSION, sealed
+from avsep.export.runtime.manifest import BUILD_SCRIPT, FORMAT, MANIFEST, SCHEMA_FILE, VERSION, VERSIONS, sealed
 from avsep.export.runtime.reader import Bundle
 from avsep.files import sha256_file, write_json, write_text
 from avsep.runs.folder import RunFolder
@@ -72,7 +72,7 @@ def export(
     """
     import copy
 
-    from avsep.export.build.graph import with_length
+    from avsep.export.build.graph import fitted
     from avsep.export.build.onnx import require_onnx
 
     plan = plan or ExportPlan()
@@ -82,7 +82,7 @@ def export(
     target = check_target(out)
     licence, script = _licence_text(), _build_script()
     fresh = copy.deepcopy(separator).cpu().float().eval().requires_grad_(False)
-    fresh = with_length(fresh, plan.length_s)
+    fresh = fitted(fresh, plan)
     with staged(target) as folder, _memory_told():
         made = write_graphs(fresh, plan, folder, held_out, calibration, validation, progress)
         for graph in made:
@@ -131,15 +131,19 @@ def _manifest(
 ) -> dict[str, Any]:
     """All of the manifest but the hashes."""
     import avsep
+    from avsep.export.build.gate import sources_are_independent
     from avsep.inference.chunking import default_context, default_crossfade
 
     front_end = separator.spec.front_end
     context = default_context(front_end.clip_samples)
     steps = {spec.name: spec.shape[-1] for graph in made for spec in graph.inputs if spec.name == "motion_features"}
     encoders = {graph.kind: graph.file for graph in made}
+    new: dict[str, Any] = {} if plan.channels == 1 else {"channels": plan.channels}
+    if separator.mask_decoder.tells_presence:
+        new["presence_threshold"] = float(separator.mask_decoder.presence_threshold)
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if new or separator.can_go_unseen else VERSIONS[0],
         "name": target.name.removesuffix(".tar"),
         "made_from": made_from,
         "created": _now(),
@@ -147,8 +151,9 @@ def _manifest(
         "weights_licence": _all_licences(separator, weights_licence),
         "separator": separator.spec.model_dump(mode="json"),
         "classes": list(separator.classes),
-        "independent_sources": separator.mask_decoder.independent_sources,
+        "independent_sources": sources_are_independent(separator),
         "sample_rate_hz": front_end.sample_rate_hz,
+        **new,
         "transform": {
             "n_fft": front_end.n_fft,
             "hop": front_end.hop,
@@ -311,16 +316,16 @@ def _export_task(
     tell: Callable[[str], None],
 ) -> Bundle:
     from avsep.export.build.gate import calibration_batches, held_out_batches, validation_batches
-    from avsep.export.build.graph import with_length
+    from avsep.export.build.graph import fitted
     from avsep.separator import load_separator
 
     separator = load_separator(run, task)
-    fitted = with_length(separator, plan.length_s)
-    tensor_specs(fitted, plan)  # a plan that does not fit is refused before mixtures are read
+    wanted = fitted(separator, plan)
+    tensor_specs(wanted, plan)  # a plan that does not fit is refused before mixtures are read
     where = None if store is None else Path(store)
     held_out = calibration = validation = None
     try:
-        held_out = held_out_batches(run, task, fitted, store=where)
+        held_out = held_out_batches(run, task, wanted, store=where)
     except (ConfigError, DataError, RunError) as error:  # the store or the run's own files are gone
         if "int8" in plan.precision:
             raise DataError(f"{error}; int8 needs the run's training mixtures") from None
@@ -337,8 +342,8 @@ def _export_task(
         if len(steps) == 1:
             plan = replace(plan, motion_steps=steps.pop())
     if "int8" in plan.precision:
-        calibration = calibration_batches(run, task, fitted, count=plan.calibration, store=where)
-        validation = validation_batches(run, task, fitted, store=where)
+        calibration = calibration_batches(run, task, wanted, count=plan.calibration, store=where)
+        validation = validation_batches(run, task, wanted, store=where)
     return export(
         separator,
         plan,

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from avsep.errors import ExportError
 from avsep.export.runtime import reader, verify
 from avsep.export.runtime.errors import one_line
-from avsep.export.runtime.manifest import MANIFEST, VERSION
+from avsep.export.runtime.manifest import MANIFEST, VERSIONS
 
 __all__ = ["Manifest", "check_manifest", "open_bundle", "schema_text", "verify_bundle"]
 
@@ -150,7 +150,7 @@ class Manifest(_Part):
     every other file."""
 
     format: Literal["avsep-bundle"]
-    version: Literal[2]
+    version: Literal[2, 3]
     name: Text
     made_from: str = Field(description="Where the separator comes from: its run and task.")
     created: str = Field(
@@ -172,6 +172,16 @@ class Manifest(_Part):
         "sources can be separated in groups. Where it is missing they do not depend on each other.",
     )
     sample_rate_hz: Size
+    channels: Annotated[int, Field(ge=1, le=256)] = Field(
+        1,
+        description="Of the mixture and of each source. Where it is missing, or 1, the graphs have no such dimension.",
+    )
+    presence_threshold: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Probability from which a source counts as present, of graphs with an output `presence`.",
+    )
     transform: Transform
     chunking: Chunking
     visual: list[Visual] = Field(max_length=2)
@@ -194,7 +204,7 @@ def schema_text() -> str:
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **Manifest.model_json_schema(),
-        "title": f"Manifest of an avsep bundle, version {VERSION}",
+        "title": f"Manifest of an avsep bundle, version {' or '.join(map(str, VERSIONS))}",
     }
     return json.dumps(schema, indent=1) + "\n"
 

@@ -136,9 +136,10 @@ def separate_long(
     one batch of chunks.
 
     Args:
-        separate_chunk: called with chunks [b, clip_samples] float32 (b <= ``batch``) and their b start samples, which
-            is what frames are looked up by; gives [b, N, clip_samples]. Beyond the recording's end a chunk is zero.
-        mixture: [L] float32, L >= 1.
+        separate_chunk: called with chunks [b, clip_samples] float32 (b <= ``batch``), or [b, C, clip_samples] of a
+            mixture of C channels, and their b start samples, which is what frames are looked up by; gives
+            [b, N, clip_samples] or [b, N, C, clip_samples]. Beyond the recording's end a chunk is zero.
+        mixture: [L] or [C, L] float32, L >= 1.
         clip_samples: length of a chunk.
         context_samples: thrown away on each side of a chunk; an eighth of the chunk when None.
         crossfade_samples: length of the cross-fade at a seam, at most ``context_samples``; a sixteenth of the
@@ -148,29 +149,29 @@ def separate_long(
         progress: called with (chunks done, chunks in all) after each call.
 
     Returns:
-        [N, L] float32.
+        [N, L] or [N, C, L] float32.
 
     Raises:
         ConfigError: lengths that do not fit together.
     """
-    if mixture.ndim != 1:
-        raise ConfigError(f"separate_long takes a mixture [L], got shape {list(mixture.shape)}")
+    if mixture.ndim not in (1, 2) or 0 in mixture.shape[:-1]:
+        raise ConfigError(f"separate_long takes a mixture [L] or [channels, L], got shape {list(mixture.shape)}")
     if batch < 1:
         raise ConfigError(f"batch {batch} must be at least 1")
     context, fade = _context_and_fade(clip_samples, context_samples, crossfade_samples)
-    total = mixture.shape[0]
+    *channels, total = mixture.shape
     chunks = plan_chunks(total, clip_samples=clip_samples, context_samples=context, align_samples=align_samples)
     ramp = _ramp(fade)
     result: Audio | None = None
     for first in range(0, len(chunks), batch):
         group = chunks[first : first + batch]
-        block = np.zeros((len(group), clip_samples), dtype=np.float32)
+        block = np.zeros((len(group), *channels, clip_samples), dtype=np.float32)
         for row, chunk in zip(block, group, strict=True):
-            piece = mixture[chunk.start : chunk.start + clip_samples]
-            row[: piece.shape[0]] = piece
+            piece = mixture[..., chunk.start : chunk.start + clip_samples]
+            row[..., : piece.shape[-1]] = piece
         estimates = _separated(separate_chunk, block, [chunk.start for chunk in group])
         if result is None:
-            result = np.zeros((estimates.shape[1], total), dtype=np.float32)
+            result = np.zeros((estimates.shape[1], *channels, total), dtype=np.float32)
         for chunk, estimate in zip(group, estimates, strict=True):
             _add(result, estimate, chunk, ramp)
         if progress is not None:
@@ -180,31 +181,31 @@ def separate_long(
 
 
 def _separated(separate_chunk: Callable[[Audio, Sequence[int]], Audio], block: Audio, starts: Sequence[int]) -> Audio:
-    """[b, clip] -> [b, N, clip]"""
+    """[b, clip] -> [b, N, clip], or [b, C, clip] -> [b, N, C, clip]"""
     estimates = np.asarray(separate_chunk(block, starts), dtype=np.float32)
-    if estimates.ndim != 3 or estimates.shape[0] != block.shape[0] or estimates.shape[2] != block.shape[1]:
+    if estimates.ndim != block.ndim + 1 or (estimates.shape[0], *estimates.shape[2:]) != block.shape:
         raise ConfigError(
             f"the separator of a chunk gave shape {list(estimates.shape)} instead of "
-            f"[{block.shape[0]}, N, {block.shape[1]}]"
+            f"[{', '.join([str(block.shape[0]), 'N', *map(str, block.shape[1:])])}]"
         )
     return estimates
 
 
 def _add(result: Audio, estimate: Audio, chunk: Chunk, ramp: Audio) -> None:
-    """Add a chunk's part to ``result`` [N, L]: whole between its cross-fades, faded within them."""
+    """Add a chunk's part to ``result`` [N, (C,) L]: whole between its cross-fades, faded within them."""
     fade = ramp.shape[0]
-    total, clip = result.shape[1], estimate.shape[1]
+    total, clip = result.shape[-1], estimate.shape[-1]
     begin, end = 0, total
     if chunk.left is not None:
         a = chunk.left - fade // 2
-        result[:, a : a + fade] += ramp * estimate[:, a - chunk.start : a - chunk.start + fade]
+        result[..., a : a + fade] += ramp * estimate[..., a - chunk.start : a - chunk.start + fade]
         begin = a + fade
     if chunk.right is not None:
         b = chunk.right - fade // 2
-        result[:, b : b + fade] += ramp[::-1] * estimate[:, b - chunk.start : b - chunk.start + fade]
+        result[..., b : b + fade] += ramp[::-1] * estimate[..., b - chunk.start : b - chunk.start + fade]
         end = b
     end = min(end, chunk.start + clip)
-    result[:, begin:end] = estimate[:, begin - chunk.start : end - chunk.start]
+    result[..., begin:end] = estimate[..., begin - chunk.start : end - chunk.start]
 
 
 class LongStream:
@@ -220,10 +221,11 @@ class LongStream:
     Args:
         separate_chunk: as :func:`separate_long`'s, called with one chunk at a time.
         sources: N.
+        channels: C of a stream of several channels, whose blocks are [C, l]; None of one whose blocks are [l].
         clip_samples, context_samples, crossfade_samples, align_samples: as :func:`separate_long`'s.
 
     Raises:
-        ConfigError: lengths that do not fit together.
+        ConfigError: lengths that do not fit together, or no channels.
     """
 
     def __init__(
@@ -232,25 +234,29 @@ class LongStream:
         sources: int,
         *,
         clip_samples: int,
+        channels: int | None = None,
         context_samples: int | None = None,
         crossfade_samples: int | None = None,
         align_samples: int = 1,
     ) -> None:
+        if channels is not None and channels < 1:
+            raise ConfigError(f"channels must be at least 1, got {channels}")
         context, self._fade = _context_and_fade(clip_samples, context_samples, crossfade_samples)
         plan_chunks(clip_samples, clip_samples=clip_samples, context_samples=context, align_samples=align_samples)
         self._separate = separate_chunk
         self._sources = sources
+        self._channels = () if channels is None else (channels,)
         self._clip, self._context, self._align = clip_samples, context, align_samples
         self._hop = _hop(clip_samples, context, align_samples)
         self._ramp = _ramp(self._fade)
         # What has arrived from sample `_begin` on lies at the front of `_buffer`; more than a chunk and what the next
         # one adds is never needed.
-        self._buffer = np.zeros(clip_samples + self._hop, dtype=np.float32)
+        self._buffer = np.zeros((*self._channels, clip_samples + self._hop), dtype=np.float32)
         self._begin = 0
         self._received = 0
         self._emitted = 0
         self._start: int | None = None  # of the last chunk that was separated
-        self._estimate: Audio = np.zeros((sources, 0), dtype=np.float32)  # [N, clip], of that chunk
+        self._estimate: Audio = np.zeros((sources, *self._channels, 0), dtype=np.float32)  # [N, (C,) clip], of that
         self._ended = ""  # how, in words
 
     @property
@@ -270,25 +276,27 @@ class LongStream:
         return self._emitted
 
     def push(self, block: Audio) -> Audio:
-        """Take the next samples [l] float32, of any number, and give what is ready: [N, l'], l' >= 0.
+        """Take the next samples [l] or [C, l] float32, of any number, and give what is ready: [N, l'] or [N, C, l'],
+        l' >= 0.
 
         Whatever ``separate_chunk`` raises comes out, and ends the stream: samples of this block are lost then.
 
         Raises:
-            ConfigError: the stream has ended, or the block is not [l].
+            ConfigError: the stream has ended, or the block is of another shape.
         """
         self._go_on()
-        if block.ndim != 1:
-            raise ConfigError(f"a stream takes blocks [l], got shape {list(block.shape)}")
+        if not block.ndim or block.shape[:-1] != self._channels:
+            takes = "".join(f"{size}, " for size in self._channels)
+            raise ConfigError(f"a stream takes blocks [{takes}l], got shape {list(block.shape)}")
         ready: list[Audio] = []
         self._ended = "has failed"  # unless the end of this call is reached
-        while block.shape[0]:
+        while block.shape[-1]:
             # up to the end of the next regular chunk, so that the buffer never holds more
             until = self._clip if self._start is None else self._start + self._hop + self._clip
-            piece, block = block[: until - self._received], block[until - self._received :]
+            piece, block = block[..., : until - self._received], block[..., until - self._received :]
             held = self._received - self._begin
-            self._buffer[held : held + piece.shape[0]] = piece
-            self._received += piece.shape[0]
+            self._buffer[..., held : held + piece.shape[-1]] = piece
+            self._received += piece.shape[-1]
             if self._received == until:
                 self._advance(until - self._clip, ready)
             if self._start is not None:
@@ -299,7 +307,7 @@ class LongStream:
         return self._joined(ready)
 
     def flush(self) -> Audio:
-        """The recording has ended: give the rest, [N, l']. Nothing can be pushed afterwards."""
+        """The recording has ended: give the rest, [N, (C,) l']. Nothing can be pushed afterwards."""
         self._go_on()
         self._ended = "was flushed"
         if not self._received:
@@ -321,27 +329,27 @@ class LongStream:
     def _advance(self, start: int, ready: list[Audio]) -> None:
         """Separate the chunk at ``start``, and give out up to the end of its seam with the one before."""
         offset = start - self._begin
-        chunk = np.zeros((1, self._clip), dtype=np.float32)
-        held = self._buffer[offset : self._received - self._begin]
-        chunk[0, : held.shape[0]] = held
-        estimate = _separated(self._separate, chunk, [start])[0]  # [N, clip]
+        chunk = np.zeros((1, *self._channels, self._clip), dtype=np.float32)
+        held = self._buffer[..., offset : self._received - self._begin]
+        chunk[0, ..., : held.shape[-1]] = held
+        estimate = _separated(self._separate, chunk, [start])[0]  # [N, (C,) clip]
         if estimate.shape[0] != self._sources:
             raise ConfigError(f"the separator of a chunk gave {estimate.shape[0]} sources instead of {self._sources}")
         if self._start is not None:
             seam = (self._start + self._clip + start) // 2 - self._fade // 2
             self._emit(seam, ready)
             faded = self._ramp[::-1] * self._part(seam, seam + self._fade)
-            faded += self._ramp * estimate[:, seam - start : seam - start + self._fade]
+            faded += self._ramp * estimate[..., seam - start : seam - start + self._fade]
             ready.append(faded)
             self._emitted += self._fade
         self._start, self._estimate = start, estimate
-        self._buffer[: held.shape[0]] = held.copy()
+        self._buffer[..., : held.shape[-1]] = held.copy()
         self._begin = start
 
     def _part(self, begin: int, end: int) -> Audio:
-        """[N, end - begin] of the last chunk's estimate, in samples of the recording."""
+        """[N, (C,) end - begin] of the last chunk's estimate, in samples of the recording."""
         assert self._start is not None
-        return self._estimate[:, begin - self._start : end - self._start]
+        return self._estimate[..., begin - self._start : end - self._start]
 
     def _emit(self, until: int, ready: list[Audio]) -> None:
         if until > self._emitted:
@@ -349,4 +357,4 @@ class LongStream:
             self._emitted = until
 
     def _joined(self, ready: list[Audio]) -> Audio:
-        return np.concatenate([np.zeros((self._sources, 0), dtype=np.float32), *ready], axis=1)
+        return np.concatenate([np.zeros((self._sources, *self._channels, 0), dtype=np.float32), *ready], axis=-1)

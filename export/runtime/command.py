@@ -14,7 +14,16 @@ import numpy as np
 
 from .errors import AvsepError, ConfigError, one_line
 from .files import staged_files
-from .recordings import check_rescale, check_targets, fitting_gain, ids_of_classes, names_in, output_paths
+from .recordings import (
+    absent,
+    check_rescale,
+    check_targets,
+    fitting_gain,
+    ids_of_classes,
+    mixed_down,
+    names_in,
+    output_paths,
+)
 from .separator import BundleSeparator
 from .sessions import PROVIDERS
 from .timeline import read_visual_file
@@ -30,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Separate a WAV file with an exported bundle; needs NumPy and what runs the graph.",
     )
     parser.add_argument("bundle", help="folder or tar of avsep export")
-    parser.add_argument("audio", help="a WAV file at the separator's rate; channels are mixed to mono")
+    parser.add_argument(
+        "audio", help="a WAV file at the separator's rate; other channels than the bundle's are mixed to mono"
+    )
+    parser.add_argument("--mono", action="store_true", help="mix the channels to mono in any case")
     parser.add_argument("--classes", required=True, help="classes to separate, such as flute,piano")
     parser.add_argument("--features", help="frames or features of each class (.npz of avsep data features)")
     parser.add_argument("--out", required=True, help="folder for STEM_CLASS.wav and STEM_residual.wav")
@@ -64,7 +76,6 @@ def _separate_file(chosen: Any) -> str:
         raise ConfigError(f"unknown sample format '{chosen.format}': one of {', '.join(FORMATS)}")
     check_rescale(chosen.rescale, chosen.format)
     audio, rate_hz = read_wav(path)
-    mixture = audio.mean(axis=0, dtype=np.float64).astype(np.float32)
     features = None if chosen.features is None else read_visual_file(chosen.features)
     separator = BundleSeparator.load(
         chosen.bundle,
@@ -78,8 +89,14 @@ def _separate_file(chosen: Any) -> str:
     with separator:
         names = names_in(chosen.classes, separator.classes)
         ids_of_classes(separator.classes, names)
-        if features is None and separator.visual_sources:
+        if features is None and separator.visual_sources and not separator.can_go_unseen:
             raise ConfigError("this separator needs video frames: give --features FILE.npz (avsep data features)")
+        mixture = audio
+        if chosen.mono or len(audio) not in (1, separator.channels):
+            mixture = audio.mean(axis=0, dtype=np.float64, keepdims=True).astype(np.float32)
+            if not chosen.mono:
+                print(mixed_down(path.name, len(audio), separator.channels), file=sys.stderr)
+        mixture = mixture[0] if len(mixture) == 1 else mixture
         separator.check(features, names)
         separator._check_rate(rate_hz)
         targets = output_paths(path, names, out)
@@ -88,14 +105,14 @@ def _separate_file(chosen: Any) -> str:
             print(f"note: {reason}", file=sys.stderr)
         with staged_files(out, targets) as staging:
             begin = time.perf_counter()
-            sources = separator.separate(mixture, features, names, rate_hz, progress=_counter())
+            sources, presence = separator.separate_with_presence(mixture, features, names, rate_hz, progress=_counter())
             took_s = time.perf_counter() - begin
             signals = [*sources, mixture - sources.sum(axis=0)]
             if chosen.rescale:
                 gain = fitting_gain(signals)
             for target, signal in zip(targets, signals, strict=True):
                 clipped += write_wav(staging / target.name, signal * np.float32(gain), rate_hz, chosen.format)
-    seconds = len(mixture) / rate_hz
+    seconds = mixture.shape[-1] / rate_hz
     line = f"{', '.join(str(t) for t in targets)}: {seconds:.2f} s in {took_s:.2f} s on {separator.provider}"
     if chosen.rescale:
         line += f"; all files are scaled by {gain:.4f} ({20 * math.log10(gain):+.1f} dB)"
@@ -104,6 +121,9 @@ def _separate_file(chosen: Any) -> str:
             f"; {clipped} samples beyond full scale were clipped: --rescale scales all files by one factor instead, "
         )
         line += "--format FLOAT keeps every sample"
+    for name, probability in zip(names, () if presence is None else presence, strict=False):
+        if probability < (separator.presence_threshold or 0.0):
+            line += f"\n{name}: {absent(float(probability))}"
     return line
 
 

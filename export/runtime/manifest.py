@@ -20,9 +20,11 @@ __all__ = [
     "BUILD_SCRIPT",
     "FORMAT",
     "MANIFEST",
+    "PRESENCE",
     "SCHEMA_FILE",
     "SEAL",
     "VERSION",
+    "VERSIONS",
     "check_manifest",
     "is_plain_name",
     "parse",
@@ -30,10 +32,13 @@ __all__ = [
 ]
 
 FORMAT = "avsep-bundle"
-VERSION = 2
+VERSION = 3
+# 2 knows one channel and one output. Bundles that have no more are still written as 2: earlier runtimes run them.
+VERSIONS = (2, VERSION)
 MANIFEST = "manifest.json"
 SCHEMA_FILE = "manifest.schema.json"
 BUILD_SCRIPT = "build_engine.py"
+PRESENCE = "presence"  # a graph's output that says whether a source sounds at all; its other one is what is separated
 SEAL = "manifest_sha256"  # the last key: the SHA-256 of the others (see sealed)
 REQUIRED_FILES = (SCHEMA_FILE, "README.md", BUILD_SCRIPT, "LICENSE")
 
@@ -43,6 +48,7 @@ _MOST_TOLERANCE = 1000.0
 # (or of one form, by `str`), or a tuple of the forms and constants that it may have.
 _SIZE, _COUNT = range(1, 2**31), range(2**31)
 _RATE_HZ = range(1, 768_001)
+_CHANNELS = range(1, 257)
 _WIDTH, _FRAMES = range(1 << 20), range(1 << 12)  # of visual features and of frames around a moment: they take memory
 _FLAG = (True, False)
 _TEXT = re.compile(r"(?s).+")
@@ -138,9 +144,10 @@ def check_manifest(manifest: Any, where: str) -> None:
         )
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ExportError(f"{where} is not of an avsep bundle (it has no format '{FORMAT}')")
-    if (found := manifest.get("version")) != VERSION:
+    if (found := manifest.get("version")) not in VERSIONS or isinstance(found, bool):
         way_out = "export it again" if found == 1 else "update avsep, or export it again"
-        raise ExportError(f"{where} is of bundle version {one_line(found, 40)}, this avsep reads {VERSION}: {way_out}")
+        reads = " and ".join(map(str, VERSIONS))
+        raise ExportError(f"{where} is of bundle version {one_line(found, 40)}, this avsep reads {reads}: {way_out}")
     mistakes = (mistake for check in (_inconsistencies, _contradictions) for mistake in check(manifest))
     if mistake := _mistake(manifest, _MANIFEST, "") or next(mistakes, ""):
         raise ExportError(f"{where} is damaged: {one_line(mistake, 200)}; copy the bundle again or export it again")
@@ -174,10 +181,14 @@ def _mistake(value: Any, form: Any, where: str) -> str:
     elif isinstance(form, re.Pattern):
         fits = isinstance(value, str) and form.fullmatch(value) is not None
     elif form is float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = _is_number(value)
     else:
         fits = isinstance(form, type) and isinstance(value, form)
     return "" if fits else f"{where or 'it'} = {one_line(json.dumps(value), 60)} is not what stands there in a bundle"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _inconsistencies(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -190,6 +201,11 @@ def _inconsistencies(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield "classes names one class twice"
     if not isinstance(manifest.get("independent_sources", True), bool):
         yield "independent_sources is neither true nor false"
+    if mistake := _mistake(manifest.get("channels", 1), _CHANNELS, "channels"):
+        yield mistake
+    threshold = manifest.get("presence_threshold")
+    if threshold is not None and not (_is_number(threshold) and 0 <= threshold <= 1):
+        yield f"presence_threshold = {_short(threshold)} is no probability"
     for name in (*REQUIRED_FILES, *(g["file"] for g in graphs), *(g["golden"] for g in graphs)):
         if name not in files:
             yield f"it has no hash of a file {name}"
@@ -219,7 +235,7 @@ def _inconsistencies(manifest: Mapping[str, Any]) -> Iterator[str]:
             if len(shape) != 5 or shape[1] != source["frames"]:
                 yield f"{source['graph']} takes frames {json.dumps(shape)}, the object source has {source['frames']}"
     for graph in graphs:
-        yield from _graph_inconsistencies(graph, roles)
+        yield from _graph_inconsistencies(graph, roles, manifest)
 
 
 def _contradictions(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -257,7 +273,7 @@ def _short(value: Any) -> str:
     return one_line(json.dumps(value), 60)
 
 
-def _graph_inconsistencies(graph: Mapping[str, Any], roles: list[str]) -> Iterator[str]:
+def _graph_inconsistencies(graph: Mapping[str, Any], roles: list[str], manifest: Mapping[str, Any]) -> Iterator[str]:
     inputs = {tensor["name"]: tensor["shape"] for tensor in graph["inputs"]}
     names = [tensor["name"] for tensor in (*graph["inputs"], *graph["outputs"])]
     if not graph["inputs"] or not graph["outputs"]:
@@ -269,9 +285,20 @@ def _graph_inconsistencies(graph: Mapping[str, Any], roles: list[str]) -> Iterat
     if graph["kind"] in ("separator", "spectral"):
         first = "mixture" if graph["kind"] == "separator" else "spectrum"
         expected = {first, "class_ids", *(f"{role}_features" for role in roles)}
-        optional = {"motion_mask"} if "motion" in roles else set()  # which steps are valid, where it was planned
+        # which steps are valid, where it was planned; and whether a source is seen, where it need not be
+        optional = {"seen", "motion_mask"} if "motion" in roles else {"seen"}
         if set(inputs) - optional != expected:
             yield f"{graph['file']} takes {', '.join(inputs)} instead of {', '.join(sorted(expected))}"
+        told = {tensor["name"] for tensor in graph["outputs"]} & {PRESENCE}
+        if len(graph["outputs"]) - len(told) != 1:
+            given = ", ".join(tensor["name"] for tensor in graph["outputs"])
+            yield f"{graph['file']} gives {given}: one of them is what is separated, and none but {PRESENCE} beside it"
+        if told and manifest.get("presence_threshold") is None:
+            yield f"{graph['file']} tells presence, and there is no presence_threshold"
+        channels, shape = manifest.get("channels", 1), inputs.get(first, [])
+        axes = 2 if graph["kind"] == "separator" else 4
+        if channels > 1 and (len(shape) != axes + 1 or shape[1] != channels):
+            yield f"{graph['file']} takes {first} {_short(shape)}, and the bundle has {channels} channels"
     for profile in graph["profiles"]:
         for name, bounds in profile.items():
             if name not in inputs:

@@ -7,15 +7,62 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError, UnknownNameError, near_matches
 
-__all__ = ["check_rescale", "check_targets", "fitting_gain", "ids_of_classes", "names_in", "output_paths"]
+__all__ = [
+    "LargestPresence",
+    "Separated",
+    "absent",
+    "check_rescale",
+    "check_targets",
+    "fitting_gain",
+    "ids_of_classes",
+    "mixed_down",
+    "names_in",
+    "output_paths",
+]
 
 _TOP = 1 - 2.0**-15  # the largest value that 16 bits hold; 24 bits hold more
+
+
+class Separated(NamedTuple):
+    """What became of a mixture: ``sources`` [N, L] or [N, C, L]; ``presence`` [N], for each the probability that it
+    sounds in the mixture at all, the largest of any chunk; None of a separator that does not tell."""
+
+    sources: NDArray[np.float32]
+    presence: NDArray[np.float32] | None = None
+
+
+class LargestPresence:
+    """The largest presence of each source in any chunk so far: who plays once in a long recording is in it."""
+
+    def __init__(self) -> None:
+        self.value: NDArray[np.float32] | None = None
+
+    def add(self, presence: NDArray[np.float32] | None) -> None:
+        """[b, N] of b chunks, or None where it is not told."""
+        if presence is not None:
+            largest = presence.max(axis=0)
+            self.value = largest if self.value is None else np.maximum(self.value, largest)
+
+
+def absent(probability: float) -> str:
+    """What is said of a source whose presence is below the threshold."""
+    return f"probably not in this recording ({100 * probability:.0f} %)"
+
+
+def mixed_down(name: str, channels: int, takes: int) -> str:
+    """What is said of a recording whose channels a bundle does not take."""
+    kinds = "one channel" if takes == 1 else f"one channel or {takes}"
+    return (
+        f"{name}: its {channels} channels are mixed to mono, since this bundle takes {kinds}; to keep them, export it "
+        f"with --channels {channels}"
+    )
 
 
 def names_in(text: str, known: Sequence[str] = ()) -> list[str]:

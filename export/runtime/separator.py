@@ -28,8 +28,9 @@ from .calls import GraphCall
 from .chunking import LongStream, context_in_samples, default_crossfade, separate_long
 from .engines import engines_folder
 from .errors import AudioError, ConfigError, DataError, NumericalError
+from .manifest import PRESENCE
 from .reader import Bundle, Graph, open_bundle
-from .recordings import ids_of_classes
+from .recordings import LargestPresence, Separated, ids_of_classes
 from .sessions import Engine, open_session
 from .timeline import VisualSource, VisualTimeline, timeline_of
 from .wav import check_samples
@@ -60,6 +61,11 @@ class BundleSeparator:
         sample_rate_hz: of the audio it takes and gives.
         clip_samples: of a chunk.
         precision: of the graph.
+        channels: that the graph was exported for. A mono mixture goes into any graph.
+        can_go_unseen: whether classes may be asked for without features.
+        tells_presence: whether it says of each source if it sounds in the mixture at all.
+        presence_threshold: probability from which a source counts as present, where it tells that; else None.
+        limits_mask_sum: whether the sources and the residual add up to the mixture with no part louder than it.
     """
 
     def __init__(
@@ -78,6 +84,11 @@ class BundleSeparator:
         self.classes = bundle.classes or tuple(str(k) for k in range(int(manifest["separator"].get("num_classes", 0))))
         self.sample_rate_hz = bundle.sample_rate_hz
         self.precision = graph.precision
+        self.channels = int(manifest.get("channels", 1))
+        self.can_go_unseen = any(tensor.name == "seen" for tensor in graph.inputs)
+        self.tells_presence = any(tensor.name == PRESENCE for tensor in graph.outputs)
+        self.presence_threshold = float(manifest["presence_threshold"]) if self.tells_presence else None
+        self.limits_mask_sum = bool(manifest["separator"].get("front_end", {}).get("limit_mask_sum"))
         self._chunking = dict(manifest["chunking"] if chunking is None else chunking)
         self.clip_samples = int(self._chunking["clip_samples"])
         # Bundles that do not say so are of an avsep whose decoders all were.
@@ -101,12 +112,13 @@ class BundleSeparator:
         self._usual_batch = self._fixed_batch or (usual[0][0] if usual else 1)
         self._usual_sources = self._fixed_sources or (usual[0][1] if usual else 1)
         self._call = GraphCall(
-            self._answer,
+            lambda inputs: self._engine.run(inputs),
             graph.kind == "spectral",
             manifest["transform"],
             self._fixed_batch,
             self._fixed_sources,
             self._most_sources,
+            self.channels,
         )
         self._encoded: OrderedDict[tuple[str, bytes], Array] = OrderedDict()
         self._lock = threading.Lock()  # engines give out buffers that their next call overwrites
@@ -199,51 +211,82 @@ class BundleSeparator:
         batch: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Audio:
-        """Separate a mono mixture [L] of any length into [N, L] float32, a row for each of ``classes``, in their order.
+        """Separate a mixture [L] of any length into [N, L] float32, a row for each of ``classes``, in their order; or
+        one of several channels [C, L] into [N, C, L].
 
         Args:
-            mixture: float in +-1, or int16 or int32 at full scale.
+            mixture: float in +-1, or int16 or int32 at full scale; mono, or of the bundle's :attr:`channels`.
             features: for each class what is seen of it, on the recording's time axis: by role (``object``,
                 ``motion``) an array, or a function called with the middle of a chunk and its length in seconds; or a
                 :class:`VisualTimeline`. Arrays: object features [D], or [n, D], one row a
                 second (``object_rate_hz`` beside them says otherwise); motion features [D, T], one sequence for the
                 whole recording; or frames, uint8 [n, C, H, W], where the bundle has the encoder's graph (8 a second
                 for motion, or ``motion_rate_hz``). A function gives what the chunk sees: features [D], rows [K, D] or
-                [D, T], or frames.
+                [D, T], or frames. Where :attr:`can_go_unseen`, classes without any may be left out, also all of them
+                (None).
             classes: names, each once.
             rate_hz: the mixture's, to be held against the separator's.
             batch: most chunks a call, for a graph whose batch is open.
             progress: called with (chunks done, chunks in all).
 
         Raises:
-            AudioError: the mixture is empty, not mono, of another rate, or holds NaN.
+            AudioError: the mixture is empty, of other channels or another rate, or holds NaN.
             DataError: a class without features, or with those that the separator does not take.
             ConfigError, UnknownNameError: no classes, unknown ones, or one twice.
             NumericalError: the graph answers NaN.
         """
+        return self.separate_with_presence(mixture, features, classes, rate_hz, batch=batch, progress=progress).sources
+
+    def separate_with_presence(
+        self,
+        mixture: Array,
+        features: Features | None = None,
+        classes: Sequence[str] = (),
+        rate_hz: int | None = None,
+        *,
+        batch: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Separated:
+        """As :meth:`separate`, and for each class the probability that it sounds in the mixture at all: the largest of
+        any chunk, to be held against :attr:`presence_threshold`. None of a bundle that does not tell."""
         ids = ids_of_classes(self.classes, classes)
         self._check_count(len(ids))
         self._check_rate(rate_hz)
-        audio = _mono(mixture)
-        if audio.shape[0] == 0:
+        audio = _samples(mixture)
+        if audio.shape[-1] == 0:
             raise AudioError("the mixture is empty: there is nothing to separate")
+        self._check_channels(audio.shape)
         views = self._views(features, classes)
+        presence = LargestPresence()
 
         def run(chunks: Audio, starts: Sequence[int]) -> Audio:
-            return self._run(chunks, starts, ids, views, audio.shape[0])
+            return self._run(chunks, starts, ids, views, audio.shape[-1], presence)
 
-        return separate_long(run, audio, batch=self._batch(batch), progress=progress, **self._chunking)
+        sources = separate_long(run, audio, batch=self._batch(batch), progress=progress, **self._chunking)
+        return Separated(sources, presence.value)
 
-    def stream(self, classes: Sequence[str], features: Features | None = None, rate_hz: int | None = None) -> Stream:
+    def stream(
+        self,
+        classes: Sequence[str],
+        features: Features | None = None,
+        rate_hz: int | None = None,
+        *,
+        channels: int | None = None,
+    ) -> Stream:
         """Separate audio as it arrives, into the samples that :meth:`separate` gives of the whole.
 
         Arguments and errors as there. What is seen may be a function of time, asked for each chunk when its last sample
         has arrived; time zero is the stream's first sample.
+
+        Args:
+            channels: C of blocks [C, l], which give [N, C, l']; None: blocks are mono, [l], and give [N, l'].
         """
         ids = ids_of_classes(self.classes, classes)
         self._check_count(len(ids))
         self._check_rate(rate_hz)
-        return Stream(self, ids, self._views(features, classes))
+        if channels is not None:
+            self._check_channels((channels, 0))
+        return Stream(self, ids, self._views(features, classes), channels)
 
     def check(self, features: Features | None, classes: Sequence[str]) -> None:
         """Raise what :meth:`separate` would raise of these features and classes."""
@@ -285,6 +328,16 @@ class BundleSeparator:
                 f"(ffmpeg -i IN -ar {self.sample_rate_hz} -ac 1 OUT.wav), or use avsep separate --bundle, which does"
             )
 
+    def _check_channels(self, shape: tuple[int, ...]) -> None:
+        channels = shape[0] if len(shape) == 2 else 1
+        if channels in (1, self.channels):
+            return
+        takes = "mono, [samples]" if self.channels == 1 else f"mono or [{self.channels}, samples]"
+        raise AudioError(
+            f"the audio must be {takes} for this bundle, got {channels} channels in shape {list(shape)}: take their "
+            f"mean, or export it with --channels {channels}"
+        )
+
     def _check_count(self, count: int) -> None:
         fixed = self._fixed_sources
         if self._independent or (fixed is None and count <= (self._most_sources or count)):
@@ -309,15 +362,22 @@ class BundleSeparator:
         return min(batch, self._most_batch or batch)
 
     def _run(
-        self, chunks: Audio, starts: Sequence[int], ids: Sequence[int], views: Sequence[_View], total: int
+        self,
+        chunks: Audio,
+        starts: Sequence[int],
+        ids: Sequence[int],
+        views: Sequence[_View],
+        total: int,
+        presence: LargestPresence,
     ) -> Audio:
-        """[b, clip] from the samples ``starts`` on -> [b, N, clip]; ``total`` samples are there in all."""
+        """[b, (C,) clip] from the samples ``starts`` on -> [b, N, (C,) clip]; ``total`` samples are there in all."""
         seen = [self._seen(view, starts, total) for view in views]  # N times {input name: [b, ...]}
         of_sources = {name: np.stack([one[name] for one in seen], axis=1) for name in seen[0]}  # [b, N, ...]
         of_sources["class_ids"] = np.tile(np.asarray(ids, dtype=np.int64), (len(starts), 1))
         with self._lock:
-            result = self._call(chunks, of_sources)
-        if not np.isfinite(result).all():
+            result, told = self._call.tell(chunks, of_sources)
+        presence.add(told)
+        if not np.isfinite(result).all() or (told is not None and not np.isfinite(told).all()):
             raise NumericalError(
                 f"the graph answers NaN or infinite samples near {starts[0] / self.sample_rate_hz:.1f} s on "
                 f"{self.provider}: "
@@ -325,18 +385,15 @@ class BundleSeparator:
             )
         return result
 
-    def _answer(self, inputs: dict[str, Array]) -> Array:
-        (output,) = self._engine.run(inputs).values()
-        return output
-
     # --- what is seen -------------------------------------------------------------------------------------------------
 
     def _views(self, features: Features | None, classes: Sequence[str]) -> list[_View]:
         """What is seen of each class; arrays are read once here, so that mistakes show before anything is computed."""
         views = []
         for name in classes:
-            if not self._sources:
-                views.append(_View(name, {}, None))
+            unseen = self.can_go_unseen and name not in (features or {})
+            if not self._sources or unseen:
+                views.append(_View(name, {}, None, seen=not unseen))
                 continue
             given = timeline_of(features or {}, name)
             if isinstance(given, VisualTimeline):
@@ -400,7 +457,11 @@ class BundleSeparator:
 
     def _seen(self, view: _View, starts: Sequence[int], total: int) -> dict[str, Array]:
         """The graph's inputs of one source in each chunk: [b, D], [b, D, T] and, where it is asked for, [b, T]."""
+        if not view.seen:
+            return self._of_nothing(len(starts))
         rows: dict[str, list[Array]] = {}
+        if self.can_go_unseen:
+            rows["seen"] = [np.ones((), dtype=bool)] * len(starts)
         for start in starts:
             for source in self._sources:
                 middle_s = source.middle_s(start, self.clip_samples, total, self.sample_rate_hz)
@@ -412,6 +473,16 @@ class BundleSeparator:
                     encoded = np.pad(encoded, ((0, 0), (0, steps - encoded.shape[1])))
                 rows.setdefault(f"{source.role}_features", []).append(encoded)
         return {name: np.stack(parts) for name, parts in rows.items()}
+
+    def _of_nothing(self, count: int) -> dict[str, Array]:
+        """The inputs of a source of which there is no picture: zeros, and ``seen`` says so."""
+        made = {"seen": np.zeros(count, dtype=bool)}
+        for name, shape in self._shapes.items():
+            if name.endswith("_features"):
+                made[name] = np.zeros((count, *_sizes(shape[2:])), dtype=np.float32)
+            elif name == "motion_mask":
+                made[name] = np.ones((count, *_sizes(shape[2:])), dtype=bool)
+        return made
 
     def _encode(self, source: VisualSource, raw: Any, name: str) -> Array:
         """What a chunk sees of a source, as the graph takes it: [D], or [D, T] with T at most the graph's.
@@ -483,13 +554,17 @@ class BundleSeparator:
 class Stream:
     """Audio in, separated audio out, block by block. Made by :meth:`BundleSeparator.stream`."""
 
-    def __init__(self, separator: BundleSeparator, ids: Sequence[int], views: Sequence[_View]) -> None:
+    def __init__(
+        self, separator: BundleSeparator, ids: Sequence[int], views: Sequence[_View], channels: int | None = None
+    ) -> None:
         self._separator = separator
+        self._presence = LargestPresence()
 
         def run(chunks: Audio, starts: Sequence[int]) -> Audio:
-            return separator._run(chunks, starts, ids, views, self._stream.received_samples)
+            return separator._run(chunks, starts, ids, views, self._stream.received_samples, self._presence)
 
-        self._stream = LongStream(run, len(ids), **separator._chunking)
+        self._stream = LongStream(run, len(ids), channels=channels, **separator._chunking)
+        self._channels = channels
 
     @property
     def provider(self) -> str:
@@ -500,23 +575,39 @@ class Stream:
         """The most samples between a sample's arrival and its coming out, without the time of computing."""
         return self._stream.latency_samples
 
+    @property
+    def presence(self) -> Audio | None:
+        """For each class [N] the probability that it sounds in what was separated so far, the largest of any chunk;
+        None before the first chunk, and of a bundle that does not tell."""
+        return self._presence.value
+
     def push(self, block: Array) -> Audio:
-        """Take the next samples [l], any number of them, and give those that are ready: [N, l'], l' >= 0.
+        """Take the next samples [l] or [C, l], any number of them, and give those that are ready: [N, l'] or
+        [N, C, l'], l' >= 0.
 
         A block that is no audio is refused and leaves the stream as it was; after any other error it cannot go on.
         """
-        return self._stream.push(_mono(block))
+        samples = _samples(block)
+        if self._channels is None and samples.ndim != 1:
+            raise AudioError(
+                f"the audio must be mono, [samples], got shape {list(samples.shape)}: take the mean of its channels, "
+                "or begin a stream of channels, stream(..., channels=C)"
+            )
+        return self._stream.push(samples)
 
     def flush(self) -> Audio:
-        """The audio has ended: give the rest, [N, l']. The stream is used up then."""
+        """The audio has ended: give the rest, [N, (C,) l']. The stream is used up then."""
         return self._stream.flush()
 
 
 class _View:
-    """What is seen of one class: functions by role, and a timeline for the other roles."""
+    """What is seen of one class: functions by role, and a timeline for the other roles; nothing where not ``seen``."""
 
-    def __init__(self, name: str, sights: Mapping[str, Sight], timeline: VisualTimeline | None) -> None:
+    def __init__(
+        self, name: str, sights: Mapping[str, Sight], timeline: VisualTimeline | None, *, seen: bool = True
+    ) -> None:
         self.name = name
+        self.seen = seen
         self.sights = sights
         self._timeline = timeline
 
@@ -558,16 +649,17 @@ def _check_frames(array: Array, role: str, name: str) -> None:
         )
 
 
-def _mono(samples: Array) -> Audio:
-    """[L] float32 in +-1.
+def _samples(samples: Array) -> Audio:
+    """[L] or [C, L] float32 in +-1.
 
     Raises:
         AudioError: what is given is no such thing; the message says what to do.
     """
     array = np.asarray(samples)
-    if array.ndim != 1:
+    if array.ndim not in (1, 2) or (array.ndim == 2 and not len(array)):
         raise AudioError(
-            f"the audio must be mono, [samples], got shape {list(array.shape)}: take the mean of its channels"
+            f"the audio must be [samples] or [channels, samples], got shape {list(array.shape)}: take the mean of its "
+            "channels"
         )
     if array.dtype in (np.dtype(np.int16), np.dtype(np.int32)):
         return (array / -float(np.iinfo(array.dtype).min)).astype(np.float32)

@@ -22,6 +22,7 @@ from .files import atomic_path
 
 __all__ = [
     "MOST_RATE_HZ",
+    "MOTION_STEPS",
     "VisualSource",
     "VisualTimeline",
     "is_rate",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 MOST_RATE_HZ = 1000.0  # of frames and features: no camera that sees sounds is quicker
+MOTION_STEPS = 8  # of motion features whose length nothing else says: VideoMAE's
 _MOST_BYTES = 1 << 30  # of the arrays in a visual file: half an hour of frames of 224 x 224, or weeks of features
 
 Array = NDArray[Any]

@@ -27,6 +27,7 @@ __all__ = [
     "is_unknown_size",
     "is_wav",
     "read_wav",
+    "wav_bytes",
     "write_wav",
 ]
 
@@ -224,30 +225,48 @@ def _samples(data: memoryview, found: WavSamples, file: Path) -> Audio:
 
 
 def write_wav(path: str | os.PathLike[str], audio: Audio, rate_hz: int, subtype: str = "PCM_16") -> int:
-    """Write mono samples [L] whole or not at all; what WAV cannot count (4 GB) as RF64.
+    """Write samples [L] or [C, L] whole or not at all; what WAV cannot count (4 GB) as RF64.
 
     Returns how many samples were beyond full scale and are clipped (PCM_16).
     """
     if subtype not in FORMATS:
         raise ConfigError(f"unknown sample format '{subtype}': one of {', '.join(FORMATS)}")
-    if audio.ndim != 1 or not audio.size or not np.isfinite(audio).all():
-        raise AudioError(f"cannot write {path}: audio must be finite samples [L], got shape {list(audio.shape)}")
+    if audio.ndim not in (1, 2) or not audio.size or not np.isfinite(audio).all():
+        raise AudioError(
+            f"cannot write {path}: audio must be finite samples [L] or [channels, L], got shape {list(audio.shape)}"
+        )
+    start, data, clipped = _encoded(audio, rate_hz, subtype)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(start)
+        file.write(data)
+    return clipped
+
+
+def wav_bytes(audio: Audio, rate_hz: int) -> bytes:
+    """What :func:`write_wav` writes of [L] or [C, L] in 16 bits."""
+    start, data, _ = _encoded(audio, rate_hz, "PCM_16")
+    return start + data
+
+
+def _encoded(audio: Audio, rate_hz: int, subtype: str) -> tuple[bytes, bytes, int]:
+    """The header, the samples, and how many of them are clipped."""
+    channels = audio.shape[0] if audio.ndim == 2 else 1
+    interleaved = np.ascontiguousarray(audio.T)  # [L, C]
     clipped = 0
     if subtype == "PCM_16":
         clipped = int((np.abs(audio) > 1).sum())
-        data = np.clip(np.round(audio.astype(np.float64) * 2**15), -(2**15), 2**15 - 1).astype("<i2").tobytes()
-        header = struct.pack("<HHIIHH", _PCM, 1, rate_hz, 2 * rate_hz, 2, 16)
+        data = np.clip(np.round(interleaved.astype(np.float64) * 2**15), -(2**15), 2**15 - 1).astype("<i2").tobytes()
+        kind, width = _PCM, 2
     else:
-        data = audio.astype("<f4").tobytes()
-        header = struct.pack("<HHIIHH", _FLOAT, 1, rate_hz, 4 * rate_hz, 4, 32)
+        data = interleaved.astype("<f4").tobytes()
+        kind, width = _FLOAT, 4
+    frame = width * channels
+    header = struct.pack("<HHIIHH", kind, channels, rate_hz, frame * rate_hz, frame, 8 * width)
     head = b"fmt " + struct.pack("<I", len(header)) + header + b"data"
     size = 4 + len(head) + 4 + len(data)
     if size <= RIFF_LIMIT:
         start = b"RIFF" + struct.pack("<I", size) + b"WAVE" + head + struct.pack("<I", len(data))
     else:
-        sizes = struct.pack("<IQQQI", 28, size + 36, len(data), audio.shape[0], 0)
+        sizes = struct.pack("<IQQQI", 28, size + 36, len(data), audio.shape[-1], 0)
         start = b"RF64" + struct.pack("<I", _IN_DS64) + b"WAVE" + b"ds64" + sizes + head + struct.pack("<I", _IN_DS64)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(start)
-        file.write(data)
-    return clipped
+    return start, data, clipped

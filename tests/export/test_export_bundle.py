@@ -452,7 +452,7 @@ def quick(tiny_bundle, monkeypatch):
         kind="separator",
         precision="fp32",
         inputs=tuple(graphs.TensorSpec(t.name, t.dtype, t.shape) for t in graph.inputs),
-        output=graphs.TensorSpec(graph.outputs[0].name, graph.outputs[0].dtype, graph.outputs[0].shape),
+        outputs=tuple(graphs.TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in graph.outputs),
         profiles=[],
         opset=18,
         operators={"Conv": 1},
@@ -863,9 +863,9 @@ def test_every_choice_of_a_plan_has_an_option(tmp_path, monkeypatch, capsys):
     options = {
         "--batch": 3, "--sources": 4, "--length-s": 1.5, "--precision": "int8", "--motion-steps": 7,
         "--motion-frames": 9, "--frame-size": "24X32", "--opset": 19, "--tolerance": 0.25, "--calibration": 5,
-        "--gate-db": 0.5, "--max-batch": 16, "--max-sources": 12,
+        "--gate-db": 0.5, "--max-batch": 16, "--max-sources": 12, "--channels": 2,
     }  # fmt: skip
-    flags = ["--dynamic", "--spectral", "--motion-mask", "--allow-drift"]
+    flags = ["--dynamic", "--spectral", "--motion-mask", "--allow-drift", "--limit-mask-sum"]
     given = [str(word) for pair in options.items() for word in pair]
     for words in ([], [*given, *flags]):
         with pytest.raises(SystemExit):

@@ -816,7 +816,7 @@ def test_separate_with_a_bundle_and_with_its_separator(separator, bundles, duet,
     save_separator(separator, tmp_path / "saved")
     soundfile.write(tmp_path / "duet.flac", np.stack([music(40000, 1), music(40000, 2)], axis=1), 44100)
     shared = [str(tmp_path / "duet.flac"), "--classes", "piano,cello", "--features", str(duet / "features.npz")]
-    shared += ["--format", "FLOAT", "--no-page"]
+    shared += ["--format", "FLOAT", "--no-page", "--mono"]
     for option, place, out in (("--run", tmp_path / "saved", "a"), ("--bundle", bundles["fixed"], "b")):
         with pytest.raises(SystemExit) as stop:
             avsep_main(["separate", *shared, option, str(place), "--out", str(tmp_path / out)])
@@ -887,7 +887,13 @@ def test_wav_files_are_written_as_libsndfile_reads_them(tmp_path):
     assert write_wav(tmp_path / "a.wav", audio, 8000) == 2
     top = 1 - 2.0**-15
     np.testing.assert_allclose(read_audio(tmp_path / "a.wav")[0][0], [0, 0.5, -1, top, top, -1, 2**-15], atol=1e-7)
-    for wrong in (audio[:0], audio[None], np.array([np.nan], dtype=np.float32)):
+    both = np.stack([audio, -0.5 * audio])
+    for subtype, clipped in (("FLOAT", 0), ("PCM_16", 2)):
+        assert write_wav(tmp_path / "s.wav", both, 8000, subtype) == clipped
+        for found, rate_hz in (read_audio(tmp_path / "s.wav"), read_wav(tmp_path / "s.wav")):
+            assert rate_hz == 8000
+            np.testing.assert_allclose(found, both if subtype == "FLOAT" else both.clip(-1, top), atol=1e-7)
+    for wrong in (audio[:0], both[None], both[:0], both[:, :0], np.array([np.nan], dtype=np.float32)):
         with pytest.raises(AudioError, match="cannot write"):
             write_wav(tmp_path / "b.wav", wrong, 8000)
     with pytest.raises(ConfigError, match="PCM_24"):

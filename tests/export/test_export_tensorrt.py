@@ -613,6 +613,32 @@ def test_buffers_are_kept_between_calls_and_grow(jetson, tmp_path):
         running.run({"mixture": mixture, "class_ids": ids})
 
 
+def test_a_second_output_comes_by_its_name(jetson, tmp_path):
+    """Presence beside the sources, whichever of them the engine names first."""
+    from avsep.export.runtime.calls import GraphCall
+
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    graph = {"inputs": {"mixture": [1, 3], "class_ids": [1, 2]}, "outputs": {"presence": [1, 2], "sources": [1, 3]}}
+    (folder / "separator.onnx").write_bytes(fake_tensorrt.as_model(graph))
+    write_manifest(folder, {"separator.onnx": []})
+    tensorrt.build_bundle(folder, progress=False)
+    with engines.DeviceEngine(find_engine(folder)) as running:
+        mixture = np.array([[0.1, 0.2, 0.3]], np.float32)
+        found = running.run({"mixture": mixture, "class_ids": np.zeros((1, 2), np.int64)})
+        np.testing.assert_array_equal(found["sources"], 2 * mixture)
+        assert list(found) == ["presence", "sources"]
+
+        def run(inputs):
+            outputs = running.run(inputs)
+            return {"presence": outputs["presence"][:, :2], "sources": outputs["sources"][:, None].repeat(2, axis=1)}
+
+        call = GraphCall(run, False, {}, 1, 2)
+        sources, presence = call.tell(mixture, {"class_ids": np.zeros((1, 2), np.int64)})
+    np.testing.assert_array_equal(sources, np.stack([2 * mixture, 2 * mixture], axis=1))
+    np.testing.assert_array_equal(presence, 2 * mixture[:, :2])
+
+
 def test_threads_wait_for_each_other(jetson, tmp_path, monkeypatch):
     """They share the buffers: another's upload would replace the input before it was computed with."""
     bundle = made_bundle(tmp_path / "bundle", {"separator.onnx": [[2, 3], "fixed"]})

@@ -132,7 +132,11 @@ def test_empty_recording_and_wrong_shapes_are_refused():
     with pytest.raises(ConfigError, match="0 samples"):
         separate_long(identity, np.ones(0, dtype=np.float32), clip_samples=CLIP)
     with pytest.raises(ConfigError, match="shape"):
-        separate_long(identity, np.ones((2, 9), dtype=np.float32), clip_samples=CLIP)
+        separate_long(identity, np.ones((1, 2, 9), dtype=np.float32), clip_samples=CLIP)
+    with pytest.raises(ConfigError, match=r"shape \[0, 9\]"):
+        separate_long(identity, np.ones((0, 9), dtype=np.float32), clip_samples=CLIP)
+    with pytest.raises(ConfigError, match=r"shape \[1, 2, 400\] instead of \[1, N, 2, 400\]"):
+        separate_long(lambda c, s: identity(c, s)[:, :, 0], np.ones((2, 9), dtype=np.float32), clip_samples=CLIP)
     with pytest.raises(ConfigError, match=r"\[1, 2, 399\]"):
         separate_long(lambda c, s: identity(c, s)[..., 1:], np.ones(9, dtype=np.float32), clip_samples=CLIP)
 
@@ -143,8 +147,9 @@ def test_default_context_is_an_eighth():
 
 def wobble(chunks, starts):
     """Two sources that depend on where in the chunk a sample lies and on the chunk: every seam shows."""
-    position = np.arange(chunks.shape[1], dtype=np.float32) / chunks.shape[1]
-    tilt = np.asarray([1 + 0.1 * np.sin(start) for start in starts], dtype=np.float32)[:, None]
+    position = np.arange(chunks.shape[-1], dtype=np.float32) / chunks.shape[-1]
+    tilt = np.asarray([1 + 0.1 * np.sin(start) for start in starts], dtype=np.float32)
+    tilt = tilt.reshape(-1, *[1] * (chunks.ndim - 1))
     return np.stack([chunks * position * tilt, chunks * (1 - position) + tilt], axis=1)
 
 
@@ -166,6 +171,33 @@ def test_a_stream_gives_the_samples_of_the_whole(block, align, fade):
         assert stream.emitted_samples == sum(p.shape[1] for p in parts) <= total
         parts.append(stream.flush())
         np.testing.assert_array_equal(np.concatenate(parts, axis=1), separate_long(wobble, mixture, **options))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("block", [37, 5000])
+def test_channels_are_separated_as_each_alone(channels, block):
+    """Whole or as a stream, bit for bit."""
+    options = {"clip_samples": CLIP, "context_samples": CONTEXT, "align_samples": 16}
+    for total in (1, CLIP - 1, CLIP + 1, 3 * CLIP + 17):
+        mixture = np.random.default_rng(total).standard_normal((channels, total)).astype(np.float32)
+        whole = separate_long(wobble, mixture, batch=3, **options)
+        assert whole.shape == (2, channels, total)
+        for number, channel in enumerate(mixture):
+            np.testing.assert_array_equal(whole[:, number], separate_long(wobble, channel, **options))
+        stream = LongStream(wobble, 2, channels=channels, **options)
+        parts = [stream.push(mixture[:, first : first + block]) for first in range(0, total, block)]
+        np.testing.assert_array_equal(np.concatenate([*parts, stream.flush()], axis=-1), whole)
+
+
+def test_a_stream_of_channels_takes_blocks_of_those_channels():
+    stream = LongStream(identity, 2, channels=2, clip_samples=CLIP, context_samples=CONTEXT)
+    for wrong in (np.zeros(5, np.float32), np.zeros((1, 5), np.float32), np.zeros((5, 2), np.float32), np.float32(1)):
+        with pytest.raises(ConfigError, match=r"blocks \[2, l\], got shape"):
+            stream.push(wrong)
+    assert stream.push(np.zeros((2, 0), dtype=np.float32)).shape == (2, 2, 0)
+    assert stream.flush().shape == (2, 2, 0)
+    with pytest.raises(ConfigError, match="channels must be at least 1, got 0"):
+        LongStream(identity, 2, channels=0, clip_samples=CLIP)
 
 
 def test_a_stream_holds_no_more_than_two_chunks_and_gives_out_early():

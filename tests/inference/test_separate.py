@@ -84,7 +84,7 @@ def test_constant_masks_leave_no_seam(all_pass, timelines, seconds):
 
 @pytest.mark.parametrize(("rate_hz", "channels"), [(44100, 2), (8000, 1), (11025, 3), (96000, 1)])
 @pytest.mark.parametrize("rate", ["model", "input", "16000"])
-def test_files_add_up_to_the_mono_mixture(all_pass, timelines, tmp_path, rate_hz, channels, rate):
+def test_files_add_up_to_the_mixture_with_its_channels(all_pass, timelines, tmp_path, rate_hz, channels, rate):
     audio = np.stack([music(1.3, rate_hz, seed) for seed in range(channels)])
     soundfile.write(tmp_path / "duet.wav", audio.T, rate_hz, subtype="FLOAT")
     result = separate_file(
@@ -100,13 +100,12 @@ def test_files_add_up_to_the_mono_mixture(all_pass, timelines, tmp_path, rate_hz
     assert result.rate_hz == expected_hz
     names = ["duet_acoustic-guitar.wav", "duet_flute.wav", "duet_residual.wav"]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == names
-    total = sum(read_audio(f)[0][0] for f in (tmp_path / "out").iterdir())
+    total = sum(read_audio(f)[0] for f in (tmp_path / "out").iterdir())
     assert read_audio(result.residual)[1] == expected_hz
-    whole = audio.mean(axis=0)
+    assert total.shape == (channels, round(audio.shape[1] * expected_hz / rate_hz))
+    assert result.channels == channels
     if expected_hz == rate_hz:
-        np.testing.assert_allclose(total, whole, atol=1e-6)
-    else:
-        assert len(total) == round(len(whole) * expected_hz / rate_hz)
+        np.testing.assert_allclose(total, audio, atol=1e-6)
     assert result.levels_db["flute"] == pytest.approx(result.levels_db["acoustic guitar"] + 6.02, abs=0.1)
     assert result.clipped == 0
 
@@ -274,15 +273,15 @@ def test_existing_files_are_kept_unless_asked(separator, timelines, tmp_path):
 
 def test_failure_in_the_second_file_writes_nothing_of_the_first(separator, timelines, tmp_path, monkeypatch):
     first, second = write(tmp_path, "a.wav", music(0.3)), write(tmp_path, "b.wav", 2 * music(0.3))
-    original = separator.separate
+    original = separator.separate_and_tell
     calls = []
 
-    def fails(mixture, visual, class_ids):
+    def fails(*given, **options):
         calls.append(1)
-        result = original(mixture, visual, class_ids)
-        return result * torch.nan if len(calls) == 2 else result
+        result, output = original(*given, **options)
+        return (result * torch.nan if len(calls) == 2 else result), output
 
-    monkeypatch.setattr(separator, "separate", fails)
+    monkeypatch.setattr(separator, "separate_and_tell", fails)
     with pytest.raises(NumericalError, match=r"0\.0 s"):
         separate_files(separator, [first, second], timelines, ["flute"], tmp_path / "out")
     assert len(calls) == 2

@@ -303,3 +303,34 @@ def test_an_index_in_front_and_the_end_missing(video, tmp_path):
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) - int(0.6 * (len(data) - data.find(b"mdat")))])
     with pytest.raises(AudioError, match=r"is truncated: it states \d+ bytes"):
         read_media_audio(tmp_path / "cut.mp4")
+
+
+def test_the_channels_of_a_video_are_kept_where_they_are_asked_for(tmp_path):
+    sides = np.concatenate([tone(2.0), tone(2.0, hz=880.0)])
+    path = write_video(tmp_path / "stereo.mp4", brightness_ramp(25), sides, layout="stereo", audio_starts_s=0.5)
+    both, rate = read_media_audio(path, mono=False)
+    mono, _ = read_media_audio(path)
+    assert both.shape[0] == 2
+    np.testing.assert_allclose(both.mean(axis=0), mono[0], atol=1e-6)
+    assert np.abs(both[:, : int(0.45 * RATE)]).max() < 1e-3  # silence in both where the sound has not begun
+    middle = both[:, RATE : 2 * RATE]
+    spectrum = np.abs(np.fft.rfft(middle, axis=1))
+    assert [int(peak) for peak in spectrum.argmax(axis=1)] == [440, 880]
+    surround = np.zeros((6, RATE), np.float32)
+    surround[2] = tone(1.0)[0]
+    surround[3] = tone(1.0, hz=60.0)[0]
+    path = write_video(tmp_path / "surround.mp4", None, surround, layout="5.1")
+    assert read_media_audio(path, mono=False)[0].shape[0] == 5  # without the effects' one
+    assert rate == RATE
+
+
+def test_a_sound_that_changes_its_channels_midway_is_mixed():
+    from avsep.media.video import _Sound
+
+    sound = _Sound("x", False)
+    sound.parts = [np.ones((2, 3), np.float32), np.zeros((1, 2), np.float32), np.full((1, 4), 0.5, np.float32)]
+    sound._counts = {1, 2}
+    np.testing.assert_array_equal(sound.joined(), [[1, 1, 1, 0, 0, 0.5, 0.5, 0.5, 0.5]])
+    sound.parts, sound._counts = sound.parts[:2], {2}
+    sound.parts[0] = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+    np.testing.assert_array_equal(sound.joined(), [[1, 2, 3, 0, 0], [4, 5, 6, 0, 0]])
