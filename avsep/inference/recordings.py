@@ -281,7 +281,11 @@ def _encode(
     seen = None
     if any(timeline is None for timeline in timelines):
         seen = torch.tensor([timeline is not None for timeline in timelines], device=device).expand(len(starts), -1)
-    return VisualFeatures(torch.cat(objects, dim=1) if objects else None, motion, mask, seen)
+    motion_seen = None
+    moves = [timeline is None or timeline.moves for timeline in timelines]
+    if separator.can_go_unseen and not all(moves):
+        motion_seen = torch.tensor(moves, device=device).expand(len(starts), -1)
+    return VisualFeatures(torch.cat(objects, dim=1) if objects else None, motion, mask, seen, motion_seen)
 
 
 def _unseen(separator: Separator, count: int, steps: int) -> VisualFeatures:

@@ -54,7 +54,8 @@ def timeline_of_picture(
     sources: Sequence[VisualSource],
     sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> VisualTimeline:
-    """What ``sources`` are shown of a picture: the picture at all times, and of movement one frame that is held.
+    """What ``sources`` are shown of a picture: the picture at all times, and of movement one frame that is held, and is
+    taken for unknown where the separator can do without.
 
     Frames are brought to the heights and widths ``sizes`` by role, as those of a video, whatever their shape.
 
@@ -77,6 +78,7 @@ def timeline_of_picture(
         object_rate_hz=OBJECT_RATE_HZ,
         motion_rate_hz=MOTION_RATE_HZ,
         where=str(path),
+        moves=False,
     )
 
 

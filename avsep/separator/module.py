@@ -72,11 +72,6 @@ class Separator(nn.Module):
     def num_classes(self) -> int:
         return self.spec.num_classes
 
-    @property
-    def can_go_unseen(self) -> bool:
-        """Whether sources may be asked for of which there is no picture (``visual.seen`` False)."""
-        return self.mask_decoder.takes_unseen
-
     def _frozen(self) -> Iterator[nn.Module]:
         for encoder in (self.audio_encoder, self.object_encoder, self.motion_encoder):
             if encoder is not None and encoder.frozen:
@@ -138,7 +133,7 @@ class Separator(nn.Module):
 
     @property
     def can_go_unseen(self) -> bool:
-        """Whether it separates sources of which there is no picture."""
+        """Whether sources may be asked for of which there is no picture (``visual.seen`` False)."""
         return self.mask_decoder.takes_unseen or self.class_means is not None
 
     @property

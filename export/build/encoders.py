@@ -58,7 +58,7 @@ def encoder_specs(
     frames, channels = source.frames, 3
     if role == "motion":
         seconds = separator.spec.front_end.clip_s
-        frames = round(_MOTION_RATE_HZ * seconds) if stored is None else int(stored.shape[2])
+        frames = round((source.rate_hz or _MOTION_RATE_HZ) * seconds) if stored is None else int(stored.shape[2])
         frames, channels = max(1, plan.motion_frames or frames), 1
     if stored is not None:
         channels = int(stored.shape[-3])

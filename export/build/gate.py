@@ -245,13 +245,18 @@ def encoded(separator: Separator, batch: Batch, plan: ExportPlan, number: int = 
     rng = np.random.default_rng([plan.seed, number])
     specs, _ = tensor_specs(separator, plan)
     count, sources = batch.class_ids.shape
-    seen = torch.arange(count * sources).reshape(count, sources) % 3 > 0 if separator.can_go_unseen else None
+    seen = motion_seen = None
+    if separator.mask_decoder.takes_unseen:
+        number_of = torch.arange(count * sources).reshape(count, sources)
+        seen, motion_seen = number_of % 3 > 0, number_of % 4 > 0
     drawn = {
         s.name: torch.from_numpy(rng.standard_normal((count, sources, *s.shape[2:])).astype(np.float32))
         for s in specs
         if s.name.endswith("_features")
     }
-    return VisualFeatures(object=drawn.get("object_features"), motion=drawn.get("motion_features"), seen=seen)
+    return VisualFeatures(
+        drawn.get("object_features"), drawn.get("motion_features"), seen=seen, motion_seen=motion_seen
+    )
 
 
 # --- the graph as a function ------------------------------------------------------------------------------------------
@@ -259,9 +264,10 @@ def encoded(separator: Separator, batch: Batch, plan: ExportPlan, number: int = 
 
 def source_inputs(visual: VisualFeatures, class_ids: Tensor) -> dict[str, Array]:
     """What a graph can be given of each source, by input name; without a mask every motion step is valid, and without
-    ``seen`` every source is seen."""
+    ``seen`` and ``motion_seen`` every source and its motion are."""
     given: dict[str, Array] = {"class_ids": class_ids.numpy()}
-    given["seen"] = np.ones(class_ids.shape, dtype=bool) if visual.seen is None else visual.seen.numpy()
+    for name, known in (("seen", visual.seen), ("motion_seen", visual.motion_seen)):
+        given[name] = np.ones(class_ids.shape, dtype=bool) if known is None else known.numpy()
     if visual.object is not None:
         given["object_features"] = visual.object.numpy()
     if visual.motion is not None:
@@ -364,7 +370,7 @@ def sources_are_independent(separator: Separator) -> bool:
 
 def _columns(visual: VisualFeatures, of: Tensor) -> VisualFeatures:
     """The features of some of the sources."""
-    parts = (visual.object, visual.motion, visual.motion_mask, visual.seen)
+    parts = (visual.object, visual.motion, visual.motion_mask, visual.seen, visual.motion_seen)
     return VisualFeatures(*(None if part is None else part[:, of] for part in parts))
 
 

@@ -46,8 +46,9 @@ def golden_inputs(
         elif spec.name == "class_ids":
             size = spec.shape[0] * spec.shape[1]
             inputs[spec.name] = (np.arange(size, dtype=np.int64) % num_classes).reshape(spec.shape)
-        elif spec.name == "seen":
-            inputs[spec.name] = (np.arange(int(np.prod(spec.shape))) % 2 == 0).reshape(spec.shape)
+        elif spec.name in ("seen", "motion_seen"):
+            every = 2 if spec.name == "seen" else 4  # so that of those that are seen every second moves
+            inputs[spec.name] = (np.arange(int(np.prod(spec.shape))) % every == 0).reshape(spec.shape)
         elif spec.dtype == "bool":
             # each source's last steps are missing, of none, one, two, ... in turn; never all
             steps = spec.shape[-1]

@@ -222,7 +222,7 @@ class _MaskedSeparator(nn.Module):
         self.channels = channels
         self.level_db = spec.level_db
         self.tells_presence = separator.mask_decoder.tells_presence
-        self.takes_unseen = separator.can_go_unseen
+        self.takes_unseen = separator.mask_decoder.takes_unseen
         self.separator = _Logits(separator.merged())
         _constant_weights(self.separator)
         self.has_object = separator.object_encoder is not None
@@ -250,6 +250,7 @@ class _MaskedSeparator(nn.Module):
             motion=given.get("motion_features"),
             motion_mask=given.get("motion_mask"),
             seen=given.get("seen"),
+            motion_seen=given.get("motion_seen"),
         )
         logits, presence = self.separator(torch.log1p(warped)[:, None], visual, given["class_ids"])  # [B, N, F', T]
         masks = _mix_rows(torch.sigmoid(logits).flatten(0, 1), self.unwarp)  # [B * N, bins, T]
@@ -270,6 +271,8 @@ class _MaskedSeparator(nn.Module):
                 names.append("motion_mask")
         if self.takes_unseen:
             names.append("seen")
+            if self.has_motion:
+                names.append("motion_seen")
         return (*names, "class_ids")
 
     def output_names(self) -> tuple[str, ...]:
@@ -282,9 +285,10 @@ class WaveformSeparator(_MaskedSeparator):
     Shapes:
         mixture [B, L]; object_features [B, N, Do] and motion_features [B, N, Dm, Tm], the outputs of the visual
         encoders, each only where the separator has that encoder; with ``motion_mask`` a bool [B, N, Tm] (True =
-        valid); of a separator that can go unseen bool ``seen`` [B, N]; class_ids int64 [B, N] -> sources [B, N, L],
-        and of a decoder that tells it presence [B, N], probabilities. With C > 1 ``channels`` the mixture is [B, C, L]
-        and the sources are [B, N, C, L]; the masks are those of the channels' mean.
+        valid); of a decoder that takes sources unseen bool ``seen`` and, with motion, ``motion_seen`` [B, N]; class_ids
+        int64 [B, N] -> sources [B, N, L], and of a decoder that tells it presence [B, N], probabilities. With C > 1
+        ``channels`` the mixture is [B, C, L] and the sources are [B, N, C, L]; the masks are those of the channels'
+        mean.
     """
 
     first_input, first_output = "mixture", "sources"

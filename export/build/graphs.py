@@ -196,6 +196,7 @@ class _SeparatorWriter:
             tensors.get("motion_features"),
             tensors.get("motion_mask"),
             tensors.get("seen"),
+            tensors.get("motion_seen"),
         )
         ids, channels = tensors["class_ids"], self.plan.channels
         with torch.inference_mode():

@@ -172,7 +172,8 @@ def _manifest(
         },
         "visual": [
             {
-                **asdict(source),
+                # what came with later versions is left out where it is unset, and older ones read the rest
+                **{key: value for key, value in asdict(source).items() if value or key != "rate_hz"},
                 "graph": encoders.get(f"{source.role}_encoder"),
                 "steps": steps.get("motion_features") if source.role == "motion" else None,
             }

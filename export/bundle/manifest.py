@@ -68,6 +68,9 @@ class Visual(_Part):
     frames: Count
     graph: str | None = Field(description="The graph that computes the features; null where they are stored.")
     steps: Size | None = Field(description="Steps in time of motion features.")
+    rate_hz: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+        None, description="Motion frames a second. Where it is missing, as many as a video file has (8)."
+    )
 
 
 class Tensor(_Part):

@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import ExportError, one_line
 from .strict_json import load_json
+from .timeline import is_rate
 
 __all__ = [
     "BUILD_SCRIPT",
@@ -223,6 +224,9 @@ def _inconsistencies(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield "chunking.context_samples is more than a quarter of chunking.clip_samples"
     if chunking["crossfade_samples"] > chunking["context_samples"]:
         yield "chunking.crossfade_samples is more than chunking.context_samples"
+    for source in manifest["visual"]:
+        if (rate_hz := source.get("rate_hz")) is not None and not is_rate(rate_hz):
+            yield f"the {source['role']} source has {_short(rate_hz)} frames a second"
     roles = [source["role"] for source in manifest["visual"]]
     if len(set(roles)) < len(roles):
         yield "two visual sources have one role"
@@ -285,8 +289,8 @@ def _graph_inconsistencies(graph: Mapping[str, Any], roles: list[str], manifest:
     if graph["kind"] in ("separator", "spectral"):
         first = "mixture" if graph["kind"] == "separator" else "spectrum"
         expected = {first, "class_ids", *(f"{role}_features" for role in roles)}
-        # which steps are valid, where it was planned; and whether a source is seen, where it need not be
-        optional = {"seen", "motion_mask"} if "motion" in roles else {"seen"}
+        # which steps are valid, where it was planned; and whether a source and its motion are seen, where they need not
+        optional = {"seen", "motion_seen", "motion_mask"} if "motion" in roles else {"seen"}
         if set(inputs) - optional != expected:
             yield f"{graph['file']} takes {', '.join(inputs)} instead of {', '.join(sorted(expected))}"
         told = {tensor["name"] for tensor in graph["outputs"]} & {PRESENCE}

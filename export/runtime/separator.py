@@ -94,7 +94,7 @@ class BundleSeparator:
         # Bundles that do not say so are of an avsep whose decoders all were.
         self._independent = bool(manifest.get("independent_sources", True))
         self._sources = tuple(
-            VisualSource(role=v["role"], kind=v["kind"], name=v["name"], dim=v["dim"], frames=v["frames"])
+            VisualSource(v["role"], v["kind"], v["name"], v["dim"], v["frames"], float(v.get("rate_hz") or 0.0))
             for v in manifest["visual"]
         )
         self._engine = engine
@@ -462,6 +462,8 @@ class BundleSeparator:
         rows: dict[str, list[Array]] = {}
         if self.can_go_unseen:
             rows["seen"] = [np.ones((), dtype=bool)] * len(starts)
+        if "motion_seen" in self._shapes:
+            rows["motion_seen"] = [np.array(view.moves)] * len(starts)
         for start in starts:
             for source in self._sources:
                 middle_s = source.middle_s(start, self.clip_samples, total, self.sample_rate_hz)
@@ -476,7 +478,7 @@ class BundleSeparator:
 
     def _of_nothing(self, count: int) -> dict[str, Array]:
         """The inputs of a source of which there is no picture: zeros, and ``seen`` says so."""
-        made = {"seen": np.zeros(count, dtype=bool)}
+        made = {name: np.zeros(count, dtype=bool) for name in ("seen", "motion_seen") if name in self._shapes}
         for name, shape in self._shapes.items():
             if name.endswith("_features"):
                 made[name] = np.zeros((count, *_sizes(shape[2:])), dtype=np.float32)
@@ -608,6 +610,7 @@ class _View:
     ) -> None:
         self.name = name
         self.seen = seen
+        self.moves = timeline is None or timeline.moves
         self.sights = sights
         self._timeline = timeline
 

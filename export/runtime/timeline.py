@@ -71,8 +71,8 @@ class VisualTimeline:
 
     ``object`` uint8 [n, 3, H, W] frames at ``object_rate_hz``, ``motion`` uint8 [m, c, h, w] at ``motion_rate_hz``;
     frame i covers the seconds [i, i + 1) / rate. ``features``: by name, object features [n, D] (one row a frame,
-    at ``object_rate_hz``) or motion features [D, T] (one sequence for the whole video). ``where`` names the video in
-    error messages.
+    at ``object_rate_hz``) or motion features [D, T] (one sequence for the whole video). ``moves``: False of a picture
+    that is held, whose motion says nothing. ``where`` names the video in error messages.
     """
 
     object: Array | None = None
@@ -81,6 +81,7 @@ class VisualTimeline:
     motion_rate_hz: float = 8.0
     features: Mapping[str, Array] = field(default_factory=dict)
     where: str = "the video"
+    moves: bool = True
 
     def read(self, source: VisualSource, centre_s: float, duration_s: float, *, copy: bool = True) -> Array:
         """Cut what ``source`` asks for around ``centre_s``, ``duration_s`` seconds long.
