@@ -112,7 +112,7 @@ def test_the_manifest_says_what_the_graphs_do(bundles, separator):
         for text in ("`seen`", "`presence`", "below 0.4 it probably does not"):
             assert text in (path / "README.md").read_text()
     assert list(tensors["mono"]) == [
-        *("mixture", "object_features", "motion_features", "seen", "class_ids", "sources", "presence")
+        *("mixture", "object_features", "motion_features", "seen", "motion_seen", "class_ids", "sources", "presence")
     ]
     assert (tensors["mono"]["mixture"], tensors["mono"]["sources"]) == ((1, CLIP), (1, 2, CLIP))
     assert (tensors["stereo"]["mixture"], tensors["stereo"]["sources"]) == ((1, 2, CLIP), (1, 2, 2, CLIP))
