@@ -414,19 +414,21 @@ class _Looks:
                 raise ConfigError(f"{option} is of a video, and {path} is none: leave it out")
 
     def propose(self, path: Path) -> list[str]:
-        """The classes for ``--classes auto``: those of the given boxes or features, else those that are seen."""
+        """The classes for ``--classes auto``: those of the given boxes or features, else those that are seen in a
+        video; and those that a picture is given of."""
         from avsep.errors import DataError
         from avsep.media.detection import propose_classes
         from avsep.media.footage import sample_frames
 
         known = self.engine.classes
-        if self.given or self.track is not None or self.pictures:
+        if self.given or self.track is not None:
             named = self.track.classes if self.track is not None else tuple(self.given)
-            names = [name for name in dict.fromkeys((*named, *self.pictures)) if name in known]
+            names = [name for name in named if name in known]
             where = "the boxes" if self.track is not None else "the features"
         else:
-            names = propose_classes(self._detect(), sample_frames(path), known)
+            names = propose_classes(self._detect(), sample_frames(path), known) if path in self.videos else []
             where = str(path)
+        names = list(dict.fromkeys([*names, *self.pictures]))
         if not names:
             raise DataError(
                 f"{where} show none of the separator's classes ({', '.join(known)}): name them by --classes"
