@@ -122,6 +122,11 @@ def test_seen_and_unseen_go_together():
     np.testing.assert_allclose(beside[0], separate_audio(separator, mixture, {}, ["cello"])[0], atol=1e-5)
     shown = separate_audio(separator, mixture, {"cello": lines["piano"]}, ["cello"])
     assert np.abs(beside[0] - shown[0]).max() > 1e-3
+    with torch.no_grad():
+        separator.mask_decoder.no_object.add_(3.0)  # what stands for a picture where there is none
+    changed = separate_audio(separator, mixture, {"flute": lines["flute"]}, ["cello", "flute"])
+    np.testing.assert_allclose(changed[1], beside[1], atol=1e-5)
+    assert np.abs(changed[0] - beside[0]).max() > 1e-3
     with pytest.raises(DataError, match="of class 'flute': there are those of none"):
         separate_audio(bundle_separator(), mixture, {}, ["flute"])
 
