@@ -50,7 +50,9 @@ def reference_gain(power: Tensor, window: Tensor, level_db: float) -> Tensor:
         [B].
     """
     root = (power / (window.to(power.dtype) ** 2).sum()).sqrt()
-    return (10.0 ** (level_db / 20) / root.clamp(min=1e-12)).clamp(max=_MOST_GAIN)
+    level: float = 10.0 ** (level_db / 20)
+    gain: Tensor = level / root.clamp(min=1e-12)
+    return gain.clamp(max=_MOST_GAIN)
 
 
 class FrontEnd(nn.Module):

@@ -166,6 +166,15 @@ class _MergedDecoder(MaskDecoder):
         self.decoders = nn.ModuleList(decoders)
         self.sizes = tuple(sizes)
         self.independent_sources = decoders[0].independent_sources
+        self.class_agnostic = decoders[0].class_agnostic
+        self.tells_presence = decoders[0].tells_presence
+        self.takes_unseen = decoders[0].takes_unseen
+
+    @property
+    def presence_threshold(self) -> Tensor:  # type: ignore[override]
+        first = self.decoders[0]
+        assert isinstance(first, MaskDecoder)
+        return first.presence_threshold
 
     def grow(self, num_classes: int) -> None:
         raise NotImplementedError

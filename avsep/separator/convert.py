@@ -166,7 +166,7 @@ def convert_published(sound_state: Mapping[str, Any], predictor_state: Mapping[s
     names, dead = _predictor_names(encoder_layers, layers)
     decoder, dropped = _translate(predictor, names, dead, "maskformer")
     try:
-        sizes = {
+        sizes: dict[str, Any] = {
             "base_channels": audio["down.0.weight"].shape[0],
             "mask_channels": audio["up.6.weight"].shape[0],
             "num_classes": decoder["class_queries"].shape[0],
@@ -335,7 +335,7 @@ def convert_coseparation(
     down = {name: value for name, value in unet.items() if name.startswith("down")}
     up = {name: value for name, value in unet.items() if name.startswith("up") and name[5:] != "weight"}
     try:
-        sizes = {
+        sizes: dict[str, Any] = {
             "base_channels": down["down.0.weight"].shape[0],
             "dim": visual["fc.weight"].shape[0],
             "num_classes": classifier["fc.weight"].shape[0],

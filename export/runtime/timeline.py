@@ -162,7 +162,8 @@ def _clamped(array: Array, first: int, count: int, copy: bool) -> Array:
 def _picked(array: Array, index: Array) -> Array:
     """The rows of an array at the places ``index``, which rise."""
     start = int(index[0])
-    return np.asarray(array[start : int(index[-1]) + 1])[index - start]
+    picked: Array = np.asarray(array[start : int(index[-1]) + 1])[index - start]
+    return picked
 
 
 def write_visual_file(path: str | Path, timelines: Mapping[str, VisualTimeline]) -> None:

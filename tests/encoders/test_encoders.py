@@ -227,3 +227,33 @@ def test_efficientnet_is_frozen_and_recognises_a_suit():
     scores = F.linear(encoder(pixels), weights["_fc.weight"], weights["_fc.bias"])
     top = set(scores.topk(5).indices[0].tolist())
     assert top & {834, 652, 906, 457}  # suit, military uniform, Windsor tie, bow tie
+
+
+# --------------------------------------------------------------------------------------------------- where, how often
+
+
+def test_with_a_grid_movement_is_told_by_its_place():
+    def features(grid, left):
+        torch.manual_seed(0)
+        encoder = MotionCNN(dim=8, steps=4, size=48, channels=4, grid=grid).eval()
+        frames = torch.zeros(1, 4, 1, 48, 48)
+        place = slice(0, 16) if left else slice(32, 48)
+        frames[:, ::2, :, 16:32, place] = 1.0
+        return encoder(frames)
+
+    assert features(3, True).shape == (1, 8, 4)
+    inner = (features(0, True) - features(0, False)).abs().max()
+    assert (features(3, True) - features(3, False)).abs().max() > 5 * inner
+
+
+@pytest.mark.parametrize(
+    ("params", "message"), [({"grid": 7}, "grid must lie between 0 and 6"), ({"rate_hz": -1.0}, "rate_hz must lie")]
+)
+def test_wrong_settings_of_motion_are_named(params, message):
+    with pytest.raises(ValueError, match=message):
+        MotionCNN(**params)
+
+
+def test_the_rate_is_asked_of_the_store():
+    assert MotionCNN(rate_hz=16.0).source().rate_hz == 16.0
+    assert MotionCNN().source().rate_hz == 0.0
