@@ -297,3 +297,5 @@ def _separate(console: Console, run: Path, duet: dict[str, Path], classes: list[
         load_separator(run), duet["duet"], read_visual_file(duet["features"]), classes, out, overwrite=True
     )
     console.print(f"{duet['duet']} separated into {', '.join(str(p) for p in separated.files.values())}")
+    for line in separated.findings.lines():  # such as two parts that are nearly the same sound
+        console.print(line)
