@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avsep.decoders._alignment import Presence, TimeVaryingHead, at_frames, is_present, time_varying_logits
+from avsep.decoders._alignment import (
+    Presence,
+    TimeVaryingHead,
+    at_frames,
+    is_present,
+    mask_cross_entropy,
+    time_varying_logits,
+)
 from avsep.decoders.base import MaskDecoder
 from avsep.encoders.base import weight_places
 from avsep.errors import ConfigError
@@ -14,6 +21,8 @@ from avsep.registry import MASK_DECODERS
 from avsep.types import AdapterPlace, AudioFeatures, MaskOutput, Spectrograms, VisualFeatures
 
 __all__ = ["AlignedQuery"]
+
+_SPREAD = 0.3  # of a class's vector at first: one of N(0, 1) would drown what is seen for hundreds of steps
 
 
 @MASK_DECODERS.register(
@@ -34,7 +43,9 @@ class AlignedQuery(MaskDecoder):
     ``class_given`` off leaves the class out: the decoder goes by the pictures alone (and then takes no class at all).
     Sources without a picture, or of unknown motion, get a learned vector in place of the object and of the motion.
     Whether a source sounds in the mixture is told beside its mask, learned by binary cross-entropy with the weight
-    ``presence_weight`` against whether its magnitudes make up 1 % of the mixture's.
+    ``presence_weight`` against whether its magnitudes make up 1 % of the mixture's. Beside the separation loss, L1
+    between masks, whose gradient all but ends where a mask is near 0 or 1, the masks learn by cross-entropy with the
+    ratio masks, weighted alike in the spectrogram, by ``cross_entropy_weight``.
 
     Shapes:
         mask_features [B, C, F, T] with F = ``log_rows`` a multiple of ``bands``, object [B, N, object_dim], motion
@@ -62,22 +73,26 @@ class AlignedQuery(MaskDecoder):
         kernel: int = 5,
         class_given: bool = True,
         presence_weight: float = 0.1,
+        cross_entropy_weight: float = 0.3,
     ) -> None:
         super().__init__()
-        if not presence_weight >= 0:
-            raise ValueError(f"presence_weight must be 0 or more, got {presence_weight}")
+        for name, weight in (("presence", presence_weight), ("cross_entropy", cross_entropy_weight)):
+            if not weight >= 0:
+                raise ValueError(f"{name}_weight must be 0 or more, got {weight}")
         self.head = TimeVaryingHead(dim, mask_channels, log_rows, bands=bands, layers=layers, kernel=kernel)
         self.num_classes = num_classes
         self.dim = dim
         self.class_agnostic = not class_given
         self.query_parameter = "class_queries" if class_given else ""
         self.presence_weight = presence_weight
-        self.class_queries = nn.Parameter(torch.randn(num_classes, dim)) if class_given else None
+        self.cross_entropy_weight = cross_entropy_weight
+        self.class_queries = nn.Parameter(_SPREAD * torch.randn(num_classes, dim)) if class_given else None
         self.object_proj = nn.Linear(object_dim, dim)
-        self.no_object = nn.Parameter(torch.randn(dim))
+        self.no_object = nn.Parameter(_SPREAD * torch.randn(dim))
         self.motion_proj = self.no_motion = None
         if motion_dim is not None:
             self.motion_proj = nn.ModuleList(nn.Conv1d(width, dim, 3, padding=1) for width in (motion_dim, dim))
+            self.motion_norm = nn.LayerNorm(dim)
             self.no_motion = nn.Parameter(torch.randn(dim))
         self.presence = Presence(dim)
 
@@ -86,7 +101,7 @@ class AlignedQuery(MaskDecoder):
         return self.presence.threshold
 
     def grow(self, num_classes: int) -> None:
-        """Make room for ``num_classes`` classes: old query rows stay, new ones are drawn from N(0, 1).
+        """Make room for ``num_classes`` classes: old query rows stay, new ones are drawn from N(0, 0.3^2).
 
         The parameter is a new object afterwards: optimisers made before do not know it.
 
@@ -96,7 +111,7 @@ class AlignedQuery(MaskDecoder):
         super().grow(num_classes)
         old = self.class_queries
         if old is not None:
-            new = torch.randn(num_classes - len(old), self.dim).to(old)
+            new = _SPREAD * torch.randn(num_classes - len(old), self.dim).to(old)
             self.class_queries = nn.Parameter(torch.cat((old.detach(), new)), requires_grad=old.requires_grad)
 
     def forward(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
@@ -137,20 +152,23 @@ class AlignedQuery(MaskDecoder):
         for number, layer in enumerate(self.motion_proj):
             motion = F.relu(motion) if number else motion
             motion = layer(motion if valid is None else motion * valid[:, None].to(motion.dtype))
-        motion = at_frames(motion, frames, valid)
+        motion = self.motion_norm(at_frames(motion, frames, valid).transpose(1, 2)).transpose(1, 2)
         motion = torch.unflatten(motion, 0, visual.motion.shape[:2])
         if (known := visual.moving) is None:
             return motion
         return motion.where(known[..., None, None], self.no_motion.to(motion.dtype)[:, None])
 
     def auxiliary_losses(self, output: MaskOutput, spectrograms: Spectrograms, class_ids: Tensor) -> dict[str, Tensor]:
-        """The presence loss, weighted; empty where its weight is 0."""
-        if self.presence_weight == 0:
-            return {}
-        assert output.presence is not None
-        target = is_present(spectrograms).to(torch.float32)
-        loss = F.binary_cross_entropy_with_logits(output.presence.float(), target)
-        return {"presence": self.presence_weight * loss}
+        """The cross-entropies of the masks and of the presence, weighted; without those whose weight is 0."""
+        terms: dict[str, Tensor] = {}
+        if self.cross_entropy_weight > 0:
+            terms["cross_entropy"] = self.cross_entropy_weight * mask_cross_entropy(output.logits, spectrograms)
+        if self.presence_weight > 0:
+            assert output.presence is not None
+            target = is_present(spectrograms).to(torch.float32)
+            loss = F.binary_cross_entropy_with_logits(output.presence.float(), target)
+            terms["presence"] = self.presence_weight * loss
+        return terms
 
     def adapter_places(self) -> tuple[AdapterPlace, ...]:
         """All but what tells the presence."""
