@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ __all__ = ["SPEC_FILE", "WEIGHTS_FILE", "load_separator", "save_separator", "wei
 SPEC_FILE = "separator.yaml"
 WEIGHTS_FILE = "model.safetensors"
 _FORMAT = "avsep-separator-1"
-_MEANS = "class_means."  # begins the names of tensors that are not of the state_dict
+MEANS_FILE = "class_means.safetensors"
 
 
 def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None:
-    """Write ``separator.yaml`` and ``model.safetensors``, each whole or not at all.
+    """Write ``separator.yaml`` and ``model.safetensors``, each whole or not at all; and ``class_means.safetensors`` of a
+    separator that keeps mean pictures of its classes.
 
     A new folder appears complete, and saving again under the same spec replaces the weights in one step. Where both
     files change in a folder that is there already, a kill between the two leaves whole weights beside the older yaml,
@@ -47,19 +48,23 @@ def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None
     if target.exists() and not target.is_dir():
         raise RunError(f"{target} is a file: a separator is saved as a folder, choose another name")
     spec = separator.spec.model_dump(mode="json")
-    content = _weights_bytes(separator, spec)
+    contents = {WEIGHTS_FILE: _weights_bytes(separator, spec)}
+    if separator.class_means is not None:
+        contents[MEANS_FILE] = _tensor_bytes(separator.class_means, spec)
     if _saved_spec(target) == spec:
-        with atomic_path(target / WEIGHTS_FILE) as temporary:
-            temporary.write_bytes(content)
+        for name, content in contents.items():
+            with atomic_path(target / name) as temporary:
+                temporary.write_bytes(content)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     # The pair changes together: write both beside the target before touching it.
     with staging_folder(target) as staging:
-        with atomic_path(staging / WEIGHTS_FILE) as temporary:
-            temporary.write_bytes(content)
+        for name, content in contents.items():
+            with atomic_path(staging / name) as temporary:
+                temporary.write_bytes(content)
         write_yaml(staging / SPEC_FILE, spec)
         if target.is_dir():
-            for name in (WEIGHTS_FILE, SPEC_FILE):
+            for name in (*contents, SPEC_FILE):
                 os.replace(staging / name, target / name)
         else:
             os.replace(staging, target)
@@ -67,8 +72,10 @@ def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None
 
 def _weights_bytes(separator: Separator, spec: dict[str, Any]) -> bytes:
     """The weights file: the same bytes for the same weights and spec, with a hash of the tensors in its header."""
-    means = {f"{_MEANS}{role}": value for role, value in (separator.class_means or {}).items()}
-    state = {**separator.state_dict(), **means}
+    return _tensor_bytes(separator.state_dict(), spec)
+
+
+def _tensor_bytes(state: Mapping[str, torch.Tensor], spec: dict[str, Any]) -> bytes:
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     plain = safetensors_bytes(tensors)
     size = int.from_bytes(plain[:8], "little")
@@ -127,7 +134,29 @@ def load_separator(folder_or_run: str | os.PathLike[str], task: int | None = Non
     with torch.random.fork_rng(devices=[]), weights_come_later():
         separator = build_from_spec(spec)
     _load_weights(separator, weights)
+    separator.class_means = load_class_means(folder, spec)
     return separator.eval()
+
+
+def load_class_means(folder: str | os.PathLike[str], spec: SeparatorSpec) -> dict[str, torch.Tensor] | None:
+    """The mean pictures of the classes (``Separator.class_means``) of a saved separator; None where it keeps none.
+
+    Raises:
+        CheckpointError: the file is damaged, or of other classes.
+    """
+    path = Path(folder) / MEANS_FILE
+    if not path.is_file():
+        return None
+    _spec_in_weights(path)
+    with _open_weights(path) as file:
+        means = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    for role, value in means.items():
+        if role not in ("object", "motion") or len(value) != spec.num_classes:
+            raise CheckpointError(
+                f"{path}: '{role}' has {len(value)} rows, and the separator {spec.num_classes} classes"
+            )
+    _check_tensors_hash(path)
+    return means or None
 
 
 def _separator_folder(path: Path, task: int | None) -> Path:
@@ -180,8 +209,7 @@ def _spec_in_weights(path: Path) -> Any:
 def weight_shapes(folder: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     """The shapes of a saved separator's tensors by name, without reading them."""
     with _open_weights(Path(folder) / WEIGHTS_FILE) as file:
-        names = [name for name in file.keys() if not name.startswith(_MEANS)]  # noqa: SIM118  (not a dict)
-        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (not a dict)
 
 
 def _check_same_spec(folder: Path, spec: SeparatorSpec) -> None:
@@ -202,7 +230,6 @@ def _load_weights(separator: Separator, path: Path) -> None:
     """Copy the file's tensors into the separator, or raise one line and change nothing."""
     with _open_weights(path) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    means = {name.removeprefix(_MEANS): state.pop(name) for name in list(state) if name.startswith(_MEANS)}
     own = separator.state_dict()
     if missing := sorted(own.keys() - state.keys()):
         raise CheckpointError(f"{path} lacks {len(missing)} tensors of its spec, among them '{missing[0]}'")
@@ -213,11 +240,5 @@ def _load_weights(separator: Separator, path: Path) -> None:
             raise CheckpointError(
                 f"{path}: '{name}' has the shape {list(state[name].shape)}, the spec gives {list(value.shape)}"
             )
-    for role, value in means.items():
-        if role not in ("object", "motion") or len(value) != separator.num_classes:
-            raise CheckpointError(
-                f"{path}: '{_MEANS}{role}' has {len(value)} rows, and the separator {separator.num_classes} classes"
-            )
     _check_tensors_hash(path)
     separator.load_state_dict(state)
-    separator.class_means = means or None

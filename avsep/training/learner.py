@@ -35,7 +35,7 @@ from avsep.registry import MEMORIES
 from avsep.runs.checkpoint import load_latest, load_state, save_state, taking_state
 from avsep.runs.folder import RunFolder
 from avsep.separator import Separator, build_from_spec, load_separator, save_separator
-from avsep.separator.weights import weight_shapes
+from avsep.separator.weights import load_class_means, weight_shapes
 from avsep.spec import ComponentRef, RunSpec, TrainSpec, validated
 from avsep.strategies import build_strategy
 from avsep.strategies.base import TaskContext
@@ -494,7 +494,7 @@ class ContinualLearner:
             self.ranks.broadcast_tensors(student.state_dict())
             self.strategy.load_state_dict(self.ranks.broadcast(_on_cpu(self.strategy.state_dict())))
         self.exemplars = self._remember(stream, task, self.exemplars)
-        self._complete(stream, task)
+        self._complete(stream, task, run)
         if self.ranks.several:
             chosen = self.ranks.broadcast(exemplars_to_plain(self.exemplars))
             self.exemplars = exemplars_from_plain(chosen, "process 0")
@@ -522,7 +522,7 @@ class ContinualLearner:
             }
         )
 
-    def _complete(self, stream: TaskStream, task: Task) -> None:
+    def _complete(self, stream: TaskStream, task: Task, run: RunFolder) -> None:
         """What the separator gets beside what it has learned: a presence threshold, or mean pictures of its classes."""
         student, device = self.separator, self.fabric.device
         choose_presence_threshold(student, stream.store, stream.validation.at(task.index), device)
@@ -530,6 +530,9 @@ class ContinualLearner:
             return
         at_hand = {name: _clips(stream, name) for name in (task.seen if self.strategy.uses_all_data else task.classes)}
         by_id = {clip.id: clip for clip in stream.store.clips}
+        if task.index:  # from the file, so that a resumed run goes on from the same
+            before = run.task(task.index - 1).separator
+            student.class_means = load_class_means(before, student.spec.of_classes(task.old))
         kept = {name: [by_id[one.id] for one in ones] for name, ones in self.exemplars.items()}
         student.class_means = mean_pictures(student, stream.store, {**kept, **at_hand}, device)
 

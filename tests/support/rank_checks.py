@@ -90,7 +90,7 @@ def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
     if ranks.several:
         module = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
         rows = ranks.part(torch.arange(len(batch.sources)))
-        parts = {k: v[rows] for k, v in vars(batch).items() if k != "clips"}
+        parts = {k: v[rows] for k, v in vars(batch).items() if k != "clips" and v is not None}
         batch = Batch(**parts)
     torch.manual_seed(7)  # a rank that drew for itself would draw otherwise
     terms = module(StepInputs(move_to(batch, "cpu"), teacher, 2))

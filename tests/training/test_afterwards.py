@@ -130,7 +130,7 @@ def test_means_of_other_classes_are_refused(tmp_path):
     separator = iquery()
     separator.class_means = {"object": torch.zeros(len(NAMES) + 1, 8)}
     save_separator(separator, tmp_path / "separator")
-    with pytest.raises(CheckpointError, match=r"'class_means\.object' has 5 rows, and the separator 4 classes"):
+    with pytest.raises(CheckpointError, match="'object' has 5 rows, and the separator 4 classes"):
         load_separator(tmp_path / "separator")
 
 
