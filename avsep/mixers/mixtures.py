@@ -22,13 +22,15 @@ from avsep.types import VisualSource
 
 __all__ = ["TrainingMixtures", "epoch_steps"]
 
+_SEEN = {"unseen_source": "source", "photo_source": "source", "unseen": "moving", "photo": "moving"}
 _CHANGES = 2**32  # added to an item's number, for the random numbers of its changes
 
 
 class TrainingMixtures(Dataset[list[Source]]):
     """The mixtures of one epoch of one task, drawn by ``train.mixer`` from the current clips and the exemplars.
 
-    ``crops``: the first sample of those exemplars of which one crop alone was kept, by clip id.
+    ``crops``: the first sample of those exemplars of which one crop alone was kept, by clip id. Where the mask decoder
+    does not take sources without a picture (``takes_unseen``), a mixer's are seen all the same.
 
     Raises:
         ConfigError: the mixer cannot make such mixtures of these clips, or they do not fill one batch.
@@ -47,7 +49,9 @@ class TrainingMixtures(Dataset[list[Source]]):
         task: int,
         epoch: int,
         crops: Mapping[str, int] | None = None,
+        takes_unseen: bool = True,
     ) -> None:
+        self.takes_unseen = takes_unseen
         self.store = store
         self.train = train
         self.front_end = front_end
@@ -85,6 +89,8 @@ class TrainingMixtures(Dataset[list[Source]]):
         if self.train.augment is not None:
             rng = self._rng(item + _CHANGES)  # not the mixer's: what is drawn does not depend on how it is changed
             changes = [draw_change(self.train.augment, rng) for _ in drawn]
+        if not self.takes_unseen:
+            drawn = [one._replace(role=_SEEN.get(one.role, one.role)) for one in drawn]
         return [self._load(*one, change) for one, change in zip(drawn, changes, strict=True)]
 
     def _load(self, number: int, start: int, gain: float, role: str, change: Change | None) -> Source:

@@ -23,7 +23,8 @@ class Varied(Mixer):
     that is not heard, or at rest, or there is one picture and no motion, or no picture, as often each; and else one of
     different classes. In ``background`` times of 1, whatever the kind, something sounds beside them that nobody asked
     for. Where all classes differ, there is nothing seen of any source but its class, or one picture and no motion, as
-    often each, in ``unseen`` times of 1; and in as many of only some of the sources.
+    often each, in ``unseen`` times of 1; and in as many of only some of the sources. A mask decoder that needs pictures
+    sees them all the same.
 
     Classes are drawn uniformly from all that are there, then their clips, exemplars like the others. An epoch has
     ``train.current_repeats`` mixtures a current clip; ``train.memory_repeats``, ``memory_share`` and ``partner`` play

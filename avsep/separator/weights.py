@@ -34,8 +34,8 @@ MEANS_FILE = "class_means.safetensors"
 
 
 def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None:
-    """Write ``separator.yaml`` and ``model.safetensors``, each whole or not at all; and ``class_means.safetensors`` of a
-    separator that keeps mean pictures of its classes.
+    """Write ``separator.yaml`` and ``model.safetensors``, each whole or not at all, and ``class_means.safetensors`` of
+    a separator that keeps mean pictures of its classes.
 
     A new folder appears complete, and saving again under the same spec replaces the weights in one step. Where both
     files change in a folder that is there already, a kill between the two leaves whole weights beside the older yaml,

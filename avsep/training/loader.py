@@ -54,6 +54,7 @@ class TaskMixtures:
         self._train = train
         self._front_end = separator.spec.front_end
         self._visual_sources = separator.visual_sources()
+        self._takes_unseen = separator.mask_decoder.takes_unseen
         self._task = task
         self._ranks = ranks
         self._device = torch.device(device)
@@ -77,6 +78,7 @@ class TaskMixtures:
             task=self._task.index,
             epoch=epoch,
             crops=self._crops,
+            takes_unseen=self._takes_unseen,
         )
 
     def training_batches(self, data: TrainingMixtures, done: int = 0) -> Iterator[Batch]:
