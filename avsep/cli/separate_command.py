@@ -437,11 +437,15 @@ class _Looks:
         return names
 
     def timelines(self, path: Path, classes: list[str]) -> dict[str, VisualTimeline]:
+        from avsep.export.runtime.timeline import timeline_of
         from avsep.media.footage import Encoders, timelines_of_video
 
         pictures = {name: timeline for name, timeline in self.pictures.items() if name in classes}
         if self.given or not self.engine.sources:
-            return {**self.given, **pictures}
+            found = {**self.given, **pictures}
+            for name in classes if self.given else ():
+                timeline_of(found, name)  # what was forgotten in the file is not asked for by name alone
+            return found
         if not self.looks_at(path, classes):
             self.engine.check(pictures, classes)
             return pictures

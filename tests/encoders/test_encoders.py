@@ -233,17 +233,19 @@ def test_efficientnet_is_frozen_and_recognises_a_suit():
 
 
 def test_with_a_grid_movement_is_told_by_its_place():
-    def features(grid, left):
-        torch.manual_seed(0)
-        encoder = MotionCNN(dim=8, steps=4, size=48, channels=4, grid=grid).eval()
-        frames = torch.zeros(1, 4, 1, 48, 48)
-        place = slice(0, 16) if left else slice(32, 48)
-        frames[:, ::2, :, 16:32, place] = 1.0
+    torch.manual_seed(0)
+    encoder = MotionCNN(dim=8, steps=4, size=48, channels=4, grid=3).eval()
+    with torch.no_grad():
+        encoder.temporal.weight[:, : 4 * 4] = 0.0  # deaf to the mean and the maximum over the picture
+
+    def features(left):
+        frames = torch.full((1, 4, 1, 48, 48), 0.5)
+        frames[:, ::2, :, 16:32, slice(0, 16) if left else slice(32, 48)] = 1.0
         return encoder(frames)
 
-    assert features(3, True).shape == (1, 8, 4)
-    inner = (features(0, True) - features(0, False)).abs().max()
-    assert (features(3, True) - features(3, False)).abs().max() > 5 * inner
+    assert features(True).shape == (1, 8, 4)
+    assert (features(True) - features(False)).abs().max() > 1e-3
+    assert MotionCNN(dim=8, channels=4).temporal.weight.shape[1] == 4 * 4
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from avsep.evaluation.yardsticks import (
     sdr_by_task,
 )
 from avsep.files import read_json
-from avsep.separator import load_separator
+from avsep.separator import Separator, load_separator
 from avsep.spec import FrontEndSpec
 from support.answers import Stub
 from support.tones import TINY_FRONT_END, TINY_TASKS, TONES_HZ
@@ -160,6 +160,7 @@ def test_paper_pairs_have_them_for_the_last_list(tone_store, run):
 
 def test_tables_of_an_audiovisual_run_fit_120_columns(tone_store, run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(Separator, "can_go_unseen", False)  # as one that keeps no mean pictures
     stream = task_stream(tone_store, TINY_TASKS, protocol="audiovisual", clip_samples=TINY_FRONT_END["clip_samples"])
     stream.protocol.save(run / "protocol.json")
     command(run, dependence=2)
@@ -168,10 +169,16 @@ def test_tables_of_an_audiovisual_run_fit_120_columns(tone_store, run, capsys, m
     step = result["after"][-1]
     assert "…" not in shown
     assert max(len(line) for line in shown.splitlines() if "scores written" not in line) <= 120
-    for text in ("static filter", "ideal mask", "less filter", "absent-still", "left out: absent-unseen, unseen:"):
+    for text in (
+        "static filter",
+        "ideal mask",
+        "less filter",
+        "absent-still",
+        "left out: absent-unseen, photo, unseen:",
+    ):
         assert text in shown
     assert "presence: this separator's decoder does not tell" in shown
-    assert step["left_out"] == ["absent-unseen", "unseen"]
+    assert step["left_out"] == ["absent-unseen", "photo", "unseen"]
     assert step["all"]["mixtures"] == 12
     assert set(step["by_task"]) == {"0", "1"}
     filtered = absent_levels(result, step, "static filter")["absent-still"]
