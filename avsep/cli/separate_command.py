@@ -420,7 +420,8 @@ class _Looks:
                 continue
             if not self.engine.can_go_unseen:
                 way_out = "give --features FILE.npz (see: avsep data features)"
-                if all(source.kind == "frames" for source in self.engine.sources):
+                frames = all(source.kind == "frames" for source in self.engine.sources)
+                if frames and not same_class(asked or []):  # two pictures do not tell two of a class apart
                     way_out += f", or a picture of each class (--picture {(unshown or ['CLASS'])[0]}=photo.jpg)"
                 raise ConfigError(f"this separator needs video frames, and {path} has none: {way_out}")
             if not named:

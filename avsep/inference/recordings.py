@@ -324,10 +324,12 @@ def _timelines(
     found: list[VisualTimeline | None] = []
     for one in asked:
         timeline = shown.get(one.name)
-        if timeline is None and not separator.can_go_unseen:
-            raise DataError(nothing_of(one, timelines))
         found.append(timeline)
-        for source in looks_at if timeline is not None else ():
+        if timeline is None:
+            if not separator.can_go_unseen:
+                raise DataError(nothing_of(one, timelines))
+            continue
+        for source in looks_at:
             _read_checked(timeline, source, spec.clip_s / 2, spec.clip_s)
     check_told_apart(asked, shown)
     return found

@@ -495,7 +495,9 @@ class BundleSeparator:
 
     def _of_nothing(self, count: int) -> dict[str, Array]:
         """The inputs of a source of which there is no picture: zeros, and ``seen`` says so."""
-        made = {name: np.zeros(count, dtype=bool) for name in ("seen", "motion_seen") if name in self._shapes}
+        made: dict[str, Array] = {
+            name: np.zeros(count, dtype=bool) for name in ("seen", "motion_seen") if name in self._shapes
+        }
         for name, shape in self._shapes.items():
             if name.endswith("_features"):
                 made[name] = np.zeros((count, *_sizes(shape[2:])), dtype=np.float32)
