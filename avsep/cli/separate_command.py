@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from avsep.export.runtime.recordings import Source
     from avsep.inference.recordings import Recording, SeparatedFile
     from avsep.media.detection import BoxTrack
     from avsep.media.timeline import VisualTimeline
@@ -30,23 +31,27 @@ def command(
     ],
     classes: Annotated[
         str,
-        typer.Option("--classes", help="Classes to separate, such as flute,piano; auto: those that are seen."),
+        typer.Option(
+            "--classes",
+            help="Classes to separate, such as flute,piano; auto: those that are seen. Two of one class by names of "
+            "their own: left=violin,right=violin.",
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for NAME_CLASS.wav, NAME_residual.wav and a page.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for FILE_NAME.wav, FILE_residual.wav and a page.")],
     run: Annotated[Path | None, typer.Option("--run", help="Run folder, or a saved separator.")] = None,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="Exported bundle, in place of a run; needs no PyTorch.")
     ] = None,
     features: Annotated[
         Path | None,
-        typer.Option("--features", help="Frames or features of each class (.npz, see: avsep data features)."),
+        typer.Option("--features", help="Frames or features by name or class (.npz, see: avsep data features)."),
     ] = None,
     boxes: Annotated[
         Path | None,
         typer.Option(
             "--boxes",
-            help='Where each class is in the video, as JSON: {"0": {"flute": [left, top, right, bottom]}, ...}, by '
-            "second, as fractions of the frame. Without it a detector looks.",
+            help='Where each source is in the video, as JSON: {"0": {"flute": [left, top, right, bottom]}, ...}, by '
+            "second, by name or class, as fractions of the frame. Without it a detector looks.",
         ),
     ] = None,
     whole_frame: Annotated[
@@ -62,9 +67,9 @@ def command(
         list[str] | None,
         typer.Option(
             "--picture",
-            metavar="CLASS=PHOTO",
-            help="One picture for a class, in place of what a video shows of it (repeatable). Some separators need "
-            "neither.",
+            metavar="NAME=PHOTO",
+            help="One picture for a source or class, in place of what a video shows of it (repeatable). Some "
+            "separators need neither.",
         ),
     ] = None,
     task: Annotated[
@@ -88,7 +93,7 @@ def command(
         ),
     ] = False,
     suffix: Annotated[str, typer.Option("--suffix", help="Files as wav or flac.")] = "wav",
-    page: Annotated[bool, typer.Option("--page/--no-page", help="Write NAME_separated.html, to hear and see.")] = True,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Write FILE_separated.html, to hear and see.")] = True,
     batch: Annotated[
         int | None,
         typer.Option("--batch", min=1, help="Chunks separated at once [default: 4; of a bundle: as its graph takes]."),
@@ -107,11 +112,11 @@ def command(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
-    """Separate videos or sounds of any length into one file per class and the residual, with a page to hear and see."""
+    """Separate videos or sounds of any length into one file per source and a residual, with a page to hear and see."""
     from avsep.cli._text import names_in
     from avsep.errors import ConfigError
-    from avsep.export.runtime.recordings import mixed_down
-    from avsep.inference.recordings import check_recordings, ids_of_classes, read_recording, separate_recordings
+    from avsep.export.runtime.recordings import check_moves, mixed_down, sources_of
+    from avsep.inference.recordings import check_recordings, read_recording, separate_recordings
     from avsep.media.detection import read_boxes
     from avsep.media.timeline import read_visual_file
     from avsep.progress import progress_bar
@@ -152,30 +157,27 @@ def command(
             display[0].update(bar_of[label], done, total)
 
         looks = _Looks(engine, timelines, track, whole_frame, detector, look_every, device if run else "cpu", progress)
-        looks.show(photos)
         options: dict[str, Any] = {"rate": rate, "subtype": subtype, "suffix": suffix}
         options |= {"rescale": rescale, "overwrite": overwrite}
         chosen = names_in(classes, engine.classes)
-        if chosen != ["auto"]:
-            ids_of_classes(engine.classes, chosen)
-            for name in photos:
-                if name not in chosen:
-                    raise ConfigError(f"--picture {name}=... is of no class that is asked for: {', '.join(chosen)}")
-            if timelines or not engine.sources:
-                engine.check({**timelines, **looks.pictures}, chosen)
-        looks.check(files, chosen)
+        asked = None if chosen == ["auto"] else sources_of(engine.classes, chosen)
+        if asked is not None:
+            check_moves(asked, engine.sources)
+        looks.show(photos, asked)
+        if asked is not None and (timelines or not engine.sources):
+            engine.check({**timelines, **looks.pictures}, chosen)
+        looks.check(files, asked)
         page = page and _can_draw()
 
-        def planned(path: Path, names: list[str], seen: dict[str, VisualTimeline] | None) -> Recording:
-            return _planned(path, names, seen, engine, looks, page, mixed[path])
+        def planned(path: Path, sources: list[Source], seen: dict[str, VisualTimeline] | None) -> Recording:
+            return _planned(path, sources, seen, engine, looks, page, mixed[path])
 
-        if chosen != ["auto"]:  # what can go wrong with the files, before a video is looked at
-            check_recordings([planned(path, chosen, None) for path in files], out, **options)
+        if asked is not None:  # what can go wrong with the files, before a video is looked at
+            check_recordings([planned(path, asked, None) for path in files], out, **options)
         recordings = []
         for path in files:
-            names = looks.propose(path) if chosen == ["auto"] else chosen
-            ids_of_classes(engine.classes, names)
-            recordings.append(planned(path, names, looks.timelines(path, names)))
+            sources = sources_of(engine.classes, looks.propose(path)) if asked is None else asked
+            recordings.append(planned(path, sources, looks.timelines(path, sources)))
         for path, count in channels.items():
             if mixed[path] and not mono and engine.channels is not None:
                 typer.echo(mixed_down(path.name, count, engine.channels), err=True)
@@ -198,7 +200,7 @@ def _channels(audio: Any) -> int:
 
 
 def _photos(given: list[str]) -> dict[str, Path]:
-    """["violin=photo.jpg", ...] as paths by class."""
+    """["violin=photo.jpg", ...] as paths by name or class."""
     from avsep.errors import ConfigError
 
     photos: dict[str, Path] = {}
@@ -208,7 +210,7 @@ def _photos(given: list[str]) -> dict[str, Path]:
         if not (name and sign and path):
             raise ConfigError(f"--picture {text!r} is not a class and its picture: write it as violin=photo.jpg")
         if name in photos:
-            raise ConfigError(f"--picture gives two pictures of '{name}': a class is shown one")
+            raise ConfigError(f"--picture gives two pictures of '{name}': one is shown of each")
         photos[name] = Path(path)
     return photos
 
@@ -241,8 +243,8 @@ def _can_draw() -> bool:
 class _Engine:
     """What separates, of either kind.
 
-    ``separate`` takes a mixture, timelines, classes and a function to report to; ``check`` raises what it would raise
-    of timelines and classes; ``sizes`` are the heights and widths of frames by role, ``ran`` says where it runs.
+    ``separate`` takes a mixture, timelines by name, classes and a function to report to; ``check`` raises what it would
+    raise of timelines and classes; ``sizes`` are the heights and widths of frames by role, ``ran`` says where it runs.
     ``channels`` that it takes beside one, None: any number. ``threshold`` of presence, where it tells that. Whether its
     masks are ``limited`` to a sum of 1, and whether it ``can_go_unseen``.
     """
@@ -361,50 +363,65 @@ class _Looks:
         self._detector: Any = None
         self._encoders: Any = None
 
-    def show(self, photos: dict[str, Path]) -> None:
-        """Read one picture for each of some classes."""
+    def show(self, photos: dict[str, Path], asked: list[Source] | None) -> None:
+        """Read one picture for each of some sources; with ``asked`` None of classes."""
         from avsep.errors import ConfigError
-        from avsep.inference.recordings import ids_of_classes
+        from avsep.export.runtime.recordings import by_name, sources_of
         from avsep.media.picture import timeline_of_picture
 
         if photos and not self.engine.sources:
             raise ConfigError("this separator looks at nothing, so that --picture does nothing: leave it out")
-        for name, path in photos.items():
-            ids_of_classes(self.engine.classes, [name])
-            if name in self.given:
+        sources = sources_of(self.engine.classes, list(photos)) if photos and asked is None else asked or []
+        keys = by_name({key: key for key in photos}, sources)
+        for key in photos:
+            if key not in keys.values():
+                if not any(source.is_named for source in sources):
+                    sources_of(self.engine.classes, [key])  # an unknown class is told as such
+                several = [source.name for source in sources if source.class_name == key]
+                if several:
+                    raise ConfigError(f"--picture {key}=... does not say of which {key}: name {' or '.join(several)}")
+                has = ", ".join(source.name for source in sources)
+                raise ConfigError(f"--picture {key}=... is of no class that is asked for: {has}")
+        given = by_name(self.given, sources)
+        for name, key in keys.items():
+            if name in given:
                 raise ConfigError(f"--picture and --features both say what is seen of '{name}': leave one out")
-            self.pictures[name] = timeline_of_picture(path, self.engine.sources, self.engine.sizes)
+            self.pictures[name] = timeline_of_picture(photos[key], self.engine.sources, self.engine.sizes)
 
-    def looks_at(self, path: Path, classes: list[str]) -> bool:
+    def unshown(self, sources: list[Source]) -> list[Source]:
+        """Those that no picture is given of."""
+        return [source for source in sources if source.name not in self.pictures]
+
+    def looks_at(self, path: Path, sources: list[Source]) -> bool:
         """Whether the file itself is looked at."""
-        unshown = classes == ["auto"] or any(name not in self.pictures for name in classes)
-        return bool(self.engine.sources) and not self.given and unshown and path in self.videos
+        return bool(self.engine.sources) and not self.given and bool(self.unshown(sources)) and path in self.videos
 
-    def check(self, files: list[Path], classes: list[str]) -> None:
-        """Raise where a file shows nothing that the separator needs, or a class has no box."""
+    def check(self, files: list[Path], asked: list[Source] | None) -> None:
+        """Raise where a file shows nothing that the separator needs, or a source has no box; ``asked`` None: auto."""
         from avsep.errors import ConfigError, DataError
+        from avsep.export.runtime.recordings import by_name, nothing_of, same_class, together
         from avsep.media.video import is_video
 
         if self.engine.sources and not self.given:
             self.videos = {path for path in files if is_video(path)}
-        if self.track is not None and classes != ["auto"]:
-            for name in classes:
-                if name not in self.track.classes and name not in self.pictures:
-                    raise DataError(
-                        f"there are no boxes of class '{name}': there are those of {', '.join(self.track.classes)}"
-                    )
+        if asked is not None and self.track is not None:
+            boxes = by_name(self.track.entries, asked)
+            for source in self.unshown(asked):
+                if source.name not in boxes:
+                    raise DataError(nothing_of(source, self.track.classes, "boxes"))
         if self.given or not self.engine.sources:
-            if classes == ["auto"] and not self.given:
+            if asked is None and not self.given:
                 raise ConfigError("this separator takes no video frames: name the classes instead of auto")
             return
-        named = self.pictures if classes == ["auto"] else classes
+        named = list(self.pictures) if asked is None else [source.name for source in asked]
         unshown = [name for name in named if name not in self.pictures]
         for path in files:
             if path in self.videos or (named and not unshown):
                 continue
             if not self.engine.can_go_unseen:
                 way_out = "give --features FILE.npz (see: avsep data features)"
-                if all(source.kind == "frames" for source in self.engine.sources):
+                frames = all(source.kind == "frames" for source in self.engine.sources)
+                if frames and not same_class(asked or []):  # two pictures do not tell two of a class apart
                     way_out += f", or a picture of each class (--picture {(unshown or ['CLASS'])[0]}=photo.jpg)"
                 raise ConfigError(f"this separator needs video frames, and {path} has none: {way_out}")
             if not named:
@@ -412,6 +429,10 @@ class _Looks:
             if self.track is not None or self.whole_frame:
                 option = "--boxes" if self.track is not None else "--whole-frame"
                 raise ConfigError(f"{option} is of a video, and {path} is none: leave it out")
+        for group in same_class(self.unshown(asked or [])) if self.whole_frame else ():
+            raise ConfigError(
+                f"{together(group)}, and --whole-frame shows the same of each: give their boxes instead (--boxes)"
+            )
 
     def propose(self, path: Path) -> list[str]:
         """The classes for ``--classes auto``: those of the given boxes or features, else those that are seen in a
@@ -436,27 +457,31 @@ class _Looks:
         typer.echo(f"{path.name}: {', '.join(names)}", err=True)
         return names
 
-    def timelines(self, path: Path, classes: list[str]) -> dict[str, VisualTimeline]:
-        from avsep.export.runtime.timeline import timeline_of
+    def timelines(self, path: Path, sources: list[Source]) -> dict[str, VisualTimeline]:
+        """What is seen of the sources in a file, by name."""
+        from avsep.errors import DataError
+        from avsep.export.runtime.recordings import by_name, nothing_of
         from avsep.media.footage import Encoders, timelines_of_video
 
-        pictures = {name: timeline for name, timeline in self.pictures.items() if name in classes}
+        names, texts = [source.name for source in sources], [source.text for source in sources]
+        pictures = {name: timeline for name, timeline in self.pictures.items() if name in names}
         if self.given or not self.engine.sources:
-            found = {**self.given, **pictures}
-            for name in classes if self.given else ():
-                timeline_of(found, name)  # what was forgotten in the file is not asked for by name alone
+            found = {**by_name(self.given, sources), **pictures}
+            for source in sources if self.given else ():
+                if source.name not in found:  # what was forgotten in the file is not asked for by name alone
+                    raise DataError(nothing_of(source, self.given))
             return found
-        if not self.looks_at(path, classes):
-            self.engine.check(pictures, classes)
+        if not self.looks_at(path, sources):
+            self.engine.check(pictures, texts)
             return pictures
-        unshown = [name for name in classes if name not in pictures]
+        unshown = self.unshown(sources)
         if self._encoders is None and any(source.kind == "features" for source in self.engine.sources):
             self._encoders = Encoders(device=self._place())
         track = self._track(path, unshown)
         self.found[path] = track
         seen = timelines_of_video(
             path,
-            unshown,
+            [source.name for source in unshown],
             self.engine.sources,
             track,
             encoders=self._encoders,
@@ -464,32 +489,47 @@ class _Looks:
             report=functools.partial(self.progress, f"looking at {path.name}"),
         )
         seen.update(pictures)
-        self.engine.check(seen, classes)
+        self.engine.check(seen, texts)
         return seen
 
-    def _track(self, path: Path, classes: list[str]) -> BoxTrack:
-        from avsep.errors import MissingExtraError, MissingWeightsError
+    def _track(self, path: Path, sources: list[Source]) -> BoxTrack:
+        """Where the sources are, by name."""
+        from avsep.errors import ConfigError, MissingExtraError, MissingWeightsError
+        from avsep.export.runtime.recordings import by_name, same_class, together
+        from avsep.media.detection import BoxTrack
         from avsep.media.footage import track_objects, whole_frame
 
         if self.track is not None:
-            return self.track
+            return BoxTrack(by_name(self.track.entries, sources))
+        groups = same_class(sources)
         if not self.whole_frame:
             try:
                 detector = self._detect()
             except (MissingWeightsError, MissingExtraError) as error:
                 if self.weights != "auto":
                     raise
+                if groups:
+                    raise ConfigError(
+                        f"{together(groups[0])}: give their boxes (--boxes), for they cannot be looked for: {error}"
+                    ) from None
                 typer.echo(f"every class is shown the whole frame, for no objects can be looked for: {error}", err=True)
                 self.whole_frame = True
         if self.whole_frame:
-            return whole_frame(classes)
-        return track_objects(
+            return whole_frame([source.name for source in sources])
+        track = track_objects(
             path,
-            classes,
+            {source.name: source.class_name for source in sources},
             detector,
             every_s=self.every_s,
             report=functools.partial(self.progress, f"finding objects in {path.name}"),
         )
+        for group in groups:
+            names = ", ".join(source.name for source in group)
+            typer.echo(
+                f"{path.name}: {names} are the {len(group)} surest boxes of {group[0].class_name}, from left to right",
+                err=True,
+            )
+        return track
 
     def _detect(self) -> Any:
         from avsep.media.detection import OWLv2Detector
@@ -506,7 +546,7 @@ class _Looks:
 
 def _planned(
     path: Path,
-    names: list[str],
+    sources: list[Source],
     seen: dict[str, VisualTimeline] | None,
     engine: _Engine,
     looks: _Looks,
@@ -518,26 +558,29 @@ def _planned(
     from avsep.inference.recordings import Recording
     from avsep.media.detection import GIVEN
 
+    names, texts = [source.name for source in sources], [source.text for source in sources]
     track = looks.found.get(path)
     beside: dict[str, Callable[[Any], str]] = {}
-    if looks.looks_at(path, names) and looks.track is None and not looks.whole_frame:
+    if looks.looks_at(path, sources) and looks.track is None and not looks.whole_frame:
         beside[f"{path.stem}_boxes.json"] = lambda _: "" if track is None else track.as_json()
     if page:
-        rules: dict[str, list[str]] = {}
+        rules: dict[str, list[str]] = {source.name: [source.class_name] for source in sources if source.is_named}
         if track is not None:
-            for name in (name for name in names if name not in looks.pictures):
+            for name in (source.name for source in looks.unshown(sources)):
                 counts = track.rules(name)
                 total = sum(counts.values())
-                rules[name] = [
+                rules.setdefault(name, []).extend(
                     "boxes given" if rule == GIVEN else f"{rule}: {count} of {total} frames" if total > 1 else rule
                     for rule, count in counts.items()
-                ]
-        rules |= {name: ["picture given"] for name in names if name in looks.pictures}
+                )
+        for name in names:
+            if name in looks.pictures:
+                rules.setdefault(name, []).append("picture given")
         beside[f"{path.stem}_separated.html"] = lambda signals: render_separated(path.name, names, signals, seen, rules)
     return Recording(
         path,
         tuple(names),
-        lambda mixture, report: engine.separate(mixture, seen, names, report),
+        lambda mixture, report: engine.separate(mixture, seen, texts, report),
         beside,
         mono,
         tuple(name for name in names if engine.sources and name not in (seen or {})),

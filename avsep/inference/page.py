@@ -66,9 +66,9 @@ def render_separated(
 
     Args:
         title: the recording's name.
-        classes: N class names, in the order of the sources.
-        timelines: what the separator saw of each class, for a few frames of it.
-        rules: of each class how its object was found, in a few words each.
+        classes: the N sources' names, in their order: those of classes, or names of their own.
+        timelines: what the separator saw of each source, by name, for a few frames of it.
+        rules: of each source, by name, how its object was found, in a few words each.
 
     Raises MissingExtraError without jinja2 or matplotlib.
     """

@@ -27,14 +27,21 @@ from avsep.export.runtime.files import staged_files
 from avsep.export.runtime.recordings import (
     LargestPresence,
     Separated,
+    Source,
     absent,
+    by_name,
+    check_moves,
+    check_names,
     check_rescale,
     check_targets,
+    check_told_apart,
     fitting_gain,
     ids_of_classes,
+    nothing_of,
     output_paths,
+    sources_of,
 )
-from avsep.export.runtime.timeline import MOTION_STEPS, VisualSource, VisualTimeline, timeline_of
+from avsep.export.runtime.timeline import MOTION_STEPS, VisualSource, VisualTimeline
 from avsep.export.runtime.wav import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, check_samples
 from avsep.files import refuse_file, write_text
 from avsep.media.audio import SUBTYPES, level_db, resample, to_mono, write_audio
@@ -68,6 +75,7 @@ __all__ = [
     "separate_file",
     "separate_files",
     "separate_recordings",
+    "sources_of",
 ]
 
 Audio = NDArray[np.float32]
@@ -83,15 +91,15 @@ UNSEPARATED_DB = 0.5
 
 @dataclass(frozen=True)
 class Findings:
-    """What there is to say of a result beside its sounds.
+    """What there is to say of a result beside its sounds; sources go by their names.
 
     Attributes:
-        presence: by class the probability that it sounds in the recording at all, the largest of any chunk; empty of a
+        presence: by source the probability that it sounds in the recording at all, the largest of any chunk; empty of a
             separator that does not tell.
-        threshold: from which a class counts as present.
-        alike: pairs of classes whose sounds are nearly the same, with the correlation of their mono signals.
-        unseparated: classes that got the mixture itself, with their level to it in dB.
-        unseen: classes of which the separator saw no picture.
+        threshold: from which a source counts as present.
+        alike: pairs of sources whose sounds are nearly the same, with the correlation of their mono signals.
+        unseparated: sources that got the mixture itself, with their level to it in dB.
+        unseen: sources of which the separator saw no picture.
         limited: the parts and the residual add up to the mixture, and no part is louder than it.
     """
 
@@ -104,7 +112,7 @@ class Findings:
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """The classes that are probably not in the recording."""
+        """The sources that are probably not in the recording."""
         return tuple(name for name, p in self.presence.items() if self.threshold is not None and p < self.threshold)
 
     def lines(self) -> list[str]:
@@ -121,7 +129,7 @@ class Findings:
         return found
 
     def tags(self, name: str) -> list[str]:
-        """The same of one class, in a few words each."""
+        """The same of one source, in a few words each."""
         found = ["no picture"] if name in self.unseen else []
         found += [absent(self.presence[name])] if name in self.absent else []
         for one, other, _ in self.alike:
@@ -169,7 +177,7 @@ def _unit(audio: Audio) -> NDArray[np.float64]:
 class SeparatedFile:
     """What :func:`separate_file` wrote.
 
-    ``files`` by class name, in the order asked for; ``levels_db`` the root-mean-square levels by class, and of
+    ``files`` by the sources' names, in the order asked for; ``levels_db`` their root-mean-square levels, and those of
     ``residual`` and ``mixture``, before any are clipped or rescaled; ``clipped`` the number of samples beyond full
     scale in all channels of all files together; ``beside`` further files (a page, boxes). ``gain``: with ``rescale``
     the one factor that all files are scaled by, which add up to the mixture times it. ``channels`` of each file;
@@ -190,7 +198,7 @@ class SeparatedFile:
 
 
 def class_ids_of(separator: Separator, classes: Sequence[str]) -> list[int]:
-    """Class ids of class names; raises as :func:`avsep.export.runtime.recordings.ids_of_classes`."""
+    """The class id of each of ``classes``; raises as :func:`avsep.export.runtime.recordings.sources_of`."""
     return ids_of_classes(separator.classes, classes)
 
 
@@ -303,30 +311,33 @@ def _unseen(separator: Separator, count: int, steps: int) -> VisualFeatures:
 
 
 def _timelines(
-    separator: Separator, timelines: Mapping[str, VisualTimeline], classes: Sequence[str]
+    separator: Separator, timelines: Mapping[str, VisualTimeline], asked: Sequence[Source]
 ) -> list[VisualTimeline | None]:
-    """The timelines of ``classes``, each read once for what the separator wants, so that mistakes show at once; None
-    of a class that has none, where the separator can go unseen."""
-    sources = separator.visual_sources()
-    if not sources:
-        return [VisualTimeline()] * len(classes)
+    """What is seen of each source, each timeline read once for what the separator wants, so that mistakes show at once;
+    None of a source that has none, where the separator can go unseen."""
+    looks_at = separator.visual_sources()
+    check_moves(asked, looks_at)
+    if not looks_at:
+        return [VisualTimeline()] * len(asked)
     spec = separator.spec.front_end
+    shown = by_name(timelines, asked)
     found: list[VisualTimeline | None] = []
-    for name in classes:
-        if separator.can_go_unseen and name not in timelines:
-            found.append(None)
-            continue
-        timeline = timeline_of(timelines, name)
+    for one in asked:
+        timeline = shown.get(one.name)
         found.append(timeline)
-        for source in sources:
+        if timeline is None:
+            if not separator.can_go_unseen:
+                raise DataError(nothing_of(one, timelines))
+            continue
+        for source in looks_at:
             _read_checked(timeline, source, spec.clip_s / 2, spec.clip_s)
+    check_told_apart(asked, shown)
     return found
 
 
 def check_timelines(separator: Separator, timelines: Mapping[str, VisualTimeline], classes: Sequence[str]) -> None:
     """Raise what :func:`separate_audio` would raise of these frames or features and classes."""
-    class_ids_of(separator, classes)
-    _timelines(separator, timelines, classes)
+    _timelines(separator, timelines, sources_of(separator.classes, classes))
 
 
 def separate_audio(
@@ -340,22 +351,25 @@ def separate_audio(
     limit_mask_sum: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Audio:
-    """Separate a mixture [L] at the separator's rate into [N, L], one row a class, in the order of ``classes``; or one
+    """Separate a mixture [L] at the separator's rate into [N, L], a row for each of ``classes``, in their order; or one
     of several channels [C, L] into [N, C, L].
 
     Runs on the separator's device, in evaluation mode (its mode is restored), ``batch`` chunks at a time.
 
     Args:
-        timelines: frames or features by class name, on the recording's time axis. Where the separator can go unseen,
-            classes without any may be left out.
+        timelines: frames or features by name or class, on the recording's time axis. Where the separator can go unseen,
+            sources without any may be left out.
+        classes: class names, or ``NAME=CLASS`` of sources with names of their own: ``left=violin`` and
+            ``right=violin`` are two of one class, told apart by what is seen of each
+            (:func:`avsep.export.runtime.recordings.sources_of`).
         limit_mask_sum: divide the masks by their sum where that is above 1, whatever the separator's setting.
         context_s: seconds thrown away on each side of a chunk; an eighth of the chunk when None.
         progress: called with (chunks done, chunks in all).
 
     Raises:
-        ConfigError, UnknownNameError: classes, as :func:`class_ids_of`.
+        ConfigError, UnknownNameError: classes, as ``sources_of``; or two of one class that nothing tells apart.
         AudioError: the mixture has NaN or infinite samples, or some far beyond full scale.
-        DataError: a class without frames, or with frames that the separator's encoders do not take.
+        DataError: a source without frames, or with frames that the separator's encoders do not take.
         NumericalError: the separator answers NaN or infinite.
     """
     return separate_and_tell(
@@ -381,12 +395,13 @@ def separate_and_tell(
     limit_mask_sum: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Separated:
-    """As :func:`separate_audio`, and what the separator tells of each class's presence."""
+    """As :func:`separate_audio`, and what the separator tells of each source's presence."""
     import torch
 
     check_samples("the mixture", mixture)
-    ids = class_ids_of(separator, classes)
-    lines = _timelines(separator, timelines, classes)
+    asked = sources_of(separator.classes, classes)
+    ids = [source.class_id for source in asked]
+    lines = _timelines(separator, timelines, asked)
     spec = separator.spec.front_end
     device = next(separator.parameters()).device
     total = int(mixture.shape[-1])
@@ -461,7 +476,7 @@ def separate_files(
     limit_mask_sum: bool = False,
     progress: Callable[[Path, int, int], None] | None = None,
 ) -> list[SeparatedFile]:
-    """Separate audio files and write one WAV per class and the residual of each, with the file's channels.
+    """Separate audio files and write one WAV per source and the residual of each, with the file's channels.
 
     Everything is checked before the first chunk is separated, and the files appear together at the end: a mistake or a
     kill leaves ``out_dir`` as it was. The residual is the mixture minus the sum of the sources, at the output's
@@ -470,7 +485,8 @@ def separate_files(
 
     Args:
         audio_paths: files in any format of libsndfile, any rate and channel count.
-        timelines: frames or features by class (:func:`avsep.media.timeline.read_visual_file`), for all the files.
+        timelines: frames or features by name or class (:func:`avsep.media.timeline.read_visual_file`), for all files.
+        classes: as :func:`separate_audio`'s; files go by the sources' names.
         out_dir: made when it is not there.
         rate: of the files written: ``model`` (the separator's), ``input`` (each file's own) or a number of Hz.
         subtype: ``PCM_16``, ``PCM_24`` or ``FLOAT``.
@@ -499,9 +515,11 @@ def separate_files(
         )
 
     front_end, decoder = separator.spec.front_end, separator.mask_decoder
-    unseen = tuple(name for name in classes if name not in timelines) if separator.visual_sources() else ()
+    asked = sources_of(separator.classes, classes)
+    names, seen = tuple(source.name for source in asked), by_name(timelines, asked)
+    unseen = tuple(name for name in names if name not in seen) if separator.visual_sources() else ()
     return separate_recordings(
-        [Recording(Path(path), tuple(classes), run, mono=mono, unseen=unseen) for path in audio_paths],
+        [Recording(Path(path), names, run, mono=mono, unseen=unseen) for path in audio_paths],
         out_dir,
         sample_rate_hz=front_end.sample_rate_hz,
         threshold=float(decoder.presence_threshold) if decoder.tells_presence else None,
@@ -532,8 +550,9 @@ class Recording:
 
     ``separate`` is called with the mixture at the separator's rate, [L] of a file of one channel (or ``mono``), else
     [C, L], and a function to report (chunks done, chunks in all) to, or None, and gives the sources [N, L] or
-    [N, C, L], one for each of ``classes``. ``beside``: names of further text files, each with what makes its content of
-    the result. ``mono``: mix the channels first. ``unseen``: the classes that are shown nothing of.
+    [N, C, L], one for each of ``classes``, which are the sources' names. ``beside``: names of further text files, each
+    with what makes its content of the result. ``mono``: mix the channels first. ``unseen``: names of sources that
+    nothing is seen of.
     """
 
     path: Path
@@ -568,6 +587,8 @@ def check_recordings(
     if suffix == "flac" and subtype == "FLOAT":
         raise ConfigError("FLAC holds no FLOAT samples: use --format PCM_24, or --suffix wav")
     check_rescale(rescale, subtype)
+    for recording in recordings:
+        check_names(recording.classes)
     _output_rate(rate, 1000, 1000)
     refuse_file(out)
     place = next(p for p in (out, *out.parents) if p.exists())

@@ -11,7 +11,7 @@ import bisect
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GIVEN",
+    "HELD",
     "PROMPTS",
     "THRESHOLD",
     "WHOLE_FRAME",
@@ -38,6 +39,8 @@ __all__ = [
     "Found",
     "OWLv2Detector",
     "find_objects",
+    "find_several",
+    "follow",
     "owlv2_hub",
     "prepare_square",
     "propose_classes",
@@ -53,8 +56,12 @@ PROMPTS = ("a {class}", "a person playing the {class}", "a musical instrument")
 """Tried in this order; the first is the paper's."""
 WHOLE_FRAME = "whole frame"
 GIVEN = "given"
+HELD = "not found, as before"
 _WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 _SAME_OBJECT = 0.5  # boxes that overlap more (intersection over union) are of one object
+_APART = 0.3  # boxes of two objects of one class overlap no more
+_INSIDE = 0.7  # a box of which more lies within another is a part of that object
+_SHARE = 1 / 3  # of the frames in which something must be seen to be there
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,12 @@ class Detector(Protocol):
     def best(self, frames: Sequence[Frame], prompts: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
         """The best box of each prompt in each frame [3, H, W]: scores [n, Q] in 0..1 and boxes [n, Q, 4], corners as
         :data:`Box`. A score does not depend on the other prompts."""
+
+    def several(
+        self, frames: Sequence[Frame], prompts: Sequence[str], most: int, threshold: float
+    ) -> list[list[list[tuple[float, Box]]]]:
+        """Of each frame and prompt up to ``most`` boxes of different objects (:func:`keep_apart`) that score at least
+        ``threshold``, with their scores, the surest first. Asked only where several of one class are looked for."""
 
 
 def prompt_of(template: str, class_name: str) -> str:
@@ -117,13 +130,114 @@ def find_objects(
     return found
 
 
+def find_several(
+    detector: Detector,
+    frames: Sequence[Frame],
+    counts: Mapping[str, int],
+    *,
+    threshold: float = THRESHOLD,
+    prompts: Sequence[str] = PROMPTS,
+    others: Sequence[Mapping[str, Found]] = (),
+) -> list[dict[str, list[Found]]]:
+    """Several objects of each class in each frame.
+
+    Of each class the ``prompts`` that name it are tried in order, and the first one with as many boxes as ``counts``
+    says is taken, or the one with the most. A box belongs to the class that scores highest there.
+
+    Args:
+        counts: by class, how many are looked for.
+        others: for each frame the objects found of other classes (:func:`find_objects`).
+
+    Returns:
+        For each frame the objects by class, the surest first: as many as there are, at most as many as are looked for.
+    """
+    templates = [template for template in prompts if "{class}" in template]
+    queries = [prompt_of(template, name) for name in counts for template in templates]
+    most = sum(counts.values()) + max((len(one) for one in others), default=0)
+    seen = detector.several(frames, queries, most, threshold)
+    found = []
+    for n, of_frame in enumerate(seen):
+        boxes = dict(zip(queries, of_frame, strict=True))
+        named = [o for o in others[n].values() if o.rule != WHOLE_FRAME] if others else []
+        best: dict[str, list[Found]] = {name: [] for name in counts}
+        for template in templates:
+            ranked = [(score, name, box) for name in counts for score, box in boxes[prompt_of(template, name)]]
+            here: dict[str, list[Found]] = {name: [] for name in counts}
+            taken = [(o.box, o.score, "") for o in named]
+            for score, name, box in sorted(ranked, key=lambda r: -r[0]):
+                if any(of != name and s > score and overlap(box, place) > _SAME_OBJECT for place, s, of in taken):
+                    continue
+                if len(here[name]) < counts[name]:
+                    here[name].append(Found(box, score, prompt_of(template, name)))
+                    taken.append((box, score, name))
+            for name, objects in here.items():
+                if len(objects) > len(best[name]):
+                    best[name] = objects
+        found.append(best)
+    return found
+
+
+def follow(
+    frames: Sequence[tuple[float, Sequence[Found]]], names: Sequence[str]
+) -> dict[str, list[tuple[float, Found]]] | None:
+    """Which object is whose over time: ``names`` go from left to right in the first frame that shows all of them, and
+    from there each goes to the object nearest to where it was. Where fewer are found, the others stay where they are.
+
+    Args:
+        frames: seconds, each with the objects that are seen then (:func:`find_several`).
+
+    Returns:
+        (second, object) by name; None where less than a third of the frames shows all of them.
+    """
+    whole = [n for n, (_, objects) in enumerate(frames) if len(objects) >= len(names)]
+    if not whole or len(whole) < _SHARE * len(frames):
+        return None
+    first = whole[0]
+    ordered = sorted(frames[first][1][: len(names)], key=lambda o: _centre(o.box))
+    last = dict(zip(names, ordered, strict=True))
+    entries: dict[str, list[tuple[float, Found]]] = {name: [] for name in names}
+    for number, (second, objects) in enumerate(frames):
+        now: dict[str, Found] = {}
+        if number >= first:
+            pairs = [
+                (math.dist(_centre(last[name].box), _centre(o.box)), name, k)
+                for name in names
+                for k, o in enumerate(objects)
+            ]
+            taken: set[int] = set()
+            for _, name, k in sorted(pairs):
+                if name not in now and k not in taken:
+                    now[name] = objects[k]
+                    taken.add(k)
+        for name in names:
+            entries[name].append((second, now.get(name) or Found(last[name].box, 0.0, HELD)))
+        last |= now
+    return entries
+
+
+def keep_apart(ranked: Iterable[tuple[float, Box]], most: int) -> list[tuple[float, Box]]:
+    """The first ``most`` boxes of different objects: their intersection over union is at most 0.3, and none lies
+    mostly within another. ``ranked``: scores and boxes, the surest first."""
+    kept: list[tuple[float, Box]] = []
+    for score, box in ranked:
+        if len(kept) == most:
+            break
+        if all(overlap(box, other) <= _APART and _within(box, other) <= _INSIDE for _, other in kept):
+            kept.append((score, box))
+    return kept
+
+
+def _centre(box: Box) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
 def propose_classes(
     detector: Detector,
     frames: Sequence[Frame],
     known: Sequence[str],
     *,
     threshold: float = THRESHOLD,
-    share: float = 1 / 3,
+    share: float = _SHARE,
 ) -> list[str]:
     """The classes among the ``known`` that are seen in at least a ``share`` of the frames, the surest first.
 
@@ -148,12 +262,24 @@ def propose_classes(
 
 def overlap(a: Box, b: Box) -> float:
     """Intersection over union, 0..1."""
+    shared = _shared(a, b)
+    return shared / (_area(a) + _area(b) - shared) if shared else 0.0
+
+
+def _within(a: Box, b: Box) -> float:
+    """How much of the smaller one lies within the other, 0..1."""
+    shared = _shared(a, b)
+    return shared / min(_area(a), _area(b)) if shared else 0.0
+
+
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _shared(a: Box, b: Box) -> float:
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    shared = width * height
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+    return width * height if width > 0 and height > 0 else 0.0
 
 
 def _box(values: Any) -> Box:
@@ -257,11 +383,34 @@ class OWLv2Detector:
 
     def best(self, frames: Sequence[Frame], prompts: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
         """As :meth:`Detector.best`; a place that lies beyond the frame, in what fills it up, is no object."""
+        scores: list[NDArray[Any]] = []
+        boxes: list[NDArray[Any]] = []
+        for chance, inside in self._places(frames, prompts):
+            top = chance.argmax(dim=0)  # [Q]
+            scores.append(chance.gather(0, top[None])[0].numpy())
+            boxes.append(inside[top].numpy())
+        return np.stack(scores), np.stack(boxes)
+
+    def several(
+        self, frames: Sequence[Frame], prompts: Sequence[str], most: int, threshold: float
+    ) -> list[list[list[tuple[float, Box]]]]:
+        """As :meth:`Detector.several`; places as :meth:`best`'s."""
+        found = []
+        for chance, inside in self._places(frames, prompts):
+            ranked = chance.sort(dim=0, descending=True, stable=True)
+            of_frame = []
+            for k in range(len(prompts)):
+                sure = int((ranked.values[:, k] >= threshold).sum())
+                scores, boxes = ranked.values[:sure, k].tolist(), inside[ranked.indices[:sure, k]].tolist()
+                of_frame.append(keep_apart(zip(scores, map(_box, boxes), strict=True), most))
+            found.append(of_frame)
+        return found
+
+    def _places(self, frames: Sequence[Frame], prompts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each frame the score of every prompt at every place [places, Q], and the places' boxes [places, 4]."""
         import torch
 
         ids, mask = self._tokens(prompts)
-        scores: list[NDArray[Any]] = []
-        boxes: list[NDArray[Any]] = []
         for first in range(0, len(frames), self.batch):
             group = frames[first : first + self.batch]
             ready = torch.stack([prepare_square(torch.from_numpy(np.ascontiguousarray(p)), self.size) for p in group])
@@ -280,20 +429,17 @@ class OWLv2Detector:
                 scale = torch.tensor([max(height, width) / width, max(height, width) / height]).repeat(2)
                 inside = (corners * scale).clamp(0.0, 1.0)  # [places, 4]; boxes are relative to the square
                 there = ((inside[:, 2:] - inside[:, :2]) * torch.tensor([width, height]) >= 1).all(dim=-1)
-                chance = chance.masked_fill(~there[:, None], 0.0)
-                top = chance.argmax(dim=0)  # [Q]
-                scores.append(chance.gather(0, top[None])[0].numpy())
-                boxes.append(inside[top].numpy())
-        return np.stack(scores), np.stack(boxes)
+                yield chance.masked_fill(~there[:, None], 0.0), inside
 
 
 # --- boxes over time --------------------------------------------------------------------------------------------------
 
 
 class BoxTrack:
-    """The objects of each class over time. One holds until the next of its class; the first holds before, too.
+    """The objects of each source over time. One holds until the next of its source; the first holds before, too.
 
-    ``entries``: by class, (second, object) in order of time.
+    ``entries``: by the source's name, which is its class's or one of its own, (second, object) in order of time.
+    ``classes`` are these names.
     """
 
     def __init__(self, entries: Mapping[str, Sequence[tuple[float, Found]]]) -> None:
@@ -330,10 +476,10 @@ class BoxTrack:
 
 
 def read_boxes(path: str | os.PathLike[str]) -> BoxTrack:
-    """Read boxes over time: JSON of seconds, each with boxes by class.
+    """Read boxes over time: JSON of seconds, each with boxes by class, or by the name of a source.
 
     ``{"0": {"violin": [0.05, 0.1, 0.45, 0.9], "flute": [0.5, 0, 1, 1]}, "12.5": {"violin": [...]}}``: left, top, right
-    and bottom as fractions of the upright frame's width and height. A box holds until the next of its class. Edges up
+    and bottom as fractions of the upright frame's width and height. A box holds until the next of its name. Edges up
     to 0.05 beyond the frame are cut.
 
     Raises:

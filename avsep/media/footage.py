@@ -1,4 +1,4 @@
-"""From a video to what a separator looks at: objects over time, and their frames or features by class.
+"""From a video to what a separator looks at: objects over time, and their frames or features by source.
 
 Frames are taken at the rates of a store (1 a second of an object, 8 grey ones of its movement, or as many as the
 separator takes), cut out by the object's box, and brought to one size. torch is loaded only where features are
@@ -16,7 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avsep.errors import DataError
-from avsep.media.detection import THRESHOLD, WHOLE_FRAME, BoxTrack, Detector, Found, find_objects
+from avsep.media.detection import (
+    THRESHOLD,
+    WHOLE_FRAME,
+    BoxTrack,
+    Detector,
+    Found,
+    find_objects,
+    find_several,
+    follow,
+)
 from avsep.media.timeline import VisualTimeline
 from avsep.media.video import cut_frame, iter_frames, probe
 from avsep.types import VisualSource
@@ -62,7 +71,7 @@ def sample_frames(path: str | os.PathLike[str], most: int = 12) -> list[NDArray[
 
 def track_objects(
     path: str | os.PathLike[str],
-    classes: Sequence[str],
+    classes: Sequence[str] | Mapping[str, str],
     detector: Detector,
     *,
     every_s: float = 1.0,
@@ -75,25 +84,38 @@ def track_objects(
     A frame stands for the ``every_s`` seconds around it. Memory holds a few frames at a time. Of a ``span`` (two
     seconds) the seconds count from its beginning.
 
+    Args:
+        classes: names of classes; or, by the names of sources, their classes. Sources of one class are its surest
+            objects, from left to right in the order of their names, and followed from there
+            (:func:`avsep.media.detection.follow`).
+
     Raises:
-        DataError: there is no video stream, or it cannot be decoded.
+        DataError: there is no video stream, or it cannot be decoded; or it shows fewer objects of a class than there
+            are sources of it.
     """
     if not every_s > 0:
         raise ValueError(f"every_s must be above 0, got {every_s}")
-    entries: dict[str, list[tuple[float, Found]]] = {name: [] for name in classes}
+    of = dict(classes) if isinstance(classes, Mapping) else {name: name for name in classes}
+    named: dict[str, list[str]] = {}
+    for name, class_name in of.items():
+        named.setdefault(class_name, []).append(name)
+    single = [class_name for class_name, names in named.items() if len(names) == 1]
+    counts = {class_name: len(names) for class_name, names in named.items() if len(names) > 1}
+    alone: list[tuple[float, dict[str, Found]]] = []
+    several: list[tuple[float, dict[str, list[Found]]]] = []
     total = _about(path, 1 / every_s, span)
     group: list[NDArray[np.uint8]] = []
-    done = 0
 
     def detect() -> None:
-        nonlocal done
-        for objects in find_objects(detector, group, classes, threshold=threshold):
-            for name, found in objects.items():
-                entries[name].append((done * every_s, found))
-            done += 1
+        times = [(len(alone) + k) * every_s for k in range(len(group))]
+        found = find_objects(detector, group, single, threshold=threshold)
+        if counts:
+            more = find_several(detector, group, counts, threshold=threshold, others=found)
+            several.extend(zip(times, more, strict=True))
+        alone.extend(zip(times, found, strict=True))
         group.clear()
         if report is not None:
-            report(done, max(done, total))
+            report(len(alone), max(len(alone), total))
 
     for frame in iter_frames(path, 1 / every_s, span=span):
         group.append(frame)
@@ -101,7 +123,20 @@ def track_objects(
             detect()
     if group:
         detect()
-    return BoxTrack(entries)
+    entries = {}
+    for class_name, names in named.items():
+        if len(names) == 1:
+            entries[names[0]] = [(second, objects[class_name]) for second, objects in alone]
+            continue
+        places = follow([(second, objects[class_name]) for second, objects in several], names)
+        if places is None:
+            seen = sum(len(objects[class_name]) >= len(names) for _, objects in several)
+            raise DataError(
+                f"{Path(path).name}: {len(names)} of {class_name} are asked for ({', '.join(names)}), and they are "
+                f"found in {seen} of {len(several)} frames: give their boxes (--boxes)"
+            )
+        entries |= places
+    return BoxTrack({name: entries[name] for name in of})
 
 
 def extractors(role: str) -> dict[str, ComponentSpec[VisualEncoder]]:
@@ -181,7 +216,8 @@ def timelines_of_video(
     span: tuple[float, float] | None = None,
     report: Report | None = None,
 ) -> dict[str, VisualTimeline]:
-    """What a separator's ``sources`` ask for of each class, on the time axis of the video, or of a ``span`` of it.
+    """What a separator's ``sources`` ask for of each of ``classes``, which are names of the ``track``, on the time axis
+    of the video, or of a ``span`` of it.
 
     Frames are cut out by the boxes of ``track`` and brought to the heights and widths ``sizes`` by role. Features of a
     registered encoder's name are extracted by it: of an object, one row a second from what lies within the box, in its

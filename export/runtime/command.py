@@ -19,10 +19,10 @@ from .recordings import (
     check_rescale,
     check_targets,
     fitting_gain,
-    ids_of_classes,
     mixed_down,
     names_in,
     output_paths,
+    sources_of,
 )
 from .separator import BundleSeparator
 from .sessions import PROVIDERS
@@ -43,9 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "audio", help="a WAV file at the separator's rate; other channels than the bundle's are mixed to mono"
     )
     parser.add_argument("--mono", action="store_true", help="mix the channels to mono in any case")
-    parser.add_argument("--classes", required=True, help="classes to separate, such as flute,piano")
-    parser.add_argument("--features", help="frames or features of each class (.npz of avsep data features)")
-    parser.add_argument("--out", required=True, help="folder for STEM_CLASS.wav and STEM_residual.wav")
+    parser.add_argument(
+        "--classes",
+        required=True,
+        help="classes to separate, such as flute,piano; two of one class by names, such as left=violin,right=violin",
+    )
+    parser.add_argument("--features", help="frames or features by name or class (.npz of avsep data features)")
+    parser.add_argument("--out", required=True, help="folder for STEM_NAME.wav and STEM_residual.wav")
     parser.add_argument("--provider", default="auto", help=f"one of {', '.join(PROVIDERS)} [default: auto]")
     parser.add_argument("--engines", help="folder of engines built with --out [default: engines in the bundle's]")
     parser.add_argument("--precision", help="of the graph: fp32, fp16 or int8 [default: fp32 where there is one]")
@@ -87,8 +91,8 @@ def _separate_file(chosen: Any) -> str:
     )
     clipped, gain = 0, 1.0
     with separator:
-        names = names_in(chosen.classes, separator.classes)
-        ids_of_classes(separator.classes, names)
+        classes = names_in(chosen.classes, separator.classes)
+        names = [source.name for source in sources_of(separator.classes, classes)]
         if features is None and separator.visual_sources and not separator.can_go_unseen:
             raise ConfigError("this separator needs video frames: give --features FILE.npz (avsep data features)")
         mixture = audio
@@ -97,7 +101,7 @@ def _separate_file(chosen: Any) -> str:
             if not chosen.mono:
                 print(mixed_down(path.name, len(audio), separator.channels), file=sys.stderr)
         mixture = mixture[0] if len(mixture) == 1 else mixture
-        separator.check(features, names)
+        separator.check(features, classes)
         separator._check_rate(rate_hz)
         targets = output_paths(path, names, out)
         check_targets([path], [targets], out, chosen.overwrite)
@@ -105,7 +109,9 @@ def _separate_file(chosen: Any) -> str:
             print(f"note: {reason}", file=sys.stderr)
         with staged_files(out, targets) as staging:
             begin = time.perf_counter()
-            sources, presence = separator.separate_with_presence(mixture, features, names, rate_hz, progress=_counter())
+            sources, presence = separator.separate_with_presence(
+                mixture, features, classes, rate_hz, progress=_counter()
+            )
             took_s = time.perf_counter() - begin
             signals = [*sources, mixture - sources.sum(axis=0)]
             if chosen.rescale:

@@ -1,33 +1,47 @@
-"""What separating a recording takes, whatever separates it: class names, and the names of the files that come out."""
+"""What separating a recording takes, whatever separates it: the sources that are asked for, what is seen of each, and
+the names of the files that come out."""
 
 from __future__ import annotations
 
 import csv
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError, UnknownNameError, near_matches
+from .timeline import VisualSource, VisualTimeline
 
 __all__ = [
     "LargestPresence",
     "Separated",
+    "Source",
     "absent",
+    "by_name",
+    "check_moves",
+    "check_names",
     "check_rescale",
     "check_targets",
+    "check_told_apart",
     "fitting_gain",
     "ids_of_classes",
     "mixed_down",
     "names_in",
+    "nothing_of",
     "output_paths",
+    "same_class",
+    "sources_of",
+    "together",
 ]
 
+_T = TypeVar("_T")
 _TOP = 1 - 2.0**-15  # the largest value that 16 bits hold; 24 bits hold more
+_TAKEN = ("mixture", "residual")  # names that results have anyway
 
 
 class Separated(NamedTuple):
@@ -67,7 +81,7 @@ def mixed_down(name: str, channels: int, takes: int) -> str:
 
 def names_in(text: str, known: Sequence[str] = ()) -> list[str]:
     """The names of a list with commas. A name that has commas itself stands in double quotes, or is one of the
-    ``known`` ones: ``male speech, man speaking,violin`` are two of them.
+    ``known`` ones: ``male speech, man speaking,violin`` are two of them, and ``left=male speech, man speaking`` is one.
 
     Raises:
         ConfigError: a quote is not closed.
@@ -81,8 +95,12 @@ def names_in(text: str, known: Sequence[str] = ()) -> list[str]:
     longest = max(map(len, whole), default=1)
     names, at = [], 0
     while at < len(words):
+        own, sign, first = (part.strip() for part in words[at].partition("="))
         for count in range(min(longest, len(words) - at), 1, -1):
-            if (name := whole.get(tuple(words[at : at + count]))) is not None:
+            if (name := whole.get(tuple(words[at : at + count]))) is None and sign:
+                name = whole.get((first, *words[at + 1 : at + count]))
+                name = None if name is None else f"{own}={name}"
+            if name is not None:
                 names.append(name)
                 at += count
                 break
@@ -92,12 +110,40 @@ def names_in(text: str, known: Sequence[str] = ()) -> list[str]:
     return [name for name in names if name]
 
 
-def ids_of_classes(known: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """The class ids of ``classes``: their places among the ``known`` names.
+class Source(NamedTuple):
+    """What is asked for: a sound of the class ``class_name``, whose place among the separator's classes is
+    ``class_id``. It goes by ``name``, which is the class's or, where several are of one class, one of its own."""
+
+    name: str
+    class_name: str
+    class_id: int
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the name is one of its own."""
+        return _nfc(self.name) != _nfc(self.class_name)
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages."""
+        return f"'{self.name}' ({self.class_name})" if self.is_named else f"class '{self.name}'"
+
+    @property
+    def text(self) -> str:
+        """As :func:`sources_of` reads it."""
+        return f"{self.name}={self.class_name}" if self.is_named else self.name
+
+
+def sources_of(known: Sequence[str], classes: Sequence[str]) -> list[Source]:
+    """The sources that ``classes`` ask for: class names, or ``NAME=CLASS`` of sources with names of their own, such as
+    ``left=violin`` and ``right=violin``. Names are unique, classes may repeat.
+
+    Args:
+        known: the separator's class names.
 
     Raises:
         UnknownNameError: a class the separator has not learned.
-        ConfigError: no class, a class twice, or a separator without class names.
+        ConfigError: no class, a name twice or one that results have anyway, or a separator without class names.
     """
     if isinstance(classes, str):
         raise ConfigError(f"classes must be a sequence of names, such as ['{classes}'], not one string")
@@ -106,21 +152,154 @@ def ids_of_classes(known: Sequence[str], classes: Sequence[str]) -> list[int]:
     if not known:
         raise ConfigError("this separator has no class names: build or save it with classes=(...)")
     # an umlaut may be one character or two
-    places = {unicodedata.normalize("NFC", name): place for place, name in enumerate(known)}
-    found = [places.get(unicodedata.normalize("NFC", name)) for name in classes]
-    ids = [place for place in found if place is not None]
-    if len(ids) < len(classes):
-        name = classes[found.index(None)]
-        raise UnknownNameError(f"the separator has not learned class '{name}': {near_matches(name, known)}")
-    if repeated := sorted(known[i] for i in set(ids) if ids.count(i) > 1):
-        raise ConfigError(f"class '{repeated[0]}' is given twice: every class is separated once")
-    return ids
+    places = {_nfc(name): place for place, name in enumerate(known)}
+    sources: list[Source] = []
+    for text in classes:
+        name = class_name = text
+        place = places.get(_nfc(text))  # a class's name may hold a "=" too
+        if place is None and "=" in text:
+            name, _, class_name = (part.strip() for part in text.partition("="))
+            if not name or not class_name:
+                raise ConfigError(f"'{text}' is not a name and its class: write it as left=violin")
+            place = places.get(_nfc(class_name))
+        if place is None:
+            raise UnknownNameError(
+                f"the separator has not learned class '{class_name}': {near_matches(class_name, known)}"
+            )
+        source = Source(name, known[place], place)
+        if source.is_named:
+            check_names([name])
+        for other in sources:
+            if _nfc(other.name) != _nfc(name):
+                continue
+            if source.is_named or other.is_named:
+                raise ConfigError(f"two sources are named '{name}' ({other.text}, {text}): give each a name of its own")
+            raise ConfigError(
+                f"class '{name}' is given twice: name each of the two, such as left={name},right={name}, with boxes or "
+                "features of left and of right"
+            )
+        sources.append(source)
+    return sources
 
 
-def output_paths(audio_path: Path, classes: Sequence[str], out_dir: Path, suffix: str = "wav") -> list[Path]:
-    """``<stem>_<class>.wav`` for each class, then ``<stem>_residual.wav``; or with another suffix."""
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def ids_of_classes(known: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """The class ids of ``classes``; raises as :func:`sources_of`."""
+    return [source.class_id for source in sources_of(known, classes)]
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise :class:`ConfigError` of the name of a source that results have anyway."""
+    for name in names:
+        if name in _TAKEN:
+            raise ConfigError(f"a source cannot be named '{name}', as results have one: name it, such as other=CLASS")
+
+
+def same_class(sources: Sequence[Source]) -> list[list[Source]]:
+    """The sources that share their class with another one, a list for each such class."""
+    groups: dict[int, list[Source]] = {}
+    for source in sources:
+        groups.setdefault(source.class_id, []).append(source)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def together(group: Sequence[Source]) -> str:
+    """``left and right are both violin`` in messages."""
+    *first, last = (source.name for source in group)
+    return f"{', '.join(first)} and {last} are {'both' if len(group) == 2 else 'all'} {group[0].class_name}"
+
+
+def by_name(given: Mapping[str, _T], sources: Sequence[Source]) -> dict[str, _T]:
+    """What is ``given`` of each source, by the source's name: under that name or, where there is none, under its class,
+    if that is asked for once and no other source's name. Sources of which nothing is given are left out."""
+    keys = {_nfc(key): key for key in given}
+    names = {_nfc(source.name) for source in sources}
+    count = Counter(source.class_id for source in sources)
+    found = {}
+    for source in sources:
+        key = keys.get(_nfc(source.name))
+        of_class = _nfc(source.class_name)
+        if key is None and count[source.class_id] == 1 and of_class not in names:
+            key = keys.get(of_class)
+        if key is not None:
+            found[source.name] = given[key]
+    return found
+
+
+def nothing_of(source: Source, given: Iterable[str], what: str = "frames or features") -> str:
+    """What is said of a source of which nothing is among the ``given``, which are names."""
+    has = sorted(given)
+    message = f"there are no {what} of {source.label}: there are those of {', '.join(has) or 'none'}"
+    if source.is_named and source.class_name in has:
+        message += f", and {source.class_name} does not say of which it is: write {source.name} instead"
+    return message
+
+
+def check_moves(sources: Sequence[Source], looks_at: Sequence[VisualSource]) -> None:
+    """Refuse two sources of one class where the separator does not look at movement.
+
+    Raises:
+        ConfigError: one line.
+    """
+    if any(visual.role == "motion" for visual in looks_at):
+        return
+    for group in same_class(sources):
+        looks = "looks at no movement" if looks_at else "looks at nothing"
+        raise ConfigError(
+            f"{together(group)}, and this separator {looks}, which alone tells two of a class apart: it would give "
+            f"the same sound twice; ask for {group[0].class_name} once, or take a separator with a motion encoder"
+        )
+
+
+def check_told_apart(sources: Sequence[Source], shown: Mapping[str, VisualTimeline | Mapping[str, Any]]) -> None:
+    """Refuse sources of one class that would be the same sound: no movement is seen of two of them, or the same is
+    ``shown`` of both (by the sources' names).
+
+    Raises:
+        ConfigError: one line.
+    """
+    way_out = "give boxes of each in a video (--boxes), or features of each (--features)"
+    for group in same_class(sources):
+        still = [source for source in group if not _moves(shown.get(source.name))]
+        if len(still) > 1:
+            raise ConfigError(
+                f"{together(still)}, and no movement is seen of them, which alone tells two of a class apart: {way_out}"
+            )
+        moving = [source for source in group if source not in still]
+        for place, source in enumerate(moving):
+            for other in moving[:place]:
+                if _same(shown[source.name], shown[other.name]):
+                    raise ConfigError(
+                        f"{together([other, source])}, and both are shown the same, so that they would be the same "
+                        f"sound: {way_out}"
+                    )
+
+
+def _moves(shown: VisualTimeline | Mapping[str, Any] | None) -> bool:
+    return shown is not None and (not isinstance(shown, VisualTimeline) or shown.moves)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether the same is seen of two sources."""
+    if one is other:
+        return True
+    if isinstance(one, VisualTimeline) and isinstance(other, VisualTimeline):
+        arrays = ({"object": t.object, "motion": t.motion, **t.features} for t in (one, other))
+        return _same(*arrays)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if callable(one) or callable(other) or one is None or other is None:
+        return False
+    return bool(np.array_equal(one, other))
+
+
+def output_paths(audio_path: Path, names: Sequence[str], out_dir: Path, suffix: str = "wav") -> list[Path]:
+    """``<stem>_<name>.wav`` for each source's name, then ``<stem>_residual.wav``; or with another suffix."""
     parts: list[str] = []
-    for name in (*classes, "residual"):
+    for name in (*names, "residual"):
         part = _file_name(name)
         taken = [p.casefold() for p in parts]
         number = 2
@@ -131,7 +310,7 @@ def output_paths(audio_path: Path, classes: Sequence[str], out_dir: Path, suffix
 
 
 def _file_name(name: str) -> str:
-    """A class name as a part of a file name: what a file system may refuse becomes ``-``."""
+    """A name as a part of a file name: what a file system may refuse becomes ``-``."""
     return re.sub(r'[<>:"/\\|?*\s\x00-\x1f]+', "-", name).strip(".") or "class"
 
 

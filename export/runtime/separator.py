@@ -4,6 +4,7 @@ from avsep_runtime import BundleSeparator  # of the bundle's wheel; avsep.export
 
 separator = BundleSeparator.load("bundle", provider="cpu")
 sources = separator.separate(mixture, {"flute": {"object": ..., "motion": ...}, ...}, ["flute", "piano"])
+duet = separator.separate(mixture, {"left": ..., "right": ...}, ["left=violin", "right=violin"])
 
 stream = separator.stream(["flute", "piano"], features)
 for block in blocks:
@@ -30,9 +31,18 @@ from .engines import engines_folder
 from .errors import AudioError, ConfigError, DataError, NumericalError
 from .manifest import PRESENCE
 from .reader import Bundle, Graph, open_bundle
-from .recordings import LargestPresence, Separated, ids_of_classes
+from .recordings import (
+    LargestPresence,
+    Separated,
+    Source,
+    by_name,
+    check_moves,
+    check_told_apart,
+    nothing_of,
+    sources_of,
+)
 from .sessions import Engine, open_session
-from .timeline import VisualSource, VisualTimeline, timeline_of
+from .timeline import VisualSource, VisualTimeline
 from .wav import check_samples
 
 __all__ = ["BundleSeparator", "Stream"]
@@ -216,15 +226,16 @@ class BundleSeparator:
 
         Args:
             mixture: float in +-1, or int16 or int32 at full scale; mono, or of the bundle's :attr:`channels`.
-            features: for each class what is seen of it, on the recording's time axis: by role (``object``,
-                ``motion``) an array, or a function called with the middle of a chunk and its length in seconds; or a
-                :class:`VisualTimeline`. Arrays: object features [D], or [n, D], one row a
-                second (``object_rate_hz`` beside them says otherwise); motion features [D, T], one sequence for the
+            features: for each source, by its name or its class's, what is seen of it, on the recording's time axis: by
+                role (``object``, ``motion``) an array, or a function called with the middle of a chunk and its length
+                in seconds; or a :class:`VisualTimeline`. Arrays: object features [D], or [n, D], one row a second
+                (``object_rate_hz`` beside them says otherwise); motion features [D, T], one sequence for the
                 whole recording; or frames, uint8 [n, C, H, W], where the bundle has the encoder's graph (8 a second
                 for motion, or ``motion_rate_hz``). A function gives what the chunk sees: features [D], rows [K, D] or
                 [D, T], or frames. Where :attr:`can_go_unseen`, classes without any may be left out, also all of them
                 (None).
-            classes: names, each once.
+            classes: names, each once; or ``NAME=CLASS``, such as ``left=violin`` and ``right=violin``: sources of one
+                class, told apart by what is seen of each.
             rate_hz: the mixture's, to be held against the separator's.
             batch: most chunks a call, for a graph whose batch is open.
             progress: called with (chunks done, chunks in all).
@@ -232,7 +243,8 @@ class BundleSeparator:
         Raises:
             AudioError: the mixture is empty, of other channels or another rate, or holds NaN.
             DataError: a class without features, or with those that the separator does not take.
-            ConfigError, UnknownNameError: no classes, unknown ones, or one twice.
+            ConfigError, UnknownNameError: no classes, unknown ones, a name twice, or two of one class that nothing
+                tells apart.
             NumericalError: the graph answers NaN.
         """
         return self.separate_with_presence(mixture, features, classes, rate_hz, batch=batch, progress=progress).sources
@@ -249,14 +261,15 @@ class BundleSeparator:
     ) -> Separated:
         """As :meth:`separate`, and for each class the probability that it sounds in the mixture at all: the largest of
         any chunk, to be held against :attr:`presence_threshold`. None of a bundle that does not tell."""
-        ids = ids_of_classes(self.classes, classes)
+        asked = sources_of(self.classes, classes)
+        ids = [source.class_id for source in asked]
         self._check_count(len(ids))
         self._check_rate(rate_hz)
         audio = _samples(mixture)
         if audio.shape[-1] == 0:
             raise AudioError("the mixture is empty: there is nothing to separate")
         self._check_channels(audio.shape)
-        views = self._views(features, classes)
+        views = self._views(features, asked)
         presence = LargestPresence()
 
         def run(chunks: Audio, starts: Sequence[int]) -> Audio:
@@ -281,17 +294,18 @@ class BundleSeparator:
         Args:
             channels: C of blocks [C, l], which give [N, C, l']; None: blocks are mono, [l], and give [N, l'].
         """
-        ids = ids_of_classes(self.classes, classes)
-        self._check_count(len(ids))
+        asked = sources_of(self.classes, classes)
+        self._check_count(len(asked))
         self._check_rate(rate_hz)
         if channels is not None:
             self._check_channels((channels, 0))
-        return Stream(self, ids, self._views(features, classes), channels)
+        return Stream(self, [s.class_id for s in asked], self._views(features, asked), channels)
 
     def check(self, features: Features | None, classes: Sequence[str]) -> None:
         """Raise what :meth:`separate` would raise of these features and classes."""
-        self._check_count(len(ids_of_classes(self.classes, classes)))
-        self._views(features, classes)
+        asked = sources_of(self.classes, classes)
+        self._check_count(len(asked))
+        self._views(features, asked)
 
     def warm_up(self, calls: int = 2) -> None:
         """Run all graphs on zeros, so that the first chunk is as fast as the others."""
@@ -387,51 +401,56 @@ class BundleSeparator:
 
     # --- what is seen -------------------------------------------------------------------------------------------------
 
-    def _views(self, features: Features | None, classes: Sequence[str]) -> list[_View]:
-        """What is seen of each class; arrays are read once here, so that mistakes show before anything is computed."""
+    def _views(self, features: Features | None, asked: Sequence[Source]) -> list[_View]:
+        """What is seen of each source; arrays are read once here, so that mistakes show before anything is computed."""
+        check_moves(asked, self._sources)
+        shown = by_name(features or {}, asked)
         views = []
-        for name in classes:
-            unseen = self.can_go_unseen and name not in (features or {})
+        for one in asked:
+            unseen = self.can_go_unseen and one.name not in shown
             if not self._sources or unseen:
-                views.append(_View(name, {}, None, seen=not unseen))
+                views.append(_View(one.label, {}, None, seen=not unseen))
                 continue
-            given = timeline_of(features or {}, name)
+            if one.name not in shown:
+                raise DataError(nothing_of(one, features or {}))
+            given = shown[one.name]
             if isinstance(given, VisualTimeline):
-                view = _View(name, {}, given)
+                view = _View(one.label, {}, given)
             else:
-                view = _View(name, *self._split(name, given))
+                view = _View(one.label, *self._split(one.label, given))
             for source in self._sources:
                 if source.role not in view.sights:  # a function is not asked before its time
                     middle_s, clip_s = self.clip_samples / 2 / self.sample_rate_hz, self._clip_s
-                    self._encode(source, view.read(source, middle_s, clip_s), name)
+                    self._encode(source, view.read(source, middle_s, clip_s), view.label)
             views.append(view)
+        check_told_apart(asked, shown)
         return views
 
     @property
     def _clip_s(self) -> float:
         return self.clip_samples / self.sample_rate_hz
 
-    def _split(self, name: str, given: Any) -> tuple[dict[str, Sight], VisualTimeline | None]:
+    def _split(self, label: str, given: Any) -> tuple[dict[str, Sight], VisualTimeline | None]:
         """Functions by role, and the arrays as a timeline."""
         if not isinstance(given, Mapping):
             raise DataError(
-                f"the features of class '{name}' must be given by role, such as {{'object': array, 'motion': array}}"
+                f"the features of {label} must be given by role, such as {{'object': array, 'motion': array}}"
             )
         known = {source.role for source in self._sources}
         rates = {f"{role}_rate_hz" for role in ("object", "motion")}
         for key in given:
             if key not in known | rates | {"object", "motion"}:
-                raise DataError(f"class '{name}' has features '{key}': the roles are {' and '.join(sorted(known))}")
+                raise DataError(f"{label} has features '{key}': the roles are {' and '.join(sorted(known))}")
         sights: dict[str, Sight] = {}
-        arrays: dict[str, Any] = {"features": {}, "where": f"class '{name}'"}
+        arrays: dict[str, Any] = {"features": {}, "where": label}
         for rate in rates & given.keys():
             if not 0 < float(given[rate]) < float("inf"):
-                raise DataError(f"class '{name}': {rate} must be positive, got {given[rate]}")
+                raise DataError(f"{label}: {rate} must be positive, got {given[rate]}")
             arrays[rate] = float(given[rate])
         for source in self._sources:
             if source.role not in given:
                 raise DataError(
-                    f"class '{name}' has no {source.role} features: this separator sees {' and '.join(sorted(known))}"
+                    f"{label} has no {source.role} features: this separator sees {' and '.join(sorted(known))}"
                 )
             value = given[source.role]
             if callable(value):
@@ -439,19 +458,17 @@ class BundleSeparator:
                 continue
             array = np.asarray(value)
             if array.ndim == 4:
-                _check_frames(array, source.role, name)
+                _check_frames(array, source.role, label)
                 arrays[source.role] = array
                 if source.kind != "frames":
-                    raise DataError(
-                        f"class '{name}': this separator takes {source.role} features, and was given frames"
-                    )
+                    raise DataError(f"{label}: this separator takes {source.role} features, and was given frames")
             elif source.role == "object" and source.kind == "features" and array.ndim == 2:
                 arrays["features"][source.name] = array  # cut and pooled as in training
             elif source.role == "object" and array.ndim == 2:
                 sights["object"] = _rows(array, arrays.get("object_rate_hz", 1.0))
-                self._encode(source, array[0], name)
+                self._encode(source, array[0], label)
             else:
-                self._encode(source, array, name)
+                self._encode(source, array, label)
                 sights[source.role] = _constant(array)
         return sights, VisualTimeline(**arrays)
 
@@ -467,7 +484,7 @@ class BundleSeparator:
         for start in starts:
             for source in self._sources:
                 middle_s = source.middle_s(start, self.clip_samples, total, self.sample_rate_hz)
-                encoded = self._encode(source, view.read(source, middle_s, self._clip_s), view.name)
+                encoded = self._encode(source, view.read(source, middle_s, self._clip_s), view.label)
                 if source.role == "motion":
                     steps = int(self._shapes["motion_features"][-1])
                     if "motion_mask" in self._shapes:
@@ -487,16 +504,16 @@ class BundleSeparator:
                 made[name] = np.ones((count, *_sizes(shape[2:])), dtype=bool)
         return made
 
-    def _encode(self, source: VisualSource, raw: Any, name: str) -> Array:
+    def _encode(self, source: VisualSource, raw: Any, label: str) -> Array:
         """What a chunk sees of a source, as the graph takes it: [D], or [D, T] with T at most the graph's.
 
         Frames go through the encoder's graph, once for the same frames: as often as what is seen changes, whatever
         the chunks are.
         """
         array = np.asarray(raw)
-        where = f"class '{name}': {source.role}"
+        where = f"{label}: {source.role}"
         if array.ndim == 4:
-            _check_frames(array, source.role, name)
+            _check_frames(array, source.role, label)
             return self._frames_encoded(source, array, where)
         if array.dtype.kind not in "fiu" or array.size == 0:
             raise DataError(f"{where} features must be numbers, got {array.dtype} {list(array.shape)}")
@@ -604,12 +621,13 @@ class Stream:
 
 
 class _View:
-    """What is seen of one class: functions by role, and a timeline for the other roles; nothing where not ``seen``."""
+    """What is seen of one source: functions by role, and a timeline for the other roles; nothing where not ``seen``.
+    ``label`` is what messages call it."""
 
     def __init__(
-        self, name: str, sights: Mapping[str, Sight], timeline: VisualTimeline | None, *, seen: bool = True
+        self, label: str, sights: Mapping[str, Sight], timeline: VisualTimeline | None, *, seen: bool = True
     ) -> None:
-        self.name = name
+        self.label = label
         self.seen = seen
         self.moves = timeline is None or timeline.moves
         self.sights = sights
@@ -645,10 +663,10 @@ def _sizes(shape: Sequence[int | str]) -> list[int]:
     return [1 if isinstance(size, str) else size for size in shape]
 
 
-def _check_frames(array: Array, role: str, name: str) -> None:
+def _check_frames(array: Array, role: str, label: str) -> None:
     if array.dtype != np.uint8 or array.size == 0:
         raise DataError(
-            f"class '{name}': {role} frames must be uint8 [number, channels, height, width], got {array.dtype} "
+            f"{label}: {role} frames must be uint8 [number, channels, height, width], got {array.dtype} "
             f"{list(array.shape)}"
         )
 

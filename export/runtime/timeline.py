@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,6 @@ __all__ = [
     "VisualTimeline",
     "is_rate",
     "read_visual_file",
-    "timeline_of",
     "write_visual_file",
 ]
 
@@ -36,7 +35,6 @@ MOTION_STEPS = 8  # of motion features whose length nothing else says: VideoMAE'
 _MOST_BYTES = 1 << 30  # of the arrays in a visual file: half an hour of frames of 224 x 224, or weeks of features
 
 Array = NDArray[Any]
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -136,14 +134,6 @@ class VisualTimeline:
         kinds = [f"{name} frames" for name in ("object", "motion") if getattr(self, name) is not None]
         kinds += [f"features '{name}'" for name in self.features]
         return ", ".join(kinds) or "nothing to see"
-
-
-def timeline_of(timelines: Mapping[str, _T], name: str) -> _T:
-    """What there is to see of a class; raises :class:`DataError`, with the classes that there are, where it lacks."""
-    if name not in timelines:
-        has = ", ".join(sorted(timelines)) or "none"
-        raise DataError(f"there are no frames or features of class '{name}': there are those of {has}")
-    return timelines[name]
 
 
 def _round(value: float) -> int:

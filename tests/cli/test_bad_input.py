@@ -370,7 +370,7 @@ CASES = [
     # classes and tasks
     case("unknown class in a task", lambda d: d.train(tasks="ding,humm"), "'humm'", "'hum'"),
     case("unknown class to separate", lambda d: d.separate(classes="ding,peeep"), "'peeep'", "'peep'"),
-    case("class twice to separate", lambda d: d.separate(classes="ding,ding"), "'ding'", "once"),
+    case("class twice to separate", lambda d: d.separate(classes="ding,ding"), "'ding'", "left=ding,right=ding"),
     case("no class to separate", lambda d: d.separate(classes=","), "--classes"),
     case("unknown class to make", lambda d: ["data", "synth", "new", "--classes", "fluet"], "'fluet'", "'flute'"),
     case("class twice to make", lambda d: ["data", "synth", "new", "--classes", "flute,flute"], "'flute'", "twice"),

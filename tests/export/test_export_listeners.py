@@ -22,7 +22,7 @@ from avsep.export.runtime.command import main as runtime_main
 from avsep.export.runtime.manifest import MANIFEST
 from avsep.export.runtime.separator import BundleSeparator
 from avsep.inference.recordings import separate_and_tell
-from avsep.media.timeline import VisualTimeline
+from avsep.media.timeline import VisualTimeline, write_visual_file
 from avsep.separator import save_separator
 from support.bundles import write_sealed
 from support.commands import run
@@ -459,3 +459,67 @@ def test_separate_with_a_bundle_and_with_its_separator(bundles, separator, tmp_p
     assert "no part is louder" not in captured.out
     assert soundfile.info(tmp_path / "d" / "song_flute.wav").channels == 1
     assert torch.is_tensor(separator.mask_decoder.presence_threshold)
+
+
+def test_two_of_one_class_by_names_of_their_own(bundles, separator, timelines, tmp_path, capfd):
+    """As PyTorch, whole and in a stream; files go by the names."""
+    mixture, two = music(3 * CLIP), ["left=flute", "right=flute"]
+    lines = {"left": timelines["flute"], "right": timelines["cello"]}
+    expected = separate_and_tell(separator, mixture, lines, two)
+    assert np.abs(expected.sources[0] - expected.sources[1]).max() > 1e-3
+    loaded = BundleSeparator.load(bundles["mono"], "cpu")
+    found = loaded.separate_with_presence(mixture, lines, two)
+    np.testing.assert_allclose(found.sources, expected.sources, atol=1e-4)
+    np.testing.assert_allclose(found.presence, expected.presence, atol=1e-4)
+    np.testing.assert_array_equal(
+        loaded.separate(mixture, {"flute": lines["left"]}, ["solo=flute"])[0], found.sources[0]
+    )
+    stream = loaded.stream(two, lines)
+    parts = [stream.push(mixture[first : first + 5000]) for first in range(0, len(mixture), 5000)]
+    np.testing.assert_allclose(np.concatenate([*parts, stream.flush()], axis=1), found.sources, atol=1e-5)
+    for given, told in (
+        ({}, "no movement is seen of them"),
+        ({"left": lines["left"], "right": lines["left"]}, "both are shown the same"),
+    ):
+        with pytest.raises(ConfigError, match=f"left and right are both flute, and {told}"):
+            loaded.stream(two, given)
+    with pytest.raises(DataError, match=r"'left' \(flute\) has features 'smell'"):
+        loaded.check({"left": {"smell": 1}, "right": lines["right"]}, two)
+    write_visual_file(tmp_path / "f.npz", lines)
+    soundfile.write(tmp_path / "duet.wav", mixture, RATE, subtype="FLOAT")
+    argv = [
+        str(bundles["mono"]),
+        str(tmp_path / "duet.wav"),
+        "--features",
+        str(tmp_path / "f.npz"),
+        "--format",
+        "FLOAT",
+    ]
+    assert runtime_main([*argv, "--classes", ",".join(two), "--out", str(tmp_path / "out")]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "duet_left.wav", "duet_residual.wav", "duet_right.wav"
+    ]  # fmt: skip
+    np.testing.assert_allclose(soundfile.read(tmp_path / "out" / "duet_right.wav")[0], found.sources[1], atol=1e-5)
+    own = ["separate", tmp_path / "duet.wav", "--bundle", bundles["mono"], "--features", tmp_path / "f.npz"]
+    own += ["--classes", ",".join(two), "--format", "FLOAT", "--no-page"]
+    assert run(*own, "--out", tmp_path / "own") == 0
+    np.testing.assert_allclose(soundfile.read(tmp_path / "own" / "duet_left.wav")[0], found.sources[0], atol=1e-5)
+    capfd.readouterr()
+    for classes, told in (
+        ("flute,flute", "'flute' is given twice: name each of the two, such as left=flute,right=flute"),
+        ("left=flute,left=cello", "two sources are named 'left'"),
+        ("x=flute,y=flute", "x and y are both flute, and no movement is seen of them"),
+    ):
+        assert runtime_main([*argv, "--classes", classes, "--out", str(tmp_path / "no")]) == 2
+        error = capfd.readouterr().err
+        assert told in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_bundle_that_looks_at_no_movement_gives_a_class_once(tiny_bundle):
+    loaded = BundleSeparator.load(tiny_bundle, "cpu")
+    seen = {"left": {"object": np.ones(8)}, "right": {"object": np.zeros(8)}}
+    with pytest.raises(ConfigError, match="left and right are both flute, and this separator looks at no movement"):
+        loaded.separate(music(CLIP), seen, ["left=flute", "right=flute"])
+    assert loaded.separate(music(CLIP), seen, ["left=flute", "right=piano"]).shape == (2, CLIP)

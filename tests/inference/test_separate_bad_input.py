@@ -122,7 +122,7 @@ REFUSED = {
     "rescaling of floats": (lambda d: d.argv(more=("--format", "FLOAT", "--rescale")), "FLOAT", "--rescale"),
     "a frame": (lambda d: d.argv(_png(d)), "clip.png", "no audio stream"),
     "unknown class": (lambda d: d.argv(classes="ding,peeep"), "'peeep'", "'peep'"),
-    "class twice": (lambda d: d.argv(classes="ding,ding"), "'ding'", "once"),
+    "class twice": (lambda d: d.argv(classes="ding,ding"), "'ding' is given twice", "left=ding,right=ding"),
     "no class": (lambda d: d.argv(classes=" , "), "--classes"),
     "auto without weights": (
         lambda d: [a for a in d.argv(classes="auto") if a not in ("--boxes", d.shelf / "boxes.json")],

@@ -11,12 +11,16 @@ import torch
 
 from avsep.errors import CheckpointError, DataError, MissingWeightsError
 from avsep.media.detection import (
+    HELD,
     PROMPTS,
     WHOLE_FRAME,
     BoxTrack,
     Found,
     OWLv2Detector,
     find_objects,
+    find_several,
+    follow,
+    keep_apart,
     prepare_square,
     propose_classes,
     read_boxes,
@@ -88,6 +92,70 @@ def test_proposed_classes_are_those_seen_often_enough_at_places_of_their_own():
     known = ["tuba", "flute", "cello", "violin", "drum"]
     assert propose_classes(detector, [PICTURE] * 4, known) == ["violin", "flute"]
     assert propose_classes(Knows({}), [PICTURE], known) == []
+
+
+# --- several of one class ---------------------------------------------------------------------------------------------
+
+
+class Sees(Knows):
+    """Finds several boxes of a prompt, by frame number."""
+
+    def several(self, frames, prompts, most, threshold):
+        self.asked.append(list(prompts))
+        found = []
+        for table in self.tables[: len(frames)]:
+            ranked = [sorted((o for o in table.get(p, ()) if o[0] >= threshold), reverse=True) for p in prompts]
+            found.append([keep_apart(of, most) for of in ranked])
+        return found
+
+
+def test_boxes_of_one_object_are_not_two():
+    left, part, near = (0.0, 0.0, 0.4, 1.0), (0.1, 0.2, 0.3, 0.5), (0.15, 0.0, 0.55, 1.0)
+    ranked = [(0.9, left), (0.8, part), (0.7, near), (0.6, (0.35, 0.0, 0.8, 1.0)), (0.5, (0.8, 0.0, 1.0, 1.0))]
+    assert keep_apart(ranked, 9) == [ranked[0], *ranked[3:]]
+    assert keep_apart(ranked, 2) == [ranked[0], ranked[3]]
+    assert keep_apart([], 2) == []
+
+
+def test_the_surest_objects_of_a_class_by_the_first_prompt_that_shows_them_all():
+    both = {"a violin": [(0.9, LEFT)], "a person playing the violin": [(0.3, RIGHT), (0.2, LEFT)]}
+    three = {"a violin": [(0.3, (0.0, 0.0, 0.3, 1.0)), (0.9, (0.4, 0.0, 0.6, 1.0)), (0.5, (0.7, 0.0, 1.0, 1.0))]}
+    one = {"a violin": [(0.9, LEFT), (0.05, RIGHT)]}
+    detector = Sees(both, three, one, {})
+    found = [f["violin"] for f in find_several(detector, [PICTURE] * 4, {"violin": 2})]
+    assert [[o.box[0] for o in objects] for objects in found] == [[0.5, 0.0], [0.4, 0.7], [0.0], []]
+    assert [o.rule for o in found[0]] == ["a person playing the violin"] * 2
+    assert detector.asked == [["a violin", "a person playing the violin"]]
+
+
+def test_an_object_is_of_the_class_that_scores_highest_there():
+    table = {"a violin": [(0.9, LEFT), (0.3, RIGHT)], "a cello": [(0.6, RIGHT), (0.2, LEFT)]}
+    (found,) = find_several(Sees(table), [PICTURE], {"violin": 2, "cello": 2})
+    assert [[o.box for o in found[name]] for name in ("violin", "cello")] == [[LEFT], [RIGHT]]
+    others = [{"flute": Found(RIGHT, 0.7, "a flute"), "drum": Found((0, 0, 0.5, 1), 0.0, WHOLE_FRAME)}]
+    (found,) = find_several(Sees(table), [PICTURE], {"violin": 2}, others=others)
+    assert [o.box for o in found["violin"]] == [LEFT]
+
+
+def at(*lefts):
+    return [Found((x, 0.0, x + 0.2, 1.0), 0.5, "a violin") for x in lefts]
+
+
+def test_names_go_from_left_to_right_and_follow_the_nearest():
+    frames = [(0.0, at(0.7)), (1.0, at(0.7, 0.1)), (2.0, at(0.2, 0.6)), (3.0, at(0.5)), (4.0, at(0.3, 0.55))]
+    places = follow(frames, ["one", "two"])
+    assert [found.box[0] for _, found in places["one"]] == [0.1, 0.1, 0.2, 0.2, 0.3]
+    assert [found.box[0] for _, found in places["two"]] == [0.7, 0.7, 0.6, 0.5, 0.55]
+    assert [second for second, _ in places["one"]] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert BoxTrack(places).rules("one") == {HELD: 2, "a violin": 3}
+    crossing = [(0.0, at(0.1, 0.7)), (1.0, at(0.3, 0.5)), (2.0, at(0.45, 0.35)), (3.0, at(0.2, 0.6))]
+    assert [found.box[0] for _, found in follow(crossing, ["one", "two"])["one"]] == [0.1, 0.3, 0.35, 0.2]
+
+
+def test_those_who_are_hardly_ever_seen_together_are_not_told_apart():
+    assert follow([(0.0, at(0.1, 0.7)), *[(float(t), at(0.1)) for t in range(1, 4)]], ["one", "two"]) is None
+    assert follow([(0.0, at(0.1, 0.7)), *[(float(t), at(0.1)) for t in range(1, 3)]], ["one", "two"]) is not None
+    assert follow([], ["one", "two"]) is None
 
 
 # --- OWLv2 ------------------------------------------------------------------------------------------------------------
@@ -170,6 +238,23 @@ def test_frames_do_not_depend_on_those_beside_them(folder):
     alone = OWLv2Detector(weights=folder, batch=3).best(frames, ["a flute"])
     np.testing.assert_allclose(one[0][:, 1], alone[0][:, 0], atol=1e-5)
     np.testing.assert_allclose(one[1][:, 1], alone[1][:, 0], atol=1e-4)
+
+
+def test_several_boxes_of_a_prompt_are_apart_and_the_first_is_the_best(folder):
+    detector = OWLv2Detector(weights=folder, batch=2)
+    frames, prompts = [_scene(48, 96), _scene(90, 48, 1), _scene(60, 64, 2)], ["a violin", "a flute"]
+    scores, boxes = detector.best(frames, prompts)
+    found = detector.several(frames, prompts, 3, 0.0)
+    for n in range(len(frames)):
+        for k in range(len(prompts)):
+            several = found[n][k]
+            assert 1 <= len(several) <= 3
+            assert several[0][0] == pytest.approx(scores[n, k])
+            np.testing.assert_allclose(several[0][1], boxes[n, k], atol=1e-6)
+            assert several == keep_apart(several, 3)
+            assert [s for s, _ in several] == sorted((s for s, _ in several), reverse=True)
+    assert max(len(of) for frame in found for of in frame) > 1
+    assert detector.several(frames[:1], prompts, 3, 1.0) == [[[], []]]
 
 
 def test_weights_that_are_not_there_or_are_of_something_else(folder, nowhere, tmp_path, monkeypatch):
