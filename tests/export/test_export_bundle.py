@@ -945,6 +945,7 @@ def test_tasks_that_cannot_be_exported(out, kwargs, told, quick, tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.slow  # two exports of a run that goes on
 def test_a_bundle_outlives_the_tasks_after_it(tone_store, tmp_path, monkeypatch):
     """Exported after task 1, it verifies and answers the same after tasks 2 and 3 were trained."""
     from avsep.data.tasks import task_stream

@@ -357,6 +357,7 @@ def test_graph_calls_refuse_other_channels():
 # --- lower precisions -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # half a minute of calibration and compilation
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_other_precisions_pass_the_gate(separator, tmp_path, precision):
     plan = ExportPlan(precision=(precision,), channels=2, limit_mask_sum=True, calibration=2, gate_db=0.5)
