@@ -26,7 +26,8 @@ def test_the_record_has_the_hash_of_every_file(tone_run):
         folder = RunFolder(tone_run).task(index)
         files = {p.relative_to(folder.path).as_posix() for p in folder.path.rglob("*") if p.is_file()}
         hashes = folder.record()["files"]
-        assert set(hashes) == files - {"task.json"} == {"separator/model.safetensors", "separator/separator.yaml"}
+        names = ("model.safetensors", "separator.yaml", "class_means.safetensors")
+        assert set(hashes) == files - {"task.json"} == {f"separator/{name}" for name in names}
         assert all(sha256_file(folder.path / name) == value for name, value in hashes.items())
 
 
