@@ -91,7 +91,7 @@ def run_presets(
     from avsep.training.learner import ContinualLearner
 
     opened = store if isinstance(store, Store) else Store.open(store)
-    found = {}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in seeds:
         for name in presets:
             preset = load_preset(name)
@@ -115,7 +115,8 @@ def run_presets(
             folder = RunFolder(Path(runs) / f"{Path(name).stem}-{seed}")
             learner = ContinualLearner.from_spec(spec, accelerator=accelerator)
             learner.fit(stream, folder.path, resume=folder.is_run, progress=progress, preset=name)
-            found[name, seed] = evaluate_run(folder.path, opened, dependence=dependence)
+            like = next((one for (other, _), one in reversed(found.items()) if other == name), None)
+            found[name, seed] = evaluate_run(folder.path, opened, dependence=dependence, like=like)
     return found
 
 

@@ -82,9 +82,11 @@ def _previous(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         data = read_json(path)
     except AvsepError:
         return {}
-    if not isinstance(data, dict) or any(data.get(key) != value for key, value in identity.items()):
-        return {}
-    return data
+    return data if isinstance(data, dict) and _same(data, identity) else {}
+
+
+def _same(evaluation: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    return all(evaluation.get(key) == value for key, value in identity.items())
 
 
 def _steps(data: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -133,6 +135,7 @@ def evaluate_run(
     device: str | torch.device = "cpu",
     yardsticks: bool = True,
     dependence: int = 0,
+    like: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, int], None] | None = None,
     more_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -156,7 +159,8 @@ def evaluate_run(
     With ``yardsticks`` it also holds the ``identity`` and the ``rows`` of :mod:`avsep.evaluation.yardsticks`, scored
     once on the mixtures of the last finished task; with ``dependence`` above 0 ``visual_dependence``, by the last
     scored task :func:`avsep.evaluation.visual_dependence.visual_dependence` over that many mixtures a list. An older
-    file need not have either.
+    file need not have either. ``like`` is another run's evaluation, as with another seed: its yardsticks are taken over
+    where they are of the same mixtures, front end and training clips.
 
     Raises:
         RunError: not a run folder, no finished task, or a task that is not finished.
@@ -178,6 +182,7 @@ def evaluate_run(
         dependence=dependence,
         progress=progress,
         more_progress=more_progress,
+        like=like,
     )
 
 
@@ -283,9 +288,10 @@ def _evaluate(
     progress: Callable[[int, int, int], None] | None,
     more_progress: Callable[[str, int, int], None] | None,
     extra: Mapping[str, Any] | None = None,
+    like: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Score what is not scored yet, after every task into ``path``. ``own_store``: the one the run was trained on,
-    None where it is not at hand; ``extra``: of another store, what is said of it."""
+    None where it is not at hand; ``extra``: of another store, what is said of it; ``like``: of :func:`evaluate_run`."""
     from avsep.separator import load_separator
 
     finished = run.finished_tasks()
@@ -343,9 +349,8 @@ def _evaluate(
         result = _assemble(identity, steps, protocol, beside)
         write_json(path, result)
     if yardsticks:
-        found = _yardsticks(
-            run, protocol, store, own_store, beside.get("yardsticks"), task_of, batch_size, more_progress
-        )
+        measured = [of["yardsticks"] for of in (before, like) if of and _same(of, identity) and of.get("yardsticks")]
+        found = _yardsticks(run, protocol, store, own_store, measured, task_of, batch_size, more_progress)
         if found is not None:
             beside["yardsticks"] = found
     if dependence > 0 and steps:
@@ -379,12 +384,12 @@ def _yardsticks(
     protocol: Protocol,
     store: Store,
     own_store: Store | None,
-    before: Mapping[str, Any] | None,
+    measured: Sequence[Mapping[str, Any]],
     task_of: Mapping[str, int],
     batch_size: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, Any] | None:
-    """The yardsticks on the mixtures of the last finished task, or ``before`` where they are of the same."""
+    """The yardsticks on the mixtures of the last finished task, or those ``measured`` that are of the same."""
     spec = run.spec().separator.front_end
     last = run.finished_tasks()[-1]
     mixtures = protocol.at(last)
@@ -392,8 +397,9 @@ def _yardsticks(
         return None
     trained = store if own_store is None else own_store
     wanted = yardstick_identity(spec, last, "tested" if own_store is None else "run", trained.content_hash)
-    if before is not None and before.get("identity") == wanted:
-        return dict(before)
+    for known in measured:
+        if known.get("identity") == wanted:
+            return dict(known)
     done = 0
 
     def advance(count: int) -> None:

@@ -135,6 +135,22 @@ def test_a_run_has_them_once_and_its_own_rows_stay(run, monkeypatch):
     assert len(calls) == 2
 
 
+def test_those_of_a_run_of_another_seed_are_taken_over(run, tmp_path, monkeypatch):
+    first = evaluate_run(run)
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "evaluation.json").unlink()
+    monkeypatch.setattr(evaluate, "measure", lambda *a, **k: pytest.fail("measured again"))
+    assert evaluate_run(other, like=first) == first
+    (other / "evaluation.json").unlink()
+    monkeypatch.setattr(evaluate, "measure", lambda *a, **k: [])
+    moved = {**first, "store_hash": "of another store"}
+    grid = {**first, "yardsticks": {**first["yardsticks"], "identity": {"front_end": "another"}}}
+    for like in (moved, grid):
+        assert evaluate_run(other, like=like)["yardsticks"]["rows"] == []
+        (other / "evaluation.json").unlink()
+
+
 def test_they_stand_beside_the_lists_and_the_matrix(run):
     result = evaluate_run(run)
     step = result["after"][-1]
