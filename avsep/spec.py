@@ -262,6 +262,9 @@ class AugmentSpec(_Model):
     rooms: float = Field(0.0, ge=0, le=1, description="share of the sources that sound in a room (RT60 .1 to .8 s)")
 
 
+_CAME_LATER = ("groups", "mixer", "augment", "cross_entropy_weight")
+
+
 class TrainSpec(_Model):
     """The training of one task (defaults: the published setting, batch 32, 100 epochs, seed 1234)."""
 
@@ -293,6 +296,11 @@ class TrainSpec(_Model):
     validation_pairs: int | None = Field(None, ge=1, description="validation mixtures per task; all when unset")
     checkpoint_every: int = Field(200, ge=1, description="steps between resume checkpoints")
     gradient_clip: float | None = Field(None, gt=0)
+    cross_entropy_weight: float = Field(
+        0.0,
+        ge=0,
+        description="of the masks' cross-entropy, beside the method's L1 between masks; 0: none",
+    )
     audio: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec())
     visual: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec())
     decoder: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec())
@@ -314,7 +322,7 @@ class TrainSpec(_Model):
     def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What came with later versions is left out where it is unset: specs of the same run stay the same text."""
         data: dict[str, Any] = handler(self)
-        return {key: value for key, value in data.items() if value or key not in ("groups", "mixer", "augment")}
+        return {key: value for key, value in data.items() if value or key not in _CAME_LATER}
 
     @field_validator("gain")
     @classmethod

@@ -140,7 +140,7 @@ def measure(evaluations: Mapping[tuple[str, int], Mapping[str, Any]], *, without
     found = []
     for preset in dict.fromkeys(name for name, _ in evaluations):
         runs = [evaluation for (name, _), evaluation in evaluations.items() if name == preset]
-        found += _of_preset(preset, runs, without)
+        found += _of_preset(Path(preset).stem, runs, without)  # a preset may be a file
     return found
 
 

@@ -16,7 +16,6 @@ __all__ = [
     "at_frames",
     "frequency_bands",
     "is_present",
-    "mask_cross_entropy",
     "time_varying_logits",
 ]
 
@@ -61,14 +60,6 @@ def time_varying_logits(weights: Tensor, bias: Tensor, mask_features: Tensor) ->
     [B, N, F, T]."""
     product = weights.permute(0, 3, 1, 2) @ mask_features.permute(0, 3, 1, 2)  # [B, T, N, F]
     return product.permute(0, 2, 3, 1) + bias
-
-
-def mask_cross_entropy(logits: Tensor, spectrograms: Spectrograms) -> Tensor:
-    """The mean over sources and pixels of w BCE(mask, ratio mask), w of mean 1: logits [B, N, F, T] -> a scalar."""
-    weight = spectrograms.weight / spectrograms.weight.mean()
-    target = spectrograms.ratio.clamp(0.0, 1.0)
-    loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
-    return (weight * loss).mean()
 
 
 def is_present(spectrograms: Spectrograms) -> Tensor:

@@ -11,7 +11,6 @@ from avsep.decoders._alignment import (
     TimeVaryingHead,
     at_frames,
     is_present,
-    mask_cross_entropy,
     time_varying_logits,
 )
 from avsep.decoders.base import MaskDecoder
@@ -43,9 +42,7 @@ class AlignedQuery(MaskDecoder):
     ``class_given`` off leaves the class out: the decoder goes by the pictures alone (and then takes no class at all).
     Sources without a picture, or of unknown motion, get a learned vector in place of the object and of the motion.
     Whether a source sounds in the mixture is told beside its mask, learned by binary cross-entropy with the weight
-    ``presence_weight`` against whether its magnitudes make up 1 % of the mixture's. Beside the separation loss, L1
-    between masks, whose gradient all but ends where a mask is near 0 or 1, the masks learn by cross-entropy with the
-    ratio masks, weighted alike in the spectrogram, by ``cross_entropy_weight``.
+    ``presence_weight`` against whether its magnitudes make up 1 % of the mixture's.
 
     Shapes:
         mask_features [B, C, F, T] with F = ``log_rows`` a multiple of ``bands``, object [B, N, object_dim], motion
@@ -73,19 +70,16 @@ class AlignedQuery(MaskDecoder):
         kernel: int = 5,
         class_given: bool = True,
         presence_weight: float = 0.1,
-        cross_entropy_weight: float = 0.3,
     ) -> None:
         super().__init__()
-        for name, weight in (("presence", presence_weight), ("cross_entropy", cross_entropy_weight)):
-            if not weight >= 0:
-                raise ValueError(f"{name}_weight must be 0 or more, got {weight}")
+        if not presence_weight >= 0:
+            raise ValueError(f"presence_weight must be 0 or more, got {presence_weight}")
         self.head = TimeVaryingHead(dim, mask_channels, log_rows, bands=bands, layers=layers, kernel=kernel)
         self.num_classes = num_classes
         self.dim = dim
         self.class_agnostic = not class_given
         self.query_parameter = "class_queries" if class_given else ""
         self.presence_weight = presence_weight
-        self.cross_entropy_weight = cross_entropy_weight
         self.class_queries = nn.Parameter(_SPREAD * torch.randn(num_classes, dim)) if class_given else None
         self.object_proj = nn.Linear(object_dim, dim)
         self.no_object = nn.Parameter(_SPREAD * torch.randn(dim))
@@ -159,16 +153,13 @@ class AlignedQuery(MaskDecoder):
         return motion.where(known[..., None, None], self.no_motion.to(motion.dtype)[:, None])
 
     def auxiliary_losses(self, output: MaskOutput, spectrograms: Spectrograms, class_ids: Tensor) -> dict[str, Tensor]:
-        """The cross-entropies of the masks and of the presence, weighted; without those whose weight is 0."""
-        terms: dict[str, Tensor] = {}
-        if self.cross_entropy_weight > 0:
-            terms["cross_entropy"] = self.cross_entropy_weight * mask_cross_entropy(output.logits, spectrograms)
-        if self.presence_weight > 0:
-            assert output.presence is not None
-            target = is_present(spectrograms).to(torch.float32)
-            loss = F.binary_cross_entropy_with_logits(output.presence.float(), target)
-            terms["presence"] = self.presence_weight * loss
-        return terms
+        """The cross-entropy of the presence, weighted; nothing where its weight is 0."""
+        if self.presence_weight == 0:
+            return {}
+        assert output.presence is not None
+        target = is_present(spectrograms).to(torch.float32)
+        loss = F.binary_cross_entropy_with_logits(output.presence.float(), target)
+        return {"presence": self.presence_weight * loss}
 
     def adapter_places(self) -> tuple[AdapterPlace, ...]:
         """All but what tells the presence."""

@@ -7,13 +7,14 @@ losses are computed from those in one pass; else from ``output.logits``, which b
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from avsep.kernels import MaskLosses, MaskTeacher, mask_head_losses, mask_l1
 from avsep.kernels.mask_head.op import runs_fused
 from avsep.types import MaskOutput, Spectrograms
 
-__all__ = ["mask_distillation", "mask_losses", "separation_loss"]
+__all__ = ["mask_cross_entropy", "mask_distillation", "mask_losses", "separation_loss"]
 
 
 def mask_losses(
@@ -105,3 +106,18 @@ def _factors(output: MaskOutput) -> tuple[Tensor, Tensor] | None:
     if output.embedding is None or output.mask_features is None:
         return None
     return output.embedding, output.mask_features.to(output.embedding.dtype)
+
+
+def mask_cross_entropy(output: MaskOutput, spectrograms: Spectrograms) -> Tensor:
+    """The mean over sources and pixels of w BCE(mask, ratio mask), a scalar, with w the loss weight over its mean.
+
+    The gradient of an L1 distance between masks all but ends where a mask is near 0 or 1 already, on the wrong side
+    too; this one's does not.
+
+    Shapes:
+        logits and ratio masks [B, N, F, T], weight [B, 1, F, T].
+    """
+    weight = spectrograms.weight / spectrograms.weight.mean()
+    target = spectrograms.ratio.clamp(0.0, 1.0)
+    loss = F.binary_cross_entropy_with_logits(output.logits.float(), target, reduction="none")
+    return (weight * loss).mean()

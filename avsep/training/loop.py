@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from avsep.distributed.ranks import ALONE, Ranks
 from avsep.errors import LostRankError, NumericalError
+from avsep.losses import mask_cross_entropy
 from avsep.progress import Progress
 from avsep.runs.checkpoint import rng_state, save_latest, set_rng_state, taking_state
 from avsep.runs.folder import RunFolder
@@ -65,11 +66,14 @@ class StepInputs:
 class TrainingStep(nn.Module):
     """Forward pass and loss as one module, so that mixed precision wraps both. ``step`` is the last one's."""
 
-    def __init__(self, student: Separator, strategy: Strategy, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, student: Separator, strategy: Strategy, ranks: Ranks = ALONE, cross_entropy_weight: float = 0.0
+    ) -> None:
         super().__init__()
         self.student = student
         self.strategy = strategy
         self.ranks = ranks
+        self.cross_entropy_weight = cross_entropy_weight
         self.step: Step | None = None
 
     def forward(self, inputs: StepInputs) -> dict[str, Tensor]:
@@ -88,6 +92,9 @@ class TrainingStep(nn.Module):
             inputs.number,
         )
         terms = self.strategy.loss(self.step)
+        if self.cross_entropy_weight > 0:
+            cross_entropy = mask_cross_entropy(found.output, found.spectrograms)
+            terms = {**terms, "cross_entropy": self.cross_entropy_weight * cross_entropy}
         # a decoder may bring terms of its own
         return {**terms, **student.mask_decoder.auxiliary_losses(found.output, found.spectrograms, batch.class_ids)}
 
@@ -137,7 +144,7 @@ class TaskLoop:
         self._task = task
         self._mixtures = mixtures
         self._exemplars = exemplars  # in plain form, for the checkpoint
-        self._inner = TrainingStep(student, strategy, ranks)
+        self._inner = TrainingStep(student, strategy, ranks, train.cross_entropy_weight)
         optimizers = make_optimizers(student, train.optimizers)
         self._module, *ready = fabric.setup(self._inner, *optimizers.values())
         self._optimizers = dict(zip(optimizers, ready, strict=True))

@@ -17,6 +17,7 @@ from avsep.losses import (
     attention_distillation,
     audio_visual_contrast,
     cross_sdc,
+    mask_cross_entropy,
     mask_distillation,
     mask_losses,
     separation_loss,
@@ -49,6 +50,15 @@ def masks(batch=3, seed=0):
 def analysis(batch=3):
     weight = random(batch, 1, 4, 5, seed=2).abs()
     return Spectrograms(weight, weight, random(batch, 2, 4, 5, seed=3).abs(), torch.zeros(batch, 6, 5))
+
+
+def test_masks_learn_by_weighted_cross_entropy_too():
+    logits = torch.tensor([0.0, 2.0])[None, :, None, None].expand(1, 2, 1, 2)
+    output = MaskOutput(audio=torch.zeros(1, 2, 4), logits=logits)
+    weight, ratio = torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([[[[1.0, 1.4]], [[0.0, 0.5]]]])
+    found = mask_cross_entropy(output, Spectrograms(weight, weight, ratio, weight))
+    of = [math.log(2), math.log(2), 2 + math.log1p(math.exp(-2)), 1 + math.log1p(math.exp(-2))]
+    torch.testing.assert_close(found, torch.tensor((0.5 * of[0] + 1.5 * of[1] + 0.5 * of[2] + 1.5 * of[3]) / 4))
 
 
 @pytest.mark.parametrize("kind", [0, 1])

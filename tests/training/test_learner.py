@@ -432,6 +432,19 @@ def test_mixed_precision_analyses_the_very_waveforms(tone_store, tmp_path):
     assert mixed.output.logits.dtype == torch.bfloat16
 
 
+def test_the_cross_entropy_of_the_masks_stands_beside_the_loss_where_it_is_asked_for(tone_store, tmp_path):
+    weighted = tiny_learner("finetune", "none", epochs=1, steps_per_epoch=1, cross_entropy_weight=0.5)
+    weighted.fit(_stream(tone_store), tmp_path / "weighted", progress=False)
+    row = _rows(tmp_path / "weighted" / "logs" / "train.csv")[0]
+    plain = tiny_learner("finetune", "none", epochs=1, steps_per_epoch=1)
+    plain.fit(_stream(tone_store), tmp_path / "plain", progress=False)
+    before = _rows(tmp_path / "plain" / "logs" / "train.csv")[0]
+    assert row["separation"] == before["separation"]
+    assert float(row["loss"]) == pytest.approx(float(row["separation"]) + float(row["cross_entropy"]), rel=1e-5)
+    assert float(row["cross_entropy"]) > 0
+    assert "cross_entropy" not in (tmp_path / "plain" / "run.yaml").read_text()  # specs of before stay as they are
+
+
 def test_the_loss_scale_moves_once_a_step_and_survives_a_resume(tone_store, tmp_path, monkeypatch):
     def learner():
         made = tiny_learner("finetune", "none", epochs=1, gradient_clip=1.0)
