@@ -331,7 +331,7 @@ def sheet(
 @app.command("features")
 def features(
     store: _StoreArgument,
-    clips: Annotated[str, typer.Option("--clips", help="Ids of clips, one a class, such as flute-test-000,...")],
+    clips: Annotated[str, typer.Option("--clips", help="Ids of clips, such as flute-test-000,...")],
     out: Annotated[Path, typer.Option("--out", help="File to write (.npz).")] = Path("features.npz"),
 ) -> None:
     """Write clips' frames and features to a file for ``avsep separate --features``."""
@@ -345,10 +345,14 @@ def features(
 @app.command("mix")
 def mix(
     store: _StoreArgument,
-    clips: Annotated[str, typer.Option("--clips", help="Ids of two or more clips of different classes.")],
+    clips: Annotated[str, typer.Option("--clips", help="Ids of two or more clips.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for duet.wav, features.npz and references/.")],
 ) -> None:
-    """Mix clips of a store to one recording, with the frames and the references beside it."""
+    """Mix clips of a store to one recording, with the frames and the references beside it.
+
+    Two clips of one class are named violin-1 and violin-2: ask for them with ``avsep separate
+    --classes violin-1=violin,violin-2=violin``.
+    """
     from avsep.data.store import Store
     from avsep.data.synth.synthesis import write_duet
 

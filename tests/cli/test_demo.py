@@ -43,9 +43,12 @@ def test_it_leaves_what_it_says(small):
     assert done.returncode == 0, done.stderr[-2000:]
     assert str(out / "report.html") in done.stdout.replace("\n", "")
     assert (out / "report.html").stat().st_size > 100_000
-    for name in ("duet_accordion.wav", "duet_flute.wav", "duet_residual.wav"):
-        audio, rate = soundfile.read(out / "separated" / name)
-        assert (len(audio), rate) == (8 * 11025, 11025)
+    for folder, names in (("separated", ("accordion", "flute")), ("separated_pianos", ("piano-1", "piano-2"))):
+        for name in (*names, "residual"):
+            audio, rate = soundfile.read(out / folder / f"duet_{name}.wav")
+            assert (len(audio), rate) == (8 * 11025, 11025)
+        assert re.search(rf"SDR over the mixture: {names[0]} [+-]\d+\.\d dB, {names[1]} [+-]", done.stdout)
+    assert "SoundFont" not in done.stderr  # one bank is enough here, and no warning
     assert {p.name for p in (out / "exported").iterdir()} == {"task-00", "task-01"}
     evaluation = json.loads((out / "contavsep" / "evaluation.json").read_text())
     for name, (old, new) in sdr_by_task(evaluation).items():

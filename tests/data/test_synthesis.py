@@ -496,9 +496,12 @@ def test_duet_is_the_sum_of_its_references(made: Path, tmp_path: Path) -> None:
     assert set(read_visual_file(paths["features"])) == {"drum", "flute"}
     with pytest.raises(DataError, match="at least two"):
         write_duet(store, ["drum-test-000"], tmp_path / "solo")
-    with pytest.raises(DataError, match="two of the clips are of class 'drum'"):
-        write_duet(store, ["drum-test-000", "drum-val-000"], tmp_path / "same")
+    with pytest.raises(DataError, match="'drum-test-000' is given twice"):
+        write_duet(store, ["drum-test-000", "drum-test-000"], tmp_path / "same")
     assert not (tmp_path / "same").exists()
+    paths = write_duet(store, ["drum-test-000", "flute-test-000", "drum-val-000"], tmp_path / "same")
+    assert set(read_visual_file(paths["features"])) == {"drum-1", "flute", "drum-2"} == {*paths} - {"duet", "features"}
+    assert np.abs(soundfile.read(paths["drum-2"])[0] - store.read_audio(store.clip("drum-val-000")) / 3).max() < 1e-4
 
 
 def test_commands(made: Path, tmp_path: Path) -> None:

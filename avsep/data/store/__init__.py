@@ -1,5 +1,14 @@
 """Stores: clips with their audio, frames and features, as files or in shards."""
 
-from avsep.data.store.files import SPLITS, Clip, Store, StoreWriter, add_features, remove_store, timelines_of
+from avsep.data.store.files import (
+    SPLITS,
+    Clip,
+    Store,
+    StoreWriter,
+    add_features,
+    remove_store,
+    source_names,
+    timelines_of,
+)
 
-__all__ = ["SPLITS", "Clip", "Store", "StoreWriter", "add_features", "remove_store", "timelines_of"]
+__all__ = ["SPLITS", "Clip", "Store", "StoreWriter", "add_features", "remove_store", "source_names", "timelines_of"]

@@ -409,13 +409,27 @@ class Store:
 
 
 def timelines_of(store: Store, clip_ids: Sequence[str]) -> dict[str, VisualTimeline]:
-    """The timelines of clips of a store, by their class name. Two clips of one class are refused."""
-    found: dict[str, VisualTimeline] = {}
-    for clip in store.clips_by_id(clip_ids):
-        if clip.class_name in found:
-            raise DataError(f"two of the clips are of class '{clip.class_name}': a visual file holds one video a class")
-        found[clip.class_name] = store.timeline(clip)
-    return found
+    """The timelines of clips of a store, by the names of :func:`source_names`."""
+    clips = store.clips_by_id(clip_ids)
+    return {name: store.timeline(clip) for name, clip in zip(source_names(clips), clips, strict=True)}
+
+
+def source_names(clips: Sequence[Clip]) -> list[str]:
+    """A name for each of several clips: its class, or ``violin-1``, ``violin-2``, ... where a class is there twice.
+
+    Raises :class:`DataError` for a clip that is there twice.
+    """
+    counts = Counter(clip.class_name for clip in clips)
+    numbers: Counter[str] = Counter()
+    names = []
+    for place, clip in enumerate(clips):
+        if clip in clips[:place]:
+            raise DataError(f"clip '{clip.id}' is given twice: name each clip once")
+        numbers[clip.class_name] += 1
+        names.append(
+            f"{clip.class_name}-{numbers[clip.class_name]}" if counts[clip.class_name] > 1 else clip.class_name
+        )
+    return names
 
 
 def _begun_by(path: Path) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from avsep.data.store import SPLITS, Store, StoreWriter, remove_store, timelines_of
+from avsep.data.store import SPLITS, Store, StoreWriter, remove_store, source_names, timelines_of
 from avsep.data.synth.phrases import CLASSES, INSTRUMENTS, Instrument, compose, instrument
 from avsep.data.synth.phrases_v2 import INSTRUMENTS_V2, compose_v2
 from avsep.data.synth.pictures import look_of, motion_frames, object_frames
@@ -397,22 +397,20 @@ def run_all(
 
 
 def write_duet(store: Store, clip_ids: Sequence[str], out_dir: str | Path) -> dict[str, Path]:
-    """Mix clips of different classes (their mean, as in training) and write all that is needed to part them again.
+    """Mix clips (their mean, as in training) and write all that is needed to part them again.
 
-    Writes ``duet.wav``, ``features.npz`` (the pictures, for ``avsep separate --features``) and ``references/CLASS.wav``
-    (each source as it is in the mixture); the duet is as long as its shortest clip. Returns the paths by name:
-    ``duet``, ``features`` and each class.
+    Writes ``duet.wav``, ``features.npz`` (the pictures, for ``avsep separate --features``) and ``references/NAME.wav``
+    (each source as it is in the mixture), with the names of :func:`avsep.data.store.source_names`; the duet is as long
+    as its shortest clip. Returns the paths by name: ``duet``, ``features`` and each source.
     """
     clips = store.clips_by_id(clip_ids)
     if len(clips) < 2:
-        raise DataError(
-            f"a duet needs at least two clips, of different classes; given: {', '.join(clip_ids) or 'none'}"
-        )
+        raise DataError(f"a duet needs at least two clips; given: {', '.join(clip_ids) or 'none'}")
     timelines = timelines_of(store, clip_ids)
     out = Path(out_dir)
     length = min(c.samples for c in clips)
     sources = [store.read_audio(c, 0, length) / np.float32(len(clips)) for c in clips]
-    names = {c.class_name: f"references/{c.class_name}.wav" for c in clips}
+    names = {name: f"references/{name}.wav" for name in source_names(clips)}
     names |= {"duet": "duet.wav", "features": "features.npz"}
     with made_folder(out), staging_folder(out / "duet") as staging:  # all of it appears, or nothing
         for name, sound in zip(names, [*sources, np.sum(sources, axis=0)], strict=False):
