@@ -43,7 +43,10 @@ def test_it_leaves_what_it_says(small):
     assert done.returncode == 0, done.stderr[-2000:]
     assert str(out / "report.html") in done.stdout.replace("\n", "")
     assert (out / "report.html").stat().st_size > 100_000
-    for folder, names in (("separated", ("accordion", "flute")), ("separated_pianos", ("piano-1", "piano-2"))):
+    for folder, names in (
+        ("separated", ("accordion", "flute")),
+        ("separated_xylophones", ("xylophone-1", "xylophone-2")),
+    ):
         for name in (*names, "residual"):
             audio, rate = soundfile.read(out / folder / f"duet_{name}.wav")
             assert (len(audio), rate) == (8 * 11025, 11025)
