@@ -246,7 +246,7 @@ def encoded(separator: Separator, batch: Batch, plan: ExportPlan, number: int = 
     specs, _ = tensor_specs(separator, plan)
     count, sources = batch.class_ids.shape
     seen = motion_seen = None
-    if separator.mask_decoder.takes_unseen:
+    if separator.can_go_unseen:
         number_of = torch.arange(count * sources).reshape(count, sources)
         seen, motion_seen = number_of % 3 > 0, number_of % 4 > 0
     drawn = {

@@ -222,7 +222,7 @@ class _MaskedSeparator(nn.Module):
         self.channels = channels
         self.level_db = spec.level_db
         self.tells_presence = separator.mask_decoder.tells_presence
-        self.takes_unseen = separator.mask_decoder.takes_unseen
+        self.can_go_unseen = separator.can_go_unseen
         self.separator = _Logits(separator.merged())
         _constant_weights(self.separator)
         self.has_object = separator.object_encoder is not None
@@ -269,7 +269,7 @@ class _MaskedSeparator(nn.Module):
             names.append("motion_features")
             if self.motion_mask:
                 names.append("motion_mask")
-        if self.takes_unseen:
+        if self.can_go_unseen:
             names.append("seen")
             if self.has_motion:
                 names.append("motion_seen")
@@ -285,7 +285,7 @@ class WaveformSeparator(_MaskedSeparator):
     Shapes:
         mixture [B, L]; object_features [B, N, Do] and motion_features [B, N, Dm, Tm], the outputs of the visual
         encoders, each only where the separator has that encoder; with ``motion_mask`` a bool [B, N, Tm] (True =
-        valid); of a decoder that takes sources unseen bool ``seen`` and, with motion, ``motion_seen`` [B, N]; class_ids
+        valid); of a separator that can go unseen bool ``seen`` and, with motion, ``motion_seen`` [B, N]; class_ids
         int64 [B, N] -> sources [B, N, L], and of a decoder that tells it presence [B, N], probabilities. With C > 1
         ``channels`` the mixture is [B, C, L] and the sources are [B, N, C, L]; the masks are those of the channels'
         mean.

@@ -191,7 +191,7 @@ def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSp
         inputs.append(TensorSpec("motion_features", "float32", shape, source_axes))
         if plan.motion_mask:
             inputs.append(TensorSpec("motion_mask", "bool", (batch, sources, steps), source_axes))
-    if separator.mask_decoder.takes_unseen:
+    if separator.can_go_unseen:
         names = ("seen",) if separator.motion_encoder is None else ("seen", "motion_seen")
         inputs += [TensorSpec(name, "bool", (batch, sources), source_axes) for name in names]
     inputs.append(TensorSpec("class_ids", "int64", (batch, sources), source_axes))

@@ -23,11 +23,11 @@ from avsep.export.runtime.manifest import MANIFEST
 from avsep.export.runtime.separator import BundleSeparator
 from avsep.inference.recordings import separate_and_tell
 from avsep.media.timeline import VisualTimeline, write_visual_file
-from avsep.separator import save_separator
+from avsep.separator import build_separator, save_separator
 from support.bundles import write_sealed
 from support.commands import run
 from support.listeners import listener_part, listening_separator
-from support.tones import BUNDLE_CLASSES, RATE
+from support.tones import BUNDLE_CLASSES, RATE, TINY_FRONT_END
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -207,6 +207,35 @@ def test_the_info_tells_of_it(bundles, capfd):
     shown = capfd.readouterr().out
     for words in ("2, or mono", "sum up to at most 1", "from 0.4 on it counts as present", "welcome, not required"):
         assert words in shown
+
+
+@pytest.mark.parametrize("plan", [{}, {"dynamic": True, "batch": 2, "motion_mask": True}])
+def test_mean_pictures_go_into_the_graph(timelines, tmp_path, plan):
+    """A decoder that needs pictures is shown the class's mean by the graph itself."""
+    torch.manual_seed(3)
+    separator = build_separator(
+        num_classes=3,
+        audio_encoder=("unet7", {"base_channels": 2, "mask_channels": 4}),
+        object_encoder=("precomputed", {"features": "o", "dim": 8}),
+        motion_encoder=("precomputed", {"features": "m", "dim": 6}),
+        mask_decoder=("query_transformer", {"dim": 16, "heads": 2, "feedforward": 16, "layers": 2}),
+        classes=BUNDLE_CLASSES,
+        front_end=TINY_FRONT_END,
+    ).eval()
+    with torch.no_grad():
+        separator.mask_decoder.head[-1].weight.mul_(10)
+    separator.class_means = {"object": 2 * torch.randn(3, 8), "motion": 2 * torch.randn(3, 6, 4)}
+    bundle = export(separator, ExportPlan(**plan), tmp_path / "bundle").path
+    runtime = BundleSeparator.load(bundle, provider="cpu", threads=1)
+    assert runtime.can_go_unseen
+    assert open_bundle(bundle).manifest["version"] == 3
+    found = []
+    for shown in (("flute", "piano"), ("piano",), ()):
+        seen = {name: timelines[name] for name in shown}
+        expected = separate_and_tell(separator, music(CLIP + 900), seen, ["piano", "flute"]).sources
+        found.append(runtime.separate(music(CLIP + 900), seen or None, ["piano", "flute"]))
+        np.testing.assert_allclose(found[-1], expected, atol=1e-4)
+    assert np.abs(found[0] - found[2]).max() > 1e-3
 
 
 # --- the same results as in PyTorch -----------------------------------------------------------------------------------
