@@ -31,6 +31,7 @@ __all__ = [
     "commit",
     "device_name",
     "die_with_parent",
+    "keep_memory",
     "local_world_size",
     "pick_device",
     "refuse_number",
@@ -112,6 +113,21 @@ def die_with_parent() -> None:
         threading.Thread(target=watch_worker, args=(parent.sentinel,), daemon=True).start()
     elif world_size() > 1:
         threading.Thread(target=watch_rank, args=(os.getppid(),), daemon=True).start()
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees, for its next step, where the C library can be told (glibc).
+
+    Every step of a training frees tensors of many megabytes, which glibc gives back to the system one by one, to ask
+    for them again, page by page, in the next step. For commands: a program that uses avsep decides for itself.
+    """
+    import ctypes
+
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # of malloc.h
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
+            mallopt(parameter, value)
 
 
 # what decides a result; commands, pages, benchmarks, exports and drivers of grids do not

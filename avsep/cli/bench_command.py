@@ -127,9 +127,11 @@ def separators(
     from avsep.benchmarks.measure import check_results
     from avsep.benchmarks.separators import COLUMNS, evaluations_in, facts_of, measure, report, run_presets
     from avsep.data.store import Store
+    from avsep.environment import keep_memory
     from avsep.errors import ConfigError
     from avsep.progress import terminal
 
+    keep_memory()
     check_results(out, COLUMNS)
     presets = preset or ["aligned", "aligned_by_picture", "iquery_small"]
     numbers = list(range(seeds))

@@ -185,7 +185,7 @@ def _work(strategy: str, out: str, name: str, tasks: list[list[str]], seed: int,
     """Train and evaluate one run in a process of its own."""
     import signal
 
-    from avsep.environment import die_with_parent
+    from avsep.environment import die_with_parent, keep_memory
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that draws ends this one
     die_with_parent()  # else it would train on unseen, and hold the run's lock, after a kill
@@ -193,6 +193,7 @@ def _work(strategy: str, out: str, name: str, tasks: list[list[str]], seed: int,
         import torch
 
         torch.set_num_threads(threads)
+        keep_memory()
         from avsep.data.tasks import task_stream
         from avsep.evaluation.evaluate import evaluate_run
         from avsep.runs.folder import RunFolder

@@ -89,7 +89,7 @@ def command(
     """Learn a store's classes task after task."""
     from avsep.data.store import Store
     from avsep.data.tasks import task_stream
-    from avsep.environment import world_size
+    from avsep.environment import keep_memory, world_size
     from avsep.errors import CheckpointError, ConfigError
     from avsep.presets.fidelity import apply_fidelity
     from avsep.runs.folder import RunFolder
@@ -153,6 +153,7 @@ def command(
     try:
         if _launched(devices, device, context.obj):
             return
+        keep_memory()
         learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers, loggers=logger)
         records = learner.fit(stream, out, resume=resume, preset=spec.preset)
     except KeyboardInterrupt:

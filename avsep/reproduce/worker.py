@@ -93,7 +93,7 @@ def _run(unit: dict[str, Any], folder: Path) -> None:
     import torch
 
     from avsep.data.tasks import task_stream
-    from avsep.environment import code_hash, pick_device
+    from avsep.environment import code_hash, keep_memory, pick_device
     from avsep.spec import RunSpec, validated
     from avsep.training.learner import ContinualLearner
 
@@ -101,6 +101,7 @@ def _run(unit: dict[str, Any], folder: Path) -> None:
         raise RunError("the library's source has changed since the command began: start it again")
     device = pick_device(unit["device"])  # here: the command may run on a machine with others
     torch.set_num_threads(unit["threads"])
+    keep_memory()
     spec = validated(RunSpec, unit["spec"], "cell")
     run = folder / "run"
     stream = task_stream(
