@@ -24,6 +24,7 @@ from avsep.progress import Progress
 
 __all__ = ["COLUMNS", "MEASURES", "Found", "Measure", "evaluations_in", "facts_of", "measure", "report", "run_presets"]
 
+_AS_THEY_ARE = "the same clips as they are"
 _Rows = Sequence[Mapping[str, Any]]
 _RESAMPLES = 10_000
 _FACTS = ("store", "classes", "seed_numbers", "commit", "date")
@@ -34,8 +35,8 @@ COLUMNS = ("preset", "measure", "unit", "mean", "low", "high", "seeds", *_FACTS)
 class Measure:
     """A line of the report: its name, its unit, and what it takes of the rows of a run.
 
-    ``pick``: which rows count. ``over``: ``mixture`` (improvement over the mixture itself) or a yardstick of the same
-    rows; ``column``: of the rows.
+    ``pick``: which rows count. ``over``: what is taken off, a yardstick of the same rows or, with ``_AS_THEY_ARE``, the
+    row of the same clips among the headline's; nothing when empty. ``column``: of the rows.
     """
 
     name: str
@@ -60,10 +61,16 @@ MEASURES = (
     Measure("same class", _in_list("same-class")),
     Measure("three sources", _in_list("three")),
     Measure("something in the background", _in_list("background")),
-    Measure("20 dB quieter", _in_list("quiet")),
-    Measure("in a room", _in_list("reverberant")),
-    Measure("one picture each, no motion", _in_list("photo")),
-    Measure("no pictures", _in_list("unseen")),
+    *(
+        Measure(f"{title}{', change' if over else ''}", _in_list(name), over=over)
+        for name, title in (
+            ("quiet", "20 dB quieter"),
+            ("reverberant", "in a room"),
+            ("photo", "one picture each, no motion"),
+            ("unseen", "no pictures"),
+        )
+        for over in ("", _AS_THEY_ARE)
+    ),
 )
 
 
@@ -182,14 +189,14 @@ def _table(one: Measure, runs: Sequence[Mapping[str, Any]]) -> NDArray[np.float6
     lines: list[dict[tuple[str, int], float]] = []
     for run in runs:
         step = run["after"][-1]
-        base: dict[tuple[str, int, int], float] = {}
-        if one.over:
-            for row in rows_of_yardstick(run, one.over, step):
-                if row[one.column] is not None:
-                    base[row["list"], row["mixture"], row["source"]] = row[one.column]
+        if one.over == _AS_THEY_ARE:
+            base = _as_they_are(step["rows"], one.column)
+        else:
+            yardstick = rows_of_yardstick(run, one.over, step) if one.over else []
+            base = {_key(row): row[one.column] for row in yardstick if row[one.column] is not None}
         sums: dict[tuple[str, int], list[float]] = {}
         for row in step["rows"]:
-            key = (row["list"], row["mixture"], row["source"])
+            key = _key(row)
             if not one.pick(row) or row["status"] != "ok" or not sounds(row) or row[one.column] is None:
                 continue
             if not one.over or key in base:
@@ -197,6 +204,24 @@ def _table(one: Measure, runs: Sequence[Mapping[str, Any]]) -> NDArray[np.float6
         lines.append({key: float(np.mean(values)) for key, values in sums.items()})
     shared = sorted(set.intersection(*(set(line) for line in lines))) if lines else []
     return np.array([[line[key] for key in shared] for line in lines])
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, int, int]:
+    return row["list"], row["mixture"], row["source"]
+
+
+def _as_they_are(rows: _Rows, column: str) -> dict[tuple[str, int, int], float]:
+    """The headline's value of the same source among the same clips, for every row that has one."""
+    clips: dict[tuple[str, int], list[str]] = {}
+    for row in rows:
+        clips.setdefault((row["list"], row["mixture"]), []).append(row["clip"])
+    plain = {
+        (*clips[row["list"], row["mixture"]], row["source"]): row[column]
+        for row in rows
+        if _headline(row) and row["status"] == "ok" and row[column] is not None
+    }
+    asked = ((_key(row), (*clips[row["list"], row["mixture"]], row["source"])) for row in rows)
+    return {key: plain[name] for key, name in asked if name in plain}
 
 
 def _interval(table: NDArray[np.float64]) -> tuple[Interval, tuple[float, ...]]:

@@ -48,6 +48,8 @@ def test_every_measure_is_there_with_its_interval(found, preset, tone_store):
         "same class",
         "three sources",
         "no pictures",
+        "no pictures, change",
+        "in a room, change",
         "absent sources, median level",
         "presence, area under the curve",
         "different classes, change with pictures: exchanged",
@@ -61,6 +63,9 @@ def test_every_measure_is_there_with_its_interval(found, preset, tone_store):
     rows = next(iter(evaluations.values()))["after"][-1]["rows"]
     of_list = [r["sdri"] for r in rows if r["list"] == "same-class" and r["sdri"] is not None]
     assert numbers["same class"].seeds[0] == pytest.approx(np.mean(of_list), abs=1e-5)
+    quieter = numbers["20 dB quieter, change"]  # against the same clips: the separator brings all to one level
+    assert max(map(abs, quieter.seeds)) < 0.01
+    assert abs(numbers["no pictures, change"].value.mean) > 0.01
 
 
 def test_the_interval_is_of_seeds_and_mixtures():
@@ -84,6 +89,6 @@ def test_the_report_is_written_and_runs_are_found_again(found, preset, tone_stor
     command = ["bench", "separators", str(tone_store), "--preset", str(preset), "--seeds", "2", "--runs", str(runs)]
     run(*command, "--no-train", "--out", tmp_path / "more.csv")
     assert "| same class, dB |" in capsys.readouterr().out
-    assert (tmp_path / "more.md").read_text().startswith(f"| | {preset} |")
+    assert (tmp_path / "more.md").read_text().startswith(f"| | {preset.stem} |")
     assert run(*command[:-1], tmp_path / "none", "--no-train", "--out", tmp_path / "x.csv") == 2
     assert "holds no evaluated run" in capsys.readouterr().err
