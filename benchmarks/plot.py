@@ -1,16 +1,19 @@
-"""A picture of benchmark rows."""
+"""Pictures of benchmark rows."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avsep.errors import MissingExtraError
 from avsep.files import atomic_path
 
-__all__ = ["plot_rows", "require_matplotlib"]
+if TYPE_CHECKING:
+    from avsep.benchmarks.separators import Found
+
+__all__ = ["plot_presets", "plot_rows", "require_matplotlib"]
 
 
 def require_matplotlib() -> None:
@@ -54,5 +57,35 @@ def plot_rows(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     panels[-1].set_xlabel("ms, median with 20 and 80 percentiles")
     first = rows[0]
     figure.suptitle(f"{first['device']}, {first['threads']} threads, torch {first['torch']}", fontsize=9)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def plot_presets(found: Sequence[Found], path: str | Path) -> None:
+    """A line a measure in dB, on it a dot a preset with its interval; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    shown = [one for one in found if one.unit == "dB"]
+    measures = list(dict.fromkeys(one.measure for one in shown))
+    presets = list(dict.fromkeys(one.preset for one in shown))
+    figure = Figure(figsize=(9, 0.3 * len(measures) + 1.2), layout="constrained")
+    panel = figure.subplots()
+    for number, preset in enumerate(presets):
+        mine = [one for one in shown if one.preset == preset]
+        places = [measures.index(one.measure) + 0.6 * ((number + 0.5) / len(presets) - 0.5) for one in mine]
+        means = [one.value.mean for one in mine]
+        errors = [
+            [mean - one.value.low for mean, one in zip(means, mine, strict=True)],
+            [one.value.high - mean for mean, one in zip(means, mine, strict=True)],
+        ]
+        panel.errorbar(means, places, xerr=errors, fmt="o", markersize=4, capsize=2, label=preset)
+    panel.axvline(0, color="0.6", linewidth=0.8)
+    panel.set_yticks(range(len(measures)), measures, fontsize=8)
+    panel.set_ylim(len(measures) - 0.5, -0.5)
+    panel.grid(axis="y", color="0.92")
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.set_xlabel("dB; SDR over the mixture where nothing else is said")
+    figure.legend(loc="outside upper left", ncols=len(presets), frameon=False, fontsize=9)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -119,12 +119,14 @@ def separators(
     out: Annotated[Path, typer.Option("--out", help="CSV file to write; a table in Markdown stands beside it.")] = Path(
         "separators.csv"
     ),
+    plot: _Plot = None,
 ) -> None:
     """What presets reach on a store when they learn all of its classes at once, beside the static filter.
 
     Different classes, duets of one class, absent sources, rooms, other pictures: the lists of the protocol audiovisual.
     """
     from avsep.benchmarks.measure import check_results
+    from avsep.benchmarks.plot import plot_presets, require_matplotlib
     from avsep.benchmarks.separators import COLUMNS, evaluations_in, facts_of, measure, report, run_presets
     from avsep.data.store import Store
     from avsep.environment import keep_memory
@@ -133,6 +135,8 @@ def separators(
 
     keep_memory()
     check_results(out, COLUMNS)
+    if plot is not None:
+        require_matplotlib()
     presets = preset or ["aligned", "aligned_by_picture", "iquery_small"]
     numbers = list(range(seeds))
     opened = Store.open(store)
@@ -143,7 +147,10 @@ def separators(
     )
     if not found:
         raise ConfigError(f"{runs} holds no evaluated run of {', '.join(presets)}: leave --no-train out")
-    report(measure(found), out, facts_of(opened, numbers))
+    numbers_of = measure(found)
+    report(numbers_of, out, facts_of(opened, numbers))
+    if plot is not None:
+        plot_presets(numbers_of, plot)
     terminal().print(out.with_suffix(".md").read_text(), highlight=False, markup=False)
 
 

@@ -87,7 +87,9 @@ def test_the_report_is_written_and_runs_are_found_again(found, preset, tone_stor
     assert {row["seed_numbers"] for row in rows} == {"0 1"}
     assert any(row["measure"] == "same class" and row["unit"] == "dB" for row in rows)
     command = ["bench", "separators", str(tone_store), "--preset", str(preset), "--seeds", "2", "--runs", str(runs)]
-    run(*command, "--no-train", "--out", tmp_path / "more.csv")
+    pytest.importorskip("matplotlib")
+    run(*command, "--no-train", "--out", tmp_path / "more.csv", "--plot", tmp_path / "more.png")
+    assert (tmp_path / "more.png").stat().st_size > 10_000
     assert "| same class, dB |" in capsys.readouterr().out
     assert (tmp_path / "more.md").read_text().startswith(f"| | {preset.stem} |")
     assert run(*command[:-1], tmp_path / "none", "--no-train", "--out", tmp_path / "x.csv") == 2
