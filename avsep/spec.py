@@ -40,6 +40,7 @@ __all__ = [
     "SeparatorSpec",
     "TrainSpec",
     "apply_settings",
+    "first_difference",
     "list_presets",
     "load_preset",
     "validated",
@@ -453,3 +454,13 @@ def _member(members: list[Any], name: str, setting: str) -> dict[str, Any]:
             return member
     known = [m["name"] if isinstance(m, dict) else str(m) for m in members]
     raise UnknownNameError(f"setting {setting!r}: no '{name}' in the list: {near_matches(name, known)}")
+
+
+def first_difference(mine: Any, theirs: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first key at which two plain values differ, with both values."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in [*mine, *(k for k in theirs if k not in mine)]:
+            if found := first_difference(mine.get(key), theirs.get(key), f"{path}.{key}" if path else str(key)):
+                return found
+        return None
+    return None if mine == theirs else (path, mine, theirs)

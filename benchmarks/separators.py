@@ -1,7 +1,8 @@
 """Presets side by side on one store: trained jointly on all of its classes, seed after seed, and scored on its tests.
 
 Each preset and seed is a run of its own in ``runs``, which goes on where it was stopped. The lists are those of the
-protocol ``audiovisual``; intervals are of both the training seeds and the test mixtures.
+protocol ``audiovisual``; intervals are of both the training seeds and the test mixtures, or, where a seed gives one
+number alone, from the lowest to the highest of the seeds.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from avsep.data.store import Store
+from avsep.errors import ConfigError, RunError
 from avsep.evaluation.continual import Interval, percentile_interval, resampling_weights
-from avsep.files import csv_cell, read_json, write_text
+from avsep.files import csv_cell, write_text
 from avsep.progress import Progress
 
 __all__ = ["COLUMNS", "MEASURES", "Found", "Measure", "evaluations_in", "facts_of", "measure", "report", "run_presets"]
@@ -28,7 +30,7 @@ _AS_THEY_ARE = "the same clips as they are"
 _Rows = Sequence[Mapping[str, Any]]
 _RESAMPLES = 10_000
 _FACTS = ("store", "classes", "seed_numbers", "commit", "date")
-COLUMNS = ("preset", "measure", "unit", "mean", "low", "high", "seeds", *_FACTS)
+COLUMNS = ("preset", "measure", "unit", "mean", "low", "high", "interval", "seeds", *_FACTS)
 
 
 @dataclass(frozen=True)
@@ -94,24 +96,14 @@ def run_presets(
     from avsep.data.tasks import task_stream
     from avsep.evaluation.evaluate import evaluate_run
     from avsep.runs.folder import RunFolder
-    from avsep.spec import RunSpec, apply_settings, load_preset, validated
     from avsep.training.learner import ContinualLearner
 
     opened = store if isinstance(store, Store) else Store.open(store)
     found: dict[tuple[str, int], dict[str, Any]] = {}
+    specs = _specs(opened, presets, seeds, settings)
     for seed in seeds:
         for name in presets:
-            preset = load_preset(name)
-            data = {
-                "separator": dict(preset["separator"]),
-                "train": {**preset["train"], "seed": seed},
-                "strategy": "joint",
-                "tasks": [list(opened.classes)],
-                "protocol": "audiovisual",
-                "validation_protocol": "audiovisual",
-                "preset": name,
-            }
-            spec = validated(RunSpec, apply_settings(data, list(settings)), name)
+            spec = specs[name, seed]
             stream = task_stream(
                 opened,
                 spec.tasks,
@@ -119,7 +111,7 @@ def run_presets(
                 validation_protocol=spec.validation_protocol,
                 clip_samples=spec.separator.front_end.clip_samples,
             )
-            folder = RunFolder(Path(runs) / f"{Path(name).stem}-{seed}")
+            folder = RunFolder(_folder(runs, name, seed))
             learner = ContinualLearner.from_spec(spec, accelerator=accelerator)
             learner.fit(stream, folder.path, resume=folder.is_run, progress=progress, preset=name)
             like = next((one for (other, _), one in reversed(found.items()) if other == name), None)
@@ -132,13 +124,17 @@ def run_presets(
 
 @dataclass(frozen=True)
 class Found:
-    """A number of a preset: its mean with its interval, and that of each seed."""
+    """A number of a preset: its mean with its interval, and that of each seed.
+
+    ``interval``: ``95 %`` of seeds and mixtures, or from the lowest to the highest of the ``seeds``.
+    """
 
     preset: str
     measure: str
     unit: str
     value: Interval
     seeds: tuple[float, ...]
+    interval: Literal["95 %", "seeds"] = "95 %"
 
 
 def measure(evaluations: Mapping[tuple[str, int], Mapping[str, Any]], *, without: str = "drum") -> list[Found]:
@@ -169,10 +165,11 @@ def _of_preset(preset: str, runs: Sequence[Mapping[str, Any]], without: str) -> 
         ("absent sources, median level", "dB", [_median_level(step["rows"]) for step in steps]),
         ("presence, area under the curve", "", [(step.get("presence") or {}).get("auc") for step in steps]),
         ("presence, share right", "", [(step.get("presence") or {}).get("right") for step in steps]),
+        ("mixtures left out, since a part is silent", "%", [_left_out(step["rows"]) for step in steps]),
     ):
         known = [float(value) for value in values if value is not None]
         if known:
-            found.append(Found(preset, name, unit, _over_seeds(known), tuple(known)))
+            found.append(Found(preset, name, unit, _over_seeds(known), tuple(known), "seeds"))
     return found
 
 
@@ -248,6 +245,12 @@ def _median_level(rows: _Rows) -> float | None:
     return float(np.median(levels)) if levels else None
 
 
+def _left_out(rows: _Rows) -> float:
+    """The percentage of the mixtures whose scores are not counted."""
+    status = {(row["list"], row["mixture"]): row["status"] for row in rows}
+    return 100 * sum(one != "ok" for one in status.values()) / len(status)
+
+
 def _dependence(preset: str, steps: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> list[Found]:
     from avsep.evaluation.visual_dependence import HEADINGS
 
@@ -261,9 +264,8 @@ def _dependence(preset: str, steps: Sequence[Mapping[str, Any]], runs: Sequence[
                 if value is not None:
                     values.append(float(value))
             if values:
-                found.append(
-                    Found(preset, f"{title}, change with pictures: {heading}", "dB", _over_seeds(values), tuple(values))
-                )
+                what = f"{title}, change with pictures: {heading}"
+                found.append(Found(preset, what, "dB", _over_seeds(values), tuple(values), "seeds"))
     return found
 
 
@@ -280,7 +282,10 @@ def report(found: Sequence[Found], out: str | Path, facts: Mapping[str, Any]) ->
         numbers = [f"{x:.3f}" for x in (one.value.mean, one.value.low, one.value.high)]
         seeds = " ".join(f"{x:.3f}" for x in one.seeds)
         writer.writerow(
-            [csv_cell(str(x)) for x in (one.preset, one.measure, one.unit, *numbers, seeds, *facts.values())]
+            [
+                csv_cell(str(x))
+                for x in (one.preset, one.measure, one.unit, *numbers, one.interval, seeds, *facts.values())
+            ]
         )
     write_text(path, text.getvalue())
     presets = list(dict.fromkeys(one.preset for one in found))
@@ -291,6 +296,7 @@ def report(found: Sequence[Found], out: str | Path, facts: Mapping[str, Any]) ->
     for name, of_preset in by_name.items():
         cells = [_cell(of_preset.get(preset)) for preset in presets]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "In brackets 95 % intervals of seeds and mixtures; in parentheses the lowest and the highest seed."]
     write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
 
 
@@ -298,19 +304,84 @@ def _cell(one: Found | None) -> str:
     if one is None:
         return ""
     digits = 2 if one.unit else 3
-    return f"{one.value.mean:.{digits}f} [{one.value.low:.{digits}f}, {one.value.high:.{digits}f}]"
+    mean, low, high = (f"{x:.{digits}f}" for x in (one.value.mean, one.value.low, one.value.high))
+    return f"{mean} [{low}, {high}]" if one.interval == "95 %" else f"{mean} ({low} to {high})"
 
 
-def evaluations_in(runs: str | Path, presets: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int], Any]:
-    """The evaluations of finished runs, without training any."""
+def evaluations_in(
+    store: Store, runs: str | Path, presets: Sequence[str], seeds: Sequence[int], *, settings: Sequence[str] = ()
+) -> dict[tuple[str, int], Any]:
+    """The evaluations of finished runs, without training any.
+
+    Raises :class:`ConfigError` for a run of another store or of other settings, :class:`RunError` for one whose scores
+    are not those of its weights.
+    """
+    from avsep.evaluation.evaluate import current_evaluation
     from avsep.runs.folder import RunFolder
+    from avsep.spec import first_difference
 
+    found = {}
+    for (name, seed), spec in _specs(store, presets, seeds, settings).items():
+        run = RunFolder(_folder(runs, name, seed))
+        if not run.is_run or not run.finished_tasks():
+            continue
+        theirs = run.spec()
+        if theirs.store_hash != store.content_hash:
+            raise ConfigError(f"{run} was trained on another store than {store.path}: give the right one")
+        # the classes and sizes of a separator are written by training; where a store lies says nothing
+        given = {"store", "store_hash", "preset", "separator"}
+        facts = [
+            {
+                **one.model_dump(mode="json", exclude=given),
+                **one.separator.model_dump(mode="json", exclude={"num_classes", "classes", "task_sizes"}),
+            }
+            for one in (spec, theirs)
+        ]
+        if other := first_difference(*facts):
+            key, wanted, there = other
+            raise ConfigError(f"{run} is no run of {name} as it is now: {key} is {there!r} there, {wanted!r} here")
+        evaluation = current_evaluation(run.path)
+        if evaluation is None:
+            raise RunError(f"the scores of {run} are not those of its separator: leave --no-train out")
+        found[name, seed] = evaluation
+    return found
+
+
+def _folder(runs: str | Path, preset: str, seed: int) -> Path:
+    return Path(runs) / f"{Path(preset).stem}-{seed}"
+
+
+def _specs(
+    store: Store, presets: Sequence[str], seeds: Sequence[int], settings: Sequence[str]
+) -> dict[tuple[str, int], Any]:
+    """The spec of every run. Raises :class:`ConfigError` where presets have one name, or are not to be compared."""
+    from avsep.spec import RunSpec, apply_settings, load_preset, validated
+
+    for number, name in enumerate(presets):
+        for other in presets[:number]:
+            if Path(other).stem == Path(name).stem:
+                raise ConfigError(f"presets {other} and {name} have one name, {Path(name).stem}: rename one of the two")
     found = {}
     for seed in seeds:
         for name in presets:
-            file = RunFolder(Path(runs) / f"{Path(name).stem}-{seed}").evaluation_file
-            if file.is_file():
-                found[name, seed] = read_json(file)
+            preset = load_preset(name)
+            data = {
+                "separator": dict(preset["separator"]),
+                "train": {**preset["train"], "seed": seed},
+                "strategy": "joint",
+                "tasks": [list(store.classes)],
+                "protocol": "audiovisual",
+                "validation_protocol": "audiovisual",
+                "preset": name,
+            }
+            found[name, seed] = validated(RunSpec, apply_settings(data, list(settings)), name)
+    lengths = {name: spec.separator.front_end.clip_samples for (name, _), spec in found.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ConfigError(
+            f"presets whose mixtures are of different lengths in samples are not compared ({told}): set "
+            f"separator.front_end.clip_samples for all of them"
+        )
     return found
 
 

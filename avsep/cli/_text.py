@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from avsep.export.runtime.recordings import names_in
+from avsep.export.runtime.names import names_in
 
 if TYPE_CHECKING:
     from avsep.data.store import Store

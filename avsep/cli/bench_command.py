@@ -106,7 +106,7 @@ def separators(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder; its test split is scored.")],
     preset: Annotated[
         list[str] | None,
-        typer.Option("--preset", help="Again for more [default: aligned, aligned_by_picture, iquery_small]."),
+        typer.Option("--preset", help="Name or file; again for more [default: aligned, aligned_by_picture]."),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each preset.")] = 3,
     runs: Annotated[Path, typer.Option("--runs", help="Folder of the runs, which go on where they were.")] = Path(
@@ -137,18 +137,18 @@ def separators(
     check_results(out, COLUMNS)
     if plot is not None:
         require_matplotlib()
-    presets = preset or ["aligned", "aligned_by_picture", "iquery_small"]
+    presets = preset or ["aligned", "aligned_by_picture"]
     numbers = list(range(seeds))
     opened = Store.open(store)
     found = (
         run_presets(opened, runs, presets, numbers, settings=settings or ())
         if train
-        else evaluations_in(runs, presets, numbers)
+        else evaluations_in(opened, runs, presets, numbers, settings=settings or ())
     )
     if not found:
         raise ConfigError(f"{runs} holds no evaluated run of {', '.join(presets)}: leave --no-train out")
     numbers_of = measure(found)
-    report(numbers_of, out, facts_of(opened, numbers))
+    report(numbers_of, out, facts_of(opened, sorted({seed for _, seed in found})))
     if plot is not None:
         plot_presets(numbers_of, plot)
     terminal().print(out.with_suffix(".md").read_text(), highlight=False, markup=False)

@@ -30,14 +30,12 @@ _StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store's
 @app.command("synth")
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to make the store in.")],
-    version: Annotated[
-        int, typer.Option("--version", help="Of the benchmark: 1, or 2, which cannot be solved without the pictures.")
-    ] = 1,
+    version: Annotated[int, typer.Option("--version", help="Of the benchmark: 1, or 2, which asks for eyes.")] = 1,
     size: Annotated[str, typer.Option("--size", help="tiny, small or full.")] = "tiny",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed gives other phrases and pictures.")] = 0,
     bank: Annotated[
         list[Path] | None,
-        typer.Option("--bank", help="SoundFont (.sf2); repeat for several [default: one that is found]."),
+        typer.Option("--bank", help="SoundFont (.sf2); again for more [default: the smallest; of version 2 all]."),
     ] = None,
     holdout_bank: Annotated[
         Path | None, typer.Option("--holdout-bank", help="SoundFont that plays the test split only.")

@@ -109,6 +109,8 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
             f"{result['store']} has no {result['split']} clip of {', '.join(result['missing'])}: mixtures of these are "
             "left out"
         )
+    for name, why in ((result.get("yardsticks") or {}).get("left_out") or {}).items():
+        console.print(f"No {name} beside the scores: {why}.")
     names = {"sdr": "SDR", "sir": "SIR", "sar": "SAR", "sdri": "SDRi", "si_sdr": "SI-SDR"}
     matrix = result.get("matrix")
     if matrix is not None:

@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,7 @@ __all__ = [
     "TestMixture",
     "build_protocol",
     "centre_start",
+    "evenly",
     "second_start",
     "seconds_of",
 ]
@@ -51,6 +52,15 @@ ROLES = {
     "photo": "is asked for and not in the mixture; there is a picture of it, and its motion is not known",
     "background": "sounds, and is not asked for",
 }
+_T = TypeVar("_T")
+
+
+def evenly(items: Sequence[_T], count: int) -> list[_T]:
+    """At most ``count`` of the items, spread evenly over all of them."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 APART = {
     "same-class": "two clips of one class",
     "three": "three sources of different classes",
@@ -105,7 +115,12 @@ class TestMixture:
     @property
     def needs_unseen(self) -> bool:
         """Whether a source that is asked for has no picture."""
-        return any(role in ("unseen_source", "unseen", "photo_source", "photo") for role in self.roles)
+        return any(role in ("unseen_source", "unseen") for role in self.roles)
+
+    @property
+    def needs_photo(self) -> bool:
+        """Whether of a source that is asked for there is one picture, and its motion is not known."""
+        return any(role in ("photo_source", "photo") for role in self.roles)
 
     @property
     def counted(self) -> bool:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avsep.dsp import magnitude
-from avsep.types import Spectrograms
+from avsep.types import Spectrograms, VisualFeatures
 
 __all__ = [
     "PRESENT_SHARE",
@@ -40,11 +40,11 @@ def at_frames(features: Tensor, frames: int, valid: Tensor | None = None) -> Ten
     valid = valid | ~valid.any(dim=1, keepdim=True)
     order = torch.arange(valid.shape[1], device=valid.device) + (~valid).to(torch.int64) * valid.shape[1]
     features = features.gather(2, order.argsort(dim=1)[:, None, :].expand_as(features))  # the valid ones first
-    count = valid.sum(dim=1, keepdim=True).to(features.dtype)  # [M, 1]
-    middles = torch.arange(frames, device=features.device, dtype=features.dtype) + 0.5
+    count = valid.sum(dim=1, keepdim=True).to(torch.float32)  # [M, 1]
+    middles = torch.arange(frames, device=features.device, dtype=torch.float32) + 0.5  # 8 bits hold no place
     place = (middles * count / frames - 0.5).clamp(min=0.0).minimum(count - 1)  # [M, T]
     low = place.floor()
-    share = (place - low)[:, None, :]
+    share = (place - low)[:, None, :].to(features.dtype)
     index = low.to(torch.int64)[:, None, :].expand(-1, features.shape[1], -1)
     above = (low + 1).minimum(count - 1).to(torch.int64)[:, None, :].expand(-1, features.shape[1], -1)
     return features.gather(2, index) * (1 - share) + features.gather(2, above) * share
@@ -115,25 +115,35 @@ class TimeVaryingHead(nn.Module):
 class Presence(nn.Module):
     """Whether a source sounds at all, from its states in time and from what its mask lets through.
 
+    A source of which less is seen is told with less certainty. So that one half parts present from absent ones
+    whatever is seen of them, ``offsets`` are taken off the logits outside of training: of sources that are seen moving,
+    in one picture, and not at all (:func:`avsep.training.afterwards.calibrate_presence`).
+
     Shapes:
         states [B, N, D, T]; logits of masks [B, N, F, T]; spectrogram [B, 1, F, T] -> logits [B, N]. No gradient goes
-        into the masks: they learn from the targets of zero.
+        through the masks themselves: they learn from the targets of zero. It does go into the states.
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(2 * dim + 2, dim)
         self.out = nn.Linear(dim, 1)
-        # stands in the state, so that what was chosen goes with the weights
-        self.register_buffer("threshold", torch.tensor(0.5))
+        self.register_buffer("offsets", torch.zeros(3))  # in the state: what was chosen goes with the weights
 
-    threshold: Tensor
+    offsets: Tensor
 
-    def forward(self, states: Tensor, logits: Tensor, spectrogram: Tensor) -> Tensor:
+    def forward(self, states: Tensor, logits: Tensor, spectrogram: Tensor, visual: VisualFeatures) -> Tensor:
         mixture = magnitude(spectrogram).to(states.dtype)
         mask = logits.detach().sigmoid().to(states.dtype)
         through = (mask * mixture).sum(dim=2) / mixture.sum(dim=2).amax(dim=-1, keepdim=True).clamp(min=1e-6)
         share = (through.mean(dim=-1) + 1e-4).log(), (through.amax(dim=-1) + 1e-4).log()
         found = torch.cat((states.mean(dim=-1), states.amax(dim=-1), torch.stack(share, dim=-1)), dim=-1)
-        answer: Tensor = self.out(F.relu(self.hidden(found)))
-        return answer.squeeze(-1)
+        answer: Tensor = self.out(F.relu(self.hidden(found))).squeeze(-1)
+        return answer if self.training else answer - self._offset(visual).to(answer.dtype)
+
+    def _offset(self, visual: VisualFeatures) -> Tensor:
+        moving, photo, unseen = self.offsets
+        if visual.moving is None:
+            return moving
+        still = photo if visual.seen is None else photo.where(visual.seen, unseen)
+        return moving.where(visual.moving, still)

@@ -91,8 +91,8 @@ class AlignedQuery(MaskDecoder):
         self.presence = Presence(dim)
 
     @property
-    def presence_threshold(self) -> Tensor:  # type: ignore[override]
-        return self.presence.threshold
+    def presence_offsets(self) -> Tensor:  # type: ignore[override]
+        return self.presence.offsets
 
     def grow(self, num_classes: int) -> None:
         """Make room for ``num_classes`` classes: old query rows stay, new ones are drawn from N(0, 0.3^2).
@@ -132,7 +132,7 @@ class AlignedQuery(MaskDecoder):
             object=object_embedding,
             motion=motion_embedding,
             logits=logits,
-            presence=self.presence(state, logits, audio.spectrogram),
+            presence=self.presence(state, logits, audio.spectrogram, visual),
         )
 
     def _motion(self, visual: VisualFeatures, frames: int) -> Tensor:

@@ -33,8 +33,10 @@ class MaskDecoder(nn.Module, Component, ABC):
             (:attr:`avsep.types.MaskOutput.presence`).
         takes_unseen: it takes sources without a picture (``visual.seen``); for others the mean features of the class
             stand in.
-        presence_threshold: probability from which a source counts as present, of a decoder that tells; a buffer (a
-            scalar tensor), which is chosen on validation data and stored with the weights.
+        presence_threshold: probability from which a source counts as present, of a decoder that tells.
+        presence_offsets: what is taken off the presence's logit outside of training so that this threshold holds, [3],
+            for sources seen moving, in one picture, and not at all: a buffer, which is chosen on validation data after
+            each task and stored with the weights. None of a decoder that is not calibrated.
         num_classes: classes known so far. Every decoder sets it, and :meth:`grow` changes it.
     """
 
@@ -45,8 +47,10 @@ class MaskDecoder(nn.Module, Component, ABC):
     tells_presence: bool = False
     takes_unseen: bool = False
 
+    presence_threshold: float = 0.5
+    presence_offsets: Tensor | None = None
+
     num_classes: int
-    presence_threshold: Tensor
 
     @abstractmethod
     def forward(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:

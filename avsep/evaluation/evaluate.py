@@ -24,6 +24,7 @@ from avsep.evaluation.scores import (
     Kept,
     MixtureScore,
     SourceScore,
+    can_be_asked,
     can_go_unseen,
     evaluate_separator,
     is_counted,
@@ -63,14 +64,19 @@ __all__ = [
 ]
 
 EVALUATION_VERSION = 1
+_FORMAT = "avsep-evaluation"
 
 
 def _separator_hash(folder: Path) -> str:
+    from avsep.separator.weights import MEANS_FILE
+
     digest = hashlib.sha256()
     for name in ("separator.yaml", "model.safetensors"):
         if not (folder / name).is_file():
             raise RunError(f"{folder} has no {name}: the task's separator is damaged; train the task again")
         digest.update(sha256_file(folder / name).encode())
+    if (folder / MEANS_FILE).is_file():
+        digest.update(sha256_file(folder / MEANS_FILE).encode())
     return digest.hexdigest()
 
 
@@ -117,7 +123,7 @@ def current_evaluation(run_folder: str | Path) -> dict[str, Any] | None:
 def _identity(protocol: Protocol, store_hash: str) -> dict[str, Any]:
     """What two evaluations must share for their scores to stand together."""
     return {
-        "format": "avsep-evaluation",
+        "format": _FORMAT,
         "version": EVALUATION_VERSION,
         "protocol": protocol.name,
         "protocol_version": protocol.version,
@@ -207,7 +213,8 @@ def evaluate_on(
     Classes are known by their names. Those of the run that the store lacks are in no mixture and stand under
     ``missing``; ``store`` is the store's name. The rest is as in :func:`evaluate_run`, without ``seconds`` and
     ``memory``. The static filter is of the run's own training clips where they are at hand, else of the store's
-    (``yardsticks.identity.filter.whose``: ``run`` or ``tested``).
+    (``yardsticks.identity.filter.whose``: ``run`` or ``tested``); where these lack a class there is none, and
+    ``yardsticks.left_out`` says why.
 
     Raises:
         RunError: as :func:`evaluate_run`; ``out`` is the run's own ``evaluation.json``.
@@ -237,10 +244,9 @@ def evaluate_on(
     name = f"evaluation-{opened.path.resolve().name}-{opened.content_hash[:8]}"
     name += "".join(f"-{part}" for part, usual in ((kind, spec.protocol), (split, "test")) if part != usual)
     path = run.path / f"{name}.json" if out is None else Path(out)
-    if path.is_dir():
-        raise AvsepError(f"{path} is a folder: name the file, for example {path / f'{name}.json'}")
     if path.resolve() == run.evaluation_file.resolve():
         raise RunError(f"{path} holds the scores of the run's own test mixtures: give another file with --out")
+    _check_place(path, f"{name}.json")
     try:
         own = open_run_store(run)
         own.require_rate(opened.sample_rate_hz)
@@ -263,6 +269,23 @@ def evaluate_on(
         more_progress=more_progress,
     )
     return result, path
+
+
+def _check_place(path: Path, name: str) -> None:
+    """Refuse a file that scores cannot be written to, or that holds anything else, before anything is scored."""
+    if path.is_dir():
+        raise AvsepError(f"{path} is a folder: name the file, for example {path / name}")
+    there = next(parent for parent in path.resolve().parents if parent.exists())
+    if not there.is_dir():
+        raise AvsepError(f"{there} is a file, so that {path} cannot be written: name another file")
+    if not path.exists():
+        return
+    try:
+        data = read_json(path)
+    except AvsepError:
+        data = None
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise AvsepError(f"{path} is there and holds no scores: it is left as it is; name another file")
 
 
 def _require_tasks(run: RunFolder, tasks: Sequence[int] | None) -> RunFolder:
@@ -314,8 +337,7 @@ def _evaluate(
                 progress(task, len(mixtures), len(mixtures))
             continue
         separator = load_separator(run.path, task=task)
-        unseen = can_go_unseen(separator)
-        numbers = [number for number, m in enumerate(mixtures) if unseen or not m.needs_unseen]
+        numbers = [number for number, m in enumerate(mixtures) if can_be_asked(separator, m)]
         done = 0
 
         def advance(count: int, task: int = task, total: int = len(numbers)) -> None:
@@ -334,7 +356,7 @@ def _evaluate(
             task_of=task_of,
         )
         rows = rows_of(scores, numbers[: len(scores)])
-        left_out = sorted({m.list_name for m in mixtures if m.needs_unseen and not unseen})
+        left_out = sorted({m.list_name for m in mixtures if not can_be_asked(separator, m)})
         presence = None
         if separator.mask_decoder.tells_presence:
             presence = presence_scores(rows, float(separator.mask_decoder.presence_threshold))
@@ -409,9 +431,11 @@ def _yardsticks(
             progress("yardsticks", done, len(mixtures))
 
     classes = sorted({m.classes[place] for m in mixtures for place in m.asked})
-    static = StaticFilter.fit(trained, classes, FrontEnd(spec))
+    lacking = [name for name in classes if not trained.select(classes=[name], split="train")]
+    static = None if lacking else StaticFilter.fit(trained, classes, FrontEnd(spec))
     rows = measure(mixtures, store, spec, static, task_of=task_of, batch_size=batch_size, progress=advance)
-    return {"identity": wanted, "rows": rows}
+    why = {"left_out": {"static filter": f"no training clip of {', '.join(lacking)} is at hand"}} if lacking else {}
+    return {"identity": wanted, "rows": rows, **why}
 
 
 def _costs(run: RunFolder, task: int, store: Store) -> dict[str, Any]:

@@ -382,7 +382,7 @@ def gather(
     """Read the runs and separate the page's test mixtures with each run's last separator; raises as write_report."""
     import avsep
     from avsep.data.protocol import Protocol
-    from avsep.evaluation.scores import can_go_unseen, evaluate_separator
+    from avsep.evaluation.scores import can_be_asked, evaluate_separator
     from avsep.separator import load_separator
 
     if mixtures < 0:
@@ -404,8 +404,8 @@ def gather(
     fitting = _fitting(protocol.clip_samples, max((len(m.clips) for m in protocol.mixtures), default=2), len(folders))
     separators = [load_separator(folder, task=finished[folder][-1]) for folder in folders]
     everything = protocol.at(known)
-    unseen = all(can_go_unseen(separator) for separator in separators)
-    chosen = pick_mixtures([m for m in everything if unseen or not m.needs_unseen], min(mixtures, fitting))
+    fit = [m for m in everything if all(can_be_asked(separator, m) for separator in separators)]
+    chosen = pick_mixtures(fit, min(mixtures, fitting))
     names = _run_names(folders)
     scored: list[list[MixtureScore]] = []
     done = 0

@@ -36,6 +36,7 @@ __all__ = [
     "MixtureScore",
     "SourceScore",
     "batches",
+    "can_be_asked",
     "can_go_unseen",
     "evaluate_separator",
     "is_counted",
@@ -131,6 +132,11 @@ def can_go_unseen(separator: Separator) -> bool:
     return separator.can_go_unseen
 
 
+def can_be_asked(separator: Separator, mixture: TestMixture) -> bool:
+    """Whether the separator takes what is seen, and what is not, of a mixture's sources."""
+    return (separator.can_go_unseen or not mixture.needs_unseen) and (separator.takes_photos or not mixture.needs_photo)
+
+
 def pattern(mixture: TestMixture) -> tuple[int, tuple[int, ...], bool]:
     """The number of sources that are asked for, the places among them of those that sound, and whether there is a
     background: what the mixtures of one batch have in common."""
@@ -163,10 +169,10 @@ def evaluate_separator(
     signals are returned too; ``task_of`` gives each class's task (default: the mixture's own). The separator is left on
     ``device`` and in the mode it was in. Raises :class:`DataError` for a clip or class that is not there,
     :class:`NumericalError` where the separator gives a NaN or an infinity, :class:`ConfigError` for a source without a
-    picture and a separator that needs one (:func:`can_go_unseen`).
+    picture and a separator that needs one (:func:`can_be_asked`).
     """
-    unseen = next((m for m in mixtures if m.needs_unseen), None)
-    if unseen is not None and not can_go_unseen(separator):
+    unseen = next((m for m in mixtures if not can_be_asked(separator, m)), None)
+    if unseen is not None:
         raise ConfigError(
             f"list '{unseen.list_name}' has sources without a picture, which mask decoder "
             f"'{separator.spec.mask_decoder.name}' does not take: leave it out"

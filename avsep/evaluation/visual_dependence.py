@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from avsep.data.mixing import load_mixtures
-from avsep.data.protocol import TestMixture, centre_start
+from avsep.data.protocol import TestMixture, centre_start, evenly
 from avsep.data.store import Clip, Store
 from avsep.errors import NumericalError
 from avsep.evaluation.bss import sdr_alone
@@ -69,7 +69,7 @@ def visual_dependence(
         "headline": [m for m in mixtures if is_headline({"list": m.list_name}) and m.counted],
         "same-class": [m for m in mixtures if m.list_name == "same-class"],
     }
-    chosen = {name: _even(members[name], count) for name in _LISTS if members[name]}
+    chosen = {name: evenly(members[name], count) for name in _LISTS if members[name]}
     total = sum(map(len, chosen.values()))
     done = 0
     clips = {name: store.select(classes=[name], split=split) for name in separator.classes if name in store.classes}
@@ -89,11 +89,6 @@ def visual_dependence(
     finally:
         separator.train(was_training)
     return found
-
-
-def _even(mixtures: Sequence[TestMixture], count: int) -> list[TestMixture]:
-    count = min(count, len(mixtures))
-    return [mixtures[i * len(mixtures) // count] for i in range(count)]
 
 
 def _summary(scores: torch.Tensor, mixtures: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from avsep.data.mixing import load_mixtures
-from avsep.data.protocol import TestMixture, centre_start
+from avsep.data.protocol import TestMixture, centre_start, evenly
 from avsep.data.store import Clip, Store
 from avsep.dsp import FrontEnd
 from avsep.errors import DataError
@@ -112,8 +112,7 @@ class StaticFilter:
 def _even_crops(clips: Sequence[Clip], rate_hz: int, length: int, count: int) -> list[tuple[Clip, int]]:
     """At most ``count`` (clip, first sample), evenly over the clips; several of a clip do not overlap."""
     if len(clips) >= count:
-        chosen = [clips[i * len(clips) // count] for i in range(count)]
-        return [(c, centre_start(c, rate_hz, length)) for c in chosen]
+        return [(c, centre_start(c, rate_hz, length)) for c in evenly(clips, count)]
     found = []
     for place, clip in enumerate(clips):
         share = (place + 1) * count // len(clips) - place * count // len(clips)
@@ -146,18 +145,19 @@ def measure(
     mixtures: Sequence[TestMixture],
     store: Store,
     spec: FrontEndSpec,
-    static: StaticFilter,
+    static: StaticFilter | None,
     *,
     task_of: Mapping[str, int] | None = None,
     batch_size: int = 4,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """One row a yardstick and source (:func:`avsep.evaluation.scores.rows_of`, with ``yardstick``), numbered as
-    ``mixtures`` are. SIR and SAR are left out."""
+    ``mixtures`` are. SIR and SAR are left out, and without a ``static`` filter its rows."""
     front_end = FrontEnd(spec)
     length = (spec.frames - 1) * spec.hop
-    class_index = {name: number for number, name in enumerate(static.spectra)}
-    scores: dict[str, list[MixtureScore]] = {name: [] for name in YARDSTICKS}
+    classes = sorted({m.classes[place] for m in mixtures for place in m.asked})
+    class_index = {name: number for number, name in enumerate(classes)}
+    scores: dict[str, list[MixtureScore]] = {n: [] for n in YARDSTICKS if n != "static filter" or static is not None}
     with torch.no_grad():
         for _, group in batches(mixtures, batch_size):
             batch = load_mixtures(store, group, spec, (), class_index)
@@ -168,21 +168,20 @@ def measure(
             made = front_end.analyse(parts)
             assert made.ratio is not None
             ratio = made.ratio[:, :-1] if background else made.ratio
-            asked = [[m.classes[place] for place in m.asked] for m in group]
-            filtered = static.logits(asked, made.mixture.shape[-1])
             mixed = batch.mixture[..., :length]
-            estimates = torch.stack(
-                (
-                    mixed[:, None].expand(-1, ratio.shape[1], -1),
-                    front_end.synthesise(filtered, made.mixture, length=length),
-                    front_end.synthesise(ideal_logits(ratio), made.mixture, length=length),
-                ),
-                dim=1,
-            )  # [B, E, N, L]
+            sounds_of = {
+                "mixture": mixed[:, None].expand(-1, ratio.shape[1], -1),
+                "ideal mask": front_end.synthesise(ideal_logits(ratio), made.mixture, length=length),
+            }
+            if static is not None:
+                asked = [[m.classes[place] for place in m.asked] for m in group]
+                filtered = static.logits(asked, made.mixture.shape[-1])
+                sounds_of["static filter"] = front_end.synthesise(filtered, made.mixture, length=length)
+            estimates = torch.stack([sounds_of[name] for name in scores], dim=1)  # [B, E, N, L]
             heard = batch.sources[:, sounding, :length]
             found = sdr_alone(heard, estimates[:, :, sounding])
             quiet = (heard.abs().sum(dim=-1, dtype=torch.float64) <= SILENCE).any(dim=1).tolist()
-            for e, name in enumerate(YARDSTICKS):
+            for e, name in enumerate(scores):
                 invariant = si_sdr(heard, estimates[:, e, sounding])
                 levels = level_db(estimates[:, e], mixed)
                 for b, mixture in enumerate(group):

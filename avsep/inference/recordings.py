@@ -25,7 +25,7 @@ from avsep.errors import AudioError, ConfigError, DataError, NumericalError
 from avsep.export.runtime.chunking import context_in_samples, separate_long
 from avsep.export.runtime.files import staged_files
 from avsep.export.runtime.recordings import (
-    LargestPresence,
+    PresenceOfChunks,
     Separated,
     Source,
     absent,
@@ -94,8 +94,8 @@ class Findings:
     """What there is to say of a result beside its sounds; sources go by their names.
 
     Attributes:
-        presence: by source the probability that it sounds in the recording at all, the largest of any chunk; empty of a
-            separator that does not tell.
+        presence: by source the probability that it sounds in the recording at all
+            (:class:`avsep.export.runtime.recordings.PresenceOfChunks`); empty of a separator that does not tell.
         threshold: from which a source counts as present.
         alike: pairs of sources whose sounds are nearly the same, with the correlation of their mono signals.
         unseparated: sources that got the mixture itself, with their level to it in dB.
@@ -291,7 +291,7 @@ def _encode(
         seen = torch.tensor([timeline is not None for timeline in timelines], device=device).expand(len(starts), -1)
     motion_seen = None
     moves = [timeline is None or timeline.moves for timeline in timelines]
-    if separator.can_go_unseen and not all(moves):
+    if separator.takes_photos and not all(moves):
         motion_seen = torch.tensor(moves, device=device).expand(len(starts), -1)
     return VisualFeatures(torch.cat(objects, dim=1) if objects else None, motion, mask, seen, motion_seen)
 
@@ -405,7 +405,7 @@ def separate_and_tell(
     spec = separator.spec.front_end
     device = next(separator.parameters()).device
     total = int(mixture.shape[-1])
-    presence = LargestPresence()
+    presence = PresenceOfChunks()
 
     def run(chunks: Audio, starts: Sequence[int]) -> Audio:
         visual = _encode(separator, lines, starts, total)

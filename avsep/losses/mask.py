@@ -108,8 +108,9 @@ def _factors(output: MaskOutput) -> tuple[Tensor, Tensor] | None:
     return output.embedding, output.mask_features.to(output.embedding.dtype)
 
 
-def mask_cross_entropy(output: MaskOutput, spectrograms: Spectrograms) -> Tensor:
-    """The mean over sources and pixels of w BCE(mask, ratio mask), a scalar, with w the loss weight over its mean.
+def mask_cross_entropy(output: MaskOutput, spectrograms: Spectrograms, mean_weight: Tensor | None = None) -> Tensor:
+    """The mean over sources and pixels of w BCE(mask, ratio mask), a scalar, with w the loss weight over its mean
+    (``mean_weight``, of the whole batch where this is a part of it).
 
     The gradient of an L1 distance between masks all but ends where a mask is near 0 or 1 already, on the wrong side
     too; this one's does not.
@@ -117,7 +118,7 @@ def mask_cross_entropy(output: MaskOutput, spectrograms: Spectrograms) -> Tensor
     Shapes:
         logits and ratio masks [B, N, F, T], weight [B, 1, F, T].
     """
-    weight = spectrograms.weight / spectrograms.weight.mean()
+    weight = spectrograms.weight / (spectrograms.weight.mean() if mean_weight is None else mean_weight)
     target = spectrograms.ratio.clamp(0.0, 1.0)
     loss = F.binary_cross_entropy_with_logits(output.logits.float(), target, reduction="none")
     return (weight * loss).mean()

@@ -7,6 +7,7 @@ a resume in mid-epoch cannot change it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -22,7 +23,7 @@ from avsep.types import VisualSource
 
 __all__ = ["TrainingMixtures", "epoch_steps"]
 
-_SEEN = {"unseen_source": "source", "photo_source": "source", "unseen": "moving", "photo": "moving"}
+_SEEN = {"unseen_source": "source", "photo_source": "source", "unseen": "moving", "photo": "still"}
 _CHANGES = 2**32  # added to an item's number, for the random numbers of its changes
 
 
@@ -95,6 +96,9 @@ class TrainingMixtures(Dataset[list[Source]]):
 
     def _load(self, number: int, start: int, gain: float, role: str, change: Change | None) -> Source:
         clip = self.pool[number]
+        is_memory = self.pool.is_exemplar(number)
+        if change is not None and is_memory and clip.id in self.pool.crops:
+            change = replace(change, speed=1.0)  # what lies beyond the kept crop is not at hand
         return load_source(
             self.store,
             clip,
@@ -103,7 +107,7 @@ class TrainingMixtures(Dataset[list[Source]]):
             self.visual_sources,
             self.class_index[clip.class_name],
             gain=gain,
-            is_memory=self.pool.is_exemplar(number),
+            is_memory=is_memory,
             role=role,
             change=change,
         )

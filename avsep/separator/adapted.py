@@ -90,6 +90,7 @@ class AdaptedDecoder(MaskDecoder):
         self.independent_sources = decoder.independent_sources
         self.class_agnostic = decoder.class_agnostic
         self.tells_presence = decoder.tells_presence
+        self.presence_threshold = decoder.presence_threshold
         self.takes_unseen = decoder.takes_unseen
         if decoder.query_parameter:
             self.query_parameter = f"decoder.{decoder.query_parameter}"
@@ -97,8 +98,8 @@ class AdaptedDecoder(MaskDecoder):
             self.mask_head = f"decoder.{decoder.mask_head}"
 
     @property
-    def presence_threshold(self) -> Tensor:  # type: ignore[override]
-        return self.decoder.presence_threshold
+    def presence_offsets(self) -> Tensor | None:  # type: ignore[override]
+        return self.decoder.presence_offsets
 
     def grow(self, num_classes: int) -> None:
         """Make room in the decoder; :meth:`set_tasks` follows where the new classes are a new task."""
@@ -168,13 +169,8 @@ class _MergedDecoder(MaskDecoder):
         self.independent_sources = decoders[0].independent_sources
         self.class_agnostic = decoders[0].class_agnostic
         self.tells_presence = decoders[0].tells_presence
+        self.presence_threshold = decoders[0].presence_threshold
         self.takes_unseen = decoders[0].takes_unseen
-
-    @property
-    def presence_threshold(self) -> Tensor:  # type: ignore[override]
-        first = self.decoders[0]
-        assert isinstance(first, MaskDecoder)
-        return first.presence_threshold
 
     def grow(self, num_classes: int) -> None:
         raise NotImplementedError

@@ -133,7 +133,13 @@ class Separator(nn.Module):
 
     @property
     def can_go_unseen(self) -> bool:
-        """Whether sources may be asked for of which there is no picture (``visual.seen`` False)."""
+        """Whether sources without a picture (``visual.seen`` False) may be asked for: by their class alone."""
+        told = self.mask_decoder.takes_unseen and not self.mask_decoder.class_agnostic
+        return told or self.class_means is not None
+
+    @property
+    def takes_photos(self) -> bool:
+        """Whether sources may be asked for whose motion is not known (``visual.motion_seen`` False)."""
         return self.mask_decoder.takes_unseen or self.class_means is not None
 
     @property

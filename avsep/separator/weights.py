@@ -51,6 +51,8 @@ def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None
     contents = {WEIGHTS_FILE: _weights_bytes(separator, spec)}
     if separator.class_means is not None:
         contents[MEANS_FILE] = _tensor_bytes(separator.class_means, spec)
+    else:
+        (target / MEANS_FILE).unlink(missing_ok=True)  # of the weights that are replaced
     if _saved_spec(target) == spec:
         for name, content in contents.items():
             with atomic_path(target / name) as temporary:

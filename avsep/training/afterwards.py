@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from avsep.data.mixing import collate, load_mixtures, load_source
-from avsep.data.protocol import TestMixture, centre_start
+from avsep.data.protocol import APART, TestMixture, centre_start, evenly
 from avsep.data.store import Clip, Store
+from avsep.evaluation.scores import batches
 from avsep.separator import Separator
 from avsep.types import VisualFeatures, move_to
 
-__all__ = ["best_threshold", "choose_presence_threshold", "mean_pictures"]
+__all__ = ["best_threshold", "calibrate_presence", "mean_pictures"]
 
 _MOST_CLIPS = 8  # of a class whose pictures are averaged
-_MOST_MIXTURES = 60  # validation mixtures that the threshold is chosen on
+_MOST_MIXTURES = 60  # validation mixtures that presence is calibrated on
 _BATCH = 4
 
 
 @torch.no_grad()
 def mean_pictures(
-    separator: Separator, store: Store, clips: Mapping[str, Sequence[Clip]], device: torch.device | str = "cpu"
+    separator: Separator,
+    store: Store,
+    clips: Mapping[str, Sequence[tuple[Clip, int | None]]],
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """The mean visual features of each class, for decoders that cannot do without: by role [Q, ...], in class order.
 
     Args:
         separator: in evaluation mode.
-        clips: those that are at hand of each class; at most eight, evenly chosen, are read. A class without any keeps
-            the mean that the separator has of it, or gets zeros.
+        clips: those that are at hand of each class, each with the first sample of the crop to look at, the middle one
+            when None; at most eight, evenly chosen, are read. A class without any keeps the mean that the separator
+            has of it, or gets zeros.
     """
     found: dict[str, list[Tensor | None]] = {"object": [], "motion": []}
     for number, name in enumerate(separator.classes):
-        of_class = list(clips.get(name, ()))
-        of_class = of_class[:: max(1, -(-len(of_class) // _MOST_CLIPS))]
-        encoded = [_encoded(separator, store, clip, number, device) for clip in of_class]
+        of_class = evenly(clips.get(name, ()), _MOST_CLIPS)
+        encoded = [_encoded(separator, store, *one, number, device) for one in of_class]
         for role, means in found.items():
             parts = [part for features in encoded if (part := getattr(features, role)) is not None]
             means.append(_mean(parts) if parts else None)
@@ -56,10 +61,11 @@ def mean_pictures(
 
 
 def _encoded(
-    separator: Separator, store: Store, clip: Clip, class_id: int, device: torch.device | str
+    separator: Separator, store: Store, clip: Clip, start: int | None, class_id: int, device: torch.device | str
 ) -> VisualFeatures:
     front_end = separator.spec.front_end
-    start = centre_start(clip, store.sample_rate_hz, front_end.clip_samples)
+    if start is None:
+        start = centre_start(clip, store.sample_rate_hz, front_end.clip_samples)
     source = load_source(store, clip, start, front_end, separator.visual_sources(), class_id)
     return separator.encode_visual(move_to(collate([[source]]).visual, device))
 
@@ -78,53 +84,91 @@ def _with_steps(features: Tensor, steps: torch.Size) -> Tensor:
 
 
 @torch.no_grad()
-def choose_presence_threshold(
+def calibrate_presence(
     separator: Separator, store: Store, mixtures: Sequence[TestMixture], device: torch.device | str = "cpu"
-) -> float | None:
-    """The probability from which a source counts as present, chosen on validation mixtures, and set in the decoder.
+) -> dict[str, float] | None:
+    """Set the decoder's ``presence_offsets``, so that its threshold parts the sources that sound in validation mixtures
+    from those that do not, whether they are seen moving, in one picture, or not at all.
 
-    Each mixture of different classes is asked for its sources and for a class that is not in it, whose player (of the
-    next mixture's first clip) is in turn seen at rest, seen playing something else, and not seen. The threshold is the
-    one at which the mean of the two shares that are right, of present and of absent sources, is largest, half-way
-    between two probabilities.
+    Mixtures of different classes, spread evenly over all of them, are asked for their sources and for one class more
+    that is not in them, each class in turn; one that is seen moving is seen at rest in every second mixture, in the
+    others playing something else. The threshold of each way of being seen is the probability at which the mean of the
+    two shares that are right, of present and of absent sources, is largest, half-way between two probabilities.
 
     Returns:
-        The threshold; None where the decoder does not tell, or nothing can be asked in vain, and nothing is set.
+        The thresholds by way of being seen, before the offsets; None where the decoder is not calibrated, or nothing
+        can be asked in vain, and nothing is set.
     """
     decoder = separator.mask_decoder
-    if not decoder.tells_presence:
+    offsets = decoder.presence_offsets
+    if not decoder.tells_presence or offsets is None:
         return None
-    usable = [m for m in mixtures if not m.degenerate and not m.roles][:_MOST_MIXTURES]
-    asked: list[TestMixture] = []
-    for number, mixture in enumerate(usable):
-        for other in (*usable[number + 1 :], *usable[:number]):
-            if other.classes[0] not in mixture.classes:
-                role = ("still", "moving", "unseen")[number % 3]
-                asked.append(
-                    replace(
-                        mixture,
-                        clips=(*mixture.clips, other.clips[0]),
-                        classes=(*mixture.classes, other.classes[0]),
-                        starts=(*mixture.starts, other.starts[0]),
-                        roles=(*("source",) * len(mixture.clips), role),
-                    )
+    usable = evenly([m for m in mixtures if m.list_name not in APART and not m.degenerate], _MOST_MIXTURES)
+    questions = list(_asked_in_vain(usable, separator.classes))
+    if not questions:
+        return None
+    offsets.zero_()
+    found = {}
+    for place, (way, (there, *not_there)) in enumerate(_SEEN.items()):
+        if way == "unseen" and decoder.class_agnostic:
+            continue  # nothing would tell what is asked for
+        asked = [
+            replace(m, roles=(*(there,) * (len(m.clips) - 1), not_there[number % len(not_there)]))
+            for number, m in enumerate(questions)
+        ]
+        found[way] = best_threshold(*_told(separator, store, asked, device))
+        offsets[place] = torch.logit(torch.tensor(found[way]), eps=1e-6) - math.log(
+            decoder.presence_threshold / (1 - decoder.presence_threshold)
+        )
+    return found
+
+
+# what is said of the sources that sound, and of those that do not (avsep.data.protocol.ROLES), by what is seen of them
+_SEEN = {
+    "moving": ("source", "still", "moving"),
+    "photo": ("photo_source", "photo"),
+    "unseen": ("unseen_source", "unseen"),
+}
+
+
+def _asked_in_vain(mixtures: Sequence[TestMixture], classes: Sequence[str]) -> Iterator[TestMixture]:
+    """Each mixture with one clip more, of a class that is not in it: the classes in turn, and the clips of each."""
+    clips: dict[str, list[tuple[str, int]]] = {}
+    for mixture in mixtures:
+        for clip, name, start in zip(mixture.clips, mixture.classes, mixture.starts, strict=True):
+            if (clip, start) not in clips.setdefault(name, []):
+                clips[name].append((clip, start))
+    known = [name for name in classes if name in clips]
+    turn = 0
+    for mixture in mixtures:
+        for ahead in range(len(known)):
+            name = known[(turn + ahead) % len(known)]
+            if name not in mixture.classes:
+                clip, start = clips[name][(turn + ahead) // len(known) % len(clips[name])]
+                turn += ahead + 1
+                yield replace(
+                    mixture,
+                    clips=(*mixture.clips, clip),
+                    classes=(*mixture.classes, name),
+                    starts=(*mixture.starts, start),
                 )
                 break
-    if not asked:
-        return None
+
+
+def _told(
+    separator: Separator, store: Store, asked: Sequence[TestMixture], device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """The probabilities of the sources that sound, and of each mixture's last one, which does not."""
     there: list[Tensor] = []
     absent: list[Tensor] = []
-    for first in range(0, len(asked), _BATCH):
-        group = [m for m in asked[first : first + _BATCH] if len(m.clips) == len(asked[first].clips)]
+    for _, group in batches(asked, _BATCH):
         batch = load_mixtures(store, group, separator.spec.front_end, separator.visual_sources(), separator.class_index)
         presence = separator.predict(move_to(batch, device)).output.presence
         assert presence is not None
         probabilities = presence.float().sigmoid().cpu()
         there.append(probabilities[:, :-1].flatten())
         absent.append(probabilities[:, -1])
-    threshold = best_threshold(torch.cat(there), torch.cat(absent))
-    decoder.presence_threshold.fill_(threshold)
-    return threshold
+    return torch.cat(there), torch.cat(absent)
 
 
 def best_threshold(present: Tensor, absent: Tensor) -> float:

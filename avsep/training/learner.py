@@ -36,10 +36,10 @@ from avsep.runs.checkpoint import load_latest, load_state, save_state, taking_st
 from avsep.runs.folder import RunFolder
 from avsep.separator import Separator, build_from_spec, load_separator, save_separator
 from avsep.separator.weights import load_class_means, weight_shapes
-from avsep.spec import ComponentRef, RunSpec, TrainSpec, validated
+from avsep.spec import ComponentRef, RunSpec, TrainSpec, first_difference, validated
 from avsep.strategies import build_strategy
 from avsep.strategies.base import TaskContext
-from avsep.training.afterwards import choose_presence_threshold, mean_pictures
+from avsep.training.afterwards import calibrate_presence, mean_pictures
 from avsep.training.loader import TaskMixtures
 from avsep.training.log import TaskLog
 from avsep.training.loggers import choose_loggers, closing
@@ -227,7 +227,7 @@ class ContinualLearner:
         run.remove_leftovers()
         # where the store lies may change between machines; what it holds may not
         mine, theirs = (s.model_dump(mode="json", exclude={"store", "preset"}) for s in (spec, run.spec()))
-        if difference := _difference(mine, theirs):
+        if difference := first_difference(mine, theirs):
             key, now, then = difference
             raise CheckpointError(
                 f"{run} was started with another spec: {key} was {then!r}, now {now!r}; resume with the same settings, "
@@ -276,7 +276,7 @@ class ContinualLearner:
             for name in ("memory_repeats", "memory_share"):  # there are no exemplars yet
                 data["train"].pop(name)
             facts.append({**data, "strategy": mine})
-        if difference := _difference(facts[0], facts[1]):
+        if difference := first_difference(facts[0], facts[1]):
             key, now, then = difference
             raise ConfigError(
                 f"the first task of {other} is not this run's: {key} is {then!r} there, {now!r} here; leave first_task "
@@ -305,7 +305,7 @@ class ContinualLearner:
         """Refuse ranks that were not started alike."""
         mine = {**spec.model_dump(mode="json", exclude={"store", "preset"}), "resume": resume}
         for rank, theirs in enumerate(self.ranks.all_gather(mine)):
-            if difference := _difference(mine, theirs):
+            if difference := first_difference(mine, theirs):
                 key, here, there = difference
                 raise ConfigError(
                     f"process {self.ranks.rank} was started with {key} = {here!r} and process {rank} with {there!r}: "
@@ -525,15 +525,16 @@ class ContinualLearner:
     def _complete(self, stream: TaskStream, task: Task, run: RunFolder) -> None:
         """What the separator gets beside what it has learned: a presence threshold, or mean pictures of its classes."""
         student, device = self.separator, self.fabric.device
-        choose_presence_threshold(student, stream.store, stream.validation.at(task.index), device)
+        calibrate_presence(student, stream.store, stream.validation.at(task.index), device)
         if student.mask_decoder.takes_unseen or not student.visual_sources():
             return
-        at_hand = {name: _clips(stream, name) for name in (task.seen if self.strategy.uses_all_data else task.classes)}
+        names = task.seen if self.strategy.uses_all_data else task.classes
+        at_hand = {name: [(clip, None) for clip in _clips(stream, name)] for name in names}
         by_id = {clip.id: clip for clip in stream.store.clips}
         if task.index:  # from the file, so that a resumed run goes on from the same
             before = run.task(task.index - 1).separator
             student.class_means = load_class_means(before, student.spec.of_classes(task.old))
-        kept = {name: [by_id[one.id] for one in ones] for name, ones in self.exemplars.items()}
+        kept = {name: [(by_id[one.id], one.start) for one in ones] for name, ones in self.exemplars.items()}
         student.class_means = mean_pictures(student, stream.store, {**kept, **at_hand}, device)
 
     def _remember(self, stream: TaskStream, task: Task, held: Memory, *, scored: bool = True) -> Memory:
@@ -615,13 +616,3 @@ def _seeded_build(spec: RunSpec, task: int) -> Separator:
                 update={"num_classes": len(names) or spec.separator.num_classes, "classes": tuple(names)}
             )
         )
-
-
-def _difference(mine: Any, theirs: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first key at which two plain values differ, with both values."""
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        for key in [*mine, *(k for k in theirs if k not in mine)]:
-            if found := _difference(mine.get(key), theirs.get(key), f"{path}.{key}" if path else str(key)):
-                return found
-        return None
-    return None if mine == theirs else (path, mine, theirs)

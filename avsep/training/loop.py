@@ -93,7 +93,8 @@ class TrainingStep(nn.Module):
         )
         terms = self.strategy.loss(self.step)
         if self.cross_entropy_weight > 0:
-            cross_entropy = mask_cross_entropy(found.output, found.spectrograms)
+            weight = self.ranks.mean(found.spectrograms.weight.mean())
+            cross_entropy = mask_cross_entropy(found.output, found.spectrograms, weight)
             terms = {**terms, "cross_entropy": self.cross_entropy_weight * cross_entropy}
         # a decoder may bring terms of its own
         return {**terms, **student.mask_decoder.auxiliary_losses(found.output, found.spectrograms, batch.class_ids)}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from avsep.data.protocol import TestMixture
+from avsep.data.protocol import TestMixture, evenly
 from avsep.data.tasks import TaskStream
 from avsep.distributed.ranks import ALONE, Ranks
 from avsep.evaluation.scores import evaluate_separator, mean_sdr
@@ -71,6 +71,5 @@ def _thinned(mixtures: list[TestMixture], per_list: int | None) -> list[TestMixt
     kept = []
     for name in dict.fromkeys(m.list_name for m in mixtures):
         members = [m for m in mixtures if m.list_name == name]
-        count = min(per_list, len(members))
-        kept += [members[i * len(members) // count] for i in range(count)]
+        kept += evenly(members, per_list)
     return kept

@@ -246,9 +246,11 @@ def encoded(separator: Separator, batch: Batch, plan: ExportPlan, number: int = 
     specs, _ = tensor_specs(separator, plan)
     count, sources = batch.class_ids.shape
     seen = motion_seen = None
+    number_of = torch.arange(count * sources).reshape(count, sources)
     if separator.can_go_unseen:
-        number_of = torch.arange(count * sources).reshape(count, sources)
-        seen, motion_seen = number_of % 3 > 0, number_of % 4 > 0
+        seen = number_of % 3 > 0
+    if separator.takes_photos:
+        motion_seen = number_of % 4 > 0
     drawn = {
         s.name: torch.from_numpy(rng.standard_normal((count, sources, *s.shape[2:])).astype(np.float32))
         for s in specs

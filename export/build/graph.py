@@ -223,6 +223,7 @@ class _MaskedSeparator(nn.Module):
         self.level_db = spec.level_db
         self.tells_presence = separator.mask_decoder.tells_presence
         self.can_go_unseen = separator.can_go_unseen
+        self.takes_photos = separator.takes_photos
         self.separator = _Logits(separator.merged())
         _constant_weights(self.separator)
         self.has_object = separator.object_encoder is not None
@@ -271,8 +272,8 @@ class _MaskedSeparator(nn.Module):
                 names.append("motion_mask")
         if self.can_go_unseen:
             names.append("seen")
-            if self.has_motion:
-                names.append("motion_seen")
+        if self.takes_photos and self.has_motion:
+            names.append("motion_seen")
         return (*names, "class_ids")
 
     def output_names(self) -> tuple[str, ...]:
@@ -285,10 +286,10 @@ class WaveformSeparator(_MaskedSeparator):
     Shapes:
         mixture [B, L]; object_features [B, N, Do] and motion_features [B, N, Dm, Tm], the outputs of the visual
         encoders, each only where the separator has that encoder; with ``motion_mask`` a bool [B, N, Tm] (True =
-        valid); of a separator that can go unseen bool ``seen`` and, with motion, ``motion_seen`` [B, N]; class_ids
-        int64 [B, N] -> sources [B, N, L], and of a decoder that tells it presence [B, N], probabilities. With C > 1
-        ``channels`` the mixture is [B, C, L] and the sources are [B, N, C, L]; the masks are those of the channels'
-        mean.
+        valid); bool [B, N] ``seen`` of a separator that can go unseen and ``motion_seen`` of one that takes photos;
+        class_ids int64 [B, N] -> sources [B, N, L], and of a decoder that tells it presence [B, N], probabilities. With
+        C > 1 ``channels`` the mixture is [B, C, L] and the sources are [B, N, C, L]; the masks are those of the
+        channels' mean.
     """
 
     first_input, first_output = "mixture", "sources"
@@ -408,4 +409,5 @@ def _with_front_end(separator: Separator, where: str, **settings: Any) -> Separa
         separator.object_encoder,
         separator.motion_encoder,
     )
+    made.class_means = separator.class_means
     return made.train(separator.training)

@@ -191,9 +191,11 @@ def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSp
         inputs.append(TensorSpec("motion_features", "float32", shape, source_axes))
         if plan.motion_mask:
             inputs.append(TensorSpec("motion_mask", "bool", (batch, sources, steps), source_axes))
-    if separator.can_go_unseen:
-        names = ("seen",) if separator.motion_encoder is None else ("seen", "motion_seen")
-        inputs += [TensorSpec(name, "bool", (batch, sources), source_axes) for name in names]
+    flags = {
+        "seen": separator.can_go_unseen,
+        "motion_seen": separator.takes_photos and separator.motion_encoder is not None,
+    }
+    inputs += [TensorSpec(name, "bool", (batch, sources), source_axes) for name, there in flags.items() if there]
     inputs.append(TensorSpec("class_ids", "int64", (batch, sources), source_axes))
     if separator.mask_decoder.tells_presence:
         outputs.append(TensorSpec("presence", "float32", (batch, sources), source_axes))

@@ -111,7 +111,8 @@ def _feeding(main: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"Beside the sounds comes `{PRESENCE}`: of each source the probability that it sounds in the mixture at "
-            f"all; below {threshold:.3g} it probably does not. Of a long recording the largest of any chunk counts.",
+            f"all; below {threshold:.3g} it probably does not. Of a long recording what one chunk in twenty reaches "
+            "counts.",
         ]
     return "\n".join(lines)
 

@@ -14,13 +14,13 @@ import numpy as np
 
 from .errors import AvsepError, ConfigError, one_line
 from .files import staged_files
+from .names import names_in
 from .recordings import (
     absent,
     check_rescale,
     check_targets,
     fitting_gain,
     mixed_down,
-    names_in,
     output_paths,
     sources_of,
 )

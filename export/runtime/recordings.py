@@ -3,7 +3,6 @@ the names of the files that come out."""
 
 from __future__ import annotations
 
-import csv
 import re
 import unicodedata
 from collections import Counter
@@ -18,7 +17,7 @@ from .errors import ConfigError, UnknownNameError, near_matches
 from .timeline import VisualSource, VisualTimeline
 
 __all__ = [
-    "LargestPresence",
+    "PresenceOfChunks",
     "Separated",
     "Source",
     "absent",
@@ -31,7 +30,6 @@ __all__ = [
     "fitting_gain",
     "ids_of_classes",
     "mixed_down",
-    "names_in",
     "nothing_of",
     "output_paths",
     "same_class",
@@ -46,28 +44,36 @@ _TAKEN = ("mixture", "residual")  # names that results have anyway
 
 class Separated(NamedTuple):
     """What became of a mixture: ``sources`` [N, L] or [N, C, L]; ``presence`` [N], for each the probability that it
-    sounds in the mixture at all, the largest of any chunk; None of a separator that does not tell."""
+    sounds in the mixture at all (:class:`PresenceOfChunks`); None of a separator that does not tell."""
 
     sources: NDArray[np.float32]
     presence: NDArray[np.float32] | None = None
 
 
-class LargestPresence:
-    """The largest presence of each source in any chunk so far: who plays once in a long recording is in it."""
+class PresenceOfChunks:
+    """The presence of each source that one chunk in twenty reaches, the largest of up to twenty: who plays for a short
+    time only is in a recording too, and one chunk that errs does not count in a long one."""
 
     def __init__(self) -> None:
-        self.value: NDArray[np.float32] | None = None
+        self._chunks: list[NDArray[np.float32]] = []
 
     def add(self, presence: NDArray[np.float32] | None) -> None:
         """[b, N] of b chunks, or None where it is not told."""
         if presence is not None:
-            largest = presence.max(axis=0)
-            self.value = largest if self.value is None else np.maximum(self.value, largest)
+            self._chunks.extend(presence)
+
+    @property
+    def value(self) -> NDArray[np.float32] | None:
+        """[N]; None before there is any."""
+        if not self._chunks:
+            return None
+        in_order = np.sort(np.stack(self._chunks), axis=0)
+        return in_order[-1 - (len(in_order) - 1) // 20]
 
 
 def absent(probability: float) -> str:
     """What is said of a source whose presence is below the threshold."""
-    return f"probably not in this recording ({100 * probability:.0f} %)"
+    return f"probably not in this recording (presence {100 * probability:.0f} %)"
 
 
 def mixed_down(name: str, channels: int, takes: int) -> str:
@@ -77,37 +83,6 @@ def mixed_down(name: str, channels: int, takes: int) -> str:
         f"{name}: its {channels} channels are mixed to mono, since this bundle takes {kinds}; to keep them, export it "
         f"with --channels {channels}"
     )
-
-
-def names_in(text: str, known: Sequence[str] = ()) -> list[str]:
-    """The names of a list with commas. A name that has commas itself stands in double quotes, or is one of the
-    ``known`` ones: ``male speech, man speaking,violin`` are two of them, and ``left=male speech, man speaking`` is one.
-
-    Raises:
-        ConfigError: a quote is not closed.
-    """
-    try:
-        (parts,) = csv.reader([text], skipinitialspace=True, strict=True)
-    except (csv.Error, ValueError) as error:
-        raise ConfigError(f"{text!r} is no list of names with commas: {error}") from None
-    words = [part.strip() for part in parts]
-    whole = {tuple(part.strip() for part in name.split(",")): name for name in known if "," in name}
-    longest = max(map(len, whole), default=1)
-    names, at = [], 0
-    while at < len(words):
-        own, sign, first = (part.strip() for part in words[at].partition("="))
-        for count in range(min(longest, len(words) - at), 1, -1):
-            if (name := whole.get(tuple(words[at : at + count]))) is None and sign:
-                name = whole.get((first, *words[at + 1 : at + count]))
-                name = None if name is None else f"{own}={name}"
-            if name is not None:
-                names.append(name)
-                at += count
-                break
-        else:
-            names.append(words[at])
-            at += 1
-    return [name for name in names if name]
 
 
 class Source(NamedTuple):

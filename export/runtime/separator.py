@@ -32,7 +32,7 @@ from .errors import AudioError, ConfigError, DataError, NumericalError
 from .manifest import PRESENCE
 from .reader import Bundle, Graph, open_bundle
 from .recordings import (
-    LargestPresence,
+    PresenceOfChunks,
     Separated,
     Source,
     by_name,
@@ -259,8 +259,9 @@ class BundleSeparator:
         batch: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Separated:
-        """As :meth:`separate`, and for each class the probability that it sounds in the mixture at all: the largest of
-        any chunk, to be held against :attr:`presence_threshold`. None of a bundle that does not tell."""
+        """As :meth:`separate`, and for each class the probability that it sounds in the mixture at all
+        (:class:`PresenceOfChunks`), to be held against :attr:`presence_threshold`. None of a bundle that does not
+        tell."""
         asked = sources_of(self.classes, classes)
         ids = [source.class_id for source in asked]
         self._check_count(len(ids))
@@ -270,7 +271,7 @@ class BundleSeparator:
             raise AudioError("the mixture is empty: there is nothing to separate")
         self._check_channels(audio.shape)
         views = self._views(features, asked)
-        presence = LargestPresence()
+        presence = PresenceOfChunks()
 
         def run(chunks: Audio, starts: Sequence[int]) -> Audio:
             return self._run(chunks, starts, ids, views, audio.shape[-1], presence)
@@ -382,7 +383,7 @@ class BundleSeparator:
         ids: Sequence[int],
         views: Sequence[_View],
         total: int,
-        presence: LargestPresence,
+        presence: PresenceOfChunks,
     ) -> Audio:
         """[b, (C,) clip] from the samples ``starts`` on -> [b, N, (C,) clip]; ``total`` samples are there in all."""
         seen = [self._seen(view, starts, total) for view in views]  # N times {input name: [b, ...]}
@@ -578,7 +579,7 @@ class Stream:
         self, separator: BundleSeparator, ids: Sequence[int], views: Sequence[_View], channels: int | None = None
     ) -> None:
         self._separator = separator
-        self._presence = LargestPresence()
+        self._presence = PresenceOfChunks()
 
         def run(chunks: Audio, starts: Sequence[int]) -> Audio:
             return separator._run(chunks, starts, ids, views, self._stream.received_samples, self._presence)
@@ -597,7 +598,7 @@ class Stream:
 
     @property
     def presence(self) -> Audio | None:
-        """For each class [N] the probability that it sounds in what was separated so far, the largest of any chunk;
+        """For each class [N] the probability that it sounds in what was separated so far;
         None before the first chunk, and of a bundle that does not tell."""
         return self._presence.value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from avsep.benchmarks.separators import _interval, evaluations_in, facts_of, measure, report, run_presets
 from avsep.data.store import Store
 from support.commands import run
-from support.tones import TINY_FRONT_END
+from support.tones import TINY_FRONT_END, make_tone_store
 
 SMALL = {
     "separator": {
@@ -80,7 +81,7 @@ def test_the_interval_is_of_seeds_and_mixtures():
 
 def test_the_report_is_written_and_runs_are_found_again(found, preset, tone_store, tmp_path, capsys):
     runs, evaluations = found
-    again = evaluations_in(runs, [str(preset)], [0, 1, 2])
+    again = evaluations_in(Store.open(tone_store), runs, [str(preset)], [0, 1, 2])
     assert again.keys() == evaluations.keys()
     report(measure(again), tmp_path / "out.csv", facts_of(Store.open(tone_store), [0, 1]))
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
@@ -94,3 +95,24 @@ def test_the_report_is_written_and_runs_are_found_again(found, preset, tone_stor
     assert (tmp_path / "more.md").read_text().startswith(f"| | {preset.stem} |")
     assert run(*command[:-1], tmp_path / "none", "--no-train", "--out", tmp_path / "x.csv") == 2
     assert "holds no evaluated run" in capsys.readouterr().err
+
+
+def test_only_the_runs_that_are_asked_for_are_reported(found, preset, tone_store, tmp_path, capsys):
+    runs, _ = found
+    other = make_tone_store(tmp_path / "other", seconds=1.2)
+    command = ["--seeds", "2", "--runs", runs, "--no-train", "--out", tmp_path / "x.csv"]
+    longer = preset.parent / "longer.yaml"
+    longer.write_text(preset.read_text().replace("clip_samples: 8191", "clip_samples: 16383"))
+    (tmp_path / "twin").mkdir()
+    twin = shutil.copy(preset, tmp_path / "twin" / preset.name)
+    for store, presets, settings, told in (
+        (other, [preset], [], "was trained on another store than"),
+        (tone_store, [preset], ["--set", "train.epochs=3"], "epochs is 1 there, 3 here"),
+        (tone_store, [preset], ["--set", "separator.mask_decoder.params.dim=12"], "dim is 8 there, 12 here"),
+        (tone_store, [preset, twin], [], "have one name, small: rename one of the two"),
+        (tone_store, [preset, longer], [], "of different lengths in samples are not compared ("),
+    ):
+        chosen = [word for name in presets for word in ("--preset", name)]
+        assert run("bench", "separators", store, *chosen, *settings, *command) == 2
+        assert told in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not (tmp_path / "x.csv").exists()

@@ -145,6 +145,22 @@ def test_different_video_partners(store):
         _epoch(store, partner="different_video", sources=8)
 
 
+def test_nothing_is_read_beyond_a_kept_crop(store, monkeypatch):
+    read: dict[str, set[int]] = {}
+    real = Store.read_crop
+
+    def watch(self, clip, start, length, *rest):
+        read.setdefault(clip.id, set()).add(length)
+        return real(self, clip, start, length, *rest)
+
+    monkeypatch.setattr(Store, "read_crop", watch)
+    epoch = _epoch(store, crops={"ding-train-0": 5}, augment=AugmentSpec(detune_cents=100))
+    for item in range(len(epoch)):
+        epoch[item]
+    assert read.pop("ding-train-0") == {FRONT_END.clip_samples}
+    assert len(set().union(*read.values())) > 5
+
+
 @pytest.mark.parametrize(
     ("seconds", "middles"),
     [(30, range(9, 23)), (18, (9, 10)), (17, (9,)), (12, range(4, 10)), (3, (1, 2, 3))],

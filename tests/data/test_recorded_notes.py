@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,6 +123,8 @@ def test_test_notes_are_no_training_notes() -> None:
     assert not {r.sha256 for r in found["train"]} & {r.sha256 for r in found["test"]}
     few = divide(_recordings(*range(19)))
     assert few["train"] == few["test"] == few["val"]
+    copies = [replace(one, path=f"{copy}-{one.path}") for one in _recordings(40, 50, 60) for copy in range(7)]
+    assert all(len(part) == 21 for part in divide(copies).values())  # three different ones: shared by all
     shared = divide(_recordings(*range(40, 80)), "none")
     assert len(shared["test"]) == 40
 

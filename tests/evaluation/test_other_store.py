@@ -77,6 +77,36 @@ def test_without_the_own_store_the_filter_is_of_the_other(run, other):
     assert (found["whose"], found["store_hash"]) == ("tested", result["store_hash"])
 
 
+def test_without_training_clips_there_is_no_filter(run, tmp_path, capsys):
+    spec = yaml.safe_load((run / "run.yaml").read_text())
+    (run / "run.yaml").write_text(yaml.safe_dump({**spec, "store": str(run / "gone")}))
+    tests = few_classes(tmp_path / "tests", ["ding", "hum"])
+    assert avsep("evaluate", run, "--store", tests, "--dependence", "0") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "No static filter beside the scores: no training clip of ding, hum is at hand." in shown
+    assert "ideal mask" in shown
+    (path,) = run.glob("evaluation-tests-*.json")
+    assert {row["yardstick"] for row in read_json(path)["yardsticks"]["rows"]} == {"mixture", "ideal mask"}
+
+
+def test_nothing_else_is_written_over(run, other, tmp_path):
+    (tmp_path / "mine.json").write_text('{"my": "notes"}')
+    (tmp_path / "photo.jpg").write_text("x")
+    before = (run / "protocol.json").read_text()
+    for out, told in (
+        (run / "protocol.json", "is there and holds no scores"),
+        (tmp_path / "mine.json", "is there and holds no scores"),
+        (tmp_path / "photo.jpg", "is there and holds no scores"),
+        (tmp_path / "photo.jpg" / "x.json", r"photo.jpg is a file, so that .*x.json cannot be written"),
+    ):
+        with pytest.raises(AvsepError, match=told):
+            evaluate_on(run, other, out=out)
+    assert (run / "protocol.json").read_text() == before
+    assert (tmp_path / "mine.json").read_text() == '{"my": "notes"}'
+    result, path = evaluate_on(run, other, out=tmp_path / "new" / "scores.json", tasks=[0])
+    assert evaluate_on(run, other, out=path, tasks=[0])[0] == result
+
+
 def test_classes_are_known_by_name_and_missing_ones_are_left_out(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     store = few_classes(tmp_path / "few", ["whirr", "oboe", "hum", "peep"])

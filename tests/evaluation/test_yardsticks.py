@@ -176,7 +176,8 @@ def test_paper_pairs_have_them_for_the_last_list(tone_store, run):
 
 def test_tables_of_an_audiovisual_run_fit_120_columns(tone_store, run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(Separator, "can_go_unseen", False)  # as one that keeps no mean pictures
+    for ability in ("can_go_unseen", "takes_photos"):  # as one that keeps no mean pictures
+        monkeypatch.setattr(Separator, ability, False)
     stream = task_stream(tone_store, TINY_TASKS, protocol="audiovisual", clip_samples=TINY_FRONT_END["clip_samples"])
     stream.protocol.save(run / "protocol.json")
     command(run, dependence=2)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from avsep.errors import ConfigError, UnknownNameError
+from avsep.export.runtime.names import names_in
 from avsep.export.runtime.recordings import (
     Source,
     by_name,
     check_moves,
     check_told_apart,
     ids_of_classes,
-    names_in,
     nothing_of,
     output_paths,
     sources_of,

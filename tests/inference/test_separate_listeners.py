@@ -162,11 +162,11 @@ def test_results_of_no_use_are_found(home, tmp_path):
     assert found.channels == 2
     lines = findings.lines()
     assert len(lines) == 5
-    assert lines[0] == "b: probably not in this recording (20 %)"
+    assert lines[0] == "b: probably not in this recording (presence 20 %)"
     assert "a and b are nearly the same sound (correlation 1.00)" in lines[1]
     assert "c hardly differs from the recording itself (-0.3 dB)" in lines[-1]
     assert findings.tags("b") == [
-        "probably not in this recording (20 %)",
+        "probably not in this recording (presence 20 %)",
         "nearly the same sound as a",
         "nearly the same sound as c",
     ]
@@ -316,7 +316,11 @@ def test_the_page_and_the_terminal_tell_what_is_of_no_use(home, argv, tmp_path, 
     lines = [line for line in told.err.splitlines() if line.startswith("song.wav: ") and "no picture" not in line]
     assert len(lines) == 3
     page = (tmp_path / "a" / "song_separated.html").read_text()
-    for words in ("probably not in this recording (1 %)", "nearly the same sound", "hardly differs from the recording"):
+    for words in (
+        "probably not in this recording (presence 1 %)",
+        "nearly the same sound",
+        "hardly differs from the recording",
+    ):
         assert sum(words in line for line in lines) == 1
         assert words in page
     assert "90%" in told.out

@@ -21,9 +21,9 @@ class Stub:
         self._separator, self._answer, self._presence = separator, answer, presence
         self._looks_itself = looks_itself
         self.training = False
-        self.can_go_unseen = takes_unseen
+        self.can_go_unseen = self.takes_photos = takes_unseen
         self.mask_decoder = SimpleNamespace(
-            takes_unseen=takes_unseen, tells_presence=presence is not None, presence_threshold=torch.tensor(0.5)
+            takes_unseen=takes_unseen, tells_presence=presence is not None, presence_threshold=0.5
         )
 
     def __getattr__(self, name):

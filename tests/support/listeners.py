@@ -28,6 +28,7 @@ class Listener(MaskDecoder):
     needs = ("mask_features",)
     independent_sources = True
     tells_presence = takes_unseen = True
+    presence_threshold = 0.4
 
     def __init__(
         self, *, num_classes: int, mask_channels: int, object_dim: int, motion_dim: int | None = None, dim: int = 8
@@ -41,7 +42,6 @@ class Listener(MaskDecoder):
         self.no_motion = nn.Parameter(torch.randn(motion_dim or 1))
         self.weights = nn.Conv1d(dim, mask_channels, 3, padding=1)
         self.hears = nn.Linear(mask_channels + dim, 1)
-        self.register_buffer("presence_threshold", torch.tensor(0.4))
 
     def grow(self, num_classes):
         raise NotImplementedError

@@ -85,7 +85,7 @@ def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
     student.train()
     for one in (student, teacher):
         synchronise_batch_norm(one, ranks)
-    module = inner = TrainingStep(student, strategy, ranks)
+    module = inner = TrainingStep(student, strategy, ranks, cross_entropy_weight=0.5)
     batch = _batch(student, dtype)
     if ranks.several:
         module = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)

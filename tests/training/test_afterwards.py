@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from avsep.data.tasks import make_tasks, task_stream
 from avsep.errors import CheckpointError, ConfigError
 from avsep.separator import build_separator, load_separator, save_separator
 from avsep.spec import FrontEndSpec
-from avsep.training.afterwards import best_threshold, choose_presence_threshold, mean_pictures
+from avsep.training.afterwards import _asked_in_vain, best_threshold, calibrate_presence, mean_pictures
 from avsep.training.learner import ContinualLearner
 from avsep.types import VisualFeatures
 from support.tones import TINY_FRONT_END, TINY_TASKS, TINY_TRAIN
@@ -58,29 +59,72 @@ def test_the_threshold_is_half_way_between_those_that_part_best():
     assert best_threshold(torch.tensor([0.9]), torch.tensor([0.9])) in (pytest.approx(0.899), pytest.approx(0.901))
 
 
-def test_the_threshold_is_chosen_on_validation_mixtures_and_stored(store, tmp_path):
+def test_presence_is_calibrated_on_validation_mixtures_and_stored(store, tmp_path):
     separator = aligned()
-    assert float(separator.mask_decoder.presence_threshold) == 0.5
+    assert separator.mask_decoder.presence_offsets.tolist() == [0.0, 0.0, 0.0]
     mixtures = validation(store)
-    found = choose_presence_threshold(separator, store, mixtures)
-    assert 0 < found < 1
-    assert found != 0.5
-    assert choose_presence_threshold(aligned(), store, mixtures) == found
+    found = calibrate_presence(separator, store, mixtures)
+    assert list(found) == ["moving", "photo", "unseen"]
+    offsets = separator.mask_decoder.presence_offsets
+    torch.testing.assert_close(offsets.sigmoid(), torch.tensor(list(found.values())))
+    assert calibrate_presence(separator, store, mixtures) == found  # from scratch, whatever was set before
     save_separator(separator, tmp_path / "separator")
     loaded = load_separator(tmp_path / "separator")
-    assert float(loaded.mask_decoder.presence_threshold) == pytest.approx(found)
+    assert torch.equal(loaded.mask_decoder.presence_offsets, offsets)
 
 
-def test_no_threshold_where_nothing_tells_or_nothing_can_be_asked_in_vain(store):
+def test_the_offset_is_that_of_what_is_seen(store):
+    separator = aligned()
+    mixture = validation(store)[0]
+    batch = load_mixtures(store, [mixture], separator.spec.front_end, separator.visual_sources(), separator.class_index)
+    visual = separator.encode_visual(batch.visual)
+    yes, no = torch.tensor([[True, True]]), torch.tensor([[False, True]])
+    cases = {  # (seen, motion_seen) -> what is taken off both sources
+        (None, None): (1.0, 1.0),
+        (no, None): (3.0, 1.0),
+        (None, no): (2.0, 1.0),
+        (yes, no): (2.0, 1.0),
+        (no, yes): (3.0, 1.0),
+        (no, no): (3.0, 1.0),
+    }
+    with torch.no_grad():
+        for (seen, motion_seen), off in cases.items():
+            shown = replace(visual, seen=seen, motion_seen=motion_seen)
+            spectrograms = separator.analyse(batch.sources)
+            told = []
+            for offsets in ([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]):
+                separator.mask_decoder.presence_offsets.copy_(torch.tensor(offsets))
+                told.append(separator(spectrograms.network_input, shown, batch.class_ids).presence)
+            torch.testing.assert_close(told[0] - told[1], torch.tensor([off]))
+    separator.mask_decoder.train()
+    learned = separator(spectrograms.network_input, shown, batch.class_ids).presence
+    torch.testing.assert_close(learned, told[0])  # training knows of none
+
+
+def test_classes_are_asked_in_vain_in_turn(store):
     mixtures = validation(store)
-    assert choose_presence_threshold(iquery(), store, mixtures) is None
+    asked = list(_asked_in_vain(mixtures, NAMES))
+    assert all(m.classes[-1] not in m.classes[:-1] for m in asked)
+    assert {m.clips[-1] for m in asked} <= {clip for m in mixtures for clip in m.clips}
+    counts = Counter(m.classes[-1] for m in asked)
+    assert set(counts) == set(NAMES)
+    assert max(counts.values()) - min(counts.values()) <= 2
+
+
+def test_no_calibration_where_nothing_tells_or_nothing_can_be_asked_in_vain(store):
+    mixtures = validation(store)
+    assert calibrate_presence(iquery(), store, mixtures) is None
     two = [m for m in mixtures if set(m.classes) == {NAMES[0], NAMES[1]}]
-    assert choose_presence_threshold(aligned(), store, two) is None
+    assert calibrate_presence(aligned(), store, two) is None
+    blind = small("aligned_query", dim=8, bands=4, class_given=False)
+    assert list(calibrate_presence(blind, store, mixtures)) == ["moving", "photo"]
+    assert not blind.can_go_unseen
+    assert blind.takes_photos
 
 
 def test_means_are_those_of_the_clips_and_old_ones_stay(store):
     separator = iquery()
-    clips = {name: store.select(classes=[name], split="train") for name in NAMES}
+    clips = {name: [(c, None) for c in store.select(classes=[name], split="train")] for name in NAMES}
     means = mean_pictures(separator, store, clips)
     assert means["object"].shape == (len(NAMES), 8)
     assert means["motion"].shape == (len(NAMES), 8, 4)
@@ -89,6 +133,8 @@ def test_means_are_those_of_the_clips_and_old_ones_stay(store):
     for clip in clips[NAMES[0]][1:]:
         batch_of.append(mean_pictures(separator, store, {NAMES[0]: [clip]})["object"][0])
     torch.testing.assert_close(means["object"][0], torch.stack(batch_of).mean(dim=0))
+    kept = mean_pictures(separator, store, {NAMES[0]: [(clips[NAMES[0]][0][0], 0)]})["motion"][0]
+    assert not torch.allclose(kept, one["motion"][0])  # of a kept crop the pictures of its seconds
     separator.class_means = means
     later = mean_pictures(separator, store, {NAMES[-1]: clips[NAMES[-1]][:1]})
     torch.testing.assert_close(later["object"][:-1], means["object"][:-1])
@@ -109,7 +155,7 @@ def test_means_stand_in_where_there_is_no_picture(store, tmp_path):
     with pytest.raises(ConfigError, match="'query_transformer' needs a picture of every source"):
         separator.predict(unseen)
     assert not separator.can_go_unseen
-    clips = {name: store.select(classes=[name], split="train") for name in NAMES}
+    clips = {name: [(c, None) for c in store.select(classes=[name], split="train")] for name in NAMES}
     separator.class_means = mean_pictures(separator, store, clips)
     assert separator.can_go_unseen
     whole, partly = separator.predict(batch), separator.predict(unseen)
@@ -148,7 +194,7 @@ def test_a_run_gives_its_separators_what_they_need(tone_store, tmp_path, decoder
         assert loaded.can_go_unseen
         if decoder == "aligned":
             assert loaded.class_means is None
-            assert task == 0 or float(loaded.mask_decoder.presence_threshold) != 0.5
+            assert task == 0 or loaded.mask_decoder.presence_offsets.abs().max() > 0
         else:
             assert len(loaded.class_means["object"]) == classes
             assert (loaded.class_means["object"].abs().amax(dim=1) > 0).all()

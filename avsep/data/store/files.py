@@ -201,11 +201,11 @@ class Store:
         return self.features[name]
 
     def require_rate(self, sample_rate_hz: int) -> None:
-        """Raise :class:`DataError` unless the store's audio has this rate."""
+        """Raise :class:`DataError` unless the store's audio has this rate, the separator's."""
         if sample_rate_hz != self.sample_rate_hz:
             raise DataError(
                 f"{self.path} holds audio at {self.sample_rate_hz} Hz, but the separator works at {sample_rate_hz} Hz: "
-                f"make the store at that rate, or set front_end.sample_rate_hz={self.sample_rate_hz}"
+                f"make the store at that rate, or train with separator.front_end.sample_rate_hz={self.sample_rate_hz}"
             )
 
     def select(self, *, classes: Sequence[str] | None = None, split: str | None = None) -> list[Clip]:

@@ -159,10 +159,6 @@ def find_notes(
     return NoteFolders(root, recordings, drawn, tuple(left_out))
 
 
-def _files_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
-
-
 def _inspect(path: Path, drums: bool) -> int | tuple[str, str]:
     """A recording's key, or why it is left out: (reason, detail)."""
     try:
@@ -216,14 +212,15 @@ def divide(recordings: Sequence[Recording], split_by: str = "recording") -> dict
     """A class's recordings by split, so that no test note is a training note.
 
     In order of pitch, of ten recordings the third goes to val, the fifth and the tenth go to test and the others to
-    train: each split has notes from the whole register. Fewer than 20, or ``split_by="none"``: all splits share all.
+    train: each split has notes from the whole register. Fewer than 20 different ones, or ``split_by="none"``: all
+    splits share all.
     """
     ordered = sorted(recordings, key=lambda r: (r.key, r.sha256, r.path))
-    if split_by == "none" or len(ordered) < DIVIDED_FROM:
-        return dict.fromkeys(SPLITS, tuple(ordered))
-    found: dict[str, list[Recording]] = {split: [] for split in SPLITS}
     # the same file twice must not stand on both sides
     unique = {r.sha256: number for number, r in enumerate({r.sha256: r for r in ordered}.values())}
+    if split_by == "none" or len(unique) < DIVIDED_FROM:
+        return dict.fromkeys(SPLITS, tuple(ordered))
+    found: dict[str, list[Recording]] = {split: [] for split in SPLITS}
     for recording in ordered:
         number = unique[recording.sha256]
         found["val" if number % 10 == 2 else "test" if number % 5 == 4 else "train"].append(recording)
