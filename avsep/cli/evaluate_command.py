@@ -186,18 +186,19 @@ def _print_yardsticks(console: Console, result: dict[str, Any]) -> None:
         return
     tested = result["yardsticks"]["identity"]["filter"]["whose"] == "tested"
     whose = f"the training clips of {result['store']}, the run's own not being at hand" if tested else "training clips"
-    console.print(f"SDR in dB after task {step['task']} beside yardsticks; the static filter is of {whose}")
+    filter_of = f"; the static filter is of {whose}" if "static filter" in found else ""
+    console.print(f"SDR in dB after task {step['task']} beside yardsticks{filter_of}")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("list", "separator", *YARDSTICKS, "less filter"):
         table.add_column(heading, justify="left" if heading == "list" else "right", no_wrap=True)
     lists = {**step["lists"], **({"all": step["all"]} if len(step["lists"]) > 1 else {})}
     for name, summary in lists.items():
-        own, static = summary["mean"]["sdr"], found["static filter"].get(name)
+        own, static = summary["mean"]["sdr"], found.get("static filter", {}).get(name)
         gain = None if own is None or static is None else own - static
         table.add_row(
             name,
             _number(own),
-            *[_number(found[y].get(name)) for y in YARDSTICKS],
+            *[_number(found.get(y, {}).get(name)) for y in YARDSTICKS],
             "" if gain is None else f"{gain:+.2f}",
         )
     console.print(table)
