@@ -104,10 +104,12 @@ def bss_eval(
     *,
     mixture: Tensor | None = None,
     duplicates: Literal["flag", "raise"] = "flag",
+    interference: bool = True,
 ) -> BssResult:
     """SDR, SIR and SAR of ``estimates`` [B, N, L] against ``references`` [B, N, L], source by source in their order.
 
     With ``mixture`` [B, L] the SDR of the mixture as the estimate of each source is given too, at little extra cost.
+    Without ``interference`` SIR and SAR, which cost most, are left out, and NaN.
     Equal to ``mir_eval.separation.bss_eval_sources(..., compute_permutation=False)``, but for the clipping to
     ±:data:`LIMIT_DB` and the defined outcomes of :class:`BssResult` for silence and duplicate references. The inputs
     may have any real dtype; the computation is float64 on their device (tuned and tested on the CPU).
@@ -138,6 +140,7 @@ def bss_eval(
             None if mixture is None else mixture[first:last].double(),
             filter_length,
             size,
+            interference,
         )
         parts.append(part)
     if not parts:
@@ -245,7 +248,9 @@ def si_sdr(references: Tensor, estimates: Tensor, *, zero_mean: bool = False) ->
 # --- one chunk --------------------------------------------------------------------------------------------------------
 
 
-def _score(references: Tensor, estimates: Tensor, mixture: Tensor | None, taps: int, size: int) -> BssResult:
+def _score(
+    references: Tensor, estimates: Tensor, mixture: Tensor | None, taps: int, size: int, interference: bool
+) -> BssResult:
     """Scores of float64 ``references``, ``estimates`` [B, N, L] and ``mixture`` [B, L] with FFTs of ``size`` points."""
     batch, sources, _ = references.shape
     quiet = _is_silent(references)  # [B, N]
@@ -268,12 +273,18 @@ def _score(references: Tensor, estimates: Tensor, mixture: Tensor | None, taps: 
     for b in range(batch):
         # One mixture at a time in one buffer: LAPACK would do so anyway, and the fresh pages of a whole batch of
         # matrices cost more than the factorisation.
-        factor = _Factor(lags[b], quiet[b], taps, buffer)
-        jitter[b] = factor.jitter
-        all_filters[b] = _solve(factor, cross[b, :, :sources], reference_f[b], query_f[b, :sources], taps, size)
+        factor = None
+        if interference:
+            factor = _Factor(lags[b], quiet[b], taps, buffer)
+            jitter[b] = factor.jitter
+            all_filters[b] = _solve(factor, cross[b, :, :sources], reference_f[b], query_f[b, :sources], taps, size)
         for j, columns in enumerate(own):
             # a leading block of a Cholesky factor is that block's own factor, so the first reference needs no new one
-            single = factor.leading(taps) if j == 0 else _Factor(lags[b, j:, j:], quiet[b, j : j + 1], taps, buffer)
+            single = (
+                factor.leading(taps)
+                if factor is not None and j == 0
+                else _Factor(lags[b, j:, j:], quiet[b, j : j + 1], taps, buffer)
+            )
             jitter[b] = max(jitter[b].item(), single.jitter)
             here = slice(j, j + 1)
             solved = _solve(single, cross[b, here, columns], reference_f[b, here], query_f[b, columns], taps, size)
@@ -282,12 +293,16 @@ def _score(references: Tensor, estimates: Tensor, mixture: Tensor | None, taps: 
     sdr, sir, sar, base = [], [], [], []
     for j in range(sources):
         whole = query_f[:, j]
-        spanned = _apply(all_filters[:, j], reference_f, size)  # P_all of estimate j: [B, K]
         target = _apply(own_filters[:, j, :1], reference_f[:, j : j + 1], size)  # P_j of estimate j
         signal = _energy(target)
         sdr.append(_ratio_db(signal, _energy(whole - target)))
-        sir.append(_ratio_db(signal, _energy(spanned - target)))
-        sar.append(_ratio_db(_energy(spanned), _energy(whole - spanned)))
+        if interference:
+            spanned = _apply(all_filters[:, j], reference_f, size)  # P_all of estimate j: [B, K]
+            sir.append(_ratio_db(signal, _energy(spanned - target)))
+            sar.append(_ratio_db(_energy(spanned), _energy(whole - spanned)))
+        else:
+            sir.append(torch.full_like(sdr[-1], math.nan))
+            sar.append(sir[-1])
         if mixture is not None:
             target = _apply(own_filters[:, j, 1:], reference_f[:, j : j + 1], size)  # P_j of the mixture
             base.append(_ratio_db(_energy(target), _energy(query_f[:, sources] - target)))

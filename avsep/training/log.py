@@ -166,7 +166,13 @@ class TaskLog:
         rate_hz = separator.spec.front_end.sample_rate_hz
         with self._guarded("pictures"), _undisturbed():
             scores = evaluate_separator(
-                separator, store, mixtures, batch_size=batch_size, device=device, keep=range(len(mixtures))
+                separator,
+                store,
+                mixtures,
+                batch_size=batch_size,
+                device=device,
+                keep=range(len(mixtures)),
+                interference=False,
             )
             for score in scores:
                 kept = score.kept

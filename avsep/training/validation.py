@@ -46,6 +46,7 @@ class Validation:
             self._mixtures[first:last],
             batch_size=max(1, self._batch_size // ranks.world),
             device=self._device,
+            interference=False,  # nobody looks at SIR and SAR here
         )
         scores = [score for part in ranks.all_gather(own) for score in part]
         return mean_sdr(scores, degenerate=self._stream.validation.name == "paper"), scores

@@ -299,3 +299,21 @@ def test_sdr_alone_is_the_sdr_of_bss_eval():
         sdr_alone(references, references)
     with pytest.raises(NumericalError, match="estimates"):
         sdr_alone(references, sets * torch.nan)
+
+
+def test_without_interference_all_but_sir_and_sar_stays():
+    rng = np.random.default_rng(3)
+    references = torch.from_numpy(rng.standard_normal((3, 3, 2000)))
+    references[1, 2] = 0.0
+    references[2, 1] = references[2, 0]
+    estimates = references + 0.3 * torch.from_numpy(rng.standard_normal((3, 3, 2000)))
+    mixture = references.sum(dim=1)
+    whole = bss_eval(references, estimates, 64, mixture=mixture)
+    part = bss_eval(references, estimates, 64, mixture=mixture, interference=False)
+    torch.testing.assert_close(part.sdr, whole.sdr, rtol=0, atol=1e-9, equal_nan=True)
+    torch.testing.assert_close(part.sdr_mixture, whole.sdr_mixture, rtol=0, atol=1e-9, equal_nan=True)
+    assert part.status == whole.status == ("ok", "silent", "degenerate")
+    assert part.duplicates == whole.duplicates
+    assert part.sir.isnan().all()
+    assert part.sar.isnan().all()
+    assert whole.sir[0].isfinite().all()
