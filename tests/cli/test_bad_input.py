@@ -465,9 +465,9 @@ CASES = [
          "hum-test-"),
     case("mix of one clip", lambda d: ["data", "mix", d.tone_store, "--clips", "hum-test-0", "--out", "new"],
          "hum-test-0", "two"),
-    case("mix of one class", lambda d: ["data", "mix", d.tone_store, "--clips", "hum-test-0,hum-test-1", "--out",
+    case("mix of one clip twice", lambda d: ["data", "mix", d.tone_store, "--clips", "hum-test-0,hum-test-0", "--out",
          "new"],
-         "'hum'", "one video a class"),
+         "'hum-test-0'", "twice"),
     # runs
     case("evaluate what is no run", lambda d: ["evaluate", d.path], "desk", "run.yaml", "avsep train"),
     case("report what is no run", lambda d: ["report", d.path], "desk", "run.yaml", "avsep train"),

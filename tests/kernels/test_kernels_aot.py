@@ -47,6 +47,7 @@ def without_interpreter(*arguments, timeout=280):
     )
 
 
+@pytest.mark.slow  # the usual suite runs every kernel in the interpreter, and holds the counts against the source
 def test_one_configuration_of_each_kernel_compiles():
     found = without_interpreter("-c", QUICK)
     assert found.returncode == 0, found.stderr[-3000:]

@@ -138,7 +138,7 @@ def test_more_rows_than_one_program_should_read_again(launches, monkeypatch):
         assert ("_prepare_kernel" in launches) == (n > 24)
 
 
-@pytest.mark.parametrize("capability", [75, 80, 90, 120])
+@pytest.mark.parametrize("capability", [75, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 90, 120))])
 def test_blocks_of_every_gpu(capability, prepared, monkeypatch):
     monkeypatch.setattr(triton_kernel, "_capability", lambda device: capability)
     n = 70 if capability == 75 else 135  # more than one block

@@ -89,10 +89,11 @@ def tiny_run_spec(strategy="contavsep", memory="random_per_class", **train):
     )
 
 
-def tiny_learner(strategy="contavsep", memory="random_per_class", **train):
+def tiny_learner(strategy="contavsep", memory="random_per_class", loggers=(), **train):
+    """``loggers``: none beside the CSV logs unless a test is about them, since pictures take most of a tiny run."""
     from avsep.training.learner import ContinualLearner
 
-    return ContinualLearner.from_spec(tiny_run_spec(strategy, memory, **train), accelerator="cpu")
+    return ContinualLearner.from_spec(tiny_run_spec(strategy, memory, **train), accelerator="cpu", loggers=loggers)
 
 
 def dies_at_step(monkeypatch, number):
