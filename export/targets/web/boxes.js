@@ -4,9 +4,10 @@
 
 const STEP = 0.02;
 const LEAST = 0.04; // of a side
+const NEAR = 0.01; // an edge so near to the frame's is drawn onto it
 
 /** @param {number} value */
-const clamp = (value) => Math.max(0, Math.min(1, value));
+const clamp = (value) => (value < NEAR ? 0 : value > 1 - NEAR ? 1 : value);
 const percent = (/** @type {number} */ value) => `${Math.round(100 * value)} %`;
 
 /** A box for each source over the element `stage`. */
@@ -104,8 +105,8 @@ export class BoxEditor {
     const target = /** @type {HTMLElement} */ (event.target);
     const hit = this.items.findIndex(({ node }) => node === target || node.contains(target));
     const whole = (/** @type {Box} */ [l, t, r, b]) => r - l > 0.98 && b - t > 0.98;
-    // a box that is the whole frame is drawn anew, unless it is taken by its grip or name
-    const drawing = hit < 0 || (whole(this.items[hit].box) && target === this.items[hit].node);
+    // a box that is the whole frame is drawn anew, unless it is taken by its grip
+    const drawing = hit < 0 || (whole(this.items[hit].box) && target.tagName !== "I");
     const n = drawing ? this.chosen : hit;
     this.choose(n);
     this.items[n].node.focus({ preventScroll: true });

@@ -80,21 +80,43 @@ export function sized(rgba, w, h, height, width, grey) {
   return out;
 }
 
-/** Show the frame of a moment. @param {HTMLVideoElement} video @param {number} time in seconds */
+/** Go to a moment; the frame may come a little later. @param {HTMLVideoElement} video @param {number} time in seconds */
 export function seek(video, time) {
   return new Promise((resolve, reject) => {
     const done = () => {
-      video.removeEventListener("seeked", done);
+      video.removeEventListener("seeked", arrived);
       video.removeEventListener("error", failed);
     };
-    const failed = () => {
-      done();
-      reject(new Error("the video cannot be decoded further: it is damaged"));
-    };
-    video.addEventListener("seeked", () => (done(), resolve(undefined)), { once: true });
-    video.addEventListener("error", failed, { once: true });
+    const arrived = () => (done(), resolve(undefined));
+    const failed = () => (done(), reject(new Error("the video cannot be decoded further: it is damaged")));
+    video.addEventListener("seeked", arrived);
+    video.addEventListener("error", failed);
     video.currentTime = time;
   });
+}
+
+const LATE_MS = 120; // after a seek, until a frame that stays is taken for the one that was asked for
+const STEP_MS = 4;
+
+/** When the frame that a video shows begins, in microseconds; NaN where the browser does not tell.
+ * @param {HTMLVideoElement} video */
+function shownFrame(video) {
+  if (typeof VideoFrame === "undefined") return NaN;
+  const frame = new VideoFrame(video);
+  const { timestamp } = frame;
+  frame.close();
+  return timestamp;
+}
+
+/** Show the frame of a moment, and wait until it is there: a browser says that it arrived before it has decoded, so
+ * that for some milliseconds the frame before would be taken. @param {HTMLVideoElement} video @param {number} time */
+async function showFrame(video, time) {
+  const before = shownFrame(video);
+  await seek(video, time);
+  const wait = () => new Promise((resolve) => setTimeout(resolve, STEP_MS));
+  const begun = performance.now();
+  // where the same frame is on display at both moments it stays
+  while (performance.now() - begun < LATE_MS && !(shownFrame(video) !== before && !Number.isNaN(before))) await wait();
 }
 
 /** A video element of a file, once its first frame is there; null where the browser sees no pictures in it.
@@ -159,7 +181,7 @@ export async function timelines(address, seconds, manifest, sources, progress, s
     if (stopped()) throw new Error("stopped");
     // just after the frame begins: a time that is rounded down would show the one before
     const at = Math.min(time + 0.0005, Math.max(0, length - 0.0005));
-    if (Math.abs(video.currentTime - at) > 1e-6) await seek(video, at);
+    if (Math.abs(video.currentTime - at) > 1e-6) await showFrame(video, at);
     write.forEach((one) => one());
     progress(k + 1, moments.length);
   }

@@ -314,6 +314,38 @@ function setBox(n, box) {
   track.sort((a, b) => a.time - b.time);
 }
 
+/** Take boxes as `avsep separate` writes and reads them: by second, of each source by its name or class.
+ * @param {File} file */
+const readBoxes = (file) => busy(`reading ${file.name}`, async () => {
+  if (!recording || byId("stage").hidden) throw new Error(`${file.name} holds boxes: choose their video first`);
+  /** @type {Record<string, Record<string, number[]>>} */
+  let seconds;
+  try {
+    seconds = JSON.parse(await file.text());
+  } catch {
+    throw new Error(`${file.name} is not valid JSON`);
+  }
+  const form = '{"0": {"violin": [left, top, right, bottom]}, ...}';
+  const own = names();
+  /** @type {BoxTrack[]} */
+  const found = own.map(() => []);
+  for (const [second, boxes] of Object.entries(seconds ?? {})) {
+    for (const [name, box] of Object.entries(boxes ?? {})) {
+      const fits = Array.isArray(box) && box.length === 4 && box.every((v) => Number.isFinite(v) && v >= -0.05 && v <= 1.05);
+      if (!fits || !(Number(second) >= 0)) throw new Error(`${file.name} holds no boxes: write ${form}`);
+      const [l, t, r, b] = box.map((v) => Math.max(0, Math.min(1, v)));
+      if (r <= l || b <= t) throw new Error(`${file.name}: the box of ${name} at ${second} s is empty`);
+      const n = own.indexOf(name);
+      if (n >= 0) found[n].push({ time: Number(second), box: [l, t, r, b] });
+    }
+  }
+  if (!found.some((track) => track.length)) throw new Error(`${file.name} has no box of ${own.map(pretty).join(" or ")}`);
+  found.forEach((track, n) => {
+    if (track.length) asked[n].track = track.sort((a, b) => a.time - b.time);
+  });
+  showBoxes();
+});
+
 // ---------------------------------------------------------------- separating
 
 const separate = () => busy("looking at the video", async () => {
@@ -521,13 +553,16 @@ async function download(samples, name) {
 
 // ---------------------------------------------------------------- what people do
 
+/** @param {File} file */
+const take = (file) => (file.name.toLowerCase().endsWith(".json") ? readBoxes(file) : choose(file));
+
 function listen() {
   editor = new BoxEditor(byId("stage"), setBox);
   const input = /** @type {HTMLInputElement} */ (byId("file"));
   input.addEventListener("change", () => {
     const [file] = input.files ?? [];
     input.value = "";
-    if (file) choose(file);
+    if (file) take(file);
   });
   addEventListener("dragover", (event) => {
     event.preventDefault();
@@ -538,7 +573,7 @@ function listen() {
     event.preventDefault();
     byId("drop").classList.remove("over");
     const [file] = event.dataTransfer?.files ?? [];
-    if (file && !input.disabled) choose(file);
+    if (file && !input.disabled) take(file);
   });
   byId("stop").addEventListener("click", () => {
     stopped = true;
