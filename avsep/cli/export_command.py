@@ -444,15 +444,17 @@ def build(
         str,
         typer.Option(
             "--target",
-            help="auto, tensorrt or tensorrt-rtx; onnxruntime only runs the graphs; web writes a site that separates in "
-            "the visitor's browser.",
+            help="auto, tensorrt or tensorrt-rtx; onnxruntime only runs the graphs; web writes a site that separates "
+            "in the visitor's browser.",
         ),
     ] = "auto",
     sm: _Sm = None,
     workspace_mib: _Workspace = 1024,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for the engines [default: engines in the bundle; beside a tar], or the site."),
+        typer.Option(
+            "--out", help="Folder for the engines [default: engines in the bundle; beside a tar], or the site."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what is good already.")] = False,
     ort_web: _OrtWeb = None,

@@ -21,10 +21,19 @@ from avsep.errors import ConfigError, ExportError
 from avsep.export.bundle.packing import staged
 from avsep.export.runtime.errors import one_line
 from avsep.export.runtime.files import atomic_path, refuse_file, sha256_file
+from avsep.export.runtime.manifest import MANIFEST
 from avsep.export.runtime.reader import Bundle
 from avsep.files import read_json, write_json, write_text
 
-__all__ = ["MOST_SITE_BYTES", "ORT_WEB_VERSION", "check_for_browsers", "check_place", "ort_web_files", "write_site"]
+__all__ = [
+    "MOST_SITE_BYTES",
+    "ORT_WEB_VERSION",
+    "check_for_browsers",
+    "check_place",
+    "ort_web_files",
+    "write_page",
+    "write_site",
+]
 
 ORT_WEB_VERSION = "1.30.0"
 ORT_WEB_URL = f"https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-{ORT_WEB_VERSION}.tgz"
@@ -92,9 +101,7 @@ def write_site(
     check_place(target)
     builds = ort_web_files(ort_web, tell=tell)
     with staged(target) as staging:
-        for source in sorted(_PAGE.iterdir()):
-            if source.is_file() and source.name not in _NOT_SERVED:
-                shutil.copyfile(source, staging / source.name)
+        _copy_page(staging)
         _write_builds(staging / "ort", builds)
         shutil.copytree(bundle.folder(), staging / "bundle", ignore=_only_own(bundle))
         names = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
@@ -114,9 +121,24 @@ def write_site(
     return target
 
 
+def write_page(bundle: Bundle, out: str | os.PathLike[str]) -> Path:
+    """Write the page and a bundle's manifest alone, for a server that runs the bundle itself (``avsep app``)."""
+    target = Path(out)
+    (target / "bundle").mkdir(parents=True)
+    _copy_page(target)
+    (target / "bundle" / MANIFEST).write_bytes((bundle.folder() / MANIFEST).read_bytes())
+    return target
+
+
+def _copy_page(folder: Path) -> None:
+    for source in sorted(_PAGE.iterdir()):
+        if source.is_file() and source.name not in _NOT_SERVED:
+            shutil.copyfile(source, folder / source.name)
+
+
 def _only_own(bundle: Bundle) -> Callable[[str, list[str]], set[str]]:
     """For copytree: leaves out what is not of the bundle, such as engines."""
-    own = {"manifest.json", *bundle.manifest["files"]}
+    own = {MANIFEST, *bundle.manifest["files"]}
     return lambda _, names: {name for name in names if name not in own}
 
 
@@ -147,9 +169,7 @@ def check_place(out: str | os.PathLike[str]) -> None:
         raise ConfigError(f"{target} holds other files ({first}) and no site: choose another folder")
 
 
-def ort_web_files(
-    folder: str | os.PathLike[str] | None = None, *, tell: Tell = lambda line: None
-) -> dict[str, Path]:
+def ort_web_files(folder: str | os.PathLike[str] | None = None, *, tell: Tell = lambda line: None) -> dict[str, Path]:
     """ONNX Runtime's builds for browsers, of the pinned version, by name; each is held against its SHA-256.
 
     Args:

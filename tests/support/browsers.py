@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -42,7 +42,7 @@ def browser(*arguments: str) -> Iterator[Any]:
 
 
 class _Quiet(SimpleHTTPRequestHandler):
-    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript", ".gz": "application/gzip"}
+    extensions_map: ClassVar[dict[str, str]] = {**SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}
 
     def log_message(self, *_: object) -> None:
         pass
@@ -60,8 +60,15 @@ def served(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
-def separate_in_page(page: Any, file: Path, classes: list[str], into: Path, boxes: dict[str, list[float]] | None = None,
-                     format_name: str = "FLOAT", timeout_ms: int = 600_000) -> list[Path]:
+def separate_in_page(
+    page: Any,
+    file: Path,
+    classes: list[str],
+    into: Path,
+    boxes: dict[str, list[float]] | None = None,
+    format_name: str = "FLOAT",
+    timeout_ms: int = 600_000,
+) -> list[Path]:
     """Give a file to a loaded page, choose classes (in this order) and boxes, separate, and download all results."""
     page.set_input_files("#file", str(file))
     page.wait_for_selector("#setup:not([hidden])", timeout=timeout_ms)
@@ -90,8 +97,7 @@ def draw_box(page: Any, number: int, box: list[float]) -> None:
     page.locator("#stage .box").nth(number).focus()
     frame = page.locator("#stage").bounding_box()
     left, top, right, bottom = (
-        frame[k] + share * frame[side]
-        for k, side, share in zip("xyxy", ("width", "height") * 2, box, strict=True)
+        frame[k] + share * frame[side] for k, side, share in zip("xyxy", ("width", "height") * 2, box, strict=True)
     )
     page.mouse.move(left + 0.5, top + 0.5)
     page.mouse.down()

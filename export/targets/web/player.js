@@ -88,7 +88,7 @@ export class Player {
         const buffer = context.createBuffer(Math.min(this.channels, 2), end - start, this.rate);
         for (let c = 0; c < buffer.numberOfChannels; c += 1) {
           const into = buffer.getChannelData(c);
-          for (let k = 0; k < into.length; k += 1) into[k] = piece[k * this.channels + c];
+          for (let k = 0; k < into.length; k += 1) into[k] = piece[k * this.channels + c] ?? 0;
         }
         const node = context.createBufferSource();
         node.buffer = buffer;
