@@ -303,7 +303,11 @@ class App:
                 for number, signal in enumerate(signals):
                     write_wav(job.folder / f"{number}.wav", signal, rate_hz, "FLOAT")
                 presence = None if separated.presence is None else [float(p) for p in separated.presence]
-                job.result = {"presence": presence, "seconds": time.perf_counter() - begun}
+                job.result = {
+                    "presence": presence,
+                    "alike": _correlations([*separated.sources, mixture]),
+                    "seconds": time.perf_counter() - begun,
+                }
         except _Stopped:
             job.error = "stopped"
         except (AvsepError, OSError, KeyError, TypeError, ValueError) as error:
@@ -331,6 +335,16 @@ class App:
         if not path.is_file():
             raise DataError("the result is no longer here: separate again")
         return path.read_bytes()
+
+
+def _correlations(signals: Sequence[NDArray[np.float32]]) -> list[list[float]]:
+    """Of the mono signals of each two of [(C,) L], the later one's row first; silence is like nothing."""
+    units = []
+    for signal in signals:
+        mono = np.atleast_2d(signal).mean(axis=0, dtype=np.float64)
+        mono -= mono.mean()
+        units.append(mono / max(float(np.linalg.norm(mono)), 1e-12))
+    return [[float(one @ other) for other in units[: row + 1]] for row, one in enumerate(units)]
 
 
 def _box(values: Any) -> tuple[float, float, float, float]:

@@ -67,7 +67,7 @@ export class Local {
    * @param {string} id @param {{ name: string, class: string, track: Track }[]} sources @param {boolean} looks
    * @param {number} channels @param {(text: string, done: number, total: number) => void} progress
    * @param {() => boolean} stopped
-   * @returns {Promise<{ sounds: File[], presence: number[] | null, seconds: number }>} */
+   * @returns {Promise<{ sounds: File[], presence: number[] | null, alike: number[][], seconds: number }>} */
   async separate(id, sources, looks, channels, progress, stopped) {
     const { job } = await (await this.ask("separate", JSON.stringify({ id, sources, looks, channels }))).json();
     for (;;) {

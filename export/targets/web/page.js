@@ -12,6 +12,8 @@ import { draw } from "./picture.js";
 /** @typedef {import("./worker.js").Mixture} Mixture */
 /** @typedef {import("./worker.js").Track} Track */
 /** @typedef {{ classId: number, track: BoxTrack }} Asked */
+/** @typedef {{ tracks: Track[], presence: number[] | null, alike: number[][], seconds: number }} Result sources, then the
+ *   residual; `alike`: the correlation of each two sources, the later one's row first, and of each with the recording */
 /** @typedef {{ file: File, mixture: Mixture, whole: Track, video: HTMLVideoElement | null, address: string, id: string,
  *   pictures: boolean }} Recording */
 
@@ -32,6 +34,10 @@ function clock(seconds) {
   return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
 }
 
+// as avsep separate says it: two sources of more correlation are nearly the same sound, and a source whose level is so
+// near to the recording's, and that sounds like it, is the recording
+const ALIKE = 0.95;
+const UNSEPARATED_DB = 0.5;
 const WHOLE = /** @type {import("./frames.js").Box} */ ([0, 0, 1, 1]);
 const local = Local.find();
 
@@ -85,7 +91,9 @@ function progress(text, done, total) {
 function complain(message = "") {
   const alert = byId("alert");
   alert.hidden = !message;
-  alert.textContent = message ? `${message[0].toUpperCase()}${message.slice(1)}${/[.!?]$/.test(message) ? "" : "."}` : "";
+  // a name of a file stays as it is
+  const first = /^\S*\.\S/.test(message) ? message.slice(0, 1) : message.slice(0, 1).toUpperCase();
+  alert.textContent = message ? `${first}${message.slice(1)}${/[.!?]$/.test(message) ? "" : "."}` : "";
   if (message) alert.scrollIntoView({ block: "nearest" });
 }
 
@@ -217,7 +225,7 @@ const choose = (file) => busy(`reading ${file.name}`, async () => {
   byId("title").textContent = file.name;
   const seconds = mixture.total / rate;
   const kind = mixture.channels === 1 ? "mono" : mixture.channels === 2 ? "stereo" : `${mixture.channels} channels`;
-  byId("facts").textContent = `${clock(seconds)}, ${kind}, at ${rate.toLocaleString("en")} Hz. ${mixture.note} ${note}`.trim();
+  byId("facts").textContent = `${clock(seconds)}, ${kind}, separated at ${rate.toLocaleString("en")} Hz. ${mixture.note} ${note}`.trim();
   setUp();
 });
 
@@ -370,7 +378,7 @@ const separate = () => busy("looking at the video", async () => {
   byId("result").hidden = true;
   const sources = own.map((name, n) => ({ name, track: asked[n].track }));
   const inPython = local !== null && /** @type {HTMLSelectElement} */ (byId("runs")).value === "python";
-  /** @type {{ tracks: Track[], presence: number[] | null, seconds: number }} */
+  /** @type {Result} */
   let result;
   if (inPython) {
     chosen.id ||= await local.upload(file);
@@ -384,7 +392,7 @@ const separate = () => busy("looking at the video", async () => {
     );
     const tracks = [];
     for (const sound of made.sounds) tracks.push(await ask("look", { mixture: await ask("readFile", { file: sound, quiet: true }) }));
-    result = { tracks, presence: made.presence, seconds: made.seconds };
+    result = { tracks, presence: made.presence, alike: made.alike, seconds: made.seconds };
   } else {
     /** @type {(import("./timeline.js").Timeline | null)[]} */
     let seen = sources.map(() => null);
@@ -404,8 +412,21 @@ const separate = () => busy("looking at the video", async () => {
 /** @type {Player | null} */
 let player = null;
 
-/** @param {string[]} own @param {{ tracks: Track[], presence: number[] | null, seconds: number }} result
- * @param {boolean} looks */
+/** What there is to say of source `n`, beside its presence. @param {string[]} own @param {Result} result @param {number} n
+ * @param {Track} whole */
+function remarks(own, result, n, whole) {
+  const found = [];
+  const like = (/** @type {number} */ a, /** @type {number} */ b) => result.alike[Math.max(a, b)][Math.min(a, b)];
+  own.forEach((name, other) => {
+    if (other !== n && like(n, other) > ALIKE) found.push(`nearly the same sound as ${pretty(name)}`);
+  });
+  if (Math.abs(result.tracks[n].level - whole.level) <= UNSEPARATED_DB && like(n, own.length) > ALIKE) {
+    found.push("hardly differs from the recording");
+  }
+  return found;
+}
+
+/** @param {string[]} own @param {Result} result @param {boolean} looks */
 function show(own, result, looks) {
   const { file, mixture, whole, video, address } = /** @type {Recording} */ (recording);
   const found = /** @type {Manifest} */ (manifest);
@@ -444,6 +465,9 @@ function show(own, result, looks) {
       const percent = Math.round(100 * p);
       const there = p >= threshold;
       head.append(make("span", { class: `tag${there ? "" : " bad"}` }, there ? `present (${percent} %)` : `probably not in this recording (${percent} %)`));
+    }
+    if (n > 0 && n <= own.length) {
+      for (const text of remarks(own, result, n - 1, whole)) head.append(make("span", { class: "tag bad" }, text));
     }
     const buttons = make("div", { class: "push" });
     const voice = voices[n];

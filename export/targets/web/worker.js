@@ -143,6 +143,7 @@ async function separate({ mixture, sources }) {
   const read = async (/** @type {number} */ start, /** @type {number} */ count) =>
     rows(new Float32Array(await mixture.samples.slice(start * channels * 4, (start + count) * channels * 4).arrayBuffer()), channels);
   const writers = Array.from({ length: sources.length + 1 }, () => new Writer(total, rate));
+  const likeness = new Likeness(sources.length + 1);
   const presence = await separator.separate(
     total,
     channels,
@@ -151,6 +152,7 @@ async function separate({ mixture, sources }) {
     async (start, done) => {
       if (stopped) throw new Error("stopped");
       const left = await read(start, done[0][0].length);
+      likeness.add([...done.map(mean), mean(left)]);
       for (let c = 0; c < channels; c += 1) {
         for (let k = 0; k < left[c].length; k += 1) {
           // in single precision, in this order: as NumPy adds sources up and takes them away
@@ -165,7 +167,38 @@ async function separate({ mixture, sources }) {
     (done, all) => report("separating", done, all),
   );
   const seconds = (performance.now() - begun) / 1000;
-  return { tracks: writers.map((writer) => writer.track()), presence: presence && [...presence], seconds };
+  const tracks = writers.map((writer) => writer.track());
+  return { tracks, presence: presence && [...presence], alike: likeness.correlations(), seconds };
+}
+
+/** How much signals of one channel are alike, as they come. */
+class Likeness {
+  /** @param {number} count of signals */
+  constructor(count) {
+    this.sums = new Float64Array(count);
+    this.products = Array.from({ length: count }, () => new Float64Array(count));
+    this.length = 0;
+  }
+
+  /** @param {Float32Array[]} signals */
+  add(signals) {
+    this.length += signals[0].length;
+    signals.forEach((one, a) => {
+      for (const value of one) this.sums[a] += value;
+      for (let b = 0; b <= a; b += 1) {
+        let sum = 0;
+        for (let k = 0; k < one.length; k += 1) sum += one[k] * signals[b][k];
+        this.products[a][b] += sum;
+      }
+    });
+  }
+
+  /** Of each two signals, the later one's row first. @returns {number[][]} */
+  correlations() {
+    const of = (/** @type {number} */ a, /** @type {number} */ b) =>
+      this.products[a][b] - (this.sums[a] * this.sums[b]) / this.length;
+    return this.products.map((row, a) => [...row.subarray(0, a + 1)].map((_, b) => of(a, b) / Math.sqrt(of(a, a) * of(b, b) || 1)));
+  }
 }
 
 /** Level, spectrogram and samples of one signal, as it comes. */
