@@ -21,7 +21,8 @@ from avsep.export.runtime.wav import write_wav
 from avsep.export.targets import website
 from avsep.media.audio import resample
 from support.browsers import PAGE, browser_bundle
-from support.commands import avsep
+from support.bundles import write_sealed
+from support.commands import run
 
 BUILDS = {name: name.encode() * 50 for name in website.ORT_WEB_FILES}
 
@@ -56,7 +57,9 @@ def test_a_site_holds_the_page_the_bundle_and_the_packed_builds(bundle, builds, 
     assert f'const STATE = "{kept["state"]}"' in (site / "sw.js").read_text()
     for name, data in BUILDS.items():
         packed = site / "ort" / f"{name}.gz"
-        assert (gzip.decompress(packed.read_bytes()) if name.endswith(".wasm") else (site / "ort" / name).read_bytes()) == data
+        assert (
+            gzip.decompress(packed.read_bytes()) if name.endswith(".wasm") else (site / "ort" / name).read_bytes()
+        ) == data
     with open_bundle(site / "bundle") as copy:
         assert copy.manifest == open_bundle(bundle).manifest
 
@@ -71,8 +74,6 @@ def test_another_bundle_gives_another_state_and_replaces_the_site(bundle, builds
     changed = shutil.copytree(bundle, tmp_path / "changed")
     manifest = json.loads((changed / "manifest.json").read_text())
     manifest["licence"] = "another"
-    from support.bundles import write_sealed
-
     write_sealed(changed, manifest)
     with open_bundle(changed) as opened:
         website.write_site(opened, site, ort_web=builds)
@@ -83,14 +84,20 @@ def test_what_is_no_site_is_left_alone(bundle, builds, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
-    with open_bundle(bundle) as opened, pytest.raises(ConfigError, match=r"holds other files \(thesis.txt\) and no site"):
+    with (
+        open_bundle(bundle) as opened,
+        pytest.raises(ConfigError, match=r"holds other files \(thesis.txt\) and no site"),
+    ):
         website.write_site(opened, other, ort_web=builds)
     assert [p.name for p in other.iterdir()] == ["thesis.txt"]
 
 
 def test_a_changed_build_is_refused_by_name(bundle, builds, tmp_path):
     (builds / "dist" / "ort.wasm.min.mjs").write_bytes(b"another")
-    with open_bundle(bundle) as opened, pytest.raises(ExportError, match=r"ort\.wasm\.min\.mjs is not of onnxruntime-web"):
+    with (
+        open_bundle(bundle) as opened,
+        pytest.raises(ExportError, match=r"ort\.wasm\.min\.mjs is not of onnxruntime-web"),
+    ):
         website.write_site(opened, tmp_path / "site", ort_web=builds)
     assert not (tmp_path / "site").exists()
 
@@ -115,31 +122,36 @@ def test_without_a_network_the_way_out_is_named(monkeypatch, tmp_path):
 
 
 def test_a_bundle_that_must_see_stored_features_is_refused(tiny_bundle, builds, tmp_path):
-    with open_bundle(tiny_bundle) as opened, pytest.raises(ExportError, match=r"stored object features 'clip'.*avsep app"):
+    with (
+        open_bundle(tiny_bundle) as opened,
+        pytest.raises(ExportError, match=r"stored object features 'clip'.*avsep app"),
+    ):
         website.write_site(opened, tmp_path / "site", ort_web=builds)
 
 
-def test_the_command_writes_a_site_of_a_bundle(bundle, builds, tmp_path):
-    shown = avsep("export", "build", bundle, "--target", "web", "--out", tmp_path / "site", "--ort-web", builds)
-    assert "wrote the site" in shown.output
+def test_the_command_writes_a_site_of_a_bundle(bundle, builds, tmp_path, capsys):
+    command = ("export", "build", bundle)
+    assert run(*command, "--target", "web", "--out", tmp_path / "site", "--ort-web", builds) == 0
+    assert "wrote the site" in capsys.readouterr().out
     assert (tmp_path / "site" / "index.html").is_file()
-    missing = avsep("export", "build", bundle, "--target", "web", code=2)
-    assert "needs a folder for the site" in missing.output
-    useless = avsep("export", "build", bundle, "--ort-web", builds, code=2)
-    assert "does nothing without --target web" in useless.output
+    assert run(*command, "--target", "web") == 2
+    assert "needs a folder for the site" in capsys.readouterr().err
+    assert run(*command, "--ort-web", builds) == 2
+    assert "does nothing without --target web" in capsys.readouterr().err
 
 
-def test_the_command_writes_a_site_of_a_run(tone_run, builds, tmp_path):
+def test_the_command_writes_a_site_of_a_run(tone_run, builds, tmp_path, capsys):
     out = tmp_path / "site"
-    refused = avsep("export", tone_run, "--out", out, "--target", "web", "--spectral", "--ort-web", builds, code=2)
-    assert "--spectral" in refused.output
+    command = ("export", tone_run, "--out", out, "--target", "web", "--ort-web", builds)
+    assert run(*command, "--spectral") == 2
+    assert "--spectral" in capsys.readouterr().err
     assert not out.exists()
-    avsep("export", tone_run, "--out", out, "--target", "web", "--ort-web", builds, "--allow-drift")
+    assert run(*command, "--allow-drift") == 0
     assert json.loads((out / "bundle" / "manifest.json").read_text())["format"] == "avsep-bundle"
     assert {p.name for p in tmp_path.iterdir()} == {"site", "package"}
 
 
-# --- the page's modules, under Node -------------------------------------------------------------------------------------
+# --- the page's modules, under Node -----------------------------------------------------------------------------------
 
 
 def node(script: str, given: object = None):
@@ -150,7 +162,7 @@ def node(script: str, given: object = None):
     text = f"const given = {json.dumps(given)};\n{script}"
     text = text.replace('from "./', f'from "{PAGE.as_uri()}/')
     done = subprocess.run(
-        [path, "--input-type=module", "-e", text], capture_output=True, text=True, timeout=120, check=False
+        [path, "--input-type=module", "-"], input=text, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -219,10 +231,7 @@ def test_chunks_see_the_frames_that_python_shows_them():
     )
     starts = [0, 24_576, 98_304, 121_856]
     expected = [
-        [
-            timeline.read(s, s.middle_s(start, clip, total, rate), clip / rate)[:, 0, 0, 0].tolist()
-            for start in starts
-        ]
+        [timeline.read(s, s.middle_s(start, clip, total, rate), clip / rate)[:, 0, 0, 0].tolist() for start in starts]
         for s in sources
     ]
     found = node(
@@ -249,10 +258,10 @@ console.log(JSON.stringify(sources.map((s) => starts.map((start) => {
 
 @pytest.mark.parametrize(("from_hz", "to_hz"), [(44_100, 11_025), (48_000, 11_025), (8_000, 11_025), (11_025, 11_025)])
 def test_sound_is_resampled_as_python_does(from_hz, to_hz):
-    """Below the transition band, where the two filters need not agree, to -80 dB."""
+    """Up to 60 % of the band: from there on soxr itself loses up to 64 dB where the ratio is no whole number."""
     lower = min(from_hz, to_hz)
     times = np.arange(9001) / from_hz
-    signal = sum(np.sin(2 * np.pi * share * lower * times + k) for k, share in enumerate((0.01, 0.1, 0.3, 0.44)))
+    signal = sum(np.sin(2 * np.pi * share * lower * times + k) for k, share in enumerate((0.01, 0.1, 0.3)))
     signal = (0.2 * signal).astype(np.float32)
     expected = resample(signal, from_hz, to_hz)
     found = np.array(
@@ -271,14 +280,14 @@ console.log(JSON.stringify(out));
     assert found.shape == expected.shape
     inner = slice(200, -200)  # a sine that begins at once holds every frequency
     error = np.sum((found - expected)[inner] ** 2) / np.sum(expected[inner].astype(np.float64) ** 2)
-    assert 10 * np.log10(error + 1e-30) < -80
+    assert 10 * np.log10(error + 1e-30) < -110
 
 
 def test_the_manifest_s_hash_is_that_of_python(bundle):
     text = (bundle / "manifest.json").read_text()
     script = """
 import { readManifest } from "./bundle.js";
-const read = async (text) => { try { return (await readManifest(new TextEncoder().encode(text))).name; } catch (e) { return e.message; } };
+const read = (text) => readManifest(new TextEncoder().encode(text)).then((m) => m.name, (e) => e.message);
 console.log(JSON.stringify([await read(given), await read(given.replace('"licence": "MIT"', '"licence": "XXX"'))]));
 """
     name, refused = node(script, text)
@@ -287,9 +296,11 @@ console.log(JSON.stringify([await read(given), await read(given.replace('"licenc
 
 
 def test_numbers_and_letters_are_hashed_as_python_writes_them():
-    value = {"b": [1.0, 1e-05, 0.1, -3, 2**53], "a": {"é\u2028\U0001f3bb": "\x7f\"\\\n", "": None, "B": [True, {}, []]}}
+    value = {"b": [1.0, 1e-05, 0.1, -3, 2**53], "a": {"é\u2028\U0001f3bb": '\x7f"\\\n', "": None, "B": [True, {}, []]}}
     text = json.dumps({**value, "seal": 1}, indent=1, ensure_ascii=False)
-    found = node('import { canonical } from "./bundle.js";\nconsole.log(JSON.stringify(canonical(given, "seal")));', text)
+    found = node(
+        'import { canonical } from "./bundle.js";\nconsole.log(JSON.stringify(canonical(given, "seal")));', text
+    )
     assert found == json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
@@ -329,14 +340,13 @@ def test_wav_files_are_read_and_written_as_python_does(tmp_path):
 import { readFile } from "node:fs/promises";
 import { findSamples, readBlocks, wavFile } from "./wav.js";
 const all = {};
+const floats = (await readFile(`${given}/FLOAT.wav`)).subarray(44).slice();
 for (const name of ["PCM_16", "FLOAT"]) {
-  const bytes = new Uint8Array(await readFile(`${given}/${name}.wav`));
+  const bytes = await readFile(`${given}/${name}.wav`);
   const file = new Blob([bytes]), form = await findSamples(file, name), rows = [[], []];
   for await (const block of readBlocks(file, form, 300)) block.forEach((part, c) => rows[c].push(...part));
-  const flat = Float32Array.from({ length: 2 * rows[0].length }, (_, k) => given && rows[k % 2][k >> 1]);
-  const floats = new Float32Array((await (await import("node:fs/promises")).readFile(`${given}/FLOAT.wav`)).subarray(44).slice().buffer);
-  const again = new Uint8Array(await (await wavFile(new Blob([floats]), 2, form.rate, name)).arrayBuffer());
-  all[name] = { rows, same: again.length === bytes.length && again.every((b, k) => b === bytes[k]), rate: form.rate, flat: flat.length };
+  const written = await wavFile(new Blob([floats]), 2, form.rate, name);
+  all[name] = { rows, same: Buffer.from(await written.arrayBuffer()).equals(bytes) };
 }
 console.log(JSON.stringify(all));
 """,

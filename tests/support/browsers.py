@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
+import avsep.export.targets.website
+from avsep.errors import ExportError
+from avsep.export.targets.website import ort_web_files
+from support.tones import TINY_FRONT_END
+
+PAGE = Path(avsep.export.targets.website.__file__).parent / "web"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+CLASSES = ("ding", "hum", "peep")
 READY_MS = 120_000  # on a machine that does other things
 
 
@@ -60,6 +68,24 @@ def served(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
+@contextlib.contextmanager
+def opened_page(chrome: Any, address: str, *, ready: bool = True, **options: Any) -> Iterator[Any]:
+    """A page of its own, without what others keep; its errors are the test's."""
+    context = chrome.new_context(accept_downloads=True, **options)
+    errors: list[str] = []
+    try:
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(address)
+        if ready:
+            page.wait_for_selector("#file:not([disabled]), #alert:not([hidden])", timeout=READY_MS, state="attached")
+            assert page.locator("#alert").is_hidden(), page.inner_text("#alert")
+        yield page
+    finally:
+        context.close()
+    assert not errors
+
+
 def separate_in_page(
     page: Any,
     file: Path,
@@ -104,3 +130,30 @@ def draw_box(page: Any, number: int, box: list[float]) -> None:
     page.mouse.move((left + right) / 2, (top + bottom) / 2, steps=3)
     page.mouse.move(right - 0.5, bottom - 0.5)
     page.mouse.up()
+
+
+def ort_web() -> Path:
+    """ONNX Runtime's builds for browsers; the test is skipped where they are neither in the cache nor to be had."""
+    try:
+        return next(iter(ort_web_files().values())).parent
+    except ExportError as error:
+        pytest.skip(str(error))
+
+
+def browser_bundle(place: Path, *, channels: int = 2) -> Path:
+    """A small bundle of random weights that looks at frames, tells presence, and needs no pictures."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    from avsep.export import ExportPlan, export
+    from avsep.separator import build_separator
+
+    torch.manual_seed(0)
+    separator = build_separator(
+        audio_encoder=("unet7", {"base_channels": 4, "mask_channels": 4}),
+        object_encoder=("frame_cnn", {"dim": 16, "frames": 1}),
+        motion_encoder=("motion_cnn", {"dim": 16, "rate_hz": 16, "steps": 12}),
+        mask_decoder=("aligned_query", {"dim": 16, "layers": 1}),
+        classes=CLASSES,
+        front_end={**TINY_FRONT_END, "level_db": -20, "limit_mask_sum": True},
+    )
+    return export(separator.eval(), ExportPlan(channels=channels), place, made_from="a test").path

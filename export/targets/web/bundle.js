@@ -40,9 +40,7 @@ export function canonical(text, left) {
     return JSON.parse(found);
   };
   const ascii = (/** @type {string} */ value) =>
-    JSON.stringify(value).replace(/[\u007f-\uffff]/g, (c) =>
-      c === "\u007f" ? c : `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`,
-    );
+    JSON.stringify(value).replace(/[\u007f-\uffff]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
   /** @param {number} depth @returns {string} */
   const value = (depth) => {
     space();
