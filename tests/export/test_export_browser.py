@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -135,15 +136,9 @@ def test_the_small_presets_compute_what_they_should(chrome, preset, tmp_path):
     """Golden outputs within the tolerance of their manifests, in a site under 30 MB."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    import torch
-
-    from avsep.presets import load_preset
     from avsep.separator import build_separator
-    from support.tones import BUNDLE_CLASSES
 
-    torch.manual_seed(0)
-    spec = load_preset(preset).separator
-    separator = build_separator(**dict(spec), classes=BUNDLE_CLASSES)
+    separator = build_separator(preset, classes=("flute", "piano", "cello"), seed=0)
     bundle = export(separator.eval(), ExportPlan(), tmp_path / "bundle", made_from="a test")
     site = write_site(bundle, tmp_path / "site", ort_web=ort_web())
     assert sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) < MOST_SITE_BYTES
@@ -153,8 +148,6 @@ def test_the_small_presets_compute_what_they_should(chrome, preset, tmp_path):
 
 @pytest.mark.slow
 def test_a_site_whose_bundle_was_changed_says_so(chrome, site, tmp_path):
-    import shutil
-
     changed = shutil.copytree(site, tmp_path / "site")
     graph = changed / "bundle" / "object_encoder.onnx"
     data = bytearray(graph.read_bytes())
