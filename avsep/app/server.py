@@ -1,7 +1,8 @@
 """The local server of ``avsep app``: a site's files, and what Python does for the page where the browser cannot.
 
 It listens on this computer alone. Every request must name it by a loopback address, so that a page from elsewhere whose
-name was made to lead here is refused, and whatever changes something must bring a token that only its own page has.
+name was made to lead here is refused. The page, and whatever it asks Python for, is given for a token alone, which
+stands in the address that is printed and opened: other people on this computer do not have it.
 """
 
 from __future__ import annotations
@@ -385,6 +386,9 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         return False
 
+    def _is_ours(self, token: str) -> bool:
+        return secrets.compare_digest(token.encode(), self.server.app.token.encode())
+
     def _answer(self, status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -404,6 +408,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         name = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).lstrip("/")
         if name in ("", "index.html"):
+            if not self._is_ours(urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query).get("key", [""])[0]):
+                self._answer(HTTPStatus.FORBIDDEN, b"open the address that avsep app printed")
+                return
             self._answer(HTTPStatus.OK, self.server.app.page(), _TYPES[".html"])
             return
         path = self.server.app.file(name)
@@ -418,7 +425,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._refused():
             return
         app = self.server.app
-        if not secrets.compare_digest(self.headers.get("X-Avsep-Token", "").encode(), app.token.encode()):
+        if not self._is_ours(self.headers.get("X-Avsep-Token", "")):
             self._answer(HTTPStatus.FORBIDDEN, b"the page is of an earlier avsep app: load it again")
             return
         length = self.headers.get("Content-Length", "")
@@ -480,7 +487,7 @@ def serve(app: App, port: int = 0) -> Iterator[str]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        yield f"http://127.0.0.1:{server.server_address[1]}/?key={app.token}"
     finally:
         server.shutdown()
         server.server_close()

@@ -58,7 +58,7 @@ def command(
         in_browser, site = True, folder / "site"
         try:
             check_for_browsers(bundle)
-            write_site(bundle, site, ort_web=ort_web, tell=_note)
+            write_site(bundle, site, ort_web=ort_web, pack=False, tell=_note)
         except ExportError as error:
             if ort_web is not None:
                 raise

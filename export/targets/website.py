@@ -50,7 +50,7 @@ ORT_WEB_FILES = {
     "ort-wasm-simd-threaded.jspi.wasm": "a54c76f86b0f0d9572380cf1c6292a7b3903716ffcbcd6b0e5c7050bf430eb93",
 }
 _MOST_ARCHIVE_BYTES = 100_000_000
-# What a visitor loads; a larger site is written too, and said to be so.
+# What a visitor loads at most; a larger site is written too, and said to be so.
 MOST_SITE_BYTES = 30_000_000
 _FORMAT = "avsep-site"
 _PAGE = Path(__file__).parent / "web"
@@ -83,6 +83,7 @@ def write_site(
     out: str | os.PathLike[str],
     *,
     ort_web: str | os.PathLike[str] | None = None,
+    pack: bool = True,
     tell: Tell = lambda line: None,
 ) -> Path:
     """Write the site of a bundle into a folder, which appears whole; an older site there is replaced.
@@ -90,6 +91,7 @@ def write_site(
     Args:
         bundle: with its hashes checked.
         ort_web: folder of the unpacked npm package onnxruntime-web; None: of the cache, or downloaded.
+        pack: compress ONNX Runtime's builds, which takes seconds; a site that is not sent over a network needs it not.
         tell: called with a line that whoever exports should read.
 
     Raises:
@@ -102,21 +104,22 @@ def write_site(
     builds = ort_web_files(ort_web, tell=tell)
     with staged(target) as staging:
         _copy_page(staging)
-        _write_builds(staging / "ort", builds)
+        _write_builds(staging / "ort", builds, pack)
         shutil.copytree(bundle.folder(), staging / "bundle", ignore=_only_own(bundle))
         names = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
         hashes = {name: sha256_file(staging / name) for name in names}
         state = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
         worker = staging / "sw.js"
         write_text(worker, worker.read_text(encoding="utf-8").replace("@STATE@", state))
-        # a browser fetches its service worker by itself; what of the bundle it does not run is not kept offline
-        kept = [name for name in names if name != "sw.js" and not name.endswith((".whl", ".py"))]
+        # A browser fetches its service worker by itself, and the build for WebGPU where it has a use for it; what of
+        # the bundle it does not run is not kept.
+        kept = [n for n in names if n != "sw.js" and "jspi" not in n and not n.endswith((".whl", ".py"))]
         write_json(staging / "site.json", {"format": _FORMAT, "state": state, "files": kept})
-        size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
-    if size > MOST_SITE_BYTES:
+        size = sum((staging / name).stat().st_size for name in kept)
+    if pack and size > MOST_SITE_BYTES:
         tell(
-            f"note: {out} has {size / 1e6:.0f} MB, which every visitor loads once: a smaller separator loads faster, "
-            "and avsep app runs large ones in Python"
+            f"note: a visitor loads {size / 1e6:.0f} MB of {out}, once: a smaller separator loads faster, and avsep "
+            "app runs large ones in Python"
         )
     return target
 
@@ -142,11 +145,12 @@ def _only_own(bundle: Bundle) -> Callable[[str, list[str]], set[str]]:
     return lambda _, names: {name for name in names if name not in own}
 
 
-def _write_builds(folder: Path, builds: dict[str, Path]) -> None:
+def _write_builds(folder: Path, builds: dict[str, Path], pack: bool) -> None:
     folder.mkdir()
     for name, path in builds.items():
-        if name.endswith(".wasm"):  # a quarter of the size; the page unpacks it
-            (folder / f"{name}.gz").write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
+        if name.endswith(".wasm"):  # packed a quarter of the size; the page takes it either way
+            data = path.read_bytes()
+            (folder / f"{name}.gz").write_bytes(gzip.compress(data, 9, mtime=0) if pack else data)
         else:
             shutil.copyfile(path, folder / name)
     shutil.copyfile(_PAGE / "onnxruntime-web.LICENSE", folder / "LICENSE")

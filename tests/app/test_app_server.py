@@ -37,10 +37,11 @@ class Client:
     """Asks as the page does."""
 
     def __init__(self, address, app):
-        self.address, self.app = address, app
+        self.page, self.app = address, app
+        self.address = address.partition("?")[0]
 
-    def get(self, path="", **headers):
-        request = urllib.request.Request(self.address + path, headers=headers)
+    def get(self, path=None, **headers):
+        request = urllib.request.Request(self.page if path is None else self.address + path, headers=headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.read(), answer.headers
 
@@ -113,6 +114,14 @@ def test_a_name_that_was_made_to_lead_here_is_refused(client, host):
 def test_the_loopback_names_are_let_in(client):
     port = client.address.rstrip("/").rpartition(":")[2]
     assert b"avsep-app" in client.get(Host=f"localhost:{port}")[0]
+
+
+@pytest.mark.parametrize("path", ["", "index.html", "?key=guess", "?key="])
+def test_the_page_is_given_to_whoever_has_the_address_alone(client, path):
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        client.get(path)
+    assert refusal.value.code == 403
+    assert client.app.token not in refusal.value.read().decode()
 
 
 @pytest.mark.parametrize(
@@ -250,7 +259,7 @@ def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(bundle, t
     )
     try:
         line = process.stdout.readline()
-        address = re.search(r"http://127\.0\.0\.1:\d+/", line)[0]
+        address = re.search(r"http://127\.0\.0\.1:\d+/\S*", line)[0]
         with urllib.request.urlopen(address, timeout=30) as answer:
             assert b"&quot;browser&quot;: false" in answer.read()
         process.send_signal(signal.SIGINT)

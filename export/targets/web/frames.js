@@ -108,15 +108,32 @@ function shownFrame(video) {
   return timestamp;
 }
 
-/** Show the frame of a moment, and wait until it is there: a browser says that it arrived before it has decoded, so
- * that for some milliseconds the frame before would be taken. @param {HTMLVideoElement} video @param {number} time */
-async function showFrame(video, time) {
-  const before = shownFrame(video);
-  await seek(video, time);
-  const wait = () => new Promise((resolve) => setTimeout(resolve, STEP_MS));
-  const begun = performance.now();
-  // where the same frame is on display at both moments it stays
-  while (performance.now() - begun < LATE_MS && !(shownFrame(video) !== before && !Number.isNaN(before))) await wait();
+/** Shows frames of a video, one moment after the other. */
+class Viewer {
+  /** @param {HTMLVideoElement} video */
+  constructor(video) {
+    this.video = video;
+    this.shortest = Infinity; // microseconds from one frame to the next, of those that were seen
+  }
+
+  /** Show the frame of a moment, and wait until it is there: a browser says that it arrived before it has decoded, so
+   * that for some milliseconds the frame before could be taken. @param {number} time in seconds */
+  async show(time) {
+    const before = shownFrame(this.video);
+    await seek(this.video, time);
+    const begun = performance.now();
+    // where no frame is known to come in between, the same one may stay
+    const stays = 1e6 * time < before + this.shortest - 1 && this.shortest < Infinity;
+    for (;;) {
+      const found = shownFrame(this.video);
+      if (found !== before && !Number.isNaN(before)) {
+        if (found > before) this.shortest = Math.min(this.shortest, found - before);
+        return;
+      }
+      if (stays || performance.now() - begun > LATE_MS) return;
+      await new Promise((resolve) => setTimeout(resolve, STEP_MS));
+    }
+  }
 }
 
 /** A video element of a file, once its first frame is there; null where the browser sees no pictures in it.
@@ -176,12 +193,13 @@ export async function timelines(address, seconds, manifest, sources, progress, s
       });
     }
   }
+  const viewer = new Viewer(video);
   moments.sort((a, b) => a.time - b.time);
   for (const [k, { time, write }] of moments.entries()) {
     if (stopped()) throw new Error("stopped");
     // just after the frame begins: a time that is rounded down would show the one before
     const at = Math.min(time + 0.0005, Math.max(0, length - 0.0005));
-    if (Math.abs(video.currentTime - at) > 1e-6) await showFrame(video, at);
+    if (Math.abs(video.currentTime - at) > 1e-6) await viewer.show(at);
     write.forEach((one) => one());
     progress(k + 1, moments.length);
   }

@@ -161,6 +161,7 @@ async function load() {
 
 /** @param {Manifest} found */
 function learn(found) {
+  if (!found.classes.length) found.classes = Array.from({ length: found.separator.num_classes }, (_, k) => String(k));
   const graph = found.graphs.find((g) => g.kind === "separator") ?? found.graphs[0];
   const names = graph.inputs.map((tensor) => tensor.name);
   const sources = graph.inputs.find((tensor) => tensor.name === "class_ids")?.shape[1];
@@ -361,7 +362,10 @@ const separate = () => busy("looking at the video", async () => {
   const { file, mixture, video, address, pictures } = chosen;
   const found = /** @type {Manifest} */ (manifest);
   const own = names();
-  const looks = facts.sees && pictures && (!facts.unseen || /** @type {HTMLInputElement} */ (byId("look")).checked);
+  const inPython = local !== null && /** @type {HTMLSelectElement} */ (byId("runs")).value === "python";
+  const canLook = inPython || found.visual.every((v) => v.graph !== null); // stored features are Python's to extract
+  const wanted = !facts.unseen || /** @type {HTMLInputElement} */ (byId("look")).checked;
+  const looks = facts.sees && pictures && canLook && wanted;
   for (const [n, { classId }] of asked.entries()) {
     const other = asked.findIndex((one) => one.classId === classId);
     if (other === n) continue;
@@ -377,7 +381,6 @@ const separate = () => busy("looking at the video", async () => {
   player = null;
   byId("result").hidden = true;
   const sources = own.map((name, n) => ({ name, track: asked[n].track }));
-  const inPython = local !== null && /** @type {HTMLSelectElement} */ (byId("runs")).value === "python";
   /** @type {Result} */
   let result;
   if (inPython) {
@@ -398,8 +401,7 @@ const separate = () => busy("looking at the video", async () => {
     let seen = sources.map(() => null);
     if (looks) {
       const seconds = mixture.total / found.sample_rate_hz;
-      const canSee = video !== null && found.visual.every((v) => v.graph !== null);
-      if (canSee) seen = await timelines(address, seconds, found, sources, (d, t) => progress("looking at the video", d, t), () => stopped);
+      if (video) seen = await timelines(address, seconds, found, sources, (d, t) => progress("looking at the video", d, t), () => stopped);
       else if (local) seen = await local.frames((chosen.id ||= await local.upload(file)), sources);
     }
     result = await ask("separate", { mixture, sources: asked.map(({ classId }, n) => ({ classId, timeline: seen[n] })) });

@@ -43,8 +43,13 @@ worker.addEventListener("fetch", (/** @type {any} */ event) => {
   const { request } = event;
   if (request.method !== "GET" || new URL(request.url).origin !== location.origin) return;
   const answer = async () => {
-    const kept = await (await caches.open(store)).match(request, { ignoreSearch: true });
-    return isolated(kept ?? (await fetch(request)));
+    const cache = await caches.open(store);
+    const kept = await cache.match(request, { ignoreSearch: true });
+    if (kept) return isolated(kept);
+    const fresh = await fetch(request);
+    // a build that site.json does not name is kept once a browser has a use for it
+    if (fresh.ok && request.url.startsWith(new URL("ort/", scope).href)) await cache.put(request, fresh.clone());
+    return isolated(fresh);
   };
   event.respondWith(answer());
 });
