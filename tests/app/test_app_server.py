@@ -226,6 +226,50 @@ def test_boxes_without_the_extra_and_recordings_that_went_are_told(client, recor
     assert len(list(client.app.folder.iterdir())) == 4
 
 
+class LeftAndRight:
+    """Finds the first class at the left and any other at the right, in every frame."""
+
+    def best(self, frames, prompts):
+        boxes = np.empty((len(frames), len(prompts), 4))
+        boxes[:] = [0.5, 0.0, 1.0, 1.0]
+        boxes[:, 0] = [0.0, 0.0, 0.5, 1.0]
+        return np.full((len(frames), len(prompts)), 0.9), boxes
+
+
+def test_boxes_are_those_of_the_detector(client, tmp_path):
+    pytest.importorskip("av")
+    from avsep.media.footage import track_objects
+    from support.media_files import brightness_ramp, tone, write_video
+
+    path = tmp_path / "ramp.mp4"
+    write_video(path, brightness_ramp(16), tone(2.0), fps=8)
+    number = client.post("files?name=ramp.mp4", path.read_bytes()).decode()
+    client.app._make_detector = LeftAndRight
+    sources = [{"name": "ding 1", "class": "ding"}, {"name": "hum", "class": "hum"}]
+    found = json.loads(client.post("boxes", {"id": number, "sources": sources}))
+    expected = track_objects(path, {"ding 1": "ding", "hum": "hum"}, LeftAndRight())
+    for source, track in zip(sources, found, strict=True):
+        assert track == [{"time": s, "box": list(f.box)} for s, f in expected.entries[source["name"]]]
+    assert [track[0]["box"][0] for track in found] == [0.0, 0.5]
+
+
+def test_a_job_that_the_page_stops_ends_and_leaves_room_for_the_next(client, tmp_path):
+    write_wav(tmp_path / "long.wav", np.random.default_rng(0).normal(0, 0.1, (2, 400 * 8191)).astype(np.float32), RATE)
+    number = client.post("files?name=long.wav", (tmp_path / "long.wav").read_bytes()).decode()
+    sources = [{"name": n, "class": n, "track": [{"time": 0, "box": [0, 0, 1, 1]}]} for n in ("ding", "hum")]
+    asked = {"id": number, "sources": sources, "looks": False, "channels": 2}
+    job = json.loads(client.post("separate", asked))
+    client.post("stop", job)
+    for _ in range(600):
+        state = json.loads(client.post("state", job))
+        if state["error"] or state["result"]:
+            break
+        time.sleep(0.1)
+    assert (state["error"], state["result"]) == ("stopped", None)
+    assert client.app._lock.acquire(timeout=30)
+    client.app._lock.release()
+
+
 def test_a_port_that_is_taken_is_named(client):
     port = int(client.address.rstrip("/").rpartition(":")[2])
     with pytest.raises(ConfigError, match=rf"port {port} cannot be used.*--port"), serve(client.app, port):
@@ -270,3 +314,22 @@ def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(bundle, t
     assert "everything runs in Python: onnxruntime-web cannot be downloaded" in err
     assert out == "ended; the recordings are deleted\n"
     assert not list((tmp_path / "temporary").glob("avsep*"))
+
+
+@pytest.mark.slow
+def test_the_page_separates_in_python_what_the_browser_cannot_decode(client, bundle, tmp_path):
+    """AIFF is a format of libsndfile that Chromium does not know."""
+    from support.browsers import browser, opened_page, separate_in_page
+
+    soundfile = pytest.importorskip("soundfile")
+    audio = np.random.default_rng(1).normal(0, 0.1, (30_000, 2))
+    soundfile.write(tmp_path / "a.aiff", audio, RATE, subtype="PCM_24")
+    client.app.browser = False  # the site of this client has no build for browsers
+    with browser() as chrome, opened_page(chrome, client.page) as page:
+        assert page.inner_text("#engine") == "Ready: CPUExecutionProvider, on this computer."
+        files = separate_in_page(page, tmp_path / "a.aiff", ["ding", "peep"], tmp_path)
+    mixture = soundfile.read(tmp_path / "a.aiff", dtype="float32")[0].T
+    with BundleSeparator.load(bundle, "cpu", threads=1) as separator:
+        expected = separator.separate(mixture, None, ["ding", "peep"])
+    for file, source in zip(files, expected, strict=False):
+        np.testing.assert_allclose(read_wav(file)[0], source, rtol=0, atol=1e-6)

@@ -151,6 +151,26 @@ def test_the_small_presets_compute_what_they_should(chrome, preset, tmp_path):
 
 
 @pytest.mark.slow
+def test_webgpu_gives_what_webassembly_gives(chrome, address, bundle, tmp_path):
+    """On an adapter that computes on the CPU, so that it needs no GPU."""
+    mixture = two_tones(12_000)
+    write_wav(tmp_path / "a.wav", mixture, RATE, "FLOAT")
+    options = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+    with browser(*options, beside=chrome) as other:
+        with opened_page(other, address, ready=False) as page:
+            adapter = "(async () => Boolean(navigator.gpu && (await navigator.gpu.requestAdapter())))()"
+            if not page.evaluate(adapter) or not page.evaluate("'Suspending' in WebAssembly"):
+                pytest.skip("no WebGPU, not even on the CPU")
+        with opened_page(other, f"{address}?backend=webgpu") as page:
+            assert "compute what they should on WebGPU" in page.inner_text("#engine")
+            files = separate_in_page(page, tmp_path / "a.wav", ["peep", "ding"], tmp_path)
+    with BundleSeparator.load(bundle, "cpu", threads=1) as separator:
+        expected = separator.separate(mixture, None, ["peep", "ding"])
+    for file, signal in zip(files, expected, strict=False):
+        assert sdr_db(signal, read_wav(file)[0]) > 60
+
+
+@pytest.mark.slow
 def test_a_site_whose_bundle_was_changed_says_so(chrome, site, tmp_path):
     changed = shutil.copytree(site, tmp_path / "site")
     graph = changed / "bundle" / "object_encoder.onnx"

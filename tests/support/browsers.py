@@ -35,18 +35,19 @@ def chromium() -> str:
 
 
 @contextlib.contextmanager
-def browser(*arguments: str) -> Iterator[Any]:
-    """A running Chromium without a window."""
-    path = chromium()
+def browser(*arguments: str, beside: Any = None) -> Iterator[Any]:
+    """A running Chromium without a window; ``beside`` another that runs, which playwright wants to know."""
+    options = {
+        "executable_path": chromium(),
+        "args": ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", *arguments],
+    }
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", *arguments]
-        opened = playwright.chromium.launch(executable_path=path, args=options)
-        try:
-            yield opened
-        finally:
-            opened.close()
+    with contextlib.ExitStack() as stack:
+        kind = stack.enter_context(sync_playwright()).chromium if beside is None else beside.browser_type
+        opened = kind.launch(**options)
+        stack.callback(opened.close)
+        yield opened
 
 
 class _Quiet(SimpleHTTPRequestHandler):

@@ -22,14 +22,16 @@ const BUILDS = {
   },
 };
 
-/** Whether this browser may run the build: WebGPU needs an adapter, and WASM that can wait for it (JSPI).
- * @param {Backend} backend */
-export async function canTry(backend) {
+/** Whether this browser may run the build: WebGPU needs an adapter, and WASM that can wait for it (JSPI). An adapter that
+ * is computed on the CPU is slower than WASM, and taken only where it is asked for.
+ * @param {Backend} backend @param {boolean} asked */
+export async function canTry(backend, asked) {
   if (backend === "wasm") return true;
   const gpu = /** @type {any} */ (navigator).gpu;
   if (!gpu || !("Suspending" in WebAssembly)) return false;
   try {
-    return (await gpu.requestAdapter()) !== null;
+    const adapter = await gpu.requestAdapter();
+    return adapter !== null && (asked || !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter));
   } catch {
     return false;
   }
@@ -78,6 +80,7 @@ export class Engine {
     const session = await ort.InferenceSession.create(model, {
       executionProviders: [backend],
       graphOptimizationLevel: "all",
+      logSeverityLevel: 3, // what matters is thrown
     });
     return new Engine(ort, session, graph);
   }

@@ -49,8 +49,8 @@ async function open({ bundle, backend }) {
   for (const graph of graphs) goldens.push(await files.golden(graph));
   const notes = [];
   for (const name of /** @type {("webgpu" | "wasm")[]} */ (backend === "auto" ? ["webgpu", "wasm"] : [backend])) {
-    if (!(await canTry(name))) {
-      if (backend !== "auto") throw new Error(`this browser has no ${name}`);
+    if (!(await canTry(name, backend !== "auto"))) {
+      if (backend !== "auto") throw new Error(`this browser has no ${name}: leave ?backend=${name} out of the address`);
       continue;
     }
     /** @type {Engine[]} */
