@@ -235,9 +235,10 @@ def test_nothing_leaves_the_site_and_it_works_without_a_server(chrome, site, tmp
             separate_in_page(page, tmp_path / "a.wav", ["ding", "hum"], tmp_path)
         assert {method for method, _ in asked} == {"GET"}
         assert all(where.startswith((url, "blob:", "data:")) for _, where in asked)
-        page.goto(url)  # the server is gone
+        page.goto(f"{url}?threads=2")  # the server is gone
         page.wait_for_selector("#file:not([disabled])", timeout=120_000, state="attached")
         assert page.evaluate("crossOriginIsolated")
+        assert "on WebAssembly, 2 threads" in page.inner_text("#engine")
         separate_in_page(page, tmp_path / "a.wav", ["ding", "hum"], tmp_path)
     finally:
         context.close()

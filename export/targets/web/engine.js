@@ -40,15 +40,15 @@ export async function canTry(backend, asked) {
 /** @type {Map<Backend, Promise<Ort>>} */
 const loaded = new Map();
 
-/** @param {Backend} backend @param {URL} folder @returns {Promise<Ort>} */
-function load(backend, folder) {
-  const started = loaded.get(backend) ?? start(backend, folder);
+/** @param {Backend} backend @param {URL} folder @param {number} threads @returns {Promise<Ort>} */
+function load(backend, folder, threads) {
+  const started = loaded.get(backend) ?? start(backend, folder, threads);
   loaded.set(backend, started);
   return started;
 }
 
-/** @param {Backend} backend @param {URL} folder @returns {Promise<Ort>} */
-async function start(backend, folder) {
+/** @param {Backend} backend @param {URL} folder @param {number} threads @returns {Promise<Ort>} */
+async function start(backend, folder, threads) {
   const build = BUILDS[backend];
   const answer = await fetch(new URL(build.wasm, folder));
   if (!answer.ok) throw new Error(`${build.wasm} cannot be loaded (${answer.status})`);
@@ -60,8 +60,9 @@ async function start(backend, folder) {
   // a server may unpack it on the way
   const isPacked = packed[0] === 0x1f && packed[1] === 0x8b;
   ort.env.wasm.wasmBinary = (isPacked ? await decompress(packed, "gzip") : packed).buffer;
-  // threads need memory that they share, which browsers give to isolated pages alone
-  ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.max(1, Math.min(4, navigator.hardwareConcurrency - 1)) : 1;
+  // threads need memory that they share, which browsers give to isolated pages alone; a core is left for the page
+  const usual = Math.max(1, Math.min(4, navigator.hardwareConcurrency - 1));
+  ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? threads || usual : 1;
   return ort;
 }
 
@@ -74,9 +75,10 @@ export class Engine {
     this.graph = graph;
   }
 
-  /** @param {Backend} backend @param {URL} folder of the builds @param {Graph} graph @param {Uint8Array} model */
-  static async open(backend, folder, graph, model) {
-    const ort = await load(backend, folder);
+  /** @param {Backend} backend @param {URL} folder of the builds @param {Graph} graph @param {Uint8Array} model
+   * @param {number} threads 0: as many as suit the browser */
+  static async open(backend, folder, graph, model, threads) {
+    const ort = await load(backend, folder, threads);
     const session = await ort.InferenceSession.create(model, {
       executionProviders: [backend],
       graphOptimizationLevel: "all",

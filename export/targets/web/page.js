@@ -83,7 +83,8 @@ function progress(text, done, total) {
   const bar = byId("bar");
   const share = total ? done / total : 0;
   /** @type {HTMLProgressElement} */ (bar).value = share;
-  byId("doing").textContent = `${text[0].toUpperCase()}${text.slice(1)} …`;
+  const doing = `${text[0].toUpperCase()}${text.slice(1)} …`;
+  if (byId("doing").textContent !== doing) byId("doing").textContent = doing; // else it would be read out at every step
   bar.title = `${Math.round(100 * share)} %`;
 }
 
@@ -131,17 +132,19 @@ async function load() {
   byId("work").hidden = false;
   byId("stop").hidden = true;
   try {
-    const wanted = new URLSearchParams(location.search).get("backend") ?? "auto";
+    const wishes = new URLSearchParams(location.search);
+  const wanted = wishes.get("backend") ?? "auto";
+  const threads = Number(wishes.get("threads")) || 0;
     if (local && !local.browser) {
       manifest = await (await fetch("bundle/manifest.json")).json();
       await ask("describe", { manifest });
       engine.textContent = `Ready: ${local.engine}, on this computer.`;
       facts.browser = false;
     } else {
-      const opened = await ask("open", { bundle: "bundle/", backend: wanted });
+      const opened = await ask("open", { bundle: "bundle/", backend: wanted, threads });
       manifest = opened.manifest;
-      const threads = opened.threads > 1 ? `, ${opened.threads} threads` : "";
-      const where = opened.backend === "webgpu" ? "WebGPU" : `WebAssembly${threads}`;
+      const together = opened.threads > 1 ? `, ${opened.threads} threads` : "";
+      const where = opened.backend === "webgpu" ? "WebGPU" : `WebAssembly${together}`;
       engine.textContent =
         `Verified: ${opened.checked} files have their SHA-256, and the graphs compute what they should on ${where} ` +
         `(within ${opened.worst.toExponential(1)}).${opened.notes.map((/** @type {string} */ n) => ` ${n}.`).join("")}`;

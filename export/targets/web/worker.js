@@ -27,8 +27,8 @@ const report = (/** @type {string} */ text, /** @type {number} */ done, /** @typ
   post({ type: "progress", text, done, total });
 
 /** Verify the bundle and make its graphs ready, on the first backend that computes what it should.
- * @param {{ bundle: string, backend: "auto" | "wasm" | "webgpu" }} asked */
-async function open({ bundle, backend }) {
+ * @param {{ bundle: string, backend: "auto" | "wasm" | "webgpu", threads: number }} asked */
+async function open({ bundle, backend, threads }) {
   const base = new URL(bundle, folder);
   const files = await Files.open(base);
   manifest = files.manifest;
@@ -60,7 +60,7 @@ async function open({ bundle, backend }) {
       for (const [k, graph] of graphs.entries()) {
         report(`testing ${graph.file} on ${name}`, k, graphs.length);
         const model = /** @type {Uint8Array} */ (models.get(graph.file));
-        const engine = await Engine.open(name, new URL("ort/", folder), graph, model);
+        const engine = await Engine.open(name, new URL("ort/", folder), graph, model, threads);
         engines.push(engine);
         worst = Math.max(worst, await engine.check(goldens[k]));
       }
