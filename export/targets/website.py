@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from avsep.errors import ConfigError, ExportError
-from avsep.export.bundle.packing import staged
+from avsep.export.bundle.packing import refuse_surroundings, staged
 from avsep.export.runtime.errors import one_line
 from avsep.export.runtime.files import atomic_path, refuse_file, sha256_file
 from avsep.export.runtime.manifest import MANIFEST
@@ -96,7 +96,7 @@ def write_site(
 
     Raises:
         ExportError: the bundle runs in no browser, or ONNX Runtime's builds cannot be had or are others.
-        ConfigError: ``out`` holds something else than a site.
+        ConfigError: ``out`` holds something else than a site, or lies inside a run or a bundle.
     """
     target = Path(os.path.abspath(out))
     check_for_browsers(bundle)
@@ -157,9 +157,10 @@ def _write_builds(folder: Path, builds: dict[str, Path], pack: bool) -> None:
 
 
 def check_place(out: str | os.PathLike[str]) -> None:
-    """Raise :class:`ConfigError` where a site cannot be written: something else than a site lies there."""
+    """Raise :class:`ConfigError` where a site cannot be written: something else than a site is there or around it."""
     target = Path(os.path.abspath(out))
     refuse_file(target.parent)
+    refuse_surroundings(Path(out), "site")
     if target.is_file():
         raise ConfigError(f"{target} is a file: give a folder for the site")
     if not target.exists() or not any(target.iterdir()):

@@ -92,6 +92,12 @@ def test_what_is_no_site_is_left_alone(bundle, builds, tmp_path):
     assert [p.name for p in other.iterdir()] == ["thesis.txt"]
 
 
+def test_a_site_inside_a_bundle_would_spoil_it(bundle, builds):
+    with open_bundle(bundle) as opened, pytest.raises(ConfigError, match="lies inside the bundle"):
+        website.write_site(opened, bundle / "site", ort_web=builds)
+    open_bundle(bundle)
+
+
 def test_a_changed_build_is_refused_by_name(bundle, builds, tmp_path):
     (builds / "dist" / "ort.wasm.min.mjs").write_bytes(b"another")
     with (
