@@ -207,6 +207,21 @@ def test_files_that_cannot_be_used_are_told_in_a_line(page, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_separation_that_is_stopped_leaves_the_page_as_it_was(page, tmp_path):
+    write_wav(tmp_path / "long.wav", np.tile(two_tones(RATE * 10), 60), RATE)
+    page.set_input_files("#file", str(tmp_path / "long.wav"))
+    page.wait_for_selector("#setup:not([hidden])", timeout=60_000)
+    page.click("#go")
+    page.click("#stop")
+    page.wait_for_selector("#work", state="hidden", timeout=60_000)
+    assert page.locator("#result").is_hidden()
+    assert page.locator("#alert").is_hidden()
+    write_wav(tmp_path / "short.wav", two_tones(9000), RATE)
+    files = separate_in_page(page, tmp_path / "short.wav", ["ding", "hum"], tmp_path)
+    assert read_wav(files[0])[0].shape == (2, 9000)
+
+
+@pytest.mark.slow
 def test_two_of_a_class_need_boxes_of_their_own(page, tmp_path):
     write_wav(tmp_path / "a.wav", two_tones(9000), RATE)
     page.set_input_files("#file", str(tmp_path / "a.wav"))

@@ -204,6 +204,7 @@ const choose = (file) => busy(`reading ${file.name}`, async () => {
   if (!mixture) {
     try {
       const sound = await decode(file);
+      if (stopped) throw new Error("stopped");
       if (!sound.stated) note = "Its rate is not stated: it was decoded at 48,000 Hz.";
       mixture = await ask("readDecoded", { name: file.name, channels: sound.channels, rate: sound.rate });
     } catch (error) {
@@ -526,8 +527,11 @@ function balance() {
   });
 }
 
+let nextTick = 0;
+
 /** Bring playheads, clock and video to the player's time. */
 function tick() {
+  cancelAnimationFrame(nextTick); // one chain of them, whoever calls
   if (!player) return;
   const { time } = player;
   const seconds = player.total / player.rate;
@@ -545,7 +549,7 @@ function tick() {
     if (player.playing !== !video.paused) player.playing ? video.play().catch(() => {}) : video.pause();
     if (Math.abs(video.currentTime - time) > (player.playing ? 0.08 : 0.01) && !video.seeking) video.currentTime = Math.min(time, video.duration || time);
   }
-  if (player.playing) requestAnimationFrame(tick);
+  if (player.playing) nextTick = requestAnimationFrame(tick);
 }
 
 function toggle() {
