@@ -21,6 +21,7 @@ COMMANDS = (
     "reproduce",
     "separate",
     "export",
+    "app",
     "bench",
 )
 

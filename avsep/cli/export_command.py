@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +44,16 @@ app = typer.Typer(
 
 _Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder or .tar.")]
 _ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
-_TARGETS = (*_ENGINE_TARGETS, "onnxruntime")
+_WEB = "web"
+_TARGETS = (*_ENGINE_TARGETS, "onnxruntime", _WEB)
+_OrtWeb = Annotated[
+    Path | None,
+    typer.Option(
+        "--ort-web",
+        help="With --target web: folder of the unpacked npm package onnxruntime-web [default: the cache, or a "
+        "download].",
+    ),
+]
 _Sm = Annotated[
     list[str] | None,
     typer.Option(
@@ -60,7 +71,11 @@ def run(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     out: Annotated[
         Path,
-        typer.Option("--out", help="The bundle: a folder, or a .tar; with several tasks a folder for task-00, ..."),
+        typer.Option(
+            "--out",
+            help="The bundle: a folder, or a .tar; with several tasks a folder for task-00, ... With --target web the "
+            "site's folder.",
+        ),
     ],
     task: Annotated[
         list[int] | None,
@@ -165,10 +180,15 @@ def run(
     ] = "",
     target: Annotated[
         str | None,
-        typer.Option("--target", help="Build engines at once: tensorrt or tensorrt-rtx (onnxruntime needs none)."),
+        typer.Option(
+            "--target",
+            help="Build engines at once: tensorrt or tensorrt-rtx (onnxruntime needs none). web: write a static site "
+            "that separates in the visitor's browser.",
+        ),
     ] = None,
     sm: _Sm = None,
     workspace_mib: _Workspace = 1024,
+    ort_web: _OrtWeb = None,
 ) -> None:
     """Export a task's separator to ONNX as a bundle: graphs, manifest, golden inputs and outputs, device README.
 
@@ -186,6 +206,7 @@ def run(
         ("--max-sources", "--dynamic", dynamic, max_sources),
         ("--calibration", "--precision int8", "int8" in (precision or ()), calibration),
         ("--sm", "--target tensorrt-rtx", target == "tensorrt-rtx", sm[0] if sm else None),
+        ("--ort-web", "--target web", target == _WEB, ort_web),
     ):
         if value is not None and not there:
             raise ConfigError(f"{option} {value} does nothing without {needs}: give that too, or leave it out")
@@ -228,31 +249,71 @@ def run(
         for capability in capabilities or (None,):
             machine_for(target, capability)  # before the export takes its minutes
     said: list[str] = []
-    with progress_bar() as bars:
-        bar = bars.add("exporting", None)
+    with contextlib.ExitStack() as stack:
+        place = out
+        if target == _WEB:
+            _before_a_site(out, tasks, spectral, ort_web)
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-site-"))) / "bundle"
+        with progress_bar() as bars:
+            bar = bars.add("exporting", None)
 
-        def progress(label: str, done: int, total: int) -> None:
-            bars.advance(bar, 0, note=label)
-            bars.update(bar, done, total)
+            def progress(label: str, done: int, total: int) -> None:
+                bars.advance(bar, 0, note=label)
+                bars.update(bar, done, total)
 
-        bundles = export_run(
-            run,
-            out,
-            tasks=tasks,
-            plan=plan,
-            store=store,
-            weights_licence=licence,
-            tar=tar,
-            progress=progress,
-            tell=said.append,
-        )
-    _show(terminal(), bundles, f"exported to {out}")
+            bundles = export_run(
+                run,
+                place,
+                tasks=tasks,
+                plan=plan,
+                store=store,
+                weights_licence=licence,
+                tar=tar,
+                progress=progress,
+                tell=said.append,
+            )
+        if target == _WEB:
+            _site(bundles[0], out, ort_web)
+        _show(terminal(), bundles, f"exported to {out}")
     for line in dict.fromkeys(said):
         typer.echo(line, err=True)
     if target in _ENGINE_TARGETS:
         for bundle in bundles:
             _build(bundle, [], target, capabilities, workspace_mib, None, False)
-    typer.echo(f"next: avsep export verify {bundles[0].path}")
+    if target == _WEB:
+        _say_how_to_open(out)
+    else:
+        typer.echo(f"next: avsep export verify {bundles[0].path}")
+
+
+def _before_a_site(out: Path, tasks: int | list[int] | None, spectral: bool, ort_web: Path | None) -> None:
+    """What a site cannot be made of, and what it is made of, before the export takes its minutes."""
+    from avsep.errors import ConfigError
+    from avsep.export.targets.website import check_place, ort_web_files
+
+    if not isinstance(tasks, int):
+        raise ConfigError("a site is of one separator: name one --task with --target web")
+    if out.suffix.lower() == ".tar":
+        raise ConfigError(f"{out} is a tar, and a site is a folder: name a folder by --out")
+    if spectral:
+        raise ConfigError("--spectral leaves the transforms out of the graph, which no browser runs: leave it out")
+    check_place(out)
+    ort_web_files(ort_web, tell=_note)
+
+
+def _site(bundle: Bundle, out: Path, ort_web: Path | None) -> None:
+    from avsep.export.targets.website import write_site
+
+    write_site(bundle, out, ort_web=ort_web, tell=_note)
+
+
+def _note(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _say_how_to_open(out: Path) -> None:
+    typer.echo(f"wrote the site {out}: any web server of files serves it")
+    typer.echo(f"next: avsep app {out / 'bundle'}, or python -m http.server --bind 127.0.0.1 --directory {out}")
 
 
 def _check_target(target: str) -> None:
@@ -380,24 +441,42 @@ def build(
         typer.Option("--graph", help="A graph of it, such as separator.onnx (repeatable) [default: all]."),
     ] = None,
     target: Annotated[
-        str, typer.Option("--target", help="auto, tensorrt or tensorrt-rtx; onnxruntime only runs the graphs.")
+        str,
+        typer.Option(
+            "--target",
+            help="auto, tensorrt or tensorrt-rtx; onnxruntime only runs the graphs; web writes a site that separates "
+            "in the visitor's browser.",
+        ),
     ] = "auto",
     sm: _Sm = None,
     workspace_mib: _Workspace = 1024,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for the engines [default: engines in the bundle; beside a tar]."),
+        typer.Option(
+            "--out", help="Folder for the engines [default: engines in the bundle; beside a tar], or the site."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what is good already.")] = False,
+    ort_web: _OrtWeb = None,
 ) -> None:
     """Build the engines of a bundle for the GPU here, or ahead of time for others.
 
     Without avsep on the device: python3 build_engine.py in the bundle's folder does the same.
     """
+    from avsep.errors import ConfigError
     from avsep.export import open_bundle
 
     if target != "auto":
         _check_target(target)
+    if ort_web is not None and target != _WEB:
+        raise ConfigError(f"--ort-web {ort_web} does nothing without --target web: give that too, or leave it out")
+    if target == _WEB:
+        if out is None:
+            raise ConfigError("--target web needs a folder for the site: name one by --out")
+        with open_bundle(bundle) as opened:
+            _site(opened, out, ort_web)
+        _say_how_to_open(out)
+        return
     if target == "onnxruntime":
         verify(bundle)
         return

@@ -53,13 +53,7 @@ def check_target(out: str | os.PathLike[str]) -> Path:
     if target.is_symlink():
         target = target.resolve()
     tar = is_tar_name(target)
-    if RunFolder(target).is_run:
-        raise ConfigError(f"{target} is a run: choose another place for the bundle")
-    for around in target.absolute().resolve().parents:
-        if RunFolder(around).is_run and RunFolder(around).tasks.is_dir():
-            raise ConfigError(f"{out} lies inside the run {around}, which a bundle would spoil: choose another place")
-        if _is_bundle_folder(around):
-            raise ConfigError(f"{out} lies inside the bundle {around}: choose another place")
+    refuse_surroundings(target, "bundle")
     if not target.exists():
         return target
     if tar:
@@ -67,6 +61,17 @@ def check_target(out: str | os.PathLike[str]) -> Path:
     else:
         _check_old_folder(target)
     return target
+
+
+def refuse_surroundings(out: Path, what: str) -> None:
+    """Raise :class:`ConfigError` where a place for ``what`` is a run, or lies inside a run or a bundle."""
+    if RunFolder(out).is_run:
+        raise ConfigError(f"{out} is a run: choose another place for the {what}")
+    for around in out.absolute().resolve().parents:
+        if RunFolder(around).is_run and RunFolder(around).tasks.is_dir():
+            raise ConfigError(f"{out} lies inside the run {around}, which a {what} would spoil: choose another place")
+        if _is_bundle_folder(around):
+            raise ConfigError(f"{out} lies inside the bundle {around}: choose another place")
 
 
 def _is_bundle_folder(folder: Path) -> bool:

@@ -1,0 +1,114 @@
+"""``avsep app``."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import threading
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from avsep.export import Bundle
+
+
+def command(
+    separator: Annotated[
+        Path,
+        typer.Argument(metavar="[RUN|BUNDLE]", help="Run folder, bundle, or site of avsep export --target web."),
+    ] = Path("."),
+    task: Annotated[
+        int | None, typer.Option("--task", min=0, help="Of a run: this task's separator [default: the last finished].")
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the server [default: a free one].")] = 0,
+    no_open: Annotated[bool, typer.Option("--no-open", help="Open no window; the address is printed.")] = False,
+    provider: Annotated[
+        str,
+        typer.Option(
+            "--provider", help="What runs in Python: auto, cpu, cuda, onnxruntime-tensorrt, tensorrt, tensorrt-rtx."
+        ),
+    ] = "auto",
+    ort_web: Annotated[
+        Path | None,
+        typer.Option(
+            "--ort-web", help="Folder of the unpacked npm package onnxruntime-web [default: the cache, or a download]."
+        ),
+    ] = None,
+) -> None:
+    """Open a page that separates videos and sounds: in the browser, or in Python where the browser cannot.
+
+    The server listens on this computer alone; recordings stay on it and are deleted when it ends (Ctrl-C).
+    """
+    from avsep.app.server import App, find_detector, serve
+    from avsep.errors import ConfigError, ExportError
+    from avsep.export.runtime.separator import BundleSeparator
+    from avsep.export.targets.website import check_for_browsers, write_page, write_site
+
+    if task is not None and not _is_run(separator):
+        raise ConfigError(f"--task {task} is of a run, and {separator} is none: leave it out")
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-app-")))
+        bundle = stack.enter_context(_bundle(separator, task, folder))
+        engine = stack.enter_context(BundleSeparator.load(bundle, provider))
+        for reason in engine.unused_engines:
+            typer.echo(f"note: {reason}", err=True)
+        in_browser, site = True, folder / "site"
+        try:
+            check_for_browsers(bundle)
+            write_site(bundle, site, ort_web=ort_web, pack=False, tell=_note)
+        except ExportError as error:
+            if ort_web is not None:
+                raise
+            in_browser = False
+            _note(f"everything runs in Python: {error}")
+            write_page(bundle, site)
+        (folder / "recordings").mkdir()
+        app = App(site, engine, folder / "recordings", browser=in_browser, detector=find_detector())
+        address = stack.enter_context(serve(app, port))
+        typer.echo(f"avsep app: {address} (Ctrl-C ends it)")
+        if not no_open:
+            webbrowser.open(address)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+    typer.echo("ended; the recordings are deleted")
+
+
+def _note(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _is_run(path: Path) -> bool:
+    from avsep.runs.folder import RunFolder
+
+    return RunFolder(path).is_run
+
+
+def _bundle(separator: Path, task: int | None, folder: Path) -> Bundle:
+    """The bundle that is meant: itself, a site's, or one that is exported of a run for as long as the app is open."""
+    from avsep.errors import ConfigError
+    from avsep.export import ExportPlan, export_run, open_bundle
+    from avsep.progress import progress_bar
+    from avsep.runs.folder import RunFolder
+
+    if (separator / "site.json").is_file():
+        return open_bundle(separator / "bundle")
+    if not _is_run(separator):
+        if not (separator / "manifest.json").is_file() and separator.is_dir():
+            raise ConfigError(
+                f"{separator} is no run, bundle or site: name one (avsep app RUN), made by avsep train or avsep export"
+            )
+        return open_bundle(separator)
+    last = RunFolder(separator).finished_tasks()[-1] if task is None else task
+    with progress_bar() as bars:
+        bar = bars.add("exporting", None)
+
+        def progress(label: str, done: int, total: int) -> None:
+            bars.advance(bar, 0, note=label)
+            bars.update(bar, done, total)
+
+        plan = ExportPlan(channels=2)
+        export_run(separator, folder / "bundle", tasks=last, plan=plan, progress=progress, tell=_note)
+    return open_bundle(folder / "bundle")
