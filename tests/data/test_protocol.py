@@ -148,7 +148,7 @@ def test_audiovisual_has_the_pairs_of_fixed_and_lists_beside_them(protocols):
             assert m.roles == roles.get(name, ())
             assert len(m.asked) == (3 if name in ("three", "absent-pair") else 2)
             assert (m.gain_db, m.rt60_s) == {"quiet": (-20, 0), "reverberant": (0, 0.5)}.get(name, (0, 0))
-            assert m.needs_unseen == (name in ("photo", "unseen", "absent-unseen"))
+            assert (m.needs_photo, m.needs_unseen) == (name == "photo", name in ("unseen", "absent-unseen"))
             assert m.task == max(made["audiovisual"].task_of(c) for c in m.classes)
             if name == "same-class":
                 assert m.degenerate == "same_class"

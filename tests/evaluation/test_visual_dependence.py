@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from avsep.data.protocol import build_protocol
+from avsep.data.protocol import build_protocol, evenly
 from avsep.data.store import Store
 from avsep.data.tasks import make_tasks
 from avsep.evaluation import evaluate
@@ -125,7 +125,7 @@ def test_the_choice_is_even_and_always_the_same(separator, store, mixtures):
         for key, change in line["changes"].items():
             assert change == pytest.approx(second[name]["changes"][key], abs=1e-3)
     members = [m for m in mixtures if m.list_name == "task-0"]
-    assert module._even(members, 4) == members[::4]
+    assert evenly(members, 4) == members[::4]
     clips = {name: store.select(classes=[name], split="test") for name in TONES_HZ}
     for kind in ("other_clip", "other_class"):
         for number, mixture in enumerate(members):

@@ -79,7 +79,7 @@ def test_a_wav_file_gives_the_samples_of_the_runtime(page, bundle, tmp_path):
     shown = page.locator("#tracks .track").all_inner_texts()
     assert len(shown) == 4
     for text, probability in zip(shown[1:3], expected.presence, strict=True):
-        assert f"({100 * probability:.0f} %)" in text
+        assert f"{100 * probability:.0f} %)" in text
     assert page.locator("#engine").inner_text().startswith("Verified: 7 files have their SHA-256")
 
 

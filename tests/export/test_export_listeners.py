@@ -209,7 +209,13 @@ def test_the_info_tells_of_it(bundles, capfd):
         assert words in shown
 
 
-@pytest.mark.parametrize("plan", [{"limit_mask_sum": True}, {"dynamic": True, "batch": 2, "motion_mask": True}])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"limit_mask_sum": True},
+        pytest.param({"dynamic": True, "batch": 2, "motion_mask": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_mean_pictures_go_into_the_graph(timelines, tmp_path, plan):
     """A decoder that needs pictures is shown the class's mean by the graph itself."""
     torch.manual_seed(3)
