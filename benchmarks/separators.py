@@ -248,7 +248,7 @@ def _median_level(rows: _Rows) -> float | None:
 def _left_out(rows: _Rows) -> float:
     """The percentage of the mixtures whose scores are not counted."""
     status = {(row["list"], row["mixture"]): row["status"] for row in rows}
-    return 100 * sum(one != "ok" for one in status.values()) / len(status)
+    return 100 * len([one for one in status.values() if one != "ok"]) / len(status)
 
 
 def _dependence(preset: str, steps: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> list[Found]:
@@ -337,7 +337,7 @@ def evaluations_in(
             }
             for one in (spec, theirs)
         ]
-        if other := first_difference(*facts):
+        if other := first_difference(facts[0], facts[1]):
             key, wanted, there = other
             raise ConfigError(f"{run} is no run of {name} as it is now: {key} is {there!r} there, {wanted!r} here")
         evaluation = current_evaluation(run.path)

@@ -142,7 +142,7 @@ class Presence(nn.Module):
         return answer if self.training else answer - self._offset(visual).to(answer.dtype)
 
     def _offset(self, visual: VisualFeatures) -> Tensor:
-        moving, photo, unseen = self.offsets
+        moving, photo, unseen = self.offsets.unbind()
         if visual.moving is None:
             return moving
         still = photo if visual.seen is None else photo.where(visual.seen, unseen)

@@ -68,7 +68,8 @@ class PresenceOfChunks:
         if not self._chunks:
             return None
         in_order = np.sort(np.stack(self._chunks), axis=0)
-        return in_order[-1 - (len(in_order) - 1) // 20]
+        reached: NDArray[np.float32] = in_order[-1 - (len(in_order) - 1) // 20]
+        return reached
 
 
 def absent(probability: float) -> str:
