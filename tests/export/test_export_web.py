@@ -146,6 +146,7 @@ def test_the_command_writes_a_site_of_a_bundle(bundle, builds, tmp_path, capsys)
     assert "does nothing without --target web" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # exports a run; the quick ones take a bundle that is there
 def test_the_command_writes_a_site_of_a_run(tone_run, builds, tmp_path, capsys):
     out = tmp_path / "site"
     command = ("export", tone_run, "--out", out, "--target", "web", "--ort-web", builds)
