@@ -51,12 +51,11 @@ def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None
     contents = {WEIGHTS_FILE: _weights_bytes(separator, spec)}
     if separator.class_means is not None:
         contents[MEANS_FILE] = _tensor_bytes(separator.class_means, spec)
-    else:
-        (target / MEANS_FILE).unlink(missing_ok=True)  # of the weights that are replaced
     if _saved_spec(target) == spec:
         for name, content in contents.items():
             with atomic_path(target / name) as temporary:
                 temporary.write_bytes(content)
+        _without_old_means(target, contents)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     # The pair changes together: write both beside the target before touching it.
@@ -68,8 +67,15 @@ def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None
         if target.is_dir():
             for name in (*contents, SPEC_FILE):
                 os.replace(staging / name, target / name)
+            _without_old_means(target, contents)
         else:
             os.replace(staging, target)
+
+
+def _without_old_means(target: Path, contents: Mapping[str, bytes]) -> None:
+    """Mean pictures go with the weights that they were of, once these are replaced, and not before."""
+    if MEANS_FILE not in contents:
+        (target / MEANS_FILE).unlink(missing_ok=True)
 
 
 def _weights_bytes(separator: Separator, spec: dict[str, Any]) -> bytes:

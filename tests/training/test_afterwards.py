@@ -13,7 +13,7 @@ from avsep.data.protocol import build_protocol
 from avsep.data.store import Store
 from avsep.data.tasks import make_tasks, task_stream
 from avsep.errors import CheckpointError, ConfigError
-from avsep.separator import build_separator, load_separator, save_separator
+from avsep.separator import build_separator, load_separator, save_separator, weights
 from avsep.spec import FrontEndSpec
 from avsep.training.afterwards import _asked_in_vain, best_threshold, calibrate_presence, mean_pictures
 from avsep.training.learner import ContinualLearner
@@ -139,6 +139,20 @@ def test_means_are_those_of_the_clips_and_old_ones_stay(store):
     later = mean_pictures(separator, store, {NAMES[-1]: clips[NAMES[-1]][:1]})
     torch.testing.assert_close(later["object"][:-1], means["object"][:-1])
     torch.testing.assert_close(later["object"][-1], one["object"][-1])
+
+
+def test_old_means_go_with_the_weights_that_are_replaced_and_not_before(tmp_path, monkeypatch):
+    separator = iquery()
+    separator.class_means = {"object": torch.ones(len(NAMES), 8), "motion": torch.ones(len(NAMES), 8, 4)}
+    save_separator(separator, tmp_path / "separator")
+    separator.class_means = None
+    monkeypatch.setattr(weights, "atomic_path", lambda path: pytest.fail("disk full"))
+    with pytest.raises(pytest.fail.Exception):
+        save_separator(separator, tmp_path / "separator")
+    assert load_separator(tmp_path / "separator").class_means is not None
+    monkeypatch.undo()
+    save_separator(separator, tmp_path / "separator")
+    assert load_separator(tmp_path / "separator").class_means is None
 
 
 def test_means_stand_in_where_there_is_no_picture(store, tmp_path):
