@@ -10,6 +10,7 @@ import pytest
 from avsep.errors import ConfigError, UnknownNameError
 from avsep.export.runtime.names import names_in
 from avsep.export.runtime.recordings import (
+    PresenceOfChunks,
     Source,
     by_name,
     check_moves,
@@ -178,3 +179,16 @@ def test_two_of_one_class_are_seen_apart():
         check_told_apart(asked[:2], {"left": one, "middle": other})
     check_told_apart(asked[:2], {"left": one, "middle": {**other, "object": max}})
     check_told_apart(asked[:2], {"left": one, "middle": moving(1)})
+
+
+def test_presence_is_what_one_chunk_in_twenty_reaches():
+    told = PresenceOfChunks()
+    assert told.value is None
+    told.add(None)
+    assert told.value is None
+    rows = np.linspace(0.01, 0.2, 20, dtype=np.float32)
+    told.add(np.stack([rows[:5], 1 - rows[:5]], axis=1))
+    told.add(np.stack([rows[5:], 1 - rows[5:]], axis=1))
+    np.testing.assert_allclose(told.value, [0.2, 0.99], rtol=1e-6)  # of twenty the largest
+    told.add(np.float32([[0.9, 0.0]]))
+    np.testing.assert_allclose(told.value, [0.2, 0.98], rtol=1e-6)  # one of twenty-one does not count
