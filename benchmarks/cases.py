@@ -39,6 +39,7 @@ from avsep.separator import Separator, build_from_spec
 from avsep.separator.convert import convert_published
 from avsep.spec import ComponentRef, FrontEndSpec, OptimizerSpec, SeparatorSpec, TrainSpec, load_preset, validated
 from avsep.strategies import ContAVSep, Step
+from avsep.training.optim import make_optimizer
 from avsep.types import Batch, Spectrograms, VisualInputs, VisualSource
 
 __all__ = ["data_cases", "memory_sources", "metrics_cases", "temporary_store", "train_cases", "unet_case"]
@@ -202,11 +203,11 @@ def _step_case(preset: str, batch: int, classes: int, memory_share: float | None
 
     train = validated(TrainSpec, load_preset(preset).get("train", {}), preset)
     literal_optimizers = [
-        _optimizer(train.audio, student.literal.sound.parameters()),
-        _optimizer(train.decoder, student.literal.predictor.parameters()),
+        _literal_optimizer(train.audio, student.literal.sound.parameters()),
+        _literal_optimizer(train.decoder, student.literal.predictor.parameters()),
     ]
     groups = student.ours.parameter_groups()
-    our_optimizers = [_optimizer(train.audio, groups["audio"]), _optimizer(train.decoder, groups["decoder"])]
+    our_optimizers = [make_optimizer(groups["audio"], train.audio), make_optimizer(groups["decoder"], train.decoder)]
     strategy = ContAVSep()
 
     def run_literal(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, float]:
@@ -309,7 +310,7 @@ def _library_step(
     return {name: term.item() for name, term in terms.items()}
 
 
-def _optimizer(spec: OptimizerSpec, parameters: Any) -> torch.optim.Optimizer:
+def _literal_optimizer(spec: OptimizerSpec, parameters: Any) -> torch.optim.Optimizer:
     kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW
     return kind(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avsep.convolution import ConvTranspose2d
 from avsep.decoders._classifier import SpectrogramClassifier
 from avsep.decoders.base import MaskDecoder
 from avsep.dsp import magnitude
@@ -30,8 +31,8 @@ class SharedUpConv(nn.Module):
 
     def __init__(self, own: int, shared: int, out: int, *, norm: bool = True) -> None:
         super().__init__()
-        self.own = nn.ConvTranspose2d(own, out, 4, stride=2, padding=1)
-        self.shared = nn.ConvTranspose2d(shared, out, 4, stride=2, padding=1, bias=False)
+        self.own = ConvTranspose2d(own, out, 4, stride=2, padding=1)
+        self.shared = ConvTranspose2d(shared, out, 4, stride=2, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(out) if norm else nn.Identity()
 
     def forward(self, own: Tensor, shared: Tensor, shape: tuple[int, int]) -> Tensor:

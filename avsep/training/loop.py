@@ -27,7 +27,7 @@ from avsep.spec import TrainSpec
 from avsep.strategies.base import Step, Strategy
 from avsep.training.loader import TaskMixtures
 from avsep.training.log import NORM_EVERY, TaskLog, gradient_norm, is_pictured
-from avsep.training.optim import make_optimizers, set_learning_rates
+from avsep.training.optim import lay_out_state, make_optimizers, set_learning_rates
 from avsep.training.validation import Validation
 from avsep.types import Batch, Task
 
@@ -161,6 +161,7 @@ class TaskLoop:
         for group, optimizer in self._optimizers.items():
             if group in state["optimizers"]:
                 optimizer.load_state_dict(state["optimizers"][group])
+                lay_out_state(optimizer)
         set_rng_state(state["random"])
         if state.get("precision"):
             self._precision.load_state_dict(state["precision"])

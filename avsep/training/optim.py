@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from avsep.errors import ConfigError
 from avsep.separator import Separator
 from avsep.spec import OptimizerSpec
 
-__all__ = ["learning_rate_factor", "make_optimizers", "set_learning_rates"]
+__all__ = ["lay_out_state", "learning_rate_factor", "make_optimizer", "make_optimizers", "set_learning_rates"]
 
 
 def learning_rate_factor(spec: OptimizerSpec, *, step: int, epoch: int, total_steps: int) -> float:
@@ -47,11 +48,27 @@ def make_optimizers(student: Separator, specs: Mapping[str, OptimizerSpec]) -> d
             if group not in specs:
                 raise ConfigError(f"parameter group '{group}' has no optimiser: set train.groups.{group}")
             spec = specs[group]
-            kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW
-            made[group] = kind(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
+            made[group] = make_optimizer(parameters, spec)
     if not made:
         raise ConfigError("nothing to train: every part of the separator is frozen")
     return made
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """Adam or AdamW with the settings of ``spec``; on CPUs PyTorch's fused form, a third of the time of its other."""
+    parameters = list(parameters)
+    kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW
+    fused = True if all(p.device.type == "cpu" and p.is_floating_point() for p in parameters) else None
+    return kind(parameters, lr=spec.lr, weight_decay=spec.weight_decay, fused=fused)
+
+
+def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give what an optimiser keeps of a parameter the parameter's order in memory, which files do not have and the
+    fused form takes for granted."""
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter).copy_(value)
 
 
 def set_learning_rates(

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from avsep.convolution import folded_kernel
 from avsep.decoders.conditioned_unet import SharedUpConv
 from avsep.dsp import reference_gain
-from avsep.encoders.audio.unet7 import UpConv, folded_kernel
+from avsep.encoders.audio.unet7 import UpConv
 from avsep.errors import ExportError
 from avsep.kernels.stft_masking.reference import hann_window, linear_frequency_grid, log_frequency_grid
 from avsep.spec import FrontEndSpec

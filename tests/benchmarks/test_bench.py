@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 
+from avsep import convolution
 from avsep.benchmarks import cases, measure
 from avsep.benchmarks.measure import COLUMNS, Case, CheckFailed, Timing, agree, interleaved, peak_memory_bytes
 from avsep.benchmarks.reading import reading_memory
 from avsep.benchmarks.run import run_cases
 from avsep.data.store import Store
-from avsep.encoders.audio import unet7
 from avsep.errors import ConfigError, MissingExtraError
 from avsep.spec import FrontEndSpec
 from avsep.strategies import ContAVSep
@@ -160,8 +160,8 @@ def test_another_loss_gets_no_speed(preset, monkeypatch, tmp_path, capsys):
 
 def test_other_gradients_get_no_speed(preset, monkeypatch, tmp_path, capsys):
     """The forward pass is right, and one gradient is missing."""
-    whole = unet7.folded_kernel
-    monkeypatch.setattr(unet7, "folded_kernel", lambda w: whole(w.detach() if w.shape[0] == 4 else w))
+    whole = convolution.folded_kernel
+    monkeypatch.setattr(convolution, "folded_kernel", lambda w: whole(w.detach() if w.shape[0] == 4 else w))
     message, kept = refusals(cases.train_cases(preset, batch=2, classes=4), tmp_path, capsys)
     assert "'train step': gradients differ" in message
     assert "'unet': gradients differ" in message

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from avsep.convolution import folded_kernel
 from avsep.encoders import FrameCNN, MotionCNN, Precomputed, UNet7
-from avsep.encoders.audio.unet7 import UpConv, folded_kernel
+from avsep.encoders.audio.unet7 import UpConv
 from avsep.errors import CheckpointError, ConfigError, MissingExtraError
 
 

@@ -141,9 +141,9 @@ def test_a_published_checkpoint_answers_as_the_literal_network(published, traini
         grads["feature_extraction.0.weight"] = grads[name]
     expected = convert_coseparation(*gradients_as_states(published, gradients)).state
     for name, parameter in separator.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        # as a whole: single elements are sums that nearly cancel out
+        error, size = (parameter.grad - expected[name]).norm(), expected[name].norm()
+        assert error <= 1e-5 * size + 1e-9, f"{name}: {error:.2g} of {size:.2g}"
 
 
 def gradients_as_states(networks, gradients):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avsep.convolution import Conv2d
 from avsep.dsp import log_magnitude
 from avsep.encoders.audio._sizes import check_size
 from avsep.encoders.base import AudioEncoder, weight_places
@@ -57,7 +58,7 @@ class Conv7(AudioEncoder):
         self.skip_channels = tuple(base_channels * m for m in (1, 2, 4, 8, 8, 8, 8))
         self.latent_channels = self.skip_channels[-1]
         self.down = nn.ModuleList(
-            nn.Conv2d(below, above, 4, stride=2, padding=1)
+            Conv2d(below, above, 4, stride=2, padding=1)
             for below, above in zip((1, *self.skip_channels), self.skip_channels, strict=False)
         )
         self.down_norm = nn.ModuleList(nn.BatchNorm2d(channels) for channels in self.skip_channels)

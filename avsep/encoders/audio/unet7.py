@@ -6,51 +6,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avsep.convolution import Conv2d, upsample_convolve, upsampling_weight
 from avsep.dsp import log_magnitude
 from avsep.encoders.audio._sizes import check_size
 from avsep.encoders.base import AudioEncoder, weight_places
 from avsep.registry import AUDIO_ENCODERS
 from avsep.types import AdapterPlace, AudioFeatures
 
-__all__ = ["UNet7", "UpConv", "folded_kernel"]
-
-
-def _fold_axis(weight: Tensor, dim: int) -> Tensor:
-    """Multiply one axis of length 3 by A = [[0,0,1],[0,1,1],[1,1,0],[1,0,0]]; as sums, which autocast leaves alone."""
-    first, middle, last = weight.unbind(dim)
-    return torch.stack((last, middle + last, first + middle, first), dim)
-
-
-def folded_kernel(weight: Tensor) -> Tensor:
-    """The kernel of the transposed convolution (4, stride 2, padding 1) equal to nearest upsampling by 2 and a 3x3 one.
-
-    Args:
-        weight: [out, in, 3, 3], of the 3x3 convolution (stride 1, padding 1).
-
-    Returns:
-        [in, out, 4, 4]. Along each axis an output pixel sees two input pixels, and the taps that fall on the same
-        input pixel add up, so K = A w with the 4x3 matrix A of :func:`_fold_axis`.
-    """
-    # Made in the order in, row, column, out, which is the layout that a channels-last convolution asks for.
-    return _fold_axis(_fold_axis(weight.permute(1, 2, 3, 0), 1), 2).permute(0, 3, 1, 2)
+__all__ = ["UNet7", "UpConv"]
 
 
 class UpConv(nn.Module):
     """Nearest upsampling by 2, then a 3x3 convolution without bias; the 3x3 weights are the parameter.
 
-    With ``fold`` the two are one transposed convolution: 4/9 of the multiplications and no enlarged copy of the input.
+    With ``fold`` they are one step (:func:`avsep.convolution.upsample_convolve`): less than half of the multiplications
+    and no enlarged copy of the input.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, fold: bool = True) -> None:
         super().__init__()
         self.fold = fold
-        # Through Conv2d, so that the initialisation is PyTorch's default for the 3x3 convolution, as published.
-        self.weight = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False).weight
+        self.weight = upsampling_weight(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, 2H, 2W]"""
         if self.fold:
-            return F.conv_transpose2d(x, folded_kernel(self.weight), stride=2, padding=1)
+            return upsample_convolve(x, self.weight)
         return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), self.weight, padding=1)
 
 
@@ -64,8 +45,8 @@ class UNet7(AudioEncoder):
 
     Down: convolution 4x4, stride 2; up: nearest upsampling by 2 and convolution 3x3; none has a bias. At the defaults
     it has 30,274,178 parameters. ``base_channels`` is the width of the first level; ``mask_channels`` is C of the mask
-    features. ``fold_upsampling`` computes each upsampling and its convolution as one transposed convolution, which is
-    exact and several times cheaper; the parameters are the 3x3 weights either way. The network sees log1p(X) of the
+    features. ``fold_upsampling`` computes each upsampling and its convolution in one step, which is exact and
+    several times cheaper; the parameters are the 3x3 weights either way. The network sees log1p(X) of the
     magnitude X, as iQuery does; with ``log_floor`` above 0 it sees log(max(X, ``log_floor``)), as Sound of Pixels
     does (1e-10 there).
 
@@ -98,9 +79,7 @@ class UNet7(AudioEncoder):
         self.latent_channels = 4 * base_channels
         width = [1, *(base_channels * m for m in (1, 2, 4, 8, 8, 8, 8))]  # channels of e_0 (input) .. e_7
         self.input_norm = nn.BatchNorm2d(1)
-        self.down = nn.ModuleList(
-            nn.Conv2d(width[k], width[k + 1], 4, stride=2, padding=1, bias=False) for k in range(7)
-        )
+        self.down = nn.ModuleList(Conv2d(width[k], width[k + 1], 4, stride=2, padding=1, bias=False) for k in range(7))
         # e_1 and e_7 have no normalisation
         self.down_norm = nn.ModuleList(nn.BatchNorm2d(width[k]) for k in range(2, 7))
         # d_7 first, d_1 last; d_k has the channels of e_(k-1), and all but d_7 read [e_k, d_(k+1)]
@@ -125,7 +104,7 @@ class UNet7(AudioEncoder):
         d = self.up_norm[0](self.up[0](F.relu(skips[6])))  # d_7
         ups = [d]
         for i in range(1, 7):
-            d = self.up[i](F.relu(torch.cat((skips[6 - i], d), dim=1)))  # skip first, as published
+            d = self.up[i](F.relu_(torch.cat((skips[6 - i], d), dim=1)))  # skip first, as published
             if i < 6:
                 d = self.up_norm[i](d)
                 ups.append(d)
