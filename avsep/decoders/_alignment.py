@@ -52,14 +52,16 @@ def at_frames(features: Tensor, frames: int, valid: Tensor | None = None) -> Ten
 
 def frequency_bands(mask_features: Tensor, bands: int) -> Tensor:
     """[B, C, F, T] -> [B, C * bands, T], the means over ``bands`` equal parts of the frequency axis."""
-    return torch.unflatten(mask_features, 2, (bands, -1)).mean(dim=3).flatten(1, 2)
+    rows = mask_features.permute(0, 2, 3, 1)  # channels last, as they lie in memory; so does then the gradient
+    return torch.unflatten(rows, 1, (bands, -1)).mean(dim=2).permute(0, 3, 1, 2).flatten(1, 2)
 
 
 def time_varying_logits(weights: Tensor, bias: Tensor, mask_features: Tensor) -> Tensor:
     """sum_k w_k(t) F_k(f, t) + b(f, t): weights [B, N, C, T], bias [B, N, F, T], mask features [B, C, F, T] -> logits
     [B, N, F, T]."""
-    product = weights.permute(0, 3, 1, 2) @ mask_features.permute(0, 3, 1, 2)  # [B, T, N, F]
-    return product.permute(0, 2, 3, 1) + bias
+    # channels stay last: turning the features around would cost more than the product
+    product = mask_features.permute(0, 3, 2, 1) @ weights.permute(0, 3, 2, 1)  # [B, T, F, N]
+    return product.permute(0, 3, 2, 1) + bias
 
 
 def is_present(spectrograms: Spectrograms) -> Tensor:
