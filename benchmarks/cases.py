@@ -6,6 +6,7 @@ each other's memory.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,13 @@ At the paper's size float32's rounding alone makes 3e-3 in the U-Net's first lay
 other side of zero; in float64, at a small size, a test of the converter holds the two steps together to 1e-4.
 """
 
+BF16_TOLERANCE = 0.2
+"""Relative, under bf16, of every loss term, and in the L2 norm of all gradients together. Its 8 bits send many values
+to the other side of a ReLU: an untrained small network's gradients differ by 0.1 from those in fp32."""
+
+FORMS = ("bf16", "compiled")
+"""Further ways to compute a training step: under autocast to bf16, and by torch.compile (the library's alone)."""
+
 OUTPUT_TOLERANCE = 1e-3
 """Relative in the L2 norm, of the U-Net's outputs."""
 
@@ -77,6 +85,7 @@ def train_cases(
     classes: int = 10,
     memory_share: float | None = None,
     device: str = "cpu",
+    forms: Sequence[str] = (),
 ) -> Iterator[Case]:
     """The training step of ContAV-Sep from its second task on, and the U-Net alone, against their published forms.
 
@@ -87,8 +96,9 @@ def train_cases(
         classes: seen so far, the last five (half of them, if that is less) being new.
         memory_share: of the sources, exemplars of old classes; by default :data:`MEMORY_SHARES`.
         device: cpu or cuda.
+        forms: of :data:`FORMS`; slow where a processor has no instructions for bf16, or nothing was compiled before.
     """
-    yield _step_case(preset, batch, classes, memory_share, device)
+    yield _step_case(preset, batch, classes, memory_share, device, forms)
     yield unet_case(preset, batch, device)
 
 
@@ -180,7 +190,11 @@ def memory_sources(batch: int, sources: int, share: float) -> Tensor:
     return found
 
 
-def _step_case(preset: str, batch: int, classes: int, memory_share: float | None, device: str) -> Case:
+def _step_case(
+    preset: str, batch: int, classes: int, memory_share: float | None, device: str, forms: Sequence[str] = ()
+) -> Case:
+    if unknown := sorted(set(forms) - set(FORMS)):
+        raise ConfigError(f"unknown form '{unknown[0]}' of a training step: {' or '.join(FORMS)}")
     if batch < 1 or classes < 2:
         raise ConfigError(f"a step after the first task needs a batch and two classes or more, got {batch}, {classes}")
     share = memory_share if memory_share is not None else MEMORY_SHARES.get(classes, MEMORY_SHARES[10])
@@ -206,12 +220,23 @@ def _step_case(preset: str, batch: int, classes: int, memory_share: float | None
         _literal_optimizer(train.audio, student.literal.sound.parameters()),
         _literal_optimizer(train.decoder, student.literal.predictor.parameters()),
     ]
-    groups = student.ours.parameter_groups()
-    our_optimizers = [make_optimizer(groups["audio"], train.audio), make_optimizer(groups["decoder"], train.decoder)]
     strategy = ContAVSep()
+    compiled = student.ours
+    if "compiled" in forms:
+        compiled = copy.deepcopy(student.ours)  # before its sibling is trained
+        compiled.audio_encoder.compile()
+        compiled.mask_decoder.compile()
 
-    def run_literal(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, float]:
-        terms = literal_training_step(student.literal, teacher.literal, literal, optimizers)
+    def optimizers_of(separator: Separator) -> list[torch.optim.Optimizer]:
+        groups = separator.parameter_groups()
+        return [make_optimizer(groups["audio"], train.audio), make_optimizer(groups["decoder"], train.decoder)]
+
+    def cast(bf16: bool) -> torch.autocast:
+        return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+
+    def run_literal(optimizers: Sequence[torch.optim.Optimizer], bf16: bool = False) -> dict[str, float]:
+        with cast(bf16):
+            terms = literal_training_step(student.literal, teacher.literal, literal, optimizers)
         return {
             "separation": terms["separation"],
             "instance": 0.1 * terms["instance"],
@@ -219,27 +244,50 @@ def _step_case(preset: str, batch: int, classes: int, memory_share: float | None
             "mask": 0.3 * terms["distillation"],
         }
 
-    def run_ours(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, float]:
-        return _library_step(student.ours, teacher.ours, strategy, mixtures, spectrograms, old, optimizers)
+    def run_ours(
+        separator: Separator, optimizers: Sequence[torch.optim.Optimizer], bf16: bool = False
+    ) -> dict[str, float]:
+        with cast(bf16):
+            return _library_step(separator, teacher.ours, strategy, mixtures, spectrograms, old, optimizers)
 
     def check() -> str:
-        theirs, mine = run_literal(()), run_ours(())  # gradients only
-        if theirs.keys() != mine.keys():
-            raise AssertionError(f"terms {sorted(theirs)} and {sorted(mine)}")
-        losses = max(abs(mine[k] - theirs[k]) / max(abs(theirs[k]), 1e-6) for k in theirs)
-        said = [agree("loss terms", losses, LOSS_TOLERANCE)]
+        theirs = run_literal(())  # gradients only
         expected = _translated(student.literal, gradients=True)
-        error = _gradient_error({n: p.grad for n, p in student.ours.named_parameters()}, expected)
-        said.append(agree("gradients", error, GRADIENT_TOLERANCE))
-        for module in (student.literal, student.ours):
+        said = []
+        for separator, form in ((student.ours, ""), (student.ours, "bf16"), (compiled, "compiled")):
+            if form and form not in forms:
+                continue
+            separator.zero_grad()
+            mine = run_ours(separator, (), form == "bf16")
+            if theirs.keys() != mine.keys():
+                raise AssertionError(f"terms {sorted(theirs)} and {sorted(mine)}")
+            found = {n: p.grad for n, p in separator.named_parameters()}
+            losses = max(abs(mine[k] - theirs[k]) / max(abs(theirs[k]), 1e-6) for k in theirs)
+            prefix = f"{form}: " if form else ""
+            if form == "bf16":
+                said.append(agree(f"{prefix}loss terms", losses, BF16_TOLERANCE))
+                said.append(agree(f"{prefix}gradients", _whole_error(found, expected), BF16_TOLERANCE))
+            else:
+                said.append(agree(f"{prefix}loss terms", losses, LOSS_TOLERANCE))
+                said.append(agree(f"{prefix}gradients", _gradient_error(found, expected), GRADIENT_TOLERANCE))
+        for module in (student.literal, student.ours, compiled):
             module.zero_grad()
         return "; ".join(said)
+
+    ours = optimizers_of(student.ours)
+    variants = {"literal": lambda: run_literal(literal_optimizers), "avsep": lambda: run_ours(student.ours, ours)}
+    if "bf16" in forms:
+        variants["literal, bf16"] = lambda: run_literal(literal_optimizers, True)
+        variants["avsep, bf16"] = lambda: run_ours(student.ours, ours, True)
+    if "compiled" in forms:
+        of_compiled = optimizers_of(compiled)
+        variants["avsep, compiled"] = lambda: run_ours(compiled, of_compiled)
 
     return Case(
         name="train step",
         title="one ContAV-Sep training step from analysed mixtures on: forward, losses with the teacher, backward, "
         "optimisers",
-        variants={"literal": lambda: run_literal(literal_optimizers), "avsep": lambda: run_ours(our_optimizers)},
+        variants=variants,
         check=check,
         item="step",
         items=1,
@@ -332,6 +380,14 @@ def _gradient_error(found: dict[str, Tensor | None], expected: dict[str, Tensor]
         error = (distance / (torch.linalg.vector_norm(expected[name].double()) + whole / 1000)).item()
         worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
+
+
+def _whole_error(found: dict[str, Tensor | None], expected: dict[str, Tensor]) -> float:
+    """|G - G'| / |G'| of all gradients together."""
+    pairs = [(g, expected[name]) for name, g in found.items() if g is not None and name in expected]
+    error = torch.stack([torch.linalg.vector_norm(g.double() - e.double()) for g, e in pairs]).norm()
+    size = torch.stack([torch.linalg.vector_norm(e.double()) for _, e in pairs]).norm()
+    return float(error / size)
 
 
 def unet_case(preset: str = "iquery", batch: int = 4, device: str = "cpu") -> Case:

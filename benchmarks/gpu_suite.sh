@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All GPU tests and benchmarks in under eight minutes, on a bare machine that has PyTorch, Triton and NumPy, no network,
+# All GPU tests and benchmarks in under eleven minutes, on a bare machine that has PyTorch, Triton and NumPy, no network,
 # and not this package.
 #
 #   benchmarks/gpu_suite.sh OUT [--wheels DIR] [--python PYTHON]   run everything; results go into the folder OUT
@@ -8,12 +8,12 @@
 #
 # The tree is installed into a throwaway environment; neither it nor the machine's Python is changed. Each part has a
 # time budget, a part that fails stops no other, and the exit code is not 0 where one failed. OUT receives summary.txt,
-# environment.txt, tests.log, tests.xml, bench.log, kernels.csv, kernels.png and train.csv.
+# environment.txt, tests.log, tests.xml, bench.log, kernels.csv, kernels.png, train.csv and separate.csv.
 set -u -o pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
-total_s=${AVSEP_SUITE_SECONDS:-465}
+total_s=${AVSEP_SUITE_SECONDS:-620}
 out="" wheels="" pack="" for_python=3.12 dry=0
 
 usage() {
@@ -388,15 +388,22 @@ for pair in similarity_distillation:120 stft_masking:55 mask_head:45; do
         --repeats "$repeats" --out "$out/kernels.csv"
     show "$name"
 done
-parts+=(bench-train)
+parts+=(bench-train bench-separate)
 if ! need pydantic yaml lightning_fabric safetensors soundfile soxr typer rich; then
     skip bench-train "not installed:$absent"
+    skip bench-separate "not installed:$absent"
 elif [ $dry = 1 ]; then
     part bench-train 60 "$run" -m avsep bench train --help
+    part bench-separate 60 "$run" -m avsep bench separate --preset aligned_small --minutes 0.12 --repeats 1 \
+        --out "$out/separate.csv"
 else
-    part bench-train 50 "$run" -m avsep bench train --device cuda --repeats 7 --out "$out/train.csv"
+    # published sizes: 32 mixtures, mixed precision
+    part bench-train 130 "$run" -m avsep bench train --device cuda --batch 32 --form bf16 --form compiled --repeats 7 \
+        --out "$out/train.csv"
+    part bench-separate 40 "$run" -m avsep bench separate --device cuda --repeats 3 --out "$out/separate.csv"
 fi
 show bench-train
+show bench-separate
 
 parts+=(results)
 if [ -e "$out/kernels.csv" ]; then

@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         warnings.filterwarnings("ignore", category=FutureWarning)
         try:
-            build_app()(args=argv, standalone_mode=True, obj=sys.argv[1:] if argv is None else argv)
+            given = sys.argv[1:] if argv is None else argv
+            build_app(given)(args=argv, standalone_mode=True, obj=given)
         except Interrupted as stop:
             _interrupted(str(stop))
         except AvsepError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -49,7 +50,9 @@ class _Commands(TyperGroup):
             raise ConfigError(error.format_message()) from None
 
 
-def build_app() -> typer.Typer:
+def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
+    """The command with its commands; where ``arguments`` begin with the name of one, with that one alone, so that no
+    other's module is imported."""
     app = typer.Typer(
         name="avsep",
         cls=_Commands,
@@ -61,7 +64,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for name in COMMANDS:
+    for name in arguments[:1] if arguments and arguments[0] in COMMANDS else COMMANDS:
         module = importlib.import_module(f"avsep.cli.{name}_command")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,13 +49,17 @@ def train(
             help="Share of exemplars among the sources [default: as published for --classes].",
         ),
     ] = None,
+    form: Annotated[
+        list[str] | None,
+        typer.Option("--form", help="Beside fp32: bf16, compiled; again for more [default: none]."),
+    ] = None,
     device: _Device = "cpu",
     repeats: _Repeats = 5,
     out: _Out = _OUT,
     plot: _Plot = None,
 ) -> None:
     """A ContAV-Sep training step, and its U-Net alone, against the literal published form."""
-    _run(_train(preset, batch, classes, memory_share, device), repeats, out, plot)
+    _run(_train(preset, batch, classes, memory_share, device, form or ()), repeats, out, plot)
 
 
 @app.command("data")
@@ -99,6 +103,20 @@ def metrics(
 ) -> None:
     """SDR, SIR and SAR, against mir_eval."""
     _run(_metrics(batch, sources, length), repeats, out, plot)
+
+
+@app.command("separate")
+def separate(
+    preset: Annotated[str, typer.Option("--preset", help="Name or file of one that can go unseen.")] = "aligned",
+    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="Length of the recording.")] = 10.0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Chunks at a time.")] = 4,
+    device: _Device = "cpu",
+    repeats: _Repeats = 3,
+    out: _Out = _OUT,
+    plot: _Plot = None,
+) -> None:
+    """Separating a long recording, against how other separators cut one up, with the same network."""
+    _run(_separate(preset, minutes, batch, device), repeats, out, plot)
 
 
 @app.command("separators")
@@ -215,7 +233,7 @@ def everything(
     def cases() -> Iterator[Case]:
         yield from _data(store, 8, 256, 20.0, 160, 64, (0, 2))
         yield from _metrics(4, 2, 65280)
-        yield from _train(preset, batch, classes, None, device)
+        yield from _train(preset, batch, classes, None, device, ())
 
     _run(cases(), repeats, out, plot)
 
@@ -302,12 +320,22 @@ def aot(
     typer.echo(f"written to {out}")
 
 
-def _train(preset: str, batch: int, classes: int, memory_share: float | None, device: str) -> Iterator[Case]:
+def _train(
+    preset: str, batch: int, classes: int, memory_share: float | None, device: str, forms: Sequence[str]
+) -> Iterator[Case]:
     from avsep.benchmarks.cases import train_cases
+    from avsep.environment import keep_memory, pick_device
+
+    keep_memory()  # as `avsep train` does; for both forms
+    chosen = str(pick_device(device))
+    yield from train_cases(preset, batch=batch, classes=classes, memory_share=memory_share, device=chosen, forms=forms)
+
+
+def _separate(preset: str, minutes: float, batch: int, device: str) -> Iterator[Case]:
+    from avsep.benchmarks.separating import separate_cases
     from avsep.environment import pick_device
 
-    chosen = pick_device(device)
-    yield from train_cases(preset, batch=batch, classes=classes, memory_share=memory_share, device=str(chosen))
+    yield from separate_cases(preset, minutes=minutes, batch=batch, device=str(pick_device(device)))
 
 
 def _data(

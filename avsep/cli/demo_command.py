@@ -91,7 +91,7 @@ def command(
     results = _results(runs)
     _print_scores(console, results)
 
-    section("4/5 ONNX, from waveform to waveform")
+    section("4/5 The last separator as ONNX, from waveform to waveform")
     _export(console, runs["contavsep"], out / "exported")
 
     section("5/5 Two duets, a remembered and a new instrument, and two xylophones; the report")
@@ -311,7 +311,7 @@ def _export(console: Console, run: Path, out: Path) -> None:
 
     with progress_bar() as bars:
         bar = bars.add("export", total=None)
-        bundles = export_run(run, out, progress=lambda _, done, total: bars.update(bar, done, total))
+        bundles = export_run(run, out, tasks=[1], progress=lambda _, done, total: bars.update(bar, done, total))
     for bundle in bundles:
         for graph in bundle.graphs:
             parity, megabytes = graph.entry["parity"], bundle.size(graph.file) / 1e6

@@ -63,6 +63,7 @@ __all__ = [
     "check_targets",
     "check_timelines",
     "class_ids_of",
+    "encode_chunks",
     "ids_of_classes",
     "is_video",
     "output_paths",
@@ -249,7 +250,7 @@ def _read_checked(timeline: VisualTimeline, source: VisualSource, centre_s: floa
     return np.ascontiguousarray(array)
 
 
-def _encode(
+def encode_chunks(
     separator: Separator, timelines: Sequence[VisualTimeline | None], starts: Sequence[int], samples: int
 ) -> VisualFeatures:
     """The visual features of b chunks and N sources: object [b, N, Do], motion [b, N, Dm, Tm].
@@ -408,7 +409,7 @@ def separate_and_tell(
     presence = PresenceOfChunks()
 
     def run(chunks: Audio, starts: Sequence[int]) -> Audio:
-        visual = _encode(separator, lines, starts, total)
+        visual = encode_chunks(separator, lines, starts, total)
         class_ids = torch.tensor(ids).expand(len(starts), -1)  # [b, N]
         waveforms, output = separator.separate_and_tell(
             torch.from_numpy(chunks).to(device), visual, class_ids, limit_mask_sum=limit_mask_sum

@@ -72,7 +72,7 @@ def _product(embedding: Tensor, mask_features: Tensor) -> Tensor:
         logits: Tensor = _ChannelsLast.apply(embedding, mask_features.flatten(2))  # type: ignore[no-untyped-call]
     else:
         logits = torch.bmm(embedding, mask_features.flatten(2))
-    return logits.unflatten(2, places)
+    return logits.reshape(*logits.shape[:2], *places)
 
 
 class _ChannelsLast(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from avsep import convolution
-from avsep.benchmarks import cases, measure
+from avsep.benchmarks import cases, measure, separating
 from avsep.benchmarks.measure import COLUMNS, Case, CheckFailed, Timing, agree, interleaved, peak_memory_bytes
 from avsep.benchmarks.reading import reading_memory
 from avsep.benchmarks.run import run_cases
@@ -137,6 +137,25 @@ def test_all_runs_every_group(monkeypatch, tmp_path):
     assert bench("all", "--repeats", 1, "--out", out) == 0  # a second run is appended
     assert out.read_text().startswith(before)
     assert len(csv_rows(out, COLUMNS)) == 12
+
+
+def test_a_step_under_bf16_is_held_against_the_literal_one_too(preset):
+    case, _ = cases.train_cases(preset, batch=2, classes=4, forms=["bf16"])
+    assert list(case.variants) == ["literal", "avsep", "literal, bf16", "avsep, bf16"]
+    assert "bf16: gradients within" in case.check()
+    with pytest.raises(ConfigError, match="unknown form 'fp8' of a training step: bf16 or compiled"):
+        next(cases.train_cases(preset, forms=["fp8"]))
+
+
+def test_ways_to_cut_up_a_recording_agree_before_they_are_timed():
+    whole, first = separating.separate_cases("aligned_small", minutes=0.12, batch=2)
+    assert list(whole.variants) == ["as Demucs", "as MSST", "avsep"]
+    assert "estimates within" in whole.check()
+    assert "first samples within" in first.check()
+    with pytest.raises(ConfigError, match="preset 'iquery_small' cannot separate without pictures"):
+        next(separating.separate_cases("iquery_small"))
+    with pytest.raises(ConfigError, match=r"0\.01 minutes are less than two chunks"):
+        next(separating.separate_cases("aligned_small", minutes=0.01))
 
 
 def refusals(found, tmp_path, capsys):
