@@ -388,6 +388,14 @@ for pair in similarity_distillation:120 stft_masking:55 mask_head:45; do
         --repeats "$repeats" --out "$out/kernels.csv"
     show "$name"
 done
+parts+=(bench-huge)
+if [ $dry = 1 ]; then
+    skip bench-huge "dry run"
+else # 262,144 rows, whose scores would take 824 GB
+    part bench-huge 60 "$run" -m avsep.benchmarks.kernels --op similarity_distillation --sizes huge --no-compile \
+        --device "$device" --repeats 3 --out "$out/kernels.csv"
+fi
+show bench-huge
 parts+=(bench-train bench-separate)
 if ! need pydantic yaml lightning_fabric safetensors soundfile soxr typer rich; then
     skip bench-train "not installed:$absent"

@@ -32,7 +32,7 @@ from avsep.kernels.stft_masking.reference import (
 
 __all__ = ["SIZES", "KernelCase", "Variant", "kernel_cases"]
 
-SIZES = ("tiny", "paper", "large", "all")
+SIZES = ("tiny", "paper", "large", "huge", "all")
 """``tiny`` runs every line in seconds, under Triton's interpreter too, and says nothing about speed; ``paper`` is what
 the bars are about, ``large`` similarity_distillation beyond it, ``all`` both, and small batches, which the table of
 backends is made from."""
@@ -250,9 +250,9 @@ def _normalised(inputs: Inputs) -> Inputs:
 
 
 def _similarity_cases(sizes: str, device: str, compiled: bool) -> Iterator[KernelCase]:
-    known = {"tiny": (24,), "paper": (64, 128, 192), "large": (1024, 8192, 32768)}
+    known = {"tiny": (24,), "paper": (64, 128, 192), "large": (1024, 8192, 32768), "huge": (131072, 262144)}
     if not device.startswith("cuda"):
-        known["large"] = (1024, 4096)
+        known |= {"large": (1024, 4096), "huge": (16384,)}
     chosen = known[sizes] if sizes != "all" else known["paper"] + known["large"]
     # those with a bar first, where time is short
     chosen = tuple(sorted(chosen, key=lambda n: (n not in (128, 32768), n)))
@@ -395,7 +395,9 @@ def _batches(sizes: str, device: str) -> tuple[int, ...]:
     if sizes == "tiny":
         return (2,)
     largest = 32 if device.startswith("cuda") else 4
-    return {"paper": (largest,), "large": (), "all": tuple(b for b in (32, 1, 2, 4, 8) if b <= largest)}[sizes]
+    return {"paper": (largest,), "large": (), "huge": (), "all": tuple(b for b in (32, 1, 2, 4, 8) if b <= largest)}[
+        sizes
+    ]
 
 
 def _ends(batch: int) -> tuple[int, ...]:

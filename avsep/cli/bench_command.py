@@ -247,7 +247,7 @@ def kernels(
         ),
     ] = None,
     device: _Device = "cpu",
-    sizes: Annotated[str, typer.Option("--sizes", help="paper, large, all, or tiny (a quick trial).")] = "paper",
+    sizes: Annotated[str, typer.Option("--sizes", help="paper, large, huge, all (but huge), tiny.")] = "paper",
     repeats: Annotated[
         int | None,
         typer.Option("--repeats", min=1, help="Timed samples of each variant [default: 20 on a GPU, 7 on the CPU]."),
