@@ -14,6 +14,8 @@ from avsep.data.store import Store
 from support.commands import run
 from support.tones import TINY_FRONT_END, make_tone_store
 
+pytestmark = pytest.mark.slow  # trains
+
 SMALL = {
     "separator": {
         "audio_encoder": {"name": "unet7", "params": {"base_channels": 4, "mask_channels": 4}},

@@ -155,6 +155,7 @@ def test_yardsticks_stand_beside_methods_and_pair_with_the_baseline(variant, tmp
     assert without.methods == result.methods
 
 
+@pytest.mark.slow
 def test_lists_apart_and_other_pictures_are_compared(tone_store, tone_run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")

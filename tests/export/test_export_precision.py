@@ -12,6 +12,8 @@ import torch
 from avsep.errors import DataError, ExportError
 from avsep.export.build.plan import ExportPlan
 
+pytestmark = pytest.mark.slow  # a minute of exports
+
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")

@@ -93,6 +93,7 @@ def device(folder):
     return run
 
 
+@pytest.mark.slow
 def test_a_device_needs_the_bundle_alone(tiny_bundle, tmp_path):
     """NumPy, ONNX Runtime and the bundle's own wheel: golden outputs, a recording and the build script."""
     write_tar(tiny_bundle, tmp_path / "sent.tar")

@@ -493,6 +493,7 @@ def test_the_table_goes_into_a_page(finished, reproduce, tmp_path):
     assert "old" not in text
 
 
+@pytest.mark.slow
 def test_tuning_chooses_by_validation_pairs_of_two_tasks(reproduce, presets, tone_store, tmp_path, capsys):
     preset = load_grid_preset(str(presets / "grid.yaml"))
     grid = build_tuning(preset.model_copy(update={"train": {"validation_pairs": 1}}), Store.open(tone_store))
