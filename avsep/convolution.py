@@ -28,6 +28,7 @@ class Conv2d(nn.Conv2d):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        _check_plain(self)
         self.weight = _channels_last(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,6 +46,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        _check_plain(self)
         self.weight = _channels_last(self.weight)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -102,6 +104,14 @@ def _fold_axis(weight: Tensor, dim: int) -> Tensor:
     """Multiply one axis of length 3 by A = [[0,0,1],[0,1,1],[1,1,0],[1,0,0]]; as sums, which autocast leaves alone."""
     first, middle, last = weight.unbind(dim)
     return torch.stack((last, middle + last, first + middle, first), dim)
+
+
+def _check_plain(module: nn.Conv2d | nn.ConvTranspose2d) -> None:
+    """Raise ValueError for what :class:`_WideConvolution` does not compute."""
+    square = all(len(set(pair)) == 1 for pair in (module.kernel_size, module.stride, module.padding))
+    plain = module.groups == 1 and set(module.dilation) == {1} and not any(module.output_padding)
+    if not square or not plain or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        raise ValueError(f"{module} is not square, or has groups, dilation or another padding: take torch.nn's")
 
 
 def _channels_last(weight: Tensor) -> nn.Parameter:

@@ -164,3 +164,30 @@ def test_an_optimiser_goes_on_from_a_file_that_forgot_the_order_in_memory():
     lay_out_state(optimizer)
     steps(second, optimizer, 2)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
+
+
+def test_a_gradient_in_another_order_of_memory_is_paired_with_the_right_elements():
+    """PyTorch's fused form walks through memory: a strategy that assigns a gradient may not know of any order."""
+    torch.manual_seed(0)
+    module = Conv2d(WIDE, 3, 4, stride=2, padding=1)
+    gradients = [torch.randn(p.shape) for p in module.parameters()]
+    results = []
+    for make in (lambda m: make_optimizer(m.parameters(), OptimizerSpec(name="adamw", lr=0.1)), plain_adamw):
+        trained = copy.deepcopy(module)
+        optimizer = make(trained)
+        for parameter, gradient in zip(trained.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
+        optimizer.step()
+        results.append([p.detach() for p in trained.parameters()])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def plain_adamw(module):
+    return torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=OptimizerSpec().weight_decay, fused=False)
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"dilation": 2}, {"padding": (1, 0)}, {"padding_mode": "circular"}])
+def test_what_it_does_not_compute_is_refused(options):
+    with pytest.raises(ValueError, match=r"take torch\.nn's"):
+        Conv2d(4, 4, 3, **options)

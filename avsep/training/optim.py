@@ -59,7 +59,20 @@ def make_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> t
     parameters = list(parameters)
     kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW
     fused = True if all(p.device.type == "cpu" and p.is_floating_point() for p in parameters) else None
-    return kind(parameters, lr=spec.lr, weight_decay=spec.weight_decay, fused=fused)
+    optimizer = kind(parameters, lr=spec.lr, weight_decay=spec.weight_decay, fused=fused)
+    if fused:
+        optimizer.register_step_pre_hook(_lay_out_gradients)
+    return optimizer
+
+
+def _lay_out_gradients(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Give gradients their parameters' order in memory. Autograd does, but what changes gradients after it may not, and
+    the fused form then pairs the wrong elements without a word."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is not None and gradient.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 
 def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
