@@ -6,8 +6,8 @@ fp32 row is brought to the length 1024 and split into two halves, hi + lo, which
 products of two such rows the smallest, lo lo, is left out. A row in half precision is scaled by a power of two, which
 is exact, to a length in (512, 1024]; what is left of its length is a factor r in fp32: normalised row = hi r.
 
-Few rows (``direct``) are scaled and split by every program that reads them, which saves a launch; many rows
-(``prepared``) once, by a kernel of their own, into padded memory that needs no masks.
+Few rows (``direct``) are scaled and split by every program that reads them, which saves launches; many rows
+(``prepared``), and any number before sm_80, once, by a kernel of their own, into padded memory that needs no masks.
 
 All scores are held in units of log 2, so that exp2 takes them as they are.
 """
@@ -239,7 +239,7 @@ def _tile_scores(
     start,
     n,
     padded,
-    width,  # WIDTH, a constant or not
+    width,  # WIDTH, in backward not as a constant
     scale,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -871,17 +871,9 @@ def _backward_kernel(
                 )[0]
             change = _through_lse(scores, row_lse, column_lse, row_weight, column_weight, uniform)
             change = _less_positives(
-                change,
-                instance,
-                class_,
-                positive_instance,
-                positive_class,
-                instance_ids,
-                class_ids,
-                columns,
-                n,
+                change, instance, class_, positive_instance, positive_class, instance_ids, class_ids, columns, n,
                 PREPARED,
-            )
+            )  # fmt: skip
             hi, lo = _split_gradient(change, rows, columns, v_factor, n, GAIN, LOW, UNIMODAL)
             # from the halves, since ptxas then needs fewer registers
             along += tl.sum((hi.to(tl.float32) + lo.to(tl.float32)) * products, axis=1)
@@ -958,17 +950,17 @@ _LARGEST_INVERSE_TEMPERATURE = 40.0
 
 @functools.lru_cache(maxsize=64)
 def plan(prepared: bool, width: int, low: bool, capability: int) -> Plan:
-    """Blocks for modalities of up to ``width`` features on a GPU of this compute capability (90 for 9.0)."""
-    if not prepared:
+    """Blocks for modalities of up to ``width`` features on a GPU of this compute capability (90 for 9.0). Before 80
+    rows are prepared in any case. With these blocks no kernel spills registers."""
+    # before sm_80 operands of 256 features do not fit into registers, however small the tile is
+    if not prepared and capability >= 80:
         width = max(16, next_power_of_2(width))
-        if capability < 80:  # 64 KiB of shared memory a program
-            return Plan(False, low, width, Tiles(16, 16, width, 8, 1), Tiles(16, 16, width, 8, 1, width))
         return Plan(False, low, width, Tiles(16, 32, width, 4, 1), Tiles(16, 32, width, 8, 1, width))
     width = 64 if width <= 64 else 128 * -(-width // 128)
     if capability < 80:  # no asynchronous copies
         return Plan(True, low, width, Tiles(64, 64, 32, 8, 1), Tiles(64, 32, 32, 8, 1, 64))
-    # From here on no kernel spills registers. Hopper's and Blackwell's tensor cores read their operands from shared
-    # memory, of which there are 227 KiB, others from registers, and have 99 KiB or more.
+    # Hopper's and Blackwell's tensor cores read their operands from shared memory, of which there are 227 KiB, others
+    # from registers, and have 99 KiB or more.
     if 90 <= capability < 100:
         return Plan(True, low, width, Tiles(128, 128, 64, 8, 3), Tiles(128, 64, 64, 8, 3, min(128, width)))
     if 100 <= capability < 120:
@@ -1206,14 +1198,15 @@ def aot_cases() -> list[AotCase]:
         (128, 256, 3, (torch.float32, torch.float16, torch.bfloat16)),
         (128, 64, 2, (torch.float32,)),
         (32768, 64, 3, (torch.float32,)),
-        (32768, 256, 3, (torch.float32, torch.float16)),
+        (32768, 256, 3, (torch.float32, torch.float16, torch.bfloat16)),
         (32768, 512, 3, (torch.float32,)),
     ):
         for dtype in dtypes:
             plans: dict[Plan, list[int]] = {}
             for architecture in _ARCHITECTURES:
-                found = plan(n > 512, width, dtype == torch.float32, architecture)
-                plans.setdefault(found, []).append(architecture)
+                found = plan(n > _DIRECT_ROWS, width, dtype == torch.float32, architecture)
+                if found.prepared == (n > _DIRECT_ROWS):  # else few rows take what many do
+                    plans.setdefault(found, []).append(architecture)
             for chosen, architectures in plans.items():
                 for name, changes in variants if width == 256 and dtype == torch.float32 else variants[:1]:
                     settings = f"n {n}, D {width}, M {count}, {torch_to_triton(dtype)}{name}"
