@@ -667,15 +667,34 @@ def _partner(i, number, n, M: tl.constexpr, SYMMETRIC: tl.constexpr, UNIMODAL: t
 
 
 @triton.jit
-def _through_lse(scores, row_lse, column_lse, row_weight, column_weight, UNIFORM: tl.constexpr):
-    """The gradient of a tile's scores from the log-sum-exps of its rows and columns; weights are one number if
-    UNIFORM."""
-    from_rows = tl.exp2(scores - row_lse[:, None])
+def _through_lse(
+    scores,
+    row_lse,
+    column_lse,
+    row_weight,
+    counts,
+    columns,
+    n,
+    rows_instance,
+    rows_class,
+    gradient_instance,
+    gradient_class,
+    size,
+    AVERAGE: tl.constexpr,
+    UNIFORM: tl.constexpr,
+):
+    """The gradient of a tile's scores from the log-sum-exps of its rows and columns, which all have the weight
+    ``row_weight`` if UNIFORM."""
+    change = tl.exp2(scores - row_lse[:, None])
     from_columns = tl.exp2(scores - column_lse[None, :])
     if UNIFORM:
-        change = (from_rows + from_columns) * row_weight
+        change = (change + from_columns) * row_weight
     else:
-        change = from_rows * row_weight[:, None] + from_columns * column_weight[None, :]
+        # after the exponentials, since ptxas otherwise needs more registers
+        column_weight = _weights_of_rows(
+            counts, columns, n, rows_instance, rows_class, gradient_instance, gradient_class, size, AVERAGE
+        )[0]
+        change = change * row_weight[:, None] + from_columns * column_weight[None, :]
     return change
 
 
@@ -863,13 +882,10 @@ def _backward_kernel(
                 D, BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, PREPARED, LOW,
             )  # fmt: skip
             column_lse = tl.load(stats + column_direction * n + columns, mask=columns < column_end, other=float("inf"))
-            if uniform:
-                column_weight = row_weight
-            else:
-                column_weight = _weights_of_rows(
-                    counts, columns, n, rows_instance, rows_class, gradient_instance, gradient_class, size, AVERAGE
-                )[0]
-            change = _through_lse(scores, row_lse, column_lse, row_weight, column_weight, uniform)
+            change = _through_lse(
+                scores, row_lse, column_lse, row_weight, counts, columns, n, rows_instance, rows_class,
+                gradient_instance, gradient_class, size, AVERAGE, uniform,
+            )  # fmt: skip
             change = _less_positives(
                 change, instance, class_, positive_instance, positive_class, instance_ids, class_ids, columns, n,
                 PREPARED,
