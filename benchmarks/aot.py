@@ -321,21 +321,19 @@ def compile_all(
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> str:
-    """How many were compiled; by name, what spills on sm_80 or later, or needs more shared memory than there is."""
+    """How many were compiled; by name, what spills, or needs more shared memory than there is."""
     rows = list(rows)
 
     def named(row: Mapping[str, Any], what: str) -> str:
         return f"  {row['op']}, {row['kernel']} ({row['settings']}) on sm_{row['sm']}: {what}"
 
     spills = [r for r in rows if int(r["spill_stores_bytes"]) + int(r["spill_loads_bytes"]) > 0]
-    late = [r for r in spills if int(r["sm"]) >= 80]
     large = [r for r in rows if int(r["shared_bytes"]) > int(r["shared_limit_bytes"])]
     lines = [
-        f"{len(rows)} kernels for {len({int(r['sm']) for r in rows})} architectures; spills on sm_80 and later: "
-        f"{len(late) or 'none'}; before: {len(spills) - len(late) or 'none'}; above the shared memory of a block: "
-        f"{len(large) or 'none'}"
+        f"{len(rows)} kernels for {len({int(r['sm']) for r in rows})} architectures; spills: {len(spills) or 'none'}; "
+        f"above the shared memory of a block: {len(large) or 'none'}"
     ]
-    lines += [named(r, f"spills {r['spill_stores_bytes']} + {r['spill_loads_bytes']} bytes") for r in late]
+    lines += [named(r, f"spills {r['spill_stores_bytes']} + {r['spill_loads_bytes']} bytes") for r in spills]
     lines += [named(r, f"shared {r['shared_bytes']} of {r['shared_limit_bytes']} bytes") for r in large]
     return "\n".join(lines)
 

@@ -6,8 +6,8 @@ fp32 row is brought to the length 1024 and split into two halves, hi + lo, which
 products of two such rows the smallest, lo lo, is left out. A row in half precision is scaled by a power of two, which
 is exact, to a length in (512, 1024]; what is left of its length is a factor r in fp32: normalised row = hi r.
 
-Few rows (``direct``) are scaled and split by every program that reads them, which saves a launch; many rows
-(``prepared``) once, by a kernel of their own, into padded memory that needs no masks.
+Few rows (``direct``) are scaled and split by every program that reads them, which saves launches; many rows
+(``prepared``), and any number before sm_80, once, by a kernel of their own, into padded memory that needs no masks.
 
 All scores are held in units of log 2, so that exp2 takes them as they are.
 """
@@ -86,6 +86,7 @@ def _product(a, a_low, b, b_low, accumulator, LOW_A: tl.constexpr, LOW_B: tl.con
 
 @triton.jit
 def _choose(i, a, b, c):
+    """The i-th of three."""
     chosen = a
     if i == 1:
         chosen = b
@@ -148,6 +149,120 @@ def _read_rows(x, stride, start, n, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_
     return tl.load(
         x + (r[:, None] * stride + d[None, :]), mask=(start + r < n)[:, None] & (d < D)[None, :], other=0.0
     ).to(tl.float32)
+
+
+@triton.jit
+def _modality(
+    i,
+    x0,
+    x1,
+    x2,
+    stride0,
+    stride1,
+    stride2,
+    padded,
+    WIDTH: tl.constexpr,
+    PREPARED: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """Where the rows of modality ``i`` begin, and how far apart they are."""
+    if PREPARED:
+        x = x0 + i * (padded.to(tl.int64) * WIDTH * (2 if LOW else 1))
+        stride = WIDTH
+    else:
+        x = _choose(i, x0, x1, x2)
+        stride = _choose(i, stride0, stride1, stride2)
+    return x, stride
+
+
+@triton.jit
+def _own_rows(
+    u,
+    u_stride,
+    u_scales,
+    first_row,
+    n,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PREPARED: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """A program's own rows, which lie at u: hi, lo (not read if PREPARED: ``_tile_scores`` loads them), factors r."""
+    if PREPARED:
+        factor = tl.load(u_scales + (first_row + tl.arange(0, BLOCK)))
+        hi = factor
+        lo = factor
+    else:
+        hi, lo, factor = _halves(_read_rows(u, u_stride, first_row, n, D, BLOCK, BLOCK_D), LOW)
+    return hi, lo, factor
+
+
+@triton.jit
+def _prepared_products(
+    u,
+    v,
+    low_plane,
+    width,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """Products [BLOCK_M, BLOCK_N] of the prepared rows at u and v, BLOCK_K of ``width`` features at a time."""
+    k = tl.arange(0, BLOCK_K)
+    u_tile = tl.arange(0, BLOCK_M)[:, None] * WIDTH + k[None, :]
+    v_tile = tl.arange(0, BLOCK_N)[:, None] * WIDTH + k[None, :]
+    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(0, width, BLOCK_K):
+        uh = tl.load(u + step + u_tile)
+        vh = tl.load(v + step + v_tile)
+        if LOW:
+            ul = tl.load(u + low_plane + step + u_tile)
+            vl = tl.load(v + low_plane + step + v_tile)
+            products = _product(uh, ul, tl.trans(vh), tl.trans(vl), products, LOW, LOW)
+        else:
+            products = tl.dot(uh, tl.trans(vh), products)
+    return products
+
+
+@triton.jit
+def _tile_scores(
+    u,
+    uh,
+    ul,
+    factor,
+    v,
+    v_stride,
+    v_scales,
+    start,
+    n,
+    padded,
+    width,  # WIDTH, in backward not as a constant
+    scale,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PREPARED: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """Own rows against the rows at v, the first of which is row ``start`` -> (scores but for the factors of the
+    columns, scores), in units of log 2; of the rows at v the factors, hi and lo (not read if PREPARED)."""
+    if PREPARED:
+        low_plane = padded.to(tl.int64) * WIDTH
+        products = _prepared_products(u, v, low_plane, width, BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, LOW)
+        v_factor = tl.load(v_scales + (start + tl.arange(0, BLOCK_N)))
+        vh = v_factor
+        vl = v_factor
+    else:
+        vh, vl, v_factor = _halves(_read_rows(v, v_stride, start, n, D, BLOCK_N, WIDTH), LOW)
+        products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        products = _product(uh, ul, tl.trans(vh), tl.trans(vl), products, LOW, LOW)
+    products, scores = _scores(products, factor, v_factor, scale, LOW)
+    return products, scores, v_factor, vh, vl
 
 
 @triton.jit(do_not_specialize=["n", "padded"])
@@ -242,6 +357,52 @@ def _identify_kernel(
 
 
 @triton.jit
+def _add_exponentials(total, top, scores, rows, columns, n, bound, ONLINE: tl.constexpr, UNIMODAL: tl.constexpr):
+    """The sums of a tile's exponentials go to ``total``; if ONLINE, ``top`` is the running maximum taken off them."""
+    # columns beyond n have scores of 0; what is taken off them lets nothing through the exponential
+    outside = tl.where(columns < n, 0.0, float("inf"))
+    if ONLINE:
+        allowed = scores - outside[None, :]
+        if UNIMODAL:
+            allowed = tl.where(rows[:, None] == columns[None, :], -float("inf"), allowed)
+        higher = tl.maximum(top, tl.max(allowed, axis=1))
+        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(allowed - higher[:, None]), axis=1)
+        top = higher
+    else:
+        # no score exceeds the bound, and none is so far below it that its exponential would vanish
+        value = tl.exp2(scores - (bound + outside)[None, :])
+        if UNIMODAL:
+            value = tl.where(rows[:, None] == columns[None, :], 0.0, value)
+        total += tl.sum(value, axis=1)
+    return total, top
+
+
+@triton.jit
+def _add_positives(
+    sum_instance,
+    sum_class,
+    scores,
+    instance,
+    class_,
+    instance_ids,
+    class_ids,
+    rows,
+    columns,
+    n,
+    PREPARED: tl.constexpr,
+    UNIMODAL: tl.constexpr,
+):
+    """The scores of a tile's positives go to the sums of their rows."""
+    other_instance, other_class = _read_ids(instance_ids, class_ids, columns, n, PREPARED)
+    same_instance, same_class = _same(instance, class_, other_instance, other_class, PREPARED)
+    if UNIMODAL:
+        scores = tl.where(rows[:, None] == columns[None, :], 0.0, scores)
+    sum_instance += tl.sum(tl.where(same_instance, scores, 0.0), axis=1)
+    sum_class += tl.sum(tl.where(same_class, scores, 0.0), axis=1)
+    return sum_instance, sum_class
+
+
+@triton.jit
 def _rows_pass(
     u,
     v,
@@ -272,16 +433,8 @@ def _rows_pass(
 ):
     """One direction: the log-sum-exp of every row, and, if POSITIVES, the sums of its positives' scores."""
     rows = first_row + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_D)
-    u_tile = tl.arange(0, BLOCK_M)[:, None] * WIDTH + k[None, :]
-    v_tile = tl.arange(0, BLOCK_N)[:, None] * WIDTH + k[None, :]
-    low_plane = padded.to(tl.int64) * WIDTH
-    if PREPARED:
-        u += first_row.to(tl.int64) * WIDTH
-        factor = tl.load(u_scales + rows)
-    else:
-        u += first_row.to(tl.int64) * u_stride
-        uh, ul, factor = _halves(_read_rows(u, u_stride, first_row, n, D, BLOCK_M, BLOCK_D), LOW)
+    u += first_row.to(tl.int64) * u_stride
+    uh, ul, factor = _own_rows(u, u_stride, u_scales, first_row, n, D, BLOCK_M, WIDTH, PREPARED, LOW)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -1e30, tl.float32)
     if POSITIVES:
@@ -290,46 +443,17 @@ def _rows_pass(
         sum_class = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, n, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if PREPARED:
-            for d in range(0, WIDTH, BLOCK_D):
-                uh = tl.load(u + d + u_tile)
-                vh = tl.load(v + d + v_tile)
-                if LOW:
-                    ul = tl.load(u + low_plane + d + u_tile)
-                    vl = tl.load(v + low_plane + d + v_tile)
-                    scores = _product(uh, ul, tl.trans(vh), tl.trans(vl), scores, LOW, LOW)
-                else:
-                    scores = tl.dot(uh, tl.trans(vh), scores)
-            v_factor = tl.load(v_scales + columns)
-            v += BLOCK_N * WIDTH
-        else:
-            vh, vl, v_factor = _halves(_read_rows(v, v_stride, start, n, D, BLOCK_N, BLOCK_D), LOW)
-            scores = _product(uh, ul, tl.trans(vh), tl.trans(vl), scores, LOW, LOW)
-            v += BLOCK_N * v_stride
-        _, scores = _scores(scores, factor, v_factor, scale, LOW)
-        # columns beyond n have scores of 0; what is taken off them lets nothing through the exponential
-        outside = tl.where(columns < n, 0.0, float("inf"))
-        if ONLINE:
-            allowed = scores - outside[None, :]
-            if UNIMODAL:
-                allowed = tl.where(rows[:, None] == columns[None, :], -float("inf"), allowed)
-            higher = tl.maximum(top, tl.max(allowed, axis=1))
-            total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(allowed - higher[:, None]), axis=1)
-            top = higher
-        else:
-            # no score exceeds the bound, and none is so far below it that its exponential would vanish
-            value = tl.exp2(scores - (bound + outside)[None, :])
-            if UNIMODAL:
-                value = tl.where(rows[:, None] == columns[None, :], 0.0, value)
-            total += tl.sum(value, axis=1)
+        scores = _tile_scores(
+            u, uh, ul, factor, v, v_stride, v_scales, start, n, padded, WIDTH, scale,
+            D, BLOCK_M, BLOCK_N, BLOCK_D, WIDTH, PREPARED, LOW,
+        )[1]  # fmt: skip
+        v += BLOCK_N * v_stride
+        total, top = _add_exponentials(total, top, scores, rows, columns, n, bound, ONLINE, UNIMODAL)
         if POSITIVES:
-            other_instance, other_class = _read_ids(instance_ids, class_ids, columns, n, PREPARED)
-            same_instance, same_class = _same(instance, class_, other_instance, other_class, PREPARED)
-            if UNIMODAL:
-                scores = tl.where(rows[:, None] == columns[None, :], 0.0, scores)
-            sum_instance += tl.sum(tl.where(same_instance, scores, 0.0), axis=1)
-            sum_class += tl.sum(tl.where(same_class, scores, 0.0), axis=1)
+            sum_instance, sum_class = _add_positives(
+                sum_instance, sum_class, scores, instance, class_, instance_ids, class_ids, rows, columns, n,
+                PREPARED, UNIMODAL,
+            )  # fmt: skip
     if not ONLINE:
         top = tl.zeros((BLOCK_M,), tl.float32) + bound
     # a row of which nothing is left (n = 1 without itself) has no weight; NaN goes on
@@ -379,17 +503,8 @@ def _forward_kernel(
             _count_pass(instance_ids, class_ids, counts, rows, n, BLOCK_N, UNIMODAL)
     else:
         i, j = _compared(direction, M, UNIMODAL)
-        if PREPARED:
-            plane = padded.to(tl.int64) * WIDTH * (2 if LOW else 1)
-            u = x0 + i * plane
-            v = x0 + j * plane
-            u_stride = stride0
-            v_stride = stride0
-        else:
-            u = _choose(i, x0, x1, x2)
-            v = _choose(j, x0, x1, x2)
-            u_stride = _choose(i, stride0, stride1, stride2)
-            v_stride = _choose(j, stride0, stride1, stride2)
+        u, u_stride = _modality(i, x0, x1, x2, stride0, stride1, stride2, padded, WIDTH, PREPARED, LOW)
+        v, v_stride = _modality(j, x0, x1, x2, stride0, stride1, stride2, padded, WIDTH, PREPARED, LOW)
         u_scales = scales + i * 2 * padded
         v_scales = scales + j * 2 * padded
         lse = stats + direction * n
@@ -397,62 +512,16 @@ def _forward_kernel(
         # the sums of S and of its transpose are the same: the first direction of a pair forms them
         if direction < pairs:
             _rows_pass(
-                u,
-                v,
-                u_stride,
-                v_stride,
-                u_scales,
-                v_scales,
-                instance_ids,
-                class_ids,
-                lse,
-                sums,
-                sums + pairs * n,
-                first_row,
-                n,
-                padded,
-                scale,
-                bound,
-                D,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                WIDTH,
-                PREPARED,
-                LOW,
-                ONLINE,
-                UNIMODAL,
-                True,
-            )
+                u, v, u_stride, v_stride, u_scales, v_scales, instance_ids, class_ids, lse, sums, sums + pairs * n,
+                first_row, n, padded, scale, bound,
+                D, BLOCK_M, BLOCK_N, BLOCK_D, WIDTH, PREPARED, LOW, ONLINE, UNIMODAL, True,
+            )  # fmt: skip
         else:
             _rows_pass(
-                u,
-                v,
-                u_stride,
-                v_stride,
-                u_scales,
-                v_scales,
-                instance_ids,
-                class_ids,
-                lse,
-                sums,
-                sums,
-                first_row,
-                n,
-                padded,
-                scale,
-                bound,
-                D,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                WIDTH,
-                PREPARED,
-                LOW,
-                ONLINE,
-                UNIMODAL,
-                False,
-            )
+                u, v, u_stride, v_stride, u_scales, v_scales, instance_ids, class_ids, lse, sums, sums,
+                first_row, n, padded, scale, bound,
+                D, BLOCK_M, BLOCK_N, BLOCK_D, WIDTH, PREPARED, LOW, ONLINE, UNIMODAL, False,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -549,6 +618,173 @@ def _upstream(
     return of_instance, of_class, tl.maximum(largest, 1e-30)
 
 
+@triton.jit
+def _weights_of_rows(
+    counts,
+    rows,
+    n,
+    rows_instance,
+    rows_class,
+    gradient_instance,
+    gradient_class,
+    size,
+    AVERAGE: tl.constexpr,
+):
+    """Of rows' log-sum-exps, and of one of their positives by instance and by class: [R] thrice, with the gradients of
+    the terms in them."""
+    count_instance = tl.load(counts + rows, mask=rows < n, other=0.0)
+    count_class = tl.load(counts + n + rows, mask=rows < n, other=0.0)
+    row_instance, positive_instance = _weights(count_instance, rows_instance, size, True)
+    row_class, positive_class = _weights(count_class, rows_class, size, AVERAGE)
+    of_rows = gradient_instance * row_instance + gradient_class * row_class
+    return of_rows, positive_instance * gradient_instance, positive_class * gradient_class
+
+
+@triton.jit
+def _partner(i, number, n, M: tl.constexpr, SYMMETRIC: tl.constexpr, UNIMODAL: tl.constexpr):
+    """The modality that ``i`` is compared with as its ``number``-th; the directions from ``i`` to it and back; up to
+    which row each of these exists (n or 0)."""
+    row_end = n
+    column_end = n
+    if UNIMODAL:
+        j = i
+        row_direction = i
+        column_direction = i
+    else:
+        pairs: tl.constexpr = M * (M - 1) // 2
+        j = number + (number >= i).to(tl.int32)
+        low = tl.minimum(i, j)
+        pair = low * (2 * M - low - 1) // 2 + tl.maximum(i, j) - low - 1
+        if SYMMETRIC:
+            row_direction = tl.where(i < j, pair, pair + pairs)
+            column_direction = tl.where(i < j, pair + pairs, pair)
+        else:
+            row_direction = pair
+            column_direction = pair
+            row_end = tl.where(i < j, n, 0)
+            column_end = n - row_end
+    return j, row_direction, column_direction, row_end, column_end
+
+
+@triton.jit
+def _through_lse(
+    scores,
+    row_lse,
+    column_lse,
+    row_weight,
+    counts,
+    columns,
+    n,
+    rows_instance,
+    rows_class,
+    gradient_instance,
+    gradient_class,
+    size,
+    AVERAGE: tl.constexpr,
+    UNIFORM: tl.constexpr,
+):
+    """The gradient of a tile's scores from the log-sum-exps of its rows and columns, which all have the weight
+    ``row_weight`` if UNIFORM."""
+    change = tl.exp2(scores - row_lse[:, None])
+    from_columns = tl.exp2(scores - column_lse[None, :])
+    if UNIFORM:
+        change = (change + from_columns) * row_weight
+    else:
+        # after the exponentials, since ptxas otherwise needs more registers
+        column_weight = _weights_of_rows(
+            counts, columns, n, rows_instance, rows_class, gradient_instance, gradient_class, size, AVERAGE
+        )[0]
+        change = change * row_weight[:, None] + from_columns * column_weight[None, :]
+    return change
+
+
+@triton.jit
+def _less_positives(
+    change,
+    instance,
+    class_,
+    positive_instance,
+    positive_class,
+    instance_ids,
+    class_ids,
+    columns,
+    n,
+    PREPARED: tl.constexpr,
+):
+    """``change`` with what the positives take from it."""
+    other_instance, other_class = _read_ids(instance_ids, class_ids, columns, n, PREPARED)
+    same_instance, same_class = _same(instance, class_, other_instance, other_class, PREPARED)
+    change -= tl.where(same_instance, positive_instance[:, None], 0.0)
+    change -= tl.where(same_class, positive_class[:, None], 0.0)
+    return change
+
+
+@triton.jit
+def _split_gradient(change, rows, columns, v_factor, n, GAIN: tl.constexpr, LOW: tl.constexpr, UNIMODAL: tl.constexpr):
+    """The gradient of a tile's scores -> halves hi, lo for the product with the columns; 0 where no score counts."""
+    allowed = (columns < n)[None, :]
+    if UNIMODAL:
+        allowed = allowed & (rows[:, None] != columns[None, :])
+    change = tl.where(allowed, change, 0.0)
+    if LOW:
+        change = change * GAIN
+    else:
+        change = change * (v_factor * (1024.0 * GAIN))[None, :]
+    hi = change.to(tl.float16)
+    lo = (change - hi.to(tl.float32)).to(tl.float16)
+    return hi, lo
+
+
+@triton.jit
+def _read_span(v, low_plane, span, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr):
+    """Halves [BLOCK, BLOCK_D] of the prepared rows at v: hi, lo (not read unless LOW) from feature ``span`` on."""
+    part = tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, BLOCK_D)[None, :]
+    hi = tl.load(v + span + part)
+    if LOW:
+        lo = tl.load(v + low_plane + span + part)
+    else:
+        lo = hi
+    return hi, lo
+
+
+@triton.jit
+def _through_normalisation(
+    gradient,
+    projection,
+    gain,
+    u,
+    u_stride,
+    u_scales,
+    first_row,
+    span,
+    n,
+    padded,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PREPARED: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """The gradient of rows of length 1 (times 1 / ``gain``), of which ``projection`` is the part along the row ->
+    that of the rows as they are."""
+    if PREPARED:
+        rows = first_row + tl.arange(0, BLOCK)
+        inverse = tl.load(u_scales + padded + rows)
+        hi, lo = _read_span(u, padded.to(tl.int64) * WIDTH, span, BLOCK, BLOCK_D, WIDTH, LOW)
+        unit = hi.to(tl.float32)
+        if LOW:
+            unit = (unit + lo.to(tl.float32)) * (1.0 / 1024.0)
+        else:
+            unit = unit * tl.load(u_scales + rows)[:, None]
+    else:
+        unit = _read_rows(u, u_stride, first_row, n, D, BLOCK, BLOCK_D)
+        inverse = _inverse_length(tl.sum(unit * unit, axis=1))
+        unit = unit * inverse[:, None]
+    # (g - (g x^) x^) / |x|
+    return (gradient - projection[:, None] * unit) * (inverse * gain)[:, None]
+
+
 @triton.jit(do_not_specialize=["n", "padded", "width", "first"])
 def _backward_kernel(
     x0,  # as in forward
@@ -596,22 +832,12 @@ def _backward_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     i = first + tl.program_id(1)
     span = tl.program_id(2) * BLOCK_D
-    k = tl.arange(0, BLOCK_K)
-    d = tl.arange(0, BLOCK_D)
-    u_tile = tl.arange(0, BLOCK_M)[:, None] * WIDTH + k[None, :]
-    v_tile = tl.arange(0, BLOCK_N)[:, None] * WIDTH + k[None, :]
-    v_part = tl.arange(0, BLOCK_N)[:, None] * WIDTH + d[None, :]
     size = n.to(tl.float32)
     low_plane = padded.to(tl.int64) * WIDTH
-    plane = low_plane * (2 if LOW else 1)
-    if PREPARED:
-        u = x0 + i * plane + first_row.to(tl.int64) * WIDTH
-        factor = tl.load(scales + i * 2 * padded + rows)
-    else:
-        u = _choose(i, x0, x1, x2)
-        u_stride = _choose(i, stride0, stride1, stride2)
-        u += first_row.to(tl.int64) * u_stride
-        uh, ul, factor = _halves(_read_rows(u, u_stride, first_row, n, D, BLOCK_M, BLOCK_D), LOW)
+    u, u_stride = _modality(i, x0, x1, x2, stride0, stride1, stride2, padded, WIDTH, PREPARED, LOW)
+    u += first_row.to(tl.int64) * u_stride
+    u_scales = scales + i * 2 * padded
+    uh, ul, factor = _own_rows(u, u_stride, u_scales, first_row, n, D, BLOCK_M, BLOCK_D, PREPARED, LOW)
 
     # the gradients of the two terms; a common factor is taken out of everything and put back at the end
     counts = stats + directions * n
@@ -624,16 +850,15 @@ def _backward_kernel(
     gradient_instance = gradient_instance / largest
     gradient_class = gradient_class / largest
 
-    uniform: tl.constexpr = AVERAGE and not UNIMODAL  # whether all rows' log-sum-exps have the same weight
-    weight = (gradient_instance + gradient_class) / size
-    count_instance = tl.load(counts + rows, mask=rows < n, other=0.0)
-    count_class = tl.load(counts + n + rows, mask=rows < n, other=0.0)
-    row_instance, positive_instance = _weights(count_instance, rows_instance, size, True)
-    row_class, positive_class = _weights(count_class, rows_class, size, AVERAGE)
-    row_weight = gradient_instance * row_instance + gradient_class * row_class
+    row_weight, positive_instance, positive_class = _weights_of_rows(
+        counts, rows, n, rows_instance, rows_class, gradient_instance, gradient_class, size, AVERAGE
+    )
     both: tl.constexpr = 2.0 if SYMMETRIC or UNIMODAL else 1.0
-    positive_instance = positive_instance * gradient_instance * both
-    positive_class = positive_class * gradient_class * both
+    positive_instance = positive_instance * both
+    positive_class = positive_class * both
+    uniform: tl.constexpr = AVERAGE and not UNIMODAL  # whether all rows' log-sum-exps have the same weight
+    if uniform:
+        row_weight = (gradient_instance + gradient_class) / size
     instance, class_ = _read_ids(instance_ids, class_ids, rows, n, PREPARED)
 
     end = n
@@ -644,116 +869,50 @@ def _backward_kernel(
 
     gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     along = tl.zeros((BLOCK_M,), tl.float32)  # the part of the gradient along the row itself
-    for partner in range(1 if UNIMODAL else M - 1):
-        row_end = n
-        column_end = n
-        if UNIMODAL:
-            j = i
-            row_direction = i
-            column_direction = i
-        else:
-            j = partner + (partner >= i).to(tl.int32)
-            low = tl.minimum(i, j)
-            pair = low * (2 * M - low - 1) // 2 + tl.maximum(i, j) - low - 1
-            if SYMMETRIC:
-                row_direction = tl.where(i < j, pair, pair + pairs)
-                column_direction = tl.where(i < j, pair + pairs, pair)
-            else:
-                row_direction = pair
-                column_direction = pair
-                row_end = tl.where(i < j, n, 0)
-                column_end = n - row_end
+    for number in range(1 if UNIMODAL else M - 1):
+        j, row_direction, column_direction, row_end, column_end = _partner(i, number, n, M, SYMMETRIC, UNIMODAL)
         # a direction that does not exist has an infinite log-sum-exp: nothing comes through the exponential
         row_lse = tl.load(stats + row_direction * n + rows, mask=rows < row_end, other=float("inf"))
-        if PREPARED:
-            v = x0 + j * plane
-            v_stride = stride0
-        else:
-            v = _choose(j, x0, x1, x2)
-            v_stride = _choose(j, stride0, stride1, stride2)
+        v, v_stride = _modality(j, x0, x1, x2, stride0, stride1, stride2, padded, WIDTH, PREPARED, LOW)
+        v_scales = scales + j * 2 * padded
         for start in range(0, end, BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
-            scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            if PREPARED:
-                for step in range(0, width, BLOCK_K):
-                    uh = tl.load(u + step + u_tile)
-                    vh = tl.load(v + step + v_tile)
-                    if LOW:
-                        ul = tl.load(u + low_plane + step + u_tile)
-                        vl = tl.load(v + low_plane + step + v_tile)
-                        scores = _product(uh, ul, tl.trans(vh), tl.trans(vl), scores, LOW, LOW)
-                    else:
-                        scores = tl.dot(uh, tl.trans(vh), scores)
-                v_factor = tl.load(scales + j * 2 * padded + columns)
-            else:
-                vh, vl, v_factor = _halves(_read_rows(v, v_stride, start, n, D, BLOCK_N, BLOCK_D), LOW)
-                scores = _product(uh, ul, tl.trans(vh), tl.trans(vl), scores, LOW, LOW)
-            products, scores = _scores(scores, factor, v_factor, scale, LOW)
-            inside = columns < n
+            products, scores, v_factor, vh, vl = _tile_scores(
+                u, uh, ul, factor, v, v_stride, v_scales, start, n, padded, width, scale,
+                D, BLOCK_M, BLOCK_N, BLOCK_K, WIDTH, PREPARED, LOW,
+            )  # fmt: skip
             column_lse = tl.load(stats + column_direction * n + columns, mask=columns < column_end, other=float("inf"))
-            change = tl.exp2(scores - row_lse[:, None])
-            from_columns = tl.exp2(scores - column_lse[None, :])
-            if uniform:
-                change = (change + from_columns) * weight
-            else:
-                other = tl.load(counts + columns, mask=inside, other=0.0)
-                of_instance = _weights(other, rows_instance, size, True)[0]
-                other = tl.load(counts + n + columns, mask=inside, other=0.0)
-                of_class = _weights(other, rows_class, size, AVERAGE)[0]
-                column_weight = gradient_instance * of_instance + gradient_class * of_class
-                change = change * row_weight[:, None] + from_columns * column_weight[None, :]
-            other_instance, other_class = _read_ids(instance_ids, class_ids, columns, n, PREPARED)
-            same_instance, same_class = _same(instance, class_, other_instance, other_class, PREPARED)
-            change -= tl.where(same_instance, positive_instance[:, None], 0.0)
-            change -= tl.where(same_class, positive_class[:, None], 0.0)
-            allowed = inside[None, :]
-            if UNIMODAL:
-                allowed = allowed & (rows[:, None] != columns[None, :])
-            change = tl.where(allowed, change, 0.0)
-            if LOW:
-                change = change * GAIN
-            else:
-                change = change * (v_factor * (1024.0 * GAIN))[None, :]
-            hi = change.to(tl.float16)
-            lo = (change - hi.to(tl.float32)).to(tl.float16)
+            change = _through_lse(
+                scores, row_lse, column_lse, row_weight, counts, columns, n, rows_instance, rows_class,
+                gradient_instance, gradient_class, size, AVERAGE, uniform,
+            )  # fmt: skip
+            change = _less_positives(
+                change, instance, class_, positive_instance, positive_class, instance_ids, class_ids, columns, n,
+                PREPARED,
+            )  # fmt: skip
+            hi, lo = _split_gradient(change, rows, columns, v_factor, n, GAIN, LOW, UNIMODAL)
             # from the halves, since ptxas then needs fewer registers
             along += tl.sum((hi.to(tl.float32) + lo.to(tl.float32)) * products, axis=1)
             # Tensor cores round sums towards zero, which over thousands of tiles would add up: a tile's product is
             # formed on its own. (Were it one dot and not two or three, Triton would fold the addition into it.)
             if PREPARED:
-                vh = tl.load(v + span + v_part)
-                if LOW:
-                    vl = tl.load(v + low_plane + span + v_part)
-                else:
-                    vl = vh
-                v += BLOCK_N * WIDTH
-            else:
-                v += BLOCK_N * v_stride
+                vh, vl = _read_span(v, low_plane, span, BLOCK_N, BLOCK_D, WIDTH, LOW)
+            v += BLOCK_N * v_stride
             gradient += _product(hi, lo, vh, vl, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), True, LOW)
 
     gain = inverse_temperature / (1024.0 * GAIN)
     projection = along * (0.6931471805599453 / gain / GAIN)  # scores are in units of log 2
     if not LOW:
         projection = projection * (1.0 / 1024.0)
-    out = _choose(i - first, out0, out1, out2)
-    if PREPARED:
-        inverse = tl.load(scales + (i * 2 + 1) * padded + rows)
-        u_part = tl.arange(0, BLOCK_M)[:, None] * WIDTH + d[None, :]
-        unit = tl.load(u + span + u_part).to(tl.float32)
-        if LOW:
-            unit = (unit + tl.load(u + low_plane + span + u_part).to(tl.float32)) * (1.0 / 1024.0)
-        else:
-            unit = unit * tl.load(scales + i * 2 * padded + rows)[:, None]
-    else:
-        unit = _read_rows(u, u_stride, first_row, n, D, BLOCK_M, BLOCK_D)
-        inverse = _inverse_length(tl.sum(unit * unit, axis=1))
-        unit = unit * inverse[:, None]
-    # through the normalisation: (g - (g x^) x^) / |x|
-    gradient = (gradient - projection[:, None] * unit) * (inverse * (largest * gain))[:, None]
+    gradient = _through_normalisation(
+        gradient, projection, largest * gain, u, u_stride, u_scales, first_row, span, n, padded,
+        D, BLOCK_M, BLOCK_D, WIDTH, PREPARED, LOW,
+    )  # fmt: skip
     if TEACHER:
         teacher = tl.load(teacher_rows + rows, mask=rows < n, other=1) != 0
         gradient = tl.where(teacher[:, None], 0.0, gradient)
-    out += first_row.to(tl.int64) * D + span
+    d = tl.arange(0, BLOCK_D)
+    out = _choose(i - first, out0, out1, out2) + (first_row.to(tl.int64) * D + span)
     tl.store(
         out + (tl.arange(0, BLOCK_M)[:, None] * D + d[None, :]),
         gradient.to(out0.dtype.element_ty),
@@ -807,17 +966,17 @@ _LARGEST_INVERSE_TEMPERATURE = 40.0
 
 @functools.lru_cache(maxsize=64)
 def plan(prepared: bool, width: int, low: bool, capability: int) -> Plan:
-    """Blocks for modalities of up to ``width`` features on a GPU of this compute capability (90 for 9.0)."""
-    if not prepared:
+    """Blocks for modalities of up to ``width`` features on a GPU of this compute capability (90 for 9.0). Before 80
+    rows are prepared in any case. With these blocks no kernel spills registers."""
+    # before sm_80 operands of 256 features do not fit into registers, however small the tile is
+    if not prepared and capability >= 80:
         width = max(16, next_power_of_2(width))
-        if capability < 80:  # 64 KiB of shared memory a program
-            return Plan(False, low, width, Tiles(16, 16, width, 8, 1), Tiles(16, 16, width, 8, 1, width))
         return Plan(False, low, width, Tiles(16, 32, width, 4, 1), Tiles(16, 32, width, 8, 1, width))
     width = 64 if width <= 64 else 128 * -(-width // 128)
     if capability < 80:  # no asynchronous copies
         return Plan(True, low, width, Tiles(64, 64, 32, 8, 1), Tiles(64, 32, 32, 8, 1, 64))
-    # From here on no kernel spills registers. Hopper's and Blackwell's tensor cores read their operands from shared
-    # memory, of which there are 227 KiB, others from registers, and have 99 KiB or more.
+    # Hopper's and Blackwell's tensor cores read their operands from shared memory, of which there are 227 KiB, others
+    # from registers, and have 99 KiB or more.
     if 90 <= capability < 100:
         return Plan(True, low, width, Tiles(128, 128, 64, 8, 3), Tiles(128, 64, 64, 8, 3, min(128, width)))
     if 100 <= capability < 120:
@@ -1055,14 +1214,15 @@ def aot_cases() -> list[AotCase]:
         (128, 256, 3, (torch.float32, torch.float16, torch.bfloat16)),
         (128, 64, 2, (torch.float32,)),
         (32768, 64, 3, (torch.float32,)),
-        (32768, 256, 3, (torch.float32, torch.float16)),
+        (32768, 256, 3, (torch.float32, torch.float16, torch.bfloat16)),
         (32768, 512, 3, (torch.float32,)),
     ):
         for dtype in dtypes:
             plans: dict[Plan, list[int]] = {}
             for architecture in _ARCHITECTURES:
-                found = plan(n > 512, width, dtype == torch.float32, architecture)
-                plans.setdefault(found, []).append(architecture)
+                found = plan(n > _DIRECT_ROWS, width, dtype == torch.float32, architecture)
+                if found.prepared == (n > _DIRECT_ROWS):  # else few rows take what many do
+                    plans.setdefault(found, []).append(architecture)
             for chosen, architectures in plans.items():
                 for name, changes in variants if width == 256 and dtype == torch.float32 else variants[:1]:
                     settings = f"n {n}, D {width}, M {count}, {torch_to_triton(dtype)}{name}"

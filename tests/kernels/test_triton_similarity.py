@@ -150,6 +150,19 @@ def test_blocks_of_every_gpu(capability, prepared, monkeypatch):
         assert_matches(rows(n, 70, 2, dtype=torch.float16), ids(n, 70), ids(n, 9, seed=2))
 
 
+@pytest.mark.parametrize("capability", [75, 80, 90])
+def test_few_rows_are_prepared_too_before_sm_80(capability, launches, monkeypatch):
+    monkeypatch.setattr(triton_kernel, "_capability", lambda device: capability)
+    if DEVICE == "cuda" and capability != 10 * torch.cuda.get_device_capability()[0]:
+        pytest.skip("the blocks are for another GPU")
+    for d in (16, 64, 128, 256):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            assert triton_kernel._plan(rows(8, d, 2, dtype=dtype)).prepared == (capability < 80)
+    n = 20
+    assert_matches(rows(n, 16, 2), ids(n, 8), ids(n, 3, seed=2), teacher_rows=teachers(n))
+    assert ("_prepare_kernel" in launches) == (capability < 80)
+
+
 @pytest.mark.parametrize("d", [1, 16, 300])
 def test_widths(d):
     n = 40
