@@ -333,8 +333,9 @@ def _train(
 
 def _separate(preset: str, minutes: float, batch: int, device: str) -> Iterator[Case]:
     from avsep.benchmarks.separating import separate_cases
-    from avsep.environment import pick_device
+    from avsep.environment import keep_memory, pick_device
 
+    keep_memory()  # as `avsep separate` does; for all
     yield from separate_cases(preset, minutes=minutes, batch=batch, device=str(pick_device(device)))
 
 

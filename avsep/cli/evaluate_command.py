@@ -51,10 +51,12 @@ def command(
     from avsep.data.opening import open_run_store
     from avsep.data.protocol import Protocol
     from avsep.data.store import Store
-    from avsep.environment import pick_device
+    from avsep.environment import keep_memory, pick_device
     from avsep.evaluation.evaluate import evaluate_on, evaluate_run
     from avsep.progress import progress_bar, terminal
     from avsep.runs.folder import RunFolder
+
+    keep_memory()
 
     spec = RunFolder(run).spec()
     opened = None if store is None else Store.open(store)

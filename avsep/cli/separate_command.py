@@ -267,11 +267,13 @@ def _of_run(
     run: Path, task: int | None, device: str, batch: int, context_s: float | None, limit_mask_sum: bool
 ) -> _Engine:
     """A trained separator."""
-    from avsep.environment import pick_device
+    from avsep.environment import keep_memory, pick_device
     from avsep.inference.chunking import context_in_samples
     from avsep.inference.recordings import check_timelines, separate_and_tell
     from avsep.media.footage import SIZES
     from avsep.separator import load_separator
+
+    keep_memory()
 
     chosen = pick_device(device)
     separator = load_separator(run, task).to(chosen)
