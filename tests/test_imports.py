@@ -37,6 +37,15 @@ def test_starting_is_light(modules):
     assert result.stdout.strip() == "[]"
 
 
+def test_one_command_imports_no_other():
+    code = (
+        "import sys; from avsep.cli.app import build_app; build_app(['separate', '--help'])\n"
+        "print(sorted(m for m in sys.modules if m.startswith('avsep.cli.') and m.endswith('_command')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "['avsep.cli.separate_command']", result.stderr
+
+
 def test_importing_avsep_touches_no_accelerator():
     # Triton is looked for before the learner is imported: Lightning Fabric imports torch's compiler, and that Triton.
     code = (

@@ -11,9 +11,15 @@ def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def test_logits_and_gradients():
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "neither"])
+def test_logits_and_gradients(layout):
     embedding = random(3, 2, 5).requires_grad_()
-    features = random(3, 5, 6, 7, seed=1).transpose(2, 3).requires_grad_()  # not contiguous
+    features = random(3, 5, 7, 6, seed=1)
+    if layout == "channels last":
+        features = features.contiguous(memory_format=torch.channels_last)
+    elif layout == "neither":
+        features = features.transpose(2, 3).contiguous().transpose(2, 3)
+    features.requires_grad_()
     upstream = random(3, 2, 7, 6, seed=2)
     got, want = mask_head(embedding, features), mask_head_reference(embedding, features)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -23,6 +29,9 @@ def test_logits_and_gradients():
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    if layout == "channels last":  # as the convolution below wants it
+        (gradient,) = torch.autograd.grad(mask_head(embedding, features), features, upstream)
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_logits_follow_autocast_as_the_reference_does():
