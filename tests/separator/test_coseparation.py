@@ -143,7 +143,7 @@ def test_a_published_checkpoint_answers_as_the_literal_network(published, traini
     for name, parameter in separator.named_parameters():
         # as a whole: single elements are sums that nearly cancel out
         error, size = (parameter.grad - expected[name]).norm(), expected[name].norm()
-        assert error <= 1e-5 * size + 1e-9, f"{name}: {error:.2g} of {size:.2g}"
+        assert error <= 4e-6 * size + 1e-9, f"{name}: {error:.2g} of {size:.2g}"
 
 
 def gradients_as_states(networks, gradients):
