@@ -295,7 +295,7 @@ def test_the_backend_table_is_proposed_from_measurements():
     ("options", "message"),
     [
         ({"ops": ["mask_heads"]}, "no operation named 'mask_heads'"),
-        ({"sizes": "huge"}, "no sizes named 'huge'"),
+        ({"sizes": "hug"}, "no sizes named 'hug'"),
         ({"ops": ["unet"], "sizes": "tiny"}, "the U-Net's case runs on the CPU with the sizes paper or all"),
     ],
 )
