@@ -56,10 +56,16 @@ class Component:
     ``needs`` and ``provides`` are names of tensors (``mask_features``, ``latent``, ``skips``, ``bottleneck``,
     ``spectrogram``, ``object``, ``motion``) that the composer checks against each other. ``bottleneck`` stands for the
     latent of an encoder that ends there, and leaves the way up to the decoder.
+
+    ``keeps`` says in a few words what must be stored from task to task beside the separator and the exemplars (empty:
+    nothing), ``differs`` in a sentence or two what was changed or left out of the method in ``source`` and why (empty:
+    nothing). docs/methods.md is made of them.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
     provides: ClassVar[tuple[str, ...]] = ()
+    keeps: ClassVar[str] = ""
+    differs: ClassVar[str] = ""
 
 
 _C = TypeVar("_C", bound=Component)
