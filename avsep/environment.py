@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST_PROCESSES",
+    "arithmetic",
     "code_hash",
     "commit",
     "device_name",
@@ -191,15 +192,31 @@ def device_name(device: torch.device) -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
+    return f"{_cpu().get('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def arithmetic(device: torch.device) -> str:
+    """What decides the last digits of a result beside the software: the GPU, or the processor and the widest
+    instructions that PyTorch uses on it."""
+    if device.type != "cpu":
+        return device_name(device)
+    import torch
+
+    found = _cpu()
+    name = found.get("model name") or platform.processor() or platform.machine()
+    numbers = ", ".join(
+        f"{key} {found[name]}" for key, name in (("family", "cpu family"), ("model", "model")) if name in found
+    )
+    return f"{name}{f' ({numbers})' if numbers else ''}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cpu() -> dict[str, str]:
+    """What Linux says of the first processor; empty on other systems."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:
-        pass  # not Linux: the platform's own name stands
-    return f"{name}, {os.cpu_count()} cores"
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def version_of(package: str) -> str:

@@ -31,7 +31,15 @@ def command(
     preset: Annotated[
         str, typer.Option("--preset", help="small (hours on two CPU cores), paper, or a YAML file.")
     ] = "small",
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of every cell.")] = 3,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            "--seeds",
+            min=1,
+            help="Runs of every cell; of tune the most [default: the preset's; 8].",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for cells, tables and plots.")] = Path("avsep-reproduce"),
     jobs: Annotated[
         int | None,
@@ -70,7 +78,9 @@ def command(
     Cells that several tables share are run once. A grid that was killed goes on with --resume, and its result is the
     same to the last digit on the CPU, whatever --jobs.
     """
-    from avsep.errors import MissingExtraError
+    from dataclasses import replace
+
+    from avsep.errors import ConfigError, MissingExtraError
     from avsep.progress import terminal
     from avsep.reproduce import (
         ResultStore,
@@ -83,16 +93,18 @@ def command(
     )
     from avsep.reproduce.dataset import open_dataset
     from avsep.reproduce.grid import selection
-    from avsep.reproduce.runner import check_folder, claim, cores
+    from avsep.reproduce.runner import Outcome, check_folder, claim, cores
     from avsep.reproduce.tables import markdown, places_in, render_into
+    from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
+    from avsep.reproduce.tuning import next_round
 
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "reproduce", "the plots")
     console = terminal()
     loaded = load_grid_preset(preset)
     wanted = _tables(tables)
-    if wanted == ["tune"]:
-        _refuse_with_tune(row, readme)
+    if wanted == ["tune"] and readme is not None:
+        raise ConfigError(f"--readme {readme} is of the tables, and tune makes none: leave it out")
     places = [] if readme is None else places_in(readme, wanted)
     bases = None if base is None else (["iquery", "coseparation"] if base == "both" else [base])
     loaded.check_bases(bases or ())
@@ -101,11 +113,12 @@ def command(
     started = _launcher(launcher, out, launcher_settings or [])
     store, data_set = open_dataset(dataset, loaded, out / "store")
     if wanted == ["tune"]:
-        grid = build_tuning(loaded, store, seeds=seeds, bases=bases)
+        grid = build_tuning(loaded, store, seeds=seeds or TUNING_SEEDS, bases=bases, rows=row)
     else:
-        grid = build_grid(wanted, loaded, store, seeds=seeds, bases=bases, rows=row)
+        grid = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases, rows=row)
     claimed = ResultStore(out / "cells", results or [])
-    missing = [cell for key, cell in grid.cells.items() if key not in claimed]
+    part = (next_round(grid, loaded, claimed) or replace(grid, cells={})) if wanted == ["tune"] else grid
+    missing = [cell for key, cell in part.cells.items() if key not in claimed]
     count, firsts = len(grid.cells), len({c.first_key for c in missing})
     todo = (
         f"{len(missing)} to be run from {firsts} first task{'s' if firsts > 1 else ''}" if missing else "all finished"
@@ -124,9 +137,10 @@ def command(
         return
     claim(out, grid, preset=preset, given=loaded, device=accelerator, any_code=any_code)
     name = Path(preset).stem
-    try:
-        outcome = run_grid(
-            grid,
+
+    def run(some: Grid) -> Outcome:
+        return run_grid(
+            some,
             out,
             results=claimed,
             jobs=jobs or (1 if accelerator != "cpu" and launcher != "submitit" else max(1, cores() // loaded.threads)),
@@ -137,12 +151,17 @@ def command(
             preset=name,
             finished=lambda cell: _finished(cell, claimed, tuning=wanted == ["tune"]),
         )
+
+    try:
+        outcome = run(part)
+        while wanted == ["tune"] and not outcome.failed and (more := next_round(grid, loaded, claimed)) is not None:
+            outcome = run(more)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with: {_again(tables, locals())}") from None
     if wanted == ["tune"]:
         _print_choices(grid, loaded, claimed)
         return _raise_failed(grid, outcome.failed)
-    whole = build_grid(wanted, loaded, store, seeds=seeds, bases=bases) if row else grid
+    whole = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases) if row else grid
     # a choice of rows adds to the tables that are there: rows finished before are shown with them
     shown = selection(whole, lambda line, keys: not row or line.name in row or any(key in claimed for key in keys))
     for table_name in wanted:
@@ -172,14 +191,6 @@ def _raise_failed(grid: Grid, failed: dict[str, str]) -> None:
         )
 
 
-def _refuse_with_tune(rows: list[str] | None, readme: Path | None) -> None:
-    from avsep.errors import ConfigError
-
-    given = f"--row {rows[0]}" if rows else f"--readme {readme}" if readme is not None else ""
-    if given:
-        raise ConfigError(f"{given} is of the tables, and tune makes none: leave it out")
-
-
 def _device(name: str, launcher: str) -> str:
     """The kind of device that cells run on; on a cluster, whose machines may have others than this one, the name as it
     was given, which is resolved there."""
@@ -198,16 +209,18 @@ def _print_choices(grid: Any, preset: GridPreset, results: ResultStore) -> None:
     from avsep.reproduce import choices
 
     console = terminal()
-    chosen: dict[str, dict[str, Any]] = {}
+    chosen: dict[str, dict[str, dict[str, Any]]] = {}
     for choice in choices(grid, preset, results):
-        scores = ", ".join(
-            f"{value:g}: {'failed' if score is None else f'{score:.2f} dB'}" for value, score in choice.scores.items()
-        )
-        console.print(f"{choice.strategy} {choice.parameter}: {scores}", highlight=False)
+        console.print(f"{choice.base}, {choice.row}", highlight=False)
+        for number, (settings, score, count) in enumerate(choice.candidates):
+            said = ", ".join(f"{key} {value:g}" for key, value in settings.items())
+            mark = "chosen" if settings == choice.best else "" if number in choice.open else "given up"
+            value = "not run" if score is None else f"{score:.2f} dB ({count} seed{'s' if count != 1 else ''})"
+            console.print(f"  {said}: {value}{f', {mark}' if mark else ''}", highlight=False)
         if choice.best is not None:
-            chosen.setdefault(choice.strategy, {})[choice.parameter] = choice.best
+            chosen.setdefault(choice.base, {})[choice.row] = choice.best
     console.print(
-        "\nmean SDR on validation pairs after the second task; for the preset's 'strategies':", highlight=False
+        "\nmean SDR on validation pairs after the second task; for 'strategies' of the preset's bases:", highlight=False
     )
     console.print(yaml.safe_dump(chosen, sort_keys=False).rstrip(), highlight=False)
 
@@ -258,7 +271,7 @@ def _problem(cell: Cell) -> str:
 
 def _again(tables: list[str], given: dict[str, Any]) -> str:
     """The command that goes on with a grid."""
-    defaults = {"dataset": "synth", "preset": "small", "seeds": 3, "device": "auto", "launcher": "local"}
+    defaults = {"dataset": "synth", "preset": "small", "device": "auto", "launcher": "local"}
     words = ["avsep", "reproduce", *tables, "--out", str(given["out"])]
     for name in ("dataset", "preset", "seeds", "jobs", "base", "device", "launcher", "readme"):
         if given[name] is not None and given[name] != defaults.get(name):

@@ -6,10 +6,11 @@
     Cell(method, seed, evaluation, memory_bytes=None, seconds=None, name="")  # evaluation: whole or compact
     cells_of_runs(folders) -> list[Cell]             # of evaluated run folders; methods named after what they differ in
     clips_of_protocol(protocol) -> dict              # which clips are in each mixture, for compact evaluations
-    compare(cells, *, baseline=None, joint=(), clips=None, confidence=0.95, resamples=10_000, seed=0) -> Comparison
+    compare(cells, *, baseline=None, joint=(), clips=None, orders=False, ...) -> Comparison
     Comparison.methods: tuple[MethodResult, ...]     # in the order of the cells; as_dict() is JSON
     MethodResult.values["average" | "forgetting" | "bwt" | "sdr" | "task-0" | ...] -> Estimate (mean, low, high)
-    MethodResult.differences[...] -> Difference (mean, low, high, significant), to the baseline
+    MethodResult.differences[...] -> Difference (mean, low, high, p, significant), to the baseline
+    holm({name: p}) -> {name: p}                     # corrected for their number
     Comparison.yardsticks: tuple[MethodResult]   # the mixture, the static filter, the ideal mask, like methods
 
 Intervals are percentile intervals of a paired bootstrap over test clips, widened by what seeds change. The test
@@ -22,7 +23,8 @@ not known, mixtures are drawn within their lists.
 Three seeds are too few to resample: in one of 27 resamples it is the lowest alone. Of S seeds with the standard
 deviation s, each resample adds s / sqrt(S) times a draw of Student's t with S - 1 degrees of freedom, as the mean of
 few normal numbers differs from its expectation. Differences are paired by seed and mixture. With one seed the interval
-covers the choice of test clips alone.
+covers the choice of test clips alone. Where every seed has a class order of its own (``orders=True``), what the order
+changes is in the seeds' deviation: an interval then covers it too.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ __all__ = [
     "clips_of_protocol",
     "compact_evaluation",
     "compare",
+    "holm",
 ]
 
 _Array = NDArray[np.float64]
@@ -135,7 +138,12 @@ class Estimate(Interval):
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """A method less the baseline, over the seeds and mixtures that both have."""
+    """A method less the baseline, over the seeds and mixtures that both have.
+
+    ``p``: two-sided, of the same draws as the interval: it is below .05 where the 95% interval leaves out zero.
+    """
+
+    p: float = 1.0
 
     @property
     def significant(self) -> bool:
@@ -204,6 +212,19 @@ class Comparison:
         return plain
 
 
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """The p values of several comparisons, corrected for their number.
+
+    Those below a level are true of all that are called so at once, with that chance of being wrong in any (Holm, A
+    simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979).
+    """
+    made, highest = {}, 0.0
+    for number, name in enumerate(sorted(p, key=lambda key: p[key])):
+        highest = max(highest, min(1.0, (len(p) - number) * p[name]))
+        made[name] = highest
+    return {name: made[name] for name in p}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Difference):
         return {**{k: _plain(v) for k, v in vars(value).items()}, "significant": value.significant}
@@ -221,7 +242,8 @@ def compare(
     *,
     baseline: str | None = None,
     joint: Iterable[Cell] = (),
-    clips: _Clips | None = None,
+    clips: Mapping[str, _Clips] | None = None,
+    orders: bool = False,
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
@@ -229,9 +251,10 @@ def compare(
     """Compare the methods of ``cells``; deterministic.
 
     ``baseline`` names the method that the others' differences are to; ``joint`` are runs of joint training, by whose
-    seeds intransigence is measured (they may be among ``cells`` too). ``clips`` tells of each mixture, by its list and
-    number, the class and id of its clips (:func:`clips_of_protocol`); left out, the evaluations' rows do, if they are
-    whole.
+    seeds intransigence is measured (they may be among ``cells`` too). ``clips`` tells of each mixture, by the hash of
+    its protocol and then by its list and number, the class and id of its clips (:func:`clips_of_protocol`); left out,
+    the evaluations' rows do, if they are whole. ``orders``: every seed may have a class order of its own, with its own
+    test mixtures of the same clips; all runs of a seed must agree in it.
 
     Raises:
         RunError: no cell; a method has a seed twice; a run is not scored after every task; or the runs were tested on
@@ -245,8 +268,10 @@ def compare(
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    for other in (*chosen[1:], *uppers):
-        _check_same(chosen[0], other)
+    alike: dict[int, Cell] = {}
+    for other in (*chosen, *uppers):
+        _check_same(chosen[0], other, but=_OF_AN_ORDER if orders else ())
+        _check_same(alike.setdefault(other.seed, other), other)
     for cell in (*chosen, *uppers):
         _check_complete(cell)
     methods = _by_method(chosen)
@@ -254,27 +279,40 @@ def compare(
         raise UnknownNameError(f"no method '{baseline}' to compare with: {near_matches(baseline, methods)}")
 
     first = chosen[0].evaluation
-    # the one with most: what a separator cannot be asked for is left out of its scores
-    layout = _Layout(max((c.evaluation for c in (*chosen, *uppers)), key=_size))
-    tables = {name: {c.seed: _Table(layout, c) for c in members} for name, members in methods.items()}
+    steps = len(first["tasks"])
+    layouts = _layouts((*chosen, *uppers))
+
+    def layout_of(cell: Cell) -> _Layout:
+        return layouts[cell.evaluation["protocol_hash"]]
+
+    tables = {name: {c.seed: _Table(layout_of(c), c) for c in members} for name, members in methods.items()}
     paired = [c.seed for c in methods[baseline if baseline is not None else next(iter(methods))]]
-    beside = {name: _Table(layout, cell) for name, cell in _yardstick_cells(chosen).items()}
+    # yardsticks are of one order: with several there are none
+    beside = {
+        name: _Table(layout_of(chosen[0]), cell)
+        for name, cell in (_yardstick_cells(chosen) if len(layouts) == 1 else {}).items()
+    }
     tables |= {name: dict.fromkeys(paired, table) for name, table in beside.items()}
     upper: dict[int, _Table] = {}
     for cell in uppers:
         if cell.seed in upper:
             raise RunError(f"{cell} is another run of joint training with seed {cell.seed}: give one for every seed")
-        upper[cell.seed] = _Table(layout, cell)
+        upper[cell.seed] = _Table(layout_of(cell), cell)
 
-    def measure(weights: _Array) -> dict[tuple[str, str, str], _Array]:
-        """(method, values or differences, name) -> [r, seeds] for weights [r, mixtures]."""
-        bounds = {number: table.matrix(weights) for number, table in upper.items()}
+    def measure(drawn: Callable[[_Layout], _Array]) -> dict[tuple[str, str, str], _Array]:
+        """(method, values or differences, name) -> [r, seeds]; ``drawn`` gives a layout's weights [r, mixtures]."""
+        of_layout = {id(layout): drawn(layout) for layout in layouts.values()}
+
+        def weights(table: _Table) -> _Array:
+            return of_layout[id(table.layout)]
+
+        bounds = {number: table.matrix(weights(table)) for number, table in upper.items()}
         known: dict[_Table, dict[str, _Array]] = {}
 
         def of(table: _Table, number: int) -> dict[str, _Array]:
             if table not in known:
                 bound = None if any(table is other for other in beside.values()) else bounds.get(number)
-                known[table] = table.measures(weights, bound)
+                known[table] = table.measures(weights(table), bound)
             return known[table]
 
         found: dict[tuple[str, str, str], list[_Array]] = {}
@@ -289,12 +327,11 @@ def compare(
                         found.setdefault((name, "differences", key), []).append(value - theirs[key])
         return {key: np.stack(values, axis=1) for key, values in found.items()}
 
-    points = {
-        key: value[0] for key, value in measure(np.ones((1, layout.mixtures))).items() if np.isfinite(value).all()
-    }
+    once = measure(lambda layout: np.ones((1, layout.mixtures)))
+    points = {key: value[0] for key, value in once.items() if np.isfinite(value).all()}
     resampled: dict[tuple[str, str, str], list[_Array]] = {key: [] for key in points}
-    for weights in layout.resamples(clips, resamples=resamples, seed=seed):
-        measured = measure(weights)
+    for drawn in _resamples(layouts, clips, resamples=resamples, seed=seed):
+        measured = measure(drawn)
         for key, parts in resampled.items():
             parts.append(measured[key].mean(axis=1))
     of_seeds = {count: _seed_draws(count, resamples, seed + 1) for count in {len(value) for value in points.values()}}
@@ -307,7 +344,8 @@ def compare(
                 if len(value) > 1:
                     drawn = drawn + of_seeds[len(value)] * value.std(ddof=1)
                 interval = percentile_interval(float(value.mean()), drawn, confidence)
-                made[key] = kind(**vars(interval), per_seed=tuple(value.tolist()))
+                more = {"p": _p_value(drawn)} if issubclass(kind, Difference) else {}
+                made[key] = kind(**vars(interval), per_seed=tuple(value.tolist()), **more)
         return made
 
     def result(name: str, members: Sequence[Cell]) -> MethodResult:
@@ -319,11 +357,11 @@ def compare(
             values={k: v for k, v in values.items() if "@" not in k},
             differences={k: v for k, v in estimates(name, "differences", Difference).items() if "@" not in k},
             curves={
-                key: tuple(values[f"{key}@{t}"] for t in range(layout.steps))
+                key: tuple(values[f"{key}@{t}"] for t in range(steps))
                 for key in ("average", *METRICS)
-                if all(f"{key}@{t}" in values for t in range(layout.steps))
+                if all(f"{key}@{t}" in values for t in range(steps))
             },
-            matrix=_mean_matrix([t.matrix(np.ones((1, layout.mixtures)))[0] for t in tables[name].values()]),
+            matrix=_mean_matrix([t.matrix(np.ones((1, t.layout.mixtures)))[0] for t in tables[name].values()]),
             counts={key: float(np.mean([c[key] for c in counts])) for key in counts[0]},
             memory_bytes=_mean([c.memory_bytes for c in members]),
             seconds=_mean([c.seconds for c in members]),
@@ -332,7 +370,7 @@ def compare(
 
     learned = ("forgetting", "bwt", "intransigence")  # of what does not learn there are none
     yardsticks = []
-    for name, cell in _yardstick_cells(chosen).items():
+    for name, cell in _yardstick_cells(chosen).items() if beside else ():
         made = result(name, [replace(cell, seed=number) for number in paired])
         values = {k: v for k, v in made.values.items() if k not in learned}
         differences = {k: v for k, v in made.differences.items() if k not in learned}
@@ -350,6 +388,23 @@ def compare(
         tasks=tuple(tuple(names) for names in first["tasks"]),
         yardsticks=tuple(yardsticks),
     )
+
+
+def _layouts(cells: Sequence[Cell]) -> dict[str, _Layout]:
+    """By the protocol's hash, of which there is one for every class order."""
+    largest: dict[str, Mapping[str, Any]] = {}
+    for cell in cells:
+        key = cell.evaluation["protocol_hash"]
+        # the one with most: what a separator cannot be asked for is left out of its scores
+        largest[key] = max(largest.get(key, cell.evaluation), cell.evaluation, key=_size)
+    return {key: _Layout(evaluation) for key, evaluation in largest.items()}
+
+
+def _p_value(drawn: _Array) -> float:
+    """Twice the smaller share of the draws on one side of zero; never below one draw."""
+    known = drawn[np.isfinite(drawn)]
+    beyond = min(np.count_nonzero(known <= 0), np.count_nonzero(known >= 0))
+    return float(min(1.0, 2 * max(beyond, 1) / max(len(known), 1)))
 
 
 def _size(evaluation: Mapping[str, Any]) -> int:
@@ -492,8 +547,11 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 # --- what may be compared ---------------------------------------------------------------------------------------------
 
 
-def _check_same(one: Cell, other: Cell) -> None:
-    """Raise RunError, with the reason, where two runs were not tested on the same thing."""
+_OF_AN_ORDER = ("tasks", "protocol_hash")
+
+
+def _check_same(one: Cell, other: Cell, but: tuple[str, ...] = ()) -> None:
+    """Raise RunError, with the reason, where two runs were not tested on the same thing, ``but`` for some of it."""
     a, b = one.evaluation, other.evaluation
     reasons: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
         ("store_hash", "were trained on different stores", lambda e: str(e.get("store_hash"))[:12]),
@@ -506,8 +564,10 @@ def _check_same(one: Cell, other: Cell) -> None:
         ),
         ("protocol_hash", "were tested on different mixtures", lambda e: str(e.get("protocol_hash"))[:12]),
     )
+    if but and sorted(map(len, a["tasks"])) != sorted(map(len, b["tasks"])):
+        raise RunError(f"{one} and {other} cannot be compared: their tasks have other numbers of classes")
     for key, reason, shown in reasons:
-        if _same(a.get(key)) != _same(b.get(key)):
+        if key not in but and _same(a.get(key)) != _same(b.get(key)):
             raise RunError(f"{one} and {other} cannot be compared: they {reason} ({shown(a)} and {shown(b)})")
 
 
@@ -570,29 +630,47 @@ class _Layout:
         ]
         self.column = {key: number for number, key in enumerate(columns)}
 
-    def resamples(self, clips: _Clips | None, *, resamples: int, seed: int) -> Iterator[_Array]:
-        """How often each mixture counts, in blocks [r, mixtures]."""
-        members = [
+    def members(self, clips: _Clips | None) -> list[dict[str, str]]:
+        """Of each mixture the classes of its clips, by the clips' ids; empty where they are not known."""
+        return [
             {clip: name for name, clip in clips[key]} if clips is not None else self._clips[key] for key in self.row
         ]
-        if not all(members):
-            yield from resampling_weights(self.sizes, resamples=resamples, seed=seed)
-            return
-        groups: dict[str, dict[str, None]] = {}
-        for clip, name in sorted((clip, name) for one in members for clip, name in one.items()):
-            groups.setdefault(name, {})[clip] = None
-        # a class with one clip cannot be resampled by itself
-        alone = [clip for found in groups.values() if len(found) == 1 for clip in found]
-        strata = [*([alone] if alone else []), *(list(found) for found in groups.values() if len(found) > 1)]
-        place = {clip: number for number, clip in enumerate(clip for stratum in strata for clip in stratum)}
-        inside = np.zeros((len(place), self.mixtures), dtype=bool)
-        for number, one in enumerate(members):
-            inside[[place[clip] for clip in one], number] = True
-        for drawn in resampling_weights([len(stratum) for stratum in strata], resamples=resamples, seed=seed):
-            weights = np.ones((len(drawn), self.mixtures))
-            for column, where in enumerate(inside):
-                weights[:, where] *= drawn[:, column, None]
-            yield weights
+
+
+def _resamples(
+    layouts: Mapping[str, _Layout], clips: Mapping[str, _Clips] | None, *, resamples: int, seed: int
+) -> Iterator[Callable[[_Layout], _Array]]:
+    """Blocks of r draws: how often each mixture of a layout counts, [r, mixtures]. The clips are drawn once for all."""
+    members = {id(one): one.members(None if clips is None else clips[key]) for key, one in layouts.items()}
+    if not all(member for of_layout in members.values() for member in of_layout):
+        if len(layouts) > 1:
+            raise RunError("seeds with other class orders are compared by the clips of their mixtures: give clips")
+        (only,) = layouts.values()
+        for block in resampling_weights(only.sizes, resamples=resamples, seed=seed):
+            yield lambda _, block=block: block  # type: ignore[misc]
+        return
+    groups: dict[str, dict[str, None]] = {}
+    for clip, name in sorted({pair for known in members.values() for one in known for pair in one.items()}):
+        groups.setdefault(name, {})[clip] = None
+    # a class with one clip cannot be resampled by itself
+    alone = [clip for found in groups.values() if len(found) == 1 for clip in found]
+    strata = [*([alone] if alone else []), *(list(found) for found in groups.values() if len(found) > 1)]
+    place = {clip: number for number, clip in enumerate(clip for stratum in strata for clip in stratum)}
+    inside = {}
+    for key, known in members.items():
+        inside[key] = np.zeros((len(place), len(known)), dtype=bool)
+        for number, one in enumerate(known):
+            inside[key][[place[clip] for clip in one], number] = True
+
+    for drawn in resampling_weights([len(stratum) for stratum in strata], resamples=resamples, seed=seed):
+
+        def weights(layout: _Layout, drawn: _Array = drawn) -> _Array:
+            made = np.ones((len(drawn), layout.mixtures))
+            for column, where in enumerate(inside[id(layout)]):
+                made[:, where] *= drawn[:, column, None]
+            return made
+
+        yield weights
 
 
 class _Table:

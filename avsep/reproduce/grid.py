@@ -1,13 +1,15 @@
 """Grids as plain data: which runs stand behind which row of which table.
 
 Rows as in tables 1 to 3 and figures 3 and 4 of Pian et al., NeurIPS 2024, with fine-tuning with memory (plain replay)
-beside them, the control that the paper leaves out.
+beside them, the control that the paper leaves out. Beyond the paper's: ContAV-Sep with the published weights where the
+preset has others, and joint training for longer than the others where the preset says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +20,7 @@ from avsep.data.tasks import TaskStream, task_stream
 from avsep.errors import AvsepError, ConfigError, UnknownNameError, near_matches
 from avsep.evaluation.evaluate import EVALUATION_VERSION
 from avsep.mixers.mixtures import epoch_steps
+from avsep.registry import STRATEGIES
 from avsep.reproduce.preset import GridPreset
 from avsep.spec import ComponentRef, RunSpec, SeparatorSpec, TrainSpec
 from avsep.strategies import build_strategy
@@ -35,7 +38,9 @@ __all__ = [
     "selection",
 ]
 
-GRID_VERSION = 1  # raise it when a cell's result changes though nothing of its identity does
+# Raise it when a cell's result changes though nothing of its identity does. 2: AV-CIL's first task is plain, and no
+# result goes without the processor that it was computed on.
+GRID_VERSION = 2
 
 BASES = ("iquery", "coseparation")
 BASE_TITLES = {"iquery": "iQuery", "coseparation": "Co-Separation"}
@@ -63,7 +68,8 @@ class Cell:
 
     ``identity`` is everything that decides its result, ``key`` a hash of it; ``first_identity`` and ``first_key``
     likewise of its first task, which cells that agree in it share. ``steps`` is about how many optimisation steps it
-    takes beyond the first task. ``problem`` says why it cannot be run, if so.
+    takes beyond the first task. ``problem`` says why it cannot be run, if so. ``tested``: it is scored on test
+    mixtures; what chooses settings is not, and has the validation scores of its tasks alone.
     """
 
     base: str
@@ -76,6 +82,7 @@ class Cell:
     steps: int
     first_steps: int
     problem: str = ""
+    tested: bool = True
 
     @property
     def name(self) -> str:
@@ -87,16 +94,25 @@ class Cell:
 class Grid:
     """Cells by key; ``rows`` of each table by base, ``notes`` on it, and the cells of a row in the order of the seeds.
 
-    ``rows``: {table: {base: [Row, ...]}}; ``places``: {(table, base, row): keys}.
+    ``rows``: {table: {base: [Row, ...]}}; ``places``: {(table, base, row): keys}; ``streams``: the tasks of each seed.
     """
 
     preset: GridPreset
-    stream: TaskStream
+    streams: dict[int, TaskStream]
     seeds: tuple[int, ...]
     rows: dict[str, dict[str, list[Row]]]
     notes: dict[str, list[str]]
     cells: dict[str, Cell]
     places: dict[tuple[str, str, str], tuple[str, ...]]
+
+    @property
+    def stream(self) -> TaskStream:
+        """The first seed's; all are of one store, protocol and number of tasks."""
+        return self.streams[self.seeds[0]]
+
+    @property
+    def store(self) -> Store:
+        return self.stream.store
 
     def keys(self, table: str, base: str, row: str) -> tuple[str, ...]:
         return self.places[table, base, row]
@@ -110,13 +126,18 @@ def identity_key(identity: Any) -> str:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _table1(preset: GridPreset) -> list[Row]:
+PUBLISHED = "contavsep-published+memory"
+JOINT_LONG = "joint-long"
+
+
+def table1_rows(base: str, preset: GridPreset) -> list[Row]:
     def row(strategy: str, label: str, memory: bool) -> Row:
+        name = f"{strategy}+memory" if memory else strategy
         return Row(
-            name=f"{strategy}+memory" if memory else strategy,
+            name=name,
             label=label,
             strategy=strategy,
-            params=preset.strategies.get(strategy, {}),
+            params=preset.params(base, name, strategy),
             memory=preset.memory if memory else None,
         )
 
@@ -125,11 +146,17 @@ def _table1(preset: GridPreset) -> list[Row]:
     more = (("avcil", "AV-CIL"), ("contavsep", "ContAV-Sep"))
     replay = [row("finetune", "plain replay", True)]
     with_memory = replay + [row(strategy, label, True) for strategy, label in (*named[1:], *more)]
-    return [*without, *with_memory, row("joint", "joint (upper bound)", False)]
+    rows = [*without, *with_memory]
+    if rows[-1].params:
+        rows.append(Row(PUBLISHED, "ContAV-Sep, published weights", "contavsep", {}, preset.memory))
+    rows.append(row("joint", "joint (upper bound)", False))
+    if JOINT_LONG in preset.strategy_train:
+        rows.append(replace(rows[-1], name=JOINT_LONG, label="joint, longer"))
+    return rows
 
 
-def _table2(preset: GridPreset) -> list[Row]:
-    base = preset.strategies.get("contavsep", {})
+def _table2(base_name: str, preset: GridPreset) -> list[Row]:
+    base = preset.params(base_name, "contavsep+memory", "contavsep")
     parts: tuple[tuple[str, str, dict[str, float]], ...] = (
         ("mask", "L_dist", {"weight_instance": 0.0, "weight_class": 0.0}),
         ("mask+instance", "L_dist + L_inst", {"weight_class": 0.0}),
@@ -139,7 +166,7 @@ def _table2(preset: GridPreset) -> list[Row]:
     return [Row(name, label, "contavsep", {**base, **off}, preset.memory) for name, label, off in parts]
 
 
-def _table3(preset: GridPreset, stream: TaskStream) -> tuple[list[Row], list[str]]:
+def _table3(base: str, preset: GridPreset, stream: TaskStream) -> tuple[list[Row], list[str]]:
     counts = {
         name: len(stream.store.select(classes=[name], split="train"))
         for task in stream.tasks[:-1]
@@ -161,7 +188,8 @@ def _table3(preset: GridPreset, stream: TaskStream) -> tuple[list[Row], list[str
         memory = ComponentRef(name=preset.memory.name, params=params)
         # a larger memory holds more, and is not seen more often
         train = {"memory_share": "constant"} if k > 1 else {}
-        rows.append(Row(f"K={k}", f"K = {k}", "contavsep", preset.strategies.get("contavsep", {}), memory, train))
+        params = preset.params(base, "contavsep+memory", "contavsep")
+        rows.append(Row(f"K={k}", f"K = {k}", "contavsep", params, memory, train))
     if left := [k for k in preset.memory_sizes if k > max(counts.values())]:
         notes.append(
             f"K = {', '.join(map(str, left))} left out: no class of an earlier task has more than "
@@ -175,7 +203,7 @@ def _budget(base: str, preset: GridPreset, separator: SeparatorSpec, stream: Tas
     into exemplars."""
     from avsep.evaluation.budget import align, estimate
 
-    rows = {row.name: row for row in _table1(preset)}
+    rows = {row.name: row for row in table1_rows(base, preset) if row.name != PUBLISHED}
     ewc = rows["ewc"]
     limit = estimate(_spec(ewc, preset.train_spec(base), separator, stream), stream.store).total
     title, found, full, notes = BASE_TITLES.get(base, base), [ewc], [], []
@@ -228,7 +256,8 @@ def build_grid(
         if table not in TABLES:
             raise UnknownNameError(f"no table named '{table}': {near_matches(table, TABLES)}")
     preset.check_bases(bases or ())
-    specs, stream = _stream(preset, store)
+    specs, streams = _streams(preset, store, seeds=1)
+    stream = streams[preset.seed]
 
     made: dict[str, dict[str, list[Row]]] = {}
     notes: dict[str, list[str]] = {}
@@ -262,8 +291,21 @@ def selection(grid: Grid, wanted: Callable[[Row, Sequence[str]], bool]) -> Grid:
     return replace(grid, rows=rows)
 
 
-def _stream(preset: GridPreset, store: Store) -> tuple[dict[str, SeparatorSpec], TaskStream]:
-    """The base separators, and the tasks that all of them learn."""
+def rotated(tasks: Sequence[Sequence[str]], number: int) -> list[list[str]]:
+    """The class order of seed ``number``, counted from 0, with tasks of the same sizes (:class:`GridPreset`)."""
+    block, moved = divmod(number, len(tasks))
+    names = [name for names in tasks for name in names]
+    if block:
+        random.Random(f"order {block}").shuffle(names)
+    left = iter(names)
+    made = [[next(left) for _ in task] for task in tasks]
+    return made[moved:] + made[:moved]
+
+
+def _streams(
+    preset: GridPreset, store: Store, *, seeds: int, most_tasks: int | None = None
+) -> tuple[dict[str, SeparatorSpec], dict[int, TaskStream]]:
+    """The base separators, and by seed the tasks that all of them learn; of ``most_tasks`` the first."""
     specs = {base: preset.separator(base) for base in preset.bases}
     lengths = {spec.front_end.clip_samples for spec in specs.values()}
     if len(lengths) > 1:
@@ -272,8 +314,17 @@ def _stream(preset: GridPreset, store: Store) -> tuple[dict[str, SeparatorSpec],
             "the same front_end.clip_samples, so that they are tested on the same mixtures"
         )
     tasks: Any = preset.tasks
-    stream = task_stream(store, tasks, protocol=preset.protocol, clip_samples=lengths.pop())
-    return specs, stream
+    length = lengths.pop()
+    whole = task_stream(store, tasks, protocol=preset.protocol, clip_samples=length)
+    lists = [list(task.classes) for task in whole.tasks]
+    made: dict[int, TaskStream] = {}
+    known: dict[str, TaskStream] = {} if most_tasks else {str(lists): whole}
+    for number in range(seeds):
+        order = (rotated(lists, number) if preset.orders == "rotated" else lists)[:most_tasks]
+        if str(order) not in known:
+            known[str(order)] = task_stream(store, order, protocol=preset.protocol, clip_samples=length)
+        made[preset.seed + number] = known[str(order)]
+    return specs, made
 
 
 def assemble(
@@ -283,20 +334,23 @@ def assemble(
     store: Store,
     *,
     seeds: int,
+    most_tasks: int | None = None,
+    tested: bool = True,
 ) -> Grid:
-    """The grid of given rows, by table and base; cells that several tables share are one."""
-    specs, stream = _stream(preset, store)
-    numbers = tuple(preset.seed + i for i in range(seeds))
+    """The grid of given rows, by table and base; cells that several tables share are one. ``most_tasks``: as many of
+    the stream's first ones alone; ``tested``: see :class:`Cell`."""
+    specs, streams = _streams(preset, store, seeds=seeds, most_tasks=most_tasks)
+    numbers = tuple(streams)
     cells: dict[str, Cell] = {}
     places: dict[tuple[str, str, str], tuple[str, ...]] = {}
     for table, of_base in rows.items():
         for base, lines in of_base.items():
             for row in lines:
-                own = [_cell(base, row, seed, preset, specs[base], stream) for seed in numbers]
+                own = [_cell(base, row, seed, preset, specs[base], streams[seed], tested) for seed in numbers]
                 places[table, base, row.name] = tuple(cell.key for cell in own)
                 for cell in own:
                     cells.setdefault(cell.key, cell)
-    return Grid(preset, stream, numbers, rows, notes, cells, places)
+    return Grid(preset, streams, numbers, rows, notes, cells, places)
 
 
 def _rows(
@@ -304,16 +358,16 @@ def _rows(
 ) -> tuple[list[Row], list[str]]:
     """The rows of a table on one base separator, and what must be said of them."""
     if table in ("table3", "figure4"):
-        return _table3(preset, stream)
+        return _table3(base, preset, stream)
     if table == "budget":
         return _budget(base, preset, separator, stream)
-    return (_table2(preset) if table == "table2" else _table1(preset)), []
+    return (_table2(base, preset) if table == "table2" else table1_rows(base, preset)), []
 
 
 def _spec(row: Row, train: TrainSpec, separator: SeparatorSpec, stream: TaskStream) -> RunSpec:
     return RunSpec(
         separator=separator,
-        strategy=ComponentRef(name=row.strategy, params=row.params),
+        strategy=_strategy(row),
         memory=row.memory or ComponentRef(name="none"),
         train=train,
         tasks=tuple(t.classes for t in stream.tasks),
@@ -323,8 +377,23 @@ def _spec(row: Row, train: TrainSpec, separator: SeparatorSpec, stream: TaskStre
     )
 
 
-def _cell(base: str, row: Row, seed: int, preset: GridPreset, separator: SeparatorSpec, stream: TaskStream) -> Cell:
-    train = preset.train_spec(base, preset.strategy_train.get(row.strategy, {}), row.train, {"seed": seed})
+_SWITCHED_OFF = ("lwf", "ewc", "plop", "avcil", "contavsep")  # with every weight at 0 these are fine-tuning
+
+
+def _strategy(row: Row) -> ComponentRef:
+    """The row's strategy; fine-tuning where all of its weights are 0, so that it is the same cell."""
+    if row.strategy in _SWITCHED_OFF:
+        settings = {p.name: p.default for p in STRATEGIES.get(row.strategy).settings} | row.params
+        if not any(value for name, value in settings.items() if name.startswith("weight")):
+            return ComponentRef(name="finetune")
+    return ComponentRef(name=row.strategy, params=row.params)
+
+
+def _cell(
+    base: str, row: Row, seed: int, preset: GridPreset, separator: SeparatorSpec, stream: TaskStream, tested: bool
+) -> Cell:
+    changes = preset.strategy_train.get(row.name, preset.strategy_train.get(row.strategy, {}))
+    train = preset.train_spec(base, changes, row.train, {"seed": seed})
     spec = _spec(row, train, separator, stream)
     common = {
         "store_hash": spec.store_hash,
@@ -338,12 +407,12 @@ def _cell(base: str, row: Row, seed: int, preset: GridPreset, separator: Separat
         },
     }
     data = spec.model_dump(mode="json", exclude={"store", "preset", "store_hash"})
-    identity = {"spec": data, **common}
+    identity = {"spec": data, **common, **({} if tested else {"tested": False})}
     problem = ""
     first: dict[str, Any] | None = {}
     try:
         spec.check()
-        first = build_strategy(ComponentRef(name=row.strategy, params=row.params)).first_task()
+        first = build_strategy(spec.strategies).first_task()
     except AvsepError as error:
         problem = str(error)
     trained = train.model_dump(mode="json", exclude={"memory_repeats", "memory_share"})  # there are no exemplars yet
@@ -369,6 +438,7 @@ def _cell(base: str, row: Row, seed: int, preset: GridPreset, separator: Separat
         steps=steps,
         first_steps=first_steps,
         problem=problem,
+        tested=tested,
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -40,14 +41,24 @@ class BasePreset(_Model):
     preset: str = Field(description="name, or the path of a YAML file")
     separator: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
+    strategies: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="over the grid's own, as what is tuned is tuned for each base"
+    )
 
 
 class GridPreset(_Model):
     """Everything that sizes a grid.
 
-    ``strategies`` are parameters by strategy, each chosen once and used on both bases; ``strategy_train`` changes the
-    training under a strategy. ``threads`` is the number of CPU threads of every cell, whatever runs beside it, since
-    the last bits depend on it.
+    ``strategies`` are parameters by strategy or, where both are there, by row (``lwf+memory``); those of a base go over
+    them. ``strategy_train`` changes the training likewise. ``threads`` is the number of CPU threads of every cell,
+    whatever runs beside it, since the last bits depend on it.
+
+    ``orders="rotated"``: every seed has a class order of its own. The seeds go round in blocks of as many as there are
+    tasks: the first block has the store's order, each other one a random order, and within a block the tasks move on by
+    one place with each seed. So each class is equally often in the first task, in the second, and so on.
+
+    ``updates``: optimisation steps of every task under every method, whatever its memory; the shares of current clips
+    and exemplars in a batch stay as they are. None: as many as the clips and exemplars give, as published.
     """
 
     summary: str = ""
@@ -55,6 +66,8 @@ class GridPreset(_Model):
     measured: str = Field("", description="what the grid cost, where")
     dataset: SynthSettings = Field(default_factory=lambda: SynthSettings())
     tasks: int | tuple[tuple[str, ...], ...] = Field(5, description="classes a task, or the classes of each")
+    orders: Literal["store", "rotated"] = "store"
+    updates: int | None = Field(None, ge=1)
     protocol: str = "fixed"
     bases: dict[str, BasePreset]
     train: dict[str, Any] = Field(default_factory=dict, description="for every base")
@@ -66,10 +79,13 @@ class GridPreset(_Model):
     memory_sizes: tuple[int, ...] = (1, 2, 3, 4, 10, 20, 30)
     strategies: dict[str, dict[str, Any]] = Field(default_factory=dict)
     strategy_train: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    tuning: dict[str, dict[str, tuple[float, ...]]] = Field(
-        default_factory=dict, description="values to choose from by 'avsep reproduce tune', by strategy and parameter"
+    tuning: dict[str, dict[str, tuple[float, ...]] | tuple[dict[str, float], ...]] = Field(
+        default_factory=dict,
+        description="what 'avsep reproduce tune' chooses from, by row: values of parameters, of which every "
+        "combination is tried, or a list of settings",
     )
     seed: int = Field(1234, ge=0, description="of the first run; the others count on from it")
+    seeds: int = Field(3, ge=1, description="of the tables, unless --seeds says otherwise")
     threads: int = Field(1, ge=1)
 
     def separator(self, base: str) -> SeparatorSpec:
@@ -78,13 +94,47 @@ class GridPreset(_Model):
         data = {"num_classes": 1, **_merged(load_preset(entry.preset)["separator"], entry.separator)}
         return validated(SeparatorSpec, data, f"base '{base}'")
 
+    def params(self, base: str, row: str, strategy: str) -> dict[str, Any]:
+        """The strategy's parameters in a row of a base: the most specific that the preset has."""
+        for found in (self.bases[base].strategies, self.strategies):
+            for name in (row, strategy):
+                if name in found:
+                    return dict(found[name])
+        return {}
+
+    def candidates(self, row: str) -> list[dict[str, float]]:
+        """The settings among which a row's are chosen."""
+        found = self.tuning[row]
+        if isinstance(found, tuple):
+            return [dict(one) for one in found]
+        return [dict(zip(found, values, strict=True)) for values in itertools.product(*found.values())]
+
     def train_spec(self, base: str, *changes: Mapping[str, Any]) -> TrainSpec:
         """The base separator's training, with ``changes`` put over it one after the other."""
         entry = self.bases[base]
         data = load_preset(entry.preset).get("train", {})
         for more in (self.train, entry.train, *changes):
             data = _merged(data, more)
-        return validated(TrainSpec, data, f"base '{base}'")
+        made: TrainSpec = validated(TrainSpec, data, f"base '{base}'")
+        return made if self.updates is None else self._with_updates(made, base)
+
+    def _with_updates(self, train: TrainSpec, base: str) -> TrainSpec:
+        """Lists long enough for the steps of an epoch of the base's usual number of epochs: a row with more has more
+        steps."""
+        entry = self.bases[base]
+        usual = _merged(_merged(load_preset(entry.preset).get("train", {}), self.train), entry.train)
+        epochs = int(usual.get("epochs", train.epochs))
+        if self.updates is None or self.updates % epochs:
+            raise ConfigError(f"updates = {self.updates} do not divide into {epochs} epochs: choose a multiple")
+        steps = self.updates // epochs
+        times = -(-steps * train.batch_size // train.current_repeats)  # for one clip enough, and a longer list is cut
+        return train.model_copy(
+            update={
+                "steps_per_epoch": steps,
+                "current_repeats": train.current_repeats * times,
+                "memory_repeats": train.memory_repeats * times,
+            }
+        )
 
     def check_bases(self, names: Iterable[str]) -> None:
         """Raise :class:`UnknownNameError` for a base separator that the preset does not have."""

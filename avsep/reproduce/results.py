@@ -46,6 +46,13 @@ class CellResult:
         """Every commit of the library that worked on the cell or on its first task."""
         return tuple(self.data.get("commits") or [str(self.data.get("commit", "unknown"))])
 
+    @property
+    def arithmetic(self) -> str:
+        """What computed the cell, its software included: scores of other ones differ beyond the last digits, and are
+        not set beside each other."""
+        on = self.data.get("arithmetic") or [str(self.data.get("device", "unknown"))]
+        return f"{' and '.join(on)}, torch {(self.data.get('software') or {}).get('torch', 'unknown')}"
+
     def scores(self) -> dict[str, Any]:
         """As :func:`avsep.evaluation.comparison.compact_evaluation` gives them."""
         packed = self.data["scores"]
@@ -64,22 +71,24 @@ class CellResult:
         )
 
 
-def cell_record(cell: Mapping[str, Any], evaluation: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+def cell_record(cell: Mapping[str, Any], evaluation: Mapping[str, Any] | None, **more: Any) -> dict[str, Any]:
     """The content of a cell's file.
 
     ``key`` and ``identity`` (all that decides the result; the key is its hash), ``base``, ``row``, ``seed``;
     ``final``, the means over the scored test mixtures after the last task, and ``counts`` of mixtures then;
     ``scores``, every source's after every task (:func:`avsep.evaluation.comparison.compact_evaluation`, its columns
-    packed); and ``more``: bytes of memory, seconds, commit, versions, machine.
+    packed); and ``more``: bytes of memory, seconds, commit, versions, machine. Without an ``evaluation``, of a cell
+    that is not tested, there are no scores.
     """
+    known = {"format": _FORMAT, "version": _VERSION, **cell}
+    if evaluation is None:
+        return {**known, "final": dict.fromkeys(METRICS), "counts": {}, **more, "scores": {"after": []}}
     last = evaluation["after"][-1]["all"]
     scores = _rounded(comparison.compact_evaluation(evaluation))
     for step in scores["after"]:
         step["columns"] = _packed(step["columns"])
     return {
-        "format": _FORMAT,
-        "version": _VERSION,
-        **cell,
+        **known,
         "final": _rounded(last["mean"]),
         "counts": {k: last[k] for k in ("mixtures", "scored", "skipped", "silent_estimates", "degenerate")},
         **more,

@@ -284,7 +284,7 @@ class _Loop:
         return self.out / "work" / f"first-{cell.first_key}"
 
     def _units(self) -> tuple[list[_Unit], list[_Unit]]:
-        """First tasks and cells that are still to be run, the longest first."""
+        """First tasks and cells that are still to be run, seed by seed and of each the longest first."""
         todo = []
         for cell in self.grid.cells.values():
             if cell.key in self.results:
@@ -305,7 +305,7 @@ class _Loop:
             )
             for cell in todo
         ]
-        return self._firsts(todo), sorted(units, key=_longest_first)
+        return self._firsts(todo), sorted(units, key=_in_order)
 
     def _tidy(self, folder: Path) -> None:
         """Remove what a finished cell leaves, where nobody has asked to keep it."""
@@ -313,7 +313,7 @@ class _Loop:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _firsts(self, todo: Sequence[Cell]) -> list[_Unit]:
-        """The first tasks that must be run before ``todo``, the longest first."""
+        """The first tasks that must be run before ``todo``."""
         groups: dict[str, list[Cell]] = {}
         for cell in todo:
             if not first_task_done(self._cell_folder(cell) / "run"):
@@ -327,7 +327,7 @@ class _Loop:
                 firsts.append(
                     _Unit("first", cells[0].first_key, label, spec, cells[0].first_steps, folder, tuple(cells))
                 )
-        return sorted(firsts, key=_longest_first)
+        return sorted(firsts, key=_in_order)
 
     def _first_spec(self, cell: Cell, folder: Path) -> dict[str, Any]:
         """A run of the first task alone. Several strategies may share it: one that was begun stays as it is."""
@@ -390,14 +390,16 @@ class _Loop:
         return Outcome(finished, self.failed, ran, time.perf_counter() - started)
 
     def _next(self, waiting: list[_Unit]) -> _Unit | None:
-        """The first unit that can start: a first task, or a cell whose first task is there."""
-        for unit in waiting:
-            if unit.first:
-                return unit
-            cell = unit.cells[0]
-            if first_task_done(self._first_folder(cell) / "run") or first_task_done(unit.folder / "run"):
-                return unit
-        return None
+        """The first unit that can start: a cell whose first task is there, or a first task, of the earliest seed.
+
+        So a grid that is not finished has all rows of its first seeds, which pair.
+        """
+        ready = [unit for unit in waiting if unit.first or self._can_start(unit)]
+        return min(ready, key=lambda unit: (unit.cells[0].seed, not unit.first), default=None)
+
+    def _can_start(self, unit: _Unit) -> bool:
+        first = self._first_folder(unit.cells[0]) / "run"
+        return first_task_done(first) or first_task_done(unit.folder / "run")
 
     def _start(self, unit: _Unit, bars: Progress) -> None:
         unit.folder.mkdir(parents=True, exist_ok=True)
@@ -410,7 +412,7 @@ class _Loop:
             {
                 "kind": unit.kind,
                 "spec": unit.spec,
-                "store": str(Path(self.grid.stream.store.path).resolve()),
+                "store": str(Path(self.grid.store.path).resolve()),
                 "first": None if unit.first else str((self._first_folder(cell) / "run").resolve()),
                 "result": None if unit.first else str(self.results.path(cell).resolve()),
                 "cell": None
@@ -422,6 +424,7 @@ class _Loop:
                     "row": cell.row.name,
                     "seed": cell.seed,
                 },
+                "tested": cell.tested,
                 "threads": self.grid.preset.threads,
                 "device": self.device,
                 "preset": self.preset,
@@ -469,8 +472,8 @@ class _Loop:
         return False
 
 
-def _longest_first(unit: _Unit) -> tuple[int, str]:
-    return -unit.steps, unit.label
+def _in_order(unit: _Unit) -> tuple[int, int, str]:
+    return unit.cells[0].seed, -unit.steps, unit.label
 
 
 def check_folder(out: Path, resume: bool, *, preset: str, given: GridPreset, tuning: bool) -> None:
@@ -515,7 +518,7 @@ def claim(out: Path, grid: Grid, *, preset: str, given: GridPreset, device: str,
         "preset_hash": _preset_hash(grid.preset),
         "given_hash": _preset_hash(given),
         "device": device,
-        "store_hash": grid.stream.store.content_hash,
+        "store_hash": grid.store.content_hash,
         "code": code_hash(),
         "commit": commit(),
     }

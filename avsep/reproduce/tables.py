@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -106,16 +107,20 @@ def build_table(
     failed = failed or {}
     printed = published().get(_PAPER_TABLE.get(name, name), {})
     lines: dict[str, tuple[Line, ...]] = {}
-    clips = clips_of_protocol(grid.stream.protocol)
+    clips = {stream.protocol.hash: clips_of_protocol(stream.protocol) for stream in grid.streams.values()}
     for base, rows in grid.rows[name].items():
         found: dict[str, list[CellResult]] = {}
         missing: dict[str, list[str]] = {}
+        chosen = _arithmetic_of_seeds(grid, name, base, results)
         for row in rows:
             for key in grid.keys(name, base, row.name):
-                result = results.get(key)
+                result, seed = results.get(key), grid.cells[key].seed
                 if result is None:
-                    reason = failed.get(key, "not run")
-                    missing.setdefault(row.name, []).append(f"seed {grid.cells[key].seed}: {reason}")
+                    missing.setdefault(row.name, []).append(f"seed {seed}: {failed.get(key, 'not run')}")
+                elif result.arithmetic != chosen[seed]:
+                    missing.setdefault(row.name, []).append(
+                        f"seed {seed}: it is of {result.arithmetic}, and the seed's others of {chosen[seed]}"
+                    )
                 else:
                     found.setdefault(row.name, []).append(result)
         comparison = _compared(found, CONTROL[name], clips, resamples)
@@ -148,15 +153,25 @@ def build_table(
     )
 
 
+def _arithmetic_of_seeds(grid: Grid, name: str, base: str, results: ResultStore) -> dict[int, str]:
+    """On what most cells of each seed were computed: differences between methods are taken within it alone."""
+    found: dict[int, Counter[str]] = {}
+    for row in grid.rows[name][base]:
+        for key in grid.keys(name, base, row.name):
+            if (result := results.get(key)) is not None:
+                found.setdefault(grid.cells[key].seed, Counter())[result.arithmetic] += 1
+    return {seed: counts.most_common(1)[0][0] for seed, counts in found.items()}
+
+
 def _compared(
-    found: Mapping[str, Sequence[CellResult]], control: str, clips: dict[tuple[str, int], Any], resamples: int
+    found: Mapping[str, Sequence[CellResult]], control: str, clips: dict[str, Any], resamples: int
 ) -> Comparison | None:
     cells = [result.compared(name) for name, members in found.items() for result in members]
     if not cells:
         return None
     joint = [c for c in cells if c.method == "joint"]
     baseline = control if control in found else None
-    return compare(cells, baseline=baseline, joint=joint, clips=clips, resamples=resamples)
+    return compare(cells, baseline=baseline, joint=joint, clips=clips, orders=len(clips) > 1, resamples=resamples)
 
 
 def _memory(memory: Any) -> str:

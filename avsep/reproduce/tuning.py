@@ -1,91 +1,159 @@
-"""Choosing each method's weight once, on validation pairs of the first two tasks, before a grid is run.
+"""Choosing each method's settings on validation pairs of the first two tasks, before a grid is run.
 
-As the paper gives no weight of any baseline, every method gets the same care: each value of its ``tuning`` list in the
-preset learns the first two tasks, and the one with the best mean SDR on the validation mixtures of both is used for all
-tasks, bases and seeds. Test mixtures have no part in it.
+As the paper gives no weight of any baseline, every row gets the same care, for each base separator by itself and with
+the memory that it will have: each candidate of its ``tuning`` in the preset learns the first two tasks of each seed,
+and the one with the best mean SDR on the validation mixtures of both is chosen. Test mixtures have no part in it, and
+the seeds are others than those of the tables.
+
+Seeds are spent where candidates are close. All have :data:`FIRST` seeds; then a candidate is given up where it lies
+behind the best so far by more than :data:`MARGIN_DB` and by more than two standard errors of their difference, which is
+paired by seed (three, while there are fewer than :data:`LEAST` seeds); the others get one seed more, until one is left
+or all seeds are spent. What is chosen among several has at least :data:`LEAST`. A general optimiser would not pair
+seeds, whose differences are far larger than those of candidates, and there are few candidates, each of them known.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from avsep.data.store import Store
-from avsep.data.tasks import task_stream
-from avsep.errors import ConfigError
-from avsep.registry import STRATEGIES
-from avsep.reproduce.grid import Grid, Row, assemble
+from avsep.errors import ConfigError, UnknownNameError, near_matches
+from avsep.reproduce.grid import BASES, Grid, Row, assemble, table1_rows
 from avsep.reproduce.preset import GridPreset
 from avsep.reproduce.results import ResultStore
 
-__all__ = ["Choice", "build_tuning", "choices"]
+__all__ = ["FIRST", "LEAST", "MARGIN_DB", "SEEDS", "Choice", "build_tuning", "choices", "next_round"]
 
 TUNE = "tune"
+FIRST = 3  # seeds of every candidate
+LEAST = 5  # seeds of what is chosen among several
+SEEDS = 8  # the most
+MARGIN_DB = 0.2
+_SEEDS_APART = 100_000  # added to the preset's seed
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What became of one strategy: ``scores`` are mean SDR in dB over bases and seeds, by value; ``best`` the chosen
-    value, None while one is missing."""
+    """What became of one row on one base: by candidate, in the preset's order, its settings, the mean SDR in dB over
+    its seeds (None: a seed is missing), and how many those are. ``best`` is the chosen one's settings, None while a
+    seed is missing; ``open`` the numbers of those that are not given up."""
 
-    strategy: str
-    parameter: str
-    scores: dict[Any, float | None]
-    best: Any
+    base: str
+    row: str
+    candidates: tuple[tuple[dict[str, Any], float | None, int], ...]
+    best: dict[str, Any] | None
+    open: tuple[int, ...]
 
 
-def build_tuning(preset: GridPreset, store: Store, *, seeds: int = 1, bases: Sequence[str] | None = None) -> Grid:
-    """A grid whose cells learn the first two tasks, one for each value to choose from.
+def build_tuning(
+    preset: GridPreset,
+    store: Store,
+    *,
+    seeds: int = SEEDS,
+    bases: Sequence[str] | None = None,
+    rows: Sequence[str] | None = None,
+) -> Grid:
+    """A grid whose cells learn the first two tasks, one for each candidate, seed and base; ``rows``: of these alone.
 
-    Strategies that need a memory have the preset's, the others none. Raises :class:`ConfigError` where the preset has
-    nothing to tune or the store no second task, :class:`UnknownNameError` for a base that it does not have.
+    Raises:
+        ConfigError: the preset has nothing to tune, or the store no second task.
+        UnknownNameError: a base or row that the preset does not have.
     """
     preset.check_bases(bases or ())
     if not preset.tuning:
         raise ConfigError("the preset has nothing to tune: give it 'tuning', such as {lwf: {weight_mask: [0.1, 1]}}")
-    tasks: Any = preset.tasks
-    wanted = list(bases or list(preset.bases)[:1])
-    clip_samples = preset.separator(wanted[0]).front_end.clip_samples
-    lists = [task.classes for task in task_stream(store, tasks, clip_samples=clip_samples).tasks[:2]]
-    if len(lists) < 2:
-        raise ConfigError("tuning compares what two tasks leave, and the preset has one")
+    wanted = list(bases or [b for b in BASES if b in preset.bases] or preset.bases)
+    known = {row.name: row for row in table1_rows(wanted[0], preset)}
+    for name in (*preset.tuning, *(rows or ())):
+        if name not in known:
+            raise UnknownNameError(f"no row named '{name}' to tune: {near_matches(name, known)}")
     # every validation mixture counts here, since nothing else decides
-    short = preset.model_copy(update={"tasks": tuple(lists), "train": {**preset.train, "validation_pairs": None}})
-    return assemble({TUNE: {base: _rows(preset) for base in wanted}}, {TUNE: []}, short, store, seeds=seeds)
+    short = preset.model_copy(
+        update={"train": {**preset.train, "validation_pairs": None}, "seed": preset.seed + _SEEDS_APART}
+    )
+    lines = [row for name in preset.tuning if not rows or name in rows for row in _rows(known[name], preset)]
+    grid = assemble(
+        {TUNE: dict.fromkeys(wanted, lines)}, {TUNE: []}, short, store, seeds=seeds, most_tasks=2, tested=False
+    )
+    if len(grid.stream) < 2:
+        raise ConfigError("tuning compares what two tasks leave, and the preset has one")
+    return grid
 
 
-def _rows(preset: GridPreset) -> list[Row]:
-    rows = []
-    for strategy, grids in preset.tuning.items():
-        needs_memory = STRATEGIES.get(strategy).factory.needs_memory
-        for parameter, values in grids.items():
-            for value in values:
-                name = f"{strategy}-{parameter}={value}"
-                params = {**preset.strategies.get(strategy, {}), parameter: value}
-                memory = preset.memory if needs_memory else None
-                rows.append(Row(name, name, strategy, params, memory))
-    return rows
-
-
-def choices(grid: Grid, preset: GridPreset, results: ResultStore) -> list[Choice]:
-    """The best value of every strategy's parameter, by the validation SDR after the second task."""
+def _rows(row: Row, preset: GridPreset) -> list[Row]:
     found = []
-    for strategy, grids in preset.tuning.items():
-        for parameter, values in grids.items():
-            scores = {value: _score(grid, f"{strategy}-{parameter}={value}", results) for value in values}
-            known = {value: score for value, score in scores.items() if score is not None}
-            best = max(known, key=lambda value: known[value]) if len(known) == len(values) else None
-            found.append(Choice(strategy, parameter, scores, best))
+    for settings in preset.candidates(row.name):
+        name = f"{row.name}:{','.join(f'{key}={value:g}' for key, value in settings.items())}"
+        found.append(replace(row, name=name, label=name, params=dict(settings)))
     return found
 
 
-def _score(grid: Grid, row: str, results: ResultStore) -> float | None:
-    scores = []
-    for base in grid.rows[TUNE]:
-        for key in grid.keys(TUNE, base, row):
-            result = results.get(key)
-            if result is None:
-                return None
-            scores.append(float(result.data["tasks"][1]["validation_sdr_db"]))
-    return sum(scores) / len(scores)
+def next_round(grid: Grid, preset: GridPreset, results: ResultStore) -> Grid | None:
+    """What is to be run next, as a part of ``grid``: the candidates that are still open, with as many seeds as it takes
+    now. None where everything is decided."""
+    wanted: set[str] = set()
+    for choice in choices(grid, preset, results):
+        names = [row.name for row in grid.rows[TUNE][choice.base] if row.name.partition(":")[0] == choice.row]
+        least = min(choice.candidates[number][2] for number in choice.open)
+        seeds = FIRST if least < FIRST else least + (len(choice.open) > 1)  # one more where there is a choice left
+        for number in choice.open:
+            wanted |= set(grid.keys(TUNE, choice.base, names[number])[: min(seeds, len(grid.seeds))])
+    wanted = {key for key in wanted if key not in results}
+    return replace(grid, cells={key: cell for key, cell in grid.cells.items() if key in wanted}) if wanted else None
+
+
+def choices(grid: Grid, preset: GridPreset, results: ResultStore) -> list[Choice]:
+    """What is chosen of every row on every base, from the cells that are finished."""
+    found = []
+    for base, rows in grid.rows[TUNE].items():
+        named: dict[str, list[Row]] = {}
+        for row in rows:
+            named.setdefault(row.name.partition(":")[0], []).append(row)
+        for name, of_row in named.items():
+            scores = [_scores(grid, base, row.name, results) for row in of_row]
+            left = _open(scores)
+            settings = preset.candidates(name)
+            lines = tuple((settings[i], float(np.mean(s)) if s else None, len(s)) for i, s in enumerate(scores))
+            best = None
+            enough = all(len(scores[i]) >= min(LEAST, len(grid.seeds)) for i in left) or len(left) == 1
+            if enough and all(len(s) >= min(FIRST, len(grid.seeds)) for s in scores):
+                best = settings[max(left, key=lambda i: (np.mean(scores[i]), -i))]
+            found.append(Choice(base, name, lines, best, left))
+    return found
+
+
+def _scores(grid: Grid, base: str, row: str, results: ResultStore) -> list[float]:
+    """Of the first seeds, up to one that is missing: validation SDR after the second task, in dB."""
+    scores: list[float] = []
+    for key in grid.keys(TUNE, base, row):
+        result = results.get(key)
+        if result is None:
+            break
+        scores.append(float(result.data["tasks"][1]["validation_sdr_db"]))
+    return scores
+
+
+def _open(scores: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """The candidates that may still be the best."""
+    everybody = tuple(range(len(scores)))
+    first = min((len(s) for s in scores), default=0)
+    if first < FIRST:
+        return everybody
+    left = list(everybody)
+    for count in range(FIRST, max(map(len, scores)) + 1):
+        if any(len(scores[i]) < count for i in left):
+            break  # its seed is still to be run
+        best = max(left, key=lambda i: float(np.mean(scores[i][:count])))
+        left = [i for i in left if not _behind(scores[i][:count], scores[best][:count])]
+    return tuple(left)
+
+
+def _behind(scores: Sequence[float], best: Sequence[float]) -> bool:
+    lost = np.asarray(best) - np.asarray(scores)
+    errors = 2 if len(lost) >= LEAST else 3
+    return bool(lost.mean() > max(MARGIN_DB, errors * lost.std(ddof=1) / math.sqrt(len(lost))))

@@ -28,6 +28,8 @@ __all__ = ["FAILED", "KEPT", "PROGRESS", "first_task_done", "run_unit"]
 PROGRESS, FAILED = "progress.json", "failed.json"
 KEPT = "kept"  # in the folder of a cell that was finished under --keep, which later commands leave alone
 _COMMITS = "commits.json"
+_ARITHMETIC = "arithmetic.json"
+_NOTES = (_COMMITS, _ARITHMETIC)
 _LOCK_WAIT_S = 20.0  # a worker whose parent was just killed needs a moment to die
 _REPORT_S = 0.5
 
@@ -119,7 +121,7 @@ def _run(unit: dict[str, Any], folder: Path) -> None:
         shutil.rmtree(run, ignore_errors=True)
     progress = _FileProgress(folder / PROGRESS)
     learner = ContinualLearner.from_spec(spec, accelerator=device.type)
-    _note_commit(folder)
+    _note(folder, device)
     first = None if first_task_done(run) else unit["first"]
     learner.fit(stream, run, resume=resume, progress=progress, preset=unit["preset"], first_task=first)
     if unit["kind"] == "first":
@@ -145,15 +147,16 @@ def _wait_for(run: Path) -> None:
             time.sleep(0.2)
 
 
-def _note_commit(folder: Path) -> None:
-    """Add the present commit to those that have worked on a unit."""
-    from avsep.environment import commit
+def _note(folder: Path, device: Any) -> None:
+    """Add the present commit, and what computes here, to those that have worked on a unit."""
+    from avsep.environment import arithmetic, commit
 
-    write_json(folder / _COMMITS, list(dict.fromkeys([*_commits(folder), commit()])))
+    for name, now in ((_COMMITS, commit()), (_ARITHMETIC, arithmetic(device))):
+        write_json(folder / name, list(dict.fromkeys([*_noted(folder, name), now])))
 
 
-def _commits(folder: Path) -> list[str]:
-    path = folder / _COMMITS
+def _noted(folder: Path, name: str) -> list[str]:
+    path = folder / name
     return read_json(path) if path.is_file() else []  # none of a unit that an earlier version began
 
 
@@ -165,13 +168,15 @@ def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress, devi
 
     progress.add("scoring", total=None)
     started = time.perf_counter()
-    evaluation = evaluate_run(
-        run,
-        unit["store"],
-        device=device,
-        yardsticks=False,  # a cell's result holds the method's scores alone
-        progress=lambda _task, done, total: progress.update(0, done, total),
-    )
+    evaluation = None
+    if unit.get("tested", True):
+        evaluation = evaluate_run(
+            run,
+            unit["store"],
+            device=device,
+            yardsticks=False,  # a cell's result holds the method's scores alone
+            progress=lambda _task, done, total: progress.update(0, done, total),
+        )
     scoring_s = time.perf_counter() - started
     records = [read_json(p) for p in sorted(run.glob("tasks/*/task.json"))]
     seconds = [r["seconds"] for r in records]
@@ -192,13 +197,18 @@ def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress, devi
                 "tasks": round(sum(seconds[1:]) + after, 1),
                 "scoring": round(scoring_s, 1),
             },
-            **_provenance(unit, device, [*_commits(Path(unit["first"]).parent), *_commits(run.parent)]),
+            **_provenance(
+                unit,
+                device,
+                *([v for place in (Path(unit["first"]), run) for v in _noted(place.parent, name)] for name in _NOTES),
+            ),
         ),
     )
 
 
-def _provenance(unit: dict[str, Any], device: Any, commits: list[str]) -> dict[str, Any]:
-    """``commit`` is the one that finished the cell, ``commits`` all that worked on it or on its first task."""
+def _provenance(unit: dict[str, Any], device: Any, commits: list[str], arithmetics: list[str]) -> dict[str, Any]:
+    """``commit`` is the one that finished the cell, ``commits`` all that worked on it or on its first task, and
+    ``arithmetic`` what they computed on (:func:`avsep.environment.arithmetic`)."""
     import platform
     from datetime import datetime, timezone
 
@@ -214,6 +224,7 @@ def _provenance(unit: dict[str, Any], device: Any, commits: list[str]) -> dict[s
         "preset": unit["preset"],
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": device_name(device),
+        "arithmetic": list(dict.fromkeys(arithmetics)),
         "device_kind": device.type,
         "threads": torch.get_num_threads(),
         "software": {

@@ -25,9 +25,10 @@ class AVCIL(Strategy):
     L = L_sep + ``weight_mask`` L_dist + ``weight_instance`` L_I + ``weight_class`` L_C + ``weight_attention`` L_att:
 
     - L_dist: weighted L1 between the student's and the teacher's masks of old sources (masks in place of class scores);
-    - L_I, L_C: audio picks its visual partner, one direction, among the student's sources, from the first task on
-      (:func:`avsep.losses.audio_visual_contrast`). Positives are sources of the same video or class; L_C is divided by
-      n^2 and not by the number of positives, as in the released code. Mean over object and motion;
+    - L_I, L_C: audio picks its visual partner, one direction, among the student's sources, from the second task on
+      (``contrast_first``: from the first one), as the original's (:func:`avsep.losses.audio_visual_contrast`).
+      Positives are sources of the same video or class; L_C is divided by n^2 and not by the number of positives, as in
+      the released code. Mean over object and motion;
     - L_att: KL(teacher || student) of an old class's attention to its source's motion (query transformer, decoder
       layer 0, mean over heads), mean over old sources. Pooled visual features leave nothing of the original's spatial
       attention, and where there is no motion attention the term is left out.
@@ -47,6 +48,7 @@ class AVCIL(Strategy):
         weight_class: float = 1.0,
         weight_attention: float = 0.5,
         temperature: float = 0.05,
+        contrast_first: bool = False,
     ) -> None:
         check_weights(
             weight_mask=weight_mask,
@@ -61,11 +63,12 @@ class AVCIL(Strategy):
         self.weight_class = weight_class
         self.weight_attention = weight_attention
         self.temperature = temperature
+        self.contrast_first = contrast_first
         self.needs_teacher = weight_mask > 0 or weight_attention > 0
 
     def first_task(self) -> dict[str, Any]:
         weights = {"weight_instance": self.weight_instance, "weight_class": self.weight_class}
-        used = {name: value for name, value in weights.items() if value > 0}
+        used = {name: value for name, value in weights.items() if value > 0 and self.contrast_first}
         return {**used, "temperature": self.temperature, "contrast": "avcil"} if used else {}
 
     def loss(self, step: Step) -> dict[str, Tensor]:
@@ -79,7 +82,8 @@ class AVCIL(Strategy):
             counted=step.is_old,
         )
         terms = {"separation": losses.separation}
-        if self.weight_instance > 0 or self.weight_class > 0:
+        contrasts = step.num_old > 0 or self.contrast_first
+        if contrasts and (self.weight_instance > 0 or self.weight_class > 0):
             instance, class_ = audio_visual_contrast(
                 {name: step.gather(value).flatten(0, 1) for name, value in embeddings(step.output).items()},
                 step.gather(step.batch.class_ids).flatten(),

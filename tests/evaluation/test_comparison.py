@@ -88,7 +88,7 @@ def clips_and_scores(count=12, seed=0):
 
 def test_clips_that_are_in_several_mixtures_count_once():
     scores, clips = clips_and_scores()
-    known, unknown = (width([Cell("m", 0, scores)], clips=given) for given in (clips, None))
+    known, unknown = (width([Cell("m", 0, scores)], clips=given) for given in ({scores["protocol_hash"]: clips}, None))
     # 24 clips with a spread of 1: each class's mean has the standard error 1 / sqrt(12); the mixture adds the two
     true = 2 * 1.96 * np.sqrt(2 / 12)
     assert 0.75 * true < known < 1.4 * true
@@ -103,7 +103,7 @@ def test_clips_that_are_in_several_mixtures_count_once():
 def test_a_class_of_one_clip_is_resampled_with_others_like_it():
     scores, _ = clips_and_scores()
     clips = {("task-0", k): ((f"one {k}", f"a{k}"), (f"other {k}", f"b{k}")) for k in range(48)}
-    assert width([Cell("m", 0, scores)], clips=clips) > 0.5
+    assert width([Cell("m", 0, scores)], clips={scores["protocol_hash"]: clips}) > 0.5
 
 
 def test_a_star_is_rare_where_nothing_differs():

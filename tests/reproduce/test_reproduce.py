@@ -22,6 +22,7 @@ import yaml
 
 from avsep.cli.reproduce_command import _again
 from avsep.data.store import Store
+from avsep.environment import arithmetic
 from avsep.errors import ConfigError, DataError, RunError
 from avsep.evaluation.budget import estimate
 from avsep.evaluation.evaluate import evaluate_run
@@ -53,7 +54,7 @@ def presets(tmp_path_factory) -> Path:
         "bases": {"iquery": {"preset": str(folder / "tiny.yaml")}, "coseparation": other},
         "train": {"epochs": 1},
         "memory_sizes": [1, 2, 4],
-        "tuning": {"lwf": {"weight_mask": [0.1, 3.0]}, "avcil": {"weight_class": [1.0]}},
+        "tuning": {"lwf": {"weight_mask": [0.1, 3.0]}, "avcil+memory": [{"weight_class": 1.0}]},
     }
     (folder / "grid.yaml").write_text(yaml.safe_dump(data))
     return folder
@@ -437,9 +438,10 @@ def test_a_result_says_what_it_was_made_by(finished, tmp_path):
         assert (data["device_kind"], data["commits"]) == ("cpu", [data["commit"]])
     folder = tmp_path / "unit"
     worker.write_json(folder / "commits.json", ["earlier"])
-    worker._note_commit(folder)
-    assert worker._commits(folder) == ["earlier", data["commit"]]
-    assert worker._commits(tmp_path) == []
+    worker._note(folder, torch.device("cpu"))
+    assert worker._noted(folder, "commits.json") == ["earlier", data["commit"]]
+    assert worker._noted(folder, "arithmetic.json") == data["arithmetic"] == [arithmetic(torch.device("cpu"))]
+    assert worker._noted(tmp_path, "commits.json") == []
 
 
 def test_results_of_other_settings_are_counted(pair, tmp_path, reproduce, capsys):
@@ -496,24 +498,31 @@ def test_the_table_goes_into_a_page(finished, reproduce, tmp_path):
 @pytest.mark.slow
 def test_tuning_chooses_by_validation_pairs_of_two_tasks(reproduce, presets, tone_store, tmp_path, capsys):
     preset = load_grid_preset(str(presets / "grid.yaml"))
-    grid = build_tuning(preset.model_copy(update={"train": {"validation_pairs": 1}}), Store.open(tone_store))
+    preset_with_one = preset.model_copy(update={"train": {"validation_pairs": 1}})
+    grid = build_tuning(preset_with_one, Store.open(tone_store), bases=["iquery"])
     assert {c.row.name: c.spec.memory.name for c in grid.cells.values()} == {
-        "lwf-weight_mask=0.1": "none",
-        "lwf-weight_mask=3.0": "none",
-        "avcil-weight_class=1.0": "random_per_class",
+        "lwf:weight_mask=0.1": "none",
+        "lwf:weight_mask=3": "none",
+        "avcil+memory:weight_class=1": "random_per_class",
     }
     assert all(c.spec.train.validation_pairs is None and len(c.spec.tasks) == 2 for c in grid.cells.values())
+    assert not {c.seed for c in grid.cells.values()} & set(range(preset.seed, preset.seed + 1000))
 
     assert reproduce("tune", "--out", tmp_path / "tune") == 0
     said = capsys.readouterr()
     cells = {p.name.rpartition("-s")[0]: read_cell(p).data for p in (tmp_path / "tune" / "cells").glob("*.json")}
     scores = {name: cell["tasks"][1]["validation_sdr_db"] for name, cell in cells.items()}
-    mild, strong = (scores[f"iquery-lwf-weight_mask_{value}"] for value in (0.1, 3.0))
-    assert f"lwf weight_mask: 0.1: {mild:.2f} dB, 3: {strong:.2f} dB" in said.out
-    chosen = yaml.safe_load(said.out.partition("'strategies':")[2])
-    assert chosen == {"lwf": {"weight_mask": 0.1 if mild >= strong else 3.0}, "avcil": {"weight_class": 1.0}}
-    tests = {f"{cell['final']['sdr']:.2f} dB" for cell in cells.values()}
-    assert not any(score in said.out + said.err for score in tests - {f"{v:.2f} dB" for v in scores.values()})
+    mild, strong = (scores[f"iquery-lwf_weight_mask_{value}"] for value in ("0.1", "3"))
+    marks = ("chosen", "") if mild >= strong else ("", "chosen")
+    lines = [
+        f"  weight_mask {value}: {score:.2f} dB (1 seed){f', {mark}' if mark else ''}"
+        for value, score, mark in zip(("0.1", "3"), (mild, strong), marks, strict=True)
+    ]
+    assert "\n".join(["iquery, lwf", *lines, "iquery, avcil+memory"]) in said.out
+    chosen = yaml.safe_load(said.out.partition("bases:")[2])
+    best = {"lwf": {"weight_mask": 0.1 if mild >= strong else 3.0}, "avcil+memory": {"weight_class": 1.0}}
+    assert chosen == {"iquery": best}
+    assert all(cell["final"]["sdr"] is None and not cell["scores"]["after"] for cell in cells.values())
 
 
 def test_jobs_of_submitit(reproduce, finished, tmp_path, monkeypatch, one_thread):
@@ -654,7 +663,7 @@ def test_a_clusters_device_is_resolved_where_the_cell_runs(presets, tone_store, 
         (["table1", "--device", "tpu"], "tpu"),
         (["table1", "--device", "cpu:0"], "training takes no number of a device ('cpu:0')"),
         (["tune", "--base", "iqery"], "no base separator named 'iqery': did you mean 'iquery'"),
-        (["tune", "--row", "lwf"], "--row lwf is of the tables, and tune makes none"),
+        (["tune", "--row", "lfw"], "no row named 'lfw' to tune: did you mean 'lwf'"),
         (["tune", "--readme", "a-file"], "--readme a-file is of the tables, and tune makes none"),
         (["tune", "table1"], "tune chooses what the tables are then run with: leave table1"),
         (["table1", "--readme", "page.md"], "cannot read page.md"),

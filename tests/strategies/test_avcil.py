@@ -82,18 +82,22 @@ def test_a_weight_of_zero_removes_its_term_and_no_other(separators, weight, term
         STRATEGIES.create("avcil", {weight: -1})
 
 
-def test_without_an_old_source_and_in_the_first_task_only_the_similarity_terms_act(separators):
+def test_without_an_old_source_only_the_similarity_terms_act_and_in_the_first_task_nothing(separators):
     student, teacher = separators
-    strategy = STRATEGIES.create("avcil")
-    for given, step in ((None, make_step(student, num_old=0)), (teacher, make_step(student, rows=slice(1, 2)))):
-        assert set(strategy.loss(with_teacher(step, given))) == {"separation", "instance", "class"}
+    plain, strategy = STRATEGIES.create("avcil"), STRATEGIES.create("avcil", {"contrast_first": True})
+    first, later = make_step(student, num_old=0), with_teacher(make_step(student, rows=slice(1, 2)), teacher)
+    assert set(plain.loss(first)) == {"separation"}
+    assert plain.first_task() == {}
+    assert set(plain.loss(later)) == {"separation", "instance", "class"}
+    assert set(strategy.loss(first)) == {"separation", "instance", "class"}
     assert strategy.first_task() == {
         "weight_instance": 0.1,
         "weight_class": 1.0,
         "temperature": 0.05,
         "contrast": "avcil",
     }
-    assert STRATEGIES.create("avcil", {"weight_instance": 0, "weight_class": 0}).first_task() == {}
+    switched_off = {"weight_instance": 0, "weight_class": 0, "contrast_first": True}
+    assert STRATEGIES.create("avcil", switched_off).first_task() == {}
     assert strategy.first_task() != STRATEGIES.create("contavsep", {"weight_class": 1.0}).first_task()
 
 
