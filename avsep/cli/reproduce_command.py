@@ -72,6 +72,15 @@ def command(
         bool, typer.Option("--any-code", help="With --resume: go on though the library has changed since.")
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be run.")] = False,
+    power: Annotated[
+        float | None,
+        typer.Option(
+            "--power",
+            metavar="DB",
+            help="Only say, from the cells so far, how many seeds it takes to tell rows by so many dB.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run the grid behind tables and figures of the paper, and show ours beside the paper's.
 
@@ -131,6 +140,8 @@ def command(
             highlight=False,
             soft_wrap=True,
         )
+    if power is not None:
+        return _print_power(grid, wanted, claimed, power)
     if plan:
         for cell in missing:
             console.print(f"  {cell.name}: about {cell.steps} steps{_problem(cell)}", highlight=False, soft_wrap=True)
@@ -177,6 +188,43 @@ def command(
         if readme is not None and table_name in places:
             render_into(readme, table)
     _raise_failed(grid, outcome.failed)
+
+
+def _print_power(grid: Grid, tables: list[str], results: ResultStore, difference: float) -> None:
+    from avsep.errors import ConfigError
+    from avsep.progress import terminal
+    from avsep.reproduce.grid import BASE_TITLES
+    from avsep.reproduce.power import LEAST, needs
+
+    if tables == ["tune"]:
+        raise ConfigError("--power is of the tables' rows, and tune has none: leave it out")
+    if not difference > 0:
+        raise ConfigError(f"--power {difference:g}: give a difference above 0, in dB")
+    console = terminal()
+    seen: set[tuple[str, str, str]] = set()
+    left = 0.0
+    console.print(
+        f"seeds that find a true difference of {difference:g} dB in four of five times (two-sided t test at 5 %, "
+        "without the correction for many rows)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for table in tables:
+        for need in needs(grid, table, results, difference):
+            if (key := (need.base, need.row, need.label)) in seen:
+                continue
+            seen.add(key)
+            where = f"  {BASE_TITLES.get(need.base, need.base)}, {need.label} ({need.row}): "
+            if need.seeds is None or need.hours is None:
+                said = f"{need.have} paired seed{'s' if need.have != 1 else ''}, {LEAST} are needed to say"
+            else:
+                left += need.hours
+                said = (
+                    f"{need.seeds} seeds; {need.have} so far, difference {need.mean:+.2f} dB with a deviation of "
+                    f"{need.deviation:.2f} dB between seeds; {need.hours:.1f} core hours left"
+                )
+            console.print(where + said, highlight=False, soft_wrap=True)
+    console.print(f"{left:.1f} core hours left for the rows that can be told of", highlight=False)
 
 
 def _raise_failed(grid: Grid, failed: dict[str, str]) -> None:

@@ -36,6 +36,15 @@ class CellResult:
         return mean
 
     @property
+    def seed(self) -> int:
+        return int(self.data["seed"])
+
+    @property
+    def updates(self) -> int:
+        """Optimisation steps of all tasks."""
+        return sum(int(task["steps"]) for task in self.data["tasks"])
+
+    @property
     def seconds(self) -> float:
         """What the cell cost, its share of a first task left out."""
         seconds = self.data["seconds"]

@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from avsep.errors import ConfigError
-from avsep.evaluation.comparison import Comparison, Difference, Estimate, MethodResult, clips_of_protocol, compare
+from avsep.evaluation.comparison import (
+    Comparison,
+    Difference,
+    Estimate,
+    MethodResult,
+    clips_of_protocol,
+    compare,
+    holm,
+)
 from avsep.files import read_yaml, write_text
 from avsep.reproduce.dataset import BENCHMARK
 from avsep.reproduce.grid import BASE_TITLES, Grid
 from avsep.reproduce.results import CellResult, ResultStore
 
-__all__ = ["Line", "Table", "build_table", "markdown", "places_in", "published", "render_into"]
+__all__ = ["Line", "Table", "build_table", "cells_beside", "markdown", "places_in", "published", "render_into"]
 
 TITLES = {
     "table1": "Table 1: methods",
@@ -28,6 +36,7 @@ TITLES = {
     "budget": "Methods at one budget of bytes",
 }
 _PAPER_TABLE = {"figure3": "table1", "figure4": "table3"}
+_LEVEL = 0.05
 _SHOWN = ("sdr", "sir", "sar")
 _CONTINUAL = ("average", "forgetting", "bwt", "intransigence")
 _RELEASED = ("released_sdr", "released_sir", "released_sar")  # with degenerate pairs, where the protocol has such
@@ -51,7 +60,11 @@ def published() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Line:
-    """One method on one base separator: ``ours`` over the seeds that are finished, ``paper`` SDR, SIR and SAR."""
+    """One method on one base separator: ``ours`` over the seeds that are finished, ``paper`` SDR, SIR and SAR.
+
+    ``updates`` are the optimisation steps of a run; ``p_holm`` is the p value of the difference in SDR, corrected for
+    all differences that the table shows on this base.
+    """
 
     row: str
     label: str
@@ -60,6 +73,8 @@ class Line:
     paper: tuple[float, float, float] | None
     missing: tuple[str, ...] = ()
     commits: tuple[str, ...] = ()
+    updates: float | None = None
+    p_holm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,22 +124,15 @@ def build_table(
     lines: dict[str, tuple[Line, ...]] = {}
     clips = {stream.protocol.hash: clips_of_protocol(stream.protocol) for stream in grid.streams.values()}
     for base, rows in grid.rows[name].items():
-        found: dict[str, list[CellResult]] = {}
-        missing: dict[str, list[str]] = {}
-        chosen = _arithmetic_of_seeds(grid, name, base, results)
-        for row in rows:
-            for key in grid.keys(name, base, row.name):
-                result, seed = results.get(key), grid.cells[key].seed
-                if result is None:
-                    missing.setdefault(row.name, []).append(f"seed {seed}: {failed.get(key, 'not run')}")
-                elif result.arithmetic != chosen[seed]:
-                    missing.setdefault(row.name, []).append(
-                        f"seed {seed}: it is of {result.arithmetic}, and the seed's others of {chosen[seed]}"
-                    )
-                else:
-                    found.setdefault(row.name, []).append(result)
+        found, missing = cells_beside(grid, name, base, results, failed)
         comparison = _compared(found, CONTROL[name], clips, resamples)
         made = []
+        tested = {
+            row.name: comparison[row.name].differences["sdr"].p
+            for row in rows
+            if comparison is not None and row.name in found and "sdr" in comparison[row.name].differences
+        }
+        corrected = holm(tested)
         for row in rows:
             numbers = printed.get(base, {}).get(row.name)
             made.append(
@@ -136,6 +144,8 @@ def build_table(
                     paper=None if numbers is None else tuple(numbers),
                     missing=tuple(missing.get(row.name, ())),
                     commits=tuple(dict.fromkeys(c for r in found.get(row.name, ()) for c in r.commits)),
+                    updates=_mean([r.updates for r in found.get(row.name, ())]),
+                    p_holm=corrected.get(row.name),
                 )
             )
         lines[base] = tuple(made)
@@ -151,6 +161,28 @@ def build_table(
         notes=tuple(grid.notes.get(name, ())),
         tasks=tuple(t.classes for t in grid.stream.tasks),
     )
+
+
+def cells_beside(
+    grid: Grid, name: str, base: str, results: ResultStore, failed: Mapping[str, str] | None = None
+) -> tuple[dict[str, list[CellResult]], dict[str, list[str]]]:
+    """By row the cells that may be set beside each other, and why others are missing: not run, or computed on
+    something else than most of their seed."""
+    found: dict[str, list[CellResult]] = {}
+    missing: dict[str, list[str]] = {}
+    chosen = _arithmetic_of_seeds(grid, name, base, results)
+    for row in grid.rows[name][base]:
+        for key in grid.keys(name, base, row.name):
+            result, seed = results.get(key), grid.cells[key].seed
+            if result is None:
+                missing.setdefault(row.name, []).append(f"seed {seed}: {(failed or {}).get(key, 'not run')}")
+            elif result.arithmetic != chosen[seed]:
+                missing.setdefault(row.name, []).append(
+                    f"seed {seed}: it is of {result.arithmetic}, and the seed's others of {chosen[seed]}"
+                )
+            else:
+                found.setdefault(row.name, []).append(result)
+    return found, missing
 
 
 def _arithmetic_of_seeds(grid: Grid, name: str, base: str, results: ResultStore) -> dict[int, str]:
@@ -172,6 +204,10 @@ def _compared(
     joint = [c for c in cells if c.method == "joint"]
     baseline = control if control in found else None
     return compare(cells, baseline=baseline, joint=joint, clips=clips, orders=len(clips) > 1, resamples=resamples)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _memory(memory: Any) -> str:
@@ -206,7 +242,10 @@ def markdown(table: Table) -> str:
         f"dB {what}mean over seeds and the sources of all test mixtures of the classes seen, [95% interval: {covers}]"
     )
     if control and not table.steps:
-        legend += f"; difference: SDR less that of {control}, * where its 95% interval leaves out 0"
+        legend += (
+            f"; difference: SDR less that of {control}, * where its 95% interval leaves out 0, ** where it does so "
+            "after Holm's correction for the number of differences"
+        )
     if not table.steps:
         legend += "; kept: what persists from task to task, in 10^6 bytes"
     if any(_silent(line) for lines in table.lines.values() for line in lines):
@@ -230,18 +269,21 @@ def _header(names: Sequence[str]) -> list[str]:
 def _block(table: Table, lines: Sequence[Line]) -> list[str]:
     memories = len({line.memory for line in lines}) > 1
     printed = any(line.paper for line in lines)
-    names = ["method", *(["memory"] if memories else []), "kept, MB", "SDR", "difference", "SIR", "SAR", "forgetting"]
+    steps = len({line.updates for line in lines}) > 1
+    names = ["method", *(["memory"] if memories else []), "kept, MB", *(["updates"] if steps else [])]
+    names += ["SDR", "difference", "SIR", "SAR", "forgetting"]
     out = _header([*names, *(["paper SDR", "paper SIR", "paper SAR"] if printed else [])])
     for line in lines:
         cells = [line.label, *([line.memory] if memories else [])]
         if line.ours is None:
-            cells += [""] * 6
+            cells += [""] * (6 + steps)
         else:
             values, difference = line.ours.values, line.ours.differences.get("sdr")
             kept = line.ours.memory_bytes
             cells.append("" if kept is None else f"{kept / 1e6:.2f}")
+            cells += [f"{line.updates:g}"] if steps else []
             cells.append(_interval(values.get("sdr")) + _partly(table, line) + _silent(line))
-            cells.append(_difference(difference, len(line.ours.seeds)))
+            cells.append(_difference(difference, len(line.ours.seeds), line.p_holm))
             cells += [_number(values.get(k)) for k in ("sir", "sar", "forgetting")]
         if printed:
             cells += [f"{v:.2f}" for v in line.paper] if line.paper else [""] * 3
@@ -268,12 +310,13 @@ def _silent(line: Line) -> str:
     return f" ({count:g} silent)" if count else ""
 
 
-def _difference(value: Difference | None, seeds: int) -> str:
+def _difference(value: Difference | None, seeds: int, p_holm: float | None) -> str:
     if value is None:
         return ""
     both = len(value.per_seed)
     partly = f" ({both} of {seeds} seeds)" if both < seeds else ""
-    return f"{_plain(value.mean):+.2f}{'*' if value.significant else ''}{partly}"
+    stars = "*" * (value.significant + (value.significant and p_holm is not None and p_holm < _LEVEL))
+    return f"{_plain(value.mean):+.2f}{stars}{partly}"
 
 
 def _number(value: Estimate | None) -> str:
@@ -326,6 +369,10 @@ def csv_rows(table: Table) -> list[dict[str, Any]]:
                     row[f"{metric}_after_task_{step}"] = _text(curve[step].mean if curve else None)
             counts = line.ours.counts if line.ours else {}
             row |= {k: counts.get(k, "") for k in ("scored", "skipped", "silent_estimates", "degenerate")}
+            sdr = line.ours.differences.get("sdr") if line.ours else None
+            row |= {"sdr_difference_p": _text(sdr and sdr.p), "sdr_difference_p_holm": _text(line.p_holm)}
+            row |= {"updates": "" if line.updates is None else f"{line.updates:g}"}
+            row |= {"core_seconds": _text(line.ours.seconds if line.ours else None)}
             row["memory_bytes"] = (line.ours.memory_bytes if line.ours else None) or ""
             row |= dict(zip((f"paper_{m}" for m in _SHOWN), line.paper or ("", "", ""), strict=True))
             rows.append(row)

@@ -1,0 +1,87 @@
+"""How many seeds a difference takes to be seen, from the cells so far."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from avsep.errors import MissingExtraError
+from avsep.reproduce.grid import Grid
+from avsep.reproduce.results import CellResult, ResultStore
+from avsep.reproduce.tables import CONTROL, cells_beside
+
+__all__ = ["Need", "needs", "seeds_needed"]
+
+LEAST = 3  # paired seeds from which a deviation can be told
+_MOST = 10_000
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a row's difference to the control takes: ``seeds`` in all, None while fewer than :data:`LEAST` pair.
+
+    ``have`` are those that pair so far, ``mean`` and ``deviation`` their differences' in dB, ``hours`` of a core what
+    is left to run, by what the row's cells have taken.
+    """
+
+    base: str
+    row: str
+    label: str
+    have: int
+    mean: float | None
+    deviation: float | None
+    seeds: int | None
+    hours: float | None
+
+
+def seeds_needed(deviation: float, difference: float, *, power: float = 0.8, level: float = 0.05) -> int:
+    """The least number of paired seeds by which a two-sided t test finds a true ``difference`` with this ``power``.
+
+    ``deviation`` is the standard deviation of the differences between seeds, in the unit of ``difference``. Source:
+    the noncentral t distribution, as in any textbook of power analysis.
+
+    Raises:
+        MissingExtraError: scipy is not installed.
+    """
+    try:
+        from scipy import stats
+    except ImportError:
+        raise MissingExtraError("scipy", "reproduce", "how many seeds a difference takes") from None
+    if not difference > 0:
+        raise ValueError(f"difference must be above 0, got {difference}")
+    if deviation <= 0:
+        return 2
+    for count in range(2, _MOST):
+        shift = difference / deviation * math.sqrt(count)
+        bound = stats.t.ppf(1 - level / 2, count - 1)
+        found = stats.nct.sf(bound, count - 1, shift) + stats.nct.cdf(-bound, count - 1, shift)
+        if found >= power:
+            return count
+    return _MOST
+
+
+def needs(grid: Grid, table: str, results: ResultStore, difference: float) -> list[Need]:
+    """For every row of a table what it takes to tell it from the control by ``difference`` dB."""
+    found = []
+    for base, rows in grid.rows[table].items():
+        cells = cells_beside(grid, table, base, results)[0]
+        control = {c.seed: c for c in cells.get(CONTROL[table], ())}
+        for row in rows:
+            if row.name == CONTROL[table]:
+                continue
+            own = cells.get(row.name, [])
+            lost = [_sdr(c) - _sdr(control[c.seed]) for c in own if c.seed in control]
+            mean = float(np.mean(lost)) if lost else None
+            deviation = float(np.std(lost, ddof=1)) if len(lost) >= LEAST else None
+            seeds = None if deviation is None else seeds_needed(deviation, difference)
+            each = float(np.median([c.seconds for c in own])) if own else None
+            hours = None if seeds is None or each is None else max(0, seeds - len(lost)) * each / 3600
+            found.append(Need(base, row.name, row.label, len(lost), mean, deviation, seeds, hours))
+    return found
+
+
+def _sdr(cell: CellResult) -> float:
+    mean = cell.final("sdr")
+    return math.nan if mean is None else mean
