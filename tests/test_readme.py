@@ -35,7 +35,8 @@ def _blocks(language):
 def test_tables_are_those_that_were_measured(page, tables):
     text = (README.parent / page).read_text(encoding="utf-8") if _text() else ""
     for name in tables:
-        measured = (README.parent / f"benchmarks/results/reproduce/{name}.md").read_text(encoding="utf-8")
+        file = README.parent / f"benchmarks/results/reproduce/{name}.md"
+        measured = file.read_text(encoding="utf-8") if file.is_file() else "Not run under protocol version 2 yet.\n"
         assert f"<!-- reproduce:{name} -->\n{measured}<!-- /reproduce:{name} -->" in text
 
 
