@@ -130,8 +130,10 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
             table.add_row(name, *[_number(v) for v in line], _number(average))
         console.print(table)
         if result["forgetting"] is not None:  # there is none after one task alone
+            gap = result.get("staleness")  # none where no mixture has sources of two tasks
             console.print(
                 f"forgetting {_number(result['forgetting'])} dB, backward transfer {_number(result['bwt'])} dB"
+                + ("" if gap is None else f", staleness {_number(gap)} dB (old sources beside newer ones)")
             )
     console.print(
         f"Scores in dB by list of test mixtures (protocol {result['protocol']} version {result['protocol_version']}, "

@@ -34,6 +34,7 @@ NAMES = {
     "forgetting": "forgetting",
     "bwt": "backward",
     "intransigence": "intransig.",
+    "staleness": "staleness",
     "sdr": "SDR",
     "sir": "SIR",
     "sar": "SAR",

@@ -27,6 +27,7 @@ from avsep.evaluation.scores import (
     can_be_asked,
     can_go_unseen,
     evaluate_separator,
+    interference_matrix,
     is_counted,
     is_headline,
     mean_sdr,
@@ -53,6 +54,7 @@ __all__ = [
     "evaluate_on",
     "evaluate_run",
     "evaluate_separator",
+    "interference_matrix",
     "is_counted",
     "is_headline",
     "mean_sdr",
@@ -158,9 +160,10 @@ def evaluate_run(
     lists but those apart, :data:`~avsep.data.protocol.APART`), ``by_task`` (by the sources' task over the same),
     ``rows`` (:func:`rows_of`) and, where they apply, ``presence`` (:func:`presence_scores`) and ``left_out``, the lists
     that the separator cannot be asked for; and, when no task up to the last scored one is missing, ``matrices`` by
-    metric (:func:`task_matrix`) and ``continual``, the measures of each matrix
+    metric (:func:`task_matrix`), ``interference``, likewise by pairs of tasks after the last one
+    (:func:`interference_matrix`), and ``continual``, the measures of each
     (:class:`avsep.evaluation.continual.ContinualScores`), with the SDR's once more as ``matrix``, ``average`` (by
-    task), ``forgetting`` and ``bwt``.
+    task), ``forgetting``, ``bwt`` and ``staleness``.
 
     With ``yardsticks`` it also holds the ``identity`` and the ``rows`` of :mod:`avsep.evaluation.yardsticks`, scored
     once on the mixtures of the last finished task; with ``dependence`` above 0 ``visual_dependence``, by the last
@@ -470,9 +473,11 @@ def _assemble(
     if steps and sorted(steps) == list(range(len(steps))):
         rows = [steps[t]["rows"] for t in sorted(steps)]
         matrices = {metric: task_matrix(rows, metric) for metric in METRICS}
+        beside_each = {metric: interference_matrix(rows[-1], len(rows), metric) for metric in METRICS}
         result["matrices"] = matrices
+        result["interference"] = beside_each
         result["continual"] = {
-            metric: continual_scores([[math.nan if v is None else v for v in line] for line in matrix]).as_dict()
+            metric: continual_scores(_with_nan(matrix), interference=_with_nan(beside_each[metric])).as_dict()
             for metric, matrix in matrices.items()
         }
         # the SDR's, which are what people ask for first
@@ -481,4 +486,9 @@ def _assemble(
         result["average"] = continual["average"]
         result["forgetting"] = continual["forgetting"]
         result["bwt"] = continual["backward_transfer"]
+        result["staleness"] = continual["staleness"]
     return result
+
+
+def _with_nan(matrix: Sequence[Sequence[float | None]]) -> list[list[float]]:
+    return [[math.nan if v is None else v for v in line] for line in matrix]

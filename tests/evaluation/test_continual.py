@@ -37,6 +37,22 @@ def test_intransigence_needs_a_joint_matrix():
         continual.intransigence(MATRIX, [[1.0]])
 
 
+def test_staleness_is_what_old_sources_lose_beside_newer_ones():
+    np.testing.assert_allclose(continual.staleness_per_task([[7, 3], [6, 9]]), [-4])
+    three = [[8.0, 5.0, 2.0], [7.0, 9.0, NAN], [1.0, 1.0, 1.0]]  # tasks 1 and 2 do not meet
+    np.testing.assert_allclose(continual.staleness_per_task(three), [3.5 - 8, NAN])
+    assert continual.staleness(three) == pytest.approx(-4.5)
+    known = [[8.0, 5.0, 2.0], [7.0, 9.0, 6.0], [1.0, 1.0, 1.0]]
+    np.testing.assert_allclose(continual.staleness_per_task(known), [-4.5, 6 - (7 + 9) / 2])
+    both = continual.staleness([known, three])
+    np.testing.assert_allclose(both, [(-4.5 - 2) / 2, -4.5])
+    scores = continual.continual_scores(MATRIX, interference=known).as_dict()
+    assert (scores["staleness"], scores["staleness_per_task"]) == (pytest.approx(-3.25), [-4.5, -2.0])
+    assert continual.continual_scores(MATRIX).as_dict()["staleness"] is None
+    alone = continual.continual_scores([[5.0]], interference=[[5.0]]).as_dict()
+    assert (alone["staleness"], alone["staleness_per_task"]) == (None, [])
+
+
 def test_one_task_has_no_forgetting():
     scores = continual.continual_scores([[5.0]])
     assert scores.average == (5.0,)
