@@ -41,6 +41,12 @@ def command(
             "--dependence", min=0, help="Mixtures of a list that are separated with other pictures too; 0: none."
         ),
     ] = 60,
+    forward_transfer: Annotated[
+        bool,
+        typer.Option(
+            "--forward-transfer", help="Score every task's classes before they are learned too, in the run's own store."
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Mixtures separated at a time.")] = 4,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
@@ -66,6 +72,8 @@ def command(
         other = other or opened.content_hash != trained_on
     if out is not None and not other:
         raise ConfigError(f"--out {out} is for scores on another --store, --protocol or --split: these go into {run}")
+    if forward_transfer and other:
+        raise ConfigError("--forward-transfer is for the run's own test mixtures: leave it out on other ones")
     if other and opened is None:
         opened = open_run_store(run)
     with progress_bar() as bars:
@@ -89,7 +97,8 @@ def command(
         if other and opened is not None:
             result, path = evaluate_on(run, opened, protocol=protocol, split=split, out=out, **how)
         else:
-            result, path = evaluate_run(run, opened, **how), RunFolder(run).evaluation_file
+            result = evaluate_run(run, opened, forward_transfer=forward_transfer, **how)
+            path = RunFolder(run).evaluation_file
     print_evaluation(terminal(), result)
     onwards = "" if other else f"; next: avsep report {run}"
     typer.echo(f"scores written to {path}{onwards}")
@@ -135,6 +144,11 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
                 f"forgetting {_number(result['forgetting'])} dB, backward transfer {_number(result['bwt'])} dB"
                 + ("" if gap is None else f", staleness {_number(gap)} dB (old sources beside newer ones)")
             )
+    for number, found in (result.get("forward_transfer") or {}).items():
+        if found["sdri"] is not None:
+            console.print(f"task {number} before it was learned: {_signed(found['sdri'])} dB to the mixture")
+    if result.get("fwt") is not None:
+        console.print(f"forward transfer {_number(result['fwt'])} dB")
     console.print(
         f"Scores in dB by list of test mixtures (protocol {result['protocol']} version {result['protocol_version']}, "
         f"{result['protocol_hash'][:12]}); tasks count from 0"

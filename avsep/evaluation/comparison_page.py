@@ -35,6 +35,7 @@ NAMES = {
     "bwt": "backward",
     "intransigence": "intransig.",
     "staleness": "staleness",
+    "fwt": "forward",
     "sdr": "SDR",
     "sir": "SIR",
     "sar": "SAR",

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from avsep.data.opening import open_run_store
@@ -19,6 +21,7 @@ from avsep.data.store import Store
 from avsep.dsp import FrontEnd
 from avsep.errors import AvsepError, DataError, RunError
 from avsep.evaluation.continual import continual_scores
+from avsep.evaluation.forward_transfer import forward_transfer as forward_transfer_rows
 from avsep.evaluation.scores import (
     METRICS,
     Kept,
@@ -67,6 +70,7 @@ __all__ = [
 
 EVALUATION_VERSION = 1
 _FORMAT = "avsep-evaluation"
+_BESIDE = ("yardsticks", "visual_dependence", "forward_transfer")  # measured where it is asked for, and kept then
 
 
 def _separator_hash(folder: Path) -> str:
@@ -143,6 +147,7 @@ def evaluate_run(
     device: str | torch.device = "cpu",
     yardsticks: bool = True,
     dependence: int = 0,
+    forward_transfer: bool = False,
     like: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, int], None] | None = None,
     more_progress: Callable[[str, int, int], None] | None = None,
@@ -167,13 +172,16 @@ def evaluate_run(
 
     With ``yardsticks`` it also holds the ``identity`` and the ``rows`` of :mod:`avsep.evaluation.yardsticks`, scored
     once on the mixtures of the last finished task; with ``dependence`` above 0 ``visual_dependence``, by the last
-    scored task :func:`avsep.evaluation.visual_dependence.visual_dependence` over that many mixtures a list. An older
-    file need not have either. ``like`` is another run's evaluation, as with another seed: its yardsticks are taken over
-    where they are of the same mixtures, front end and training clips.
+    scored task :func:`avsep.evaluation.visual_dependence.visual_dependence` over that many mixtures a list. With
+    ``forward_transfer`` it holds by task, the first left out, the ``rows`` of the task's sources before it was learned
+    (:func:`avsep.evaluation.forward_transfer.forward_transfer`) and their mean ``sdri``; and as ``fwt`` the mean over
+    tasks, where none is missing. An older file need not have any of these. ``like`` is another run's evaluation, as
+    with another seed: its yardsticks are taken over where they are of the same mixtures, front end and training clips.
 
     Raises:
         RunError: not a run folder, no finished task, or a task that is not finished.
         DataError: the store is not the one the run was trained on.
+        ConfigError: the separator cannot be asked for what ``forward_transfer`` asks it for; all else is written then.
     """
     run = RunFolder(run_folder)
     protocol = Protocol.load(_require_tasks(run, tasks).protocol_file)
@@ -189,6 +197,7 @@ def evaluate_run(
         device=device,
         yardsticks=yardsticks,
         dependence=dependence,
+        forward_transfer=forward_transfer,
         progress=progress,
         more_progress=more_progress,
         like=like,
@@ -311,6 +320,7 @@ def _evaluate(
     device: str | torch.device,
     yardsticks: bool,
     dependence: int,
+    forward_transfer: bool = False,
     progress: Callable[[int, int, int], None] | None,
     more_progress: Callable[[str, int, int], None] | None,
     extra: Mapping[str, Any] | None = None,
@@ -326,7 +336,10 @@ def _evaluate(
     before = _previous(path, identity)
     hashes = {t: _separator_hash(run.task(t).separator) for t in finished}
     steps = {t: s for t, s in _steps(before).items() if t in finished and s.get("separator") == hashes[t]}
-    beside = {key: before[key] for key in ("yardsticks", "visual_dependence") if isinstance(before.get(key), dict)}
+    beside = {key: before[key] for key in _BESIDE if isinstance(before.get(key), dict)}
+    if unlearned := beside.pop("forward_transfer", None):  # of separators that have not changed since
+        current = {later: of for later, of in unlearned.items() if of["separator"] == hashes.get(int(later) - 1)}
+        beside |= {"forward_transfer": current} if current else {}
 
     result = _assemble(identity, steps, protocol, beside)
     for task in finished if tasks is None else sorted(set(tasks)):
@@ -395,6 +408,25 @@ def _evaluate(
             kept = {"separator": hashes[last], "count": dependence, "lists": lists}
         beside["visual_dependence"] = {str(last): kept}
     if beside != {key: before.get(key) for key in beside}:
+        result = _assemble(identity, steps, protocol, beside)
+        write_json(path, result)
+    for task in (finished if tasks is None else sorted(set(tasks))) if forward_transfer else ():
+        known = beside.get("forward_transfer", {})
+        later = task + 1
+        if later == len(protocol.tasks) or str(later) in known:
+            continue
+        rows = forward_transfer_rows(
+            load_separator(run.path, task=task),
+            store,
+            protocol,
+            later,
+            batch_size=batch_size,
+            device=device,
+            task_of=task_of,
+            progress=None if more_progress is None else partial(more_progress, f"task {later} before it is learned"),
+        )
+        of_task = {"separator": hashes[task], "sdri": summarise(rows)["mean"]["sdri"], "rows": rows}
+        beside["forward_transfer"] = {**known, str(later): of_task}
         result = _assemble(identity, steps, protocol, beside)
         write_json(path, result)
     return result
@@ -487,6 +519,9 @@ def _assemble(
         result["forgetting"] = continual["forgetting"]
         result["bwt"] = continual["backward_transfer"]
         result["staleness"] = continual["staleness"]
+    before = [of.get("sdri") for of in (beside.get("forward_transfer") or {}).values()]
+    if before and len(before) == len(protocol.tasks) - 1 and None not in before:
+        result["fwt"] = float(np.mean(before))
     return result
 
 
