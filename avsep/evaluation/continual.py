@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = [
     "ContinualScores",
     "Interval",
+    "area_under_memory_curve",
     "average",
     "backward_transfer",
     "backward_transfer_per_task",
@@ -117,6 +118,31 @@ def intransigence(matrix: ArrayLike, joint: ArrayLike) -> NDArray[np.float64]:
     if array.shape != upper.shape:
         raise ValueError(f"the matrices have different shapes: {array.shape} and {upper.shape}")
     return np.diagonal(upper, axis1=-2, axis2=-1) - np.diagonal(array, axis1=-2, axis2=-1)
+
+
+def area_under_memory_curve(memory_bytes: ArrayLike, scores: ArrayLike) -> float:
+    """One number for a method at several budgets: its mean score over the logarithm of the bytes that it keeps.
+
+    The area under the straight lines between the points, over log bytes, divided by their range, so that it is in the
+    scores' own unit and does not depend on the base of the logarithm. Source: the memory-agnostic measure of Zhou et
+    al., Class-Incremental Learning: A Survey, IEEE TPAMI 2024, where the area is not divided. Only areas over one range
+    of bytes can be compared.
+
+    Args:
+        memory_bytes: [n], in any order, all positive and at least two of them different.
+        scores: [n], the score at each budget; of several at one budget the mean counts.
+
+    Raises:
+        ValueError: the budgets are not such.
+    """
+    budgets, heights = np.asarray(memory_bytes, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    if budgets.ndim != 1 or budgets.shape != heights.shape:
+        raise ValueError(f"{budgets.size} budgets cannot be paired with {heights.size} scores")
+    if not (budgets > 0).all() or len(np.unique(budgets)) < 2:
+        raise ValueError(f"a curve takes at least two different budgets above 0 bytes, got {budgets.tolist()}")
+    places, members = np.unique(np.log(budgets), return_inverse=True)
+    means = np.bincount(members, weights=heights) / np.bincount(members)
+    return float((np.diff(places) * (means[1:] + means[:-1]) / 2).sum() / (places[-1] - places[0]))
 
 
 @dataclass(frozen=True)

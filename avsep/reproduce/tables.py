@@ -11,6 +11,7 @@ from typing import Any
 
 from avsep.errors import ConfigError
 from avsep.evaluation.comparison import Comparison, Difference, Estimate, MethodResult, clips_of_protocol, compare
+from avsep.evaluation.continual import area_under_memory_curve
 from avsep.files import read_yaml, write_text
 from avsep.reproduce.dataset import BENCHMARK
 from avsep.reproduce.grid import BASE_TITLES, Grid
@@ -143,9 +144,24 @@ def build_table(
         lines=lines,
         control=CONTROL[name],
         protocol=f"{grid.stream.protocol.name} version {grid.stream.protocol.version}",
-        notes=tuple(grid.notes.get(name, ())),
+        notes=(*grid.notes.get(name, ()), *(_over_memory(lines) if name in ("table3", "figure4") else ())),
         tasks=tuple(t.classes for t in grid.stream.tasks),
     )
+
+
+def _over_memory(lines: Mapping[str, Sequence[Line]]) -> list[str]:
+    """What the sizes of memory come to together, by base separator; nothing before two of them are finished."""
+    notes = []
+    for base, of_base in lines.items():
+        done = [m for line in of_base if (m := line.ours) is not None and m.memory_bytes and "sdr" in m.values]
+        kept = [m.memory_bytes or 0.0 for m in done]
+        if len(set(kept)) > 1:
+            area = area_under_memory_curve(kept, [m.values["sdr"].mean for m in done])
+            notes.append(
+                f"{BASE_TITLES.get(base, base)}: the mean of the SDR over the logarithm of the bytes kept, from "
+                f"{min(kept) / 1e6:.2f} to {max(kept) / 1e6:.2f} MB, is {area:.2f} dB (area under the memory curve)."
+            )
+    return notes
 
 
 def _compared(
