@@ -41,6 +41,12 @@ def command(
             "--dependence", min=0, help="Mixtures of a list that are separated with other pictures too; 0: none."
         ),
     ] = 60,
+    av_align: Annotated[
+        int,
+        typer.Option(
+            "--av-align", min=0, help="Mixtures in which sounds are held against what moves (AV-Align); 0: none."
+        ),
+    ] = 0,
     forward_transfer: Annotated[
         bool,
         typer.Option(
@@ -91,6 +97,7 @@ def command(
             "batch_size": batch_size,
             "device": pick_device(device),
             "dependence": dependence,
+            "av_align": av_align,
             "progress": lambda number, done, total: show(f"after task {number}", done, total),
             "more_progress": show,
         }
@@ -173,6 +180,7 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
     _print_yardsticks(console, result)
     _print_absent(console, result, result["after"][-1])
     print_dependence(console, result)
+    _print_av_align(console, result)
     if all("seconds" in step for step in result["after"]):
         console.print(_costs(result["after"]))
     if left_out := result["after"][-1].get("left_out"):
@@ -274,6 +282,17 @@ def print_dependence(console: Console, result: dict[str, Any]) -> None:
                 *map(_signed, changes),
             )
         console.print(table)
+
+
+def _print_av_align(console: Console, result: dict[str, Any]) -> None:
+    """Whether sounds begin when something moves."""
+    for task, found in (result.get("av_align") or {}).items():
+        if "mixtures" not in found:
+            console.print("AV-Align: the store has no motion frames, or too few a second")
+            continue
+        means = {"separated": "separated", "mixture": "mixture", "reference": "true sources"}
+        values = [f"{name} {found[key]:.3f}" for key, name in means.items() if found[key] is not None]
+        console.print(f"AV-Align after task {task}, {found['mixtures']} mixtures: {', '.join(values)}")
 
 
 def _costs(steps: list[dict[str, Any]]) -> str:

@@ -20,6 +20,7 @@ from avsep.data.protocol import APART, Protocol, build_protocol
 from avsep.data.store import Store
 from avsep.dsp import FrontEnd
 from avsep.errors import AvsepError, DataError, RunError
+from avsep.evaluation.av_align import mean_agreement
 from avsep.evaluation.continual import continual_scores
 from avsep.evaluation.forward_transfer import forward_transfer as forward_transfer_rows
 from avsep.evaluation.scores import (
@@ -70,7 +71,12 @@ __all__ = [
 
 EVALUATION_VERSION = 1
 _FORMAT = "avsep-evaluation"
-_BESIDE = ("yardsticks", "visual_dependence", "forward_transfer")  # measured where it is asked for, and kept then
+_BESIDE = (
+    "yardsticks",
+    "visual_dependence",
+    "av_align",
+    "forward_transfer",
+)  # measured where it is asked for, and kept then
 
 
 def _separator_hash(folder: Path) -> str:
@@ -147,6 +153,7 @@ def evaluate_run(
     device: str | torch.device = "cpu",
     yardsticks: bool = True,
     dependence: int = 0,
+    av_align: int = 0,
     forward_transfer: bool = False,
     like: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, int], None] | None = None,
@@ -172,8 +179,9 @@ def evaluate_run(
 
     With ``yardsticks`` it also holds the ``identity`` and the ``rows`` of :mod:`avsep.evaluation.yardsticks`, scored
     once on the mixtures of the last finished task; with ``dependence`` above 0 ``visual_dependence``, by the last
-    scored task :func:`avsep.evaluation.visual_dependence.visual_dependence` over that many mixtures a list. With
-    ``forward_transfer`` it holds by task, the first left out, the ``rows`` of the task's sources before it was learned
+    scored task :func:`avsep.evaluation.visual_dependence.visual_dependence` over that many mixtures a list, and with
+    ``av_align`` likewise :func:`avsep.evaluation.av_align.mean_agreement`. With ``forward_transfer`` it holds by task,
+    the first left out, the ``rows`` of the task's sources before it was learned
     (:func:`avsep.evaluation.forward_transfer.forward_transfer`) and their mean ``sdri``; and as ``fwt`` the mean over
     tasks, where none is missing. An older file need not have any of these. ``like`` is another run's evaluation, as
     with another seed: its yardsticks are taken over where they are of the same mixtures, front end and training clips.
@@ -197,6 +205,7 @@ def evaluate_run(
         device=device,
         yardsticks=yardsticks,
         dependence=dependence,
+        av_align=av_align,
         forward_transfer=forward_transfer,
         progress=progress,
         more_progress=more_progress,
@@ -216,6 +225,7 @@ def evaluate_on(
     device: str | torch.device = "cpu",
     yardsticks: bool = True,
     dependence: int = 0,
+    av_align: int = 0,
     progress: Callable[[int, int, int], None] | None = None,
     more_progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[dict[str, Any], Path]:
@@ -277,6 +287,7 @@ def evaluate_on(
         device=device,
         yardsticks=yardsticks,
         dependence=dependence,
+        av_align=av_align,
         progress=progress,
         more_progress=more_progress,
     )
@@ -320,6 +331,7 @@ def _evaluate(
     device: str | torch.device,
     yardsticks: bool,
     dependence: int,
+    av_align: int,
     forward_transfer: bool = False,
     progress: Callable[[int, int, int], None] | None,
     more_progress: Callable[[str, int, int], None] | None,
@@ -391,22 +403,28 @@ def _evaluate(
         found = _yardsticks(run, protocol, store, own_store, measured, task_of, batch_size, more_progress)
         if found is not None:
             beside["yardsticks"] = found
-    if dependence > 0 and steps:
+
+    def measure_last(name: str, count: int, what: str, measured: Callable[..., dict[str, Any]], **more: Any) -> None:
         last = max(steps)
-        kept = beside.get("visual_dependence", {}).get(str(last))
-        if not _is_current(kept, hashes[last], dependence):
-            lists = visual_dependence(
+        kept = beside.get(name, {}).get(str(last))
+        if not _is_current(kept, hashes[last], count):
+            found = measured(
                 load_separator(run.path, task=last),
                 store,
                 protocol.at(last),
-                split=protocol.split,
-                count=dependence,
+                count=count,
                 batch_size=batch_size,
                 device=device,
-                progress=None if more_progress is None else lambda *state: more_progress("other pictures", *state),
+                progress=None if more_progress is None else partial(more_progress, what),
+                **more,
             )
-            kept = {"separator": hashes[last], "count": dependence, "lists": lists}
-        beside["visual_dependence"] = {str(last): kept}
+            kept = {"separator": hashes[last], "count": count, **({"lists": found} if more else found)}
+        beside[name] = {str(last): kept}
+
+    if dependence > 0 and steps:
+        measure_last("visual_dependence", dependence, "other pictures", visual_dependence, split=protocol.split)
+    if av_align > 0 and steps:
+        measure_last("av_align", av_align, "sound and motion", mean_agreement)
     if beside != {key: before.get(key) for key in beside}:
         result = _assemble(identity, steps, protocol, beside)
         write_json(path, result)
