@@ -103,7 +103,8 @@ def print_comparison(console: Console, result: Comparison) -> None:
         table.add_row(*cells, "", "")
     console.print(table)
 
-    shown = [n for n in ("forgetting", "bwt", "intransigence") if any(n in m.values for m in result.methods)]
+    measures = ("forgetting", "bwt", "intransigence", "staleness", "fwt")
+    shown = [n for n in measures if any(n in m.values for m in result.methods)]
     tasks = [f"task-{j}" for j in range(len(result.tasks))]
     table = _table("SDR in dB on each task's test mixtures after the last task")
     table.add_column("method")

@@ -41,6 +41,18 @@ def command(
             "--dependence", min=0, help="Mixtures of a list that are separated with other pictures too; 0: none."
         ),
     ] = 60,
+    av_align: Annotated[
+        int,
+        typer.Option(
+            "--av-align", min=0, help="Mixtures in which sounds are held against what moves (AV-Align); 0: none."
+        ),
+    ] = 0,
+    forward_transfer: Annotated[
+        bool,
+        typer.Option(
+            "--forward-transfer", help="Score every task's classes before they are learned too, in the run's own store."
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Mixtures separated at a time.")] = 4,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
@@ -66,6 +78,8 @@ def command(
         other = other or opened.content_hash != trained_on
     if out is not None and not other:
         raise ConfigError(f"--out {out} is for scores on another --store, --protocol or --split: these go into {run}")
+    if forward_transfer and other:
+        raise ConfigError("--forward-transfer is for the run's own test mixtures: leave it out on other ones")
     if other and opened is None:
         opened = open_run_store(run)
     with progress_bar() as bars:
@@ -83,13 +97,15 @@ def command(
             "batch_size": batch_size,
             "device": pick_device(device),
             "dependence": dependence,
+            "av_align": av_align,
             "progress": lambda number, done, total: show(f"after task {number}", done, total),
             "more_progress": show,
         }
         if other and opened is not None:
             result, path = evaluate_on(run, opened, protocol=protocol, split=split, out=out, **how)
         else:
-            result, path = evaluate_run(run, opened, **how), RunFolder(run).evaluation_file
+            result = evaluate_run(run, opened, forward_transfer=forward_transfer, **how)
+            path = RunFolder(run).evaluation_file
     print_evaluation(terminal(), result)
     onwards = "" if other else f"; next: avsep report {run}"
     typer.echo(f"scores written to {path}{onwards}")
@@ -130,9 +146,16 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
             table.add_row(name, *[_number(v) for v in line], _number(average))
         console.print(table)
         if result["forgetting"] is not None:  # there is none after one task alone
+            gap = result.get("staleness")  # none where no mixture has sources of two tasks
             console.print(
                 f"forgetting {_number(result['forgetting'])} dB, backward transfer {_number(result['bwt'])} dB"
+                + ("" if gap is None else f", staleness {_number(gap)} dB (old sources beside newer ones)")
             )
+    for number, found in (result.get("forward_transfer") or {}).items():
+        if found["sdri"] is not None:
+            console.print(f"task {number} before it was learned: {_signed(found['sdri'])} dB to the mixture")
+    if result.get("fwt") is not None:
+        console.print(f"forward transfer {_number(result['fwt'])} dB")
     console.print(
         f"Scores in dB by list of test mixtures (protocol {result['protocol']} version {result['protocol_version']}, "
         f"{result['protocol_hash'][:12]}); tasks count from 0"
@@ -157,6 +180,7 @@ def print_evaluation(console: Console, result: dict[str, Any]) -> None:
     _print_yardsticks(console, result)
     _print_absent(console, result, result["after"][-1])
     print_dependence(console, result)
+    _print_av_align(console, result)
     if all("seconds" in step for step in result["after"]):
         console.print(_costs(result["after"]))
     if left_out := result["after"][-1].get("left_out"):
@@ -258,6 +282,17 @@ def print_dependence(console: Console, result: dict[str, Any]) -> None:
                 *map(_signed, changes),
             )
         console.print(table)
+
+
+def _print_av_align(console: Console, result: dict[str, Any]) -> None:
+    """Whether sounds begin when something moves."""
+    for task, found in (result.get("av_align") or {}).items():
+        if "mixtures" not in found:
+            console.print("AV-Align: the store has no motion frames, or too few a second")
+            continue
+        means = {"separated": "separated", "mixture": "mixture", "reference": "true sources"}
+        values = [f"{name} {found[key]:.3f}" for key, name in means.items() if found[key] is not None]
+        console.print(f"AV-Align after task {task}, {found['mixtures']} mixtures: {', '.join(values)}")
 
 
 def _costs(steps: list[dict[str, Any]]) -> str:

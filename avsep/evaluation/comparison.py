@@ -48,9 +48,10 @@ from avsep.evaluation.continual import (
     intransigence,
     percentile_interval,
     resampling_weights,
+    staleness,
 )
 from avsep.evaluation.evaluate import current_evaluation
-from avsep.evaluation.scores import METRICS, is_counted, is_headline, rows_of_task, summarise
+from avsep.evaluation.scores import METRICS, beside_tasks, is_counted, is_headline, rows_of_task, summarise
 from avsep.evaluation.visual_dependence import CHANGES
 from avsep.evaluation.yardsticks import YARDSTICKS, rows_of_yardstick
 from avsep.registry import MEMORIES, STRATEGIES, Registry
@@ -74,7 +75,6 @@ _Array = NDArray[np.float64]
 _Clips = Mapping[tuple[str, int], tuple[tuple[str, str], ...]]
 _COLUMNS = ("list", "mixture", "task", "status", "degenerate", "ill_conditioned", *METRICS)
 _COUNTS = ("scored", "skipped", "silent_estimates", "degenerate")
-_KEPT = ("matrices", "continual", "visual_dependence")
 _IDENTITY = ("protocol", "protocol_version", "protocol_hash", "store_hash", "tasks")
 
 
@@ -82,9 +82,10 @@ def compact_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`compare` reads of an ``evaluation.json``, as plain data.
 
     The protocol's and the store's identity, ``tasks``, ``matrices``, ``continual`` and ``visual_dependence`` as they
-    are, and in ``after`` for each step its ``task``, the ``counts`` of mixtures and the sources' scores as ``columns``.
-    Yardsticks are left out.
+    are, and in ``after`` for each step its ``task``, the ``counts`` of mixtures and the sources' scores as ``columns``,
+    likewise in ``forward_transfer``, where it was measured. Yardsticks are left out.
     """
+    before = {task: {"columns": _columns(of["rows"])} for task, of in evaluation.get("forward_transfer", {}).items()}
     return {
         "format": "avsep-scores",
         **{
@@ -96,11 +97,16 @@ def compact_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "task": step["task"],
                 "counts": {k: step["all"][k] for k in ("mixtures", *_COUNTS)},
-                "columns": {key: [row[key] for row in step["rows"]] for key in _COLUMNS},
+                "columns": _columns(step["rows"]),
             }
             for step in evaluation["after"]
         ],
+        **({"forward_transfer": before} if before else {}),
     }
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    return {key: [row[key] for row in rows] for key in _COLUMNS}
 
 
 def _rows(step: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -159,10 +165,11 @@ class MethodResult:
     """One method over its seeds; dB, after the last task unless said otherwise.
 
     ``values`` by name: ``average`` (A_T of the SDR matrix, each task counting alike), ``task-0`` ... (its last row),
-    ``forgetting``, ``bwt``, ``intransigence`` (mean over tasks, over the seeds that have a joint run), and ``sdr``,
-    ``sir``, ``sar``, ``sdri``, ``si_sdr`` over the sources of all scored mixtures; ``released_sdr`` ... with the
-    degenerate mixtures, where the protocol has such; ``list:three`` ... the SDR on each list apart. What is undefined
-    (forgetting after one task) is left out.
+    ``forgetting``, ``bwt``, ``intransigence`` (mean over tasks, over the seeds that have a joint run), ``staleness``
+    (:func:`avsep.evaluation.continual.staleness`), ``fwt`` (the SDRi on each task but the first before it was learned,
+    where it was measured with all seeds), and ``sdr``, ``sir``, ``sar``, ``sdri``, ``si_sdr`` over the sources of all
+    scored mixtures; ``released_sdr`` ... with the degenerate mixtures, where the protocol has such; ``list:three`` ...
+    the SDR on each list apart. What is undefined (forgetting after one task) is left out.
     ``differences``: the same names, to the baseline; empty for the baseline itself. ``curves``: ``average`` (A_t) and
     the metrics by step. ``matrix``: R[t][j], mean over seeds. ``counts`` of mixtures after the last task, likewise.
     ``dependence``: by list the mean changes of SDR with other pictures (:mod:`avsep.evaluation.visual_dependence`), of
@@ -627,6 +634,8 @@ class _Layout:
             *(("matrix", t, str(j)) for t in steps for j in range(t + 1)),
             *((kind, t, metric) for kind in kinds for t in steps for metric in METRICS),
             *(("list", self.steps - 1, name) for name in APART if name in lists),
+            *(("before", self.steps - 1, str(j)) for j in steps[1:]),
+            *(("beside", self.steps - 1, f"{j} {k}") for j in steps for k in steps),
         ]
         self.column = {key: number for number, key in enumerate(columns)}
 
@@ -691,10 +700,16 @@ class _Table:
                 self._add(("all", t, metric), [r for r in audible if is_counted(r)], metric)
                 if ("released", t, metric) in layout.column:
                     self._add(("released", t, metric), audible, metric)
+            beside = beside_tasks(rows) if t == layout.steps - 1 else {}
+            for (j, k), members in beside.items():
+                self._add(("beside", t, f"{j} {k}"), members, "sdr")
             for kind, of_step, name in layout.column:
                 if (kind, of_step) == ("list", t):
                     scored = [r for r in rows if r["list"] == name and is_counted(r) and r["sdr"] is not None]
                     self._add((kind, t, name), scored, "sdr")
+        for j, of in (cell.evaluation.get("forward_transfer") or {}).items():
+            scored = [r for r in _rows(of) if is_counted(r) and r["sdri"] is not None]
+            self._add(("before", layout.steps - 1, j), scored, "sdri")
 
     def _add(self, key: tuple[str, int, str], rows: Iterable[Mapping[str, Any]], metric: str) -> None:
         column = self.layout.column[key]
@@ -732,6 +747,16 @@ class _Table:
                 made[:, t, int(j)] = means[:, column]
         return made
 
+    def _interference(self, means: _Array) -> _Array:
+        """[r, T, T], NaN where two tasks do not meet."""
+        steps = self.layout.steps
+        made = np.full((len(means), steps, steps), math.nan)
+        for (kind, _, pair), column in self.layout.column.items():
+            if kind == "beside":
+                j, k = map(int, pair.split())
+                made[:, j, k] = means[:, column]
+        return made
+
     def measures(self, weights: _Array, upper: _Array | None) -> dict[str, _Array]:
         """Every measure [r] by name, ``name@t`` that of step t; ``upper`` [r, T, T] is joint training's matrix."""
         means = self.means(weights)
@@ -742,6 +767,9 @@ class _Table:
         if last:
             found["forgetting"] = forgetting_per_task(matrix).mean(axis=-1)
             found["bwt"] = backward_transfer_per_task(matrix).mean(axis=-1)
+            found["staleness"] = staleness(self._interference(means))
+            before = [c for (kind, _, _), c in self.layout.column.items() if kind == "before"]
+            found["fwt"] = means[:, before].mean(axis=-1)
         if upper is not None:
             found["intransigence"] = intransigence(matrix, upper).mean(axis=-1)
         found |= {f"task-{j}": matrix[:, last, j] for j in range(last + 1)}
@@ -751,7 +779,7 @@ class _Table:
                 found[f"{metric}@{t}"] = means[:, column]
             if kind == "list":
                 found[f"list:{metric}"] = means[:, column]
-            elif kind != "matrix" and t == last:
+            elif kind in ("all", "released") and t == last:
                 found[metric if kind == "all" else f"released_{metric}"] = means[:, column]
         return found
 

@@ -34,6 +34,8 @@ NAMES = {
     "forgetting": "forgetting",
     "bwt": "backward",
     "intransigence": "intransig.",
+    "staleness": "staleness",
+    "fwt": "forward",
     "sdr": "SDR",
     "sir": "SIR",
     "sar": "SAR",

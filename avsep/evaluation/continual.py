@@ -2,6 +2,8 @@
 
 ``matrix`` is [T, T], or [..., T, T] where several are given at once; entries above the diagonal (tasks not yet learned)
 are NaN and are never read. Higher is better.
+Staleness is of another matrix, I, where I[j, k] is the score of task j's sources beside sources of task k, after the
+last task (:func:`avsep.evaluation.scores.interference_matrix`).
 Sources: average and backward transfer, Lopez-Paz and Ranzato, NeurIPS 2017, equations 2 and 3 (the average here is over
 the tasks seen); forgetting and intransigence, Chaudhry et al., ECCV 2018, section 3.2.
 """
@@ -19,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = [
     "ContinualScores",
     "Interval",
+    "area_under_memory_curve",
     "average",
     "backward_transfer",
     "backward_transfer_per_task",
@@ -30,6 +33,8 @@ __all__ = [
     "paired_bootstrap",
     "percentile_interval",
     "resampling_weights",
+    "staleness",
+    "staleness_per_task",
 ]
 
 
@@ -80,6 +85,33 @@ def backward_transfer(matrix: ArrayLike) -> float:
     return float(moved.mean()) if moved.size else math.nan
 
 
+def staleness_per_task(interference: ArrayLike) -> NDArray[np.float64]:
+    """[..., T - 1]: for each task j but the last, the mean of I[j, k] over k > j, less that over k <= j.
+
+    How much worse a task's sources are parted from those that were learned later than from those that were known by
+    then. It also says what no method that leaves old parameters alone can gain: these have heard nothing of what came
+    later. Some classes are hard beside others whatever was learned when, so it means something beside the gap of joint
+    training, or of a yardstick, on the same mixtures. What was not scored (NaN) is left out of the means; NaN where
+    nothing is left on a side.
+    """
+    array = _matrix(interference)
+    tasks = range(array.shape[-1] - 1)
+    gaps = [_known_mean(array[..., j, j + 1 :]) - _known_mean(array[..., j, : j + 1]) for j in tasks]
+    return np.stack(gaps, axis=-1) if gaps else np.empty((*array.shape[:-2], 0))
+
+
+def staleness(interference: ArrayLike) -> NDArray[np.float64]:
+    """[...]: the mean of :func:`staleness_per_task` over the tasks that have a gap; NaN where none has."""
+    return _known_mean(staleness_per_task(interference))
+
+
+def _known_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean over the last axis of what is no NaN; NaN of nothing."""
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(known, values, 0.0).sum(axis=-1) / known.sum(axis=-1), dtype=np.float64)
+
+
 def intransigence(matrix: ArrayLike, joint: ArrayLike) -> NDArray[np.float64]:
     """[..., T]: R_joint[t, t] - R[t, t], what learning step by step costs on the newest task."""
     array, upper = _matrix(matrix), _matrix(joint)
@@ -88,9 +120,35 @@ def intransigence(matrix: ArrayLike, joint: ArrayLike) -> NDArray[np.float64]:
     return np.diagonal(upper, axis1=-2, axis2=-1) - np.diagonal(array, axis1=-2, axis2=-1)
 
 
+def area_under_memory_curve(memory_bytes: ArrayLike, scores: ArrayLike) -> float:
+    """One number for a method at several budgets: its mean score over the logarithm of the bytes that it keeps.
+
+    The area under the straight lines between the points, over log bytes, divided by their range, so that it is in the
+    scores' own unit and does not depend on the base of the logarithm. Source: the memory-agnostic measure of Zhou et
+    al., Class-Incremental Learning: A Survey, IEEE TPAMI 2024, where the area is not divided. Only areas over one range
+    of bytes can be compared.
+
+    Args:
+        memory_bytes: [n], in any order, all positive and at least two of them different.
+        scores: [n], the score at each budget; of several at one budget the mean counts.
+
+    Raises:
+        ValueError: the budgets are not such.
+    """
+    budgets, heights = np.asarray(memory_bytes, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    if budgets.ndim != 1 or budgets.shape != heights.shape:
+        raise ValueError(f"{budgets.size} budgets cannot be paired with {heights.size} scores")
+    if not (budgets > 0).all() or len(np.unique(budgets)) < 2:
+        raise ValueError(f"a curve takes at least two different budgets above 0 bytes, got {budgets.tolist()}")
+    places, members = np.unique(np.log(budgets), return_inverse=True)
+    means = np.bincount(members, weights=heights) / np.bincount(members)
+    return float((np.diff(places) * (means[1:] + means[:-1]) / 2).sum() / (places[-1] - places[0]))
+
+
 @dataclass(frozen=True)
 class ContinualScores:
-    """All measures of one matrix; ``intransigence`` is None without a joint run."""
+    """All measures of one matrix; ``intransigence`` is None without a joint run, the staleness without the scores by
+    pairs of tasks."""
 
     average: tuple[float, ...]
     mean_average: float
@@ -98,6 +156,8 @@ class ContinualScores:
     forgetting_per_task: tuple[float, ...]
     backward_transfer: float
     intransigence: tuple[float, ...] | None = None
+    staleness: float | None = None
+    staleness_per_task: tuple[float, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; NaN becomes None."""
@@ -110,8 +170,10 @@ def _plain(value: Any) -> Any:
     return None if value is None or math.isnan(value) else value
 
 
-def continual_scores(matrix: ArrayLike, joint: ArrayLike | None = None) -> ContinualScores:
-    """Every measure of ``matrix`` [T, T] at once."""
+def continual_scores(
+    matrix: ArrayLike, joint: ArrayLike | None = None, interference: ArrayLike | None = None
+) -> ContinualScores:
+    """Every measure of ``matrix`` [T, T] at once; of ``interference`` [T, T] the staleness."""
     return ContinualScores(
         average=tuple(average(matrix).tolist()),
         mean_average=mean_average(matrix),
@@ -119,6 +181,8 @@ def continual_scores(matrix: ArrayLike, joint: ArrayLike | None = None) -> Conti
         forgetting_per_task=tuple(forgetting_per_task(matrix).tolist()),
         backward_transfer=backward_transfer(matrix),
         intransigence=None if joint is None else tuple(intransigence(matrix, joint).tolist()),
+        staleness=None if interference is None else float(staleness(interference)),
+        staleness_per_task=None if interference is None else tuple(staleness_per_task(interference).tolist()),
     )
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from avsep.data.opening import open_run_store
@@ -18,7 +20,9 @@ from avsep.data.protocol import APART, Protocol, build_protocol
 from avsep.data.store import Store
 from avsep.dsp import FrontEnd
 from avsep.errors import AvsepError, DataError, RunError
+from avsep.evaluation.av_align import mean_agreement
 from avsep.evaluation.continual import continual_scores
+from avsep.evaluation.forward_transfer import forward_transfer as forward_transfer_rows
 from avsep.evaluation.scores import (
     METRICS,
     Kept,
@@ -27,6 +31,7 @@ from avsep.evaluation.scores import (
     can_be_asked,
     can_go_unseen,
     evaluate_separator,
+    interference_matrix,
     is_counted,
     is_headline,
     mean_sdr,
@@ -53,6 +58,7 @@ __all__ = [
     "evaluate_on",
     "evaluate_run",
     "evaluate_separator",
+    "interference_matrix",
     "is_counted",
     "is_headline",
     "mean_sdr",
@@ -65,6 +71,12 @@ __all__ = [
 
 EVALUATION_VERSION = 1
 _FORMAT = "avsep-evaluation"
+_BESIDE = (
+    "yardsticks",
+    "visual_dependence",
+    "av_align",
+    "forward_transfer",
+)  # measured where it is asked for, and kept then
 
 
 def _separator_hash(folder: Path) -> str:
@@ -141,6 +153,8 @@ def evaluate_run(
     device: str | torch.device = "cpu",
     yardsticks: bool = True,
     dependence: int = 0,
+    av_align: int = 0,
+    forward_transfer: bool = False,
     like: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, int], None] | None = None,
     more_progress: Callable[[str, int, int], None] | None = None,
@@ -158,19 +172,24 @@ def evaluate_run(
     lists but those apart, :data:`~avsep.data.protocol.APART`), ``by_task`` (by the sources' task over the same),
     ``rows`` (:func:`rows_of`) and, where they apply, ``presence`` (:func:`presence_scores`) and ``left_out``, the lists
     that the separator cannot be asked for; and, when no task up to the last scored one is missing, ``matrices`` by
-    metric (:func:`task_matrix`) and ``continual``, the measures of each matrix
+    metric (:func:`task_matrix`), ``interference``, likewise by pairs of tasks after the last one
+    (:func:`interference_matrix`), and ``continual``, the measures of each
     (:class:`avsep.evaluation.continual.ContinualScores`), with the SDR's once more as ``matrix``, ``average`` (by
-    task), ``forgetting`` and ``bwt``.
+    task), ``forgetting``, ``bwt`` and ``staleness``.
 
     With ``yardsticks`` it also holds the ``identity`` and the ``rows`` of :mod:`avsep.evaluation.yardsticks`, scored
     once on the mixtures of the last finished task; with ``dependence`` above 0 ``visual_dependence``, by the last
-    scored task :func:`avsep.evaluation.visual_dependence.visual_dependence` over that many mixtures a list. An older
-    file need not have either. ``like`` is another run's evaluation, as with another seed: its yardsticks are taken over
-    where they are of the same mixtures, front end and training clips.
+    scored task :func:`avsep.evaluation.visual_dependence.visual_dependence` over that many mixtures a list, and with
+    ``av_align`` likewise :func:`avsep.evaluation.av_align.mean_agreement`. With ``forward_transfer`` it holds by task,
+    the first left out, the ``rows`` of the task's sources before it was learned
+    (:func:`avsep.evaluation.forward_transfer.forward_transfer`) and their mean ``sdri``; and as ``fwt`` the mean over
+    tasks, where none is missing. An older file need not have any of these. ``like`` is another run's evaluation, as
+    with another seed: its yardsticks are taken over where they are of the same mixtures, front end and training clips.
 
     Raises:
         RunError: not a run folder, no finished task, or a task that is not finished.
         DataError: the store is not the one the run was trained on.
+        ConfigError: the separator cannot be asked for what ``forward_transfer`` asks it for; all else is written then.
     """
     run = RunFolder(run_folder)
     protocol = Protocol.load(_require_tasks(run, tasks).protocol_file)
@@ -186,6 +205,8 @@ def evaluate_run(
         device=device,
         yardsticks=yardsticks,
         dependence=dependence,
+        av_align=av_align,
+        forward_transfer=forward_transfer,
         progress=progress,
         more_progress=more_progress,
         like=like,
@@ -204,6 +225,7 @@ def evaluate_on(
     device: str | torch.device = "cpu",
     yardsticks: bool = True,
     dependence: int = 0,
+    av_align: int = 0,
     progress: Callable[[int, int, int], None] | None = None,
     more_progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[dict[str, Any], Path]:
@@ -265,6 +287,7 @@ def evaluate_on(
         device=device,
         yardsticks=yardsticks,
         dependence=dependence,
+        av_align=av_align,
         progress=progress,
         more_progress=more_progress,
     )
@@ -308,6 +331,8 @@ def _evaluate(
     device: str | torch.device,
     yardsticks: bool,
     dependence: int,
+    av_align: int,
+    forward_transfer: bool = False,
     progress: Callable[[int, int, int], None] | None,
     more_progress: Callable[[str, int, int], None] | None,
     extra: Mapping[str, Any] | None = None,
@@ -323,7 +348,10 @@ def _evaluate(
     before = _previous(path, identity)
     hashes = {t: _separator_hash(run.task(t).separator) for t in finished}
     steps = {t: s for t, s in _steps(before).items() if t in finished and s.get("separator") == hashes[t]}
-    beside = {key: before[key] for key in ("yardsticks", "visual_dependence") if isinstance(before.get(key), dict)}
+    beside = {key: before[key] for key in _BESIDE if isinstance(before.get(key), dict)}
+    if unlearned := beside.pop("forward_transfer", None):  # of separators that have not changed since
+        current = {later: of for later, of in unlearned.items() if of["separator"] == hashes.get(int(later) - 1)}
+        beside |= {"forward_transfer": current} if current else {}
 
     result = _assemble(identity, steps, protocol, beside)
     for task in finished if tasks is None else sorted(set(tasks)):
@@ -375,23 +403,48 @@ def _evaluate(
         found = _yardsticks(run, protocol, store, own_store, measured, task_of, batch_size, more_progress)
         if found is not None:
             beside["yardsticks"] = found
-    if dependence > 0 and steps:
+
+    def measure_last(name: str, count: int, what: str, measured: Callable[..., dict[str, Any]], **more: Any) -> None:
         last = max(steps)
-        kept = beside.get("visual_dependence", {}).get(str(last))
-        if not _is_current(kept, hashes[last], dependence):
-            lists = visual_dependence(
+        kept = beside.get(name, {}).get(str(last))
+        if not _is_current(kept, hashes[last], count):
+            found = measured(
                 load_separator(run.path, task=last),
                 store,
                 protocol.at(last),
-                split=protocol.split,
-                count=dependence,
+                count=count,
                 batch_size=batch_size,
                 device=device,
-                progress=None if more_progress is None else lambda *state: more_progress("other pictures", *state),
+                progress=None if more_progress is None else partial(more_progress, what),
+                **more,
             )
-            kept = {"separator": hashes[last], "count": dependence, "lists": lists}
-        beside["visual_dependence"] = {str(last): kept}
+            kept = {"separator": hashes[last], "count": count, **({"lists": found} if more else found)}
+        beside[name] = {str(last): kept}
+
+    if dependence > 0 and steps:
+        measure_last("visual_dependence", dependence, "other pictures", visual_dependence, split=protocol.split)
+    if av_align > 0 and steps:
+        measure_last("av_align", av_align, "sound and motion", mean_agreement)
     if beside != {key: before.get(key) for key in beside}:
+        result = _assemble(identity, steps, protocol, beside)
+        write_json(path, result)
+    for task in (finished if tasks is None else sorted(set(tasks))) if forward_transfer else ():
+        known = beside.get("forward_transfer", {})
+        later = task + 1
+        if later == len(protocol.tasks) or str(later) in known:
+            continue
+        rows = forward_transfer_rows(
+            load_separator(run.path, task=task),
+            store,
+            protocol,
+            later,
+            batch_size=batch_size,
+            device=device,
+            task_of=task_of,
+            progress=None if more_progress is None else partial(more_progress, f"task {later} before it is learned"),
+        )
+        of_task = {"separator": hashes[task], "sdri": summarise(rows)["mean"]["sdri"], "rows": rows}
+        beside["forward_transfer"] = {**known, str(later): of_task}
         result = _assemble(identity, steps, protocol, beside)
         write_json(path, result)
     return result
@@ -470,9 +523,11 @@ def _assemble(
     if steps and sorted(steps) == list(range(len(steps))):
         rows = [steps[t]["rows"] for t in sorted(steps)]
         matrices = {metric: task_matrix(rows, metric) for metric in METRICS}
+        beside_each = {metric: interference_matrix(rows[-1], len(rows), metric) for metric in METRICS}
         result["matrices"] = matrices
+        result["interference"] = beside_each
         result["continual"] = {
-            metric: continual_scores([[math.nan if v is None else v for v in line] for line in matrix]).as_dict()
+            metric: continual_scores(_with_nan(matrix), interference=_with_nan(beside_each[metric])).as_dict()
             for metric, matrix in matrices.items()
         }
         # the SDR's, which are what people ask for first
@@ -481,4 +536,12 @@ def _assemble(
         result["average"] = continual["average"]
         result["forgetting"] = continual["forgetting"]
         result["bwt"] = continual["backward_transfer"]
+        result["staleness"] = continual["staleness"]
+    before = [of.get("sdri") for of in (beside.get("forward_transfer") or {}).values()]
+    if before and len(before) == len(protocol.tasks) - 1 and None not in before:
+        result["fwt"] = float(np.mean(before))
     return result
+
+
+def _with_nan(matrix: Sequence[Sequence[float | None]]) -> list[list[float]]:
+    return [[math.nan if v is None else v for v in line] for line in matrix]

@@ -36,9 +36,11 @@ __all__ = [
     "MixtureScore",
     "SourceScore",
     "batches",
+    "beside_tasks",
     "can_be_asked",
     "can_go_unseen",
     "evaluate_separator",
+    "interference_matrix",
     "is_counted",
     "is_headline",
     "level_db",
@@ -458,3 +460,32 @@ def task_matrix(rows_after: Sequence[Sequence[Mapping[str, Any]]], metric: str =
             values = [r[metric] for r in rows_of_task(rows, j, metric)]
             matrix[t][j] = float(np.mean(values)) if values else None
     return matrix
+
+
+def beside_tasks(
+    rows: Iterable[Mapping[str, Any]], metric: str = "sdr"
+) -> dict[tuple[int, int], list[Mapping[str, Any]]]:
+    """The scored rows of sources in mixtures of two, by their own task and that of the source beside them.
+
+    Of lists apart none.
+    """
+    mixtures: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if is_headline(row) and is_counted(row):
+            mixtures.setdefault((row["list"], row["mixture"]), []).append(row)
+    found: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    for pair in mixtures.values():
+        for mine, other in zip(pair, reversed(pair), strict=True) if len(pair) == 2 else ():
+            if mine[metric] is not None:
+                found.setdefault((mine["task"], other["task"]), []).append(mine)
+    return found
+
+
+def interference_matrix(rows: Iterable[Mapping[str, Any]], tasks: int, metric: str = "sdr") -> list[list[float | None]]:
+    """I[j][k]: mean ``metric`` of the sources of task j in mixtures of two with a source of task k, of the first
+    ``tasks`` tasks; None where nothing was scored. For :func:`avsep.evaluation.continual.staleness`."""
+    found = beside_tasks(rows, metric)
+    return [
+        [float(np.mean([r[metric] for r in found[j, k]])) if (j, k) in found else None for k in range(tasks)]
+        for j in range(tasks)
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from avsep.evaluation.av_align import LEAST_RATE_HZ, av_align
 from avsep.evaluation.drawing import PAGE_BYTES, SignalView, log_spectrogram, page_environment, pretty
 from avsep.export.runtime.wav import wav_bytes
 from avsep.inference.recordings import SeparatedSignals
@@ -105,7 +106,11 @@ def render_separated(
                 signal=signal,
                 mask=_mask(log_spectrogram(signal.audio, signals.rate_hz), of_mixture),
                 frames=_spread((timelines or {}).get(name)),
-                rules=[*(rules or {}).get(name, ()), *map(pretty, findings.tags(name))],
+                rules=[
+                    *(rules or {}).get(name, ()),
+                    *map(pretty, findings.tags(name)),
+                    *_aligned((timelines or {}).get(name), source, signals.mixture, signals.rate_hz),
+                ],
             )
         )
     loudest = max(float(np.abs(s[..., :shown]).max()) for s in (signals.mixture, *signals.sources))
@@ -156,6 +161,17 @@ def _spread(timeline: VisualTimeline | None) -> np.ndarray | None:
         np.unique(np.linspace(0, count - 1, min(count, _PICTURES)).round().astype(int))
     ]
     return chosen
+
+
+def _aligned(timeline: VisualTimeline | None, source: np.ndarray, mixture: np.ndarray, rate_hz: int) -> list[str]:
+    """AV-Align of a source beside that of the recording, in a few words; nothing where its motion is not known."""
+    if timeline is None or timeline.motion is None or not timeline.moves or timeline.motion_rate_hz < LEAST_RATE_HZ:
+        return []
+    mono = [sound if sound.ndim == 1 else to_mono(sound) for sound in (source, mixture)]
+    own, of_all = (av_align(sound, rate_hz, timeline.motion, timeline.motion_rate_hz) for sound in mono)
+    if not (np.isfinite(own) and np.isfinite(of_all)):
+        return []
+    return [f"sound and motion agree: {own:.2f} (the recording: {of_all:.2f})"]
 
 
 def _time(seconds: float) -> str:

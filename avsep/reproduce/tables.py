@@ -20,6 +20,7 @@ from avsep.evaluation.comparison import (
     compare,
     holm,
 )
+from avsep.evaluation.continual import area_under_memory_curve
 from avsep.files import read_yaml, write_text
 from avsep.reproduce.dataset import BENCHMARK
 from avsep.reproduce.grid import BASE_TITLES, Grid
@@ -158,7 +159,7 @@ def build_table(
         lines=lines,
         control=CONTROL[name],
         protocol=f"{grid.stream.protocol.name} version {grid.stream.protocol.version}",
-        notes=tuple(grid.notes.get(name, ())),
+        notes=(*grid.notes.get(name, ()), *(_over_memory(lines) if name in ("table3", "figure4") else ())),
         tasks=tuple(t.classes for t in grid.stream.tasks),
     )
 
@@ -193,6 +194,21 @@ def _arithmetic_of_seeds(grid: Grid, name: str, base: str, results: ResultStore)
             if (result := results.get(key)) is not None:
                 found.setdefault(grid.cells[key].seed, Counter())[result.arithmetic] += 1
     return {seed: counts.most_common(1)[0][0] for seed, counts in found.items()}
+
+
+def _over_memory(lines: Mapping[str, Sequence[Line]]) -> list[str]:
+    """What the sizes of memory come to together, by base separator; nothing before two of them are finished."""
+    notes = []
+    for base, of_base in lines.items():
+        done = [m for line in of_base if (m := line.ours) is not None and m.memory_bytes and "sdr" in m.values]
+        kept = [m.memory_bytes or 0.0 for m in done]
+        if len(set(kept)) > 1:
+            area = area_under_memory_curve(kept, [m.values["sdr"].mean for m in done])
+            notes.append(
+                f"{BASE_TITLES.get(base, base)}: the mean of the SDR over the logarithm of the bytes kept, from "
+                f"{min(kept) / 1e6:.2f} to {max(kept) / 1e6:.2f} MB, is {area:.2f} dB (area under the memory curve)."
+            )
+    return notes
 
 
 def _compared(

@@ -10,7 +10,7 @@ import pytest
 from avsep.errors import RunError, UnknownNameError
 from avsep.evaluation.comparison import Cell, compact_evaluation, compare
 from avsep.evaluation.continual import continual_scores, paired_bootstrap
-from avsep.evaluation.evaluate import METRICS, task_matrix
+from avsep.evaluation.evaluate import METRICS, interference_matrix, task_matrix
 from support.evaluations import FEW, TASKS, cells, evaluation, noise
 
 
@@ -36,6 +36,32 @@ def test_means_are_those_of_the_evaluations():
     assert (result.memory_bytes, result.seconds) == (1001, 10)
     assert result.counts == {"scored": 48, "skipped": 0, "silent_estimates": 0, "degenerate": 0}
     assert not any("released" in name for name in result.values)
+
+
+def test_staleness_has_an_interval_and_needs_no_class_names():
+    """Of made-up pairs: old sources lose 3 dB beside those of the last task, and 1 dB more with the second method."""
+
+    def scores(more):
+        made = evaluation(lambda t, j, key: 10 + noise(*key))
+        for number, r in enumerate(r for r in made["after"][-1]["rows"] if r["list"] == "cross"):
+            if number % 2 == 0:  # the first of each pair is of the first task
+                r["sdr"] -= 3.0 + more if r["task"] == 2 else 1.0
+                r["task"] = 0
+        return made
+
+    runs = [Cell(name, 0, scores(more)) for name, more in (("m", 0.0), ("n", 1.0))]
+    result = compare(runs, baseline="m", resamples=FEW)
+    rows = runs[0].evaluation["after"][-1]["rows"]
+    matrix = np.array(interference_matrix(rows, 3), dtype=float)
+    assert np.isnan(matrix).tolist() == [[False, False, False], [False, False, True], [False, True, False]]
+    value = result["m"].values["staleness"]
+    assert value.mean == pytest.approx((matrix[0, 1] + matrix[0, 2]) / 2 - matrix[0, 0])
+    assert value.low < value.mean < value.high
+    difference = result["n"].differences["staleness"]
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((-0.5, -0.5, -0.5))
+    small = [Cell(c.method, 0, compact_evaluation(c.evaluation)) for c in runs]
+    assert compare(small, baseline="m", resamples=FEW)["m"].values["staleness"] == value
+    assert "staleness" not in compare(cells("m", [0]), resamples=FEW)["m"].values  # no two tasks meet
 
 
 def test_the_compact_form_compares_alike():

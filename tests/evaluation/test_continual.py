@@ -37,6 +37,38 @@ def test_intransigence_needs_a_joint_matrix():
         continual.intransigence(MATRIX, [[1.0]])
 
 
+def test_staleness_is_what_old_sources_lose_beside_newer_ones():
+    np.testing.assert_allclose(continual.staleness_per_task([[7, 3], [6, 9]]), [-4])
+    three = [[8.0, 5.0, 2.0], [7.0, 9.0, NAN], [1.0, 1.0, 1.0]]  # tasks 1 and 2 do not meet
+    np.testing.assert_allclose(continual.staleness_per_task(three), [3.5 - 8, NAN])
+    assert continual.staleness(three) == pytest.approx(-4.5)
+    known = [[8.0, 5.0, 2.0], [7.0, 9.0, 6.0], [1.0, 1.0, 1.0]]
+    np.testing.assert_allclose(continual.staleness_per_task(known), [-4.5, 6 - (7 + 9) / 2])
+    both = continual.staleness([known, three])
+    np.testing.assert_allclose(both, [(-4.5 - 2) / 2, -4.5])
+    scores = continual.continual_scores(MATRIX, interference=known).as_dict()
+    assert (scores["staleness"], scores["staleness_per_task"]) == (pytest.approx(-3.25), [-4.5, -2.0])
+    assert continual.continual_scores(MATRIX).as_dict()["staleness"] is None
+    alone = continual.continual_scores([[5.0]], interference=[[5.0]]).as_dict()
+    assert (alone["staleness"], alone["staleness_per_task"]) == (None, [])
+
+
+def test_area_under_the_memory_curve_is_a_mean_over_log_bytes():
+    area = continual.area_under_memory_curve
+    assert area([1e3, 1e6], [4.0, 4.0]) == pytest.approx(4)
+    assert area([1e3, 1e6], [2.0, 8.0]) == pytest.approx(5)
+    # decades: 3 to 4 at a mean of 1.5, 4 to 6 at 4.5; thus (1.5 + 2 * 4.5) / 3, whatever the order and the unit
+    assert area([1e4, 1e3, 1e6], [3.0, 0.0, 6.0]) == pytest.approx(3.5)
+    assert area([10, 1, 1000], [3.0, 0.0, 6.0]) == pytest.approx(3.5)
+    assert area([10, 1, 1000, 10], [2.0, 0.0, 6.0, 4.0]) == pytest.approx(3.5)  # two seeds at one budget
+    assert math.isnan(area([1, 10], [NAN, 1.0]))
+    for wrong in ([1e3], [1e3, 1e3], [0, 1e3], [-1, 1e3]):
+        with pytest.raises(ValueError, match="two different budgets above 0 bytes"):
+            area(wrong, [1.0] * len(wrong))
+    with pytest.raises(ValueError, match="2 budgets cannot be paired with 1 scores"):
+        area([1, 2], [1.0])
+
+
 def test_one_task_has_no_forgetting():
     scores = continual.continual_scores([[5.0]])
     assert scores.average == (5.0,)

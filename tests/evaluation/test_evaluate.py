@@ -23,6 +23,7 @@ from avsep.evaluation.evaluate import (
     METRICS,
     evaluate_run,
     evaluate_separator,
+    interference_matrix,
     mean_sdr,
     rows_of,
     summarise,
@@ -164,6 +165,25 @@ def test_task_matrix_takes_each_tasks_own_list_and_sources():
     assert task_matrix([[row(0, 1.0, "task-0", status="silent_reference")]]) == [[None]]
 
 
+def test_interference_is_by_the_task_of_the_other_source():
+    scores = [((0, 0), (6, 8)), ((0, 1), (2, 5)), ((1, 0), (7, 4)), ((1, 1), (9, 9))]
+    rows = [
+        row(task, sdr, "cross" if tasks[0] != tasks[1] else f"task-{task}", mixture=number)
+        for number, (tasks, values) in enumerate(scores)
+        for task, sdr in zip(tasks, values, strict=True)
+    ]
+    left_out = [
+        *(row(task, 90.0, "cross", mixture=9, status="silent_estimate") for task in (0, 1)),
+        *(row(0, 90.0, "task-0", mixture=10, degenerate="self") for _ in range(2)),
+        *(row(task, 90.0, "three", mixture=11) for task in (0, 1, 1)),
+        *(row(task, 90.0, "quiet", mixture=12) for task in (0, 1)),
+        row(0, 90.0, "cross", mixture=13),
+    ]
+    assert interference_matrix([*rows, *left_out], 2) == [[7.0, 3.0], [6.0, 9.0]]
+    rows[2]["sdr"] = None  # a NaN
+    assert interference_matrix(rows, 3) == [[7.0, 4.0, None], [6.0, 9.0, None], [None, None, None]]
+
+
 def test_a_run_is_scored_task_by_task_and_only_once(run, protocol, monkeypatch):
     seen = []
     result = evaluate_run(run, progress=lambda *state: seen.append(state))
@@ -183,6 +203,11 @@ def test_a_run_is_scored_task_by_task_and_only_once(run, protocol, monkeypatch):
     assert result["forgetting"] == pytest.approx(matrix[0][0] - matrix[1][0])
     assert result["bwt"] == pytest.approx(matrix[1][0] - matrix[0][0])
     assert result["average"] == pytest.approx([matrix[0][0], (matrix[1][0] + matrix[1][1]) / 2])
+    old = [r for r in rows if r["task"] == 0]
+    beside = {kind: np.mean([r["sdr"] for r in old if r["list"] == kind]) for kind in ("cross", "task-0")}
+    assert result["interference"]["sdr"][0] == pytest.approx([beside["task-0"], beside["cross"]])
+    assert result["staleness"] == pytest.approx(beside["cross"] - beside["task-0"])
+    assert result["continual"]["si_sdr"]["staleness"] != pytest.approx(result["staleness"])
     assert (result["protocol"], result["protocol_version"], result["protocol_hash"]) == ("fixed", 1, protocol.hash)
     for step in result["after"]:
         assert step["seconds"] == read_json(run / "tasks" / f"{step['task']:02d}" / "task.json")["seconds"]
@@ -280,6 +305,7 @@ def test_command_prints_the_matrix_and_the_counts(run, protocol, capsys, monkeyp
     shown = capsys.readouterr().out
     for text in ("after task", "average", "forgetting", "SI-SDR", "skipped", "degen.", "cross", "evaluation.json"):
         assert text in shown
+    assert ", staleness " in shown
     assert f"protocol fixed version 1, {protocol.hash[:12]}" in shown
     kept = [budget_of(run, t).total / 1e6 for t in (0, 1)]
     assert f"MB kept after each: {kept[0]:.2f}, {kept[1]:.2f}" in shown

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from avsep.evaluation.comparison import Difference, Estimate, MethodResult
 from avsep.reproduce.dataset import BENCHMARK
-from avsep.reproduce.tables import Line, Table, csv_rows, markdown
+from avsep.reproduce.tables import Line, Table, _over_memory, csv_rows, markdown
 
 
 def table(data_set=BENCHMARK, *, silent=0.0, both=3):
@@ -51,3 +53,13 @@ def test_a_table_names_its_protocol_and_each_row_its_commits():
 def test_only_the_benchmark_is_said_to_be_other_data():
     assert "different data and sizes" in markdown(table())
     assert "different data and sizes" not in markdown(table("music21"))
+
+
+def test_sizes_of_memory_come_to_one_number():
+    (line, unfinished) = table().lines["iquery"]
+    larger = replace(line.ours, memory_bytes=8_000_000, values={"sdr": Estimate(6.0, 5.0, 7.0, (6.0,))})
+    (note,) = _over_memory({"iquery": [line, unfinished, replace(line, ours=larger)]})
+    assert note.startswith(
+        "iQuery: the mean of the SDR over the logarithm of the bytes kept, from 2.00 to 8.00 MB, is 5.50 dB"
+    )
+    assert _over_memory({"iquery": [line, unfinished]}) == _over_memory({"iquery": [line, line]}) == []
