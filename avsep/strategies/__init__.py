@@ -8,6 +8,7 @@ from avsep.strategies.contavsep import ContAVSep
 from avsep.strategies.ewc import EWC
 from avsep.strategies.ewf import EWF
 from avsep.strategies.finetune import FineTune
+from avsep.strategies.gated_distillation import GatedDistillation
 from avsep.strategies.joint import Joint
 from avsep.strategies.lwf import LwF
 from avsep.strategies.plop import PLOP
@@ -25,6 +26,7 @@ __all__ = [
     "Composition",
     "ContAVSep",
     "FineTune",
+    "GatedDistillation",
     "Joint",
     "LwF",
     "QueryExtension",

@@ -42,6 +42,7 @@ STEPS = {
     "plop": ("plop", {}, "iquery", torch.float64),
     "plop_agnostic": ("plop", {}, "coseparation", torch.float64),
     "query_extension": ("query_extension", {"head": True}, "iquery", torch.float64),
+    "gated_distillation": ("gated_distillation", {}, "iquery", torch.float64),
     "agem": ("agem", {}, "iquery", torch.float64),
     "task_adapters": ("task_adapters", {}, "iquery_adapters", torch.float64),
 }
