@@ -36,8 +36,8 @@ class GatedDistillation(Strategy):
     needs_memory = True
     across_ranks = True
     differs = (
-        "Of ContAV-Sep's losses it has the mask distillation alone, and the gate, which is new: combine it with contavsep "
-        "(weight_mask=0) for the contrastive ones."
+        "Of ContAV-Sep's losses it has the mask distillation alone, to which it adds the gate; contavsep with "
+        "weight_mask=0 beside it brings the contrastive ones."
     )
 
     def __init__(self, *, weight: float = 0.3, gate: bool = True) -> None:
