@@ -5,6 +5,7 @@ from avsep.strategies.avcil import AVCIL
 from avsep.strategies.base import Step, Strategy, TaskContext, TaskData
 from avsep.strategies.composition import Composition, build_strategy
 from avsep.strategies.contavsep import ContAVSep
+from avsep.strategies.derpp import DERpp
 from avsep.strategies.ewc import EWC
 from avsep.strategies.ewf import EWF
 from avsep.strategies.finetune import FineTune
@@ -25,6 +26,7 @@ __all__ = [
     "PLOP",
     "Composition",
     "ContAVSep",
+    "DERpp",
     "FineTune",
     "GatedDistillation",
     "Joint",

@@ -43,6 +43,7 @@ STEPS = {
     "plop_agnostic": ("plop", {}, "coseparation", torch.float64),
     "query_extension": ("query_extension", {"head": True}, "iquery", torch.float64),
     "gated_distillation": ("gated_distillation", {}, "iquery", torch.float64),
+    "derpp": ("derpp", {"batch_size": 4}, "iquery", torch.float64),
     "agem": ("agem", {}, "iquery", torch.float64),
     "task_adapters": ("task_adapters", {}, "iquery_adapters", torch.float64),
 }
@@ -74,6 +75,19 @@ def _build(separator, num_classes, seed, dtype):
     return build_from_spec(spec).to(dtype)
 
 
+def _stored(batch):
+    """What DER++ keeps, made of the first sources of a batch."""
+    rng = torch.Generator().manual_seed(1)
+    return {
+        "sounds": (32767 * batch.sources).round().clamp(-32767, 32767).to(torch.int16),
+        "masks": torch.randint(0, 256, (4, 128, 128), dtype=torch.uint8, generator=rng),
+        "class_ids": torch.tensor([0, 1, 1, 0]),
+        "video_ids": torch.arange(4),
+        "object": batch.visual.object[:, 0].half(),
+        "motion": batch.visual.motion[:, 0].half(),
+    }
+
+
 def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
     """The terms of one training step, and afterwards the gradients and buffers of the student."""
     strategy_name, parameters, separator, dtype = STEPS[name]
@@ -81,6 +95,8 @@ def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
     strategy = STRATEGIES.create(strategy_name, parameters)
     if strategy_name == "ewc":
         strategy.load_state_dict({n: p.detach().square() + 0.1 for n, p in teacher.named_parameters()})
+    if strategy_name == "derpp":
+        strategy.load_state_dict(_stored(_batch(student, dtype)))
     old_shapes = {name: tuple(value.shape) for name, value in teacher.state_dict().items()}
     strategy.begin_task(TaskContext(TASK, student, teacher, None, ranks, old_shapes=old_shapes))
     student.train()

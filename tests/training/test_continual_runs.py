@@ -15,6 +15,7 @@ from support.tones import stream_of
 MEMORIES = ("none", "random_per_class")
 GROWN = ("lwf", {"variant": "grown_teacher"})
 WITHOUT_FUSION_LOSS = ("ewf", {"distillation": 0.0})
+DERPP = ("derpp", {"per_class": 2, "batch_size": 2})
 UNGATED = ("gated_distillation", {"gate": False})
 # strategies that are to go on after a kill as if nothing had happened, where they run at all
 RESUMED = [
@@ -24,6 +25,7 @@ RESUMED = [
     (("contavsep", {"instance": "features", "modality_pairs": "within"}), "random_per_class"),
     ("avcil", "random_per_class"),
     ("gated_distillation", "random_per_class"),
+    (DERPP, "none"),
 ]
 ON_EVERY_SEPARATOR = [
     pytest.param("lwf", "none", marks=pytest.mark.slow),
@@ -31,6 +33,7 @@ ON_EVERY_SEPARATOR = [
     pytest.param("avcil", "random_per_class", marks=pytest.mark.slow),
     ("contavsep", "random_per_class"),
     pytest.param("gated_distillation", "random_per_class", marks=pytest.mark.slow),
+    pytest.param(DERPP, "random_per_class", marks=pytest.mark.slow),
 ]
 # (strategy, without its term, memory): both begin with the same first task
 REGULARISERS = [
@@ -43,12 +46,15 @@ REGULARISERS = [
     ("avcil", ("avcil", {"weight_mask": 0.0}), "random_per_class"),
     ("avcil", ("avcil", {"weight_attention": 0.0}), "random_per_class"),
     ("gated_distillation", UNGATED, "random_per_class"),
+    (DERPP, (DERPP[0], {**DERPP[1], "alpha": 0.0}), "none"),
+    (DERPP, (DERPP[0], {**DERPP[1], "beta": 0.0}), "none"),
 ]
 # with every weight at 0 these are fine-tuning
 SWITCHED_OFF = [
     (("contavsep", {"weight_instance": 0.0, "weight_class": 0.0, "weight_mask": 0.0}), "none"),
     (("lwf", {"weight_mask": 0.0}), "none"),
     (("gated_distillation", {"weight": 0.0}), "random_per_class"),
+    ((DERPP[0], {**DERPP[1], "alpha": 0.0, "beta": 0.0}), "none"),
     (
         ("avcil", {"weight_instance": 0.0, "weight_class": 0.0, "weight_mask": 0.0, "weight_attention": 0.0}),
         "random_per_class",
