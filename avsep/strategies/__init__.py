@@ -14,6 +14,7 @@ from avsep.strategies.joint import Joint
 from avsep.strategies.lwf import LwF
 from avsep.strategies.plop import PLOP
 from avsep.strategies.query_extension import QueryExtension
+from avsep.strategies.slot_span import SlotSpan
 from avsep.strategies.task_adapters import TaskAdapters
 from avsep.strategies.weight_average import WeightAverage
 from avsep.strategies.weight_fusion import WeightFusion
@@ -32,6 +33,7 @@ __all__ = [
     "Joint",
     "LwF",
     "QueryExtension",
+    "SlotSpan",
     "Step",
     "Strategy",
     "TaskAdapters",
