@@ -14,7 +14,7 @@ from avsep.kernels import MaskLosses, MaskTeacher, mask_head_losses, mask_l1
 from avsep.kernels.mask_head.op import runs_fused
 from avsep.types import MaskOutput, Spectrograms
 
-__all__ = ["mask_cross_entropy", "mask_distillation", "mask_losses", "separation_loss"]
+__all__ = ["mask_cross_entropy", "mask_distillation", "mask_losses", "separation_loss", "source_errors"]
 
 
 def mask_losses(
@@ -99,6 +99,21 @@ def mask_distillation(
         logits, weight = logits[mixtures], weight[mixtures]
         counted = None if counted is None else counted[mixtures]
     return mask_l1(logits, teacher_output.logits.detach(), weight, counted=counted, target_is_logits=True)
+
+
+@torch.no_grad()
+def source_errors(masks: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """The mean over its pixels of w |mask - target| of each source, [B, N]: what :func:`mask_losses` averages, to
+    compare sources by. Without a gradient, in float32 (float64 of such masks).
+
+    Args:
+        masks: [B, N, F, T], between 0 and 1.
+        targets: [B, N, F, T], ratio masks or another model's masks.
+        weight: [B, 1, F, T].
+    """
+    dtype = torch.promote_types(masks.dtype, torch.float32)
+    found: Tensor = (weight.to(dtype) * (masks.to(dtype) - targets.to(dtype)).abs()).mean(dim=(2, 3))
+    return found
 
 
 def _factors(output: MaskOutput) -> tuple[Tensor, Tensor] | None:

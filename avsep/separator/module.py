@@ -177,7 +177,7 @@ class Separator(nn.Module):
             network_input = spectrograms.network_input[rows]
         visual = self.encode_visual(batch.visual[rows])
         audio = self.audio_encoder(network_input)
-        return Prediction(spectrograms, audio, visual, self._decode(audio, visual, ids))
+        return Prediction(spectrograms, audio, visual, self.decode(audio, visual, ids))
 
     def encode_visual(self, inputs: VisualInputs) -> VisualFeatures:
         """Encode the frames or stored features of each source.
@@ -208,9 +208,13 @@ class Separator(nn.Module):
             ConfigError: when a class id is out of range (looked at where it costs nothing: ids on the CPU).
         """
         self._check_class_ids(class_ids)
-        return self._decode(self.audio_encoder(network_input), visual, class_ids.to(network_input.device))
+        return self.decode(self.audio_encoder(network_input), visual, class_ids.to(network_input.device))
 
-    def _decode(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
+    def decode(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
+        """Masks of B mixtures from their features, for the classes [B, N] that are asked for.
+
+        The last step of :meth:`predict`, for who has the features already and asks for other classes or sources.
+        """
         if visual.moving is not None and not self.mask_decoder.takes_unseen:
             visual = self._with_means(visual, class_ids)
         output = self.mask_decoder(audio, visual, class_ids)

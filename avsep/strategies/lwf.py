@@ -88,7 +88,7 @@ class LwF(Strategy):
         whole = (step.ranks.world * len(class_ids), class_ids.shape[1])  # every rank draws for all
         drawn = step.ranks.part(torch.randint(step.num_old, whole)).to(class_ids.device)
         queried = class_ids.where(step.is_old, drawn)
-        output = student.mask_decoder(step.audio, step.visual, queried)
+        output = student.decode(step.audio, step.visual, queried)
         distillation = mask_distillation(output, step.teacher_output(queried).output, step.spectrograms)
         return {"separation": step.separation, "mask": self.weight_mask * distillation}
 

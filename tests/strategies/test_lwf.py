@@ -42,6 +42,8 @@ class _Constant:
         found = self.logits[class_ids * (not self.class_agnostic)]
         return MaskOutput(audio=torch.zeros(*class_ids.shape, 1), logits=found[..., None, None].expand(-1, -1, 2, 2))
 
+    decode = __call__
+
 
 def _by_hand(student, class_ids, num_old):
     batch = Batch(torch.zeros(1, 2, 4), class_ids, class_ids, class_ids < num_old)

@@ -42,6 +42,10 @@ STEPS = {
     "plop": ("plop", {}, "iquery", torch.float64),
     "plop_agnostic": ("plop", {}, "coseparation", torch.float64),
     "query_extension": ("query_extension", {"head": True}, "iquery", torch.float64),
+    "gated_distillation": ("gated_distillation", {}, "iquery", torch.float64),
+    "derpp": ("derpp", {"batch_size": 4}, "iquery", torch.float64),
+    "slot_span": ("slot_span", {"classes": 1}, "iquery", torch.float64),
+    "slot_span_own": ("slot_span", {"conditioning": "own"}, "iquery", torch.float64),
     "agem": ("agem", {}, "iquery", torch.float64),
     "task_adapters": ("task_adapters", {}, "iquery_adapters", torch.float64),
 }
@@ -73,6 +77,27 @@ def _build(separator, num_classes, seed, dtype):
     return build_from_spec(spec).to(dtype)
 
 
+def _stored(batch):
+    """What DER++ keeps, made of the first sources of a batch."""
+    rng = torch.Generator().manual_seed(1)
+    return {
+        "sounds": (32767 * batch.sources).round().clamp(-32767, 32767).to(torch.int16),
+        "masks": torch.randint(0, 256, (4, 128, 128), dtype=torch.uint8, generator=rng),
+        "class_ids": torch.tensor([0, 1, 1, 0]),
+        "video_ids": torch.arange(4),
+        "object": batch.visual.object[:, 0].half(),
+        "motion": batch.visual.motion[:, 0].half(),
+    }
+
+
+def _statistics(batch, teacher):
+    """What slot_span keeps of the two old classes, made of two mixtures."""
+    features = teacher.encode_visual(batch.visual)
+    deviation = features.object[:2, 1].abs()
+    kept = {"object": features.object[:2, 0], "object_deviation": deviation, "motion": features.motion[:2, 0]}
+    return {**{k: v.detach().half() for k, v in kept.items()}, "counts": torch.tensor([1, 1])}
+
+
 def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
     """The terms of one training step, and afterwards the gradients and buffers of the student."""
     strategy_name, parameters, separator, dtype = STEPS[name]
@@ -80,6 +105,10 @@ def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
     strategy = STRATEGIES.create(strategy_name, parameters)
     if strategy_name == "ewc":
         strategy.load_state_dict({n: p.detach().square() + 0.1 for n, p in teacher.named_parameters()})
+    if strategy_name == "derpp":
+        strategy.load_state_dict(_stored(_batch(student, dtype)))
+    if name == "slot_span":
+        strategy.load_state_dict(_statistics(_batch(student, dtype), teacher))
     old_shapes = {name: tuple(value.shape) for name, value in teacher.state_dict().items()}
     strategy.begin_task(TaskContext(TASK, student, teacher, None, ranks, old_shapes=old_shapes))
     student.train()

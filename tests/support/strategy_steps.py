@@ -8,7 +8,7 @@ import torch
 
 from avsep import build_separator
 from avsep.strategies.base import Step
-from avsep.types import Batch, VisualInputs
+from avsep.types import Batch, MaskOutput, Prediction, Spectrograms, VisualFeatures, VisualInputs
 from support.tones import TINY_FRONT_END, TINY_SEPARATOR
 
 PARTS = {k: v for k, v in TINY_SEPARATOR.items() if k != "front_end"}
@@ -79,3 +79,29 @@ def literal_pod(x, scales=(1, 2, 4)):
                 cell = squares[:, :, i * h : (i + 1) * h, j * w : (j + 1) * w]
                 parts += [cell.mean(dim=3).flatten(1), cell.mean(dim=2).flatten(1)]
     return torch.cat(parts, dim=1)
+
+
+class GivenMasks:
+    """In the place of a teacher: one whose masks [B, N, F, T] of a batch are given."""
+
+    def __init__(self, masks):
+        self._logits = torch.logit(masks)
+
+    def train(self, mode):
+        assert not mode  # as a frozen teacher stays
+
+    def predict(self, batch, *, class_ids, spectrograms, mixtures=None):
+        output = MaskOutput(audio=torch.zeros(0), logits=self._logits if mixtures is None else self._logits[mixtures])
+        return Prediction(spectrograms, None, VisualFeatures(), output)
+
+
+def step_of_masks(masks, targets, class_ids, num_old, teacher_masks=None):
+    """A step with these masks and ratio masks [B, N, F, T] and weight 1, and its logits, which want a gradient."""
+    logits = torch.logit(masks).requires_grad_()
+    spectrograms = Spectrograms(
+        torch.zeros_like(targets[:, :1]), torch.ones_like(targets[:, :1]), targets, torch.zeros(len(targets), 1, 1)
+    )
+    batch = Batch(torch.zeros(*class_ids.shape, 4), class_ids, class_ids, class_ids < num_old)
+    output = MaskOutput(audio=torch.zeros(0), logits=logits)
+    teacher = None if teacher_masks is None else GivenMasks(teacher_masks)
+    return Step(batch, spectrograms, None, VisualFeatures(), output, num_old, None, teacher), logits

@@ -15,6 +15,10 @@ from support.tones import stream_of
 MEMORIES = ("none", "random_per_class")
 GROWN = ("lwf", {"variant": "grown_teacher"})
 WITHOUT_FUSION_LOSS = ("ewf", {"distillation": 0.0})
+DERPP = ("derpp", {"per_class": 2, "batch_size": 2})
+SPAN = ("slot_span", {"mixtures": 16})
+TRANSLATED = ("slot_span", {"mixtures": 16, "conditioning": "translated"})
+UNGATED = ("gated_distillation", {"gate": False})
 # strategies that are to go on after a kill as if nothing had happened, where they run at all
 RESUMED = [
     *((name, memory) for name in ("finetune", "contavsep", "lwf", "query_extension") for memory in MEMORIES),
@@ -22,12 +26,20 @@ RESUMED = [
     (("ewf", {"reestimate_batch_norm": True}), "none"),
     (("contavsep", {"instance": "features", "modality_pairs": "within"}), "random_per_class"),
     ("avcil", "random_per_class"),
+    ("gated_distillation", "random_per_class"),
+    (DERPP, "none"),
+    (SPAN, "none"),
+    (TRANSLATED, "random_per_class"),
 ]
 ON_EVERY_SEPARATOR = [
     pytest.param("lwf", "none", marks=pytest.mark.slow),
     pytest.param("ewf", "random_per_class", marks=pytest.mark.slow),
     pytest.param("avcil", "random_per_class", marks=pytest.mark.slow),
     ("contavsep", "random_per_class"),
+    pytest.param("gated_distillation", "random_per_class", marks=pytest.mark.slow),
+    pytest.param(DERPP, "random_per_class", marks=pytest.mark.slow),
+    pytest.param(SPAN, "none", marks=pytest.mark.slow),
+    pytest.param(TRANSLATED, "random_per_class", marks=pytest.mark.slow),
 ]
 # (strategy, without its term, memory): both begin with the same first task
 REGULARISERS = [
@@ -39,11 +51,19 @@ REGULARISERS = [
     ("contavsep", ("contavsep", {"weight_mask": 0.0}), "random_per_class"),
     ("avcil", ("avcil", {"weight_mask": 0.0}), "random_per_class"),
     ("avcil", ("avcil", {"weight_attention": 0.0}), "random_per_class"),
+    ("gated_distillation", UNGATED, "random_per_class"),
+    (DERPP, (DERPP[0], {**DERPP[1], "alpha": 0.0}), "none"),
+    (DERPP, (DERPP[0], {**DERPP[1], "beta": 0.0}), "none"),
+    (SPAN, "finetune", "none"),
+    (TRANSLATED, "finetune", "random_per_class"),
 ]
 # with every weight at 0 these are fine-tuning
 SWITCHED_OFF = [
     (("contavsep", {"weight_instance": 0.0, "weight_class": 0.0, "weight_mask": 0.0}), "none"),
     (("lwf", {"weight_mask": 0.0}), "none"),
+    (("gated_distillation", {"weight": 0.0}), "random_per_class"),
+    ((DERPP[0], {**DERPP[1], "alpha": 0.0, "beta": 0.0}), "none"),
+    (("slot_span", {"weight": 0.0}), "none"),
     (
         ("avcil", {"weight_instance": 0.0, "weight_class": 0.0, "weight_mask": 0.0, "weight_attention": 0.0}),
         "random_per_class",
