@@ -7,11 +7,16 @@ from avsep.strategies.composition import Composition, build_strategy
 from avsep.strategies.contavsep import ContAVSep
 from avsep.strategies.ewc import EWC
 from avsep.strategies.ewf import EWF
+from avsep.strategies.feature_distillation import FeatureDistillation
 from avsep.strategies.finetune import FineTune
+from avsep.strategies.gated_anchor import GatedAnchor
 from avsep.strategies.joint import Joint
+from avsep.strategies.l2_anchor import L2Anchor
 from avsep.strategies.lwf import LwF
+from avsep.strategies.mas import MAS
 from avsep.strategies.plop import PLOP
 from avsep.strategies.query_extension import QueryExtension
+from avsep.strategies.si import SI
 from avsep.strategies.task_adapters import TaskAdapters
 from avsep.strategies.weight_average import WeightAverage
 from avsep.strategies.weight_fusion import WeightFusion
@@ -21,11 +26,16 @@ __all__ = [
     "AVCIL",
     "EWC",
     "EWF",
+    "MAS",
     "PLOP",
+    "SI",
     "Composition",
     "ContAVSep",
+    "FeatureDistillation",
     "FineTune",
+    "GatedAnchor",
     "Joint",
+    "L2Anchor",
     "LwF",
     "QueryExtension",
     "Step",

@@ -2,7 +2,8 @@
 
 A strategy is one class on one page. The learner calls, in this order,
 
-- ``begin_task(ctx)`` when a task starts, and again on every resume within it;
+- ``begin_task(ctx)`` when a task starts, and again on every resume within it, and then ``learning_rate(name)`` and
+  ``weight_decay(name)`` of every parameter that is trained;
 - ``loss(step)`` in every step, then ``after_backward(step)``, the clipping of gradients and the optimisers, then
   ``after_step(step)``;
 - ``eval_weights(student)`` around every validation;
@@ -254,6 +255,15 @@ class Strategy(Component):
         The place for what a task needs, and for ``requires_grad_`` where not everything is to learn (see also
         :meth:`avsep.Separator.freeze`). A first task that was taken from another run does not call it.
         """
+
+    def learning_rate(self, name: str) -> float:
+        """What a parameter's learning rate is multiplied by throughout the task. Asked after :meth:`begin_task`, of
+        every parameter of the student that is trained, by its name."""
+        return 1.0
+
+    def weight_decay(self, name: str) -> float:
+        """What a parameter's weight decay is multiplied by; asked as :meth:`learning_rate` is."""
+        return 1.0
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         """Named scalar terms, already weighted; their sum is what is minimised.

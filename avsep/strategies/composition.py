@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,12 @@ class Composition(Strategy):
     def begin_task(self, ctx: TaskContext) -> None:
         for strategy in self.parts.values():
             strategy.begin_task(ctx)
+
+    def learning_rate(self, name: str) -> float:
+        return math.prod(strategy.learning_rate(name) for strategy in self.parts.values())
+
+    def weight_decay(self, name: str) -> float:
+        return math.prod(strategy.weight_decay(name) for strategy in self.parts.values())
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}

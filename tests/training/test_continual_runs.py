@@ -22,11 +22,21 @@ RESUMED = [
     (("ewf", {"reestimate_batch_norm": True}), "none"),
     (("contavsep", {"instance": "features", "modality_pairs": "within"}), "random_per_class"),
     ("avcil", "random_per_class"),
+    (("l2_anchor", {"weight": 1.0}), "none"),
+    (("gated_anchor", {"samples": 2, "weight": 10.0}), "none"),
+    (("mas", {"samples": 2, "weight": 1e3}), "none"),
+    (("si", {"weight": 1e3}), "none"),
+    ("feature_distillation", "none"),
+    pytest.param([("si", {"weight": 1e3}), ("lwf", {})], "random_per_class", marks=pytest.mark.slow),
 ]
 ON_EVERY_SEPARATOR = [
     pytest.param("lwf", "none", marks=pytest.mark.slow),
     pytest.param("ewf", "random_per_class", marks=pytest.mark.slow),
     pytest.param("avcil", "random_per_class", marks=pytest.mark.slow),
+    pytest.param(("l2_anchor", {"weight": 1.0}), "none", marks=pytest.mark.slow),
+    pytest.param(("mas", {"samples": 2, "weight": 1e3}), "none", marks=pytest.mark.slow),
+    pytest.param(("si", {"weight": 1e3}), "none", marks=pytest.mark.slow),
+    pytest.param("feature_distillation", "none", marks=pytest.mark.slow),
     ("contavsep", "random_per_class"),
 ]
 # (strategy, without its term, memory): both begin with the same first task
