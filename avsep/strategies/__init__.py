@@ -17,6 +17,7 @@ from avsep.strategies.mas import MAS
 from avsep.strategies.plop import PLOP
 from avsep.strategies.query_extension import QueryExtension
 from avsep.strategies.si import SI
+from avsep.strategies.slow_learner import SlowLearner
 from avsep.strategies.task_adapters import TaskAdapters
 from avsep.strategies.weight_average import WeightAverage
 from avsep.strategies.weight_fusion import WeightFusion
@@ -38,6 +39,7 @@ __all__ = [
     "L2Anchor",
     "LwF",
     "QueryExtension",
+    "SlowLearner",
     "Step",
     "Strategy",
     "TaskAdapters",

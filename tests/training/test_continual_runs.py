@@ -27,6 +27,7 @@ RESUMED = [
     (("mas", {"samples": 2, "weight": 1e3}), "none"),
     (("si", {"weight": 1e3}), "none"),
     ("feature_distillation", "none"),
+    (("slow_learner", {"factor": 0.1}), "random_per_class"),
     pytest.param([("si", {"weight": 1e3}), ("lwf", {})], "random_per_class", marks=pytest.mark.slow),
 ]
 ON_EVERY_SEPARATOR = [
@@ -37,6 +38,7 @@ ON_EVERY_SEPARATOR = [
     pytest.param(("mas", {"samples": 2, "weight": 1e3}), "none", marks=pytest.mark.slow),
     pytest.param(("si", {"weight": 1e3}), "none", marks=pytest.mark.slow),
     pytest.param("feature_distillation", "none", marks=pytest.mark.slow),
+    pytest.param("slow_learner", "none", marks=pytest.mark.slow),
     ("contavsep", "random_per_class"),
 ]
 # (strategy, without its term, memory): both begin with the same first task
