@@ -9,6 +9,7 @@ from avsep.strategies.ewc import EWC
 from avsep.strategies.ewf import EWF
 from avsep.strategies.feature_distillation import FeatureDistillation
 from avsep.strategies.finetune import FineTune
+from avsep.strategies.first_session import FirstSession
 from avsep.strategies.gated_anchor import GatedAnchor
 from avsep.strategies.joint import Joint
 from avsep.strategies.l2_anchor import L2Anchor
@@ -34,6 +35,7 @@ __all__ = [
     "ContAVSep",
     "FeatureDistillation",
     "FineTune",
+    "FirstSession",
     "GatedAnchor",
     "Joint",
     "L2Anchor",

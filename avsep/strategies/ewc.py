@@ -41,7 +41,7 @@ class EWC(Anchor):
       left out.
     """
 
-    keeps = "F, one number a weight"
+    keeps = "the Fisher information, 4 bytes a weight"
     differs = (
         "The paper keeps F and theta* of every task apart; as later continual-learning suites do, one running sum and "
         "the latest weights stand for them."

@@ -35,8 +35,8 @@ class FirstSession(Strategy):
     """
 
     differs = (
-        "The paper's later sessions fit a linear discriminant to class scores in closed form; masks have no counterpart "
-        "of it, so a small part is trained. Nothing is pre-trained before the first session but frozen encoders."
+        "The paper's later sessions fit a linear discriminant to class scores in closed form, which masks have no "
+        "counterpart of: a small part is trained. Nothing is pre-trained before the first session but frozen encoders."
     )
     across_ranks = True
 

@@ -36,7 +36,7 @@ class GatedAnchor(Anchor):
     a 32nd of the bytes, and without a scale between weights. Tensors with an open gate have no weight decay.
     """
 
-    keeps = "one bit a weight"
+    keeps = "the gates, one bit a weight"
     differs = "Of the gates of GRCL only the idea is taken: they are binary, and set by a quantile after each task."
 
     def __init__(self, *, weight: float = 0.01, quantile: float = 0.9, samples: int = 1000) -> None:

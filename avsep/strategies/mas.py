@@ -27,7 +27,7 @@ class MAS(Anchor):
     weight decay.
     """
 
-    keeps = "Omega, one number a weight"
+    keeps = "the importance, 4 bytes a weight"
     differs = (
         "The output whose squared norm is differentiated is the mask's logit, weighted as the loss is: the norm of a "
         "sigmoid would mostly measure where it saturates. Each task's largest element is made 1."

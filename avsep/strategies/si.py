@@ -30,7 +30,7 @@ class SI(Anchor):
     It costs no pass over the data. Anchored tensors have no weight decay. Terms of methods beside it count as loss.
     """
 
-    keeps = "Omega, one number a weight; within a task also its path and first weights, two more"
+    keeps = "the importance, 4 bytes a weight; within a task also its path and first weights, 8 more"
     differs = (
         "Each task's largest Omega is made 1. The path goes on to the task's last step, also where an earlier epoch's "
         "weights were selected; the distance is to the selected ones."

@@ -28,6 +28,8 @@ RESUMED = [
     (("si", {"weight": 1e3}), "none"),
     ("feature_distillation", "none"),
     (("slow_learner", {"factor": 0.1}), "random_per_class"),
+    (("first_session", {"adapt": "film"}), "none"),
+    (("weight_average", {"every": 1, "decay": 0.5, "batch_norm_mixtures": 4}), "none"),
     pytest.param([("si", {"weight": 1e3}), ("lwf", {})], "random_per_class", marks=pytest.mark.slow),
 ]
 ON_EVERY_SEPARATOR = [
