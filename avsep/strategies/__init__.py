@@ -11,6 +11,7 @@ from avsep.strategies.feature_distillation import FeatureDistillation
 from avsep.strategies.finetune import FineTune
 from avsep.strategies.first_session import FirstSession
 from avsep.strategies.gated_anchor import GatedAnchor
+from avsep.strategies.gdumb import GDumb
 from avsep.strategies.joint import Joint
 from avsep.strategies.l2_anchor import L2Anchor
 from avsep.strategies.lwf import LwF
@@ -36,6 +37,7 @@ __all__ = [
     "FeatureDistillation",
     "FineTune",
     "FirstSession",
+    "GDumb",
     "GatedAnchor",
     "Joint",
     "L2Anchor",

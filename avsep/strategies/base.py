@@ -219,8 +219,9 @@ class Strategy(Component):
     """Base: trains on the current task (and exemplars, if the memory gives any) with the separation loss alone.
 
     Class attributes say what the learner prepares: ``needs_teacher`` a frozen copy of the previous task's separator;
-    ``uses_all_data`` the training clips of all seen classes in place of exemplars; ``restarts`` fresh weights for
-    every task; ``needs_memory`` refuses the memory policy ``none``; ``across_ranks`` states that the mean over the
+    ``uses_all_data`` the training clips of all seen classes in place of exemplars; ``memory_only`` the exemplars of all
+    seen classes in place of the task's clips, chosen from them before the task is trained; ``restarts`` fresh weights
+    for every task; ``needs_memory`` refuses the memory policy ``none``; ``across_ranks`` states that the mean over the
     ranks of :meth:`loss`, each with its part of the batch, is the loss of the whole batch
     (:mod:`avsep.distributed.ranks`): without it training with more than one process is refused;
     ``changes_separation`` that the term ``separation`` of its :meth:`loss` is not the separation loss of the whole
@@ -229,6 +230,7 @@ class Strategy(Component):
 
     needs_teacher = False
     uses_all_data = False
+    memory_only = False
     restarts = False
     needs_memory = False
     across_ranks = False

@@ -50,6 +50,10 @@ class Composition(Strategy):
         members = self.parts.values()
         self.needs_teacher = any(s.needs_teacher for s in members)
         self.uses_all_data = any(s.uses_all_data for s in members)
+        self.memory_only = any(s.memory_only for s in members)
+        if self.uses_all_data and self.memory_only:
+            names = ", ".join(self.parts)
+            raise ConfigError(f"{names}: one trains on all data, another on the memory alone; they cannot be combined")
         self.restarts = any(s.restarts for s in members)
         self.needs_memory = any(s.needs_memory for s in members)
         self.across_ranks = all(s.across_ranks for s in members)
