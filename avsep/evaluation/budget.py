@@ -327,7 +327,8 @@ class _Estimator:
         policy: MemoryPolicy = MEMORIES.create(memory.name, memory.params)
         policy.check({name: len(self._train(name)) for name in tasks[-1].old})
         held: dict[str, Any] = {}
-        for task in tasks[: min(index + 1, len(tasks) - 1)]:  # nothing is added after the last one
+        last = len(tasks) - (not strategy.memory_only)  # nothing else adds to it after the last one
+        for task in tasks[: min(index + 1, last)]:
             candidates = Candidates(
                 {name: clips[name] for name in task.classes},
                 spec.separator.front_end,

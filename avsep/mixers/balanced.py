@@ -42,7 +42,7 @@ class Balanced(Mixer):
                 f"{new} new and {old} old ones: give tasks more classes, or use mixer as_published"
             )
         self._shares = np.cumsum(shares / shares.sum())
-        return pool.train.current_repeats * len(pool.clips)
+        return pool.items
 
     def draw(self, rng: np.random.Generator, item: int, pool: Pool) -> list[Draw]:
         sources = pool.train.sources

@@ -32,7 +32,8 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Pool:
-    """What an epoch's mixtures are drawn from: the current task's ``clips``, and the ``exemplars`` of earlier ones.
+    """What an epoch's mixtures are drawn from: the current task's ``clips``, and the ``exemplars`` of earlier ones
+    (of all, where a strategy trains on the memory alone; then there are no other clips).
 
     ``crops``: the first sample of those exemplars of which one crop alone was kept, by clip id. ``task`` is the task's
     index, for messages.
@@ -49,6 +50,13 @@ class Pool:
         """By number: the current clips first, then the exemplars."""
         current = len(self.clips)
         return self.clips[number] if number < current else self.exemplars[number - current]
+
+    @property
+    def items(self) -> int:
+        """Mixtures of an epoch of ``train.current_repeats`` for each current clip; where there is none, of
+        ``train.memory_repeats`` for each exemplar."""
+        train = self.train
+        return train.current_repeats * len(self.clips) or train.memory_repeats * len(self.exemplars)
 
     def __len__(self) -> int:
         return len(self.clips) + len(self.exemplars)

@@ -66,7 +66,7 @@ class TrainingMixtures(Dataset[list[Source]]):
         if self.items < train.batch_size:
             raise ConfigError(
                 f"batch size {train.batch_size} is larger than the epoch's {self.items} mixtures: lower "
-                f"train.batch_size or raise train.current_repeats"
+                f"train.batch_size or raise train.{'current' if clips else 'memory'}_repeats"
             )
 
     def _rng(self, item: int) -> np.random.Generator:

@@ -58,7 +58,7 @@ class Varied(Mixer):
             )
         if sources < 2 and self.same_class + self.absent > 0:
             raise ConfigError(f"mixer 'varied' needs train.sources of 2 or more, got {sources}")
-        return pool.train.current_repeats * len(pool.clips)
+        return pool.items
 
     def draw(self, rng: np.random.Generator, item: int, pool: Pool) -> list[Draw]:
         sources = pool.train.sources

@@ -8,13 +8,21 @@ from avsep.strategies.contavsep import ContAVSep
 from avsep.strategies.derpp import DERpp
 from avsep.strategies.ewc import EWC
 from avsep.strategies.ewf import EWF
+from avsep.strategies.feature_distillation import FeatureDistillation
 from avsep.strategies.finetune import FineTune
+from avsep.strategies.first_session import FirstSession
+from avsep.strategies.gated_anchor import GatedAnchor
 from avsep.strategies.gated_distillation import GatedDistillation
+from avsep.strategies.gdumb import GDumb
 from avsep.strategies.joint import Joint
+from avsep.strategies.l2_anchor import L2Anchor
 from avsep.strategies.lwf import LwF
+from avsep.strategies.mas import MAS
 from avsep.strategies.plop import PLOP
 from avsep.strategies.query_extension import QueryExtension
+from avsep.strategies.si import SI
 from avsep.strategies.slot_span import SlotSpan
+from avsep.strategies.slow_learner import SlowLearner
 from avsep.strategies.task_adapters import TaskAdapters
 from avsep.strategies.weight_average import WeightAverage
 from avsep.strategies.weight_fusion import WeightFusion
@@ -24,16 +32,24 @@ __all__ = [
     "AVCIL",
     "EWC",
     "EWF",
+    "MAS",
     "PLOP",
+    "SI",
     "Composition",
     "ContAVSep",
     "DERpp",
+    "FeatureDistillation",
     "FineTune",
+    "FirstSession",
+    "GDumb",
+    "GatedAnchor",
     "GatedDistillation",
     "Joint",
+    "L2Anchor",
     "LwF",
     "QueryExtension",
     "SlotSpan",
+    "SlowLearner",
     "Step",
     "Strategy",
     "TaskAdapters",

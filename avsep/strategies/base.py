@@ -2,7 +2,8 @@
 
 A strategy is one class on one page. The learner calls, in this order,
 
-- ``begin_task(ctx)`` when a task starts, and again on every resume within it;
+- ``begin_task(ctx)`` when a task starts, and again on every resume within it, and then ``learning_rate(name)`` and
+  ``weight_decay(name)`` of every parameter that is trained;
 - ``loss(step)`` in every step, then ``after_backward(step)``, the clipping of gradients and the optimisers, then
   ``after_step(step)``;
 - ``eval_weights(student)`` around every validation;
@@ -218,8 +219,9 @@ class Strategy(Component):
     """Base: trains on the current task (and exemplars, if the memory gives any) with the separation loss alone.
 
     Class attributes say what the learner prepares: ``needs_teacher`` a frozen copy of the previous task's separator;
-    ``uses_all_data`` the training clips of all seen classes in place of exemplars; ``restarts`` fresh weights for
-    every task; ``needs_memory`` refuses the memory policy ``none``; ``across_ranks`` states that the mean over the
+    ``uses_all_data`` the training clips of all seen classes in place of exemplars; ``memory_only`` the exemplars of all
+    seen classes in place of the task's clips, chosen from them before the task is trained; ``restarts`` fresh weights
+    for every task; ``needs_memory`` refuses the memory policy ``none``; ``across_ranks`` states that the mean over the
     ranks of :meth:`loss`, each with its part of the batch, is the loss of the whole batch
     (:mod:`avsep.distributed.ranks`): without it training with more than one process is refused;
     ``changes_separation`` that the term ``separation`` of its :meth:`loss` is not the separation loss of the whole
@@ -228,6 +230,7 @@ class Strategy(Component):
 
     needs_teacher = False
     uses_all_data = False
+    memory_only = False
     restarts = False
     needs_memory = False
     across_ranks = False
@@ -254,6 +257,15 @@ class Strategy(Component):
         The place for what a task needs, and for ``requires_grad_`` where not everything is to learn (see also
         :meth:`avsep.Separator.freeze`). A first task that was taken from another run does not call it.
         """
+
+    def learning_rate(self, name: str) -> float:
+        """What a parameter's learning rate is multiplied by throughout the task. Asked after :meth:`begin_task`, of
+        every parameter of the student that is trained, by its name."""
+        return 1.0
+
+    def weight_decay(self, name: str) -> float:
+        """What a parameter's weight decay is multiplied by; asked as :meth:`learning_rate` is."""
+        return 1.0
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         """Named scalar terms, already weighted; their sum is what is minimised.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,10 @@ class Composition(Strategy):
         members = self.parts.values()
         self.needs_teacher = any(s.needs_teacher for s in members)
         self.uses_all_data = any(s.uses_all_data for s in members)
+        self.memory_only = any(s.memory_only for s in members)
+        if self.uses_all_data and self.memory_only:
+            names = ", ".join(self.parts)
+            raise ConfigError(f"{names}: one trains on all data, another on the memory alone; they cannot be combined")
         self.restarts = any(s.restarts for s in members)
         self.needs_memory = any(s.needs_memory for s in members)
         self.across_ranks = all(s.across_ranks for s in members)
@@ -76,6 +81,12 @@ class Composition(Strategy):
     def begin_task(self, ctx: TaskContext) -> None:
         for strategy in self.parts.values():
             strategy.begin_task(ctx)
+
+    def learning_rate(self, name: str) -> float:
+        return math.prod(strategy.learning_rate(name) for strategy in self.parts.values())
+
+    def weight_decay(self, name: str) -> float:
+        return math.prod(strategy.weight_decay(name) for strategy in self.parts.values())
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from avsep.strategies.base import TaskData
     from avsep.types import MaskOutput
 
-__all__ = ["NewRows", "check_weights", "embeddings", "reestimate_batch_norm", "rows_of"]
+__all__ = ["NewRows", "check_weights", "embeddings", "largest_is_one", "reestimate_batch_norm", "rows_of"]
 
 
 def embeddings(output: MaskOutput) -> dict[str, Tensor]:
@@ -28,6 +29,12 @@ def check_weights(**weights: float) -> None:
     for name, value in weights.items():
         if not value >= 0:
             raise ValueError(f"{name} must be 0 or more, got {value}")
+
+
+def largest_is_one(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of 0 and more, divided by the largest element of all of them."""
+    largest = torch.stack([value.max() for value in values.values()]).max().clamp(min=torch.finfo().tiny)
+    return {name: value / largest for name, value in values.items()}
 
 
 class NewRows:

@@ -22,14 +22,15 @@ __all__ = ["WeightAverage"]
 
 @STRATEGIES.register(
     "weight_average",
-    source="Zheng et al., ZSCL, ICCV 2023: the weight ensemble",
+    source="Zheng et al., ZSCL, ICCV 2023: the weight ensemble; decay: Tarvainen and Valpola, NIPS 2017",
     example={"every": 1, "batch_norm_mixtures": 2},
 )
 class WeightAverage(Strategy):
     """Average the weights every ``every`` steps; combine it with any method.
 
-    average <- (n average + theta) / (n + 1), with the weights at the task's beginning as the first member; rows that
-    new classes brought have their first member at the first average. ``start_fraction`` of the task's steps pass before
+    average <- (n average + theta) / (n + 1), with the weights at the task's beginning as the first member; with a
+    ``decay`` d it is the exponential moving average, d average + (1 - d) theta. Rows that new classes brought have
+    their first member at the first average. ``start_fraction`` of the task's steps pass before
     the first member is taken, which then are the weights of that moment. The average is what is validated and selected,
     so the next task begins from it; training itself goes on from its own weights. Running statistics of batch
     normalisation are estimated anew for it on ``batch_norm_mixtures`` training mixtures (0: those of training).
@@ -37,14 +38,24 @@ class WeightAverage(Strategy):
 
     across_ranks = True
 
-    def __init__(self, *, every: int = 100, start_fraction: float = 0.0, batch_norm_mixtures: int = 200) -> None:
+    def __init__(
+        self,
+        *,
+        every: int = 100,
+        start_fraction: float = 0.0,
+        batch_norm_mixtures: int = 200,
+        decay: float | None = None,
+    ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         if not 0 <= start_fraction < 1:
             raise ValueError(f"start_fraction must be from 0 to below 1, got {start_fraction}")
         if batch_norm_mixtures < 0:
             raise ValueError(f"batch_norm_mixtures must be 0 or more, got {batch_norm_mixtures}")
+        if decay is not None and not 0 < decay < 1:
+            raise ValueError(f"decay must be between 0 and 1, or null for the running mean, got {decay}")
         self.every = every
+        self.decay = decay
         self.start_fraction = start_fraction
         self.batch_norm_mixtures = batch_norm_mixtures
         self._average: dict[str, Tensor] = {}
@@ -75,11 +86,17 @@ class WeightAverage(Strategy):
             for name, average in self._average.items():
                 new = own[name].to(average.device)
                 old = rows_of(self._old_shapes.get(name, tuple(average.shape)))
-                kept = _joined(average[old], new[old], self._members)
+                kept = self._joined(average[old], new[old], self._members)
                 # at the beginning there was no weight of a new class to be averaged
-                average.copy_(_joined(average, new, self._members - (self._start == 0)))
+                average.copy_(self._joined(average, new, self._members - (self._start == 0)))
                 average[old] = kept
         self._members += 1
+
+    def _joined(self, average: Tensor, new: Tensor, members: int) -> Tensor:
+        """The average of so many members, and another one as one."""
+        if self.decay is None or members == 0:
+            return (members * average + new) / (members + 1)
+        return self.decay * average + (1 - self.decay) * new
 
     @contextlib.contextmanager
     def eval_weights(self, student: Separator) -> Iterator[None]:
@@ -106,7 +123,3 @@ class WeightAverage(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._average, self._members = dict(state.get("average", {})), int(state.get("members", 0))
-
-
-def _joined(average: Tensor, new: Tensor, members: int) -> Tensor:
-    return (members * average + new) / (members + 1)

@@ -336,6 +336,12 @@ class ContinualLearner:
                 f"strategy '{self._strategy_name}' learns from exemplars, and the memory is "
                 f"'{self._memory_ref.name}': choose another memory (see: avsep list memories)"
             )
+        if self.strategy.memory_only and self.memory.uses_separator:
+            raise ConfigError(
+                f"strategy '{self._strategy_name}' trains on exemplars that are chosen before, and memory "
+                f"'{self._memory_ref.name}' chooses them by what the trained separator makes of them: use another, "
+                "such as random_per_class"
+            )
         self.strategy.check(self.separator)
         spec = self.separator.spec
         if spec.num_classes > len(first.classes):
@@ -356,15 +362,16 @@ class ContinualLearner:
                     "pair different classes, so give it two or more"
                 )
         if not self.strategy.uses_all_data:
-            old = stream.tasks[-1].old
+            old = stream.tasks[-1].seen if self.strategy.memory_only else stream.tasks[-1].old
             self.memory.check({name: len(_clips(stream, name)) for name in old})
         clip = stream.train_clips(first)[0]
         for source in self.separator.visual_sources():  # a missing feature or a wrong width shows here, not in an hour
             stream.store.read_visual(clip, source, centre_s=0.0, duration_s=spec.front_end.clip_s)
         remembered: Memory = {}
         for task in stream.tasks:  # likewise a batch or partners that some task has too few clips for
-            self._mixtures(stream, task, remembered).epoch(0)
-            remembered = self._remember(stream, task, remembered, scored=False)
+            chosen = self._remember(stream, task, remembered, scored=False)
+            self._mixtures(stream, task, chosen if self.strategy.memory_only else remembered).epoch(0)
+            remembered = chosen
 
     # ------------------------------------------------------------------ one task
 
@@ -383,6 +390,8 @@ class ContinualLearner:
                 _load_student(student, state["student"], run)
                 self.exemplars = exemplars_from_plain(state["progress"]["exemplars"], str(run.state))
                 self.strategy.load_state_dict(state["strategy"])
+        elif self.strategy.memory_only:
+            self.exemplars = self._remember(stream, task, self.exemplars, scored=False)
         mixtures = self._mixtures(stream, task)
         ctx = self._context(stream, task, run, self._teacher(task, run), mixtures, resumed=state is not None)
         self.strategy.begin_task(ctx)
@@ -471,6 +480,7 @@ class ContinualLearner:
             self.train,
             self.separator,
             all_data=self.strategy.uses_all_data,
+            memory_only=self.strategy.memory_only,
             ranks=self.ranks,
             device=self.fabric.device,
             workers=self.workers,
@@ -493,7 +503,8 @@ class ContinualLearner:
         if self.ranks.several:  # computed alike everywhere; devices may differ in the last bit
             self.ranks.broadcast_tensors(student.state_dict())
             self.strategy.load_state_dict(self.ranks.broadcast(_on_cpu(self.strategy.state_dict())))
-        self.exemplars = self._remember(stream, task, self.exemplars)
+        if not self.strategy.memory_only:  # which had them chosen before
+            self.exemplars = self._remember(stream, task, self.exemplars)
         self._complete(stream, task, run)
         if self.ranks.several:
             chosen = self.ranks.broadcast(exemplars_to_plain(self.exemplars))
@@ -528,7 +539,7 @@ class ContinualLearner:
         calibrate_presence(student, stream.store, stream.validation.at(task.index), device)
         if student.mask_decoder.takes_unseen or not student.visual_sources():
             return
-        names = task.seen if self.strategy.uses_all_data else task.classes
+        names = task.seen if self.strategy.uses_all_data else () if self.strategy.memory_only else task.classes
         at_hand = {name: [(clip, None) for clip in _clips(stream, name)] for name in names}
         by_id = {clip.id: clip for clip in stream.store.clips}
         if task.index:  # from the file, so that a resumed run goes on from the same
@@ -538,9 +549,11 @@ class ContinualLearner:
         student.class_means = mean_pictures(student, stream.store, {**kept, **at_hand}, device)
 
     def _remember(self, stream: TaskStream, task: Task, held: Memory, *, scored: bool = True) -> Memory:
-        """The memory after a task; nothing is added after the last one. Where candidates are not ``scored``, the
-        separator does not run, and only the number of exemplars means something."""
-        if task.index == len(stream) - 1 or self.strategy.uses_all_data:
+        """The memory after a task; nothing is added after the last one, unless it is what that is trained on. Where
+        candidates are not ``scored``, the separator does not run: of a policy that asks it only the number of exemplars
+        means something."""
+        is_last = task.index == len(stream) - 1 and not self.strategy.memory_only
+        if is_last or self.strategy.uses_all_data:
             return held
         clips = {name: _clips(stream, name) for name in task.classes}
         earlier = {name: len(_clips(stream, name)) for name in task.old}

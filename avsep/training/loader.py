@@ -29,6 +29,7 @@ class TaskMixtures:
 
     Args:
         exemplars: the memory of earlier tasks; ``all_data`` takes all training clips of all classes seen in its place.
+        memory_only: take the exemplars of all classes seen, the task's own too, and no other clips.
         ranks: of several processes each reads its equal part of every batch.
         workers: reader processes.
     """
@@ -42,13 +43,15 @@ class TaskMixtures:
         separator: Separator,
         *,
         all_data: bool = False,
+        memory_only: bool = False,
         ranks: Ranks = ALONE,
         device: torch.device | str = "cpu",
         workers: int = 0,
     ) -> None:
-        kept = [] if all_data else [e for name in task.old for e in exemplars.get(name, ())]
+        remembered = () if all_data else task.seen if memory_only else task.old
+        kept = [e for name in remembered for e in exemplars.get(name, ())]
         self._store = stream.store
-        self._clips = stream.train_clips(task, all_seen=all_data)
+        self._clips = [] if memory_only else stream.train_clips(task, all_seen=all_data)
         self._exemplars = stream.store.clips_by_id([e.id for e in kept])
         self._crops = {e.id: e.start for e in kept if e.start is not None}
         self._train = train

@@ -146,7 +146,7 @@ class TaskLoop:
         self._mixtures = mixtures
         self._exemplars = exemplars  # in plain form, for the checkpoint
         self._inner = TrainingStep(student, strategy, ranks, train.cross_entropy_weight)
-        optimizers = make_optimizers(student, train.optimizers)
+        optimizers = make_optimizers(student, train.optimizers, strategy)
         self._module, *ready = fabric.setup(self._inner, *optimizers.values())
         self._optimizers = dict(zip(optimizers, ready, strict=True))
         self._precision = fabric.strategy.precision

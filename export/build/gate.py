@@ -187,10 +187,12 @@ def calibration_batches(
     spec = RunFolder(run).spec()
     opened, protocol = _opened(run, store)
     this = make_tasks(protocol.tasks)[task]
-    everything = build_strategy(spec.strategies).uses_all_data
-    clips = opened.select(classes=list(this.seen if everything else this.classes), split="train")
-    memory = read_exemplars(run, task - 1) if this.old and not everything else {}
-    kept = [exemplar for name in this.old for exemplar in memory.get(name, ())]
+    strategy = build_strategy(spec.strategies)
+    everything, alone = strategy.uses_all_data, strategy.memory_only
+    classes = () if alone else this.seen if everything else this.classes
+    clips = opened.select(classes=list(classes), split="train") if classes else []
+    memory = read_exemplars(run, task if alone else task - 1) if (this.old or alone) and not everything else {}
+    kept = [exemplar for name in (this.seen if alone else this.old) for exemplar in memory.get(name, ())]
     exemplars = opened.clips_by_id([exemplar.id for exemplar in kept])
     crops = {exemplar.id: exemplar.start for exemplar in kept if exemplar.start is not None}
     given, epoch = 0, 0

@@ -52,6 +52,22 @@ def test_values_by_hand():
     assert all((p == 6.0).all() for p in student.parameters())  # training goes on from its own
 
 
+def test_the_exponential_average_by_hand():
+    student, _ = student_and_teacher()
+    params = {"every": 1, "batch_norm_mixtures": 0, "decay": 0.75}
+    strategy = _averaged(STRATEGIES.create("weight_average", params), student, [8.0, 4.0, 1.0])
+    with strategy.eval_weights(student):
+        for name, value in student.named_parameters():
+            old = value[:2] if name == QUERIES else value
+            torch.testing.assert_close(old, torch.full_like(old, 5.5))  # 8 -> 7 -> 5.25 + .25
+            if name == QUERIES:  # of a new class's rows 4 is the first member
+                torch.testing.assert_close(value[2:], torch.full_like(value[2:], 3.25))
+    late = STRATEGIES.create("weight_average", {**params, "start_fraction": 0.5})
+    _averaged(late, student, [9.0, 4.0, 8.0], steps=2)
+    with late.eval_weights(student):
+        torch.testing.assert_close(student.mask_decoder.class_queries, torch.full((4, 16), 5.0))
+
+
 def test_every_and_the_start():
     student, _ = student_and_teacher()
     values = [10.0, 1.0, 2.0, 3.0, 6.0]
@@ -119,6 +135,7 @@ def test_with_another_method_and_a_kill(tone_store, tmp_path):
         ({"every": 0}, "every must be at least 1, got 0"),
         ({"start_fraction": 1.0}, "start_fraction must be from 0 to below 1, got 1.0"),
         ({"batch_norm_mixtures": -1}, "batch_norm_mixtures must be 0 or more, got -1"),
+        ({"decay": 1.0}, "decay must be between 0 and 1, or null for the running mean, got 1.0"),
     ],
 )
 def test_wrong_settings(params, message):

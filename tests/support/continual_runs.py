@@ -94,7 +94,7 @@ def _fit(learner: ContinualLearner, store: Path, out: Path, tasks=TINY_TASKS, **
 
 
 def first_task(store: Path, strategy, separator="iquery", **settings) -> Path:
-    """A run of the first task alone, as ``strategy`` trains it; trained once."""
+    """A run of the first task alone, as ``strategy``, which lets it be shared, trains it; trained once."""
     learner = make_learner(strategy, separator=separator, **settings)
     out = _folder(store, separator, learner.strategy.first_task(), settings)
     if not (out / "tasks" / "00" / "task.json").exists():
@@ -117,7 +117,8 @@ def train(store: Path, out: Path, strategy, memory="none", *, separator="iquery"
         if name == _MIDDLE:
             shutil.copytree(out, killed_folder(out))
 
-    first = first_task(store, strategy, separator, **settings)
+    shared = make_learner(strategy, separator=separator, **settings).strategy.first_task() is not None
+    first = first_task(store, strategy, separator, **settings) if shared else None
     with mock.patch.object(avsep.training.loop, "save_latest", saves):
         _fit(make_learner(strategy, memory, separator=separator, **settings), store, out, first_task=first)
     assert killed_folder(out).is_dir()

@@ -187,9 +187,9 @@ def test_joint_starts_from_fresh_weights_or_goes_on(from_scratch, tone_store, tm
     before = {}
     original = loop.make_optimizers
 
-    def spy(student, specs):
+    def spy(student, specs, strategy=None):
         before[student.num_classes] = student.audio_encoder.state_dict()["down.0.weight"].clone()
-        return original(student, specs)
+        return original(student, specs, strategy)
 
     monkeypatch.setattr(loop, "make_optimizers", spy)
     learner.fit(_stream(tone_store), tmp_path / "run", progress=False)
