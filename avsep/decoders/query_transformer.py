@@ -347,6 +347,7 @@ class QueryTransformer(MaskDecoder):
             if self.motion_layer is not None:
                 state, motion_embedding = self._attend_to_motion(state, own_queries.flatten(0, 1), visual)
             for layer in self.layers:
+                assert isinstance(layer, AudioLayer)
                 state = layer.alone(state, own_queries, key, memory)
         else:
             queries = self.class_queries  # [Q, D]
