@@ -12,7 +12,9 @@ from avsep.strategies.joint import Joint
 from avsep.strategies.lwf import LwF
 from avsep.strategies.plop import PLOP
 from avsep.strategies.query_extension import QueryExtension
+from avsep.strategies.similar_queries import SimilarQueries
 from avsep.strategies.task_adapters import TaskAdapters
+from avsep.strategies.text_queries import TextQueries
 from avsep.strategies.weight_average import WeightAverage
 from avsep.strategies.weight_fusion import WeightFusion
 
@@ -28,11 +30,13 @@ __all__ = [
     "Joint",
     "LwF",
     "QueryExtension",
+    "SimilarQueries",
     "Step",
     "Strategy",
     "TaskAdapters",
     "TaskContext",
     "TaskData",
+    "TextQueries",
     "WeightAverage",
     "WeightFusion",
     "build_strategy",

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from avsep.errors import ConfigError
+from avsep.registry import MASK_DECODERS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from avsep.strategies.base import TaskData
     from avsep.types import MaskOutput
 
-__all__ = ["NewRows", "check_weights", "embeddings", "reestimate_batch_norm", "rows_of"]
+__all__ = ["NewRows", "check_queries", "check_weights", "embeddings", "reestimate_batch_norm", "rows_of"]
 
 
 def embeddings(output: MaskOutput) -> dict[str, Tensor]:
@@ -28,6 +31,16 @@ def check_weights(**weights: float) -> None:
     for name, value in weights.items():
         if not value >= 0:
             raise ValueError(f"{name} must be 0 or more, got {value}")
+
+
+def check_queries(separator: Separator, strategy: str, does: str) -> None:
+    """Raise ConfigError where the mask decoder has no queries of classes; the strategy ``does`` something with them."""
+    if not separator.mask_decoder.query_parameter:
+        others = " or ".join(spec.name for spec in MASK_DECODERS if spec.factory.query_parameter)
+        raise ConfigError(
+            f"strategy '{strategy}' {does}, and mask decoder '{separator.spec.mask_decoder.name}' has none: use "
+            f"{others}, or another strategy"
+        )
 
 
 class NewRows:
