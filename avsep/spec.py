@@ -152,8 +152,8 @@ class FrontEndSpec(_Model):
 class SeparatorSpec(_Model):
     """A separator as data. ``classes`` are the names in query order (may be empty while only numbers are known).
 
-    ``task_sizes``, of a separator with an ``adapter``: how many classes each task brought; empty while all are of the
-    first one.
+    ``task_sizes``, of a separator that computes differently for classes of different tasks (with an ``adapter``, or a
+    mask decoder that says so): how many classes each task brought; empty while all are of the first one.
     """
 
     audio_encoder: ComponentRef
@@ -174,7 +174,7 @@ class SeparatorSpec(_Model):
 
     @model_validator(mode="after")
     def _tasks(self) -> SeparatorSpec:
-        if self.task_sizes and self.adapter is None:
+        if self.task_sizes and not self.knows_tasks:
             raise ValueError(f"task_sizes {list(self.task_sizes)} are of a separator with an adapter: add one")
         if self.task_sizes and (min(self.task_sizes) < 1 or sum(self.task_sizes) != self.num_classes):
             raise ValueError(f"task_sizes {list(self.task_sizes)} do not sum up to num_classes = {self.num_classes}")
@@ -189,16 +189,22 @@ class SeparatorSpec(_Model):
             raise ValueError(f"class names repeat: {', '.join(repeated)}")
         return self
 
+    @property
+    def knows_tasks(self) -> bool:
+        """Whether the separator computes differently for classes of different tasks."""
+        decoder = self.mask_decoder
+        return self.adapter is not None or MASK_DECODERS.get(decoder.name).factory.knows_tasks(decoder.params)
+
     def of_classes(self, classes: Sequence[str]) -> SeparatorSpec:
         """The spec of a new separator of these classes, all of a first task."""
         new = {"num_classes": len(classes), "classes": tuple(classes), "task_sizes": ()}
         return validated(SeparatorSpec, {**self.model_dump(), **new}, "classes")
 
     def grown(self, num_classes: int, classes: Sequence[str] = ()) -> SeparatorSpec:
-        """The spec with more classes. Beside an adapter they are a new task; names given to classes that had none are
-        not, nor are those that come with the first names."""
+        """The spec with more classes. Where tasks are known they are a new one; names given to classes that had none
+        are not, nor are those that come with the first names."""
         new: dict[str, Any] = {"num_classes": num_classes, "classes": tuple(classes)}
-        if self.adapter is not None and num_classes > self.num_classes and (self.classes or not classes):
+        if num_classes > self.num_classes and (self.classes or not classes) and self.knows_tasks:
             new["task_sizes"] = (*(self.task_sizes or (self.num_classes,)), num_classes - self.num_classes)
         return validated(SeparatorSpec, {**self.model_dump(), **new}, "grow")
 

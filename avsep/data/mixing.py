@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from avsep.data.augment import Change, reverberate
+from avsep.data.codecs import CodedCrops
 from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip, Store
 from avsep.errors import DataError
@@ -50,13 +51,15 @@ def load_source(
     role: str = "source",
     rt60_s: float = 0.0,
     change: Change | None = None,
+    coded: CodedCrops | None = None,
 ) -> Source:
     """Read the crop of ``clip`` that begins at sample ``start`` (zeros outside the clip; its last sample is zero, as
     published), apply the gain, clip to ±1, and read the frames of the same seconds.
 
     A clip shorter than the crop is repeated until it fills it. With ``rt60_s`` above 0 the sound is that of a room with
     this reverberation time, one room a clip; a ``change`` is one of :mod:`avsep.data.augment`. A source that is asked
-    for and absent (``role``) is silent; ``still`` shows one frame all along.
+    for and absent (``role``) is silent; ``still`` shows one frame all along. ``coded``: hear the crop as a codec gives
+    it back; a ``change`` then cannot be one of speed.
     """
     length = front_end.clip_samples
     if clip.samples == 0:
@@ -64,7 +67,10 @@ def load_source(
     sounds = role in ("source", "unseen_source", "photo_source", "background")
     audio = np.zeros(length, np.float32)
     if sounds:
-        audio = store.read_crop(clip, start, length if change is None else change.samples(length), gain)
+        if coded is not None:
+            audio = coded.read(clip, start, gain)
+        else:
+            audio = store.read_crop(clip, start, length if change is None else change.samples(length), gain)
     if sounds and change is not None:
         audio = change.apply(audio, length, front_end.sample_rate_hz)
     if sounds and rt60_s > 0:

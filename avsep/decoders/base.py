@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from avsep.errors import ConfigError
 from avsep.registry import Component
 from avsep.types import AdapterPlace, AudioFeatures, MaskOutput, Spectrograms, VisualFeatures
 
-__all__ = ["MaskDecoder"]
+__all__ = ["MaskDecoder", "tasks_of"]
 
 
 class MaskDecoder(nn.Module, Component, ABC):
@@ -74,6 +77,18 @@ class MaskDecoder(nn.Module, Component, ABC):
             raise ConfigError(f"cannot go from {self.num_classes} classes to {num_classes}: classes are only added")
         self.num_classes = num_classes
 
+    @classmethod
+    def knows_tasks(cls, params: Mapping[str, Any]) -> bool:
+        """Whether a decoder with these parameters computes differently for classes of different tasks.
+
+        A separator then keeps in its spec how many classes each task brought (``task_sizes``), and tells the decoder
+        by :meth:`set_tasks`.
+        """
+        return False
+
+    def set_tasks(self, sizes: Sequence[int]) -> None:
+        """Take how many classes each task brought; empty: all are of the first."""
+
     def auxiliary_losses(self, output: MaskOutput, spectrograms: Spectrograms, class_ids: Tensor) -> dict[str, Tensor]:
         """Named scalar terms of the decoder's own, already weighted, that training adds to the strategy's."""
         return {}
@@ -87,3 +102,11 @@ class MaskDecoder(nn.Module, Component, ABC):
         """The weights that an adapter may change, of those that :meth:`forward` itself computes with; none of a decoder
         that carries no adapter."""
         return ()
+
+
+def tasks_of(class_ids: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The task that each class came with, in the shape of ``class_ids``; all of the first where there are no sizes."""
+    tasks = torch.zeros_like(class_ids)
+    for first in accumulate(sizes[:-1]):
+        tasks = tasks + (class_ids >= first)
+    return tasks

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avsep.decoders._alignment import TimeVaryingHead, at_frames, time_varying_logits
-from avsep.decoders.base import MaskDecoder
+from avsep.decoders.base import MaskDecoder, tasks_of
 from avsep.encoders.base import weight_places
 from avsep.errors import ConfigError
 from avsep.registry import MASK_DECODERS
 from avsep.types import AdapterPlace, AudioFeatures, MaskOutput, VisualFeatures
 
-__all__ = ["Attention", "QueryTransformer", "positions_1d", "positions_2d"]
+__all__ = ["SLOT_ATTENTIONS", "Attention", "QueryTransformer", "positions_1d", "positions_2d"]
+
+SLOT_ATTENTIONS = ("released", "causal", "self")
+"""Which queries one attends to: all; those of its task and of earlier ones; itself."""
 
 
 def _wave(positions: Tensor, dim: int) -> Tensor:
@@ -68,10 +73,19 @@ class Attention(nn.Module):
         return self._split(F.linear(x, self.in_weight.chunk(3)[part], self.in_bias.chunk(3)[part]))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """query [B, Tq, D], key and value [B, Tk, D]; ``mask`` bool [B, 1, 1, Tk], True = take part."""
+        """query [B, Tq, D], key and value [B, Tk, D]; ``mask`` bool, True = take part, as wide as [B, 1, Tq, Tk]."""
         q, k, v = self._project(query, 0), self._project(key, 1), self._project(value, 2)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, h, Tq, D/h]
         attended: Tensor = self.out(x.transpose(1, 2).flatten(2))
+        return attended
+
+    def alone(self, value: Tensor) -> Tensor:
+        """:meth:`forward` where each query sees one key, its own, which then has the weight 1: [B, T, D] -> [B, T, D].
+
+        Queries and keys play no part, so the gradient of their projections is zero.
+        """
+        dim = value.shape[-1]
+        attended: Tensor = self.out(F.linear(value, self.in_weight[2 * dim :], self.in_bias[2 * dim :]))
         return attended
 
     def weights(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -125,7 +139,7 @@ class MotionLayer(nn.Module):
         self.feedforward_norm = nn.LayerNorm(dim)
 
     def forward(self, states: Tensor, queries: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """states [B*N, Q, D], queries [Q, D], key and value [B*N, Tm, D] -> [B*N, Q, D]"""
+        """states [B*N, Q, D], queries [Q, D] or [B*N, Q, D], key and value [B*N, Tm, D] -> [B*N, Q, D]"""
         states = self.motion_norm(states + self.motion_attention(states + queries, key, value, mask))
         states = self.feedforward_norm(states + self.feedforward(states))
         return states
@@ -144,19 +158,36 @@ class AudioLayer(nn.Module):
         self.feedforward_norm = nn.LayerNorm(dim)
 
     def forward(
-        self, states: Tensor, queries: Tensor, context: Tensor, context_queries: Tensor, key: Tensor, value: Tensor
+        self,
+        states: Tensor,
+        queries: Tensor,
+        context: Tensor,
+        context_queries: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor | None = None,
     ) -> Tensor:
         """Update ``states`` [B, N, S, D], a part (or all) of ``context`` [B, N, Q, D], the states before this layer.
 
         ``queries`` ([B, N, S, D] or [S, D]) and ``context_queries`` [Q, D] are the learned queries added to them;
         ``key`` and ``value`` [B, HW, D] the audio tokens with and without positions. The N sources of a mixture stand
         in the query axis of the audio attention, so that its tokens are projected once a mixture and never copied.
+        ``visible``, bool [B*N, 1, S, Q] or as wide: the states of the context that each state attends to; None: all.
         """
-        batch, sources, count, dim = states.shape
+        batch, sources = states.shape[:2]
         at = (states + queries).flatten(0, 1)  # [B*N, S, D]
         context_key = (context + context_queries).flatten(0, 1)  # [B*N, Q, D]
-        update = self.self_attention(at, context_key, context.flatten(0, 1)).unflatten(0, (batch, sources))
-        states = self.self_norm(states + update)
+        update = self.self_attention(at, context_key, context.flatten(0, 1), visible).unflatten(0, (batch, sources))
+        return self._hear(self.self_norm(states + update), queries, key, value)
+
+    def alone(self, states: Tensor, queries: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """:meth:`forward` where each of ``states`` [B, N, S, D] attends to itself in place of the context."""
+        update = torch.unflatten(self.self_attention.alone(states.flatten(0, 1)), 0, states.shape[:2])
+        return self._hear(self.self_norm(states + update), queries, key, value)
+
+    def _hear(self, states: Tensor, queries: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What follows the attention among the states: that to the audio, and the feed-forward layers."""
+        batch, sources, count, dim = states.shape
         at = (states + queries).reshape(batch, sources * count, dim)
         update = self.audio_attention(at, key, value).reshape(batch, sources, count, dim)
         states = self.audio_norm(states + update)
@@ -178,7 +209,16 @@ class QueryTransformer(MaskDecoder):
 
     It computes what the published code computes, less what that code throws away: the audio encoder runs once a mixture
     rather than once a source, the last layer and the masks only for the queried classes, and attentions that are never
-    called have no parameters. With ``time_varying`` the published query is one in time: to its vector of weights, the
+    called have no parameters.
+
+    As released, every query sees all others, those of classes that came later too, so that adding classes changes the
+    masks of old ones before anything is learned. With ``slot_attention="causal"`` a query attends to those of its own
+    and of earlier tasks alone, a class's task being the step that added it; with ``"self"`` to itself alone, and what
+    a class gets depends on no other query at all (the attention's query and key weights then play no part, and have
+    the gradient zero). New classes then change old masks by nothing but rounding; what training does to shared
+    weights is another matter. All three have the same parameters.
+
+    With ``time_varying`` the published query is one in time: to its vector of weights, the
     same at all times, are added weights and a bias that vary with the source's motion and with what sounds
     (:class:`~avsep.decoders._alignment.TimeVaryingHead` of 8 bands and 2 layers); they begin at zero, so that a
     separator starts as the published one does. At the published setting (5 classes, 512-d objects, 768-d motion) it
@@ -210,8 +250,11 @@ class QueryTransformer(MaskDecoder):
         encoder_layers: int = 1,
         layers: int = 4,
         time_varying: bool = False,
+        slot_attention: Literal["released", "causal", "self"] = "released",
     ) -> None:
         super().__init__()
+        if slot_attention not in SLOT_ATTENTIONS:
+            raise ValueError(f"slot_attention must be one of {', '.join(SLOT_ATTENTIONS)}, got {slot_attention!r}")
         if dim < 4 or dim % 4 or heads < 1 or dim % heads:
             raise ValueError(f"dim must be a multiple of 4 and of heads, got dim {dim} and heads {heads}")
         if feedforward < 1 or encoder_layers < 0:
@@ -226,6 +269,8 @@ class QueryTransformer(MaskDecoder):
             )
         self.dim = dim
         self.num_classes = num_classes
+        self.slot_attention = slot_attention
+        self.task_sizes: tuple[int, ...] = (num_classes,)
         self.class_queries = nn.Parameter(torch.randn(num_classes, dim))
         self.input_proj: nn.Module = (
             nn.Identity() if latent_channels == dim else nn.Conv2d(latent_channels, dim, kernel_size=1)
@@ -264,8 +309,25 @@ class QueryTransformer(MaskDecoder):
         """
         super().grow(num_classes)
         old = self.class_queries
+        if num_classes > len(old):
+            self.task_sizes = (*self.task_sizes, num_classes - len(old))
         new = torch.randn(num_classes - len(old), self.dim).to(old)
         self.class_queries = nn.Parameter(torch.cat((old.detach(), new)), requires_grad=old.requires_grad)
+
+    @classmethod
+    def knows_tasks(cls, params: Mapping[str, Any]) -> bool:
+        return params.get("slot_attention") == "causal"
+
+    def set_tasks(self, sizes: Sequence[int]) -> None:
+        self.task_sizes = tuple(sizes) or (self.num_classes,)
+
+    def _visible(self) -> Tensor | None:
+        """bool [Q, Q], by query and key: which queries attend to which; None: all to all."""
+        if self.slot_attention != "causal" or len(self.task_sizes) == 1:
+            return None
+        ids = torch.arange(len(self.class_queries), device=self.class_queries.device)
+        tasks = tasks_of(ids, self.task_sizes)
+        return tasks[:, None] >= tasks
 
     def forward(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
         if visual.object is None:
@@ -278,20 +340,28 @@ class QueryTransformer(MaskDecoder):
         key = memory + positions
 
         object_embedding = self.object_proj(visual.object)  # f_o [B, N, D]
-        is_queried = class_ids[..., None] == torch.arange(len(self.class_queries), device=class_ids.device)  # [B, N, Q]
-        # Every state starts at zero but the queried class's, which holds the object: [B, N, Q, D]
-        states = is_queried[..., None] * object_embedding[:, :, None, :]
-        queries = self.class_queries  # [Q, D]
-
         motion_embedding = None
-        if self.motion_layer is not None:
-            states, motion_embedding = self._attend_to_motion(states, visual)
-
-        own = class_ids[..., None, None].expand(-1, -1, 1, self.dim)  # [B, N, 1, D], an index of the query axis
-        for layer in self.layers[:-1]:
-            states = layer(states, queries, states, queries, key, memory)
-        own_queries = queries[class_ids][:, :, None, :]  # [B, N, 1, D]
-        state = self.layers[-1](states.gather(2, own), own_queries, states, queries, key, memory)
+        own_queries = self.class_queries[class_ids][:, :, None, :]  # [B, N, 1, D]
+        if self.slot_attention == "self":  # no query sees another: the queried ones are all that is needed
+            state = object_embedding[:, :, None, :]
+            if self.motion_layer is not None:
+                state, motion_embedding = self._attend_to_motion(state, own_queries.flatten(0, 1), visual)
+            for layer in self.layers:
+                assert isinstance(layer, AudioLayer)
+                state = layer.alone(state, own_queries, key, memory)
+        else:
+            queries = self.class_queries  # [Q, D]
+            is_queried = class_ids[..., None] == torch.arange(len(queries), device=class_ids.device)  # [B, N, Q]
+            # Every state starts at zero but the queried class's, which holds the object: [B, N, Q, D]
+            states = is_queried[..., None] * object_embedding[:, :, None, :]
+            if self.motion_layer is not None:
+                states, motion_embedding = self._attend_to_motion(states, queries, visual)
+            visible = self._visible()
+            for layer in self.layers[:-1]:
+                states = layer(states, queries, states, queries, key, memory, visible)
+            own = class_ids[..., None, None].expand(-1, -1, 1, self.dim)  # [B, N, 1, D], an index of the query axis
+            seen = None if visible is None else visible[class_ids.flatten()][:, None, None, :]  # [B*N, 1, 1, Q]
+            state = self.layers[-1](states.gather(2, own), own_queries, states, queries, key, memory, seen)
         embedding = self.norm(state.squeeze(2))  # f_a [B, N, D]
         if self.time_varying is not None:
             return MaskOutput(
@@ -355,8 +425,8 @@ class QueryTransformer(MaskDecoder):
         valid = visual.motion_mask | ~visual.motion_mask.any(dim=2, keepdim=True)  # [B, N, Tm]
         return key, motion, valid.flatten(0, 1)[:, None, None, :]
 
-    def _attend_to_motion(self, states: Tensor, visual: VisualFeatures) -> tuple[Tensor, Tensor]:
-        """Layer 0: states [B, N, Q, D] -> the same after motion attention, and f_m [B, N, D]."""
+    def _attend_to_motion(self, states: Tensor, queries: Tensor, visual: VisualFeatures) -> tuple[Tensor, Tensor]:
+        """Layer 0: states [B, N, Q, D] and queries -> the states after motion attention, and f_m [B, N, D]."""
         assert self.motion_layer is not None
         key, motion, mask = self._motion_tokens(visual)
         if visual.motion_mask is None:
@@ -365,7 +435,7 @@ class QueryTransformer(MaskDecoder):
             share = visual.motion_mask.to(motion.dtype)
             share = share / share.sum(dim=2, keepdim=True).clamp(min=1.0)
             embedding = (motion * share[..., None]).sum(dim=2)
-        out = self.motion_layer(states.flatten(0, 1), self.class_queries, key.flatten(0, 1), motion.flatten(0, 1), mask)
+        out = self.motion_layer(states.flatten(0, 1), queries, key.flatten(0, 1), motion.flatten(0, 1), mask)
         return out.unflatten(0, states.shape[:2]), embedding
 
     def adapter_places(self) -> tuple[AdapterPlace, ...]:

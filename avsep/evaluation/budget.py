@@ -7,11 +7,11 @@ bytes, and turn what a method has to spare into exemplars). Counted are
 - the model: its parameters and buffers as they are stored. The teacher and EWF's other endpoint are the stored model
   and cost nothing that persists; the copy of it in use while the next task is trained is given apart (``peak_extra``);
 - what the strategy keeps beside the model, such as EWC's Fisher information;
-- exemplars: audio as 16-bit integers; object and motion features in half precision, or the uint8 frames, as the
-  store holds them, of a separator with frame encoders. Of a whole recording all of it; of a clip one crop, the
-  ``frames`` consecutive object frames or vectors of its middle, and its motion frames (stored motion features are
-  one sequence a video and come whole). Exemplars that are ids into a store that stays cost nothing. Ids, classes and
-  crop starts are not counted.
+- exemplars: audio as 16-bit integers, or as the memory's codec writes it; object and motion features in half
+  precision, or the uint8 frames, as the store holds them, of a separator with frame encoders. Of a whole recording all
+  of it; of a clip one crop, the ``frames`` consecutive object frames or vectors of its middle, and its motion frames
+  (stored motion features are one sequence a video and come whole, once for all its crops). Exemplars that are ids into
+  a store that stays cost nothing. Ids, classes and crop starts are not counted.
 
 Encoders that are never trained are the same for every method: their bytes are given apart (``frozen``).
 """
@@ -27,13 +27,15 @@ from typing import Any, Literal
 
 import torch
 
+from avsep.data.codecs import Codec, CodedCrops
 from avsep.data.mixing import collate, load_source
 from avsep.data.opening import open_run_store
 from avsep.data.store import Clip, Store
 from avsep.data.tasks import make_tasks
 from avsep.environment import seeded
 from avsep.errors import CheckpointError, ConfigError
-from avsep.memory.base import Candidates, Keep, MemoryPolicy, memory_rng, read_exemplars
+from avsep.memory import RandomPerClass
+from avsep.memory.base import Candidates, Exemplar, Keep, Memory, MemoryPolicy, memory_rng, read_exemplars
 from avsep.registry import MEMORIES
 from avsep.runs.folder import RunFolder
 from avsep.separator import Separator, build_from_spec, load_separator
@@ -42,7 +44,7 @@ from avsep.strategies import build_strategy
 from avsep.strategies.base import Strategy, TaskContext
 from avsep.types import Batch, Task, VisualSource
 
-__all__ = ["Aligned", "Budget", "ExemplarBytes", "align", "budget_of", "estimate", "exemplar_bytes"]
+__all__ = ["Aligned", "Budget", "ExemplarBytes", "ExemplarScale", "align", "budget_of", "estimate", "exemplar_bytes"]
 
 _AUDIO_BYTES = 2  # int16
 _FEATURE_BYTES = 2  # float16
@@ -122,9 +124,19 @@ class Aligned:
 
 
 def exemplar_bytes(
-    store: Store, clip: Clip, sources: Sequence[VisualSource], front_end: FrontEndSpec, *, keep: Keep = "recording"
+    store: Store,
+    clip: Clip,
+    sources: Sequence[VisualSource],
+    front_end: FrontEndSpec,
+    *,
+    keep: Keep = "recording",
+    audio: int | None = None,
+    again: bool = False,
 ) -> ExemplarBytes:
     """The bytes of one clip as an exemplar of a separator with these visual ``sources``.
+
+    ``audio``: those of its sound, where it is not kept as 16-bit integers. ``again``: it is a further crop of a clip,
+    whose stored motion features, which come whole, have been counted.
 
     Raises:
         DataError: the store lacks what a source asks for.
@@ -140,9 +152,42 @@ def exemplar_bytes(
             rows = min(rows, max(1, source.frames))
         elif crop and source.kind == "frames":
             rows = min(rows, max(1, math.floor(front_end.clip_s * store.motion_rate_hz + 0.5)))
+        elif again:
+            rows = 0
         sizes[source.role] += rows * math.prod(rest) * (1 if source.kind == "frames" else _FEATURE_BYTES)
     samples = min(clip.samples, front_end.clip_samples) if crop else clip.samples
-    return ExemplarBytes(_AUDIO_BYTES * samples, sizes["object"], sizes["motion"])
+    return ExemplarBytes(_AUDIO_BYTES * samples if audio is None else audio, sizes["object"], sizes["motion"])
+
+
+class ExemplarScale:
+    """Weighs exemplars of a separator with these visual ``sources``, as :class:`avsep.memory.base.Weigh` says."""
+
+    def __init__(self, store: Store, sources: Sequence[VisualSource], front_end: FrontEndSpec) -> None:
+        self._store = store
+        self._sources = tuple(sources)
+        self._front_end = front_end
+        self._coded: dict[Codec, CodedCrops] = {}
+        self._clips = {clip.id: clip for clip in store.clips}
+
+    def __call__(self, exemplar: Exemplar, *, keep: Keep, codec: Codec = "int16", again: bool = False) -> int:
+        return math.ceil(self.bytes_of(exemplar, keep=keep, codec=codec, again=again).total)
+
+    def bytes_of(self, exemplar: Exemplar, *, keep: Keep, codec: Codec = "int16", again: bool = False) -> ExemplarBytes:
+        """What :meth:`__call__` gives, by kind."""
+        clip, audio = self._clips[exemplar.id], None
+        if codec != "int16" and exemplar.start is not None:
+            if codec not in self._coded:
+                self._coded[codec] = CodedCrops(self._store, codec, self._front_end.clip_samples)
+            audio = self._coded[codec].size(clip, exemplar.start)
+        return exemplar_bytes(self._store, clip, self._sources, self._front_end, keep=keep, audio=audio, again=again)
+
+    def of_all(self, memory: Memory, policy: MemoryPolicy) -> ExemplarBytes:
+        """The bytes of all exemplars."""
+        weight, ids = ExemplarBytes(), set()
+        for exemplar in (e for kept in memory.values() for e in kept):
+            weight += self.bytes_of(exemplar, keep=policy.keep, codec=policy.codec, again=exemplar.id in ids)
+            ids.add(exemplar.id)
+        return weight
 
 
 def _shape(store: Store, clip: Clip, source: VisualSource) -> tuple[int, ...]:
@@ -179,19 +224,19 @@ def budget_of(run: str | Path, task: int | None = None, *, store: Store | str | 
     separator = load_separator(run, task)
     strategy = build_strategy(spec.strategies)
     memory: MemoryPolicy = MEMORIES.create(spec.memory.name, spec.memory.params)
-    kept = {e.id: memory.keep for of in read_exemplars(run, task).values() for e in of}
+    kept = read_exemplars(run, task)
     weight = ExemplarBytes()
     if kept or strategy.uses_all_data:
         opened = open_run_store(folder, store)
         if strategy.uses_all_data:
-            kept = {c.id: "recording" for c in opened.select(classes=list(separator.classes), split="train")}
-        sources, front_end = separator.visual_sources(), separator.spec.front_end
-        for clip in opened.clips_by_id(list(kept)):
-            weight += exemplar_bytes(opened, clip, sources, front_end, keep=kept[clip.id])
+            memory = RandomPerClass()  # whole recordings
+            kept = {c: [Exemplar(i.id) for i in opened.select(classes=[c], split="train")] for c in separator.classes}
+        opened.clips_by_id([e.id for of in kept.values() for e in of])  # names one that is not there
+        scale = ExemplarScale(opened, separator.visual_sources(), separator.spec.front_end)
+        weight = scale.of_all(kept, memory)
+    count = sum(len(of) for of in kept.values())
     state = folder.task(task).strategy_file
-    return _budget(
-        separator, strategy, task, _file_bytes(state) if state.is_file() else 0, len(kept), weight, basis="run"
-    )
+    return _budget(separator, strategy, task, _file_bytes(state) if state.is_file() else 0, count, weight, basis="run")
 
 
 def _file_bytes(path: Path) -> int:
@@ -326,16 +371,20 @@ class _Estimator:
             return len(everything), sum((weigh(c, "recording") for c in everything), ExemplarBytes())
         policy: MemoryPolicy = MEMORIES.create(memory.name, memory.params)
         policy.check({name: len(self._train(name)) for name in tasks[-1].old})
-        held: dict[str, Any] = {}
+        held: Memory = {}
+        scale = ExemplarScale(self.store, separator.visual_sources(), separator.spec.front_end)
         last = len(tasks) - (not strategy.memory_only)  # nothing else adds to it after the last one
         for task in tasks[: min(index + 1, last)]:
             candidates = Candidates(
                 {name: clips[name] for name in task.classes},
                 spec.separator.front_end,
                 earlier={name: len(clips[name]) for name in task.old},
+                weigh=scale,
             )
             held = policy.update(held, candidates, memory_rng(spec.train.seed, task.index))
         counts = {name: len(kept) for name, kept in held.items()}
+        if policy.by_bytes:
+            return sum(counts.values()), scale.of_all(held, policy)
         pools = (
             [(count, clips[name]) for name, count in counts.items()]
             if policy.by_class
@@ -423,7 +472,8 @@ def align(
         budget: bytes; by default those of the method that keeps the most with its own memory.
         task: after which they are counted; by default the last that another one follows.
         sizes: ``largest`` (no draw of exemplars will exceed the budget) or ``mean`` (random ones meet it on average).
-        memory: the policy of methods that have none; the others' own is resized (its ``per_class`` or ``total``).
+        memory: the policy of methods that have none; the others' own is resized (its ``per_class``, ``total`` or
+            ``budget_bytes``).
 
     Returns:
         By name the resized memory (``none`` where not even the smallest fits) and the bytes left over.
@@ -456,6 +506,8 @@ def _aligned(estimator: _Estimator, name: str, spec: RunSpec, budget: int, fallb
         )
     ref = fallback if spec.memory.name == "none" else spec.memory
     settings = {p.name for p in MEMORIES.get(ref.name).settings}
+    if "budget_bytes" in settings:
+        return _filled(estimator, name, spec, budget, ref, bare)
     number = next((n for n in ("per_class", "total") if n in settings), None)
     if number is None:
         raise ConfigError(f"{name}: memory policy '{ref.name}' has neither per_class nor total: it cannot be resized")
@@ -495,6 +547,19 @@ def _aligned(estimator: _Estimator, name: str, spec: RunSpec, budget: int, fallb
     best = _last(least, most, lambda n: estimator.estimate(name, spec, sized(n)).total <= budget)
     found = estimator.estimate(name, spec, sized(best))
     return Aligned(sized(best), found, budget - found.total, best == most)
+
+
+def _filled(estimator: _Estimator, name: str, spec: RunSpec, budget: int, ref: ComponentRef, bare: Budget) -> Aligned:
+    """A memory that is itself bounded in bytes gets what the method has to spare."""
+    spare = budget - bare.total
+    sized = ComponentRef(name=ref.name, params={**ref.params, "budget_bytes": max(spare, 1)})
+    try:
+        found = estimator.estimate(name, spec, sized)
+    except ConfigError as error:  # not one exemplar of each class
+        if build_strategy(spec.strategies).needs_memory:
+            raise ConfigError(f"{name} needs a memory: {error}") from None
+        return Aligned(ComponentRef(name="none"), bare, spare, False)
+    return Aligned(sized, found, budget - found.total, False)
 
 
 def _last(low: int, high: int, holds: Callable[[int], bool]) -> int:

@@ -1,6 +1,7 @@
 """Memory policies: which clips of a finished task are kept for replay. They hold ids, never tensors."""
 
 from avsep.memory.base import Candidates, Exemplar, Memory, MemoryPolicy, PerClass, Total
+from avsep.memory.byte_budget import ByteBudget
 from avsep.memory.class_balanced import ClassBalanced
 from avsep.memory.hardest import Hardest
 from avsep.memory.herding import Herding
@@ -10,6 +11,7 @@ from avsep.memory.random_per_class import RandomPerClass
 from avsep.memory.reservoir import Reservoir
 
 __all__ = [
+    "ByteBudget",
     "Candidates",
     "ClassBalanced",
     "Exemplar",

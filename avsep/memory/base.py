@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from avsep.data.codecs import Codec
 from avsep.data.protocol import centre_start
 from avsep.errors import CheckpointError, ConfigError
 from avsep.registry import Component
@@ -28,6 +29,7 @@ __all__ = [
     "MemoryPolicy",
     "PerClass",
     "Total",
+    "Weigh",
     "exemplars_from_plain",
     "exemplars_to_plain",
     "memory_rng",
@@ -107,28 +109,48 @@ def memory_rng(seed: int, task: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, task, 2**31 + 1])))
 
 
+class Weigh(Protocol):
+    """Says how many bytes an exemplar takes, that of an earlier task too.
+
+    ``codec``: of its sound. ``again``: another crop of the same recording is kept too, and what comes once a recording
+    is not to be counted again.
+    """
+
+    def __call__(self, exemplar: Exemplar, *, keep: Keep, codec: Codec = "int16", again: bool = False) -> int: ...
+
+
 class Candidates:
     """The training clips of a finished task, to choose exemplars from.
 
     Attributes: ``ids``, clip ids by class, in the order of tasks and manifest; ``earlier``, the number of training
-    clips of every class of earlier tasks.
+    clips of every class of earlier tasks; ``weigh``, which gives the bytes of an exemplar (None where nobody asks).
 
-    This class says nothing of what is in the clips: to :meth:`features` and :meth:`mask_error` all are alike, which is
-    enough to count what a policy will keep before anything is trained. The learner's own,
+    This class says nothing of what is in the clips: to :meth:`features`, :meth:`profiles` and :meth:`mask_error` all
+    are alike, which is enough to count what a policy will keep before anything is trained. The learner's own,
     :class:`~avsep.memory.candidates.ScoredCandidates`, ask the separator that the task left.
     """
 
     def __init__(
-        self, clips: Mapping[str, Sequence[Clip]], front_end: FrontEndSpec, *, earlier: Mapping[str, int] | None = None
+        self,
+        clips: Mapping[str, Sequence[Clip]],
+        front_end: FrontEndSpec,
+        *,
+        earlier: Mapping[str, int] | None = None,
+        weigh: Weigh | None = None,
     ) -> None:
         self.clips = {clip.id: clip for members in clips.values() for clip in members}
         self.ids = {name: [clip.id for clip in members] for name, members in clips.items()}
         self.front_end = front_end
         self.earlier = dict(earlier or {})
+        self.weigh = weigh
 
     def features(self, ids: Sequence[str]) -> np.ndarray:
         """float32 [n, D], a row a clip, of length 1: how the separator sees its centre crop."""
         return np.zeros((len(ids), 1), np.float32)
+
+    def profiles(self, ids: Sequence[str]) -> np.ndarray:
+        """float64 [n, 64]: the energy of each clip's centre crop in bands of equal width, the largest 1."""
+        return np.ones((len(ids), 64))
 
     def mask_error(self, ids: Sequence[str]) -> np.ndarray:
         """float64 [n]: the separation loss of each clip's centre crop."""
@@ -154,11 +176,14 @@ class MemoryPolicy(Component, ABC):
 
     Class attributes: ``by_class``, how many exemplars each class has is settled by the sizes of the classes (False:
     chance decides); ``uses_separator``, the choice depends on the trained separator, by way of the clips' centre crops,
-    which then are what ``keep="clip"`` keeps (else a random crop).
+    which then are what ``keep="clip"`` keeps (else a random crop); ``by_bytes``, the budget is one of bytes, and each
+    exemplar is weighed when it is chosen; ``codec``, how the sound of exemplars is kept.
     """
 
     by_class = True
     uses_separator = False
+    by_bytes = False
+    codec: Codec = "int16"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -12,12 +12,13 @@ from avsep.data.mixing import collate, load_source
 from avsep.data.store import Clip, Store
 from avsep.errors import NumericalError
 from avsep.losses import separation_loss
-from avsep.memory.base import Candidates
+from avsep.memory.base import Candidates, Weigh
 from avsep.separator import Separator
 from avsep.types import MaskOutput, move_to
 
 __all__ = ["ScoredCandidates"]
 
+_BANDS = 64
 _BATCH = 8  # mixtures at a time; fixed, so that rounding does not depend on the batch size of training
 
 
@@ -41,9 +42,10 @@ class ScoredCandidates(Candidates):
         store: Store,
         *,
         earlier: Mapping[str, int] | None = None,
+        weigh: Weigh | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(clips, separator.spec.front_end, earlier=earlier)
+        super().__init__(clips, separator.spec.front_end, earlier=earlier, weigh=weigh)
         self.separator = separator
         self.store = store
         self.device = torch.device(device)
@@ -56,6 +58,15 @@ class ScoredCandidates(Candidates):
     def mask_error(self, ids: Sequence[str]) -> np.ndarray:
         self._score(ids)
         return np.array([self._scored[i][1] for i in ids])
+
+    def profiles(self, ids: Sequence[str]) -> np.ndarray:
+        found = np.zeros((len(ids), _BANDS))
+        for row, clip_id in enumerate(ids):
+            audio = self.store.read_crop(self.clips[clip_id], self.centre(clip_id), self.front_end.clip_samples)
+            power = np.square(np.abs(np.fft.rfft(audio)))
+            found[row] = [float(band.sum()) for band in np.array_split(power, _BANDS)]
+        largest = found.max(axis=1, keepdims=True)
+        return np.divide(found, largest, out=np.zeros_like(found), where=largest > 0)
 
     def partner(self, clip_id: str) -> str:
         """The clip that another is mixed with."""

@@ -9,7 +9,7 @@ import numpy as np
 from avsep.memory.base import Candidates, PerClass
 from avsep.registry import MEMORIES
 
-__all__ = ["Herding"]
+__all__ = ["Herding", "herd"]
 
 
 @MEMORIES.register("herding", source="Rebuffi et al., iCaRL, CVPR 2017, algorithm 4 (after Welling, ICML 2009)")
@@ -26,12 +26,17 @@ class Herding(PerClass):
     uses_separator = True
 
     def choose(self, ids: Sequence[str], count: int, candidates: Candidates, rng: np.random.Generator) -> list[str]:
-        features = candidates.features(ids).astype(np.float64)  # [n, D]
-        mean, chosen_sum = features.mean(axis=0), np.zeros(features.shape[1])
-        chosen: list[int] = []
-        for k in range(1, count + 1):
-            distance = np.linalg.norm(mean - (features + chosen_sum) / k, axis=1)  # [n]
-            distance[chosen] = np.inf
-            chosen.append(int(np.argmin(distance)))
-            chosen_sum += features[chosen[-1]]
-        return [ids[i] for i in chosen]
+        return [ids[i] for i in herd(candidates.features(ids), count)]
+
+
+def herd(features: np.ndarray, count: int) -> list[int]:
+    """The rows of ``features`` [n, D] that herding chooses, in its order."""
+    features = features.astype(np.float64)
+    mean, chosen_sum = features.mean(axis=0), np.zeros(features.shape[1])
+    chosen: list[int] = []
+    for k in range(1, count + 1):
+        distance = np.linalg.norm(mean - (features + chosen_sum) / k, axis=1)  # [n]
+        distance[chosen] = np.inf
+        chosen.append(int(np.argmin(distance)))
+        chosen_sum += features[chosen[-1]]
+    return chosen

@@ -35,8 +35,8 @@ class Pool:
     """What an epoch's mixtures are drawn from: the current task's ``clips``, and the ``exemplars`` of earlier ones
     (of all, where a strategy trains on the memory alone; then there are no other clips).
 
-    ``crops``: the first sample of those exemplars of which one crop alone was kept, by clip id. ``task`` is the task's
-    index, for messages.
+    ``crops``: the first sample of those exemplars of which one crop alone was kept, by clip id, or of each of several.
+    ``task`` is the task's index, for messages.
     """
 
     clips: Sequence[Clip]
@@ -44,7 +44,7 @@ class Pool:
     train: TrainSpec
     front_end: FrontEndSpec
     task: int
-    crops: Mapping[str, int] = field(default_factory=dict)
+    crops: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
 
     def __getitem__(self, number: int) -> Clip:
         """By number: the current clips first, then the exemplars."""
@@ -70,7 +70,8 @@ class Pool:
         gain = float(rng.uniform(*self.train.gain))
         start = self._start(clip, rng)  # drawn for a kept crop too: how exemplars are kept changes no other draw
         if self.is_exemplar(number):
-            start = self.crops.get(clip.id, start)
+            kept = self.crops.get(clip.id, start)
+            start = kept if isinstance(kept, int) else kept[start % len(kept)]
         return Draw(number, start, gain)
 
     def _start(self, clip: Clip, rng: np.random.Generator) -> int:

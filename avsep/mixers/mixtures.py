@@ -13,6 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from avsep.data.augment import Change, draw_change
+from avsep.data.codecs import CodedCrops
 from avsep.data.mixing import Source, load_source
 from avsep.data.store import Clip, Store
 from avsep.errors import ConfigError
@@ -30,8 +31,9 @@ _CHANGES = 2**32  # added to an item's number, for the random numbers of its cha
 class TrainingMixtures(Dataset[list[Source]]):
     """The mixtures of one epoch of one task, drawn by ``train.mixer`` from the current clips and the exemplars.
 
-    ``crops``: the first sample of those exemplars of which one crop alone was kept, by clip id. Where the mask decoder
-    does not take sources without a picture (``takes_unseen``), a mixer's are seen all the same.
+    ``crops``: the first sample of those exemplars of which one crop alone was kept, by clip id, or of each of several;
+    ``coded``: what a codec makes of them, where it keeps their sound. Where the mask decoder does not take sources
+    without a picture (``takes_unseen``), a mixer's are seen all the same.
 
     Raises:
         ConfigError: the mixer cannot make such mixtures of these clips, or they do not fill one batch.
@@ -49,11 +51,13 @@ class TrainingMixtures(Dataset[list[Source]]):
         *,
         task: int,
         epoch: int,
-        crops: Mapping[str, int] | None = None,
+        crops: Mapping[str, int | Sequence[int]] | None = None,
+        coded: CodedCrops | None = None,
         takes_unseen: bool = True,
     ) -> None:
         self.takes_unseen = takes_unseen
         self.store = store
+        self.coded = coded
         self.train = train
         self.front_end = front_end
         self.visual_sources = tuple(visual_sources)
@@ -110,6 +114,7 @@ class TrainingMixtures(Dataset[list[Source]]):
             is_memory=is_memory,
             role=role,
             change=change,
+            coded=self.coded if is_memory else None,
         )
 
 

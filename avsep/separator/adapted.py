@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from avsep.adapters.base import Adapter
-from avsep.decoders.base import MaskDecoder
+from avsep.decoders.base import MaskDecoder, tasks_of
 from avsep.encoders.base import AudioEncoder
 from avsep.types import AudioFeatures, MaskOutput, Spectrograms, VisualFeatures
 
@@ -109,11 +107,12 @@ class AdaptedDecoder(MaskDecoder):
     def set_tasks(self, sizes: Sequence[int]) -> None:
         """Say how many classes each task brought, and make room for as many tasks."""
         self.sizes = tuple(sizes)
+        self.decoder.set_tasks(sizes)
         _add_tasks(self.adapter, self.decoder, len(sizes))
 
     def tasks_of(self, class_ids: Tensor) -> Tensor:
         """The task that each class came with."""
-        return _tasks_of(class_ids, self.sizes)
+        return tasks_of(class_ids, self.sizes)
 
     def _task_weights(self, task: int) -> dict[str, Tensor]:
         """What differs from the decoder's own weights for sources of a task."""
@@ -176,7 +175,7 @@ class _MergedDecoder(MaskDecoder):
         raise NotImplementedError
 
     def forward(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
-        tasks = _tasks_of(class_ids, self.sizes)
+        tasks = tasks_of(class_ids, self.sizes)
         masks = [tasks == task for task in range(len(self.decoders))]
         outputs: list[MaskOutput] = [
             decoder(_features(audio, task), visual, class_ids.where(mask, 0))
@@ -194,13 +193,6 @@ class _MotionAttention(nn.Module):
 
     def forward(self, visual: VisualFeatures, class_ids: Tensor) -> Tensor | None:
         return self.decoder.motion_attention(visual, class_ids)
-
-
-def _tasks_of(class_ids: Tensor, sizes: Sequence[int]) -> Tensor:
-    tasks = torch.zeros_like(class_ids)
-    for first in accumulate(sizes[:-1]):
-        tasks = tasks + (class_ids >= first)
-    return tasks
 
 
 def _features(audio: AudioFeatures, task: int) -> AudioFeatures:

@@ -44,6 +44,7 @@ def build_from_spec(spec: SeparatorSpec) -> Separator:
     )
     if spec.adapter is not None:
         audio_encoder, mask_decoder = _with_adapters(spec, spec.adapter, audio_encoder, mask_decoder)
+    mask_decoder.set_tasks(spec.task_sizes)
     return Separator(spec, audio_encoder, mask_decoder, visual["object"], visual["motion"])
 
 
@@ -58,7 +59,6 @@ def _with_adapters(
         return ADAPTERS.create(ref.name, ref.params, places=places)
 
     adapted = AdaptedDecoder(mask_decoder, adapter_of(mask_decoder, "mask decoder", spec.mask_decoder.name))
-    adapted.set_tasks(spec.task_sizes)
     if not adapted.adapter.on_audio_encoder:
         return audio_encoder, adapted
     encoder = AdaptedEncoder(audio_encoder, adapter_of(audio_encoder, "audio encoder", spec.audio_encoder.name))

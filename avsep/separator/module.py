@@ -344,9 +344,9 @@ class Separator(nn.Module):
             )
         spec = self.spec.grown(num_classes, names)
         self.mask_decoder.grow(num_classes)
-        for part in (self.audio_encoder, self.mask_decoder):
-            if isinstance(part, (AdaptedEncoder, AdaptedDecoder)):
-                part.set_tasks(spec.task_sizes)
+        self.mask_decoder.set_tasks(spec.task_sizes)
+        if isinstance(self.audio_encoder, AdaptedEncoder):
+            self.audio_encoder.set_tasks(spec.task_sizes)
         self.spec = spec
 
     def _check_class_ids(self, class_ids: Tensor) -> None:

@@ -21,9 +21,11 @@ from avsep.strategies.mas import MAS
 from avsep.strategies.plop import PLOP
 from avsep.strategies.query_extension import QueryExtension
 from avsep.strategies.si import SI
+from avsep.strategies.similar_queries import SimilarQueries
 from avsep.strategies.slot_span import SlotSpan
 from avsep.strategies.slow_learner import SlowLearner
 from avsep.strategies.task_adapters import TaskAdapters
+from avsep.strategies.text_queries import TextQueries
 from avsep.strategies.weight_average import WeightAverage
 from avsep.strategies.weight_fusion import WeightFusion
 
@@ -48,6 +50,7 @@ __all__ = [
     "L2Anchor",
     "LwF",
     "QueryExtension",
+    "SimilarQueries",
     "SlotSpan",
     "SlowLearner",
     "Step",
@@ -55,6 +58,7 @@ __all__ = [
     "TaskAdapters",
     "TaskContext",
     "TaskData",
+    "TextQueries",
     "WeightAverage",
     "WeightFusion",
     "build_strategy",

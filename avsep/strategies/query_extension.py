@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from avsep.errors import ConfigError
-from avsep.registry import MASK_DECODERS, STRATEGIES
+from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy, TaskContext
-from avsep.strategies.teaching import NewRows
+from avsep.strategies.teaching import NewRows, check_queries
 
 if TYPE_CHECKING:
     from avsep.separator import Separator
@@ -31,12 +31,8 @@ class QueryExtension(Strategy):
         self._rows: NewRows | None = None
 
     def check(self, separator: Separator) -> None:
+        check_queries(separator, "query_extension", "trains the queries of new classes")
         decoder, name = separator.mask_decoder, separator.spec.mask_decoder.name
-        if not decoder.query_parameter:
-            raise ConfigError(
-                f"strategy 'query_extension' trains the queries of new classes, and mask decoder '{name}' has none: "
-                f"use {_with_queries()}, or another strategy"
-            )
         if self.head and not decoder.mask_head:
             raise ConfigError(
                 f"strategy 'query_extension' with head=true trains the decoder's head, and mask decoder '{name}' has "
@@ -59,7 +55,3 @@ class QueryExtension(Strategy):
     def after_step(self, step: Step) -> None:
         if self._rows is not None:
             self._rows.restore()
-
-
-def _with_queries() -> str:
-    return " or ".join(spec.name for spec in MASK_DECODERS if spec.factory.query_parameter)

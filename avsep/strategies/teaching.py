@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from avsep.errors import ConfigError
+from avsep.registry import MASK_DECODERS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -15,7 +18,15 @@ if TYPE_CHECKING:
     from avsep.strategies.base import TaskData
     from avsep.types import MaskOutput
 
-__all__ = ["NewRows", "check_weights", "embeddings", "largest_is_one", "reestimate_batch_norm", "rows_of"]
+__all__ = [
+    "NewRows",
+    "check_queries",
+    "check_weights",
+    "embeddings",
+    "largest_is_one",
+    "reestimate_batch_norm",
+    "rows_of",
+]
 
 
 def embeddings(output: MaskOutput) -> dict[str, Tensor]:
@@ -35,6 +46,16 @@ def largest_is_one(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of 0 and more, divided by the largest element of all of them."""
     largest = torch.stack([value.max() for value in values.values()]).max().clamp(min=torch.finfo().tiny)
     return {name: value / largest for name, value in values.items()}
+
+
+def check_queries(separator: Separator, strategy: str, does: str) -> None:
+    """Raise ConfigError where the mask decoder has no queries of classes; the strategy ``does`` something with them."""
+    if not separator.mask_decoder.query_parameter:
+        others = " or ".join(spec.name for spec in MASK_DECODERS if spec.factory.query_parameter)
+        raise ConfigError(
+            f"strategy '{strategy}' {does}, and mask decoder '{separator.spec.mask_decoder.name}' has none: use "
+            f"{others}, or another strategy"
+        )
 
 
 class NewRows:

@@ -17,6 +17,7 @@ from avsep.data.tasks import TaskStream
 from avsep.distributed.ranks import ALONE, Ranks, is_lost, synchronise_batch_norm
 from avsep.environment import MOST_PROCESSES, seeded
 from avsep.errors import CheckpointError, ConfigError, LostRankError, RunError
+from avsep.evaluation.budget import ExemplarScale
 from avsep.files import FolderLock
 from avsep.memory.base import (
     Candidates,
@@ -481,6 +482,7 @@ class ContinualLearner:
             self.separator,
             all_data=self.strategy.uses_all_data,
             memory_only=self.strategy.memory_only,
+            codec=self.memory.codec,
             ranks=self.ranks,
             device=self.fabric.device,
             workers=self.workers,
@@ -557,10 +559,14 @@ class ContinualLearner:
             return held
         clips = {name: _clips(stream, name) for name in task.classes}
         earlier = {name: len(_clips(stream, name)) for name in task.old}
+        front_end, sources = self.separator.spec.front_end, self.separator.visual_sources()
+        weigh = ExemplarScale(stream.store, sources, front_end)
         candidates = (
-            ScoredCandidates(clips, self.separator, stream.store, earlier=earlier, device=self.fabric.device)
+            ScoredCandidates(
+                clips, self.separator, stream.store, earlier=earlier, weigh=weigh, device=self.fabric.device
+            )
             if scored
-            else Candidates(clips, self.separator.spec.front_end, earlier=earlier)
+            else Candidates(clips, front_end, earlier=earlier, weigh=weigh)
         )
         memory = self.memory.update(held, candidates, memory_rng(self.train.seed, task.index))
         return {name: list(kept) for name, kept in memory.items() if kept}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from avsep.data.codecs import Codec, CodedCrops
 from avsep.data.mixing import collate
 from avsep.data.tasks import TaskStream
 from avsep.distributed.ranks import ALONE, Ranks
@@ -30,6 +31,7 @@ class TaskMixtures:
     Args:
         exemplars: the memory of earlier tasks; ``all_data`` takes all training clips of all classes seen in its place.
         memory_only: take the exemplars of all classes seen, the task's own too, and no other clips.
+        codec: how the exemplars' sound is kept.
         ranks: of several processes each reads its equal part of every batch.
         workers: reader processes.
     """
@@ -44,6 +46,7 @@ class TaskMixtures:
         *,
         all_data: bool = False,
         memory_only: bool = False,
+        codec: Codec = "int16",
         ranks: Ranks = ALONE,
         device: torch.device | str = "cpu",
         workers: int = 0,
@@ -52,10 +55,17 @@ class TaskMixtures:
         kept = [e for name in remembered for e in exemplars.get(name, ())]
         self._store = stream.store
         self._clips = [] if memory_only else stream.train_clips(task, all_seen=all_data)
-        self._exemplars = stream.store.clips_by_id([e.id for e in kept])
-        self._crops = {e.id: e.start for e in kept if e.start is not None}
+        starts: dict[str, list[int]] = {e.id: [] for e in kept}
+        for exemplar in kept:
+            if exemplar.start is not None:
+                starts[exemplar.id].append(exemplar.start)
+        self._exemplars = stream.store.clips_by_id(list(starts))
+        self._crops: dict[str, int | Sequence[int]] = {
+            name: of[0] if len(of) == 1 else of for name, of in starts.items() if of
+        }
         self._train = train
         self._front_end = separator.spec.front_end
+        self._coded = None if codec == "int16" else CodedCrops(stream.store, codec, self._front_end.clip_samples)
         self._visual_sources = separator.visual_sources()
         self._takes_unseen = separator.mask_decoder.takes_unseen
         self._task = task
@@ -81,6 +91,7 @@ class TaskMixtures:
             task=self._task.index,
             epoch=epoch,
             crops=self._crops,
+            coded=self._coded,
             takes_unseen=self._takes_unseen,
         )
 

@@ -46,12 +46,25 @@ def _parts() -> Iterator[tuple[str, str, str]]:
 
 
 CASES = list(_parts())
+# (kind, name, part) -> settings that make another network of a component, beside those of its example
+VARIANTS = {
+    ("mask_decoders", "query_transformer", "mask_decoder"): [
+        {"slot_attention": "causal"},
+        {"slot_attention": "self"},  # its dead query and key weights are rows of a parameter that has live ones
+    ],
+}
 # Exported in the ordinary suite, and with it one of every other kind; the others every night: a graph takes seconds.
 SOON = [next(case for case in CASES if case[2] == part) for part in ("motion_encoder", "adapter")]
 
 
-def exported(case: tuple[str, str, str]) -> Any:
-    return pytest.param(*case, marks=[] if case in SOON else [pytest.mark.slow])
+def variants() -> list[Any]:
+    """(kind, name, part, settings): each component as its example has it, and its variants."""
+    return [(*case, settings) for case in CASES for settings in ({}, *VARIANTS.get(case, []))]
+
+
+def exported(kind: str, name: str, part: str, settings: dict[str, Any]) -> Any:
+    soon = (kind, name, part) in SOON and not settings
+    return pytest.param(kind, name, part, settings, marks=[] if soon else [pytest.mark.slow])
 
 
 def test_every_kind_is_covered():
@@ -64,11 +77,12 @@ def weights(tmp_path_factory):
     return tmp_path_factory.mktemp("weights")
 
 
-def build(kind, name, part, weights) -> Separator:
+def build(kind, name, part, weights, **settings) -> Separator:
     torch.manual_seed(0)
+    ref = small_ref(REGISTRIES[kind].get(name), weights)
     try:
         with weights_come_later():  # those that are not written below ``weights``
-            return build_from_spec(fitting_spec(part, small_ref(REGISTRIES[kind].get(name), weights)))
+            return build_from_spec(fitting_spec(part, ref.model_copy(update={"params": {**ref.params, **settings}})))
     except MissingExtraError as error:
         pytest.skip(str(error))
 
@@ -114,9 +128,9 @@ def check_gradients(separator: Separator, predictions: int, learn: Any) -> None:
         assert (largest[name] > 0) == parameter.requires_grad, name
 
 
-@pytest.mark.parametrize(("kind", "name", "part"), CASES)
-def test_it_learns_in_every_parameter(kind, name, part, weights):
-    separator = build(kind, name, part, weights).train()
+@pytest.mark.parametrize(("kind", "name", "part", "settings"), variants())
+def test_it_learns_in_every_parameter(kind, name, part, settings, weights):
+    separator = build(kind, name, part, weights, **settings).train()
     batch = partly_seen(separator, random_batch(separator))
     before = {n: p.detach().clone() for n, p in separator.named_parameters()}
     optimizer = torch.optim.Adam([p for p in separator.parameters() if p.requires_grad], lr=1e-3)
@@ -135,13 +149,13 @@ def test_it_learns_in_every_parameter(kind, name, part, weights):
     assert separator.predict(batch).output.logits.isfinite().all()
 
 
-@pytest.mark.parametrize(("kind", "name", "part"), [exported(case) for case in CASES])
-def test_it_is_exported_or_refused_with_a_reason(kind, name, part, weights, tmp_path):
+@pytest.mark.parametrize(("kind", "name", "part", "settings"), [exported(*case) for case in variants()])
+def test_it_is_exported_or_refused_with_a_reason(kind, name, part, settings, weights, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     from avsep.export import export
 
-    separator, reason, bundle = build(kind, name, part, weights).eval(), "", None
+    separator, reason, bundle = build(kind, name, part, weights, **settings).eval(), "", None
     try:
         bundle = export(separator, None, tmp_path / "bundle", made_from="a test")  # holds it against PyTorch
     except AvsepError as error:

@@ -28,11 +28,20 @@ from avsep.training.learner import ContinualLearner
 from avsep.training.validation import Validation
 from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN, stream_of
 
+_QUERIES = TINY_SEPARATOR["mask_decoder"]
+
+
+def _with_queries(**settings: Any) -> dict[str, Any]:
+    return {**TINY_SEPARATOR, "mask_decoder": {**_QUERIES, "params": {**_QUERIES["params"], **settings}}}
+
+
 # Base separators by name, each small enough for a step to take a few hundredths of a second.
 SEPARATORS: dict[str, dict[str, Any]] = {
     "iquery": TINY_SEPARATOR,
     "iquery_object": {**TINY_SEPARATOR, "motion_encoder": None},
     "iquery_adapters": {**TINY_SEPARATOR, "adapter": {"name": "low_rank", "params": {"rank": 2, "conv_rank": 1}}},
+    "iquery_causal": _with_queries(slot_attention="causal"),
+    "iquery_self": _with_queries(slot_attention="self"),
     "coseparation": {
         "audio_encoder": {"name": "conv7", "params": {"base_channels": 4}},
         "object_encoder": {"name": "frame_cnn", "params": {"dim": 16}},

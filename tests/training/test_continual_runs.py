@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from avsep.errors import ConfigError
+from avsep.separator import load_separator
 from avsep.strategies.teaching import reestimate_batch_norm
 from support.continual_runs import differing, first_task, make_learner, resume_killed, trained, weights
 from support.tones import stream_of
@@ -108,6 +109,15 @@ def test_it_acts_and_resumes_on_every_base_separator(strategy, memory, separator
     changed = differing(weights(run), weights(plain))
     assert any(name.startswith("audio_encoder") for name in changed)
     assert any(name.startswith("mask_decoder") for name in changed)
+
+
+@pytest.mark.parametrize("separator", ["iquery_causal", pytest.param("iquery_self", marks=pytest.mark.slow)])
+def test_a_run_with_hidden_queries_goes_on_after_a_kill(separator, tone_store):
+    run = trained(tone_store, "lwf", "none", separator=separator)
+    resumed = resume_killed(tone_store, run, "lwf", "none", separator=separator)
+    assert differing(weights(run), weights(resumed)) == []
+    sizes = (2, 2) if separator == "iquery_causal" else ()
+    assert load_separator(run).spec.task_sizes == load_separator(resumed).spec.task_sizes == sizes
 
 
 def test_query_extension_is_refused_where_classes_have_no_queries(tone_store, tmp_path):
