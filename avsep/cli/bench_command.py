@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -58,8 +58,17 @@ def train(
     out: _Out = _OUT,
     plot: _Plot = None,
 ) -> None:
-    """A ContAV-Sep training step, and its U-Net alone, against the literal published form."""
-    _run(_train(preset, batch, classes, memory_share, device, form or ()), repeats, out, plot)
+    """A ContAV-Sep training step, and its U-Net alone, against the literal published form.
+
+    With --form bf16 a CPU also gets its line of the table by which train.precision=auto chooses, where bf16 is faster.
+    """
+    rows = _run(_train(preset, batch, classes, memory_share, device, form or ()), repeats, out, plot)
+
+    from avsep.benchmarks.cases import bf16_proposal
+    from avsep.environment import bf16_instructions, pick_device
+
+    if pick_device(device).type == "cpu" and (proposed := bf16_proposal(rows, bf16_instructions())):
+        typer.echo(f"\n{proposed}")
 
 
 @app.command("data")
@@ -395,8 +404,9 @@ def _metrics(batch: int, sources: int, length: int) -> Iterator[Case]:
     yield from metrics_cases(batch=batch, sources=sources, length=length)
 
 
-def _run(cases: Iterator[Case], repeats: int, out: Path, plot: Path | None) -> None:
+def _run(cases: Iterator[Case], repeats: int, out: Path, plot: Path | None) -> list[dict[str, Any]]:
     from avsep.benchmarks.run import run_cases
 
-    run_cases(cases, repeats=repeats, out=out, plot=plot)
+    rows = run_cases(cases, repeats=repeats, out=out, plot=plot)
     typer.echo(f"\nresults appended to {out}" + ("" if plot is None else f", drawn in {plot}"))
+    return rows

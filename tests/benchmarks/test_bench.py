@@ -147,6 +147,37 @@ def test_a_step_under_bf16_is_held_against_the_literal_one_too(preset):
         next(cases.train_cases(preset, forms=["fp8"]))
 
 
+def step_rows(full, mixed):
+    """The library's rows of a training step: medians, with a tenth more and less."""
+    found = []
+    for variant, median in (("literal", 9.0), ("avsep", full), ("avsep, bf16", mixed)):
+        figures = {"median_ms": median, "p20_ms": 0.9 * median, "p80_ms": 1.1 * median}
+        found.append({"case": "train step", "variant": variant, **figures})
+    return found
+
+
+def test_bf16_is_proposed_where_it_is_clearly_faster():
+    proposed = cases.bf16_proposal(step_rows(300.0, 150.0), "amx_bf16")
+    assert proposed.splitlines()[1] == "    'amx_bf16': 2.00,"
+    assert "no clear gain" in cases.bf16_proposal(step_rows(300.0, 290.0), "avx512_bf16")
+    assert "no clear gain" in cases.bf16_proposal(step_rows(300.0, 400.0), "avx512_bf16")
+    refused = cases.bf16_proposal(step_rows(300.0, 150.0), "")
+    assert refused == (
+        "no line for BF16_GAINS: this processor has no instructions for bf16 (a training step took 150 ms in bf16 and "
+        "300 in full precision)"
+    )
+    assert cases.bf16_proposal(step_rows(300.0, 150.0)[:2], "amx_bf16") == ""
+
+
+def test_the_command_proposes_for_this_processor_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("avsep.environment.bf16_instructions", lambda: "")
+    monkeypatch.setattr(cases, "train_cases", lambda *_, **__: iter(()))
+    for device, rows in (("cpu", step_rows(3.0, 90.0)), ("cpu", [])):
+        monkeypatch.setattr("avsep.benchmarks.run.run_cases", lambda *_, rows=rows, **__: rows)
+        assert bench("train", "--form", "bf16", "--device", device, "--out", tmp_path / "results.csv") == 0
+        assert ("no line for BF16_GAINS" in capsys.readouterr().out) == bool(rows)
+
+
 def test_ways_to_cut_up_a_recording_agree_before_they_are_timed():
     whole, first = separating.separate_cases("aligned_small", minutes=0.12, batch=2)
     assert list(whole.variants) == ["as Demucs", "as MSST", "avsep"]
