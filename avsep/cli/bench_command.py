@@ -33,6 +33,7 @@ _OUT = Path("benchmarks-results.csv")
 _KERNELS_OUT = Path("benchmarks-kernels.csv")
 _AOT_OUT = Path("benchmarks/results/aot.csv")
 _EXPORT_OUT = Path("benchmarks-export.csv")
+_CONTINUAL_OUT = Path("benchmarks-continual.csv")
 
 
 @app.command("train")
@@ -128,6 +129,41 @@ def separate(
     _run(_separate(preset, minutes, batch, device), repeats, out, plot)
 
 
+@app.command("continual")
+def continual(
+    store: Annotated[
+        Path | None, typer.Argument(metavar="[STORE]", help="A store's folder [default: a temporary one, made up].")
+    ] = None,
+    preset: Annotated[str, typer.Option("--preset", help="Name or YAML file.")] = "aligned_small",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each strategy.")] = 2,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of every run, such as train.epochs=2.")
+    ] = None,
+    device: _Device = "cpu",
+    jobs: Annotated[int, typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Runs at a time.")] = 1,
+    out: Annotated[Path, typer.Option("--out", help="CSV file to append the results to.")] = _CONTINUAL_OUT,
+) -> None:
+    """Two tasks learned by fine-tuning, and by ContAV-Sep with memory: the demo's result, without its sounds."""
+    import tempfile
+
+    from avsep.benchmarks.continual import made_up_store, run
+
+    with tempfile.TemporaryDirectory(prefix="avsep-bench-") as folder:
+        place = Path(folder)
+        run(
+            made_up_store(place / "store") if store is None else store,
+            place / "runs",
+            preset=preset,
+            seeds=range(seeds),
+            settings=settings or (),
+            device=device,
+            jobs=jobs,
+            out=out,
+            write=typer.echo,
+        )
+    typer.echo(f"\nresults appended to {out}")
+
+
 @app.command("separators")
 def separators(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder; its test split is scored.")],
@@ -183,12 +219,22 @@ def separators(
 
 @app.command("export")
 def export(
-    bundle: Annotated[Path, typer.Argument(help="A bundle of avsep export, folder or tar.")],
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[BUNDLE]", help="A bundle of avsep export, folder or tar [default: an untrained --preset's]."
+        ),
+    ] = None,
     run: Annotated[
         Path | None, typer.Option("--run", help="What it was made from, for PyTorch: a run or saved separator.")
     ] = None,
     task: Annotated[
         int | None, typer.Option("--task", min=0, help="Separator of this task [default: the last finished].")
+    ] = None,
+    preset: Annotated[str, typer.Option("--preset", help="Name or file, where no bundle is given.")] = "aligned",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Mixtures a call, where no bundle is given.")] = 1,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda alone [default: all that are here].")
     ] = None,
     provider: Annotated[
         list[str] | None,
@@ -208,13 +254,19 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="CSV file to append the results to.")] = _EXPORT_OUT,
     plot: _Plot = None,
 ) -> None:
-    """An exported bundle in every way that this machine can run it, and PyTorch."""
+    """An exported bundle in every way that this machine can run it, and PyTorch, eager and compiled.
+
+    Without a bundle it is made from an untrained separator; where the exporter is missing, PyTorch's rows remain.
+    """
     from avsep.benchmarks.export_cases import run as run_bundle
 
     run_bundle(
         bundle,
         run=run,
         task=task,
+        preset=preset,
+        batch=batch,
+        device=device,
         providers=provider or (),
         threads=threads,
         repeats=repeats,

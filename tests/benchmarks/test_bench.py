@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from avsep import convolution
-from avsep.benchmarks import cases, measure, separating
+from avsep.benchmarks import cases, export_cases, measure, separating
 from avsep.benchmarks.measure import COLUMNS, Case, CheckFailed, Timing, agree, interleaved, peak_memory_bytes
 from avsep.benchmarks.reading import reading_memory
 from avsep.benchmarks.run import run_cases
@@ -187,6 +187,25 @@ def test_ways_to_cut_up_a_recording_agree_before_they_are_timed():
         next(separating.separate_cases("iquery_small"))
     with pytest.raises(ConfigError, match=r"0\.01 minutes are less than two chunks"):
         next(separating.separate_cases("aligned_small", minutes=0.01))
+
+
+def test_without_the_exporter_pytorchs_forms_of_a_separator_remain(preset, monkeypatch, tmp_path):
+    def missing(*_):
+        raise MissingExtraError("onnx", "export", "exporting")
+
+    monkeypatch.setattr(export_cases, "_exported", missing)
+    threads, out = torch.get_num_threads(), tmp_path / "forms.csv"
+    options = {"device": "cpu", "compiled": False, "threads": threads, "repeats": 1, "progress": False}
+    export_cases.run(preset=preset, batch=2, out=out, **options)
+    eager, compiled, runtime = csv_rows(out, export_cases.COLUMNS)
+    assert (eager["case"], eager["variant"]) == ("export published (untrained)", "PyTorch eager")
+    assert float(eager["median_ms"]) > 0
+    assert eager["settings"].startswith("2 mixtures of 2 sources, 0.74 s")
+    assert compiled["note"] == "skipped: left out (--no-compile)"
+    assert runtime["note"].startswith("skipped: ")
+    assert "onnx" in runtime["note"]
+    with pytest.raises(ConfigError, match="unknown device 'tpu'"):
+        export_cases.run(preset=preset, **{**options, "device": "tpu"})
 
 
 def refusals(found, tmp_path, capsys):
