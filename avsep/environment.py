@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MOST_PROCESSES",
     "arithmetic",
+    "bf16_instructions",
     "code_hash",
     "commit",
     "device_name",
@@ -85,6 +86,33 @@ def seeded(seed: int | None, task: int = 0) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(int(np.random.SeedSequence([seed, task]).generate_state(1)[0]))
         yield
+
+
+_BF16_SETS = ("amx_bf16", "avx512_bf16", "bf16")  # the one that PyTorch's products take comes first; the last is Arm's
+
+
+@functools.cache
+def bf16_instructions() -> str:
+    """The instructions by which this processor multiplies bf16: ``amx_bf16``, ``avx512_bf16`` or ``bf16`` (Arm).
+
+    Empty where it has none, or where that is not known (PyTorch before ``torch.cpu.get_capabilities``, and not Linux).
+    """
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is not None:
+        known = {name for name, there in capabilities().items() if there}
+    else:
+        known = _flags_of_linux()
+    return next((name for name in _BF16_SETS if name in known), "")
+
+
+def _flags_of_linux() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
 
 
 def world_size() -> int:

@@ -10,7 +10,7 @@ import copy
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,15 @@ from avsep.strategies import ContAVSep, Step
 from avsep.training.optim import make_optimizer
 from avsep.types import Batch, Spectrograms, VisualInputs, VisualSource
 
-__all__ = ["data_cases", "memory_sources", "metrics_cases", "temporary_store", "train_cases", "unet_case"]
+__all__ = [
+    "bf16_proposal",
+    "data_cases",
+    "memory_sources",
+    "metrics_cases",
+    "temporary_store",
+    "train_cases",
+    "unet_case",
+]
 
 LOSS_TOLERANCE = 1e-4
 """Relative, of every loss term."""
@@ -101,6 +109,30 @@ def train_cases(
     """
     yield _step_case(preset, batch, classes, memory_share, device, forms)
     yield unet_case(preset, batch, device)
+
+
+def bf16_proposal(rows: Sequence[Mapping[str, Any]], instructions: str) -> str:
+    """What a CPU's rows of a training step say of ``BF16_GAINS``, by which ``train.precision: auto`` chooses.
+
+    Args:
+        rows: of :func:`avsep.benchmarks.measure.measure_case`, this run's.
+        instructions: the processor's (:func:`avsep.environment.bf16_instructions`).
+
+    Returns:
+        The line to add, or why there is none; empty where bf16 was not measured. A step that is faster in some repeats
+        alone is no gain: 80 % of them with bf16 must be faster than 80 % without.
+    """
+    steps = {str(row["variant"]): row for row in rows if row["case"] == "train step"}
+    if not {"avsep", "avsep, bf16"} <= steps.keys():
+        return ""
+    full, mixed = steps["avsep"], steps["avsep, bf16"]
+    gain = float(full["median_ms"]) / float(mixed["median_ms"])
+    said = f"a training step took {mixed['median_ms']:,.0f} ms in bf16 and {full['median_ms']:,.0f} in full precision"
+    if not instructions:
+        return f"no line for BF16_GAINS: this processor has no instructions for bf16 ({said})"
+    if float(mixed["p80_ms"]) >= float(full["p20_ms"]):
+        return f"no line for BF16_GAINS: with {instructions} {said}, which is no clear gain"
+    return f"BF16_GAINS (avsep/training/setup.py) proposed by these rows:\n    {instructions!r}: {gain:.2f},"
 
 
 @dataclass

@@ -1,17 +1,20 @@
-"""One exported bundle in every way that this machine can run it: ``avsep bench export BUNDLE [--run RUN]``.
+"""One exported bundle in every way that this machine can run it: ``avsep bench export [BUNDLE] [--run RUN]``.
 
-All ways get the same chunk of audio and must give the golden output within the graph's tolerance, or have no speed.
-They are timed in turn, in one run, with one number of threads.
+Without a bundle it is an untrained separator of a preset, exported here where the exporter is installed; without that
+its PyTorch forms remain. All ways get the same chunk of audio and must give the golden output within the graph's
+tolerance, or have no speed. They are timed in turn, in one run, with one number of threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -31,7 +34,7 @@ from avsep.benchmarks.measure import (
 )
 from avsep.benchmarks.plot import plot_rows, require_matplotlib
 from avsep.environment import version_of
-from avsep.errors import AvsepError, ConfigError, ExportError
+from avsep.errors import AvsepError, ConfigError, ExportError, MissingExtraError
 from avsep.export.runtime.calls import GraphCall
 from avsep.export.runtime.manifest import PRESENCE
 from avsep.export.runtime.reader import Bundle, Graph, open_bundle
@@ -41,8 +44,11 @@ from avsep.export.runtime.verify import compare
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
+    from avsep.export.build.plan import ExportPlan
     from avsep.separator import Separator
+    from avsep.types import VisualFeatures
 
 __all__ = ["COLUMNS", "run"]
 
@@ -120,10 +126,13 @@ class _Chunk:
 
 
 def run(
-    bundle: str | os.PathLike[str],
+    bundle: str | os.PathLike[str] | None = None,
     *,
     run: str | os.PathLike[str] | None = None,
     task: int | None = None,
+    preset: str = "aligned",
+    batch: int = 1,
+    device: str | None = None,
     providers: Sequence[str] = (),
     threads: int = 0,
     repeats: int = 15,
@@ -137,8 +146,11 @@ def run(
     """Measure, print and keep a bundle's speeds.
 
     Args:
+        bundle: None for an untrained separator of ``preset``, of ``batch`` mixtures a call.
         run: the run (with ``task``) or saved separator that the bundle was made from, for PyTorch's rows.
-        providers: of ONNX Runtime and engines; all that are here when empty.
+        device: ``cpu`` or ``cuda``, the only one that PyTorch runs on, and ONNX Runtime by its provider; all that are
+            here when None.
+        providers: of ONNX Runtime and engines; those of ``device``, or all that are here, when empty.
         threads: of PyTorch and of ONNX Runtime; as many as the machine has cores when 0.
         repeats: timed calls of each variant.
         compiled: whether torch.compile is among them; compiling takes a minute or two.
@@ -152,7 +164,7 @@ def run(
     Raises:
         ExportError: the bundle is damaged.
         ConfigError, UnknownNameError: an unknown provider, a run of another separator, or another kind of file as
-            ``out``.
+            ``out``; a device that is not here.
         MissingExtraError: a plot without matplotlib.
         CheckFailed: after all, where a variant answered something else; it has no speed.
     """
@@ -166,15 +178,36 @@ def run(
         check_provider(name, (*ONNX_PROVIDERS, *ENGINES))
     if threads < 0 or repeats < 1:
         raise ConfigError(f"threads must not be negative and repeats at least 1, got {threads} and {repeats}")
+    if bundle is None and run is not None:
+        raise ConfigError("--run is what a bundle was made from: name the bundle too")
+    devices, providers = _places(device, providers)
     threads = threads or os.cpu_count() or 1
     console = console or terminal()
-    with open_bundle(bundle) as opened, progress_bar(progress) as bars:
-        graphs = [graph for graph in opened.graphs if graph.kind in ("separator", "spectral")]
-        chunk = _chunk(opened, graphs[0])
+    with contextlib.ExitStack() as stack:
+        bars = stack.enter_context(progress_bar(progress))
         bar = bars.add("loading", total=None)
         found: list[_Variant | _Skipped] = []
-        found += _torch_variants(opened, chunk, run, task, threads, compiled)
-        found += _graph_variants(opened, graphs, chunk, providers, threads)
+        if bundle is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-bench-")))
+            separator, given, plan = _untrained(preset, batch)
+            chunk = _own_chunk(separator, given, plan)
+            name, rate_hz = f"{Path(preset).stem} (untrained)", separator.spec.front_end.sample_rate_hz
+            found += _torch_variants(separator, chunk, devices, threads, compiled)
+            bars.advance(bar, note="exporting")
+            try:
+                opened = stack.enter_context(open_bundle(_exported(separator, plan, folder / "bundle")))
+                found += _graph_variants(opened, _graphs_of(opened), chunk, providers, threads)
+            except (MissingExtraError, ExportError) as error:
+                found.append(_Skipped("ONNX Runtime", str(error)))
+        else:
+            opened = stack.enter_context(open_bundle(bundle))
+            graphs = _graphs_of(opened)
+            chunk, name, rate_hz = _chunk(opened, graphs[0]), opened.name, opened.sample_rate_hz
+            if run is None:
+                found.append(_Skipped("PyTorch", "name what the bundle was made from (--run RUN)"))
+            else:
+                found += _torch_of_run(opened, chunk, run, task, devices, threads, compiled)
+            found += _graph_variants(opened, graphs, chunk, providers, threads)
         load = system_load()
         good, refused = _checked(found, chunk, lambda name: bars.advance(bar, note=name))
         if not good:
@@ -188,9 +221,9 @@ def run(
         timed = bars.add("timing", total=len(good) * repeats)
         timings = interleaved({v.name: v.call for v in good}, repeats, done=lambda: bars.advance(timed))
         shared = {
-            "case": f"export {opened.name}",
+            "case": f"export {name}",
             "repeats": repeats,
-            "settings": _settings(chunk, opened),
+            "settings": _settings(chunk, rate_hz),
             "load": load,
             "threads": threads,
             "onnxruntime": version_of("onnxruntime").replace("unknown", version_of("onnxruntime-gpu")),
@@ -231,7 +264,56 @@ def run(
     return rows
 
 
+def _places(device: str | None, providers: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """PyTorch's devices and the providers; empty for all that are here."""
+    if device is None:
+        return (), providers
+    from avsep.environment import pick_device
+
+    kind = pick_device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"an exported bundle is compared on cpu or cuda, not on {kind}")
+    return (kind,), providers or (kind,)
+
+
 # --- what is computed -------------------------------------------------------------------------------------------------
+
+
+def _graphs_of(bundle: Bundle) -> list[Graph]:
+    return [graph for graph in bundle.graphs if graph.kind in ("separator", "spectral")]
+
+
+def _untrained(preset: str, batch: int) -> tuple[Separator, dict[str, Array], ExportPlan]:
+    """A preset's separator of three classes with its first weights, and golden inputs of its graph."""
+    from avsep.export.build.golden import golden_inputs
+    from avsep.export.build.graph import fitted
+    from avsep.export.build.plan import ExportPlan, tensor_specs
+    from avsep.separator import build_separator
+
+    plan = ExportPlan(batch=batch)
+    separator = build_separator(preset, classes=("a", "b", "c"), seed=0).eval().requires_grad_(False)
+    separator = fitted(separator, plan)
+    inputs, _ = tensor_specs(separator, plan)
+    given = golden_inputs(inputs, separator.num_classes, separator.spec.front_end.sample_rate_hz, plan.seed)
+    return separator, given, plan
+
+
+def _own_chunk(separator: Separator, given: Mapping[str, Array], plan: ExportPlan) -> _Chunk:
+    """What the separator answers on the CPU, as it is."""
+    import torch
+
+    inputs = {name: array for name, array in given.items() if name != "mixture"}
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    mixture = given["mixture"]
+    with torch.inference_mode():
+        expected = separator.separate(torch.from_numpy(mixture), _visual(tensors), tensors["class_ids"]).numpy()
+    return _Chunk(mixture, inputs, expected, plan.batch * mixture.shape[-1] / separator.spec.front_end.sample_rate_hz)
+
+
+def _exported(separator: Separator, plan: ExportPlan, folder: Path) -> Path:
+    from avsep.export.bundle.export import export
+
+    return Path(export(separator, plan, folder).path)
 
 
 def _chunk(bundle: Bundle, graph: Graph) -> _Chunk:
@@ -306,31 +388,45 @@ def _graph_variants(
     return found
 
 
-def _torch_variants(
+def _torch_of_run(
     bundle: Bundle,
     chunk: _Chunk,
-    run: str | os.PathLike[str] | None,
+    run: str | os.PathLike[str],
     task: int | None,
+    devices: Sequence[str],
     threads: int,
     compiled: bool,
 ) -> list[_Variant | _Skipped]:
-    """PyTorch as it is and compiled, on the CPU and on a GPU where one is."""
-    if run is None:
-        return [_Skipped("PyTorch", "name what the bundle was made from (--run RUN)")]
+    """PyTorch with the weights that the bundle has."""
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError:
         return [_Skipped("PyTorch", "torch is not installed")]
+    process = ("torch", str(bundle.path), str(run), "" if task is None else str(task))
+    return _torch_variants(_separator(bundle, run, task), chunk, devices, threads, compiled, process)
+
+
+def _torch_variants(
+    separator: Separator,
+    chunk: _Chunk,
+    devices: Sequence[str],
+    threads: int,
+    compiled: bool,
+    process: Sequence[str] = (),
+) -> list[_Variant | _Skipped]:
+    """PyTorch as it is and compiled, on the CPU and on a GPU where one is, or on ``devices`` alone. ``process`` begins
+    what :func:`_in_own_process` is to be told."""
+    import torch
+
     torch.set_num_threads(threads)
-    separator = _separator(bundle, run, task)
     megabytes = sum(p.numel() * p.element_size() for p in separator.parameters()) / 1e6
     found: list[_Variant | _Skipped] = []
-    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+    for device in devices or ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         place = "" if device == "cpu" else f" {device}"
         eager = functools.partial(_Variant, precision="fp32", tolerance=1e-3, file_mb=round(megabytes, 1))
-        process = ("torch", str(bundle.path), str(run), "" if task is None else str(task), device, str(threads))
+        own = (*process, device, str(threads)) if process else ()
         call = _torch_call(separator, chunk, device, False)
-        found.append(eager(name=f"PyTorch eager{place}", provider=f"torch {device}", call=call, process=process))
+        found.append(eager(name=f"PyTorch eager{place}", provider=f"torch {device}", call=call, process=own))
         name = f"torch.compile{place}"
         if not compiled:
             found.append(_Skipped(name, "left out (--no-compile)"))
@@ -365,17 +461,9 @@ def _torch_call(separator: Separator, chunk: _Chunk, device: str, compiled: bool
 
     import torch
 
-    from avsep.types import VisualFeatures
-
     model = copy.deepcopy(separator).to(device)
     given = {name: torch.from_numpy(array).to(device) for name, array in chunk.inputs.items()}
-    visual = VisualFeatures(
-        object=given.get("object_features"),
-        motion=given.get("motion_features"),
-        motion_mask=given.get("motion_mask"),
-        seen=given.get("seen"),
-    )
-    ids = given["class_ids"]
+    visual, ids = _visual(given), given["class_ids"]
     mixture = torch.from_numpy(chunk.mixture)
 
     def separate(mixture: torch.Tensor) -> torch.Tensor:
@@ -388,6 +476,19 @@ def _torch_call(separator: Separator, chunk: _Chunk, device: str, compiled: bool
             return function(mixture.to(device)).cpu().numpy()
 
     return call
+
+
+def _visual(given: Mapping[str, Tensor]) -> VisualFeatures:
+    """A graph's inputs of the sources as the separator takes them."""
+    from avsep.types import VisualFeatures
+
+    return VisualFeatures(
+        object=given.get("object_features"),
+        motion=given.get("motion_features"),
+        motion_mask=given.get("motion_mask"),
+        seen=given.get("seen"),
+        motion_seen=given.get("motion_seen"),
+    )
 
 
 def _has_compiler() -> bool:
@@ -470,10 +571,10 @@ def _in_own_process(arguments: Sequence[str]) -> None:
     print(_status_bytes("VmHWM"), held)
 
 
-def _settings(chunk: _Chunk, bundle: Bundle) -> str:
+def _settings(chunk: _Chunk, rate_hz: int) -> str:
     batch, sources, length = chunk.expected.shape
     mixtures = "" if batch == 1 else f"{batch} mixtures of "
-    return f"{mixtures}{sources} sources, {length / bundle.sample_rate_hz:.2f} s at {bundle.sample_rate_hz} Hz"
+    return f"{mixtures}{sources} sources, {length / rate_hz:.2f} s at {rate_hz} Hz"
 
 
 def _environment() -> dict[str, Any]:

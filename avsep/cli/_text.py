@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from avsep.export.runtime.names import names_in
@@ -9,7 +11,7 @@ from avsep.export.runtime.names import names_in
 if TYPE_CHECKING:
     from avsep.data.store import Store
 
-__all__ = ["extent", "names_in"]
+__all__ = ["extent", "names_in", "warnings_in_a_line"]
 
 
 def extent(store: Store) -> str:
@@ -17,3 +19,15 @@ def extent(store: Store) -> str:
     minutes = sum(c.samples for c in store.clips) / store.sample_rate_hz / 60
     size = sum(r["bytes"] for e in store.manifest["clips"] for r in e["files"].values())
     return f"{len(store.clips)} clips of {len(store.classes)} classes, {minutes:.1f} minutes, {size / 1e6:.0f} MB"
+
+
+@contextlib.contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """What is warned of inside is told as a command tells things: in a line on standard error, without the code's."""
+    import warnings
+
+    import typer
+
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: typer.echo(f"avsep: {message}", err=True)
+        yield

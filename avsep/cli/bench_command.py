@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,7 @@ _OUT = Path("benchmarks-results.csv")
 _KERNELS_OUT = Path("benchmarks-kernels.csv")
 _AOT_OUT = Path("benchmarks/results/aot.csv")
 _EXPORT_OUT = Path("benchmarks-export.csv")
+_CONTINUAL_OUT = Path("benchmarks-continual.csv")
 
 
 @app.command("train")
@@ -58,8 +59,17 @@ def train(
     out: _Out = _OUT,
     plot: _Plot = None,
 ) -> None:
-    """A ContAV-Sep training step, and its U-Net alone, against the literal published form."""
-    _run(_train(preset, batch, classes, memory_share, device, form or ()), repeats, out, plot)
+    """A ContAV-Sep training step, and its U-Net alone, against the literal published form.
+
+    With --form bf16 a CPU also gets its line of the table by which train.precision=auto chooses, where bf16 is faster.
+    """
+    rows = _run(_train(preset, batch, classes, memory_share, device, form or ()), repeats, out, plot)
+
+    from avsep.benchmarks.cases import bf16_proposal
+    from avsep.environment import bf16_instructions, pick_device
+
+    if pick_device(device).type == "cpu" and (proposed := bf16_proposal(rows, bf16_instructions())):
+        typer.echo(f"\n{proposed}")
 
 
 @app.command("data")
@@ -119,6 +129,41 @@ def separate(
     _run(_separate(preset, minutes, batch, device), repeats, out, plot)
 
 
+@app.command("continual")
+def continual(
+    store: Annotated[
+        Path | None, typer.Argument(metavar="[STORE]", help="A store's folder [default: a temporary one, made up].")
+    ] = None,
+    preset: Annotated[str, typer.Option("--preset", help="Name or YAML file.")] = "aligned_small",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each strategy.")] = 2,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of every run, such as train.epochs=2.")
+    ] = None,
+    device: _Device = "cpu",
+    jobs: Annotated[int, typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Runs at a time.")] = 1,
+    out: Annotated[Path, typer.Option("--out", help="CSV file to append the results to.")] = _CONTINUAL_OUT,
+) -> None:
+    """Two tasks learned by fine-tuning, and by ContAV-Sep with memory: the demo's result, without its sounds."""
+    import tempfile
+
+    from avsep.benchmarks.continual import made_up_store, run
+
+    with tempfile.TemporaryDirectory(prefix="avsep-bench-") as folder:
+        place = Path(folder)
+        run(
+            made_up_store(place / "store") if store is None else store,
+            place / "runs",
+            preset=preset,
+            seeds=range(seeds),
+            settings=settings or (),
+            device=device,
+            jobs=jobs,
+            out=out,
+            write=typer.echo,
+        )
+    typer.echo(f"\nresults appended to {out}")
+
+
 @app.command("separators")
 def separators(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder; its test split is scored.")],
@@ -174,12 +219,22 @@ def separators(
 
 @app.command("export")
 def export(
-    bundle: Annotated[Path, typer.Argument(help="A bundle of avsep export, folder or tar.")],
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[BUNDLE]", help="A bundle of avsep export, folder or tar [default: an untrained --preset's]."
+        ),
+    ] = None,
     run: Annotated[
         Path | None, typer.Option("--run", help="What it was made from, for PyTorch: a run or saved separator.")
     ] = None,
     task: Annotated[
         int | None, typer.Option("--task", min=0, help="Separator of this task [default: the last finished].")
+    ] = None,
+    preset: Annotated[str, typer.Option("--preset", help="Name or file, where no bundle is given.")] = "aligned",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Mixtures a call, where no bundle is given.")] = 1,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda alone [default: all that are here].")
     ] = None,
     provider: Annotated[
         list[str] | None,
@@ -199,13 +254,19 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="CSV file to append the results to.")] = _EXPORT_OUT,
     plot: _Plot = None,
 ) -> None:
-    """An exported bundle in every way that this machine can run it, and PyTorch."""
+    """An exported bundle in every way that this machine can run it, and PyTorch, eager and compiled.
+
+    Without a bundle it is made from an untrained separator; where the exporter is missing, PyTorch's rows remain.
+    """
     from avsep.benchmarks.export_cases import run as run_bundle
 
     run_bundle(
         bundle,
         run=run,
         task=task,
+        preset=preset,
+        batch=batch,
+        device=device,
         providers=provider or (),
         threads=threads,
         repeats=repeats,
@@ -395,8 +456,9 @@ def _metrics(batch: int, sources: int, length: int) -> Iterator[Case]:
     yield from metrics_cases(batch=batch, sources=sources, length=length)
 
 
-def _run(cases: Iterator[Case], repeats: int, out: Path, plot: Path | None) -> None:
+def _run(cases: Iterator[Case], repeats: int, out: Path, plot: Path | None) -> list[dict[str, Any]]:
     from avsep.benchmarks.run import run_cases
 
-    run_cases(cases, repeats=repeats, out=out, plot=plot)
+    rows = run_cases(cases, repeats=repeats, out=out, plot=plot)
     typer.echo(f"\nresults appended to {out}" + ("" if plot is None else f", drawn in {plot}"))
+    return rows

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from avsep.cli import _prepare
-from avsep.cli._text import extent, names_in
+from avsep.cli._text import extent, names_in, warnings_in_a_line
 from avsep.environment import MOST_PROCESSES
 
 if TYPE_CHECKING:
@@ -51,14 +51,11 @@ def synth(
     force: Annotated[bool, typer.Option("--force", help="Delete the store that is there and begin anew.")] = False,
 ) -> None:
     """Make the offline benchmark from sampled instruments and drawn players. Continues a killed run."""
-    import warnings
-
     from avsep.data.synth.synthesis import synthesise
     from avsep.progress import terminal
 
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: typer.echo(f"avsep: {message}", err=True)
+        with warnings_in_a_line():
             store = synthesise(
                 out,
                 version=version,

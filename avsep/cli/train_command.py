@@ -87,6 +87,7 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out after a kill.")] = False,
 ) -> None:
     """Learn a store's classes task after task."""
+    from avsep.cli._text import warnings_in_a_line
     from avsep.data.store import Store
     from avsep.data.tasks import task_stream
     from avsep.environment import keep_memory, world_size
@@ -154,7 +155,8 @@ def command(
         if _launched(devices, device, context.obj):
             return
         keep_memory()
-        learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers, loggers=logger)
+        with warnings_in_a_line():
+            learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers, loggers=logger)
         records = learner.fit(stream, out, resume=resume, preset=spec.preset)
     except KeyboardInterrupt:
         way_on = f"go on with: avsep train --out {out} --resume" if RunFolder(out).is_run else ""

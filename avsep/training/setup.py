@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 
-from avsep.environment import local_world_size, pick_device, refuse_number, world_size
+from avsep.environment import bf16_instructions, local_world_size, pick_device, refuse_number, world_size
 from avsep.errors import ConfigError
 
-__all__ = ["make_fabric"]
+__all__ = ["BF16_GAINS", "make_fabric"]
+
+BF16_GAINS: dict[str, float] = {}
+"""Instructions of a processor (:func:`~avsep.environment.bf16_instructions`) -> how many times as many training steps a
+second ``bf16-mixed`` makes with them as full precision does, measured. ``auto`` takes ``bf16-mixed`` on a CPU whose
+instructions stand here. No such processor has been measured yet: ``avsep bench train --form bf16`` gives its line.
+"""
 
 
 def make_fabric(accelerator: str, precision: str) -> Fabric:
@@ -18,7 +25,10 @@ def make_fabric(accelerator: str, precision: str) -> Fabric:
 
     Args:
         accelerator: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        precision: Fabric's, or ``auto``: mixed on a GPU, full elsewhere.
+        precision: Fabric's, or ``auto``: mixed on a GPU, and on a CPU where it was measured to be faster
+            (:data:`BF16_GAINS`); full elsewhere.
+
+    Warns where a CPU is to train in bf16, or in fp16, which is bf16 there, without instructions for it.
 
     Raises:
         ConfigError: the device is not here, or the processes do not fit the devices.
@@ -27,16 +37,26 @@ def make_fabric(accelerator: str, precision: str) -> Fabric:
         pick_device(accelerator)  # refuses one that is not here
         refuse_number(accelerator)
     if world_size() == 1:
-        return Fabric(accelerator=accelerator, devices=1, precision=_precision(precision, accelerator))
-    return _fabric_of_ranks(accelerator, precision)
+        fabric = Fabric(accelerator=accelerator, devices=1, precision=_precision(precision, accelerator))
+    else:
+        fabric = _fabric_of_ranks(accelerator, precision)
+    mixed = precision in ("bf16-mixed", "16-mixed")
+    if mixed and fabric.device.type == "cpu" and fabric.is_global_zero and not bf16_instructions():
+        warnings.warn(
+            f"train.precision={precision} will be slow: this processor has no instructions for bf16 that PyTorch knows "
+            "of; train.precision=auto trains in full precision here",
+            stacklevel=3,
+        )
+    return fabric
 
 
 def _precision(precision: str, accelerator: str) -> Any:
     if precision != "auto":
         return precision
-    if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
+    kind = pick_device(accelerator).type  # the one that Fabric takes
+    if kind == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    return "32-true"
+    return "bf16-mixed" if kind == "cpu" and bf16_instructions() in BF16_GAINS else "32-true"
 
 
 def _fabric_of_ranks(accelerator: str, precision: str) -> Fabric:

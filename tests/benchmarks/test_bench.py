@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from avsep import convolution
-from avsep.benchmarks import cases, measure, separating
+from avsep.benchmarks import cases, export_cases, measure, separating
 from avsep.benchmarks.measure import COLUMNS, Case, CheckFailed, Timing, agree, interleaved, peak_memory_bytes
 from avsep.benchmarks.reading import reading_memory
 from avsep.benchmarks.run import run_cases
@@ -147,6 +147,37 @@ def test_a_step_under_bf16_is_held_against_the_literal_one_too(preset):
         next(cases.train_cases(preset, forms=["fp8"]))
 
 
+def step_rows(full, mixed):
+    """The library's rows of a training step: medians, with a tenth more and less."""
+    found = []
+    for variant, median in (("literal", 9.0), ("avsep", full), ("avsep, bf16", mixed)):
+        figures = {"median_ms": median, "p20_ms": 0.9 * median, "p80_ms": 1.1 * median}
+        found.append({"case": "train step", "variant": variant, **figures})
+    return found
+
+
+def test_bf16_is_proposed_where_it_is_clearly_faster():
+    proposed = cases.bf16_proposal(step_rows(300.0, 150.0), "amx_bf16")
+    assert proposed.splitlines()[1] == "    'amx_bf16': 2.00,"
+    assert "no clear gain" in cases.bf16_proposal(step_rows(300.0, 290.0), "avx512_bf16")
+    assert "no clear gain" in cases.bf16_proposal(step_rows(300.0, 400.0), "avx512_bf16")
+    refused = cases.bf16_proposal(step_rows(300.0, 150.0), "")
+    assert refused == (
+        "no line for BF16_GAINS: this processor has no instructions for bf16 (a training step took 150 ms in bf16 and "
+        "300 in full precision)"
+    )
+    assert cases.bf16_proposal(step_rows(300.0, 150.0)[:2], "amx_bf16") == ""
+
+
+def test_the_command_proposes_for_this_processor_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("avsep.environment.bf16_instructions", lambda: "")
+    monkeypatch.setattr(cases, "train_cases", lambda *_, **__: iter(()))
+    for device, rows in (("cpu", step_rows(3.0, 90.0)), ("cpu", [])):
+        monkeypatch.setattr("avsep.benchmarks.run.run_cases", lambda *_, rows=rows, **__: rows)
+        assert bench("train", "--form", "bf16", "--device", device, "--out", tmp_path / "results.csv") == 0
+        assert ("no line for BF16_GAINS" in capsys.readouterr().out) == bool(rows)
+
+
 def test_ways_to_cut_up_a_recording_agree_before_they_are_timed():
     whole, first = separating.separate_cases("aligned_small", minutes=0.12, batch=2)
     assert list(whole.variants) == ["as Demucs", "as MSST", "avsep"]
@@ -156,6 +187,25 @@ def test_ways_to_cut_up_a_recording_agree_before_they_are_timed():
         next(separating.separate_cases("iquery_small"))
     with pytest.raises(ConfigError, match=r"0\.01 minutes are less than two chunks"):
         next(separating.separate_cases("aligned_small", minutes=0.01))
+
+
+def test_without_the_exporter_pytorchs_forms_of_a_separator_remain(preset, monkeypatch, tmp_path):
+    def missing(*_):
+        raise MissingExtraError("onnx", "export", "exporting")
+
+    monkeypatch.setattr(export_cases, "_exported", missing)
+    threads, out = torch.get_num_threads(), tmp_path / "forms.csv"
+    options = {"device": "cpu", "compiled": False, "threads": threads, "repeats": 1, "progress": False}
+    export_cases.run(preset=preset, batch=2, out=out, **options)
+    eager, compiled, runtime = csv_rows(out, export_cases.COLUMNS)
+    assert (eager["case"], eager["variant"]) == ("export published (untrained)", "PyTorch eager")
+    assert float(eager["median_ms"]) > 0
+    assert eager["settings"].startswith("2 mixtures of 2 sources, 0.74 s")
+    assert compiled["note"] == "skipped: left out (--no-compile)"
+    assert runtime["note"].startswith("skipped: ")
+    assert "onnx" in runtime["note"]
+    with pytest.raises(ConfigError, match="unknown device 'tpu'"):
+        export_cases.run(preset=preset, **{**options, "device": "tpu"})
 
 
 def refusals(found, tmp_path, capsys):

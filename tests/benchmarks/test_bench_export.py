@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from avsep.benchmarks import export_cases
 from avsep.benchmarks.export_cases import COLUMNS, run
@@ -58,7 +59,7 @@ def folder(tmp_path_factory):
 
 def measure(folder, bundle="bundle", **arguments):
     arguments = {"threads": 1, "repeats": 3, "compiled": False, "memory": False, "progress": False, **arguments}
-    return run(folder / bundle, **arguments)
+    return run(None if bundle is None else folder / bundle, **arguments)
 
 
 def by_name(rows):
@@ -163,6 +164,8 @@ def test_mistakes(folder, tmp_path):
         measure(folder, "nowhere")
     with pytest.raises(ConfigError, match="threads"):
         measure(folder, threads=-1)
+    with pytest.raises(ConfigError, match="name the bundle too"):
+        measure(folder, None, run=folder / "separator")
     (tmp_path / "notes.csv").write_text("a,b\n")
     with pytest.raises(ConfigError, match=r"notes\.csv is not a file of benchmark results"):
         measure(folder, out=tmp_path / "notes.csv")
@@ -190,3 +193,34 @@ def test_command_line(folder, tmp_path, capsys):
         avsep_main([*arguments, "--provider", "gpu"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture
+def preset(tmp_path):
+    """A small separator that looks, takes photos and can go unseen: all that a graph can be given."""
+    path = tmp_path / "small.yaml"
+    small = {
+        "audio_encoder": {"name": "unet7", "params": {"base_channels": 4, "mask_channels": 4}},
+        "object_encoder": {"name": "frame_cnn", "params": {"dim": 16, "frames": 1}},
+        "motion_encoder": {"name": "motion_cnn", "params": {"dim": 16, "steps": 4}},
+        "mask_decoder": {"name": "aligned_query", "params": {"dim": 16, "layers": 1}},
+        "front_end": FRONT_END,
+    }
+    path.write_text(yaml.safe_dump({"separator": small}))
+    return str(path)
+
+
+@NO_GPU
+def test_without_a_bundle_it_is_made(preset, tmp_path):
+    """The answers of PyTorch, as it is and with the weights of a run, and of the graph are one."""
+    rows = by_name(measure(tmp_path, None, preset=preset, device="cpu", batch=2, out=tmp_path / "out.csv"))
+    assert list(rows) == ["PyTorch eager", "torch.compile", "ONNX Runtime CPU fp32"]
+    for name in ("PyTorch eager", "ONNX Runtime CPU fp32"):
+        assert rows[name]["median_ms"] > 0, rows[name]["note"]
+        assert rows[name]["settings"].startswith("2 mixtures of 2 sources, 0.74 s")
+    assert rows["PyTorch eager"]["case"] == "export small (untrained)"
+    separator = build_separator(preset, classes=("a", "b", "c"), seed=0).eval()
+    save_separator(separator, tmp_path / "separator")
+    export(separator, ExportPlan(), tmp_path / "bundle")
+    rows = by_name(measure(tmp_path, run=tmp_path / "separator", device="cpu"))
+    assert rows["PyTorch eager"]["median_ms"] > 0, rows["PyTorch eager"]["note"]
