@@ -167,4 +167,4 @@ def test_a_strategy_of_an_earlier_version_is_told_what_to_rename(kind, message):
 
 def test_every_strategy_that_is_registered_has_the_contract():
     for spec in STRATEGIES:
-        check_contract(STRATEGIES.create(spec.name), spec.name)
+        check_contract(STRATEGIES.create(spec.name, dict(spec.example)), spec.name)
