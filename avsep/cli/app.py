@@ -20,6 +20,8 @@ COMMANDS = (
     "report",
     "budget",
     "reproduce",
+    "leaderboard",
+    "sweep",
     "separate",
     "export",
     "app",

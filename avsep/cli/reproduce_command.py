@@ -13,7 +13,6 @@ from avsep.environment import MOST_PROCESSES
 
 if TYPE_CHECKING:
     from avsep.reproduce import Cell, Grid, GridPreset, ResultStore
-    from avsep.reproduce.runner import Launcher
 
 
 def command(
@@ -89,6 +88,7 @@ def command(
     """
     from dataclasses import replace
 
+    from avsep.cli._grids import device_of, launcher_of, raise_failed
     from avsep.errors import ConfigError, MissingExtraError
     from avsep.progress import terminal
     from avsep.reproduce import (
@@ -118,8 +118,8 @@ def command(
     bases = None if base is None else (["iquery", "coseparation"] if base == "both" else [base])
     loaded.check_bases(bases or ())
     check_folder(out, resume, preset=preset, given=loaded, tuning=wanted == ["tune"])
-    accelerator = _device(device, launcher)
-    started = _launcher(launcher, out, launcher_settings or [])
+    accelerator = device_of(device, launcher)
+    started = launcher_of(launcher, out, launcher_settings or [])
     store, data_set = open_dataset(dataset, loaded, out / "store")
     if wanted == ["tune"]:
         grid = build_tuning(loaded, store, seeds=seeds or TUNING_SEEDS, bases=bases, rows=row)
@@ -171,7 +171,7 @@ def command(
         raise KeyboardInterrupt(f"go on with: {_again(tables, locals())}") from None
     if wanted == ["tune"]:
         _print_choices(grid, loaded, claimed)
-        return _raise_failed(grid, outcome.failed)
+        return raise_failed(grid, outcome.failed)
     whole = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases) if row else grid
     # a choice of rows adds to the tables that are there: rows finished before are shown with them
     shown = selection(whole, lambda line, keys: not row or line.name in row or any(key in claimed for key in keys))
@@ -187,7 +187,7 @@ def command(
         console.print(f"written to {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
         if readme is not None and table_name in places:
             render_into(readme, table)
-    _raise_failed(grid, outcome.failed)
+    raise_failed(grid, outcome.failed)
 
 
 def _print_power(grid: Grid, tables: list[str], results: ResultStore, difference: float) -> None:
@@ -227,29 +227,6 @@ def _print_power(grid: Grid, tables: list[str], results: ResultStore, difference
     console.print(f"{left:.1f} core hours left for the rows that can be told of", highlight=False)
 
 
-def _raise_failed(grid: Grid, failed: dict[str, str]) -> None:
-    """Say that cells failed, if some did."""
-    from avsep.errors import AvsepError
-
-    if failed:
-        first = next(iter(failed))
-        raise AvsepError(
-            f"{len(failed)} of {len(grid.cells)} cells failed, the others are finished; {grid.cells[first].name}: "
-            f"{failed[first]}"
-        )
-
-
-def _device(name: str, launcher: str) -> str:
-    """The kind of device that cells run on; on a cluster, whose machines may have others than this one, the name as it
-    was given, which is resolved there."""
-    from avsep.environment import pick_device, refuse_number
-
-    refuse_number(name)
-    if launcher == "submitit" and name in ("auto", "cpu", "cuda", "mps"):
-        return name
-    return pick_device(name).type
-
-
 def _print_choices(grid: Any, preset: GridPreset, results: ResultStore) -> None:
     import yaml
 
@@ -286,21 +263,6 @@ def _tables(names: list[str]) -> list[str]:
         if name not in (*TABLES, "all"):
             raise UnknownNameError(f"no table named '{name}': {near_matches(name, (*TABLES, 'all'))}")
     return list(TABLES) if "all" in names else list(dict.fromkeys(names))
-
-
-def _launcher(name: str, out: Path, settings: list[str]) -> Launcher:
-    from avsep.errors import ConfigError, UnknownNameError, near_matches
-    from avsep.reproduce.runner import LAUNCHERS, InlineJob, LocalJob, SubmititLauncher
-    from avsep.spec import apply_settings
-
-    if name not in LAUNCHERS:
-        raise UnknownNameError(f"no launcher named '{name}': {near_matches(name, LAUNCHERS)}")
-    if name != "submitit":
-        if settings:
-            raise ConfigError("--launcher-set is of --launcher submitit: leave it out")
-        return InlineJob if name == "inline" else LocalJob
-    parameters: dict[str, Any] = apply_settings({}, settings)
-    return SubmititLauncher(out, parameters.pop("cluster", None), parameters)
 
 
 def _finished(cell: Cell, results: ResultStore, *, tuning: bool) -> str:

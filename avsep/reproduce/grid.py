@@ -33,9 +33,12 @@ __all__ = [
     "Grid",
     "Row",
     "assemble",
+    "base_separators",
     "build_grid",
     "identity_key",
     "selection",
+    "spec_of_row",
+    "table1_rows",
 ]
 
 # Raise it when a cell's result changes though nothing of its identity does. 2: AV-CIL's first task is plain, and no
@@ -52,7 +55,8 @@ _BASES_OF = {name: BASES if name in ("table1", "figure3") else BASES[:1] for nam
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a method. ``train`` changes the training, ``memory`` None means without."""
+    """One line of a table: a method. ``train`` and ``separator`` change the training and the base separator, ``memory``
+    None means without; ``beside`` are strategies that ``strategy`` is combined with."""
 
     name: str
     label: str
@@ -60,6 +64,8 @@ class Row:
     params: dict[str, Any] = field(default_factory=dict)
     memory: ComponentRef | None = None
     train: dict[str, Any] = field(default_factory=dict)
+    separator: dict[str, Any] = field(default_factory=dict)
+    beside: tuple[ComponentRef, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,12 +211,12 @@ def _budget(base: str, preset: GridPreset, separator: SeparatorSpec, stream: Tas
 
     rows = {row.name: row for row in table1_rows(base, preset) if row.name != PUBLISHED}
     ewc = rows["ewc"]
-    limit = estimate(_spec(ewc, preset.train_spec(base), separator, stream), stream.store).total
+    limit = estimate(spec_of_row(ewc, preset.train_spec(base), separator, stream), stream.store).total
     title, found, full, notes = BASE_TITLES.get(base, base), [ewc], [], []
     for row in rows.values():
         if row.memory is None or row.strategy == "ewc":
             continue
-        spec = _spec(replace(row, memory=preset.budget_memory), preset.train_spec(base), separator, stream)
+        spec = spec_of_row(replace(row, memory=preset.budget_memory), preset.train_spec(base), separator, stream)
         try:
             aligned = align({row.label: spec}, stream.store, budget=limit)[row.label]
         except AvsepError as error:
@@ -256,7 +262,7 @@ def build_grid(
         if table not in TABLES:
             raise UnknownNameError(f"no table named '{table}': {near_matches(table, TABLES)}")
     preset.check_bases(bases or ())
-    specs, streams = _streams(preset, store, seeds=1)
+    specs, streams = base_separators(preset, store, seeds=1)
     stream = streams[preset.seed]
 
     made: dict[str, dict[str, list[Row]]] = {}
@@ -302,7 +308,7 @@ def rotated(tasks: Sequence[Sequence[str]], number: int) -> list[list[str]]:
     return made[moved:] + made[:moved]
 
 
-def _streams(
+def base_separators(
     preset: GridPreset, store: Store, *, seeds: int, most_tasks: int | None = None
 ) -> tuple[dict[str, SeparatorSpec], dict[int, TaskStream]]:
     """The base separators, and by seed the tasks that all of them learn; of ``most_tasks`` the first."""
@@ -339,14 +345,15 @@ def assemble(
 ) -> Grid:
     """The grid of given rows, by table and base; cells that several tables share are one. ``most_tasks``: as many of
     the stream's first ones alone; ``tested``: see :class:`Cell`."""
-    specs, streams = _streams(preset, store, seeds=seeds, most_tasks=most_tasks)
+    specs, streams = base_separators(preset, store, seeds=seeds, most_tasks=most_tasks)
     numbers = tuple(streams)
     cells: dict[str, Cell] = {}
     places: dict[tuple[str, str, str], tuple[str, ...]] = {}
     for table, of_base in rows.items():
         for base, lines in of_base.items():
             for row in lines:
-                own = [_cell(base, row, seed, preset, specs[base], streams[seed], tested) for seed in numbers]
+                separator = preset.separator(base, row.separator) if row.separator else specs[base]
+                own = [_cell(base, row, seed, preset, separator, streams[seed], tested) for seed in numbers]
                 places[table, base, row.name] = tuple(cell.key for cell in own)
                 for cell in own:
                     cells.setdefault(cell.key, cell)
@@ -364,7 +371,7 @@ def _rows(
     return (_table2(base, preset) if table == "table2" else table1_rows(base, preset)), []
 
 
-def _spec(row: Row, train: TrainSpec, separator: SeparatorSpec, stream: TaskStream) -> RunSpec:
+def spec_of_row(row: Row, train: TrainSpec, separator: SeparatorSpec, stream: TaskStream) -> RunSpec:
     return RunSpec(
         separator=separator,
         strategy=_strategy(row),
@@ -380,8 +387,10 @@ def _spec(row: Row, train: TrainSpec, separator: SeparatorSpec, stream: TaskStre
 _SWITCHED_OFF = ("lwf", "ewc", "plop", "avcil", "contavsep")  # with every weight at 0 these are fine-tuning
 
 
-def _strategy(row: Row) -> ComponentRef:
+def _strategy(row: Row) -> ComponentRef | tuple[ComponentRef, ...]:
     """The row's strategy; fine-tuning where all of its weights are 0, so that it is the same cell."""
+    if row.beside:
+        return (ComponentRef(name=row.strategy, params=row.params), *row.beside)
     if row.strategy in _SWITCHED_OFF:
         settings = {p.name: p.default for p in STRATEGIES.get(row.strategy).settings} | row.params
         if not any(value for name, value in settings.items() if name.startswith("weight")):
@@ -394,7 +403,7 @@ def _cell(
 ) -> Cell:
     changes = preset.strategy_train.get(row.name, preset.strategy_train.get(row.strategy, {}))
     train = preset.train_spec(base, changes, row.train, {"seed": seed})
-    spec = _spec(row, train, separator, stream)
+    spec = spec_of_row(row, train, separator, stream)
     common = {
         "store_hash": spec.store_hash,
         "features": _features(separator, stream.store),

@@ -14,16 +14,18 @@ from avsep.errors import ConfigError, UnknownNameError, near_matches
 from avsep.files import read_yaml
 from avsep.spec import PRESETS, ComponentRef, SeparatorSpec, TrainSpec, load_preset, validated
 
-__all__ = ["BasePreset", "GridPreset", "SynthSettings", "list_grid_presets", "load_grid_preset"]
+__all__ = ["BasePreset", "GridPreset", "PresetModel", "SynthSettings", "list_grid_presets", "load_grid_preset"]
 
 _FOLDER = PRESETS / "reproduce"
 
 
-class _Model(BaseModel):
+class PresetModel(BaseModel):
+    """Plain data with no keys that are not known."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-class SynthSettings(_Model):
+class SynthSettings(PresetModel):
     """What ``--dataset synth`` makes (:func:`avsep.data.synth.synthesis.synthesise`), and the frozen visual
     encoders whose object features are stored with it."""
 
@@ -35,7 +37,7 @@ class SynthSettings(_Model):
     features: tuple[str, ...] = ()
 
 
-class BasePreset(_Model):
+class BasePreset(PresetModel):
     """A base separator: a preset of ``avsep list presets``, and what is changed of it."""
 
     preset: str = Field(description="name, or the path of a YAML file")
@@ -46,7 +48,7 @@ class BasePreset(_Model):
     )
 
 
-class GridPreset(_Model):
+class GridPreset(PresetModel):
     """Everything that sizes a grid.
 
     ``strategies`` are parameters by strategy or, where both are there, by row (``lwf+memory``); those of a base go over
@@ -88,11 +90,11 @@ class GridPreset(_Model):
     seeds: int = Field(3, ge=1, description="of the tables, unless --seeds says otherwise")
     threads: int = Field(1, ge=1)
 
-    def separator(self, base: str) -> SeparatorSpec:
-        """The base separator's spec, without classes."""
+    def separator(self, base: str, changes: Mapping[str, Any] | None = None) -> SeparatorSpec:
+        """The base separator's spec, without classes, with ``changes`` put over it."""
         entry = self.bases[base]
-        data = {"num_classes": 1, **_merged(load_preset(entry.preset)["separator"], entry.separator)}
-        return validated(SeparatorSpec, data, f"base '{base}'")
+        data = _merged(_merged(load_preset(entry.preset)["separator"], entry.separator), changes or {})
+        return validated(SeparatorSpec, {"num_classes": 1, **data}, f"base '{base}'")
 
     def params(self, base: str, row: str, strategy: str) -> dict[str, Any]:
         """The strategy's parameters in a row of a base: the most specific that the preset has."""

@@ -21,7 +21,7 @@ from avsep.errors import AvsepError, ConfigError, MissingExtraError, RunError
 from avsep.files import FolderLock, entries, read_json, refuse_file, write_json
 from avsep.progress import Progress, progress_bar
 from avsep.reproduce.grid import Cell, Grid, identity_key
-from avsep.reproduce.preset import GridPreset
+from avsep.reproduce.preset import PresetModel
 from avsep.reproduce.results import ResultStore
 from avsep.reproduce.worker import FAILED, KEPT, PROGRESS, first_task_done, run_unit
 from avsep.runs.folder import RunFolder
@@ -231,19 +231,21 @@ def run_grid(
     title: str = "cells",
     preset: str = "",
     finished: Callable[[Cell], str] | None = None,
+    packages: Sequence[str] = (),
 ) -> Outcome:
     """Run the cells that ``results`` does not have.
 
     ``device`` is resolved where a cell runs. ``keep`` leaves the run folders of finished cells in ``out/work``, and
     those that an earlier grid kept are left there in any case; ``finished`` gives the line that is shown when a
-    cell is. A cell that fails is reported in the outcome, and the others go on.
+    cell is; ``packages`` are imported by the workers, since they register components. A cell that fails is reported in
+    the outcome, and the others go on.
 
     Raises:
         RunError: another process is at work in ``out``.
     """
     started = time.perf_counter()
     with FolderLock(out):
-        loop = _Loop(grid, out, results, jobs, device, launcher or LocalJob, keep, title, preset, finished)
+        loop = _Loop(grid, out, results, jobs, device, launcher or LocalJob, keep, title, preset, finished, packages)
         with progress_bar(progress) as bars:
             return loop.run(bars, started)
 
@@ -261,6 +263,7 @@ class _Loop:
         title: str,
         preset: str,
         finished: Callable[[Cell], str] | None,
+        packages: Sequence[str],
     ) -> None:
         self.grid = grid
         self.out = out
@@ -272,6 +275,7 @@ class _Loop:
         self.title = title
         self.preset = preset
         self.finished = finished
+        self.packages = list(packages)
         self.failed: dict[str, str] = {}
         self.running: list[_Running] = []
 
@@ -430,6 +434,7 @@ class _Loop:
                 "preset": self.preset,
                 "code": code_hash(),
                 "keep": self.keep,
+                "packages": self.packages,
             },
         )
         job = self.launcher(file.resolve(), self.grid.preset.threads)
@@ -476,7 +481,7 @@ def _in_order(unit: _Unit) -> tuple[int, int, str]:
     return unit.cells[0].seed, -unit.steps, unit.label
 
 
-def check_folder(out: Path, resume: bool, *, preset: str, given: GridPreset, tuning: bool) -> None:
+def check_folder(out: Path, resume: bool, *, preset: str, given: PresetModel, tuning: bool) -> None:
     """Refuse a folder that holds something else, a grid that was not asked to be gone on with, or one of another preset
     than ``given``: that must show before its data set is opened, to which a preset may add features."""
     refuse_file(out)
@@ -496,8 +501,10 @@ def check_folder(out: Path, resume: bool, *, preset: str, given: GridPreset, tun
         raise RunError(f"{out} is not empty and not a grid's folder (it has {foreign[0]}): choose another --out")
 
 
-def _preset_hash(preset: GridPreset) -> str:
-    return identity_key(preset.model_dump(mode="json", exclude={"summary", "source", "measured"}))
+def _preset_hash(preset: PresetModel) -> str:
+    """Of what decides the cells: how many there are, and which, may change while a grid goes on."""
+    left_out = {"summary", "source", "measured", "entries", "screening", "seeds", "share"}
+    return identity_key(preset.model_dump(mode="json", exclude=left_out))
 
 
 def _other_preset(out: Path, found: dict[str, Any], preset: str) -> RunError:
@@ -506,7 +513,7 @@ def _other_preset(out: Path, found: dict[str, Any], preset: str) -> RunError:
     )
 
 
-def claim(out: Path, grid: Grid, *, preset: str, given: GridPreset, device: str, any_code: bool = False) -> None:
+def claim(out: Path, grid: Grid, *, preset: str, given: PresetModel, device: str, any_code: bool = False) -> None:
     """Take a folder for a grid, or go on in one of the same preset, store, device and code.
 
     Raises :class:`RunError` for one of others. ``given`` is the preset as it was given, of which tuning takes a part;

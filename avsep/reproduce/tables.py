@@ -26,7 +26,7 @@ from avsep.reproduce.dataset import BENCHMARK
 from avsep.reproduce.grid import BASE_TITLES, Grid
 from avsep.reproduce.results import CellResult, ResultStore
 
-__all__ = ["Line", "Table", "build_table", "cells_beside", "markdown", "places_in", "published", "render_into"]
+__all__ = ["Line", "Table", "build_table", "cells_beside", "markdown", "places_in", "published", "render_into", "stars"]
 
 TITLES = {
     "table1": "Table 1: methods",
@@ -118,15 +118,19 @@ def build_table(
     preset: str,
     failed: Mapping[str, str] | None = None,
     resamples: int = 10_000,
+    title: str = "",
+    control: str = "",
 ) -> Table:
-    """Gather a table from the finished cells; ``failed`` says by key why others are not."""
+    """Gather a table from the finished cells; ``failed`` says by key why others are not. ``title`` and ``control`` are
+    of a table that is not the paper's."""
+    control = control or CONTROL[name]
     failed = failed or {}
     printed = published().get(_PAPER_TABLE.get(name, name), {})
     lines: dict[str, tuple[Line, ...]] = {}
     clips = {stream.protocol.hash: clips_of_protocol(stream.protocol) for stream in grid.streams.values()}
     for base, rows in grid.rows[name].items():
         found, missing = cells_beside(grid, name, base, results, failed)
-        comparison = _compared(found, CONTROL[name], clips, resamples)
+        comparison = _compared(found, control, clips, resamples)
         made = []
         tested = {
             row.name: comparison[row.name].differences["sdr"].p
@@ -152,12 +156,12 @@ def build_table(
         lines[base] = tuple(made)
     return Table(
         name=name,
-        title=TITLES[name],
+        title=title or TITLES[name],
         data_set=data_set,
         preset=preset,
         seeds=grid.seeds,
         lines=lines,
-        control=CONTROL[name],
+        control=control,
         protocol=f"{grid.stream.protocol.name} version {grid.stream.protocol.version}",
         notes=(*grid.notes.get(name, ()), *(_over_memory(lines) if name in ("table3", "figure4") else ())),
         tasks=tuple(t.classes for t in grid.stream.tasks),
@@ -331,8 +335,12 @@ def _difference(value: Difference | None, seeds: int, p_holm: float | None) -> s
         return ""
     both = len(value.per_seed)
     partly = f" ({both} of {seeds} seeds)" if both < seeds else ""
-    stars = "*" * (value.significant + (value.significant and p_holm is not None and p_holm < _LEVEL))
-    return f"{_plain(value.mean):+.2f}{stars}{partly}"
+    return f"{_plain(value.mean):+.2f}{stars(value, p_holm)}{partly}"
+
+
+def stars(value: Difference, p_holm: float | None) -> str:
+    """One where the interval leaves out 0, two where it does so after Holm's correction."""
+    return "*" * (value.significant + (value.significant and p_holm is not None and p_holm < _LEVEL))
 
 
 def _number(value: Estimate | None) -> str:

@@ -6,6 +6,7 @@ the same folders: ``progress.json`` while it works, ``failed.json`` when it cann
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -99,6 +100,8 @@ def _run(unit: dict[str, Any], folder: Path) -> None:
     from avsep.spec import RunSpec, validated
     from avsep.training.learner import ContinualLearner
 
+    for package in unit.get("packages", ()):
+        importlib.import_module(package)
     if code_hash() != unit["code"]:
         raise RunError("the library's source has changed since the command began: start it again")
     device = pick_device(unit["device"])  # here: the command may run on a machine with others

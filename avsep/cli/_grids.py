@@ -1,0 +1,160 @@
+"""What commands that run grids of cells have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from avsep.reproduce import Grid, GridPreset
+    from avsep.reproduce.leaderboard import BoardPreset
+    from avsep.reproduce.runner import Launcher
+
+__all__ = ["device_of", "launcher_of", "raise_failed", "run_board"]
+
+
+def raise_failed(grid: Grid, failed: dict[str, str]) -> None:
+    """Say that cells failed, if some did."""
+    from avsep.errors import AvsepError
+
+    if failed:
+        first = next(iter(failed))
+        raise AvsepError(
+            f"{len(failed)} of {len(grid.cells)} cells failed, the others are finished; {grid.cells[first].name}: "
+            f"{failed[first]}"
+        )
+
+
+def device_of(name: str, launcher: str) -> str:
+    """The kind of device that cells run on; on a cluster, whose machines may have others than this one, the name as it
+    was given, which is resolved there."""
+    from avsep.environment import pick_device, refuse_number
+
+    refuse_number(name)
+    if launcher == "submitit" and name in ("auto", "cpu", "cuda", "mps"):
+        return name
+    return pick_device(name).type
+
+
+def launcher_of(name: str, out: Path, settings: list[str]) -> Launcher:
+    from avsep.errors import ConfigError, UnknownNameError, near_matches
+    from avsep.reproduce.runner import LAUNCHERS, InlineJob, LocalJob, SubmititLauncher
+    from avsep.spec import apply_settings
+
+    if name not in LAUNCHERS:
+        raise UnknownNameError(f"no launcher named '{name}': {near_matches(name, LAUNCHERS)}")
+    if name != "submitit":
+        if settings:
+            raise ConfigError("--launcher-set is of --launcher submitit: leave it out")
+        return InlineJob if name == "inline" else LocalJob
+    parameters: dict[str, Any] = apply_settings({}, settings)
+    return SubmititLauncher(out, parameters.pop("cluster", None), parameters)
+
+
+def run_board(
+    board: BoardPreset,
+    *,
+    grid: GridPreset | None,
+    dataset: str,
+    preset: str,
+    out: Path,
+    jobs: int | None,
+    resume: bool,
+    bases: list[str] | None,
+    entries: list[str] | None,
+    packages: list[str],
+    results: list[Path] | None,
+    device: str,
+    launcher: str,
+    launcher_settings: list[str],
+    any_code: bool,
+    plan: bool,
+    name: str,
+    title: str,
+) -> None:
+    """Run a board round by round, and write it; ``grid`` stands for the preset that the board names."""
+    import importlib.util
+    from dataclasses import replace
+
+    from avsep.errors import MissingExtraError
+    from avsep.progress import terminal
+    from avsep.reproduce import ResultStore, run_grid
+    from avsep.reproduce.board_page import write_board
+    from avsep.reproduce.dataset import open_dataset
+    from avsep.reproduce.leaderboard import build_board, next_round, tables_of
+    from avsep.reproduce.preset import load_grid_preset
+    from avsep.reproduce.runner import Outcome, check_folder, claim, cores
+
+    for package in ("matplotlib", "jinja2"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "reproduce", "the page and its pictures")
+    loaded = grid if grid is not None else load_grid_preset(board.grid)
+    loaded.check_bases(bases or ())
+    check_folder(out, resume, preset=preset, given=board, tuning=False)
+    accelerator = device_of(device, launcher)
+    started = launcher_of(launcher, out, launcher_settings)
+    store, data_set = open_dataset(dataset, loaded, out / "store")
+    whole = build_board(board, store, grid=loaded, bases=bases, entries=entries)
+    claimed = ResultStore(out / "cells", results or [])
+    part = next_round(board, whole, claimed) or replace(whole, cells={})
+    console = terminal()
+    rows = sum(len(of_base) for table in whole.rows.values() for of_base in table.values())
+    console.print(
+        f"{name}: {rows} rows, {len(part.cells)} cells to be run now"
+        f"{'' if board.screening >= board.seeds else ', and more seeds of the best then'}",
+        highlight=False,
+    )
+    for note in dict.fromkeys(note for notes in whole.notes.values() for note in notes):
+        console.print(f"  {note}", highlight=False, soft_wrap=True)
+    if plan:
+        for cell in part.cells.values():
+            console.print(f"  {cell.name}: about {cell.steps} steps", highlight=False, soft_wrap=True)
+        return
+    claim(out, whole, preset=preset, given=board, device=accelerator, any_code=any_code)
+
+    def run(some: Grid) -> Outcome:
+        return run_grid(
+            some,
+            out,
+            results=claimed,
+            jobs=jobs or (1 if accelerator != "cpu" and launcher != "submitit" else max(1, cores() // loaded.threads)),
+            device=accelerator,
+            launcher=started,
+            packages=packages,
+            title=name,
+            preset=Path(preset).stem,
+        )
+
+    failed: dict[str, str] = {}
+    try:
+        while part.cells:
+            outcome = run(part)
+            failed |= outcome.failed
+            more = next_round(board, whole, claimed)
+            part = replace(whole, cells={k: c for k, c in (more.cells if more else {}).items() if k not in failed})
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("go on with the same command and --resume") from None
+    budgets = {table: table if board.budgets else "all" for table in whole.rows}
+    tables = tables_of(
+        board,
+        whole,
+        claimed,
+        data_set=data_set,
+        preset=Path(preset).stem,
+        title=lambda table: f"{title} ({table})" if board.budgets else title,
+        failed=failed,
+    )
+    lead = [
+        f"{rows} rows on {data_set}, preset {Path(preset).stem}, "
+        + (
+            f"every row with {board.screening} seeds and the best with {board.seeds}."
+            if board.screening < board.seeds
+            else f"{board.seeds} seeds."
+        )
+    ]
+    references = [entry.name for entry in board.entries if entry.reference]
+    written = write_board(out, name, tables, whole, title=title, titles=budgets, lead=lead, references=references)
+    console.print()
+    console.print((out / f"{name}.md").read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
+    console.print(f"written to {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    raise_failed(whole, failed)
