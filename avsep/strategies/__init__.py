@@ -10,6 +10,7 @@ from avsep.strategies.ewc import EWC
 from avsep.strategies.ewf import EWF
 from avsep.strategies.finetune import FineTune
 from avsep.strategies.gated_distillation import GatedDistillation
+from avsep.strategies.grad_surgery import GradSurgery
 from avsep.strategies.joint import Joint
 from avsep.strategies.lwf import LwF
 from avsep.strategies.plop import PLOP
@@ -30,6 +31,7 @@ __all__ = [
     "DERpp",
     "FineTune",
     "GatedDistillation",
+    "GradSurgery",
     "Joint",
     "LwF",
     "QueryExtension",

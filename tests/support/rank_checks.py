@@ -46,6 +46,7 @@ STEPS = {
     "derpp": ("derpp", {"batch_size": 4}, "iquery", torch.float64),
     "slot_span": ("slot_span", {"classes": 1}, "iquery", torch.float64),
     "slot_span_own": ("slot_span", {"conditioning": "own"}, "iquery", torch.float64),
+    "grad_surgery": ("grad_surgery", {}, "iquery", torch.float64),
     "agem": ("agem", {}, "iquery", torch.float64),
     "task_adapters": ("task_adapters", {}, "iquery_adapters", torch.float64),
 }

@@ -18,6 +18,7 @@ WITHOUT_FUSION_LOSS = ("ewf", {"distillation": 0.0})
 DERPP = ("derpp", {"per_class": 2, "batch_size": 2})
 SPAN = ("slot_span", {"mixtures": 16})
 TRANSLATED = ("slot_span", {"mixtures": 16, "conditioning": "translated"})
+SURGERY = ["gated_distillation", "grad_surgery"]
 UNGATED = ("gated_distillation", {"gate": False})
 # strategies that are to go on after a kill as if nothing had happened, where they run at all
 RESUMED = [
@@ -30,6 +31,7 @@ RESUMED = [
     (DERPP, "none"),
     (SPAN, "none"),
     (TRANSLATED, "random_per_class"),
+    (SURGERY, "random_per_class"),
 ]
 ON_EVERY_SEPARATOR = [
     pytest.param("lwf", "none", marks=pytest.mark.slow),
@@ -39,6 +41,7 @@ ON_EVERY_SEPARATOR = [
     pytest.param("gated_distillation", "random_per_class", marks=pytest.mark.slow),
     pytest.param(DERPP, "random_per_class", marks=pytest.mark.slow),
     pytest.param(SPAN, "none", marks=pytest.mark.slow),
+    pytest.param(SURGERY, "random_per_class", marks=pytest.mark.slow),
     pytest.param(TRANSLATED, "random_per_class", marks=pytest.mark.slow),
 ]
 # (strategy, without its term, memory): both begin with the same first task
@@ -56,6 +59,7 @@ REGULARISERS = [
     (DERPP, (DERPP[0], {**DERPP[1], "beta": 0.0}), "none"),
     (SPAN, "finetune", "none"),
     (TRANSLATED, "finetune", "random_per_class"),
+    (SURGERY, "gated_distillation", "random_per_class"),
 ]
 # with every weight at 0 these are fine-tuning
 SWITCHED_OFF = [
@@ -64,6 +68,7 @@ SWITCHED_OFF = [
     (("gated_distillation", {"weight": 0.0}), "random_per_class"),
     ((DERPP[0], {**DERPP[1], "alpha": 0.0, "beta": 0.0}), "none"),
     (("slot_span", {"weight": 0.0}), "none"),
+    ("grad_surgery", "none"),  # there is one term alone
     (
         ("avcil", {"weight_instance": 0.0, "weight_class": 0.0, "weight_mask": 0.0, "weight_attention": 0.0}),
         "random_per_class",
