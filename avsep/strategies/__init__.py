@@ -14,9 +14,11 @@ from avsep.strategies.grad_surgery import GradSurgery
 from avsep.strategies.joint import Joint
 from avsep.strategies.lwf import LwF
 from avsep.strategies.plop import PLOP
+from avsep.strategies.prototype_relations import PrototypeRelations
 from avsep.strategies.query_extension import QueryExtension
 from avsep.strategies.slot_span import SlotSpan
 from avsep.strategies.task_adapters import TaskAdapters
+from avsep.strategies.topology import Topology
 from avsep.strategies.weight_average import WeightAverage
 from avsep.strategies.weight_fusion import WeightFusion
 
@@ -34,6 +36,7 @@ __all__ = [
     "GradSurgery",
     "Joint",
     "LwF",
+    "PrototypeRelations",
     "QueryExtension",
     "SlotSpan",
     "Step",
@@ -41,6 +44,7 @@ __all__ = [
     "TaskAdapters",
     "TaskContext",
     "TaskData",
+    "Topology",
     "WeightAverage",
     "WeightFusion",
     "build_strategy",
