@@ -14,11 +14,13 @@ from avsep.strategies.first_session import FirstSession
 from avsep.strategies.gated_anchor import GatedAnchor
 from avsep.strategies.gated_distillation import GatedDistillation
 from avsep.strategies.gdumb import GDumb
+from avsep.strategies.grad_surgery import GradSurgery
 from avsep.strategies.joint import Joint
 from avsep.strategies.l2_anchor import L2Anchor
 from avsep.strategies.lwf import LwF
 from avsep.strategies.mas import MAS
 from avsep.strategies.plop import PLOP
+from avsep.strategies.prototype_relations import PrototypeRelations
 from avsep.strategies.query_extension import QueryExtension
 from avsep.strategies.si import SI
 from avsep.strategies.similar_queries import SimilarQueries
@@ -26,6 +28,7 @@ from avsep.strategies.slot_span import SlotSpan
 from avsep.strategies.slow_learner import SlowLearner
 from avsep.strategies.task_adapters import TaskAdapters
 from avsep.strategies.text_queries import TextQueries
+from avsep.strategies.topology import Topology
 from avsep.strategies.weight_average import WeightAverage
 from avsep.strategies.weight_fusion import WeightFusion
 
@@ -46,9 +49,11 @@ __all__ = [
     "GDumb",
     "GatedAnchor",
     "GatedDistillation",
+    "GradSurgery",
     "Joint",
     "L2Anchor",
     "LwF",
+    "PrototypeRelations",
     "QueryExtension",
     "SimilarQueries",
     "SlotSpan",
@@ -59,6 +64,7 @@ __all__ = [
     "TaskContext",
     "TaskData",
     "TextQueries",
+    "Topology",
     "WeightAverage",
     "WeightFusion",
     "build_strategy",

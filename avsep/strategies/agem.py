@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from avsep.strategies.base import Step, Strategy, TaskContext
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["AGEM", "project"]
+__all__ = ["AGEM", "conflict", "project"]
 
 
 @STRATEGIES.register("agem", source="Chaudhry et al., Efficient Lifelong Learning with A-GEM, ICLR 2019")
@@ -69,15 +70,30 @@ def project(reference: list[tuple[nn.Parameter, Tensor]]) -> None:
 
     Of all gradients as one vector; without a wait for the device.
     """
-    if not reference:
+    share = conflict([p.grad for p, _ in reference], [r for _, r in reference])
+    if share is None:
         return
-    products = [(r * p.grad).sum() for p, r in reference if p.grad is not None]
-    if not products:
-        return
-    along, squared = torch.stack(products).sum(), torch.stack([r.square().sum() for _, r in reference]).sum()
-    share = along.clamp(max=0) / squared.clamp(min=torch.finfo(squared.dtype).tiny)
     for parameter, r in reference:
         if parameter.grad is None:
             parameter.grad = -share * r
         else:
             parameter.grad.sub_(share * r)
+
+
+@torch.no_grad()
+def conflict(gradients: Sequence[Tensor | None], references: Sequence[Tensor | None]) -> Tensor | None:
+    """(g . r) / (r . r) where g . r < 0, else 0: what times r is taken from g so that it does not point against r.
+
+    Args:
+        gradients: the parts of the vector g; None stands for zeros.
+        references: the parts of the vector r, in the same order.
+
+    Returns:
+        A scalar; None where the two have no part in common.
+    """
+    pairs = [(g, r) for g, r in zip(gradients, references, strict=True) if g is not None and r is not None]
+    if not pairs:
+        return None
+    along = torch.stack([(r * g).sum() for g, r in pairs]).sum()
+    squared = torch.stack([r.square().sum() for r in references if r is not None]).sum()
+    return along.clamp(max=0) / squared.clamp(min=torch.finfo(squared.dtype).tiny)

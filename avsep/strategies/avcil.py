@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from avsep.losses import attention_distillation, audio_visual_contrast, mask_losses
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy
-from avsep.strategies.teaching import check_weights, embeddings
+from avsep.strategies.teaching import check_temperature, check_weights, embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +56,7 @@ class AVCIL(Strategy):
             weight_class=weight_class,
             weight_attention=weight_attention,
         )
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        check_temperature(temperature)
         self.weight_mask = weight_mask
         self.weight_instance = weight_instance
         self.weight_class = weight_class

@@ -4,8 +4,8 @@ A strategy is one class on one page. The learner calls, in this order,
 
 - ``begin_task(ctx)`` when a task starts, and again on every resume within it, and then ``learning_rate(name)`` and
   ``weight_decay(name)`` of every parameter that is trained;
-- ``loss(step)`` in every step, then ``after_backward(step)``, the clipping of gradients and the optimisers, then
-  ``after_step(step)``;
+- ``loss(step)`` in every step, then ``before_backward(step, terms)`` and ``after_backward(step)``, the clipping of
+  gradients and the optimisers, then ``after_step(step)``;
 - ``eval_weights(student)`` around every validation;
 - ``after_task(ctx)`` with the selected weights, before they are stored.
 """
@@ -225,7 +225,7 @@ class Strategy(Component):
     ranks of :meth:`loss`, each with its part of the batch, is the loss of the whole batch
     (:mod:`avsep.distributed.ranks`): without it training with more than one process is refused;
     ``changes_separation`` that the term ``separation`` of its :meth:`loss` is not the separation loss of the whole
-    batch, which matters where strategies are combined.
+    batch, which matters where strategies are combined: the others' is left out, and no two may do so.
     """
 
     needs_teacher = False
@@ -274,6 +274,10 @@ class Strategy(Component):
         ranks all must give terms of the same names.
         """
         return {"separation": step.separation}
+
+    def before_backward(self, step: Step, terms: Mapping[str, Tensor]) -> None:
+        """Called with all terms that are summed up: those of strategies beside this one, of the mask decoder and of the
+        training too. Their graph is still there."""
 
     def after_backward(self, step: Step) -> None:
         """Called with the gradients in place, averaged over the ranks and unscaled, before they are clipped."""

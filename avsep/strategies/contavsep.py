@@ -13,7 +13,7 @@ from avsep.errors import ConfigError
 from avsep.losses import cross_sdc, mask_losses
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy, TeacherOutput
-from avsep.strategies.teaching import check_weights, embeddings
+from avsep.strategies.teaching import check_temperature, check_weights, embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +57,7 @@ class ContAVSep(Strategy):
         teacher_batch_norm: Literal["eval", "train"] = "eval",
     ) -> None:
         check_weights(weight_instance=weight_instance, weight_class=weight_class, weight_mask=weight_mask)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        check_temperature(temperature)
         if instance not in ("id", "features"):
             raise ValueError(f"instance must be 'id' or 'features', got {instance!r}")
         if modality_pairs not in ("cross", "within"):

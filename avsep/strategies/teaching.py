@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 __all__ = [
     "NewRows",
     "check_queries",
+    "check_temperature",
     "check_weights",
     "embeddings",
     "largest_is_one",
     "reestimate_batch_norm",
     "rows_of",
+    "visual_embeddings",
 ]
 
 
@@ -33,6 +35,17 @@ def embeddings(output: MaskOutput) -> dict[str, Tensor]:
     """Audio, motion and object embeddings [B, N, D]; a modality that the decoder does not have is left out."""
     named = {"audio": output.audio, "motion": output.motion, "object": output.object}
     return {name: value for name, value in named.items() if value is not None}
+
+
+def visual_embeddings(output: MaskOutput) -> dict[str, Tensor]:
+    """Of :func:`embeddings` those of what is seen, which do not depend on the class that is asked for."""
+    return {name: value for name, value in embeddings(output).items() if name != "audio"}
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError for a temperature that is not above 0."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
 
 
 def check_weights(**weights: float) -> None:

@@ -91,13 +91,15 @@ class TrainingStep(nn.Module):
             self.ranks,
             inputs.number,
         )
-        terms = self.strategy.loss(self.step)
+        terms = dict(self.strategy.loss(self.step))
         if self.cross_entropy_weight > 0:
             weight = self.ranks.mean(found.spectrograms.weight.mean())
             cross_entropy = mask_cross_entropy(found.output, found.spectrograms, weight)
             terms = {**terms, "cross_entropy": self.cross_entropy_weight * cross_entropy}
         # a decoder may bring terms of its own
-        return {**terms, **student.mask_decoder.auxiliary_losses(found.output, found.spectrograms, batch.class_ids)}
+        terms |= student.mask_decoder.auxiliary_losses(found.output, found.spectrograms, batch.class_ids)
+        self.strategy.before_backward(self.step, terms)
+        return terms
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ STEPS = {
     "derpp": ("derpp", {"batch_size": 4}, "iquery", torch.float64),
     "slot_span": ("slot_span", {"classes": 1}, "iquery", torch.float64),
     "slot_span_own": ("slot_span", {"conditioning": "own"}, "iquery", torch.float64),
+    "grad_surgery": ("grad_surgery", {}, "iquery", torch.float64),
+    "topology": ("topology", {}, "iquery", torch.float64),
+    "prototype_relations": ("prototype_relations", {}, "iquery", torch.float64),
     "agem": ("agem", {}, "iquery", torch.float64),
     "task_adapters": ("task_adapters", {}, "iquery_adapters", torch.float64),
 }
@@ -107,6 +110,8 @@ def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
         strategy.load_state_dict({n: p.detach().square() + 0.1 for n, p in teacher.named_parameters()})
     if strategy_name == "derpp":
         strategy.load_state_dict(_stored(_batch(student, dtype)))
+    if strategy_name == "prototype_relations":
+        strategy.load_state_dict({name: torch.eye(2, 16, dtype=dtype) for name in ("object", "motion")})
     if name == "slot_span":
         strategy.load_state_dict(_statistics(_batch(student, dtype), teacher))
     old_shapes = {name: tuple(value.shape) for name, value in teacher.state_dict().items()}

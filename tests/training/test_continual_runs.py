@@ -19,6 +19,8 @@ WITHOUT_FUSION_LOSS = ("ewf", {"distillation": 0.0})
 DERPP = ("derpp", {"per_class": 2, "batch_size": 2})
 SPAN = ("slot_span", {"mixtures": 16})
 TRANSLATED = ("slot_span", {"mixtures": 16, "conditioning": "translated"})
+SURGERY = ["gated_distillation", "grad_surgery"]
+RELATIONS = ("prototype_relations", {"mixtures": 16})
 UNGATED = ("gated_distillation", {"gate": False})
 # strategies that are to go on after a kill as if nothing had happened, where they run at all
 RESUMED = [
@@ -40,6 +42,9 @@ RESUMED = [
     (("first_session", {"adapt": "film"}), "none"),
     (("weight_average", {"every": 1, "decay": 0.5, "batch_norm_mixtures": 4}), "none"),
     pytest.param([("si", {"weight": 1e3}), ("lwf", {})], "random_per_class", marks=pytest.mark.slow),
+    (SURGERY, "random_per_class"),
+    ("topology", "none"),
+    (RELATIONS, "none"),
 ]
 ON_EVERY_SEPARATOR = [
     pytest.param("lwf", "none", marks=pytest.mark.slow),
@@ -54,6 +59,9 @@ ON_EVERY_SEPARATOR = [
     pytest.param("gated_distillation", "random_per_class", marks=pytest.mark.slow),
     pytest.param(DERPP, "random_per_class", marks=pytest.mark.slow),
     pytest.param(SPAN, "none", marks=pytest.mark.slow),
+    pytest.param("topology", "none", marks=pytest.mark.slow),
+    pytest.param(RELATIONS, "none", marks=pytest.mark.slow),
+    pytest.param(SURGERY, "random_per_class", marks=pytest.mark.slow),
     pytest.param(TRANSLATED, "random_per_class", marks=pytest.mark.slow),
 ]
 # (strategy, without its term, memory): both begin with the same first task
@@ -67,18 +75,30 @@ REGULARISERS = [
     ("avcil", ("avcil", {"weight_mask": 0.0}), "random_per_class"),
     ("avcil", ("avcil", {"weight_attention": 0.0}), "random_per_class"),
     ("gated_distillation", UNGATED, "random_per_class"),
-    (DERPP, (DERPP[0], {**DERPP[1], "alpha": 0.0}), "none"),
-    (DERPP, (DERPP[0], {**DERPP[1], "beta": 0.0}), "none"),
+    pytest.param(DERPP, (DERPP[0], {**DERPP[1], "alpha": 0.0}), "none", marks=pytest.mark.slow),
+    pytest.param(DERPP, (DERPP[0], {**DERPP[1], "beta": 0.0}), "none", marks=pytest.mark.slow),
+    (DERPP, "finetune", "none"),
     (SPAN, "finetune", "none"),
     (TRANSLATED, "finetune", "random_per_class"),
+    (SURGERY, "gated_distillation", "random_per_class"),
+    ("topology", "finetune", "none"),
+    (RELATIONS, "finetune", "none"),
 ]
 # with every weight at 0 these are fine-tuning
 SWITCHED_OFF = [
     (("contavsep", {"weight_instance": 0.0, "weight_class": 0.0, "weight_mask": 0.0}), "none"),
     (("lwf", {"weight_mask": 0.0}), "none"),
-    (("gated_distillation", {"weight": 0.0}), "random_per_class"),
-    ((DERPP[0], {**DERPP[1], "alpha": 0.0, "beta": 0.0}), "none"),
-    (("slot_span", {"weight": 0.0}), "none"),
+    ("grad_surgery", "none"),  # there is one term alone
+    *(
+        pytest.param(one, memory, marks=pytest.mark.slow)
+        for one, memory in (
+            (("gated_distillation", {"weight": 0.0}), "random_per_class"),
+            ((DERPP[0], {**DERPP[1], "alpha": 0.0, "beta": 0.0}), "none"),
+            (("slot_span", {"weight": 0.0}), "none"),
+            (("topology", {"weight": 0.0}), "none"),
+            (("prototype_relations", {"weight": 0.0}), "none"),
+        )
+    ),
     (
         ("avcil", {"weight_instance": 0.0, "weight_class": 0.0, "weight_mask": 0.0, "weight_attention": 0.0}),
         "random_per_class",
