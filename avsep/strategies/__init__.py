@@ -14,10 +14,14 @@ from avsep.strategies.gated_anchor import GatedAnchor
 from avsep.strategies.gdumb import GDumb
 from avsep.strategies.joint import Joint
 from avsep.strategies.l2_anchor import L2Anchor
+from avsep.strategies.low_rank_step import LowRankStep
 from avsep.strategies.lwf import LwF
+from avsep.strategies.magmax import MagMax
 from avsep.strategies.mas import MAS
+from avsep.strategies.perturb_and_merge import PerturbAndMerge
 from avsep.strategies.plop import PLOP
 from avsep.strategies.query_extension import QueryExtension
+from avsep.strategies.shrink_and_perturb import ShrinkAndPerturb
 from avsep.strategies.si import SI
 from avsep.strategies.slow_learner import SlowLearner
 from avsep.strategies.task_adapters import TaskAdapters
@@ -41,8 +45,12 @@ __all__ = [
     "GatedAnchor",
     "Joint",
     "L2Anchor",
+    "LowRankStep",
     "LwF",
+    "MagMax",
+    "PerturbAndMerge",
     "QueryExtension",
+    "ShrinkAndPerturb",
     "SlowLearner",
     "Step",
     "Strategy",

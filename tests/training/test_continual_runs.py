@@ -30,6 +30,11 @@ RESUMED = [
     (("slow_learner", {"factor": 0.1}), "random_per_class"),
     (("first_session", {"adapt": "film"}), "none"),
     (("weight_average", {"every": 1, "decay": 0.5, "batch_norm_mixtures": 4}), "none"),
+    (("perturb_and_merge", {"fisher_samples": 3, "perturbation": 0.5}), "none"),
+    (("magmax", {"batch_norm_mixtures": 0}), "none"),
+    (("low_rank_step", {"rank": 1, "batch_norm_mixtures": 0}), "none"),
+    ("shrink_and_perturb", "none"),
+    pytest.param([("magmax", {}), ("perturb_and_merge", {"fisher_samples": 3})], "none", marks=pytest.mark.slow),
     pytest.param([("si", {"weight": 1e3}), ("lwf", {})], "random_per_class", marks=pytest.mark.slow),
 ]
 ON_EVERY_SEPARATOR = [
@@ -41,6 +46,10 @@ ON_EVERY_SEPARATOR = [
     pytest.param(("si", {"weight": 1e3}), "none", marks=pytest.mark.slow),
     pytest.param("feature_distillation", "none", marks=pytest.mark.slow),
     pytest.param("slow_learner", "none", marks=pytest.mark.slow),
+    pytest.param(("perturb_and_merge", {"fisher_samples": 3}), "none", marks=pytest.mark.slow),
+    pytest.param("magmax", "none", marks=pytest.mark.slow),
+    pytest.param(("low_rank_step", {"rank": 1}), "none", marks=pytest.mark.slow),
+    pytest.param("shrink_and_perturb", "random_per_class", marks=pytest.mark.slow),
     ("contavsep", "random_per_class"),
 ]
 # (strategy, without its term, memory): both begin with the same first task
