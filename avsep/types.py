@@ -93,16 +93,17 @@ class VisualFeatures:
 
 @dataclass(frozen=True)
 class AdapterPlace:
-    """A weight of a component that an adapter may change: a linear map, or a convolution seen as one.
+    """A weight of a component that an adapter may change: a linear map, a convolution seen as one, or a vector.
 
     ``parameter`` is its name in the component, ``shape`` its shape. ``kind`` linear is [maps rows, columns], ``maps``
     matrices one below the other (3 of a packed query, key and value projection); convolution [out, in, ...]; transposed
-    (a transposed convolution) [in, out, ...].
+    (a transposed convolution) [in, out, ...]; affine [channels], the scale or the shift of channels, mostly of a
+    normalisation's.
     """
 
     parameter: str
     shape: tuple[int, ...]
-    kind: Literal["linear", "convolution", "transposed"] = "linear"
+    kind: Literal["linear", "convolution", "transposed", "affine"] = "linear"
     maps: int = 1
 
     @property

@@ -1,6 +1,7 @@
 """Adapters: what a component carries for each task. Importing this package registers the built-in ones."""
 
 from avsep.adapters.base import Adapter
+from avsep.adapters.film import FiLM
 from avsep.adapters.low_rank import LowRank
 
-__all__ = ["Adapter", "LowRank"]
+__all__ = ["Adapter", "FiLM", "LowRank"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -24,9 +25,11 @@ class Adapter(nn.Module, Component, ABC):
     Attributes:
         places: the weights that it changes, of those that the component declares (the constructor's ``places``).
         tasks: a module of parameters for each task after the first, in order.
+        kinds: of the places that a component declares those that it is given (:class:`~avsep.types.AdapterPlace`).
         on_audio_encoder: the audio encoder carries one too. It then runs once for each task in a batch.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "convolution", "transposed")
     on_audio_encoder: bool = False
 
     def __init__(self, places: Sequence[AdapterPlace]) -> None:

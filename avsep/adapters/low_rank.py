@@ -57,11 +57,12 @@ class LowRank(Adapter):
     ) -> None:
         if rank < 0 or conv_rank < 0:
             raise ValueError(f"rank and conv_rank must be 0 or more, got {rank} and {conv_rank}")
-        ranked = [(place, rank if place.kind == "linear" else conv_rank) for place in places]
+        matrices = [place for place in places if place.kind in self.kinds]
+        ranked = [(place, rank if place.kind == "linear" else conv_rank) for place in matrices]
         super().__init__([place for place, r in ranked if r])
         if not self.places:
             raise ValueError(
-                f"rank {rank} and conv_rank {conv_rank} leave nothing to adapt among {len(places)} weights: raise one"
+                f"rank {rank} and conv_rank {conv_rank} leave nothing to adapt among {len(matrices)} weights: raise one"
             )
         self.on_audio_encoder = audio_encoder
         self._ranks = tuple(r for _, r in ranked if r)

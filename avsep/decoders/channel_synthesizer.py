@@ -94,4 +94,5 @@ class ChannelSynthesizer(MaskDecoder):
         return embedding
 
     def adapter_places(self) -> tuple[AdapterPlace, ...]:
-        return weight_places(self.object_proj, "object_proj")
+        vectors = [AdapterPlace(n, tuple(self.get_parameter(n).shape), "affine") for n in ("scale", "bias")]
+        return (*weight_places(self.object_proj, "object_proj"), *vectors)

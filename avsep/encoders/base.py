@@ -98,10 +98,14 @@ class VisualEncoder(nn.Module, Component, ABC):
 
 
 def weight_places(module: nn.Module, prefix: str = "") -> tuple[AdapterPlace, ...]:
-    """The weights of a module's linear layers and convolutions, for :meth:`AudioEncoder.adapter_places`; grouped
-    convolutions are left out. Names begin with ``prefix``."""
+    """The weights of a module's linear layers and convolutions, and the scales and shifts of its normalisations, for
+    :meth:`AudioEncoder.adapter_places`; grouped convolutions are left out. Names begin with ``prefix``."""
     found = []
+    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
     for name, part in module.named_modules(prefix=prefix):
+        if isinstance(part, norms):
+            for kept, vector in part.named_parameters(recurse=False):
+                found.append(AdapterPlace(f"{name}.{kept}", tuple(vector.shape), "affine"))
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
         if isinstance(part, kinds) and (isinstance(part, nn.Linear) or part.groups == 1):
             kind: Literal["linear", "convolution", "transposed"] = "convolution"

@@ -56,7 +56,8 @@ def _with_adapters(
     def adapter_of(component: AudioEncoder | MaskDecoder, kind: str, name: str) -> Adapter:
         if not (places := component.adapter_places()):
             raise ConfigError(f"{kind} '{name}' declares no place for an adapter: leave the adapter '{ref.name}' out")
-        return ADAPTERS.create(ref.name, ref.params, places=places)
+        kinds = ADAPTERS.get(ref.name).factory.kinds
+        return ADAPTERS.create(ref.name, ref.params, places=[place for place in places if place.kind in kinds])
 
     adapted = AdaptedDecoder(mask_decoder, adapter_of(mask_decoder, "mask decoder", spec.mask_decoder.name))
     if not adapted.adapter.on_audio_encoder:

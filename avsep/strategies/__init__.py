@@ -17,11 +17,15 @@ from avsep.strategies.gdumb import GDumb
 from avsep.strategies.grad_surgery import GradSurgery
 from avsep.strategies.joint import Joint
 from avsep.strategies.l2_anchor import L2Anchor
+from avsep.strategies.low_rank_step import LowRankStep
 from avsep.strategies.lwf import LwF
+from avsep.strategies.magmax import MagMax
 from avsep.strategies.mas import MAS
+from avsep.strategies.perturb_and_merge import PerturbAndMerge
 from avsep.strategies.plop import PLOP
 from avsep.strategies.prototype_relations import PrototypeRelations
 from avsep.strategies.query_extension import QueryExtension
+from avsep.strategies.shrink_and_perturb import ShrinkAndPerturb
 from avsep.strategies.si import SI
 from avsep.strategies.similar_queries import SimilarQueries
 from avsep.strategies.slot_span import SlotSpan
@@ -52,9 +56,13 @@ __all__ = [
     "GradSurgery",
     "Joint",
     "L2Anchor",
+    "LowRankStep",
     "LwF",
+    "MagMax",
+    "PerturbAndMerge",
     "PrototypeRelations",
     "QueryExtension",
+    "ShrinkAndPerturb",
     "SimilarQueries",
     "SlotSpan",
     "SlowLearner",

@@ -4,8 +4,9 @@ A strategy is one class on one page. The learner calls, in this order,
 
 - ``begin_task(ctx)`` when a task starts, and again on every resume within it, and then ``learning_rate(name)`` and
   ``weight_decay(name)`` of every parameter that is trained;
-- ``loss(step)`` in every step, then ``before_backward(step, terms)`` and ``after_backward(step)``, the clipping of
-  gradients and the optimisers, then ``after_step(step)``;
+- in every step ``train_weights(student)`` around the forward and backward pass, and in it ``loss(step)`` and
+  ``before_backward(step, terms)``; then ``after_backward(step)``, the clipping of gradients and the optimisers, then
+  ``after_step(step)``;
 - ``eval_weights(student)`` around every validation;
 - ``after_task(ctx)`` with the selected weights, before they are stored.
 """
@@ -266,6 +267,13 @@ class Strategy(Component):
     def weight_decay(self, name: str) -> float:
         """What a parameter's weight decay is multiplied by; asked as :meth:`learning_rate` is."""
         return 1.0
+
+    def train_weights(self, student: Separator) -> contextlib.AbstractContextManager[None]:
+        """A context in which the student has the weights of a step's forward and backward pass: its own by default.
+
+        The gradient is then taken at those weights, and the optimisers apply it to the student's own.
+        """
+        return contextlib.nullcontext()
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         """Named scalar terms, already weighted; their sum is what is minimised.

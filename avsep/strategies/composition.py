@@ -115,6 +115,13 @@ class Composition(Strategy):
             strategy.after_step(step)
 
     @contextlib.contextmanager
+    def train_weights(self, student: Separator) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for strategy in self.parts.values():
+                stack.enter_context(strategy.train_weights(student))
+            yield
+
+    @contextlib.contextmanager
     def eval_weights(self, student: Separator) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for strategy in self.parts.values():

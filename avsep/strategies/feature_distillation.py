@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy
 from avsep.strategies.teaching import check_weights
@@ -42,10 +44,12 @@ class FeatureDistillation(Strategy):
     def loss(self, step: Step) -> dict[str, Tensor]:
         terms = super().loss(step)
         if step.teacher is not None and self.weight > 0:
-            own, theirs = _features(step.audio), _features(step.teacher_output().audio)
-            terms["audio_features"] = self.weight * (own.float() - theirs.float()).square().mean()
+            distance = _features(step.audio) - _features(step.teacher_output().audio)
+            terms["audio_features"] = self.weight * distance.square().mean()
         return terms
 
 
 def _features(audio: AudioFeatures) -> Tensor:
-    return audio.latent if audio.mask_features is None else audio.mask_features
+    """At least in float32: squares of 16-bit floats would not do."""
+    features = audio.latent if audio.mask_features is None else audio.mask_features
+    return features.to(torch.promote_types(features.dtype, torch.float32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from avsep.errors import ConfigError
-from avsep.registry import ADAPTERS, STRATEGIES
+from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy, TaskContext
 from avsep.strategies.teaching import NewRows
 
@@ -21,8 +21,8 @@ __all__ = ["TaskAdapters"]
 class TaskAdapters(Strategy):
     """From the second task on train the newest adapter and the new classes' queries alone; forgets nothing.
 
-    Needs a separator with an adapter (``separator.adapter=low_rank``). All else keeps its values to the last bit,
-    weight decay and running statistics included, and queries of later tasks are hidden from a source
+    Needs a separator with an adapter (``separator.adapter=low_rank``, or ``film``). All else keeps its values to the
+    last bit, weight decay and running statistics included, and queries of later tasks are hidden from a source
     (:class:`~avsep.separator.adapted.AdaptedDecoder`). So a source of an old class gets, in the same batch, what it got
     when its task ended, to the last bit. What is not promised: that new classes are learned as well as by training
     everything, nor that old ones are separated better from instruments that came later.
@@ -37,7 +37,7 @@ class TaskAdapters(Strategy):
         if not separator.adapters():
             raise ConfigError(
                 "strategy 'task_adapters' trains adapters, and the separator has none: add one, such as "
-                f"separator.adapter={ADAPTERS.names()[0]} (see: avsep list adapters)"
+                "separator.adapter=low_rank (see: avsep list adapters)"
             )
 
     def first_task(self) -> dict[str, Any]:

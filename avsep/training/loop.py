@@ -229,11 +229,12 @@ class TaskLoop:
         for optimizer in self._optimizers.values():
             optimizer.zero_grad()
         inputs = StepInputs(batch, self._teacher, len(self._task.old), record.step)
-        terms: dict[str, Tensor] = self._module(inputs)
+        with self._strategy.train_weights(self._student):
+            terms: dict[str, Tensor] = self._module(inputs)
+            loss = torch.stack([t.float() for t in terms.values()]).sum()
+            self._fabric.backward(loss)
         step = self._inner.step
         assert step is not None
-        loss = torch.stack([t.float() for t in terms.values()]).sum()
-        self._fabric.backward(loss)
         scaler = getattr(self._precision, "scaler", None)  # of 16-mixed
         if scaler is not None:
             for optimizer in self._optimizers.values():

@@ -61,6 +61,9 @@ SEPARATORS: dict[str, dict[str, Any]] = {
         "front_end": TINY_FRONT_END,
     },
 }
+SEPARATORS |= {
+    f"{name}_film": {**SEPARATORS[name], "adapter": "film"} for name in ("iquery", "coseparation", "sound_of_pixels")
+}
 
 # (separator, memory) that a test of one strategy goes through: every separator, and both memories
 RUNS = [

@@ -51,6 +51,10 @@ STEPS = {
     "prototype_relations": ("prototype_relations", {}, "iquery", torch.float64),
     "agem": ("agem", {}, "iquery", torch.float64),
     "task_adapters": ("task_adapters", {}, "iquery_adapters", torch.float64),
+    "l2_anchor": ("l2_anchor", {}, "iquery", torch.float64),
+    "feature_distillation": ("feature_distillation", {}, "coseparation", torch.float64),
+    "first_session": ("first_session", {"adapt": "film"}, "coseparation", torch.float64),
+    "perturb_and_merge": ("perturb_and_merge", {"perturbation": 0.5}, "iquery", torch.float64),
 }
 # four mixtures, of which the first two have no source of an old class: so has one of two ranks
 CLASS_IDS = torch.tensor([[2, 3], [3, 2], [1, 3], [0, 0]])
@@ -127,8 +131,9 @@ def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
         parts = {k: v[rows] for k, v in vars(batch).items() if k != "clips" and v is not None}
         batch = Batch(**parts)
     torch.manual_seed(7)  # a rank that drew for itself would draw otherwise
-    terms = module(StepInputs(move_to(batch, "cpu"), teacher, 2))
-    torch.stack([t.to(dtype) for t in terms.values()]).sum().backward()
+    with strategy.train_weights(student):
+        terms = module(StepInputs(move_to(batch, "cpu"), teacher, 2))
+        torch.stack([t.to(dtype) for t in terms.values()]).sum().backward()
     strategy.after_backward(inner.step)
     return {
         **{f"term {k}": ranks.mean(v.detach().to(dtype)) for k, v in terms.items()},

@@ -126,6 +126,6 @@ class UNet7(AudioEncoder):
     def adapter_places(self) -> tuple[AdapterPlace, ...]:
         up = self.up.named_parameters(prefix="up")
         return (
-            *weight_places(self.down, "down"),
+            *weight_places(self),
             *(AdapterPlace(name, tuple(weight.shape), "convolution") for name, weight in up),
         )
