@@ -1,6 +1,7 @@
 """Continual strategies. One page a method."""
 
 from avsep.strategies.agem import AGEM
+from avsep.strategies.analytic_mask import AnalyticMask
 from avsep.strategies.avcil import AVCIL
 from avsep.strategies.base import Step, Strategy, TaskContext, TaskData
 from avsep.strategies.composition import Composition, build_strategy
@@ -24,6 +25,7 @@ __all__ = [
     "EWC",
     "EWF",
     "PLOP",
+    "AnalyticMask",
     "Composition",
     "ContAVSep",
     "FineTune",
