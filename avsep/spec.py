@@ -236,6 +236,11 @@ class SeparatorSpec(_Model):
             raise ConfigError(
                 f"mask decoder '{decoder.name}' makes no use of motion features: leave the motion_encoder out"
             )
+        takes_object = "object" in decoder.needs or "object_dim" in {p.name for p in decoder.parameters}
+        if self.object_encoder is not None and not takes_object:
+            raise ConfigError(
+                f"mask decoder '{decoder.name}' makes no use of object features: leave the object_encoder out"
+            )
         if missing := sorted(decoder.needs - provided):
             way_out = " and ".join(_way_out(m) for m in missing)
             raise ConfigError(f"mask decoder '{decoder.name}' needs {' and '.join(missing)} features: {way_out}")

@@ -26,24 +26,26 @@ _MU = 255
 def encode(audio: np.ndarray, codec: Codec, sample_rate_hz: int) -> bytes:
     """Sound [samples] within ±1 as bytes."""
     if codec == "int16":
-        return np.clip(np.rint(audio * 32768.0), -32768, 32767).astype("<i2").tobytes()
+        return bytes(np.clip(np.rint(audio * 32768.0), -32768, 32767).astype("<i2").tobytes())
     if codec == "mulaw":
         level = np.sign(audio) * np.log1p(_MU * np.minimum(np.abs(audio), 1.0)) / np.log1p(_MU)
-        return np.rint((level + 1.0) * (_MU / 2)).astype(np.uint8).tobytes()
+        return bytes(np.rint((level + 1.0) * (_MU / 2)).astype(np.uint8).tobytes())
     import soundfile
 
     file = io.BytesIO()
     soundfile.write(file, audio, sample_rate_hz, format="OGG", subtype="VORBIS")
-    return file.getvalue()
+    return bytes(file.getvalue())
 
 
 def decode(data: bytes, codec: Codec) -> np.ndarray:
     """What :func:`encode` has written down, float32 [samples]."""
     if codec == "int16":
-        return np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32768)
+        audio: np.ndarray = np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32768)
+        return audio
     if codec == "mulaw":
         level = np.frombuffer(data, np.uint8) / (_MU / 2) - 1.0
-        return (np.sign(level) * np.expm1(np.abs(level) * np.log1p(_MU)) / _MU).astype(np.float32)
+        audio = (np.sign(level) * np.expm1(np.abs(level) * np.log1p(_MU)) / _MU).astype(np.float32)
+        return audio
     import soundfile
 
     audio, _ = soundfile.read(io.BytesIO(data), dtype="float32")
@@ -71,7 +73,8 @@ class CodedCrops:
         sound = decode(self._bytes(clip, start), self.codec)
         out = np.resize(sound, self.clip_samples) * np.float32(gain)  # a shorter clip repeats
         out[-1:] = 0.0
-        return np.clip(out, -1.0, 1.0, out=out)
+        np.clip(out, -1.0, 1.0, out=out)
+        return out
 
     def _bytes(self, clip: Clip, start: int) -> bytes:
         key = (clip.id, start)

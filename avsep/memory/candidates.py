@@ -66,7 +66,8 @@ class ScoredCandidates(Candidates):
             power = np.square(np.abs(np.fft.rfft(audio)))
             found[row] = [float(band.sum()) for band in np.array_split(power, _BANDS)]
         largest = found.max(axis=1, keepdims=True)
-        return np.divide(found, largest, out=np.zeros_like(found), where=largest > 0)
+        profiles: np.ndarray = np.divide(found, largest, out=np.zeros_like(found), where=largest > 0)
+        return profiles
 
     def partner(self, clip_id: str) -> str:
         """The clip that another is mixed with."""

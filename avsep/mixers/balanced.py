@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from avsep.errors import ConfigError
@@ -23,6 +25,8 @@ class Balanced(Mixer):
     larger share with every task (.6 at the fourth of MUSIC-21).
     """
 
+    _called = "balanced"
+
     def __init__(self, *, new_old: float = 0.375, old_old: float = 0.125) -> None:
         if not (new_old >= 0 and old_old >= 0 and new_old + old_old <= 1):
             raise ValueError(f"new_old and old_old must be shares of 1, got {new_old} and {old_old}")
@@ -38,7 +42,7 @@ class Balanced(Mixer):
         shares = np.array([1 - self.new_old - self.old_old, self.new_old, self.old_old]) * possible
         if not shares.sum() > 0:
             raise ConfigError(
-                f"mixer 'balanced' mixes {sources} sources of different classes, and task {pool.task} trains on "
+                f"mixer '{self._called}' mixes {sources} sources of different classes, and task {pool.task} trains on "
                 f"{new} new and {old} old ones: give tasks more classes, or use mixer as_published"
             )
         self._shares = np.cumsum(shares / shares.sum())
@@ -53,11 +57,19 @@ class Balanced(Mixer):
         else:
             from_old = 0 if kind == 0 else sources
         chosen = []
+        names: list[str] = []
         for groups, count in ((self._new, sources - from_old), (self._old, from_old)):
-            for name in rng.permutation(sorted(groups))[:count]:
-                members = groups[str(name)]
+            names += (added := self._names(rng, groups, count, names, pool))
+            for name in added:
+                members = groups[name]
                 chosen.append(members[int(rng.integers(len(members)))])
         return [pool.draw(chosen[place], rng) for place in rng.permutation(sources)]
+
+    def _names(
+        self, rng: np.random.Generator, groups: Mapping[str, list[int]], count: int, beside: list[str], pool: Pool
+    ) -> list[str]:
+        """``count`` of the classes in ``groups``, to stand in a mixture ``beside`` others."""
+        return [str(name) for name in rng.permutation(sorted(groups))[:count]]
 
 
 def _by_class(pool: Pool, numbers: range) -> dict[str, list[int]]:

@@ -33,7 +33,7 @@ class TrainingMixtures(Dataset[list[Source]]):
 
     ``crops``: the first sample of those exemplars of which one crop alone was kept, by clip id, or of each of several;
     ``coded``: what a codec makes of them, where it keeps their sound. Where the mask decoder does not take sources
-    without a picture (``takes_unseen``), a mixer's are seen all the same.
+    without a picture (``takes_unseen``), a mixer's are seen all the same. ``scores`` as :class:`Pool` has them.
 
     Raises:
         ConfigError: the mixer cannot make such mixtures of these clips, or they do not fill one batch.
@@ -53,6 +53,7 @@ class TrainingMixtures(Dataset[list[Source]]):
         epoch: int,
         crops: Mapping[str, int | Sequence[int]] | None = None,
         coded: CodedCrops | None = None,
+        scores: Mapping[tuple[str, str], float] | None = None,
         takes_unseen: bool = True,
     ) -> None:
         self.takes_unseen = takes_unseen
@@ -63,7 +64,7 @@ class TrainingMixtures(Dataset[list[Source]]):
         self.visual_sources = tuple(visual_sources)
         self.class_index = class_index
         self.key = (train.seed, task, epoch)
-        self.pool = Pool(list(clips), list(exemplars), train, front_end, task, dict(crops or {}))
+        self.pool = Pool(list(clips), list(exemplars), train, front_end, task, dict(crops or {}), dict(scores or {}))
         ref = train.mixer or ComponentRef(name="as_published")
         self.mixer: Mixer = MIXERS.create(ref.name, ref.params)
         self.items = self.mixer.begin_epoch(self.pool, self._rng(2**31))

@@ -1,6 +1,7 @@
 """Continual strategies. One page a method."""
 
 from avsep.strategies.agem import AGEM
+from avsep.strategies.analytic_mask import AnalyticMask
 from avsep.strategies.avcil import AVCIL
 from avsep.strategies.base import Step, Strategy, TaskContext, TaskData
 from avsep.strategies.composition import Composition, build_strategy
@@ -44,6 +45,7 @@ __all__ = [
     "MAS",
     "PLOP",
     "SI",
+    "AnalyticMask",
     "Composition",
     "ContAVSep",
     "DERpp",

@@ -103,7 +103,8 @@ def similar_query(fresh: Tensor, mean: Tensor, queries: Tensor, means: Tensor, b
     ``queries`` [Q, D] of classes with the ``means`` [Q, E]."""
     likeness = F.cosine_similarity(mean.float(), means.to(mean.device).float(), dim=1)  # [Q]
     mix = F.normalize((_SHARPNESS * likeness).softmax(dim=0) @ F.normalize(queries, dim=1), dim=0)
-    return fresh.norm() * F.normalize((1 - blend) * F.normalize(fresh, dim=0) + blend * mix, dim=0)
+    made: Tensor = fresh.norm() * F.normalize((1 - blend) * F.normalize(fresh, dim=0) + blend * mix, dim=0)
+    return made
 
 
 @torch.no_grad()

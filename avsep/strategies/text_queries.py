@@ -82,7 +82,8 @@ def projection(rows: int, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(max(rows, columns), min(rows, columns), generator=generator, dtype=torch.float64)
     matrix = torch.linalg.qr(noise).Q.float()
-    return matrix if rows >= columns else matrix.T
+    made: Tensor = matrix if rows >= columns else matrix.T
+    return made
 
 
 def _read(vectors: str | Mapping[str, Sequence[float]]) -> dict[str, Tensor]:

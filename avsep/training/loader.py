@@ -16,6 +16,7 @@ from avsep.errors import AvsepError
 from avsep.memory.base import Memory
 from avsep.mixers.mixtures import TrainingMixtures
 from avsep.progress import Progress
+from avsep.registry import MIXERS
 from avsep.separator import Separator
 from avsep.spec import TrainSpec
 from avsep.types import Batch, Task, move_to
@@ -72,6 +73,8 @@ class TaskMixtures:
         self._ranks = ranks
         self._device = torch.device(device)
         self._workers = workers
+        self.uses_scores = train.mixer is not None and MIXERS.get(train.mixer.name).factory.uses_scores
+        self.scores: dict[tuple[str, str], float] = {}  # of the last validation, for mixers that look at them
         self._shown: tuple[Progress, str] | None = None
 
     def epoch(self, epoch: int) -> TrainingMixtures:
@@ -92,6 +95,7 @@ class TaskMixtures:
             epoch=epoch,
             crops=self._crops,
             coded=self._coded,
+            scores=self.scores if epoch < _AFTER else None,
             takes_unseen=self._takes_unseen,
         )
 

@@ -28,7 +28,7 @@ from avsep.strategies.base import Step, Strategy
 from avsep.training.loader import TaskMixtures
 from avsep.training.log import NORM_EVERY, TaskLog, gradient_norm, is_pictured
 from avsep.training.optim import lay_out_state, make_optimizers, set_learning_rates
-from avsep.training.validation import Validation
+from avsep.training.validation import Validation, pair_scores
 from avsep.types import Batch, Task
 
 __all__ = ["LOG_EVERY", "StepInputs", "TaskLoop", "TaskRecord", "TrainingStep"]
@@ -169,6 +169,7 @@ class TaskLoop:
             self._precision.load_state_dict(state["precision"])
         self.record = TaskRecord(**state["progress"]["record"])
         self._best = state.get("best") or {}
+        self._mixtures.scores = {(a, b): score for a, b, score in state["progress"].get("scores", [])}
 
     def checkpoint(self) -> None:
         """Store where the task stands, once its weights are known to be finite."""
@@ -190,6 +191,11 @@ class TaskLoop:
                     "task": self._task.index,
                     "exemplars": self._exemplars,
                     "record": asdict(self.record),
+                    **(
+                        {"scores": [[*pair, s] for pair, s in self._mixtures.scores.items()]}
+                        if self._mixtures.scores
+                        else {}
+                    ),
                 },
             },
         )
@@ -296,6 +302,8 @@ class TaskLoop:
             score, scores = validation.score(student)
             row = {"task": self._task.index, "epoch": record.epoch, "step": record.step, "sdr_db": score}
             log.validation(row, scores, validation.tasks)
+            if self._mixtures.uses_scores:
+                self._mixtures.scores = pair_scores(scores)
             if is_pictured(-(-record.epoch // train.validate_every), -(-train.epochs // train.validate_every)):
                 validation.log_media(log, student, record.step)
             if record.best_sdr_db is None or score > record.best_sdr_db:

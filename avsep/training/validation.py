@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +21,7 @@ from avsep.types import Task
 if TYPE_CHECKING:
     from avsep.evaluation.scores import MixtureScore
 
-__all__ = ["Validation"]
+__all__ = ["Validation", "pair_scores"]
 
 
 class Validation:
@@ -63,6 +66,19 @@ class Validation:
             device=self._device,
             sounds=sounds,
         )
+
+
+def pair_scores(scores: Sequence[MixtureScore]) -> dict[tuple[str, str], float]:
+    """The mean improvement of SDR in dB, over the sources of all mixtures of a pair of classes, by their names in the
+    order of the alphabet."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for score in scores:
+        sources = [s for s in score.sources if s.role == "source" and math.isfinite(s.sdri)] if score.counted else []
+        for one, other in itertools.combinations(sources, 2):
+            if one.class_name != other.class_name:
+                first, second = sorted((one.class_name, other.class_name))
+                found.setdefault((first, second), []).extend((one.sdri, other.sdri))
+    return {pair: sum(values) / len(values) for pair, values in sorted(found.items())}
 
 
 def _thinned(mixtures: list[TestMixture], per_list: int | None) -> list[TestMixture]:

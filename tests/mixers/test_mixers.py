@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip
 from avsep.errors import ConfigError, UnknownNameError
-from avsep.mixers import Balanced, Pool, Varied
+from avsep.evaluation.scores import MixtureScore, SourceScore
+from avsep.mixers import Balanced, Confusable, Pool, Varied
 from avsep.mixers.mixtures import TrainingMixtures
 from avsep.registry import MIXERS
 from avsep.spec import FrontEndSpec, TrainSpec, validated
-from support.continual_runs import differing, train, weights
+from avsep.training.validation import pair_scores
+from support.continual_runs import Unscored, differing, resume_killed, train, weights
 
 RATE = FrontEndSpec().sample_rate_hz
 
@@ -91,6 +95,95 @@ def test_more_sources_are_all_of_other_classes():
 def test_wrong_shares(params):
     with pytest.raises(ConfigError, match="must be shares of 1"):
         MIXERS.create("balanced", params)
+
+
+def test_confusable_shares_by_hand():
+    """Beside a: b at 3 dB, c at 6, d not known and so at the mean 4.5; weights 1 : 1/e : 1/sqrt(e)."""
+    scores = {("a", "b"): 3.0, ("a", "c"): 6.0}
+    weight = np.array([1, np.exp(-1), np.exp(-0.5)])
+    found = Confusable(uniform=0.0).shares(["a"], ["b", "c", "d"], scores)
+    np.testing.assert_allclose(found, weight / weight.sum())
+    half = Confusable(uniform=0.5).shares(["a"], ["b", "c", "d"], scores)
+    np.testing.assert_allclose(half, 1 / 6 + found / 2)
+    both = Confusable(uniform=0.0).shares(["b", "c"], ["a", "d"], scores)  # a and d are both at 4.5 beside the two
+    np.testing.assert_allclose(both, [0.5, 0.5])
+    for beside, known in (([], scores), (["a"], {})):
+        np.testing.assert_array_equal(Confusable(uniform=0.0).shares(beside, ["b", "c"], known), [0.5, 0.5])
+
+
+def test_confusable_classes_meet_more_often_and_kinds_keep_their_shares():
+    pool = _pool(new=2, old=2)
+    pool = replace(pool, scores={("new0", "old0"): -5.0, ("new0", "old1"): 10.0, ("new1", "old0"): 10.0,
+                                 ("new1", "old1"): -5.0, ("new0", "new1"): 2.0, ("old0", "old1"): 2.0})  # fmt: skip
+    pairs, flags = Counter(), Counter()
+    for mixture in _drawn(pool, 4000, Confusable(uniform=0.2)):
+        pairs[tuple(sorted(pool[d.clip].class_name for d in mixture))] += 1
+        flags[sum(pool.is_exemplar(d.clip) for d in mixture)] += 1
+    assert [flags[k] / 4000 for k in range(3)] == pytest.approx([0.5, 0.375, 0.125], abs=0.03)
+    share = 0.1 + 0.8 / (1 + np.exp(-5))
+    for new, old in ((0, 0), (1, 1)):
+        assert pairs[f"new{new}", f"old{old}"] / flags[1] == pytest.approx(share / 2, abs=0.04)
+    assert Confusable().begin_epoch(pool, np.random.default_rng(0)) == Balanced().begin_epoch(
+        pool, np.random.default_rng(0)
+    )
+
+
+def test_scores_of_pairs_are_mean_improvements():
+    def score(names, sdris, role="source", status="ok"):
+        mixture = TestMixture(clips=names, classes=names, starts=(0,) * len(names), task=0, list_name="task-0")
+        sources = tuple(
+            SourceScore(n, n, 0, 1.0 + s, 0.0, 0.0, 0.0, 1.0, role=role) for n, s in zip(names, sdris, strict=True)
+        )
+        return MixtureScore(mixture, sources, status)
+
+    found = pair_scores(
+        [
+            score(("b", "a"), (1.0, 3.0)),
+            score(("a", "b"), (5.0, 7.0)),
+            score(("a", "a"), (9.0, 9.0)),
+            score(("b", "c"), (np.nan, 2.0)),
+            score(("c", "a", "b"), (1.0, 2.0, 3.0)),
+            score(("a", "b"), (99.0, 99.0), status="silent_estimate"),
+            score(("a", "b"), (99.0, 99.0), role="still"),
+        ]
+    )
+    assert found == {("a", "b"): pytest.approx(21 / 6), ("a", "c"): 1.5, ("b", "c"): 2.0}
+
+
+def test_a_run_keeps_the_scores_it_draws_by(tone_store, tmp_path, monkeypatch):
+    """The kill is after the second of three epochs, each with a validation of its own."""
+    mixer = {"name": "confusable", "params": {"new_old": 0.99, "old_old": 0.0, "uniform": 0.0}}
+    settings = {"mixer": mixer, "epochs": 3, "steps_per_epoch": 1}
+    given = {"hum": 30.0, "ding": -30.0}  # of each new class beside these
+
+    def score(self, student):
+        level = float(student.audio_encoder.down_norm[0].num_batches_tracked)
+        scores = [
+            MixtureScore(
+                TestMixture(clips=(a, b), classes=(a, b), starts=(0, 0), task=1, list_name="cross"),
+                tuple(SourceScore(n, n, 1, level + value, 0.0, 0.0, 0.0, level) for n in (a, b)),
+                "ok",
+            )
+            for a in ("peep", "whirr")
+            for b, value in given.items()
+        ]
+        return level, scores if self.tasks[1:] else []  # the last weights are the best
+
+    memory = "random_per_class"
+    monkeypatch.setattr(Unscored, "score", score)
+    monkeypatch.setattr(Unscored, "log_media", lambda *args, **how: None)
+    run = train(tone_store, tmp_path / "run", "finetune", memory, **settings)
+    resumed = resume_killed(tone_store, run, "finetune", memory, **settings)
+    assert differing(weights(run), weights(resumed)) == []
+    given.update(hum=-30.0, ding=30.0)
+    other = train(tone_store, tmp_path / "other", "finetune", memory, **settings)
+    assert differing(weights(run), weights(other))
+
+
+@pytest.mark.parametrize("params", [{"scale_db": 0}, {"uniform": 1.5}, {"old_old": 2}])
+def test_wrong_settings_of_confusable(params):
+    with pytest.raises(ConfigError, match="must be"):
+        MIXERS.create("confusable", params)
 
 
 @pytest.mark.parametrize("mixer", MIXERS.names())

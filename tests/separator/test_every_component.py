@@ -185,8 +185,11 @@ def combinations() -> list[tuple[str, tuple[str, str | None], str]]:
 def refusal(audio: str, motion_encoder: str | None, decoder_name: str) -> str | None:
     """What the composer should say of a combination that has an object encoder."""
     decoder = MASK_DECODERS.get(decoder_name)
-    if motion_encoder is not None and "motion_dim" not in {p.name for p in decoder.parameters}:
+    taken = {p.name for p in decoder.parameters}
+    if motion_encoder is not None and "motion_dim" not in taken:
         return "makes no use of motion features: leave the motion_encoder out"
+    if "object_dim" not in taken:
+        return "makes no use of object features: leave the object_encoder out"
     missing = decoder.needs - {"object"} - AUDIO_ENCODERS.get(audio).provides
     return f"'{decoder_name}' needs .*: choose an audio encoder that gives" if missing else None
 

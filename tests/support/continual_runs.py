@@ -54,6 +54,11 @@ SEPARATORS: dict[str, dict[str, Any]] = {
         "mask_decoder": {"name": "conditioned_unet", "params": {"dim": 16, "detach_embedding": True}},
         "front_end": TINY_FRONT_END,
     },
+    "ridge_filters": {
+        "audio_encoder": {"name": "unet7", "params": {"base_channels": 4, "mask_channels": 4}},
+        "mask_decoder": "ridge_filters",
+        "front_end": TINY_FRONT_END,
+    },
     "sound_of_pixels": {
         "audio_encoder": {"name": "unet7", "params": {"base_channels": 4, "mask_channels": 4, "log_floor": 1e-10}},
         "object_encoder": {"name": "frame_cnn", "params": {"dim": 16}},
