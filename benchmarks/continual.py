@@ -28,7 +28,7 @@ from avsep.data.synth.pictures import look_of, motion_frames, object_frames
 from avsep.data.synth.soundfont import Note
 from avsep.data.synth.synthesis import LEVEL_V2_DB, MOTION_RATES_HZ, OBJECT_RATE_HZ, SAMPLE_RATE_HZ, finish_audio
 from avsep.environment import die_with_parent, keep_memory, pick_device
-from avsep.errors import AvsepError, ConfigError
+from avsep.errors import AvsepError, ConfigError, UnknownNameError
 from avsep.spec import RunSpec, apply_settings, load_preset, validated
 
 __all__ = ["COLUMNS", "RUNS", "made_up_store", "run"]
@@ -89,25 +89,39 @@ _TIMBRES = {  # the demo's six classes, in the order in which they are learned
 
 
 def made_up_store(
-    out: str | Path, *, seed: int = 0, clips: tuple[int, int, int] = (24, 4, 4), clip_s: float = 6.0
+    out: str | Path,
+    *,
+    classes: Sequence[str] = tuple(_TIMBRES),
+    seed: int = 0,
+    clips: tuple[int, int, int] = (24, 4, 4),
+    clip_s: float = 6.0,
 ) -> Store:
     """A store of the demo's six classes, ``clips`` (train, val, test) of each, played by a few partials. Needs Pillow.
 
-    Each clip depends on (seed, class, split, number) alone.
+    Each clip depends on (seed, class, split, number) alone. One that is there, made alike, is opened as it is.
+
+    Raises:
+        UnknownNameError: a class that is none of the six.
+        DataError: ``out`` holds something else.
     """
+    for name in classes:
+        if name not in _TIMBRES:
+            raise UnknownNameError(f"no made-up sound of '{name}': known are {', '.join(_TIMBRES)}")
     origin = {"generator": "avsep bench continual", "seed": seed, "clips": list(clips), "clip_s": clip_s}
     order = []
     with StoreWriter(
         out,
-        classes=list(_TIMBRES),
+        classes=list(classes),
         sample_rate_hz=SAMPLE_RATE_HZ,
         object_rate_hz=OBJECT_RATE_HZ,
         motion_rate_hz=MOTION_RATES_HZ[2],
         origin=origin,
         licence="Generated, no rights claimed.",
     ) as writer:
-        for name, timbre in _TIMBRES.items():
-            number = CLASSES.index(name)
+        if writer.finished:
+            return Store.open(out)
+        for name in classes:
+            number, timbre = CLASSES.index(name), _TIMBRES[name]
             for split, count in zip(SPLITS, clips, strict=True):
                 for k in range(count):
                     rng = np.random.default_rng([seed, number, SPLITS.index(split), k])

@@ -7,17 +7,27 @@
 #   benchmarks/gpu_suite.sh --pack DIR [--for 3.12]                download what can be carried along for --wheels DIR
 #
 # The tree is installed into a throwaway environment; neither it nor the machine's Python is changed. Each part has a
-# time budget, a part that fails stops no other, and the exit code is not 0 where one failed. OUT receives summary.txt,
-# environment.txt, tests.log, tests.xml, bench.log, kernels.csv, kernels.png, train.csv and separate.csv.
+# time budget, all together AVSEP_SUITE_SECONDS (640), a part that fails stops no other, and the exit code is not 0 where
+# one failed. OUT receives summary.txt, environment.txt, tests.log, tests.xml, bench.log, kernels.csv, kernels.png,
+# train.csv, continual.csv, forms.csv and separate.csv.
+#
+# The order is that of worth, since a borrowed machine may be taken back, and CSV files are written row by row: what was
+# finished stays. First the kernels at the published sizes, which the table of `auto` waits for and no other machine can
+# tell; each is held against float64 before it is timed, so these rows stand without the tests. Then what training costs
+# (fp32, bf16), and whether it reaches there what it reaches on a CPU (two seeds of two tasks, with and without memory).
+# Then the tests, which say whether all the rest is right on a GPU too. Last what adds a row to what is known by then:
+# the separator's forms, the compiled step, large sizes, a long recording, huge sizes. On SIGTERM the running part is
+# stopped, and the summary says so.
 set -u -o pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
-total_s=${AVSEP_SUITE_SECONDS:-620}
+total_s=${AVSEP_SUITE_SECONDS:-} # 640, of a dry run 840
+reserve_s=15 # of it, for the last part, which reads what was measured
 out="" wheels="" pack="" for_python=3.12 dry=0
 
 usage() {
-    sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" # the lines above
 }
 
 die() {
@@ -50,6 +60,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+[ -n "$total_s" ] || total_s=$((dry ? 840 : 640))
 command -v "$python" >/dev/null || die "there is no '$python': give --python"
 python=$(command -v "$python")
 case $python in /*) ;; *) python=$PWD/$python ;; esac
@@ -95,7 +106,7 @@ out=$(cd "$out" && pwd)
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir "$work/logs" "$work/junit" "$work/status" "$work/run"
+mkdir "$work/logs" "$work/junit" "$work/status" "$work/run" "$work/running"
 began=$SECONDS
 parts=()
 missing=()
@@ -115,6 +126,7 @@ say() { echo "[$((SECONDS - began)) s] $*"; }
 
 left_s() {
     local left=$((total_s - (SECONDS - began)))
+    [ "${1:-}" = results ] || left=$((left - reserve_s))
     echo $((left > 1 ? left : 1))
 }
 
@@ -122,20 +134,67 @@ left_s() {
 part() {
     local name=$1 budget=$2 start=$SECONDS code word left
     shift 2
-    left=$(left_s)
+    [ $dry = 0 ] || budget=$((4 * budget)) # they are a GPU's; here they would tell how busy the machine is
+    left=$(left_s "$name")
     [ "$budget" -le "$left" ] || budget=$left
     if [ "$left" -le 3 ]; then
         echo "failed (no time was left)" >"$work/status/$name"
         : >"$work/logs/$name"
         return
     fi
-    (cd "$work/run" && timeout -k 5 "$budget" "$@") >"$work/logs/$name" 2>&1
+    # timeout leads a process group of its own, and hands on to all of it what it is sent
+    (cd "$work/run" && exec timeout -k 5 "$budget" "$@") >"$work/logs/$name" 2>&1 &
+    echo $! >"$work/running/$name"
+    wait $! # interrupted by a signal at once, where a command in front would be waited for
     code=$?
+    rm -f "$work/running/$name"
     word="failed (exit code $code)"
     [ $code = 0 ] && word=ok
     [ $code = 124 ] || [ $code = 137 ] && word="failed (more than its $budget s)"
     echo "$word, $((SECONDS - start)) s" >"$work/status/$name"
 }
+
+failed_parts() {
+    local name count=0
+    for name in "${parts[@]}"; do
+        case $(cat "$work/status/$name" 2>/dev/null) in failed*) count=$((count + 1)) ;; esac
+    done
+    echo $count
+}
+
+sum_up() { # [LAST LINE]: what is known so far, after every part
+    local name failed
+    failed=$(failed_parts)
+    {
+        for name in "${parts[@]}"; do
+            printf '%-34s %s\n' "$name" "$(cat "$work/status/$name" 2>/dev/null || echo 'not finished')"
+        done
+        [ ${#missing[@]} = 0 ] || echo "not installed: ${missing[*]}"
+        [ $plots = 1 ] || echo "no plot: matplotlib is not installed"
+        if [ -e "$work/logs/results" ]; then
+            echo
+            cat "$work/logs/results"
+        fi
+        echo
+        echo "$((SECONDS - began)) s; ${1:-so far} $([ "$failed" = 0 ] && echo 'nothing failed' || echo "$failed parts failed")"
+    } >"$out/summary.part" && mv "$out/summary.part" "$out/summary.txt"
+}
+
+cut_off() {
+    local name stopped
+    trap '' TERM INT
+    stopped=$(ls "$work/running")
+    for name in $stopped; do kill "$(cat "$work/running/$name")" 2>/dev/null; done
+    wait
+    for name in $stopped; do
+        echo "failed (stopped while it was running)" >"$work/status/$name"
+        printf '\n=== %s: stopped while it was running\n' "$name" >>"$out/bench.log"
+        cat "$work/logs/$name" >>"$out/bench.log"
+    done
+    sum_up "cut off;"
+    exit 143
+}
+trap cut_off TERM INT
 
 skip() { # NAME WHY
     echo "skipped ($2)" >"$work/status/$1"
@@ -244,7 +303,8 @@ import importlib.metadata as metadata, os, platform, sys
 import torch
 print("python:", sys.version.split()[0], "on", platform.platform())
 print("cores:", os.cpu_count())
-for name in ("torch", "triton", "numpy", "inf_cl", "pytest", "lightning-fabric", "pydantic", "matplotlib", "avsep"):
+for name in ("torch", "triton", "numpy", "inf_cl", "pytest", "lightning-fabric", "pydantic", "matplotlib", "onnx",
+             "onnxscript", "onnxruntime", "onnxruntime-gpu", "avsep"):
     try:
         print(f"{name}: {metadata.version(name)}")
     except metadata.PackageNotFoundError:
@@ -275,15 +335,88 @@ if install_tree >"$work/logs/install" 2>&1; then
 else
     echo "failed: $how" >"$work/status/install"
 fi
-for name in pytest pydantic yaml lightning_fabric safetensors soundfile soxr typer rich matplotlib inf_cl; do
+for name in pytest pydantic yaml lightning_fabric safetensors soundfile soxr typer rich matplotlib PIL inf_cl onnx onnxscript \
+    onnxruntime; do
     has "$name" || missing+=("$name")
 done
+plots=1
+has matplotlib || plots=0
 [ ${#missing[@]} = 0 ] || say "not installed: ${missing[*]}"
 describe >"$out/environment.txt" 2>&1
 if [ $dry = 0 ] && ! "$run" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     cat "$out/environment.txt"
     die "PyTorch sees no GPU here (try --dry-run)"
 fi
+
+# --- what is measured first: one part at a time -----------------------------------------------------------------------
+
+: >"$out/bench.log"
+app=(pydantic yaml lightning_fabric safetensors soundfile soxr typer rich) # what `avsep` needs beside torch and NumPy
+
+show() { # NAME : its end on the screen, all of it into bench.log
+    printf '\n=== %s: %s\n' "$1" "$(cat "$work/status/$1")" >>"$out/bench.log"
+    cat "$work/logs/$1" >>"$out/bench.log"
+    say "$1: $(cat "$work/status/$1")"
+}
+
+measure() { # NAME BUDGET COMMAND... : a part whose rows are kept
+    parts+=("$1")
+    sum_up
+    part "$@"
+    show "$1"
+    sum_up
+}
+
+leave_out() { # NAME WHY
+    parts+=("$1")
+    skip "$1" "$2"
+    show "$1"
+}
+
+kernels() { # NAME BUDGET OPERATION SIZES [MORE...]
+    local name=$1 budget=$2 op=$3 chosen=$4
+    shift 4
+    [ $dry = 0 ] || chosen=tiny
+    measure "$name" "$budget" "$run" -m avsep.benchmarks.kernels --op "$op" --sizes "$chosen" --device "$device" \
+        --repeats "$repeats" --out "$out/kernels.csv" "$@"
+}
+
+# With the command's own packages, or not at all; `also PACKAGE...` are further ones.
+also=()
+avsep() { # NAME BUDGET ARGUMENTS...
+    local name=$1 budget=$2
+    shift 2
+    if need "${app[@]}" ${also[@]+"${also[@]}"}; then
+        measure "$name" "$budget" "$run" -m avsep "$@"
+    else
+        leave_out "$name" "not installed:$absent"
+    fi
+    also=()
+}
+
+kernels bench-similarity_distillation 90 similarity_distillation paper
+kernels bench-stft_masking 45 stft_masking all
+kernels bench-mask_head 45 mask_head all
+
+if [ $dry = 1 ]; then # separators that train in seconds
+    small="audio_encoder: {name: unet7, params: {base_channels: 4, mask_channels: 4}}, front_end: {sample_rate_hz: 11025,
+      clip_samples: 8191, n_fft: 254, hop: 64, log_rows: 128}, mask_decoder: {name: query_transformer, params: {dim: 16,
+      heads: 2, feedforward: 16, layers: 2}}"
+    echo "{separator: {$small, object_encoder: {name: precomputed, params: {features: o, dim: 8}}, motion_encoder: {name:
+      precomputed, params: {features: m, dim: 8}}}}" >"$work/published.yaml"
+    echo "{separator: {$small, object_encoder: {name: frame_cnn, params: {dim: 16}}, motion_encoder: {name: motion_cnn,
+      params: {dim: 16}}}, train: {batch_size: 2, epochs: 1, steps_per_epoch: 2}}" >"$work/small.yaml"
+    step=(bench train --preset "$work/published.yaml" --batch 2 --classes 4 --repeats 1)
+    tasks=(--preset "$work/small.yaml" --seeds 1 --clips 3 1 2)
+    forms=(--preset "$work/small.yaml" --no-compile --repeats 1)
+else # published sizes: 32 mixtures; the demo's runs with two of its three epochs
+    step=(bench train --device cuda --batch 32 --repeats 7)
+    tasks=(--device cuda --set train.epochs=2)
+    forms=(--device cuda --batch 4)
+fi
+avsep bench-train 80 "${step[@]}" --form bf16 --out "$out/train.csv"
+also=(PIL)
+avsep bench-continual 120 bench continual "${tasks[@]}" --jobs 2 --out "$out/continual.csv"
 
 # --- correctness: parts side by side ----------------------------------------------------------------------------------
 
@@ -320,7 +453,7 @@ tests() { # NAME BUDGET MARKERS FILE...
 }
 
 say "checks and tests"
-parts+=(checks)
+tested=(checks)
 part checks 140 "$run" -m avsep.benchmarks.kernels --check-only --no-compile --sizes "$sizes" \
     --device "$device" &
 if need pytest; then
@@ -331,10 +464,10 @@ if need pytest; then
         test_triton_*) [ $dry = 0 ] || continue ;;
         esac
         [ -e "$file" ] || continue
-        parts+=("$name")
-        OMP_NUM_THREADS=2 tests "$name" 160 "not slow and not tensorrt" "$file" &
+        tested+=("$name")
+        OMP_NUM_THREADS=2 tests "$name" 140 "not slow and not tensorrt" "$file" &
     done
-    parts+=(tests-gpu)
+    tested+=(tests-gpu)
     if need pydantic yaml lightning_fabric safetensors soundfile soxr; then
         mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu|pytest\.mark\.gpu' "$work"/tests)
         if [ $dry = 1 ]; then
@@ -342,17 +475,19 @@ if need pytest; then
         elif [ ${#files[@]} = 0 ]; then
             skip tests-gpu "there is no such test"
         else
-            tests tests-gpu 160 gpu "${files[@]}" &
+            tests tests-gpu 140 gpu "${files[@]}" &
         fi
     else
         skip tests-gpu "not installed:$absent"
     fi
 else
-    parts+=(tests)
+    tested+=(tests)
     skip tests "not installed:$absent"
 fi
+parts+=("${tested[@]}")
+sum_up
 wait
-for name in "${parts[@]}"; do
+for name in wheels install "${tested[@]}"; do
     say "$name: $(cat "$work/status/$name")" >&2
     printf '\n=== %s: %s\n' "$name" "$(cat "$work/status/$name")"
     cat "$work/logs/$name" 2>/dev/null
@@ -372,69 +507,31 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.xml")):
 tree.ElementTree(whole).write(sys.argv[2], encoding="utf-8", xml_declaration=True)
 PYTHON
 
-# --- speed: one part at a time ----------------------------------------------------------------------------------------
+# --- what is measured last --------------------------------------------------------------------------------------------
 
-show() { # NAME : its end on the screen, all of it into bench.log
-    printf '\n=== %s: %s\n' "$1" "$(cat "$work/status/$1")" >>"$out/bench.log"
-    cat "$work/logs/$1" >>"$out/bench.log"
-    say "$1: $(cat "$work/status/$1")"
-}
-
-: >"$out/bench.log"
-for pair in similarity_distillation:120 stft_masking:55 mask_head:45; do
-    name=bench-${pair%:*}
-    parts+=("$name")
-    part "$name" "${pair#*:}" "$run" -m avsep.benchmarks.kernels --op "${pair%:*}" --sizes "$sizes" --device "$device" \
-        --repeats "$repeats" --out "$out/kernels.csv"
-    show "$name"
-done
-parts+=(bench-huge)
-if [ $dry = 1 ]; then
-    skip bench-huge "dry run"
-else # 262,144 rows, whose scores would take 824 GB
-    part bench-huge 60 "$run" -m avsep.benchmarks.kernels --op similarity_distillation --sizes huge --no-compile \
-        --device "$device" --repeats 3 --out "$out/kernels.csv"
-fi
-show bench-huge
-parts+=(bench-train bench-separate)
-if ! need pydantic yaml lightning_fabric safetensors soundfile soxr typer rich; then
-    skip bench-train "not installed:$absent"
-    skip bench-separate "not installed:$absent"
-elif [ $dry = 1 ]; then
-    part bench-train 60 "$run" -m avsep bench train --help
-    part bench-separate 60 "$run" -m avsep bench separate --preset aligned_small --minutes 0.12 --repeats 1 \
-        --out "$out/separate.csv"
+sum_up
+avsep bench-forms 75 bench export "${forms[@]}" --no-memory --out "$out/forms.csv"
+if [ $dry = 1 ]; then # which would compile for minutes, and take 824 GB of scores
+    leave_out bench-compiled "dry run"
+    leave_out bench-large "dry run"
+    avsep bench-separate 60 bench separate --preset aligned_small --minutes 0.12 --repeats 1 --out "$out/separate.csv"
+    leave_out bench-huge "dry run"
 else
-    # published sizes: 32 mixtures, mixed precision
-    part bench-train 130 "$run" -m avsep bench train --device cuda --batch 32 --form bf16 --form compiled --repeats 7 \
-        --out "$out/train.csv"
-    part bench-separate 40 "$run" -m avsep bench separate --device cuda --repeats 3 --out "$out/separate.csv"
+    avsep bench-compiled 90 "${step[@]}" --form compiled --out "$out/train.csv"
+    kernels bench-large 80 similarity_distillation large
+    avsep bench-separate 40 bench separate --device cuda --repeats 3 --out "$out/separate.csv"
+    repeats=3 # of 262,144 rows, whose scores would take 824 GB
+    kernels bench-huge 60 similarity_distillation huge --no-compile
 fi
-show bench-train
-show bench-separate
 
 parts+=(results)
 if [ -e "$out/kernels.csv" ]; then
     plot=()
-    ! has matplotlib || plot=(--plot "$out/kernels.png")
-    part results 25 "$run" -m avsep.benchmarks.kernels --from-csv "$out/kernels.csv" ${plot[@]+"${plot[@]}"}
+    [ $plots = 0 ] || plot=(--plot "$out/kernels.png")
+    part results 15 "$run" -m avsep.benchmarks.kernels --from-csv "$out/kernels.csv" ${plot[@]+"${plot[@]}"}
 else
     skip results "nothing was measured"
 fi
-
-# --- summary ----------------------------------------------------------------------------------------------------------
-
-failed=0
-for name in "${parts[@]}"; do
-    case $(cat "$work/status/$name") in failed*) failed=$((failed + 1)) ;; esac
-done
-{
-    for name in "${parts[@]}"; do printf '%-34s %s\n' "$name" "$(cat "$work/status/$name")"; done
-    [ ${#missing[@]} = 0 ] || echo "not installed: ${missing[*]}"
-    has matplotlib || echo "no plot: matplotlib is not installed"
-    echo
-    cat "$work/logs/results"
-    echo
-    echo "$((SECONDS - began)) s; $([ $failed = 0 ] && echo 'nothing failed' || echo "$failed parts failed")"
-} | tee "$out/summary.txt"
-[ $failed = 0 ]
+sum_up "done;"
+cat "$out/summary.txt"
+[ "$(failed_parts)" = 0 ]

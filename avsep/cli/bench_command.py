@@ -139,6 +139,9 @@ def continual(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE of every run, such as train.epochs=2.")
     ] = None,
+    clips: Annotated[
+        tuple[int, int, int], typer.Option("--clips", help="Training, validation and test clips of a made-up class.")
+    ] = (24, 4, 4),
     device: _Device = "cpu",
     jobs: Annotated[int, typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Runs at a time.")] = 1,
     out: Annotated[Path, typer.Option("--out", help="CSV file to append the results to.")] = _CONTINUAL_OUT,
@@ -151,7 +154,7 @@ def continual(
     with tempfile.TemporaryDirectory(prefix="avsep-bench-") as folder:
         place = Path(folder)
         run(
-            made_up_store(place / "store") if store is None else store,
+            made_up_store(place / "store", clips=clips) if store is None else store,
             place / "runs",
             preset=preset,
             seeds=range(seeds),

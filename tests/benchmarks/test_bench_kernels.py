@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -386,8 +388,65 @@ def test_the_suite_goes_on_without_time_and_says_so(tmp_path):
 
 @needs_bash
 @pytest.mark.slow
+def test_a_suite_that_is_cut_off_keeps_what_was_measured(tmp_path):
+    """Whole rows of the part that was done, those of the running part's cases that were, and a summary of both."""
+    out = tmp_path / "out"
+    table, summary = out / "kernels.csv", out / "summary.txt"
+    process = subprocess.Popen(
+        ["bash", str(SUITE), "--dry-run", str(out)],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
+    try:
+        deadline = time.monotonic() + 600
+        while not table.exists() or "stft analysis" not in table.read_text():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        so_far = summary.read_text()
+        process.terminate()
+        assert process.wait(30) == 143
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert re.search(r"bench-similarity_distillation +ok", so_far)
+    assert re.search(r"bench-stft_masking +not finished", so_far)
+    rows = commands.csv_rows(table, COLUMNS)
+    assert all(row["date"] for row in rows)
+    done = {op: {row["case"] for row in rows if row["op"] == op} for op in OPERATIONS}
+    assert done == {
+        "similarity_distillation": {"similarity_distillation n=24"},
+        "stft_masking": {"stft analysis batch=2"},
+        "mask_head": set(),
+    }
+    assert {row["variant"] for row in rows if row["op"] == "stft_masking"} >= {"eager", "torch"}
+    told = summary.read_text()
+    assert re.search(r"bench-similarity_distillation +ok", told)
+    assert re.search(r"bench-stft_masking +failed \(stopped while it was running\)", told)
+    assert "cut off; 1 parts failed" in told
+    assert "=== bench-stft_masking: stopped" in (out / "bench.log").read_text()
+
+
+@needs_bash
+@pytest.mark.slow
 def test_the_suite_runs_dry(tmp_path):
-    found = suite("--dry-run", tmp_path / "out")
+    from avsep.benchmarks import continual, export_cases
+
+    out = tmp_path / "out"
+    found = suite("--dry-run", out)
     assert found.returncode == 0, found.stdout + found.stderr
-    assert {r["op"] for r in commands.csv_rows(tmp_path / "out" / "kernels.csv", COLUMNS)} == set(OPERATIONS)
-    assert "<testsuite" in (tmp_path / "out" / "tests.xml").read_text()
+    assert {r["op"] for r in commands.csv_rows(out / "kernels.csv", COLUMNS)} == set(OPERATIONS)
+    assert "<testsuite" in (out / "tests.xml").read_text()
+    steps = {r["variant"] for r in commands.csv_rows(out / "train.csv", measure.COLUMNS) if r["case"] == "train step"}
+    assert steps == {"literal", "avsep", "literal, bf16", "avsep, bf16"}
+    tasks = [(r["strategy"], r["task"]) for r in commands.csv_rows(out / "continual.csv", continual.COLUMNS)]
+    assert sorted(tasks) == [(strategy, task) for strategy in ("contavsep", "finetune") for task in "01"]
+    forms = {r["variant"]: r for r in commands.csv_rows(out / "forms.csv", export_cases.COLUMNS)}
+    assert float(forms["PyTorch eager"]["median_ms"]) > 0
+    assert any(name.startswith("ONNX Runtime") for name in forms)
+    assert {r["case"] for r in commands.csv_rows(out / "separate.csv", measure.COLUMNS)} == {"separate", "first sound"}
+    summary = (out / "summary.txt").read_text()
+    assert "done; nothing failed" in summary
+    parts = [line.split()[0] for line in summary.splitlines() if line.startswith(("bench-", "checks", "results"))]
+    assert parts.index("bench-mask_head") < parts.index("bench-continual") < parts.index("checks")
+    assert parts.index("checks") < parts.index("bench-forms") < parts.index("bench-huge") < parts.index("results")
