@@ -48,6 +48,14 @@ def command(
     classes_per_task: Annotated[
         int | None, typer.Option("--classes-per-task", min=1, help="Cut the store's classes into tasks of this size.")
     ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(
+            "--order",
+            help="Of the store's classes, where the tasks are cut from them: store, near, far (chains from the most "
+            "central class by what the classes look or sound like) or random:SEED [default: store].",
+        ),
+    ] = None,
     fidelity: Annotated[
         str | None,
         typer.Option(
@@ -106,6 +114,8 @@ def command(
             )
         if fidelity is not None:
             raise ConfigError(f"{out} goes on with the settings it was started with: leave --fidelity out to resume")
+        if order is not None:
+            raise ConfigError(f"{out} goes on with the order it was started with: leave --order out to resume")
         store = store or Path(spec.store)
     else:
         preset = preset or "iquery_small"
@@ -136,6 +146,8 @@ def command(
     opened = Store.open(store)
     if tasks is not None and classes_per_task is not None:
         raise ConfigError("give --tasks or --classes-per-task, not both")
+    if tasks is not None and order is not None:
+        raise ConfigError("--tasks says which classes are learned when: leave --order out")
     lists: Sequence[Sequence[str]] | int | None = classes_per_task
     if tasks is not None:
         lists = _tasks(tasks, opened.classes)
@@ -148,6 +160,7 @@ def command(
         protocol=preliminary.protocol,
         validation_protocol=preliminary.validation_protocol,
         clip_samples=preliminary.separator.front_end.clip_samples,
+        order=order or "store",
     )
     spec = preliminary.model_copy(update={"tasks": tuple(t.classes for t in stream.tasks)})
     try:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from avsep.data.class_order import class_order
 from avsep.data.protocol import Protocol, build_protocol
 from avsep.data.store import Clip, Store
 from avsep.errors import ConfigError, DataError
@@ -66,18 +67,25 @@ def task_stream(
     protocol: str = "fixed",
     validation_protocol: str = "fixed",
     clip_samples: int = 65535,
+    order: str = "store",
 ) -> TaskStream:
     """A stream over a store.
 
     ``tasks`` is a list of lists of class names, a number of classes a task, or None for the paper's five (or, where
     the store's classes do not divide by five, halves). ``protocol`` makes the test mixtures, ``validation_protocol``
     those that models are selected by (:data:`~avsep.data.protocol.PROTOCOLS`). ``clip_samples`` is the length of a test
-    mixture, the front end's.
+    mixture, the front end's. ``order`` is that of the classes where the tasks are cut from them
+    (:data:`avsep.data.class_order.ORDERS`).
     """
     store = store if isinstance(store, Store) else Store.open(store)
     if tasks is None:
         tasks = 5 if len(store.classes) % 5 == 0 else max(1, (len(store.classes) + 1) // 2)
-    lists = split_classes(store.classes, tasks) if isinstance(tasks, int) else [list(t) for t in tasks]
+    if isinstance(tasks, int):
+        lists = split_classes(class_order(store, order), tasks)
+    elif order != "store":
+        raise ConfigError(f"order '{order}' is of tasks that are cut from the store's classes, and these are named")
+    else:
+        lists = [list(t) for t in tasks]
     made = make_tasks(lists)
     for task in made:
         for name in task.classes:
