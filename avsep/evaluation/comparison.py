@@ -451,6 +451,7 @@ _NOT_METHOD = (
     "store",
     "protocol",
     "tasks",
+    "blurry.tasks",
     "separator.classes",
     "separator.num",
 )
