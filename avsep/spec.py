@@ -361,6 +361,18 @@ def _strategies(value: Any) -> Any:
     return value[0] if len(value) == 1 else tuple(value)
 
 
+class BlurrySpec(_Model):
+    """A stream whose tasks overlap (:mod:`avsep.data.blurry`).
+
+    ``tasks``: the classes that most clips of come in each task; the run's own ``tasks`` are those that each brings.
+    """
+
+    disjoint: int = Field(50, ge=0, le=100, description="percent of the classes that come in one task alone")
+    blurry: int = Field(10, ge=0, le=100, description="percent of the others' clips that come in any task")
+    seed: int = Field(1, ge=0)
+    tasks: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_task_lists)] = ()
+
+
 class RunSpec(_Model):
     """Everything that decides a run's result: separator, strategy, memory, training, tasks, protocol and the store."""
 
@@ -380,6 +392,13 @@ class RunSpec(_Model):
     store: str = ""
     store_hash: str = ""
     preset: str = ""
+    blurry: BlurrySpec | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As :class:`TrainSpec`'s."""
+        data: dict[str, Any] = handler(self)
+        return {key: value for key, value in data.items() if value is not None or key != "blurry"}
 
     def check(self) -> None:
         self.separator.check()
@@ -388,6 +407,11 @@ class RunSpec(_Model):
         self.memory.check(MEMORIES)
         if self.train.mixer is not None:
             self.train.mixer.check(MIXERS)
+
+    @property
+    def tested(self) -> tuple[tuple[str, ...], ...]:
+        """The classes that each task is tested on: those it brings, but where tasks overlap."""
+        return (self.blurry.tasks if self.blurry is not None else ()) or self.tasks
 
     @property
     def strategies(self) -> tuple[ComponentRef, ...]:

@@ -32,7 +32,7 @@ def command(
         Path | None,
         typer.Option(
             "--out",
-            help="File of the scores on another store, protocol or split [default: RUN/evaluation-STORE-HASH.json].",
+            help="File of the scores on another store, protocol or split [default: beside the run's own].",
         ),
     ] = None,
     dependence: Annotated[

@@ -48,6 +48,22 @@ def command(
     classes_per_task: Annotated[
         int | None, typer.Option("--classes-per-task", min=1, help="Cut the store's classes into tasks of this size.")
     ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(
+            "--order",
+            help="Of the store's classes, where the tasks are cut from them: store, near, far (chains from the most "
+            "central class by what the classes look or sound like) or random:SEED [default: store].",
+        ),
+    ] = None,
+    blurry: Annotated[
+        str | None,
+        typer.Option(
+            "--blurry",
+            help="Tasks that overlap (Si-Blurry): percent of the classes that come in one task alone, percent of the "
+            "others' clips that come in any task, and a seed, as 50:10:1.",
+        ),
+    ] = None,
     fidelity: Annotated[
         str | None,
         typer.Option(
@@ -107,6 +123,9 @@ def command(
             )
         if fidelity is not None:
             raise ConfigError(f"{out} goes on with the settings it was started with: leave --fidelity out to resume")
+        for name, value in (("order", order), ("blurry", blurry)):
+            if value is not None:
+                raise ConfigError(f"{out} goes on with the tasks it was started with: leave --{name} out to resume")
         store = store or Path(spec.store)
     else:
         preset = preset or "iquery_small"
@@ -128,6 +147,8 @@ def command(
                 )
     if protocol is not None:
         data["protocol"] = protocol
+    if blurry is not None:
+        data["blurry"] = _blurry(blurry)
     for setting in settings or ():
         if way := _ELSEWHERE.get(setting.partition("=")[0]):
             raise ConfigError(f"--set {setting} would have no effect: {way}")
@@ -137,20 +158,24 @@ def command(
     opened = Store.open(store)
     if tasks is not None and classes_per_task is not None:
         raise ConfigError("give --tasks or --classes-per-task, not both")
+    if tasks is not None and order is not None:
+        raise ConfigError("--tasks says which classes are learned when: leave --order out")
     lists: Sequence[Sequence[str]] | int | None = classes_per_task
     if tasks is not None:
         lists = _tasks(tasks, opened.classes)
     preliminary = validated(RunSpec, data, "run")
     preliminary.check()
-    lists = lists if lists is not None else preliminary.tasks or None
+    lists = lists if lists is not None else preliminary.tested or None
     stream = task_stream(
         opened,
         lists,
         protocol=preliminary.protocol,
         validation_protocol=preliminary.validation_protocol,
         clip_samples=preliminary.separator.front_end.clip_samples,
+        order=order or "store",
+        blurry=preliminary.blurry,
     )
-    spec = preliminary.model_copy(update={"tasks": tuple(t.classes for t in stream.tasks)})
+    spec = preliminary.model_copy(update={"tasks": tuple(t.classes for t in stream.tasks), "blurry": stream.blurry})
     try:
         if _launched(devices, device, context.obj):
             return
@@ -235,3 +260,13 @@ def _tasks(text: str, known: Sequence[str]) -> list[list[str]]:
     from avsep.cli._text import names_in
 
     return [names_in(part, known) for part in text.strip().removesuffix(";").split(";")]
+
+
+def _blurry(text: str) -> dict[str, int]:
+    """``50:10`` or ``50:10:1`` as plain data of a :class:`~avsep.spec.BlurrySpec`."""
+    from avsep.errors import ConfigError
+
+    parts = text.split(":")
+    if len(parts) not in (2, 3) or not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(f"--blurry {text!r} is not PERCENT:PERCENT or PERCENT:PERCENT:SEED, such as 50:10:1")
+    return dict(zip(("disjoint", "blurry", "seed"), map(int, parts), strict=False))

@@ -506,6 +506,7 @@ _NOT_METHOD = (
     "store",
     "protocol",
     "tasks",
+    "blurry.tasks",
     "separator.classes",
     "separator.num",
 )

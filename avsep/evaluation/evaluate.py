@@ -247,14 +247,14 @@ def evaluate_on(
     spec = run.spec()
     opened = store if isinstance(store, Store) else Store.open(store)
     opened.require_rate(spec.separator.front_end.sample_rate_hz)
-    known = [name for names in spec.tasks for name in names]
+    known = [name for names in spec.tested for name in names]
     there = [n for n in known if n in opened.classes and opened.select(classes=[n], split=split)]
     if not there:
         raise DataError(
             f"{opened.path} has no {split} clip of a class that {run} has learned ({', '.join(known)}): it has "
             f"{', '.join(opened.classes)}"
         )
-    lists = [tuple(name for name in names if name in there) for names in spec.tasks]
+    lists = [tuple(name for name in names if name in there) for names in spec.tested]
     made = [Task(t, names, tuple(n for before in lists[: t + 1] for n in before)) for t, names in enumerate(lists)]
     kind = protocol or spec.protocol
     tested = build_protocol(kind, opened, made, split=split, clip_samples=spec.separator.front_end.clip_samples)

@@ -94,7 +94,7 @@ def forward_transfer(
     Raises:
         ConfigError: as :func:`with_unlearned`.
     """
-    own = set(protocol.tasks[task])
+    own, known = set(protocol.tasks[task]), separator.classes  # of tasks that overlap some classes are known before
     chosen = [
         (number, mixture)
         for number, mixture in enumerate(protocol.at(task))
@@ -109,7 +109,7 @@ def forward_transfer(
             progress(done, len(chosen))
 
     scores = evaluate_separator(
-        with_unlearned(separator, store, protocol.tasks[task], device),
+        with_unlearned(separator, store, [name for name in protocol.tasks[task] if name not in known], device),
         store,
         [mixture for _, mixture in chosen],
         batch_size=batch_size,

@@ -486,7 +486,7 @@ def _run_view(folder: Path, name: str, finished: int) -> RunView:
         name=name,
         folder=folder.name,
         settings=parts,
-        tasks=spec.tasks,
+        tasks=spec.tested,
         evaluation=current_evaluation(folder),
         losses=losses,
         validation=validation,

@@ -181,6 +181,7 @@ class ContinualLearner:
             store=str(Path(stream.store.path).resolve()),
             store_hash=stream.store.content_hash,
             preset=preset,
+            blurry=stream.blurry,
         )
         other = None if first_task is None else RunFolder(first_task)
         if other is not None:
@@ -363,8 +364,7 @@ class ContinualLearner:
                     "pair different classes, so give it two or more"
                 )
         if not self.strategy.uses_all_data:
-            old = stream.tasks[-1].seen if self.strategy.memory_only else stream.tasks[-1].old
-            self.memory.check({name: len(_clips(stream, name)) for name in old})
+            self.memory.check(_counts(stream, stream.tasks if self.strategy.memory_only else stream.tasks[:-1]))
         clip = stream.train_clips(first)[0]
         for source in self.separator.visual_sources():  # a missing feature or a wrong width shows here, not in an hour
             stream.store.read_visual(clip, source, centre_s=0.0, duration_s=spec.front_end.clip_s)
@@ -541,8 +541,12 @@ class ContinualLearner:
         calibrate_presence(student, stream.store, stream.validation.at(task.index), device)
         if student.mask_decoder.takes_unseen or not student.visual_sources():
             return
-        names = task.seen if self.strategy.uses_all_data else () if self.strategy.memory_only else task.classes
-        at_hand = {name: [(clip, None) for clip in _clips(stream, name)] for name in names}
+        everything = self.strategy.uses_all_data
+        names = task.seen if everything else {*task.classes, *stream.protocol.tasks[task.index]}
+        at_hand: dict[str, list[tuple[Clip, int | None]]] = {}
+        for clip in () if self.strategy.memory_only else stream.train_clips(task, all_seen=everything):
+            if clip.class_name in names:
+                at_hand.setdefault(clip.class_name, []).append((clip, None))
         by_id = {clip.id: clip for clip in stream.store.clips}
         if task.index:  # from the file, so that a resumed run goes on from the same
             before = run.task(task.index - 1).separator
@@ -557,8 +561,8 @@ class ContinualLearner:
         is_last = task.index == len(stream) - 1 and not self.strategy.memory_only
         if is_last or self.strategy.uses_all_data:
             return held
-        clips = {name: _clips(stream, name) for name in task.classes}
-        earlier = {name: len(_clips(stream, name)) for name in task.old}
+        clips = stream.candidates(task)
+        earlier = _counts(stream, stream.tasks[: task.index])
         front_end, sources = self.separator.spec.front_end, self.separator.visual_sources()
         weigh = ExemplarScale(stream.store, sources, front_end)
         candidates = (
@@ -595,8 +599,9 @@ def _load_student(student: Separator, tensors: dict[str, Tensor], run: RunFolder
         raise CheckpointError(f"{run.state} does not fit the separator: {str(error).splitlines()[-1]}") from None
 
 
-def _clips(stream: TaskStream, name: str) -> list[Clip]:
-    return stream.store.select(classes=[name], split="train")
+def _counts(stream: TaskStream, tasks: Sequence[Task]) -> dict[str, int]:
+    """How many clips of each class the exemplars of these tasks are chosen from."""
+    return {name: len(clips) for task in tasks for name, clips in stream.candidates(task).items()}
 
 
 def _refs(value: _Component | Sequence[_Component]) -> tuple[ComponentRef, ...]:

@@ -36,7 +36,7 @@ class Validation:
         self._batch_size = train.batch_size
         self._ranks = ranks
         self._device = device
-        self.tasks = [t.classes for t in stream.tasks[: task.index + 1]]
+        self.tasks = stream.validation.tasks[: task.index + 1]
 
     def score(self, student: Separator) -> tuple[float, list[MixtureScore]]:
         """The mean SDR in dB, and the scores of the mixtures."""
