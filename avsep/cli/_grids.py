@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avsep.reproduce import Grid, GridPreset
+    from avsep.reproduce import Grid, GridPreset, ResultStore
     from avsep.reproduce.leaderboard import BoardPreset
     from avsep.reproduce.runner import Launcher
 
-__all__ = ["device_of", "launcher_of", "raise_failed", "run_board"]
+__all__ = ["device_of", "launcher_of", "print_choices", "raise_failed", "run_board"]
 
 
 def raise_failed(grid: Grid, failed: dict[str, str]) -> None:
@@ -51,6 +51,32 @@ def launcher_of(name: str, out: Path, settings: list[str]) -> Launcher:
     return SubmititLauncher(out, parameters.pop("cluster", None), parameters)
 
 
+def print_choices(grid: Grid, results: ResultStore, where: str = "'strategies' of the preset's bases") -> None:
+    """Show the scores of a tuning's candidates, and what is chosen as YAML for ``where``."""
+    import yaml
+
+    from avsep.progress import terminal
+    from avsep.reproduce import choices
+
+    console = terminal()
+    chosen: dict[str, dict[str, dict[str, Any]]] = {}
+    for choice in choices(grid, results):
+        console.print(f"{choice.base}, {choice.row}", highlight=False)
+        for number, (settings, score, count) in enumerate(choice.candidates):
+            said = ", ".join(f"{key} {_plain(value)}" for key, value in settings.items())
+            mark = "chosen" if settings == choice.best else "" if number in choice.open else "given up"
+            value = "not run" if score is None else f"{score:.2f} dB ({count} seed{'s' if count != 1 else ''})"
+            console.print(f"  {said}: {value}{f', {mark}' if mark else ''}", highlight=False)
+        if choice.best is not None:
+            chosen.setdefault(choice.base, {})[choice.row] = choice.best
+    console.print(f"\nmean SDR on validation pairs after the second task; for {where}:", highlight=False)
+    console.print(yaml.safe_dump(chosen, sort_keys=False).rstrip(), highlight=False)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
 def run_board(
     board: BoardPreset,
     *,
@@ -71,6 +97,7 @@ def run_board(
     plan: bool,
     name: str,
     title: str,
+    tune: bool = False,
 ) -> None:
     """Run a board round by round, and write it; ``grid`` stands for the preset that the board names."""
     import importlib.util
@@ -81,26 +108,36 @@ def run_board(
     from avsep.reproduce import ResultStore, run_grid
     from avsep.reproduce.board_page import write_board
     from avsep.reproduce.dataset import open_dataset
-    from avsep.reproduce.leaderboard import build_board, next_round, tables_of
+    from avsep.reproduce.leaderboard import board_tuning, build_board, next_round, tables_of
     from avsep.reproduce.preset import load_grid_preset
     from avsep.reproduce.runner import Outcome, check_folder, claim, cores
+    from avsep.reproduce.tuning import next_round as next_candidates
 
     for package in ("matplotlib", "jinja2"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "reproduce", "the page and its pictures")
     loaded = grid if grid is not None else load_grid_preset(board.grid)
     loaded.check_bases(bases or ())
-    check_folder(out, resume, preset=preset, given=board, tuning=False)
+    check_folder(out, resume, preset=preset, given=board, tuning=tune)
     accelerator = device_of(device, launcher)
     started = launcher_of(launcher, out, launcher_settings)
     store, data_set = open_dataset(dataset, loaded, out / "store")
-    whole = build_board(board, store, grid=loaded, bases=bases, entries=entries)
     claimed = ResultStore(out / "cells", results or [])
-    part = next_round(board, whole, claimed) or replace(whole, cells={})
+    if tune:
+        whole = board_tuning(board, store, grid=loaded)
+    else:
+        whole = build_board(board, store, grid=loaded, bases=bases, entries=entries)
+
+    def next_cells() -> Grid:
+        more = next_candidates(whole, claimed) if tune else next_round(board, whole, claimed)
+        return replace(whole, cells={k: c for k, c in (more.cells if more else {}).items() if k not in failed})
+
+    failed: dict[str, str] = {}
+    part = next_cells()
     console = terminal()
     rows = sum(len(of_base) for table in whole.rows.values() for of_base in table.values())
     console.print(
-        f"{name}: {rows} rows, {len(part.cells)} cells to be run now"
+        f"{name}: {rows} {'candidates' if tune else 'rows'}, {len(part.cells)} cells to be run now"
         f"{'' if board.screening >= board.seeds else ', and more seeds of the best then'}",
         highlight=False,
     )
@@ -125,15 +162,15 @@ def run_board(
             preset=Path(preset).stem,
         )
 
-    failed: dict[str, str] = {}
     try:
         while part.cells:
-            outcome = run(part)
-            failed |= outcome.failed
-            more = next_round(board, whole, claimed)
-            part = replace(whole, cells={k: c for k, c in (more.cells if more else {}).items() if k not in failed})
+            failed |= run(part).failed
+            part = next_cells()
     except KeyboardInterrupt:
         raise KeyboardInterrupt("go on with the same command and --resume") from None
+    if tune:
+        print_choices(whole, claimed, "'settings' of the board's preset")
+        return raise_failed(whole, failed)
     budgets = {table: table if board.budgets else "all" for table in whole.rows}
     tables = tables_of(
         board,

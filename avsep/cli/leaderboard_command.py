@@ -52,6 +52,9 @@ def command(
     any_code: Annotated[
         bool, typer.Option("--any-code", help="With --resume: go on though the library has changed since.")
     ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Choose the entries' settings on validation pairs instead; before the board.")
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be run.")] = False,
 ) -> None:
     """Rank methods at equal bytes and equal updates; all with a few seeds, the best third with many.
@@ -85,4 +88,5 @@ def command(
         plan=plan,
         name="leaderboard",
         title="Methods at equal bytes and equal updates",
+        tune=tune,
     )

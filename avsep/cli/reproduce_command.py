@@ -12,7 +12,7 @@ import typer
 from avsep.environment import MOST_PROCESSES
 
 if TYPE_CHECKING:
-    from avsep.reproduce import Cell, Grid, GridPreset, ResultStore
+    from avsep.reproduce import Cell, Grid, ResultStore
 
 
 def command(
@@ -88,7 +88,7 @@ def command(
     """
     from dataclasses import replace
 
-    from avsep.cli._grids import device_of, launcher_of, raise_failed
+    from avsep.cli._grids import device_of, launcher_of, print_choices, raise_failed
     from avsep.errors import ConfigError, MissingExtraError
     from avsep.progress import terminal
     from avsep.reproduce import (
@@ -126,7 +126,7 @@ def command(
     else:
         grid = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases, rows=row)
     claimed = ResultStore(out / "cells", results or [])
-    part = (next_round(grid, loaded, claimed) or replace(grid, cells={})) if wanted == ["tune"] else grid
+    part = (next_round(grid, claimed) or replace(grid, cells={})) if wanted == ["tune"] else grid
     missing = [cell for key, cell in part.cells.items() if key not in claimed]
     count, firsts = len(grid.cells), len({c.first_key for c in missing})
     todo = (
@@ -165,12 +165,12 @@ def command(
 
     try:
         outcome = run(part)
-        while wanted == ["tune"] and not outcome.failed and (more := next_round(grid, loaded, claimed)) is not None:
+        while wanted == ["tune"] and not outcome.failed and (more := next_round(grid, claimed)) is not None:
             outcome = run(more)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with: {_again(tables, locals())}") from None
     if wanted == ["tune"]:
-        _print_choices(grid, loaded, claimed)
+        print_choices(grid, claimed)
         return raise_failed(grid, outcome.failed)
     whole = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases) if row else grid
     # a choice of rows adds to the tables that are there: rows finished before are shown with them
@@ -225,29 +225,6 @@ def _print_power(grid: Grid, tables: list[str], results: ResultStore, difference
                 )
             console.print(where + said, highlight=False, soft_wrap=True)
     console.print(f"{left:.1f} core hours left for the rows that can be told of", highlight=False)
-
-
-def _print_choices(grid: Any, preset: GridPreset, results: ResultStore) -> None:
-    import yaml
-
-    from avsep.progress import terminal
-    from avsep.reproduce import choices
-
-    console = terminal()
-    chosen: dict[str, dict[str, dict[str, Any]]] = {}
-    for choice in choices(grid, preset, results):
-        console.print(f"{choice.base}, {choice.row}", highlight=False)
-        for number, (settings, score, count) in enumerate(choice.candidates):
-            said = ", ".join(f"{key} {value:g}" for key, value in settings.items())
-            mark = "chosen" if settings == choice.best else "" if number in choice.open else "given up"
-            value = "not run" if score is None else f"{score:.2f} dB ({count} seed{'s' if count != 1 else ''})"
-            console.print(f"  {said}: {value}{f', {mark}' if mark else ''}", highlight=False)
-        if choice.best is not None:
-            chosen.setdefault(choice.base, {})[choice.row] = choice.best
-    console.print(
-        "\nmean SDR on validation pairs after the second task; for 'strategies' of the preset's bases:", highlight=False
-    )
-    console.print(yaml.safe_dump(chosen, sort_keys=False).rstrip(), highlight=False)
 
 
 def _tables(names: list[str]) -> list[str]:

@@ -29,12 +29,15 @@ from avsep.reproduce.grid import Grid, Row, assemble, base_separators, spec_of_r
 from avsep.reproduce.preset import GridPreset, PresetModel, load_grid_preset
 from avsep.reproduce.results import ResultStore
 from avsep.reproduce.tables import Table, build_table
+from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
+from avsep.reproduce.tuning import candidates_of, tuning_grid
 from avsep.spec import PRESETS, ComponentRef, RunSpec, TrainSpec, apply_settings, load_preset, validated
 from avsep.strategies import build_strategy
 
 __all__ = [
     "BoardPreset",
     "Entry",
+    "board_tuning",
     "build_board",
     "list_board_presets",
     "load_board_preset",
@@ -50,7 +53,8 @@ _FOLDER = PRESETS / "leaderboard"
 
 class Entry(PresetModel):
     """One line of a board. ``memory``: ``board``, the board's; ``none``; or one of its own. ``reference``: no
-    competitor, such as the upper bound: it may keep what it wants, and runs all seeds."""
+    competitor, such as the upper bound: it may keep what it wants, and runs all seeds. ``tuning``: the settings of the
+    first strategy among which ``avsep leaderboard --tune`` chooses."""
 
     name: str
     label: str = ""
@@ -59,15 +63,17 @@ class Entry(PresetModel):
     train: dict[str, Any] = Field(default_factory=dict)
     separator: dict[str, Any] = Field(default_factory=dict)
     reference: bool = False
+    tuning: tuple[dict[str, Any], ...] = ()
 
-    def row(self, memory: ComponentRef | None, *, shared: bool) -> Row:
-        """The grid's row with that memory; ``shared``: exemplars are seen as often as one a class would be."""
+    def row(self, memory: ComponentRef | None, *, shared: bool, settings: Mapping[str, Any] | None = None) -> Row:
+        """The grid's row with that memory; ``shared``: exemplars are seen as often as one a class would be;
+        ``settings`` go over the first strategy's own."""
         first, *beside = self.strategies
         return Row(
             name=self.name,
             label=self.label or self.name,
             strategy=first.name,
-            params=dict(first.params),
+            params={**first.params, **(settings or {})},
             memory=memory,
             train={**({"memory_share": "constant"} if shared else {}), **self.train},
             separator=dict(self.separator),
@@ -90,6 +96,9 @@ class BoardPreset(PresetModel):
     )
     budgets: dict[str, int | Literal["model"]] = Field(default_factory=dict)
     entries: tuple[Entry, ...] = Field(min_length=1)
+    settings: dict[str, dict[str, dict[str, Any]]] = Field(
+        default_factory=dict, description="of entries' first strategies, by base and entry: what --tune has chosen"
+    )
     control: str = Field(description="the entry that the others' differences are to")
     screening: int = Field(6, ge=1, description="seeds of every entry")
     seeds: int = Field(20, ge=1, description="seeds of the best")
@@ -228,7 +237,8 @@ class _Rows:
         """The entry's row, or None with a note that says why there is none."""
         own = self.board.memory if entry.memory == "board" else entry.memory
         memory = own if isinstance(own, ComponentRef) and own.name != "none" else None
-        row = entry.row(memory, shared=self.limit is not None)
+        chosen = self.board.settings.get(self.base, {}).get(entry.name)
+        row = entry.row(memory, shared=self.limit is not None, settings=chosen)
         try:
             spec = self._spec(row)
             spec.check()
@@ -317,6 +327,35 @@ def tables_of(
         }
         made.append(replace(table, lines=lines))
     return made
+
+
+def board_tuning(
+    board: BoardPreset, store: Store, *, grid: GridPreset | None = None, seeds: int = TUNING_SEEDS
+) -> Grid:
+    """A grid of the candidates of all entries that have some, at the board's first budget
+    (:mod:`avsep.reproduce.tuning`).
+
+    Raises:
+        ConfigError: no entry has any.
+    """
+    preset = grid if grid is not None else load_grid_preset(board.grid)
+    whole = build_board(board, store, grid=preset)
+    table = next(iter(whole.rows))
+    tunings = {entry.name: entry for entry in board.entries if entry.tuning}
+    rows = {
+        base: [
+            one
+            for row in of_base
+            if row.name in tunings
+            for one in candidates_of(
+                row, [{**tunings[row.name].strategies[0].params, **settings} for settings in tunings[row.name].tuning]
+            )
+        ]
+        for base, of_base in whole.rows[table].items()
+    }
+    if not any(rows.values()):
+        raise ConfigError("no entry of the board has 'tuning', such as [{weight: 0.1}, {weight: 1}]: nothing to tune")
+    return tuning_grid(rows, preset, store, seeds=seeds)
 
 
 # --- a sweep ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ seeds, whose differences are far larger than those of candidates, and there are 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,19 @@ from avsep.reproduce.grid import BASES, Grid, Row, assemble, table1_rows
 from avsep.reproduce.preset import GridPreset
 from avsep.reproduce.results import ResultStore
 
-__all__ = ["FIRST", "LEAST", "MARGIN_DB", "SEEDS", "Choice", "build_tuning", "choices", "next_round"]
+__all__ = [
+    "FIRST",
+    "LEAST",
+    "MARGIN_DB",
+    "SEEDS",
+    "TUNE",
+    "Choice",
+    "build_tuning",
+    "candidates_of",
+    "choices",
+    "next_round",
+    "tuning_grid",
+]
 
 TUNE = "tune"
 FIRST = 3  # seeds of every candidate
@@ -72,32 +84,45 @@ def build_tuning(
     for name in (*preset.tuning, *(rows or ())):
         if name not in known:
             raise UnknownNameError(f"no row named '{name}' to tune: {near_matches(name, known)}")
+    lines = [
+        candidate
+        for name in preset.tuning
+        if not rows or name in rows
+        for candidate in candidates_of(known[name], preset.candidates(name))
+    ]
+    return tuning_grid(dict.fromkeys(wanted, lines), preset, store, seeds=seeds)
+
+
+def tuning_grid(rows: dict[str, list[Row]], preset: GridPreset, store: Store, *, seeds: int = SEEDS) -> Grid:
+    """A grid of candidates by base (:func:`candidates_of`). Raises :class:`ConfigError` where there is no second
+    task."""
     # every validation mixture counts here, since nothing else decides
     short = preset.model_copy(
         update={"train": {**preset.train, "validation_pairs": None}, "seed": preset.seed + _SEEDS_APART}
     )
-    lines = [row for name in preset.tuning if not rows or name in rows for row in _rows(known[name], preset)]
-    grid = assemble(
-        {TUNE: dict.fromkeys(wanted, lines)}, {TUNE: []}, short, store, seeds=seeds, most_tasks=2, tested=False
-    )
+    grid = assemble({TUNE: rows}, {TUNE: []}, short, store, seeds=seeds, most_tasks=2, tested=False)
     if len(grid.stream) < 2:
         raise ConfigError("tuning compares what two tasks leave, and the preset has one")
     return grid
 
 
-def _rows(row: Row, preset: GridPreset) -> list[Row]:
+def candidates_of(row: Row, settings: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """A row with each of several settings in place of its own."""
     found = []
-    for settings in preset.candidates(row.name):
-        name = f"{row.name}:{','.join(f'{key}={value:g}' for key, value in settings.items())}"
-        found.append(replace(row, name=name, label=name, params=dict(settings)))
+    for one in settings:
+        said = ",".join(
+            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in one.items()
+        )
+        name = f"{row.name}:{said}"
+        found.append(replace(row, name=name, label=name, params=dict(one)))
     return found
 
 
-def next_round(grid: Grid, preset: GridPreset, results: ResultStore) -> Grid | None:
+def next_round(grid: Grid, results: ResultStore) -> Grid | None:
     """What is to be run next, as a part of ``grid``: the candidates that are still open, with as many seeds as it takes
     now. None where everything is decided."""
     wanted: set[str] = set()
-    for choice in choices(grid, preset, results):
+    for choice in choices(grid, results):
         names = [row.name for row in grid.rows[TUNE][choice.base] if row.name.partition(":")[0] == choice.row]
         least = min(choice.candidates[number][2] for number in choice.open)
         seeds = FIRST if least < FIRST else least + (len(choice.open) > 1)  # one more where there is a choice left
@@ -107,7 +132,7 @@ def next_round(grid: Grid, preset: GridPreset, results: ResultStore) -> Grid | N
     return replace(grid, cells={key: cell for key, cell in grid.cells.items() if key in wanted}) if wanted else None
 
 
-def choices(grid: Grid, preset: GridPreset, results: ResultStore) -> list[Choice]:
+def choices(grid: Grid, results: ResultStore) -> list[Choice]:
     """What is chosen of every row on every base, from the cells that are finished."""
     found = []
     for base, rows in grid.rows[TUNE].items():
@@ -117,7 +142,7 @@ def choices(grid: Grid, preset: GridPreset, results: ResultStore) -> list[Choice
         for name, of_row in named.items():
             scores = [_scores(grid, base, row.name, results) for row in of_row]
             left = _open(scores)
-            settings = preset.candidates(name)
+            settings = [row.params for row in of_row]
             lines = tuple((settings[i], float(np.mean(s)) if s else None, len(s)) for i, s in enumerate(scores))
             best = None
             enough = all(len(scores[i]) >= min(LEAST, len(grid.seeds)) for i in left) or len(left) == 1

@@ -120,7 +120,7 @@ def results_of(grid, score):
 @pytest.fixture(scope="module")
 def tuning(load, store):
     preset = load(tuning={"lwf+memory": {"weight_mask": [0, 0.1, 0.3]}})
-    return preset, build_tuning(preset, store, seeds=8)
+    return build_tuning(preset, store, seeds=8)
 
 
 def candidates(part):
@@ -128,8 +128,8 @@ def candidates(part):
 
 
 def test_seeds_are_spent_where_candidates_are_close(tuning):
-    preset, grid = tuning
-    assert candidates(next_round(grid, preset, {})) == {"0": FIRST, "0.1": FIRST, "0.3": FIRST}
+    grid = tuning
+    assert candidates(next_round(grid, {})) == {"0": FIRST, "0.1": FIRST, "0.3": FIRST}
     level = {"0": 5.0, "0.1": 5.05, "0.3": 2.0}
     noise = [0.3, -0.2, 0.1, 0.4, -0.1, 0.0, 0.2, -0.3]
 
@@ -140,35 +140,35 @@ def test_seeds_are_spent_where_candidates_are_close(tuning):
 
     known = dict.fromkeys(level, FIRST)
     found = results_of(grid, lambda row, n: score(row, n, known))
-    (choice,) = choices(grid, preset, found)
+    (choice,) = choices(grid, found)
     assert choice.open == (0, 1)
     assert choice.best is None  # fewer than LEAST seeds of two that are left
-    assert candidates(next_round(grid, preset, found)) == {"0": 1, "0.1": 1}
+    assert candidates(next_round(grid, found)) == {"0": 1, "0.1": 1}
     for count in range(FIRST + 1, 9):
         known |= {"0": count, "0.1": count}
         found = results_of(grid, lambda row, n, known=known: score(row, n, known))
-        (choice,) = choices(grid, preset, found)
+        (choice,) = choices(grid, found)
         assert (choice.best is not None) == (count >= LEAST)
     assert choice.best == {"weight_mask": 0.1}
     assert [count for _, _, count in choice.candidates] == [8, 8, FIRST]
-    assert next_round(grid, preset, found) is None
+    assert next_round(grid, found) is None
 
 
 def test_one_that_is_left_needs_no_more_seeds(tuning):
-    preset, grid = tuning
+    grid = tuning
     level = {"0": 1.0, "0.1": 5.0, "0.3": 2.0}
     found = results_of(grid, lambda row, n: level[row.partition("=")[2]] + 0.01 * n if n < FIRST else None)
-    (choice,) = choices(grid, preset, found)
+    (choice,) = choices(grid, found)
     assert (choice.open, choice.best) == ((1,), {"weight_mask": 0.1})
-    assert next_round(grid, preset, found) is None
+    assert next_round(grid, found) is None
 
 
 def test_a_round_that_was_cut_off_gives_nothing_up(tuning):
-    preset, grid = tuning
+    grid = tuning
     found = results_of(grid, lambda row, n: 5.0 if n < (FIRST + 1 if row.endswith("=0") else FIRST) else None)
-    (choice,) = choices(grid, preset, found)
+    (choice,) = choices(grid, found)
     assert choice.open == (0, 1, 2)
-    assert candidates(next_round(grid, preset, found)) == {"0.1": 1, "0.3": 1}
+    assert candidates(next_round(grid, found)) == {"0.1": 1, "0.3": 1}
 
 
 def test_candidates_are_combinations_or_a_list(load, store):
