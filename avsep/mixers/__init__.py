@@ -3,6 +3,7 @@
 from avsep.mixers.as_published import AsPublished
 from avsep.mixers.balanced import Balanced
 from avsep.mixers.base import Draw, Mixer, Pool
+from avsep.mixers.online import Online
 from avsep.mixers.varied import Varied
 
-__all__ = ["AsPublished", "Balanced", "Draw", "Mixer", "Pool", "Varied"]
+__all__ = ["AsPublished", "Balanced", "Draw", "Mixer", "Online", "Pool", "Varied"]
