@@ -312,7 +312,7 @@ class _Estimator:
         """The spec's tasks, and the index of the one that is asked about."""
         if not spec.tasks:
             raise ConfigError(f"the spec of {name} names no tasks: give it lists of classes")
-        tasks = make_tasks(spec.tasks)
+        tasks = make_tasks(spec.tested)
         index = max(len(tasks) - 2, 0) if self.task is None else self.task
         if not 0 <= index < len(tasks):
             raise ConfigError(f"{name} has {len(tasks)} tasks and no task {index}: count from 0")

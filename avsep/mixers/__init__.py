@@ -7,3 +7,6 @@ from avsep.mixers.confusable import Confusable
 from avsep.mixers.varied import Varied
 
 __all__ = ["AsPublished", "Balanced", "Confusable", "Draw", "Mixer", "Pool", "Varied"]
+from avsep.mixers.online import Online
+
+__all__ = ["AsPublished", "Balanced", "Draw", "Mixer", "Online", "Pool", "Varied"]

@@ -12,7 +12,7 @@ from avsep.data.protocol import TestMixture
 from avsep.data.store import Clip
 from avsep.errors import ConfigError, UnknownNameError
 from avsep.evaluation.scores import MixtureScore, SourceScore
-from avsep.mixers import Balanced, Confusable, Pool, Varied
+from avsep.mixers import Balanced, Confusable, Online, Pool, Varied
 from avsep.mixers.mixtures import TrainingMixtures
 from avsep.registry import MIXERS
 from avsep.spec import FrontEndSpec, TrainSpec, validated
@@ -213,6 +213,36 @@ def test_a_spec_names_its_mixer_and_is_silent_of_the_default():
     assert spec.model_dump(mode="json")["mixer"] == {"name": "balanced", "params": {"old_old": 0.25}}
     with pytest.raises(UnknownNameError, match="no mixer named 'balancd'"):
         MIXERS.get("balancd")
+
+
+# ------------------------------------------------------------------------------------------------------------- online
+
+
+def test_online_takes_every_clip_in_its_turn_alone():
+    pool = _pool(new=5, old=3, current_repeats=4)  # 200 clips: 12 windows of 16 or 17
+    mixtures = list(_drawn(pool, 800, Online()))
+    first_of = Counter(first.clip for first, _ in mixtures)
+    assert first_of == dict.fromkeys(range(200), 4)
+    items = {}
+    for item, mixture in enumerate(mixtures):
+        for one in mixture:
+            items.setdefault(one.clip, []).append(item)
+        assert len({pool[one.clip].class_name for one in mixture}) == 2
+    window = np.repeat(np.arange(12), [len(part) * 4 for part in np.array_split(np.arange(200), 12)])
+    assert all(len(set(window[items[clip]])) == 1 for clip in range(200))
+    assert all(max(items[clip]) - min(items[clip]) > 400 for clip in range(200, 203))  # exemplars are there all along
+    from_memory = sum(pool.is_exemplar(partner.clip) for _, partner in mixtures) / 800
+    assert from_memory == pytest.approx(3 / (3 + 200 / 12 * 0.8), abs=0.05)
+
+
+def test_online_takes_what_there_is():
+    alone = Pool(_clips(["a"], 3), [], TrainSpec(batch_size=1, current_repeats=2), FrontEndSpec(), task=2)
+    mixtures = list(_drawn(alone, 6, Online(window=50)))  # one class: other clips of it
+    assert all(len({one.clip for one in mixture}) == 2 for mixture in mixtures)
+    with pytest.raises(ConfigError, match="has 1 clips at hand at a time in task 2, and a mixture takes 2"):
+        Online(window=1).begin_epoch(alone, np.random.default_rng(0))
+    with pytest.raises(ConfigError, match="window must be at least 1"):
+        MIXERS.create("online", {"window": 0})
 
 
 # ------------------------------------------------------------------------------------------------------------- varied

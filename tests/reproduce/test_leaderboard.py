@@ -1,0 +1,245 @@
+"""Boards: which cells are run, what is left out and why, the page, sweeps, and packages of others."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from avsep.data.store import Store
+from avsep.errors import ConfigError, UnknownNameError
+from avsep.registry import STRATEGIES
+from avsep.reproduce.grid import Grid
+from avsep.reproduce.leaderboard import (
+    BoardPreset,
+    board_tuning,
+    build_board,
+    list_board_presets,
+    load_board_preset,
+    next_round,
+    parse_component,
+    sweep_of,
+)
+from avsep.reproduce.preset import load_grid_preset
+from avsep.spec import ComponentRef
+from support import commands
+from support.tones import TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
+
+ENTRIES = [
+    {"name": "replay", "strategies": ["finetune"]},
+    {"name": "lwf", "label": "LwF", "strategies": ["lwf"], "tuning": [{"weight_mask": 0.1}, {"weight_mask": 0.5}]},
+    {"name": "none", "strategies": ["finetune"], "memory": "none"},
+    {"name": "ewc", "strategies": [{"name": "ewc", "params": {"fisher_samples": 2}}], "memory": "none"},
+    {"name": "adapters", "strategies": ["task_adapters"]},
+    {"name": "joint", "strategies": ["joint"], "reference": True},
+]
+
+
+@pytest.fixture(scope="module")
+def store(tone_store):
+    return Store.open(tone_store)
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("board")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"separator": TINY_SEPARATOR, "train": TINY_TRAIN}))
+    data = {"tasks": [list(n) for n in TINY_TASKS], "bases": {"iquery": {"preset": str(folder / "tiny.yaml")}}}
+    (folder / "grid.yaml").write_text(yaml.safe_dump(data))
+    return load_grid_preset(str(folder / "grid.yaml"))
+
+
+def board(**changes):
+    return BoardPreset.model_validate(
+        {"entries": ENTRIES, "control": "replay", "screening": 2, "seeds": 3, "budgets": {"room": 200_000}} | changes
+    )
+
+
+def names(part: Grid | None):
+    return sorted((cell.row.name, cell.seed) for cell in part.cells.values()) if part else []
+
+
+def test_entries_fill_the_budget_with_exemplars(grid, store):
+    made = build_board(board(), store, grid=grid)
+    rows = {row.name: row for row in made.rows["room"]["iquery"]}
+    assert set(rows) == {"replay", "lwf", "none", "joint"}
+    assert rows["none"].memory is rows["joint"].memory is None
+    assert rows["replay"].memory == rows["lwf"].memory
+    assert rows["replay"].memory.params["total"] > 4
+    assert rows["replay"].train == {"memory_share": "constant"}
+    said = "\n".join(made.notes["room"])
+    assert "ewc is left out on iquery: it keeps" in said  # its Fisher information alone is larger
+    assert (
+        "adapters is left out on iquery: strategy 'task_adapters' trains adapters, and the separator has none" in said
+    )
+    assert "0.20 MB beside the separator's" in said
+
+
+def test_the_best_third_the_control_and_the_references_run_all_seeds(grid, store):
+    given = board(entries=[*ENTRIES[:3], {"name": "two", "strategies": ["plop"]}, ENTRIES[-1]], share=0.25)
+    made = build_board(given, store, grid=grid)
+    first, second, third = made.seeds
+    assert names(next_round(given, made, {})) == sorted(
+        (name, seed) for name in ("replay", "lwf", "none", "two", "joint") for seed in (first, second)
+    )
+    level = {"replay": 3.0, "lwf": 5.0, "none": 1.0, "two": 4.0, "joint": 9.0}
+
+    def scored(seeds):
+        return {
+            cell.key: SimpleNamespace(final=lambda metric, cell=cell: level[cell.row.name])
+            for cell in made.cells.values()
+            if cell.seed in seeds
+        }
+
+    assert names(next_round(given, made, scored((first, second)))) == [
+        ("joint", third),
+        ("lwf", third),
+        ("replay", third),
+    ]
+    assert next_round(given, made, scored(made.seeds)) is None
+
+
+def test_without_budgets_every_entry_has_the_boards_memory(grid, store):
+    memory = {"name": "random_per_class", "params": {"per_class": 2}}
+    made = build_board(board(budgets={}, memory=memory), store, grid=grid)
+    rows = {row.name: row for row in made.rows["board"]["iquery"]}
+    assert set(rows) == {"replay", "lwf", "none", "ewc", "joint"}
+    assert rows["replay"].memory == ComponentRef(name="random_per_class", params={"per_class": 2})
+    assert rows["replay"].train == {}
+
+
+def test_settings_of_a_base_are_those_that_were_chosen(grid, store):
+    chosen = {"iquery": {"lwf": {"weight_mask": 0.5}}}
+    made = build_board(board(settings=chosen), store, grid=grid, entries=["lwf"])
+    assert {row.name: row.params for row in made.rows["room"]["iquery"]} == {"replay": {}, "lwf": {"weight_mask": 0.5}}
+    tuning = board_tuning(board(), store, grid=grid)
+    assert [row.name for row in tuning.rows["tune"]["iquery"]] == ["lwf:weight_mask=0.1", "lwf:weight_mask=0.5"]
+    assert all(not cell.tested and cell.spec.memory.name == "class_balanced" for cell in tuning.cells.values())
+    with pytest.raises(ConfigError, match="no entry of the board has 'tuning'"):
+        board_tuning(board(entries=ENTRIES[:1]), store, grid=grid)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"control": "relpay"}, UnknownNameError, "no entry named 'relpay' to compare with: did you mean 'replay'"),
+        ({"entries": ENTRIES[:1] * 2}, ConfigError, "two entries are called 'replay'"),
+        ({"budgets": {"small": 10}, "control": "ewc"}, ConfigError, "the control 'ewc' cannot be run: ewc is left out"),
+    ],
+)
+def test_mistakes_in_a_board(changes, error, message, grid, store):
+    with pytest.raises(error, match=message):
+        build_board(board(**changes), store, grid=grid)
+
+
+def test_the_presets_are_sound():
+    for name in list_board_presets():
+        preset = load_board_preset(name)
+        assert len(preset.entries) >= 25
+        for entry in preset.entries:
+            for number, ref in enumerate(entry.strategies):
+                for settings in (*(entry.tuning if number == 0 else ()), {}):
+                    STRATEGIES.get(ref.name).create({**ref.params, **settings})
+    with pytest.raises(UnknownNameError, match="no preset of avsep leaderboard named 'smal': did you mean 'small'"):
+        load_board_preset("smal")
+
+
+# ---------------------------------------------------------------------- sweeps
+
+
+def test_a_component_is_a_name_with_settings():
+    assert parse_component("lwf") == ComponentRef(name="lwf")
+    found = parse_component("lwf(weight_mask=0.1, variant=grown_teacher)")
+    assert found == ComponentRef(name="lwf", params={"weight_mask": 0.1, "variant": "grown_teacher"})
+    for text in ("lwf(", "lwf)", "", "lwf(0.1)"):
+        with pytest.raises(ConfigError):
+            parse_component(text)
+
+
+def test_a_sweep_is_every_method_with_every_memory():
+    methods = ["finetune", "lwf(weight_mask=0.1)+weight_average(every=1)", "agem", "joint"]
+    made, grid = sweep_of(methods, ["none", "random_per_class(per_class=2)"], preset="iquery_small", tasks=3, updates=8)
+    kept = "random_per_class(per_class=2)"
+    both = "lwf(weight_mask=0.1)+weight_average(every=1)"
+    assert [entry.name for entry in made.entries] == [
+        "finetune, none",
+        f"{both}, none",
+        "joint",
+        f"finetune, {kept}",
+        f"{both}, {kept}",
+        f"agem, {kept}",
+    ]
+    assert [ref.name for ref in made.entries[1].strategies] == ["lwf", "weight_average"]
+    assert (made.control, grid.tasks, grid.updates, grid.orders) == ("finetune, none", 3, 8, "rotated")
+    with pytest.raises(ConfigError, match="every method needs a memory"):
+        sweep_of(["agem"], ["none"], preset="iquery_small")
+    with pytest.raises(UnknownNameError, match="did you mean 'lwf'"):
+        sweep_of(["lfw"], ["none"], preset="iquery_small")
+
+
+PACKAGE = '''
+from avsep.registry import STRATEGIES
+from avsep.strategies import Strategy
+
+
+@STRATEGIES.register("of_a_package", source="somebody else")
+class OfAPackage(Strategy):
+    """Fine-tuning by another name."""
+'''
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    (tmp_path / "their_package.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "their_package"
+    STRATEGIES._components.pop("of_a_package", None)
+    sys.modules.pop("their_package", None)
+
+
+def test_a_sweep_from_store_to_page(tone_store, tmp_path, package, monkeypatch, capsys):
+    """Two seeds with their own orders, a strategy of another package, in processes of their own; then resumed."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    train = {**TINY_TRAIN, "epochs": 1, "steps_per_epoch": 2, "validation_pairs": 1}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"separator": TINY_SEPARATOR, "train": train}))
+    options = ["sweep", tone_store, "--preset", tmp_path / "tiny.yaml", "--tasks", 2, "--device", "cpu"]
+    options += ["--method", "finetune", "--method", "of_a_package", "--with", package]
+    out = tmp_path / "out"
+    assert commands.run(*options, "--seeds", 1, "--out", out) == 0
+    capsys.readouterr()
+    assert commands.run(*options, "--seeds", 2, "--out", out, "--resume") == 0
+    said = capsys.readouterr().out
+    assert "sweep: 2 rows, 2 cells to be run now" in said
+    cells = [json.loads(path.read_text()) for path in (out / "cells").glob("*.json")]
+    assert len(cells) == 4
+    assert len({json.dumps(cell["identity"]["spec"]["tasks"]) for cell in cells}) == 2
+    page = (out / "sweep.html").read_text()
+    rows = json.loads(re.search(r"const rows = (.*);\n", page)[1])
+    assert {row["method"] for row in rows} == {"finetune", "of_a_package"}
+    theirs = next(row for row in rows if row["name"] == "of_a_package")
+    assert (theirs["source"], theirs["seeds"], theirs["full"]) == ("somebody else", 2, True)
+    assert theirs["difference"] == pytest.approx(0, abs=1e-6)  # it is fine-tuning
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "of_a_package" in (out / "sweep.md").read_text()
+    assert (out / "sweep.csv").is_file()
+    assert (out / "board.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "lfw"], "did you mean 'lwf'"),
+        (["--method", "lwf", "--orders", "rotatd"], "no class orders named 'rotatd': did you mean 'rotated'"),
+        (["--method", "lwf", "--set", "memory.name=none"], "--set memory: a sweep sets separator.... and train...."),
+        (["--method", "lwf", "--with", "no_such_package"], "--with no_such_package: it cannot be imported"),
+        (["--method", "lwf", "--with", "json"], "--with json: it registers no strategy"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, tone_store, tmp_path, capsys):
+    assert commands.run("sweep", tone_store, "--out", tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
