@@ -2,5 +2,6 @@
 
 from avsep.adapters.base import Adapter
 from avsep.adapters.low_rank import LowRank
+from avsep.adapters.task_tails import TaskTails
 
-__all__ = ["Adapter", "LowRank"]
+__all__ = ["Adapter", "LowRank", "TaskTails"]
