@@ -71,7 +71,7 @@ class CodedCrops:
     def read(self, clip: Clip, start: int, gain: float = 1.0) -> np.ndarray:
         """As :meth:`~avsep.data.store.Store.read_crop` of the same crop, with what the codec has done to it."""
         sound = decode(self._bytes(clip, start), self.codec)
-        out = np.resize(sound, self.clip_samples) * np.float32(gain)  # a shorter clip repeats
+        out: np.ndarray = np.resize(sound, self.clip_samples) * np.float32(gain)  # a shorter clip repeats
         out[-1:] = 0.0
         np.clip(out, -1.0, 1.0, out=out)
         return out
