@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -60,6 +61,11 @@ class CodedCrops:
         self.codec: Codec = codec
         self.clip_samples = clip_samples
         self._encoded: dict[tuple[str, int], bytes] = {}
+
+    def prepare(self, crops: Iterable[tuple[Clip, int]]) -> None:
+        """Encode crops now, so that processes that get a copy of this find them done."""
+        for clip, start in crops:
+            self._bytes(clip, start)
 
     def size(self, clip: Clip, start: int) -> int:
         """Bytes of the crop from sample ``start`` on, or of the whole clip where it is shorter."""
