@@ -3,5 +3,7 @@
 from avsep.adapters.base import Adapter
 from avsep.adapters.film import FiLM
 from avsep.adapters.low_rank import LowRank
+from avsep.adapters.task_tails import TaskTails
 
 __all__ = ["Adapter", "FiLM", "LowRank"]
+__all__ = ["Adapter", "LowRank", "TaskTails"]

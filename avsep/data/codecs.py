@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -61,6 +62,11 @@ class CodedCrops:
         self.clip_samples = clip_samples
         self._encoded: dict[tuple[str, int], bytes] = {}
 
+    def prepare(self, crops: Iterable[tuple[Clip, int]]) -> None:
+        """Encode crops now, so that processes that get a copy of this find them done."""
+        for clip, start in crops:
+            self._bytes(clip, start)
+
     def size(self, clip: Clip, start: int) -> int:
         """Bytes of the crop from sample ``start`` on, or of the whole clip where it is shorter."""
         samples = min(clip.samples, self.clip_samples)
@@ -71,7 +77,7 @@ class CodedCrops:
     def read(self, clip: Clip, start: int, gain: float = 1.0) -> np.ndarray:
         """As :meth:`~avsep.data.store.Store.read_crop` of the same crop, with what the codec has done to it."""
         sound = decode(self._bytes(clip, start), self.codec)
-        out = np.resize(sound, self.clip_samples) * np.float32(gain)  # a shorter clip repeats
+        out: np.ndarray = np.resize(sound, self.clip_samples) * np.float32(gain)  # a shorter clip repeats
         out[-1:] = 0.0
         np.clip(out, -1.0, 1.0, out=out)
         return out

@@ -31,8 +31,9 @@ class ByteBudget(MemoryPolicy):
     (:data:`avsep.data.codecs.CODECS`; training hears what the codec gives back), and its pictures as
     :mod:`avsep.evaluation.budget` counts them. A class's crops are ranked when its task ends: first one of every
     recording, then a second of each, as far as they are long enough. Of the ranking as many are kept as fit into the
-    class's share, which shrinks with every task; the last are given up first. The default is the size of 15 crops of
-    6 seconds in 16-bit integers.
+    class's share, which shrinks with every task; the last are given up first. To mixers a recording is one exemplar;
+    each time it is drawn, one of its crops is taken. The default is the size of 15 crops of 6 seconds in 16-bit
+    integers.
 
     ``select`` ranks the recordings: ``random``; ``herding`` as the policy of this name does, by the separator's
     features; ``coverage`` so that the crops' energies together reach far over the frequency axis (:func:`cover`). The

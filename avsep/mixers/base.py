@@ -74,7 +74,7 @@ class Pool:
         start = self._start(clip, rng)  # drawn for a kept crop too: how exemplars are kept changes no other draw
         if self.is_exemplar(number):
             kept = self.crops.get(clip.id, start)
-            start = kept if isinstance(kept, int) else kept[start % len(kept)]
+            start = kept if isinstance(kept, int) else kept[int(rng.integers(len(kept)))]
         return Draw(number, start, gain)
 
     def _start(self, clip: Clip, rng: np.random.Generator) -> int:

@@ -60,6 +60,7 @@ class TaskMixtures:
         for exemplar in kept:
             if exemplar.start is not None:
                 starts[exemplar.id].append(exemplar.start)
+        self._starts = starts
         self._exemplars = stream.store.clips_by_id(list(starts))
         self._crops: dict[str, int | Sequence[int]] = {
             name: of[0] if len(of) == 1 else of for name, of in starts.items() if of
@@ -125,6 +126,9 @@ class TaskMixtures:
             epoch += 1
 
     def _read(self, data: TrainingMixtures, items: Sequence[int], batch_size: int) -> Iterator[Batch]:
+        if self._coded is not None and self._workers:  # readers are started anew for every epoch
+            by_id = {clip.id: clip for clip in self._exemplars}
+            self._coded.prepare((by_id[name], start) for name, of in self._starts.items() for start in of)
         loader: DataLoader[Any] = DataLoader(
             Subset(data, items),
             batch_size=batch_size,

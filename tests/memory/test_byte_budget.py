@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from avsep.data.codecs import CodedCrops
 from avsep.data.store import Clip, Store, StoreWriter
@@ -185,6 +186,23 @@ def test_training_hears_what_the_codec_gives_back(store, codec):
                     expected = crops.read(source.clip, draw.start, draw.gain)
             np.testing.assert_array_equal(source.audio, expected)
     assert set(heard) == {(name, start) for name, of in starts.items() for start in of}  # every crop has its turn
+
+
+def test_reader_processes_hear_the_same(store):
+    stream, separator = stream_of(store.path), tiny_separator(TINY_TASKS[0] + TINY_TASKS[1])
+    memory = {
+        "ding": [Exemplar("ding-train-0", 5), Exemplar("ding-train-0", 8000)],
+        "hum": [Exemplar("hum-train-1", 0)],
+    }
+    found = []
+    for workers in (0, 1):
+        mixtures = TaskMixtures(
+            stream, stream.tasks[1], memory, run_spec("none").train, separator, codec="vorbis", workers=workers
+        )
+        found.append([batch.sources for batch in mixtures.training_batches(mixtures.epoch(0))])
+        assert len(mixtures._coded._encoded) == 3 or not workers  # done before the readers start
+    assert len(found[0]) == 3
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_run_keeps_what_the_budget_allows_and_goes_on_after_a_kill(tone_store):

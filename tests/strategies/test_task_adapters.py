@@ -17,11 +17,12 @@ from support.continual_runs import differing, make_learner, resume_killed, train
 from support.strategy_steps import student_and_teacher
 
 SEPARATOR = "iquery_adapters"
+RUNS = [(SEPARATOR, "none"), (SEPARATOR, "random_per_class"), ("iquery_tails", "none")]
 
 
-@pytest.mark.parametrize("memory", ["none", "random_per_class"])
-def test_old_classes_are_separated_as_when_their_task_ended(memory, tone_store):
-    run = trained(tone_store, "task_adapters", memory, separator=SEPARATOR)
+@pytest.mark.parametrize(("separator", "memory"), RUNS)
+def test_old_classes_are_separated_as_when_their_task_ended(separator, memory, tone_store):
+    run = trained(tone_store, "task_adapters", memory, separator=separator)
     before, after = (load_separator(run, task=task) for task in (0, 1))
     assert after.spec.task_sizes == (2, 2)
     batch = random_batch(after)
