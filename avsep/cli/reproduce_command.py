@@ -128,7 +128,7 @@ def command(
     claimed = ResultStore(out / "cells", results or [])
     part = (next_round(grid, claimed) or replace(grid, cells={})) if wanted == ["tune"] else grid
     missing = [cell for key, cell in part.cells.items() if key not in claimed]
-    count, firsts = len(grid.cells), len({c.first_key for c in missing})
+    count, firsts = len(grid.cells), len({c.first_key for c in missing if c.shares_first})
     todo = (
         f"{len(missing)} to be run from {firsts} first task{'s' if firsts > 1 else ''}" if missing else "all finished"
     )

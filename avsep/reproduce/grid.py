@@ -75,7 +75,8 @@ class Cell:
     ``identity`` is everything that decides its result, ``key`` a hash of it; ``first_identity`` and ``first_key``
     likewise of its first task, which cells that agree in it share. ``steps`` is about how many optimisation steps it
     takes beyond the first task. ``problem`` says why it cannot be run, if so. ``tested``: it is scored on test
-    mixtures; what chooses settings is not, and has the validation scores of its tasks alone.
+    mixtures; what chooses settings is not, and has the validation scores of its tasks alone. ``shares_first``: its
+    first task may be another's; where its strategy does not say so, the cell learns it by itself.
     """
 
     base: str
@@ -89,6 +90,7 @@ class Cell:
     first_steps: int
     problem: str = ""
     tested: bool = True
+    shares_first: bool = True
 
     @property
     def name(self) -> str:
@@ -448,6 +450,7 @@ def _cell(
         first_steps=first_steps,
         problem=problem,
         tested=tested,
+        shares_first=first is not None,
     )
 
 

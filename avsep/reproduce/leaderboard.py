@@ -31,6 +31,7 @@ from avsep.reproduce.results import ResultStore
 from avsep.reproduce.tables import Table, build_table
 from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
 from avsep.reproduce.tuning import candidates_of, tuning_grid
+from avsep.separator.build import build_from_spec
 from avsep.spec import PRESETS, ComponentRef, RunSpec, TrainSpec, apply_settings, load_preset, validated
 from avsep.strategies import build_strategy
 
@@ -206,7 +207,9 @@ def build_board(
             make = _Rows(board, preset, base, stream, size)
             rows[table][base] = [row for entry in chosen if (row := make.row(entry, notes[table])) is not None]
             if board.control not in {row.name for row in rows[table][base]}:
-                raise ConfigError(f"the control '{board.control}' cannot be run: {notes[table][-1]}")
+                label = next(e.label or e.name for e in chosen if e.name == board.control)
+                why = next(note for note in notes[table] if note.startswith(f"{label} is left out"))
+                raise ConfigError(f"the control '{board.control}' cannot be run: {why}")
             notes[table] += make.said
     return assemble(rows, notes, preset, store, seeds=board.seeds)
 
@@ -243,7 +246,7 @@ class _Rows:
             spec = self._spec(row)
             spec.check()
             strategy = build_strategy(spec.strategies)
-            strategy.check(_built(spec))
+            strategy.check(build_from_spec(spec.separator.of_classes(spec.tasks[0])))
             if strategy.uses_all_data:
                 return replace(row, memory=None)
             if self.limit is None or entry.reference:
@@ -258,12 +261,6 @@ class _Rows:
             notes.append(f"{row.label} is left out on {self.base}: {error}.")
             return None
         return replace(row, memory=None if aligned.memory.name == "none" else aligned.memory)
-
-
-def _built(spec: RunSpec) -> Any:
-    from avsep.separator import Separator
-
-    return Separator.from_spec(spec.separator.of_classes(spec.tasks[0]))
 
 
 def next_round(board: BoardPreset, grid: Grid, results: ResultStore) -> Grid | None:
@@ -413,10 +410,11 @@ def sweep_of(
                 entries.append(Entry(name=name, strategies=refs, memory=kept))
     if not entries:
         raise ConfigError("nothing to compare: every method needs a memory, and --memory none gives none")
+    base = Path(preset).stem
     grid = validated(
         GridPreset,
         {
-            "bases": {preset: {"preset": preset, **(changes or {})}},
+            "bases": {base: {"preset": preset, **(changes or {})}},
             "orders": orders,
             "updates": updates,
             "seeds": seeds,
@@ -427,7 +425,7 @@ def sweep_of(
         "sweep",
     )
     board = BoardPreset(
-        grid="", bases=(preset,), entries=tuple(entries), control=entries[0].name, screening=seeds, seeds=seeds
+        grid="", bases=(base,), entries=tuple(entries), control=entries[0].name, screening=seeds, seeds=seeds
     )
     board.check()
     return board, grid

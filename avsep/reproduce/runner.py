@@ -320,7 +320,7 @@ class _Loop:
         """The first tasks that must be run before ``todo``."""
         groups: dict[str, list[Cell]] = {}
         for cell in todo:
-            if not first_task_done(self._cell_folder(cell) / "run"):
+            if cell.shares_first and not first_task_done(self._cell_folder(cell) / "run"):
                 groups.setdefault(cell.first_key, []).append(cell)
         firsts = []
         for cells in groups.values():
@@ -402,8 +402,9 @@ class _Loop:
         return min(ready, key=lambda unit: (unit.cells[0].seed, not unit.first), default=None)
 
     def _can_start(self, unit: _Unit) -> bool:
-        first = self._first_folder(unit.cells[0]) / "run"
-        return first_task_done(first) or first_task_done(unit.folder / "run")
+        cell = unit.cells[0]
+        places = (self._first_folder(cell) / "run", unit.folder / "run")
+        return not cell.shares_first or any(map(first_task_done, places))
 
     def _start(self, unit: _Unit, bars: Progress) -> None:
         unit.folder.mkdir(parents=True, exist_ok=True)
@@ -417,7 +418,9 @@ class _Loop:
                 "kind": unit.kind,
                 "spec": unit.spec,
                 "store": str(Path(self.grid.store.path).resolve()),
-                "first": None if unit.first else str((self._first_folder(cell) / "run").resolve()),
+                "first": None
+                if unit.first or not cell.shares_first
+                else str((self._first_folder(cell) / "run").resolve()),
                 "result": None if unit.first else str(self.results.path(cell).resolve()),
                 "cell": None
                 if unit.first
@@ -450,8 +453,9 @@ class _Loop:
             within = done / total if state["trains"] else 1.0
             if one.unit.first:
                 return min(1.0, within)
-            # the first task, which is shared, does not count
-            share = (int(state["task"]) - 1 + within) / max(1, len(one.unit.spec["tasks"]) - 1)
+            # a first task that is shared does not count
+            shared = int(one.unit.cells[0].shares_first)
+            share = (int(state["task"]) - shared + within) / max(1, len(one.unit.spec["tasks"]) - shared)
             return max(0.0, min(1.0, share))
         except (AvsepError, KeyError, TypeError, ValueError, ZeroDivisionError, OSError):
             return 0.0

@@ -183,6 +183,7 @@ def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress, devi
     scoring_s = time.perf_counter() - started
     records = [read_json(p) for p in sorted(run.glob("tasks/*/task.json"))]
     seconds = [r["seconds"] for r in records]
+    places = [Path(unit["first"]), run] if unit["first"] else [run]
     after = sum(r["seconds_after"] for r in records)  # of the first task too, which each cell computes for itself
     write_cell(
         Path(unit["result"]),
@@ -203,7 +204,7 @@ def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress, devi
             **_provenance(
                 unit,
                 device,
-                *([v for place in (Path(unit["first"]), run) for v in _noted(place.parent, name)] for name in _NOTES),
+                *([note for place in places for note in _noted(place.parent, name)] for name in _NOTES),
             ),
         ),
     )

@@ -143,7 +143,7 @@ def test_the_presets_are_sound():
         for entry in preset.entries:
             for number, ref in enumerate(entry.strategies):
                 for settings in (*(entry.tuning if number == 0 else ()), {}):
-                    STRATEGIES.get(ref.name).create({**ref.params, **settings})
+                    STRATEGIES.create(ref.name, {**ref.params, **settings})
     with pytest.raises(UnknownNameError, match="no preset of avsep leaderboard named 'smal': did you mean 'small'"):
         load_board_preset("smal")
 
