@@ -67,4 +67,5 @@ def _truncate(student: Separator, teacher: Separator, rank: int) -> None:
 def truncated(matrix: Tensor, rank: int) -> Tensor:
     """The matrix of this ``rank`` that is closest to ``matrix`` [m, n] in the sum of squares."""
     left, values, right = torch.linalg.svd(matrix.cpu().double(), full_matrices=False)
-    return ((left[:, :rank] * values[:rank]) @ right[:rank]).to(matrix)
+    closest: Tensor = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return closest.to(matrix)

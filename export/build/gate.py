@@ -167,7 +167,7 @@ def calibration_batches(
     run: str | Path, task: int, separator: Separator, *, count: int = 64, store: str | Path | None = None
 ) -> Iterator[Batch]:
     """Training mixtures of ``task``, one a batch, as the run drew them: of its clips and the exemplars that were
-    remembered then, or of the clips of all classes so far, where the strategy trains on those.
+    remembered then, or of the clips of all classes so far or the exemplars alone, where the strategy trains on those.
 
     Args:
         separator: the task's, of the length that the mixtures are to have.

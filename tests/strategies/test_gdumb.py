@@ -10,6 +10,7 @@ from avsep.errors import ConfigError
 from avsep.evaluation.budget import budget_of, estimate
 from avsep.memory.base import read_exemplars
 from avsep.runs.folder import RunFolder
+from avsep.separator import load_separator
 from avsep.spec import ComponentRef
 from avsep.strategies import build_strategy
 from support.continual_runs import differing, first_task, make_learner, resume_killed, train, trained, weights
@@ -102,6 +103,16 @@ def test_the_budget_counts_the_exemplars_of_the_last_task_too(tone_store):
         told, found = estimate(RunFolder(run).spec(), tone_store, task=task), budget_of(run, task, store=tone_store)
         assert (told.exemplars, told.total) == (found.exemplars, found.total)
         assert found.exemplars == 2 * (task + 1)
+
+
+def test_an_engine_is_calibrated_on_the_memory_it_was_trained_on(tone_store):
+    from avsep.export.build.gate import calibration_batches
+
+    run = trained(tone_store, "gdumb", "random_per_class")
+    for task in (0, 1):
+        kept = {e.id for ones in read_exemplars(run, task).values() for e in ones}
+        batches = list(calibration_batches(run, task, load_separator(run, task), count=12))
+        assert {clip for batch in batches for mixture in batch.clips for clip in mixture} == kept
 
 
 def test_what_it_cannot_do_is_refused(tone_store, tmp_path):
