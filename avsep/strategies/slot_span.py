@@ -139,8 +139,8 @@ class SlotSpan(Strategy):
     def _condition(self, step: Step, drawn: Tensor, theirs: VisualFeatures | None) -> VisualFeatures:
         """What the teacher is asked on, for ``drawn`` [B, r]; ``theirs`` are its features of the sources."""
         if self.conditioning == "own":
-            assert theirs is not None
-            return _of_sources(theirs, drawn.shape[1])
+            of_sources: VisualFeatures = _of_sources(theirs, drawn.shape[1])
+            return of_sources
         means = {name: value.to(step.spectrograms.weight) for name, value in self._old.items() if name != "counts"}
         chosen = {name: value[drawn] for name, value in means.items()}  # [B, r, ...]
         shape = (step.ranks.world * len(drawn), drawn.shape[1], 1)
