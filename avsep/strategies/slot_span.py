@@ -62,8 +62,9 @@ class SlotSpan(Strategy):
         "features), and the objects' standard deviation (1,024 more) for conditioning=gaussian; nothing for own"
     )
     differs = (
-        "VR-LwF, FeTrIL and NAPA-VQ make old features for a classifier; here they only condition the question, since "
-        "the class is given. NAPA-VQ's learned graph of neighbours is the nearest mean."
+        "VR-LwF asks with random texts, and FeTrIL and NAPA-VQ make old features for a classifier; here the class is "
+        "given, and such features are what a mask is asked on. NAPA-VQ's learned graph of neighbours is the nearest "
+        "mean."
     )
 
     def __init__(
