@@ -50,7 +50,7 @@ def relation_divergence(
 
 
 def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
-    dtype = torch.promote_types(rows.dtype, torch.float32)
+    dtype = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
     return F.normalize(rows.to(dtype), dim=1) @ F.normalize(columns.to(dtype), dim=1).T
 
 

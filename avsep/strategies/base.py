@@ -4,8 +4,8 @@ A strategy is one class on one page. The learner calls, in this order,
 
 - ``begin_task(ctx)`` when a task starts, and again on every resume within it, and then ``learning_rate(name)`` and
   ``weight_decay(name)`` of every parameter that is trained;
-- in every step ``train_weights(student)`` around the forward and backward pass, and in it ``loss(step)`` and
-  ``before_backward(step, terms)``; then ``after_backward(step)``, the clipping of gradients and the optimisers, then
+- in every step ``train_weights(student)`` around the forward and backward pass, and in it ``loss(step)``; then
+  ``after_backward(step)``, the clipping of gradients and the optimisers, then
   ``after_step(step)``;
 - ``eval_weights(student)`` around every validation;
 - ``after_task(ctx)`` with the selected weights, before they are stored.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -89,6 +89,7 @@ class Step:
     ranks: Ranks = ALONE
     number: int = 0
     _answers: dict[tuple[int | None, bool, bool], TeacherOutput] = field(default_factory=dict, init=False, repr=False)
+    _calls: list[Callable[[Step, Mapping[str, Tensor]], None]] = field(default_factory=list, init=False, repr=False)
 
     @cached_property
     def is_old(self) -> Tensor:
@@ -131,6 +132,16 @@ class Step:
             return mean
         everywhere = self.all_old if sources is self.is_old else self.gather(sources)
         return mean * (sources.sum() * self.ranks.world / everywhere.sum().clamp_min(1))
+
+    def before_backward(self, call: Callable[[Step, Mapping[str, Tensor]], None]) -> None:
+        """Have ``call(step, terms)`` called with all terms that are summed up, while their graph is there: also those
+        of strategies beside the one that asks in its :meth:`Strategy.loss`, of the mask decoder and of the training."""
+        self._calls.append(call)
+
+    def show_terms(self, terms: Mapping[str, Tensor]) -> None:
+        """Make the calls that :meth:`before_backward` was asked for."""
+        for call in self._calls:
+            call(self, terms)
 
     def teacher_output(
         self,
@@ -282,10 +293,6 @@ class Strategy(Component):
         ranks all must give terms of the same names.
         """
         return {"separation": step.separation}
-
-    def before_backward(self, step: Step, terms: Mapping[str, Tensor]) -> None:
-        """Called with all terms that are summed up: those of strategies beside this one, of the mask decoder and of the
-        training too. Their graph is still there."""
 
     def after_backward(self, step: Step) -> None:
         """Called with the gradients in place, averaged over the ranks and unscaled, before they are clipped."""

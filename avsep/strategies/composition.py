@@ -102,10 +102,6 @@ class Composition(Strategy):
                 terms[term], owners[term] = value, name
         return terms
 
-    def before_backward(self, step: Step, terms: Mapping[str, Tensor]) -> None:
-        for strategy in self.parts.values():
-            strategy.before_backward(step, terms)
-
     def after_backward(self, step: Step) -> None:
         for strategy in self.parts.values():
             strategy.after_backward(step)

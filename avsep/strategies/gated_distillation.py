@@ -59,9 +59,9 @@ class GatedDistillation(Strategy):
         counted, share = step.is_old, torch.ones_like(step.separation)
         if self.gate:
             spectrograms = step.spectrograms[rows]
-            logits = step.output.logits.detach()[rows], teacher_output.logits
+            own, theirs = _masks(step.output.logits.detach()[rows]), _masks(teacher_output.logits)
             gates = torch.zeros_like(step.is_old)
-            gates[rows] = open_gates(*map(_masks, logits), spectrograms.ratio, spectrograms.weight)
+            gates[rows] = open_gates(own, theirs, spectrograms.ratio, spectrograms.weight)
             counted = step.is_old & gates
             share = counted.sum() / step.is_old.sum()
         losses = mask_losses(

@@ -58,6 +58,9 @@ class GradSurgery(Strategy):
         self._changes = []
 
     def loss(self, step: Step) -> dict[str, Tensor]:
+        self._changes = []
+        if step.num_old > 0 and torch.is_grad_enabled():
+            step.before_backward(self._turn_aside)
         if not step.any_old:
             return super().loss(step)
         old, new = (
@@ -66,9 +69,8 @@ class GradSurgery(Strategy):
         )
         return {"separation": new, "separation_old": old}
 
-    def before_backward(self, step: Step, terms: Mapping[str, Tensor]) -> None:
-        self._changes = []
-        if step.num_old == 0 or len(terms) < 2 or not torch.is_grad_enabled():
+    def _turn_aside(self, step: Step, terms: Mapping[str, Tensor]) -> None:
+        if len(terms) < 2:
             return
         groups = [group for group in step.student.parameter_groups().values() if group]
         parameters = [p for group in groups for p in group]

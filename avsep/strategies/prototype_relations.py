@@ -66,7 +66,7 @@ class PrototypeRelations(Strategy):
         )
         divergences = []
         for name, prototypes in self._prototypes.items():
-            rows = prototypes.to(own[name])
+            rows = prototypes.to(own[name].device)
             divergences.append(relation_divergence(rows, own[name], rows, theirs[name], temperature=self.temperature))
         terms["relations"] = self.weight * torch.stack(divergences).mean()
         return terms

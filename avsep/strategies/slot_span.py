@@ -62,8 +62,9 @@ class SlotSpan(Strategy):
         "features), and the objects' standard deviation (1,024 more) for conditioning=gaussian; nothing for own"
     )
     differs = (
-        "VR-LwF, FeTrIL and NAPA-VQ make old features for a classifier; here they only condition the question, since "
-        "the class is given. NAPA-VQ's learned graph of neighbours is the nearest mean."
+        "VR-LwF asks with random texts, and FeTrIL and NAPA-VQ make old features for a classifier; here the class is "
+        "given, and such features are what a mask is asked on. NAPA-VQ's learned graph of neighbours is the nearest "
+        "mean."
     )
 
     def __init__(
@@ -139,8 +140,8 @@ class SlotSpan(Strategy):
     def _condition(self, step: Step, drawn: Tensor, theirs: VisualFeatures | None) -> VisualFeatures:
         """What the teacher is asked on, for ``drawn`` [B, r]; ``theirs`` are its features of the sources."""
         if self.conditioning == "own":
-            assert theirs is not None
-            return _of_sources(theirs, drawn.shape[1])
+            of_sources: VisualFeatures = _of_sources(theirs, drawn.shape[1])
+            return of_sources
         means = {name: value.to(step.spectrograms.weight) for name, value in self._old.items() if name != "counts"}
         chosen = {name: value[drawn] for name, value in means.items()}  # [B, r, ...]
         shape = (step.ranks.world * len(drawn), drawn.shape[1], 1)

@@ -98,7 +98,7 @@ class TrainingStep(nn.Module):
             terms = {**terms, "cross_entropy": self.cross_entropy_weight * cross_entropy}
         # a decoder may bring terms of its own
         terms |= student.mask_decoder.auxiliary_losses(found.output, found.spectrograms, batch.class_ids)
-        self.strategy.before_backward(self.step, terms)
+        self.step.show_terms(terms)
         return terms
 
 

@@ -21,6 +21,8 @@ from support.strategy_steps import make_step, student_and_teacher
 SOUND_OF_PIXELS = {"motion_encoder": None, **SEPARATORS["sound_of_pixels"]}
 del SOUND_OF_PIXELS["front_end"]
 
+OTHERS = (("lwf", {"weight_mask": 30.0}), ("contavsep", {"weight_mask": 0.0}))
+
 
 def _built(*refs):
     return build_strategy([ComponentRef.model_validate(ref) for ref in refs])
@@ -78,11 +80,9 @@ def _reference(student, terms, separate):
     return torch.cat(vectors), torch.cat([torch.stack(parts).sum(0) for parts in zip(*every, strict=True)])
 
 
-@pytest.mark.parametrize("separate", [True, False])
-@pytest.mark.parametrize("others", [(), (("lwf", {"weight_mask": 30.0}), "contavsep_pairs")])
+@pytest.mark.parametrize(("others", "separate"), [((), False), (OTHERS, True)])
 def test_what_is_learned_from(others, separate):
     student, teacher = student_and_teacher()
-    others = [("contavsep", {"weight_mask": 0.0}) if one == "contavsep_pairs" else one for one in others]
     strategy = _built(*others, ("grad_surgery", {"separate": separate}))
     inner = TrainingStep(student, strategy)
     batch = make_step(student).batch

@@ -29,9 +29,7 @@ RESUMED = [
     (("ewf", {"reestimate_batch_norm": True}), "none"),
     (("contavsep", {"instance": "features", "modality_pairs": "within"}), "random_per_class"),
     ("avcil", "random_per_class"),
-    ("gated_distillation", "random_per_class"),
     (DERPP, "none"),
-    (SPAN, "none"),
     (TRANSLATED, "random_per_class"),
     (("l2_anchor", {"weight": 1.0}), "none"),
     pytest.param(("l2_anchor", {"weight": 1.0}), "none", marks=pytest.mark.slow),
@@ -51,8 +49,10 @@ RESUMED = [
     pytest.param([("magmax", {}), ("perturb_and_merge", {"fisher_samples": 3})], "none", marks=pytest.mark.slow),
     pytest.param([("si", {"weight": 1e3}), ("lwf", {})], "random_per_class", marks=pytest.mark.slow),
     (SURGERY, "random_per_class"),
-    ("topology", "none"),
     (RELATIONS, "none"),
+    pytest.param("gated_distillation", "random_per_class", marks=pytest.mark.slow),
+    pytest.param(SPAN, "none", marks=pytest.mark.slow),
+    pytest.param("topology", "none", marks=pytest.mark.slow),
 ]
 ON_EVERY_SEPARATOR = [
     pytest.param("lwf", "none", marks=pytest.mark.slow),
@@ -86,7 +86,8 @@ REGULARISERS = [
     ("contavsep", ("contavsep", {"weight_mask": 0.0}), "random_per_class"),
     ("avcil", ("avcil", {"weight_mask": 0.0}), "random_per_class"),
     ("avcil", ("avcil", {"weight_attention": 0.0}), "random_per_class"),
-    ("gated_distillation", UNGATED, "random_per_class"),
+    ("gated_distillation", "finetune", "random_per_class"),
+    pytest.param("gated_distillation", UNGATED, "random_per_class", marks=pytest.mark.slow),
     pytest.param(DERPP, (DERPP[0], {**DERPP[1], "alpha": 0.0}), "none", marks=pytest.mark.slow),
     pytest.param(DERPP, (DERPP[0], {**DERPP[1], "beta": 0.0}), "none", marks=pytest.mark.slow),
     (DERPP, "finetune", "none"),
@@ -100,7 +101,6 @@ REGULARISERS = [
 SWITCHED_OFF = [
     (("contavsep", {"weight_instance": 0.0, "weight_class": 0.0, "weight_mask": 0.0}), "none"),
     (("lwf", {"weight_mask": 0.0}), "none"),
-    ("grad_surgery", "none"),  # there is one term alone
     *(
         pytest.param(one, memory, marks=pytest.mark.slow)
         for one, memory in (
@@ -109,6 +109,7 @@ SWITCHED_OFF = [
             (("slot_span", {"weight": 0.0}), "none"),
             (("topology", {"weight": 0.0}), "none"),
             (("prototype_relations", {"weight": 0.0}), "none"),
+            ("grad_surgery", "none"),  # there is one term alone
         )
     ),
     (
