@@ -98,26 +98,31 @@ class AdapterPlace:
     ``parameter`` is its name in the component, ``shape`` its shape. ``kind`` linear is [maps rows, columns], ``maps``
     matrices one below the other (3 of a packed query, key and value projection); convolution [out, in, ...]; transposed
     (a transposed convolution) [in, out, ...]; affine [channels], the scale or the shift of channels, mostly of a
-    normalisation's.
+    normalisation's. ``dead``: so many matrices above the ``maps`` play no part, and are left as they are.
     """
 
     parameter: str
     shape: tuple[int, ...]
     kind: Literal["linear", "convolution", "transposed", "affine"] = "linear"
     maps: int = 1
+    dead: int = 0
 
     @property
     def rows(self) -> int:
         """Outputs of a map."""
-        return self.shape[1] if self.kind == "transposed" else self.shape[0] // self.maps
+        return self.shape[1] if self.kind == "transposed" else self.shape[0] // (self.maps + self.dead)
 
     @property
     def columns(self) -> int:
         """Inputs of a map; of a convolution times the taps of its kernel."""
-        return math.prod(self.shape) // (self.maps * self.rows)
+        return math.prod(self.shape) // ((self.maps + self.dead) * self.rows)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        """[maps, rows, columns] -> the shape of the weight."""
+        """[maps, rows, columns] -> the shape of the weight, 0 where nothing plays a part."""
+        if self.dead:
+            whole = matrix.new_zeros(self.dead + self.maps, self.rows, self.columns)
+            whole[self.dead :] = matrix
+            matrix = whole
         if self.kind != "transposed":
             return matrix.reshape(self.shape)
         return matrix.reshape(self.rows, self.shape[0], *self.shape[2:]).transpose(0, 1)

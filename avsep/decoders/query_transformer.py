@@ -439,8 +439,12 @@ class QueryTransformer(MaskDecoder):
         return out.unflatten(0, states.shape[:2]), embedding
 
     def adapter_places(self) -> tuple[AdapterPlace, ...]:
+        alone = [layer.self_attention for layer in self.layers if isinstance(layer, AudioLayer)]
+        alone = alone if self.slot_attention == "self" else []  # of which the values alone play a part
         packed = [
             AdapterPlace(f"{name}.in_weight", tuple(module.in_weight.shape), maps=3)
+            if module not in alone
+            else AdapterPlace(f"{name}.in_weight", tuple(module.in_weight.shape), maps=1, dead=2)
             for name, module in self.named_modules()
             if isinstance(module, Attention)
         ]

@@ -171,6 +171,32 @@ def test_the_tasks_of_classes_are_kept_in_the_spec(tmp_path, adapter):
     assert (other.spec.task_sizes, other.mask_decoder.num_classes) == ((), 3)
 
 
+def test_adapters_leave_dead_weights_alone():
+    """At the published size 24,576 parameters of rank 8 fewer: (8 * (256 + 256)) for each of 2 maps in 3 layers."""
+    counts = {}
+    for kind in ("released", "self"):
+        with torch.device("meta"):
+            separator = build_separator(
+                "iquery",
+                mask_decoder=("query_transformer", {"slot_attention": kind}),
+                adapter=("low_rank", {"rank": 8, "conv_rank": 0}),
+                num_classes=5,
+            )
+            separator.grow(10)
+        counts[kind] = sum(p.numel() for a in separator.adapters() for p in a.parameters())
+    assert counts["released"] - counts["self"] == 3 * 2 * 8 * (256 + 256)
+    assert counts["self"] == 233_728
+    separator = separator_of("self", adapter=("low_rank", {"rank": 2}))
+    separator.grow(3, ("a", "b", "c"))
+    for adapter in separator.adapters():
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.3)
+    decoder, name = separator.mask_decoder, "layers.0.self_attention.in_weight"
+    before, after = decoder.decoder.get_parameter(name), decoder._task_weights(1)[name]
+    assert torch.equal(after[:32], before[:32])
+    assert not torch.equal(after[32:], before[32:])
+
+
 @pytest.mark.parametrize("kind", ["released", "self"])
 def test_no_tasks_are_kept_where_they_make_no_difference(kind):
     separator = separator_of(kind)

@@ -110,6 +110,7 @@ def test_a_run_freezes_all_but_what_is_solved_for(tone_store, tmp_path):
     assert (new.gram[:2].diagonal(dim1=1, dim2=2) >= old.gram.diagonal(dim1=1, dim2=2)).all()  # exemplars add to them
 
 
+@pytest.mark.slow
 def test_without_memory_old_classes_stay_as_they_are(tone_store, tmp_path):
     run = train(tone_store, tmp_path / "run", STRATEGY, separator="ridge_filters")
     before, after = weights(run, 0), weights(run)

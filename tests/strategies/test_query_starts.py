@@ -140,6 +140,7 @@ def test_a_run_begins_at_similar_queries_and_goes_on_after_a_kill(tone_store):
     assert QUERIES in differing(weights(run), weights(plain))
 
 
+@pytest.mark.slow
 def test_frozen_text_queries_stay_where_they_are(tone_store, tmp_path):
     run = train(tone_store, tmp_path / "run", ("text_queries", {"vectors": VECTORS, "frozen": True}))
     first, last = weights(run, 0)[QUERIES], weights(run)[QUERIES]

@@ -17,7 +17,11 @@ from support.continual_runs import differing, make_learner, resume_killed, train
 from support.strategy_steps import student_and_teacher
 
 SEPARATOR = "iquery_adapters"
-RUNS = [(SEPARATOR, "none"), (SEPARATOR, "random_per_class"), ("iquery_tails", "none")]
+RUNS = [
+    (SEPARATOR, "none"),
+    (SEPARATOR, "random_per_class"),
+    pytest.param("iquery_tails", "none", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("separator", "memory"), RUNS)
