@@ -106,12 +106,14 @@ out=$(cd "$out" && pwd)
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir "$work/logs" "$work/junit" "$work/status" "$work/run" "$work/running"
+mkdir "$work/logs" "$work/junit" "$work/status" "$work/run" "$work/running" "$work/tmp"
 began=$SECONDS
 parts=()
 missing=()
+plots=1
 
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLBACKEND=Agg
+export TMPDIR=$work/tmp # which goes with the rest, also where a part was stopped
 export TRITON_CACHE_DIR=$work/triton TORCHINDUCTOR_CACHE_DIR=$work/inductor
 unset AVSEP_KERNELS
 if [ $dry = 1 ]; then
@@ -339,7 +341,6 @@ for name in pytest pydantic yaml lightning_fabric safetensors soundfile soxr typ
     onnxruntime; do
     has "$name" || missing+=("$name")
 done
-plots=1
 has matplotlib || plots=0
 [ ${#missing[@]} = 0 ] || say "not installed: ${missing[*]}"
 describe >"$out/environment.txt" 2>&1
