@@ -317,7 +317,7 @@ def _spec(job: _Job, store: Store) -> RunSpec:
         "tasks": [list(store.classes[:half]), list(store.classes[half:])],
         "preset": job.preset,
     }
-    apply_settings(data, job.settings)
+    apply_settings(data, list(job.settings))
     spec = validated(RunSpec, data, "bench continual")
     spec.check()
     return spec

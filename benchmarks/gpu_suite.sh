@@ -136,7 +136,7 @@ left_s() {
 part() {
     local name=$1 budget=$2 start=$SECONDS code word left
     shift 2
-    [ $dry = 0 ] || budget=$((4 * budget)) # they are a GPU's; here they would tell how busy the machine is
+    [ $dry = 0 ] || budget=$((10 * budget)) # they are a GPU's; here they would tell how busy the machine is
     left=$(left_s "$name")
     [ "$budget" -le "$left" ] || budget=$left
     if [ "$left" -le 3 ]; then
