@@ -250,7 +250,7 @@ def _in_turn(todo: Sequence[_Job], jobs: int) -> Iterator[list[dict[str, Any]]]:
         yield from map(_one, todo)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would share what this process has of the GPU
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=die_with_parent) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin) as pool:
         futures = [pool.submit(_one, job) for job in todo]
         try:
             for future in as_completed(futures):
@@ -259,6 +259,11 @@ def _in_turn(todo: Sequence[_Job], jobs: int) -> Iterator[list[dict[str, Any]]]:
             raise AvsepError("a process that was training died: if memory is short, lower --jobs") from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    die_with_parent()
+    keep_memory()
 
 
 def _one(job: _Job) -> list[dict[str, Any]]:
@@ -270,7 +275,6 @@ def _one(job: _Job) -> list[dict[str, Any]]:
     started = time.perf_counter()
     load = system_load()
     torch.set_num_threads(job.threads)
-    keep_memory()
     store = Store.open(job.store)
     spec = _spec(job, store)
     front_end = spec.separator.front_end
@@ -313,7 +317,7 @@ def _spec(job: _Job, store: Store) -> RunSpec:
         "tasks": [list(store.classes[:half]), list(store.classes[half:])],
         "preset": job.preset,
     }
-    apply_settings(data, job.settings)
+    apply_settings(data, list(job.settings))
     spec = validated(RunSpec, data, "bench continual")
     spec.check()
     return spec

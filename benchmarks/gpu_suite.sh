@@ -69,7 +69,7 @@ case $python in /*) ;; *) python=$PWD/$python ;; esac
 
 # With what they need: none of these needs torch.
 packed=(pytest pytest-timeout pytest-benchmark pydantic PyYAML soundfile soxr typer rich safetensors fsspec packaging
-    typing-extensions matplotlib)
+    typing-extensions matplotlib pillow)
 # These would bring torch, which is there.
 packed_alone=(lightning-fabric lightning-utilities inf_cl)
 
@@ -106,12 +106,14 @@ out=$(cd "$out" && pwd)
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir "$work/logs" "$work/junit" "$work/status" "$work/run" "$work/running"
+mkdir "$work/logs" "$work/junit" "$work/status" "$work/run" "$work/running" "$work/tmp"
 began=$SECONDS
 parts=()
 missing=()
+plots=1
 
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLBACKEND=Agg
+export TMPDIR=$work/tmp # which goes with the rest, also where a part was stopped
 export TRITON_CACHE_DIR=$work/triton TORCHINDUCTOR_CACHE_DIR=$work/inductor
 unset AVSEP_KERNELS
 if [ $dry = 1 ]; then
@@ -134,7 +136,7 @@ left_s() {
 part() {
     local name=$1 budget=$2 start=$SECONDS code word left
     shift 2
-    [ $dry = 0 ] || budget=$((4 * budget)) # they are a GPU's; here they would tell how busy the machine is
+    [ $dry = 0 ] || budget=$((10 * budget)) # they are a GPU's; here they would tell how busy the machine is
     left=$(left_s "$name")
     [ "$budget" -le "$left" ] || budget=$left
     if [ "$left" -le 3 ]; then
@@ -339,7 +341,6 @@ for name in pytest pydantic yaml lightning_fabric safetensors soundfile soxr typ
     onnxruntime; do
     has "$name" || missing+=("$name")
 done
-plots=1
 has matplotlib || plots=0
 [ ${#missing[@]} = 0 ] || say "not installed: ${missing[*]}"
 describe >"$out/environment.txt" 2>&1
@@ -406,15 +407,15 @@ if [ $dry = 1 ]; then # separators that train in seconds
       precomputed, params: {features: m, dim: 8}}}}" >"$work/published.yaml"
     echo "{separator: {$small, object_encoder: {name: frame_cnn, params: {dim: 16}}, motion_encoder: {name: motion_cnn,
       params: {dim: 16}}}, train: {batch_size: 2, epochs: 1, steps_per_epoch: 2}}" >"$work/small.yaml"
-    step=(bench train --preset "$work/published.yaml" --batch 2 --classes 4 --repeats 1)
+    step=(bench train --preset "$work/published.yaml" --batch 2 --classes 4 --repeats 1) mixed=()
     tasks=(--preset "$work/small.yaml" --seeds 1 --clips 3 1 2)
     forms=(--preset "$work/small.yaml" --no-compile --repeats 1)
 else # published sizes: 32 mixtures; the demo's runs with two of its three epochs
-    step=(bench train --device cuda --batch 32 --repeats 7)
+    step=(bench train --device cuda --batch 32 --repeats 7) mixed=(--form bf16)
     tasks=(--device cuda --set train.epochs=2)
     forms=(--device cuda --batch 4)
 fi
-avsep bench-train 80 "${step[@]}" --form bf16 --out "$out/train.csv"
+avsep bench-train 80 "${step[@]}" ${mixed[@]+"${mixed[@]}"} --out "$out/train.csv"
 also=(PIL)
 avsep bench-continual 120 bench continual "${tasks[@]}" --jobs 2 --out "$out/continual.csv"
 

@@ -150,7 +150,9 @@ def continual(
     import tempfile
 
     from avsep.benchmarks.continual import made_up_store, run
+    from avsep.environment import keep_memory
 
+    keep_memory()  # as `avsep train` does
     with tempfile.TemporaryDirectory(prefix="avsep-bench-") as folder:
         place = Path(folder)
         run(
