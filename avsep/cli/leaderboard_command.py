@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,7 +67,7 @@ def command(
     board = load_board_preset(preset)
     known = {one.name for one in board.entries}
     more = tuple(one for name in package or () for one in load_package(name) if one.name not in known)
-    changes = {"entries": (*board.entries, *more)}
+    changes: dict[str, Any] = {"entries": (*board.entries, *more)}
     changes |= {k: v for k, v in (("screening", screening), ("seeds", seeds)) if v is not None}
     run_board(
         board.model_copy(update=changes),

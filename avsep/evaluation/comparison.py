@@ -225,7 +225,8 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
     Those below a level are true of all that are called so at once, with that chance of being wrong in any (Holm, A
     simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979).
     """
-    made, highest = {}, 0.0
+    made: dict[str, float] = {}
+    highest = 0.0
     for number, name in enumerate(sorted(p, key=lambda key: p[key])):
         highest = max(highest, min(1.0, (len(p) - number) * p[name]))
         made[name] = highest
@@ -410,7 +411,7 @@ def _layouts(cells: Sequence[Cell]) -> dict[str, _Layout]:
 def _p_value(drawn: _Array) -> float:
     """Twice the smaller share of the draws on one side of zero; never below one draw."""
     known = drawn[np.isfinite(drawn)]
-    beyond = min(np.count_nonzero(known <= 0), np.count_nonzero(known >= 0))
+    beyond = min(int(np.count_nonzero(known <= 0)), int(np.count_nonzero(known >= 0)))
     return float(min(1.0, 2 * max(beyond, 1) / max(len(known), 1)))
 
 

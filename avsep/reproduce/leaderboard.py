@@ -201,7 +201,8 @@ def build_board(
     stream = streams[preset.seed]
     rows: dict[str, dict[str, list[Row]]] = {}
     notes: dict[str, list[str]] = {}
-    for table, size in (board.budgets or {"board": None}).items():
+    budgets: dict[str, int | Literal["model"] | None] = {**board.budgets} or {"board": None}
+    for table, size in budgets.items():
         rows[table], notes[table] = {}, []
         for base in wanted:
             make = _Rows(board, preset, base, stream, size)
@@ -394,7 +395,7 @@ def sweep_of(
     Raises:
         ConfigError, UnknownNameError: a text that cannot be read, or a name that is not there.
     """
-    entries = []
+    entries: list[Entry] = []
     for memory in map(parse_component, memories):
         memory.check(MEMORIES)
         for text in methods:

@@ -39,7 +39,7 @@ TITLES = {
 _PAPER_TABLE = {"figure3": "table1", "figure4": "table3"}
 _LEVEL = 0.05
 _SHOWN = ("sdr", "sir", "sar")
-_CONTINUAL = ("average", "forgetting", "bwt", "intransigence")
+_CONTINUAL = ("average", "forgetting", "bwt", "intransigence", "staleness", "fwt")
 _RELEASED = ("released_sdr", "released_sir", "released_sar")  # with degenerate pairs, where the protocol has such
 CONTROL = {
     "table1": "finetune+memory",
@@ -394,7 +394,7 @@ def csv_rows(table: Table) -> list[dict[str, Any]]:
             counts = line.ours.counts if line.ours else {}
             row |= {k: counts.get(k, "") for k in ("scored", "skipped", "silent_estimates", "degenerate")}
             sdr = line.ours.differences.get("sdr") if line.ours else None
-            row |= {"sdr_difference_p": _text(sdr and sdr.p), "sdr_difference_p_holm": _text(line.p_holm)}
+            row |= {"sdr_difference_p": _text(sdr.p if sdr else None), "sdr_difference_p_holm": _text(line.p_holm)}
             row |= {"updates": "" if line.updates is None else f"{line.updates:g}"}
             row |= {"core_seconds": _text(line.ours.seconds if line.ours else None)}
             row["memory_bytes"] = (line.ours.memory_bytes if line.ours else None) or ""

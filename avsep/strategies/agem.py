@@ -30,6 +30,11 @@ class AGEM(Strategy):
     is bounded by nothing. With 16-bit floats r is computed without loss scaling and may vanish.
     """
 
+    differs = (
+        "The paper projects on a loss over a memory's own batch; here it is the old sources of the same mixtures, and "
+        "Adam takes the projected gradient."
+    )
+
     needs_memory = True
     across_ranks = True
     changes_separation = True

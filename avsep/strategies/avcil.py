@@ -37,6 +37,11 @@ class AVCIL(Strategy):
     switches its term off. The defaults are the original's for its data sets beyond AVE, and .3 for masks.
     """
 
+    differs = (
+        "Masks take the place of class scores, and attention to a source's motion that of spatial attention. The "
+        "contrast is of the student's sources alone."
+    )
+
     needs_memory = True
     across_ranks = True
 

@@ -21,6 +21,8 @@ class EWF(Composition):
     PLOP's losses); 0 is fine-tuning with fusion. ``reestimate_batch_norm`` as in ``weight_fusion``.
     """
 
+    differs = "The paper is of segmentation and adds MiB's or PLOP's losses; here LwF's keeps the endpoints close."
+
     def __init__(self, *, distillation: float = 0.3, reestimate_batch_norm: bool = False) -> None:
         if not distillation >= 0:
             raise ValueError(f"distillation must be 0 or more, got {distillation}")

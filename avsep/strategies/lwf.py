@@ -42,6 +42,10 @@ class LwF(Strategy):
     from PyTorch's global generator, whose state the learner sets from (seed, task) and keeps in its checkpoints.
     """
 
+    differs = (
+        "Masks of the previous task's separator take the place of class scores, asked with the classes that it knows."
+    )
+
     across_ranks = True
 
     def __init__(

@@ -43,6 +43,8 @@ class PLOP(Strategy):
     are labelled as background in new pictures, and masks of asked classes know no background.
     """
 
+    differs = "Masks' logits take the place of a segmentation's; its pseudo-labels have no counterpart where the class is given."
+
     across_ranks = True
 
     def __init__(self, *, weight_features: float = 0.01, weight_logits: float = 0.0005) -> None:

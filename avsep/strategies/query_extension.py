@@ -24,6 +24,8 @@ class QueryExtension(Strategy):
     also trains the layers that turn a query's state into its mask; those are shared, so old masks then change.
     """
 
+    differs = "The paper extends queries once, from one set of instruments to another; here every task does."
+
     across_ranks = True
 
     def __init__(self, *, head: bool = False) -> None:

@@ -28,6 +28,10 @@ class TaskAdapters(Strategy):
     everything, nor that old ones are separated better from instruments that came later.
     """
 
+    differs = (
+        "LoRA adapts one pre-trained network to one task; here each task has an adapter, found by the class asked for."
+    )
+
     across_ranks = True
 
     def __init__(self) -> None:

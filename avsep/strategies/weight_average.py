@@ -36,6 +36,11 @@ class WeightAverage(Strategy):
     normalisation are estimated anew for it on ``batch_norm_mixtures`` training mixtures (0: those of training).
     """
 
+    differs = (
+        "The paper also holds the weights to the previous model's; combine it with l2_anchor for that. Running statistics "
+        "are estimated anew."
+    )
+
     across_ranks = True
 
     def __init__(

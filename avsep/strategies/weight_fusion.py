@@ -33,6 +33,8 @@ class WeightFusion(Strategy):
     statistics are not those of averaged weights: a diagnostic that the original does not have.
     """
 
+    differs = "Nothing but the loss beside it: the paper fuses segmentation networks."
+
     needs_teacher = True
     across_ranks = True
 
