@@ -43,7 +43,10 @@ class PLOP(Strategy):
     are labelled as background in new pictures, and masks of asked classes know no background.
     """
 
-    differs = "Masks' logits take the place of a segmentation's; its pseudo-labels have no counterpart where the class is given."
+    differs = (
+        "Masks' logits take the place of a segmentation's; its pseudo-labels have no counterpart where the class is "
+        "given."
+    )
 
     across_ranks = True
 

@@ -37,8 +37,8 @@ class WeightAverage(Strategy):
     """
 
     differs = (
-        "The paper also holds the weights to the previous model's; combine it with l2_anchor for that. Running statistics "
-        "are estimated anew."
+        "The paper also holds the weights to the previous model's; combine it with l2_anchor for that. Running "
+        "statistics are estimated anew."
     )
 
     across_ranks = True
