@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from avsep.decoders._alignment import (
     is_present,
     time_varying_logits,
 )
+from avsep.decoders._contrast import ContrastEmbedding
 from avsep.decoders.base import MaskDecoder
 from avsep.encoders.base import weight_places
 from avsep.errors import ConfigError
@@ -42,7 +45,8 @@ class AlignedQuery(MaskDecoder):
     ``class_given`` off leaves the class out: the decoder goes by the pictures alone (and then takes no class at all).
     Sources without a picture, or of unknown motion, get a learned vector in place of the object and of the motion.
     Whether a source sounds in the mixture is told beside its mask, learned by binary cross-entropy with the weight
-    ``presence_weight`` against whether its magnitudes make up 1 % of the mixture's.
+    ``presence_weight`` against whether its magnitudes make up 1 % of the mixture's. ``contrast_embedding`` says what
+    CrossSDC is given of f_a (:class:`~avsep.decoders._contrast.ContrastEmbedding`).
 
     Shapes:
         mask_features [B, C, F, T] with F = ``log_rows`` a multiple of ``bands``, object [B, N, object_dim], motion
@@ -70,11 +74,13 @@ class AlignedQuery(MaskDecoder):
         kernel: int = 5,
         class_given: bool = True,
         presence_weight: float = 0.1,
+        contrast_embedding: Literal["shared", "detached", "projected"] = "shared",
     ) -> None:
         super().__init__()
         if not presence_weight >= 0:
             raise ValueError(f"presence_weight must be 0 or more, got {presence_weight}")
         self.head = TimeVaryingHead(dim, mask_channels, log_rows, bands=bands, layers=layers, kernel=kernel)
+        self.contrast = ContrastEmbedding(contrast_embedding, dim)
         self.num_classes = num_classes
         self.dim = dim
         self.class_agnostic = not class_given
@@ -128,7 +134,7 @@ class AlignedQuery(MaskDecoder):
         state, weights, bias = self.head(query.expand(-1, -1, -1, frames), features, audio.spectrogram)
         logits = time_varying_logits(weights, bias, features)
         return MaskOutput(
-            audio=state.mean(dim=-1),
+            audio=self.contrast(state.mean(dim=-1)),
             object=object_embedding,
             motion=motion_embedding,
             logits=logits,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avsep.decoders._alignment import TimeVaryingHead, at_frames, time_varying_logits
+from avsep.decoders._contrast import ContrastEmbedding
 from avsep.decoders.base import MaskDecoder, tasks_of
 from avsep.encoders.base import weight_places
 from avsep.errors import ConfigError
@@ -224,6 +225,9 @@ class QueryTransformer(MaskDecoder):
     separator starts as the published one does. At the published setting (5 classes, 512-d objects, 768-d motion) it
     has 5,209,632 parameters, and 256 more for each further class.
 
+    ``contrast_embedding`` says what CrossSDC is given of f_a, the vector that masks are made from
+    (:class:`~avsep.decoders._contrast.ContrastEmbedding`).
+
     Shapes:
         audio latent [B, latent_channels, H, W], mask features [B, mask_channels, F, T], object [B, N, object_dim],
         motion [B, N, motion_dim, Tm], motion mask [B, N, Tm] (True = valid), class_ids [B, N] -> logits [B, N, F, T]
@@ -251,6 +255,7 @@ class QueryTransformer(MaskDecoder):
         layers: int = 4,
         time_varying: bool = False,
         slot_attention: Literal["released", "causal", "self"] = "released",
+        contrast_embedding: Literal["shared", "detached", "projected"] = "shared",
     ) -> None:
         super().__init__()
         if slot_attention not in SLOT_ATTENTIONS:
@@ -292,6 +297,7 @@ class QueryTransformer(MaskDecoder):
                 for parameter in part.parameters():
                     if parameter.ndim > 1:
                         nn.init.xavier_uniform_(parameter)
+        self.contrast = ContrastEmbedding(contrast_embedding, dim)
         self.time_varying = None
         if time_varying:
             self.time_varying = TimeVaryingHead(dim, mask_channels, log_rows, bands=8, layers=2, kernel=5)
@@ -365,13 +371,13 @@ class QueryTransformer(MaskDecoder):
         embedding = self.norm(state.squeeze(2))  # f_a [B, N, D]
         if self.time_varying is not None:
             return MaskOutput(
-                audio=embedding,
+                audio=self.contrast(embedding),
                 object=object_embedding,
                 motion=motion_embedding,
                 logits=self._varied(embedding, visual, audio),
             )
         return MaskOutput(
-            audio=embedding,
+            audio=self.contrast(embedding),
             object=object_embedding,
             motion=motion_embedding,
             embedding=self.head(embedding),
