@@ -396,7 +396,7 @@ avsep() { # NAME BUDGET ARGUMENTS...
 }
 
 kernels bench-similarity_distillation 90 similarity_distillation paper
-kernels bench-stft_masking 45 stft_masking all
+kernels bench-stft_masking 55 stft_masking all
 kernels bench-mask_head 45 mask_head all
 
 if [ $dry = 1 ]; then # separators that train in seconds

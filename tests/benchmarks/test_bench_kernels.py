@@ -388,6 +388,7 @@ def test_the_suite_goes_on_without_time_and_says_so(tmp_path):
 
 @needs_bash
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 def test_a_suite_that_is_cut_off_keeps_what_was_measured(tmp_path):
     """Whole rows of the part that was done, those of the running part's cases that were, and a summary of both."""
     out = tmp_path / "out"
@@ -429,6 +430,7 @@ def test_a_suite_that_is_cut_off_keeps_what_was_measured(tmp_path):
 
 @needs_bash
 @pytest.mark.slow
+@pytest.mark.timeout(950)  # the suite ends itself before
 def test_the_suite_runs_dry(tmp_path):
     from avsep.benchmarks import continual, export_cases
 
