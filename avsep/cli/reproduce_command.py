@@ -20,7 +20,8 @@ def command(
         list[str],
         typer.Argument(
             metavar="TABLE...",
-            help="table1, table2, table3, figure3, figure4, budget, or all; or tune, which comes first.",
+            help="table1, table2, table3, figure3, figure4, budget, or all of these; crosssdc, why CrossSDC costs "
+            "or helps; or tune, which comes first.",
             show_default=False,
         ),
     ],
@@ -230,6 +231,7 @@ def _print_power(grid: Grid, tables: list[str], results: ResultStore, difference
 def _tables(names: list[str]) -> list[str]:
     from avsep.errors import ConfigError, UnknownNameError, near_matches
     from avsep.reproduce import TABLES
+    from avsep.reproduce.grid import CROSSSDC
 
     if "tune" in names:
         if len(names) > 1:
@@ -237,9 +239,10 @@ def _tables(names: list[str]) -> list[str]:
             raise ConfigError(f"tune chooses what the tables are then run with: leave {other} for another command")
         return ["tune"]
     for name in names:
-        if name not in (*TABLES, "all"):
-            raise UnknownNameError(f"no table named '{name}': {near_matches(name, (*TABLES, 'all'))}")
-    return list(TABLES) if "all" in names else list(dict.fromkeys(names))
+        if name not in (*TABLES, CROSSSDC, "all"):
+            raise UnknownNameError(f"no table named '{name}': {near_matches(name, (*TABLES, CROSSSDC, 'all'))}")
+    chosen = [one for name in names for one in (TABLES if name == "all" else (name,))]
+    return list(dict.fromkeys(chosen))
 
 
 def _finished(cell: Cell, results: ResultStore, *, tuning: bool) -> str:

@@ -164,8 +164,8 @@ _E = TypeVar("_E", bound=Estimate)
 class MethodResult:
     """One method over its seeds; dB, after the last task unless said otherwise.
 
-    ``values`` by name: ``average`` (A_T of the SDR matrix, each task counting alike), ``task-0`` ... (its last row),
-    ``forgetting``, ``bwt``, ``intransigence`` (mean over tasks, over the seeds that have a joint run), ``staleness``
+    ``values`` by name: ``average`` (A_T of the SDR matrix, each task counting alike), ``task-0`` ... (its last row), ``first`` (the
+    first task as it was learned), ``forgetting``, ``bwt``, ``intransigence`` (mean over tasks, over the seeds that have a joint run), ``staleness``
     (:func:`avsep.evaluation.continual.staleness`), ``fwt`` (the SDRi on each task but the first before it was learned,
     where it was measured with all seeds), and ``sdr``, ``sir``, ``sar``, ``sdri``, ``si_sdr`` over the sources of all
     scored mixtures; ``released_sdr`` ... with the degenerate mixtures, where the protocol has such; ``list:three`` ...
@@ -774,6 +774,7 @@ class _Table:
             found["fwt"] = means[:, before].mean(axis=-1)
         if upper is not None:
             found["intransigence"] = intransigence(matrix, upper).mean(axis=-1)
+        found["first"] = matrix[:, 0, 0]
         found |= {f"task-{j}": matrix[:, last, j] for j in range(last + 1)}
         found |= {f"average@{t}": steps[:, t] for t in range(last + 1)}
         for (kind, t, metric), column in self.layout.column.items():

@@ -48,9 +48,13 @@ GRID_VERSION = 2
 BASES = ("iquery", "coseparation")
 BASE_TITLES = {"iquery": "iQuery", "coseparation": "Co-Separation"}
 TABLES = ("table1", "table2", "table3", "figure3", "figure4", "budget")
+"""Of the paper, and the comparison at equal bytes."""
+
+CROSSSDC = "crosssdc"
+"""Why CrossSDC costs or helps: the table behind docs/hypotheses.md, on bases whose decoder may detach f_a."""
 
 # table -> the bases it has in the paper
-_BASES_OF = {name: BASES if name in ("table1", "figure3") else BASES[:1] for name in TABLES}
+_BASES_OF = {name: BASES if name in ("table1", "figure3") else BASES[:1] for name in (*TABLES, CROSSSDC)}
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,53 @@ def _table2(base_name: str, preset: GridPreset) -> list[Row]:
     return [Row(name, label, "contavsep", {**base, **off}, preset.memory) for name, label, off in parts]
 
 
+def _crosssdc(preset: GridPreset, train: TrainSpec) -> list[Row]:
+    """ContAV-Sep with the contrast in several weights and forms, all with the published weight of its masks; without
+    contrast, for longer, and in larger batches too."""
+    published = {name: float(p.default) for p in STRATEGIES.get("contavsep").settings if (name := p.name) in _CONTRAST}
+
+    def row(name: str, label: str, share: float, train: dict[str, Any], how: str = "shared") -> Row:
+        params = {key: share * value for key, value in published.items()}
+        changes = {} if how == "shared" else {"mask_decoder": {"params": {"contrast_embedding": how}}}
+        return Row(name, label, "contavsep", params, preset.memory, train, changes)
+
+    longer = {"epochs": 3 * train.epochs, "validate_every": 3 * train.validate_every}
+    larger = {"batch_size": 4 * train.batch_size}
+    return [
+        row("mask", "L_dist alone", 0.0, {}),
+        row("published", "published weights", 1.0, {}),
+        row("x0.3", "weights x 0.3", 0.3, {}),
+        row("x0.1", "weights x 0.1", 0.1, {}),
+        row("detached", "published, f_a detached", 1.0, {}, "detached"),
+        row("projected", "published, f_a projected", 1.0, {}, "projected"),
+        row("mask-longer", "L_dist alone, 3 x updates", 0.0, longer),
+        row("published-longer", "published, 3 x updates", 1.0, longer),
+        row("mask-batch", "L_dist alone, 4 x batch", 0.0, larger),
+        row("published-batch", "published, 4 x batch", 1.0, larger),
+    ]
+
+
+HYPOTHESES = (
+    ("H1", "published", "mask", "-", "the published contrast costs SDR at this length of training"),
+    ("H2", "x0.1", "published", "+", "a tenth of its weight costs less"),
+    ("H3", "x0.1", "mask", "+", "a tenth of its weight helps"),
+    ("H4", "detached", "published", "+", "it costs through its gradient to f_a, the vector that masks are made from"),
+    ("H5", "projected", "published", "+", "a projection head on f_a takes most of the cost away"),
+    (
+        "H6",
+        "projected",
+        "detached",
+        "+",
+        "what it teaches the audio side through the head is worth something",
+    ),
+    ("H7", "published-longer", "mask-longer", "-", "three times the updates do not take the cost away"),
+    ("H8", "published-batch", "mask-batch", "-", "four times the batch, with more to contrast, does not take it away"),
+)
+"""Name, row, the row it is held against, the sign that is predicted of the difference in SDR, and why."""
+
+_CONTRAST = ("weight_instance", "weight_class")
+
+
 def _table3(base: str, preset: GridPreset, stream: TaskStream) -> tuple[list[Row], list[str]]:
     counts = {
         name: len(stream.store.select(classes=[name], split="train"))
@@ -261,8 +312,8 @@ def build_grid(
     if seeds < 1:
         raise ConfigError(f"seeds = {seeds}: give 1 or more")
     for table in tables:
-        if table not in TABLES:
-            raise UnknownNameError(f"no table named '{table}': {near_matches(table, TABLES)}")
+        if table not in _BASES_OF:
+            raise UnknownNameError(f"no table named '{table}': {near_matches(table, _BASES_OF)}")
     preset.check_bases(bases or ())
     specs, streams = base_separators(preset, store, seeds=1)
     stream = streams[preset.seed]
@@ -370,6 +421,8 @@ def _rows(
         return _table3(base, preset, stream)
     if table == "budget":
         return _budget(base, preset, separator, stream)
+    if table == CROSSSDC:
+        return _crosssdc(preset, preset.train_spec(base)), []
     return (_table2(base, preset) if table == "table2" else table1_rows(base, preset)), []
 
 

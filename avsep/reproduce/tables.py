@@ -23,7 +23,7 @@ from avsep.evaluation.comparison import (
 from avsep.evaluation.continual import area_under_memory_curve
 from avsep.files import read_yaml, write_text
 from avsep.reproduce.dataset import BENCHMARK
-from avsep.reproduce.grid import BASE_TITLES, Grid
+from avsep.reproduce.grid import BASE_TITLES, CROSSSDC, HYPOTHESES, Grid
 from avsep.reproduce.results import CellResult, ResultStore
 
 __all__ = ["Line", "Table", "build_table", "cells_beside", "markdown", "places_in", "published", "render_into", "stars"]
@@ -35,6 +35,7 @@ TITLES = {
     "figure3": "Figure 3: methods after every task",
     "figure4": "Figure 4: exemplars a class",
     "budget": "Methods at one budget of bytes",
+    CROSSSDC: "Why CrossSDC costs or helps",
 }
 _PAPER_TABLE = {"figure3": "table1", "figure4": "table3"}
 _LEVEL = 0.05
@@ -48,6 +49,7 @@ CONTROL = {
     "figure3": "finetune+memory",
     "figure4": "K=1",
     "budget": "finetune+bytes",
+    CROSSSDC: "mask",
 }
 """The row that the others' differences are to: in table 1 plain replay, which the paper leaves out."""
 
@@ -163,7 +165,11 @@ def build_table(
         lines=lines,
         control=control,
         protocol=f"{grid.stream.protocol.name} version {grid.stream.protocol.version}",
-        notes=(*grid.notes.get(name, ()), *(_over_memory(lines) if name in ("table3", "figure4") else ())),
+        notes=(
+            *grid.notes.get(name, ()),
+            *(_over_memory(lines) if name in ("table3", "figure4") else ()),
+            *(_found(grid, results, clips, resamples) if name == CROSSSDC else ()),
+        ),
         tasks=tuple(t.classes for t in grid.stream.tasks),
     )
 
@@ -224,6 +230,37 @@ def _compared(
     joint = [c for c in cells if c.method == "joint"]
     baseline = control if control in found else None
     return compare(cells, baseline=baseline, joint=joint, clips=clips, orders=len(clips) > 1, resamples=resamples)
+
+
+def _found(grid: Grid, results: ResultStore, clips: dict[str, Any], resamples: int) -> list[str]:
+    """A line for each hypothesis: what was predicted, and what was found, after the first task and at the end."""
+    said = []
+    for base in grid.rows[CROSSSDC]:
+        cells, _ = cells_beside(grid, CROSSSDC, base, results)
+        differences: dict[str, tuple[Difference, Difference]] = {}
+        for name, row, against, _, _ in HYPOTHESES:
+            pair = {key: cells[key] for key in (row, against) if key in cells}
+            if len(pair) == 2:
+                made = _compared(pair, against, clips, resamples)
+                found = made[row].differences if made is not None else {}
+                if "sdr" in found:
+                    differences[name] = (found["first"], found["sdr"])
+        corrected = holm({name: end.p for name, (_, end) in differences.items()})
+        for name, row, against, sign, why in HYPOTHESES:
+            line = f"{BASE_TITLES.get(base, base)}, {name}, {row} against {against}: predicted {sign} ({why}); "
+            if name not in differences:
+                said.append(line + "not run.")
+                continue
+            start, end = differences[name]
+            verdict = "not told from 0"
+            if end.significant:
+                verdict = "as predicted" if (end.mean > 0) == (sign == "+") else "the opposite"
+                verdict += "" if corrected[name] < _LEVEL else ", but not after Holm's correction"
+            said.append(
+                line + f"found {end.mean:+.2f} dB [{end.low:+.2f}, {end.high:+.2f}] at the end and {start.mean:+.2f} "
+                f"[{start.low:+.2f}, {start.high:+.2f}] after the first task, {len(end.per_seed)} seeds: {verdict}."
+            )
+    return said
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -13,9 +13,10 @@ from avsep.data.store import Store
 from avsep.errors import ConfigError, UnknownNameError
 from avsep.evaluation.evaluate import METRICS, summarise
 from avsep.reproduce import build_grid, build_table, build_tuning, load_grid_preset
-from avsep.reproduce.grid import rotated
+from avsep.reproduce.grid import HYPOTHESES, rotated
 from avsep.reproduce.power import needs, seeds_needed
 from avsep.reproduce.tuning import FIRST, LEAST, choices, next_round
+from support.source_tree import ROOT
 from support.tones import TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
 
 TASKS = [list(names) for names in TINY_TASKS]
@@ -270,3 +271,36 @@ def test_what_is_left_to_run_for_a_difference(load, store, tmp_path):
     assert lwf.seeds == seeds_needed((4 / 3) ** 0.5, 0.5)
     assert lwf.hours == pytest.approx((lwf.seeds - 4) * 2)
     assert (found["ewc+memory"].seeds, found["ewc+memory"].hours) == (2, 0)
+
+
+# ---------------------------------------------------------------------- hypotheses
+
+
+def test_hypotheses_are_said_with_what_was_found(load, store, tmp_path):
+    grid = build_grid(["crosssdc"], load(orders="rotated"), store, seeds=4)
+    rows = {row.name: row for row in grid.rows["crosssdc"]["iquery"]}
+    assert {name for h in HYPOTHESES for name in h[1:3]} <= set(rows)
+    assert rows["x0.1"].params == {"weight_instance": pytest.approx(0.01), "weight_class": pytest.approx(0.03)}
+    specs = {c.row.name: c.spec for c in grid.cells.values()}
+    decoder = specs["projected"].separator.mask_decoder
+    assert decoder.params["contrast_embedding"] == "projected"
+    assert specs["published-longer"].train.epochs == 3 * specs["published"].train.epochs
+    assert specs["mask-batch"].train.batch_size == 4 * specs["mask"].train.batch_size
+    level = {"mask": 5.0, "published": 4.0, "x0.1": 5.0, "detached": 3.5, "projected": 4.5}
+
+    def score(cell):  # seeds differ more where the contrast is weak
+        wobble = 2.0 * (-1) ** cell.seed if cell.row.name == "x0.1" else 0.0
+        return level.get(cell.row.name, 5.0) + wobble
+
+    results = finished(grid, tmp_path / "cells", score)
+    table = build_table(grid, "crosssdc", results, data_set="tones", preset="tiny", resamples=400)
+    said = {line.split(", ")[1]: line for line in table.notes}
+    ends = "found -1.00 dB [-1.00, -1.00] at the end and -1.00 [-1.00, -1.00] after the first task, 4 seeds"
+    assert said["H1"].endswith(f"{ends}: as predicted.")
+    assert said["H3"].endswith("4 seeds: not told from 0.")
+    assert said["H4"].endswith("4 seeds: the opposite.")
+    assert len(said) == len(HYPOTHESES) == 8
+    page = (ROOT / "docs" / "hypotheses.md").read_text(encoding="utf-8")
+    for name, _, _, sign, why in HYPOTHESES:
+        line = next(x for x in page.splitlines() if x.startswith(f"| {name} |"))
+        assert line.endswith(f"| {sign} | {why} |")
