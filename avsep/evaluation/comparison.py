@@ -164,12 +164,13 @@ _E = TypeVar("_E", bound=Estimate)
 class MethodResult:
     """One method over its seeds; dB, after the last task unless said otherwise.
 
-    ``values`` by name: ``average`` (A_T of the SDR matrix, each task counting alike), ``task-0`` ... (its last row), ``first`` (the
-    first task as it was learned), ``forgetting``, ``bwt``, ``intransigence`` (mean over tasks, over the seeds that have a joint run), ``staleness``
-    (:func:`avsep.evaluation.continual.staleness`), ``fwt`` (the SDRi on each task but the first before it was learned,
-    where it was measured with all seeds), and ``sdr``, ``sir``, ``sar``, ``sdri``, ``si_sdr`` over the sources of all
-    scored mixtures; ``released_sdr`` ... with the degenerate mixtures, where the protocol has such; ``list:three`` ...
-    the SDR on each list apart. What is undefined (forgetting after one task) is left out.
+    ``values`` by name: ``average`` (A_T of the SDR matrix, each task counting alike), ``task-0`` ... (its last row),
+    ``first`` (the first task as it was learned), ``forgetting``, ``bwt``, ``intransigence`` (mean over tasks, over the
+    seeds that have a joint run), ``staleness`` (:func:`avsep.evaluation.continual.staleness`), ``fwt`` (the SDRi on
+    each task but the first before it was learned, where it was measured with all seeds), and ``sdr``, ``sir``, ``sar``,
+    ``sdri``, ``si_sdr`` over the sources of all scored mixtures; ``released_sdr`` ... with the degenerate mixtures,
+    where the protocol has such; ``list:three`` ... the SDR on each list apart. What is undefined (forgetting after one
+    task) is left out.
     ``differences``: the same names, to the baseline; empty for the baseline itself. ``curves``: ``average`` (A_t) and
     the metrics by step. ``matrix``: R[t][j], mean over seeds. ``counts`` of mixtures after the last task, likewise.
     ``dependence``: by list the mean changes of SDR with other pictures (:mod:`avsep.evaluation.visual_dependence`), of
