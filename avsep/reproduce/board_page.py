@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -30,7 +31,6 @@ COLUMNS = {
     "forgetting": "forgetting",
     "staleness": "staleness",
     "kept": "kept, MB",
-    "memory": "memory",
     "updates": "updates",
     "seconds": "core s",
     "seeds": "seeds",
@@ -122,9 +122,13 @@ def write_board(
     write_text(written[2], page)
     for table in tables:
         if any(line.ours for lines in table.lines.values() for line in lines):
-            written.append(folder / f"{table.name}.png")
+            written.append(folder / f"{name}{'' if len(tables) == 1 else f'-{_slug(table.name)}'}.png")
             plot_table(table, written[-1])
     return written
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)
 
 
 def _template() -> Any:

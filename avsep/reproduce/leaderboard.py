@@ -259,7 +259,12 @@ class _Rows:
                 return row
             aligned = align({row.label: spec}, self.stream.store, budget=self.limit)[row.label]
         except AvsepError as error:
-            notes.append(f"{row.label} is left out on {self.base}: {error}.")
+            why = str(error).removeprefix(f"{row.label} ").rstrip(".")
+            notes.append(
+                f"{row.label} is left out on {self.base}: it {why}."
+                if why[:6] == "keeps "
+                else f"{row.label} is left out on {self.base}: {why}."
+            )
             return None
         return replace(row, memory=None if aligned.memory.name == "none" else aligned.memory)
 
@@ -323,7 +328,12 @@ def tables_of(
             base: tuple(sorted(of_base, key=lambda line: -line.ours.values["sdr"].mean if line.ours else math.inf))
             for base, of_base in table.lines.items()
         }
-        made.append(replace(table, lines=lines))
+        screened = board.screening < board.seeds
+        note = (
+            f"All rows have {board.screening} seeds; the best {board.share:.0%} of them by SDR, the control and the "
+            f"references have {board.seeds}."
+        )
+        made.append(replace(table, lines=lines, screened=screened, notes=(*table.notes, *([note] if screened else []))))
     return made
 
 

@@ -82,7 +82,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A finished or partly finished table; ``lines`` by base separator, ``notes`` what must be said of it."""
+    """A finished or partly finished table; ``lines`` by base separator, ``notes`` what must be said of it;
+    ``screened`` where not every row is to have all seeds."""
 
     name: str
     title: str
@@ -94,6 +95,7 @@ class Table:
     protocol: str
     notes: tuple[str, ...] = ()
     tasks: tuple[tuple[str, ...], ...] = field(default=())
+    screened: bool = False
 
     @property
     def steps(self) -> bool:
@@ -311,7 +313,8 @@ def markdown(table: Table) -> str:
     out += table.notes
     for base, lines in table.lines.items():
         for line in lines:
-            out += [f"Missing: {BASE_TITLES.get(base, base)}, {line.label}, {reason}" for reason in line.missing]
+            reasons = [reason for reason in line.missing if not (table.screened and reason.endswith(": not run"))]
+            out += [f"Missing: {BASE_TITLES.get(base, base)}, {line.label}, {reason}" for reason in reasons]
     out.append(f"Commit {', '.join(table.commits) or 'none'}.")
     return "\n".join(out) + "\n"
 

@@ -226,7 +226,7 @@ def test_a_sweep_from_store_to_page(tone_store, tmp_path, package, monkeypatch, 
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "of_a_package" in (out / "sweep.md").read_text()
     assert (out / "sweep.csv").is_file()
-    assert (out / "board.png").is_file()
+    assert (out / "sweep.png").is_file()
 
 
 @pytest.mark.parametrize(
