@@ -99,7 +99,8 @@ def write_board(
 
     rows = [{"budget": titles[table.name], **row} for table in tables for row in csv_rows(table)]
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["budget"], lineterminator="\n")
+    names = list(dict.fromkeys(key for row in rows for key in row)) or ["budget"]
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     written = [folder / f"{name}.csv", folder / f"{name}.md", folder / f"{name}.html"]

@@ -31,6 +31,7 @@ def open_dataset(name: str, preset: GridPreset, folder: Path) -> tuple[Store, st
         VISUAL_ENCODERS.create(feature)  # a missing package or weight shows before the clips are made
     store = synthesise(
         folder,
+        version=sizes.version,
         size=sizes.size,
         classes=sizes.classes,
         seed=sizes.seed,

@@ -20,7 +20,8 @@ def write_table(table: Table, folder: Path, *, plot: bool = True) -> list[Path]:
     """Write ``NAME.csv``, ``NAME.md`` and, where matplotlib is installed, ``NAME.png``; returns what was written."""
     rows = csv_rows(table)
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["table"], lineterminator="\n")
+    names = list(dict.fromkeys(name for row in rows for name in row)) or ["table"]  # lists apart are of some rows
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     written = [folder / f"{table.name}.csv", folder / f"{table.name}.md"]

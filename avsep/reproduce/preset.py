@@ -29,6 +29,7 @@ class SynthSettings(PresetModel):
     """What ``--dataset synth`` makes (:func:`avsep.data.synth.synthesis.synthesise`), and the frozen visual
     encoders whose object features are stored with it."""
 
+    version: int = Field(1, description="of the offline benchmark; 2 asks for eyes")
     size: str = "small"
     classes: tuple[str, ...] | None = None
     clips_per_class: tuple[int, int, int] | None = None
@@ -71,6 +72,11 @@ class GridPreset(PresetModel):
     orders: Literal["store", "rotated"] = "store"
     updates: int | None = Field(None, ge=1)
     protocol: str = "fixed"
+    dependence: int = Field(
+        0,
+        ge=0,
+        description="mixtures of each list that are separated once more with other pictures, after the last task",
+    )
     bases: dict[str, BasePreset]
     train: dict[str, Any] = Field(default_factory=dict, description="for every base")
     memory: ComponentRef = Field(default_factory=lambda: ComponentRef(name="random_per_class", params={"per_class": 1}))

@@ -432,6 +432,7 @@ class _Loop:
                     "seed": cell.seed,
                 },
                 "tested": cell.tested,
+                "dependence": self.grid.preset.dependence,
                 "threads": self.grid.preset.threads,
                 "device": self.device,
                 "preset": self.preset,

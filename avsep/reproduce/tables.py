@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from avsep.evaluation.comparison import (
     holm,
 )
 from avsep.evaluation.continual import area_under_memory_curve
+from avsep.evaluation.visual_dependence import CHANGES, HEADINGS
 from avsep.files import read_yaml, write_text
 from avsep.reproduce.dataset import BENCHMARK
 from avsep.reproduce.grid import BASE_TITLES, CROSSSDC, HYPOTHESES, Grid
@@ -294,6 +295,7 @@ def markdown(table: Table) -> str:
     for base, lines in table.lines.items():
         out += ["", f"*{BASE_TITLES.get(base, base)}*", ""]
         out += _steps_block(table, lines) if table.steps else _block(table, lines)
+        out += [] if table.steps else _more_block(lines)
     control = next((x.label for lines in table.lines.values() for x in lines if x.row == table.control), "")
     what = "after the last task, " if not table.steps else ""
     covers = "choice of test clips and seeds" if count > 1 else "choice of test clips alone, not of the seed"
@@ -349,6 +351,42 @@ def _block(table: Table, lines: Sequence[Line]) -> list[str]:
             cells += [f"{v:.2f}" for v in line.paper] if line.paper else [""] * 3
         out.append("| " + " | ".join(cells) + " |")
     return out
+
+
+def _more_block(lines: Sequence[Line]) -> list[str]:
+    """What else is known of each row: what was learned later, before and beside, lists apart, other pictures, costs."""
+    columns: dict[str, Callable[[MethodResult], float | None]] = {
+        heading: (lambda ours, key=key: found.mean if (found := ours.values.get(key)) else None)  # type: ignore[misc]
+        for key, heading in _MORE.items()
+    }
+    columns |= {
+        f"{HEADINGS[key]} pictures": (lambda ours, key=key: ours.dependence.get("headline", {}).get(key))  # type: ignore[misc]
+        for key in CHANGES
+    }
+    columns["core s"] = lambda ours: ours.seconds
+    values = {heading: [None if x.ours is None else of(x.ours) for x in lines] for heading, of in columns.items()}
+    shown = [heading for heading, column in values.items() if any(v is not None for v in column)]
+    if not shown:
+        return []
+    out = ["", *_header(["method", *shown])]
+    for number, line in enumerate(lines):
+        cells = [values[heading][number] for heading in shown]
+        texts = [
+            "" if v is None else f"{_plain(v):.0f}" if h == "core s" else f"{_plain(v):.2f}"
+            for h, v in zip(shown, cells, strict=True)
+        ]
+        out.append("| " + " | ".join([line.label, *texts]) + " |")
+    return out
+
+
+_MORE = {
+    "intransigence": "intransigence",
+    "staleness": "staleness",
+    "fwt": "forward transfer",
+    "list:same-class": "same class",
+    "list:three": "three",
+    "list:background": "background",
+}
 
 
 def _steps_block(table: Table, lines: Sequence[Line]) -> list[str]:
@@ -431,6 +469,10 @@ def csv_rows(table: Table) -> list[dict[str, Any]]:
                 for metric in _SHOWN:
                     curve = line.ours.curves.get(metric) if line.ours else None
                     row[f"{metric}_after_task_{step}"] = _text(curve[step].mean if curve else None)
+            apart = {} if line.ours is None else {k: v for k, v in line.ours.values.items() if k.startswith("list:")}
+            row |= {k.replace("list:", "sdr_of_"): _text(v.mean) for k, v in apart.items()}
+            changed = {} if line.ours is None else line.ours.dependence
+            row |= {f"{key}_pictures_{where}": _text(v) for where, of in changed.items() for key, v in of.items()}
             counts = line.ours.counts if line.ours else {}
             row |= {k: counts.get(k, "") for k in ("scored", "skipped", "silent_estimates", "degenerate")}
             sdr = line.ours.differences.get("sdr") if line.ours else None

@@ -178,6 +178,7 @@ def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress, devi
             unit["store"],
             device=device,
             yardsticks=False,  # a cell's result holds the method's scores alone
+            dependence=unit.get("dependence", 0),
             progress=lambda _task, done, total: progress.update(0, done, total),
         )
     scoring_s = time.perf_counter() - started

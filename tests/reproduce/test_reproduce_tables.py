@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from avsep.evaluation.comparison import Difference, Estimate, MethodResult
+from avsep.reproduce import dataset, load_grid_preset
 from avsep.reproduce.dataset import BENCHMARK
 from avsep.reproduce.tables import Line, Table, _over_memory, csv_rows, markdown
 
@@ -63,3 +64,30 @@ def test_sizes_of_memory_come_to_one_number():
         "iQuery: the mean of the SDR over the logarithm of the bytes kept, from 2.00 to 8.00 MB, is 5.50 dB"
     )
     assert _over_memory({"iquery": [line, unfinished]}) == _over_memory({"iquery": [line, line]}) == []
+
+
+def test_what_else_is_known_of_a_row_stands_in_a_second_block():
+    made = table()
+    (line, control) = made.lines["iquery"]
+    values = {**line.ours.values, "list:same-class": Estimate(1.5, 1, 2), "staleness": Estimate(-0.25, -1, 0)}
+    ours = replace(line.ours, values=values, dependence={"headline": {"exchanged": -7.5}}, seconds=123.4)
+    full = replace(made, lines={"iquery": (replace(line, ours=ours), control)})
+    text = markdown(full)
+    assert "| method | staleness | same class | exchanged pictures | core s |" in text
+    assert "| method | -0.25 | 1.50 | -7.50 | 123 |" in text
+    assert "| plain |  |  |  |  |" in text
+    row = csv_rows(full)[0]
+    assert (row["sdr_of_same-class"], row["exchanged_pictures_headline"]) == ("1.5000", "-7.5000")
+    assert "exchanged" not in markdown(made)
+
+
+def test_a_preset_says_which_benchmark_it_is_of(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(dataset, "synthesise", lambda folder, **settings: asked.update(settings))
+    monkeypatch.setattr(dataset.VISUAL_ENCODERS, "create", lambda name: None)
+    preset = load_grid_preset("looking")
+    dataset.open_dataset("synth", preset, tmp_path)
+    assert (asked["version"], asked["clips_per_class"]) == (2, (40, 8, 5))
+    assert preset.separator("aligned_by_picture").mask_decoder.params["class_given"] is False
+    assert preset.separator("aligned").mask_decoder.params["layers"] == 3
+    assert load_grid_preset("small").dataset.version == 1
