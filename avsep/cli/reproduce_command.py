@@ -103,6 +103,7 @@ def command(
     )
     from avsep.reproduce.dataset import open_dataset
     from avsep.reproduce.grid import selection
+    from avsep.reproduce.power import hours_left
     from avsep.reproduce.runner import Outcome, check_folder, claim, cores
     from avsep.reproduce.tables import markdown, places_in, render_into
     from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
@@ -146,6 +147,9 @@ def command(
     if plan:
         for cell in missing:
             console.print(f"  {cell.name}: about {cell.steps} steps{_problem(cell)}", highlight=False, soft_wrap=True)
+        hours = hours_left(missing, claimed, grid.cells.values())
+        said = "no cell is finished yet to tell the time by" if hours is None else f"about {hours:.1f} core hours"
+        console.print(f"  in all {sum(cell.steps for cell in missing)} steps; {said}", highlight=False)
         return
     claim(out, grid, preset=preset, given=loaded, device=accelerator, any_code=any_code)
     name = Path(preset).stem

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from avsep.errors import MissingExtraError
-from avsep.reproduce.grid import Grid
+from avsep.reproduce.grid import Cell, Grid
 from avsep.reproduce.results import CellResult, ResultStore
 from avsep.reproduce.tables import CONTROL, cells_beside
 
-__all__ = ["Need", "needs", "seeds_needed"]
+__all__ = ["Need", "hours_left", "needs", "seeds_needed"]
 
 LEAST = 3  # paired seeds from which a deviation can be told
 _MOST = 10_000
@@ -80,6 +81,18 @@ def needs(grid: Grid, table: str, results: ResultStore, difference: float) -> li
             hours = None if seeds is None or each is None else max(0, seeds - len(lost)) * each / 3600
             found.append(Need(base, row.name, row.label, len(lost), mean, deviation, seeds, hours))
     return found
+
+
+def hours_left(cells: Sequence[Cell], results: ResultStore, known: Iterable[Cell]) -> float | None:
+    """Core hours that ``cells`` take, by the seconds a step that finished ones of ``known`` have taken on the same base;
+    None while there is none."""
+    per_step: dict[str, list[float]] = {}
+    for cell in known:
+        if (result := results.get(cell.key)) is not None:
+            per_step.setdefault(cell.base, []).append(result.seconds / cell.steps)
+    if any(cell.base not in per_step for cell in cells):
+        return None
+    return sum(cell.steps * float(np.median(per_step[cell.base])) for cell in cells) / 3600
 
 
 def _sdr(cell: CellResult) -> float:

@@ -14,7 +14,7 @@ from avsep.errors import ConfigError, UnknownNameError
 from avsep.evaluation.evaluate import METRICS, summarise
 from avsep.reproduce import build_grid, build_table, build_tuning, load_grid_preset
 from avsep.reproduce.grid import HYPOTHESES, rotated
-from avsep.reproduce.power import needs, seeds_needed
+from avsep.reproduce.power import hours_left, needs, seeds_needed
 from avsep.reproduce.tuning import FIRST, LEAST, choices, next_round
 from support.source_tree import ROOT
 from support.tones import TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
@@ -271,6 +271,11 @@ def test_what_is_left_to_run_for_a_difference(load, store, tmp_path):
     assert lwf.seeds == seeds_needed((4 / 3) ** 0.5, 0.5)
     assert lwf.hours == pytest.approx((lwf.seeds - 4) * 2)
     assert (found["ewc+memory"].seeds, found["ewc+memory"].hours) == (2, 0)
+    more = build_grid(["table1"], load(orders="rotated"), store, seeds=5, rows=ROWS)
+    missing = [cell for key, cell in more.cells.items() if key not in results]
+    assert len(missing) == 3
+    assert hours_left(missing, results, more.cells.values()) == pytest.approx(3 * 2)
+    assert hours_left(missing, {}, more.cells.values()) is None
 
 
 # ---------------------------------------------------------------------- hypotheses
