@@ -84,7 +84,7 @@ def needs(grid: Grid, table: str, results: ResultStore, difference: float) -> li
 
 
 def hours_left(cells: Sequence[Cell], results: ResultStore, known: Iterable[Cell]) -> float | None:
-    """Core hours that ``cells`` take, by the seconds a step that finished ones of ``known`` have taken on the same base;
+    """Core hours that ``cells`` take, by the seconds a step that finished ones of ``known`` have taken on their base;
     None while there is none."""
     per_step: dict[str, list[float]] = {}
     for cell in known:
