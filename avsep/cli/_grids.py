@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ def raise_failed(grid: Grid, failed: dict[str, str]) -> None:
     if failed:
         first = next(iter(failed))
         raise AvsepError(
-            f"{len(failed)} of {len(grid.cells)} cells failed, the others are finished; {grid.cells[first].name}: "
+            f"{len(failed)} of {len(grid.cells)} cells failed, those of the others that are needed are finished; "
+            f"{grid.cells[first].name}: "
             f"{failed[first]}"
         )
 
@@ -51,7 +53,9 @@ def launcher_of(name: str, out: Path, settings: list[str]) -> Launcher:
     return SubmititLauncher(out, parameters.pop("cluster", None), parameters)
 
 
-def print_choices(grid: Grid, results: ResultStore, where: str = "'strategies' of the preset's bases") -> None:
+def print_choices(
+    grid: Grid, results: ResultStore, failed: Collection[str], where: str = "'strategies' of the preset's bases"
+) -> None:
     """Show the scores of a tuning's candidates, and what is chosen as YAML for ``where``."""
     import yaml
 
@@ -60,14 +64,16 @@ def print_choices(grid: Grid, results: ResultStore, where: str = "'strategies' o
 
     console = terminal()
     chosen: dict[str, dict[str, dict[str, Any]]] = {}
-    for choice in choices(grid, results):
+    for choice in choices(grid, results, failed):
         console.print(f"{choice.base}, {choice.row}", highlight=False)
         for number, (settings, score, count) in enumerate(choice.candidates):
             said = ", ".join(f"{key} {_plain(value)}" for key, value in settings.items())
             mark = "chosen" if settings == choice.best else "" if number in choice.open else "given up"
             value = "not run" if score is None else f"{score:.2f} dB ({count} seed{'s' if count != 1 else ''})"
             console.print(f"  {said}: {value}{f', {mark}' if mark else ''}", highlight=False)
-        if choice.best is not None:
+        if choice.best is None:
+            console.print("  nothing is chosen yet", highlight=False)
+        else:
             chosen.setdefault(choice.base, {})[choice.row] = choice.best
     console.print(f"\nmean SDR on validation pairs after the second task; for {where}:", highlight=False)
     console.print(yaml.safe_dump(chosen, sort_keys=False).rstrip(), highlight=False)
@@ -124,13 +130,13 @@ def run_board(
     store, data_set = open_dataset(dataset, loaded, out / "store")
     claimed = ResultStore(out / "cells", results or [])
     if tune:
-        whole = board_tuning(board, store, grid=loaded)
+        whole = board_tuning(board, store, grid=loaded, bases=bases, entries=entries)
     else:
         whole = build_board(board, store, grid=loaded, bases=bases, entries=entries)
 
     def next_cells() -> Grid:
-        more = next_candidates(whole, claimed) if tune else next_round(board, whole, claimed)
-        return replace(whole, cells={k: c for k, c in (more.cells if more else {}).items() if k not in failed})
+        more = next_candidates(whole, claimed, failed) if tune else next_round(board, whole, claimed, failed)
+        return more or replace(whole, cells={})
 
     failed: dict[str, str] = {}
     part = next_cells()
@@ -169,7 +175,7 @@ def run_board(
     except KeyboardInterrupt:
         raise KeyboardInterrupt("go on with the same command and --resume") from None
     if tune:
-        print_choices(whole, claimed, "'settings' of the board's preset")
+        print_choices(whole, claimed, failed, "'settings' of the board's preset")
         return raise_failed(whole, failed)
     budgets = {table: table if board.budgets else "all" for table in whole.rows}
     tables = tables_of(

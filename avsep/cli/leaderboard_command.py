@@ -15,9 +15,14 @@ def command(
         str, typer.Option("--dataset", help="A store's folder; synth: the offline benchmark, made if missing.")
     ] = "synth",
     preset: Annotated[str, typer.Option("--preset", help="small, or a YAML file.")] = "small",
-    out: Annotated[Path, typer.Option("--out", help="Folder for cells, tables, pictures and the page.")] = Path(
-        "avsep-leaderboard"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder for cells, tables, pictures and the page [default: avsep-leaderboard, with --tune "
+            "avsep-leaderboard-tune].",
+        ),
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Cells at a time [default: the cores; 1 on a GPU]."),
@@ -74,7 +79,7 @@ def command(
         grid=None,
         dataset=dataset,
         preset=preset,
-        out=out,
+        out=out or Path("avsep-leaderboard-tune" if tune else "avsep-leaderboard"),
         jobs=jobs,
         resume=resume,
         bases=base,

@@ -40,7 +40,10 @@ def command(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for cells, tables and plots.")] = Path("avsep-reproduce"),
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for cells, tables and plots [default: avsep-reproduce; tune: avsep-tune]."),
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Cells at a time [default: the cores; 1 on a GPU]."),
@@ -114,8 +117,15 @@ def command(
     console = terminal()
     loaded = load_grid_preset(preset)
     wanted = _tables(tables)
+    if power is not None and (wanted == ["tune"] or not power > 0):
+        raise ConfigError(
+            "--power is of the tables' rows, and tune has none: leave it out"
+            if power > 0
+            else f"--power {power:g}: give a difference above 0, in dB"
+        )
     if wanted == ["tune"] and readme is not None:
         raise ConfigError(f"--readme {readme} is of the tables, and tune makes none: leave it out")
+    out = out or Path("avsep-tune" if wanted == ["tune"] else "avsep-reproduce")
     places = [] if readme is None else places_in(readme, wanted)
     bases = None if base is None else (["iquery", "coseparation"] if base == "both" else [base])
     loaded.check_bases(bases or ())
@@ -170,13 +180,14 @@ def command(
 
     try:
         outcome = run(part)
-        while wanted == ["tune"] and not outcome.failed and (more := next_round(grid, claimed)) is not None:
-            outcome = run(more)
+        failed = dict(outcome.failed)
+        while wanted == ["tune"] and (more := next_round(grid, claimed, failed)) is not None:
+            failed |= run(more).failed
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with: {_again(tables, locals())}") from None
     if wanted == ["tune"]:
-        print_choices(grid, claimed)
-        return raise_failed(grid, outcome.failed)
+        print_choices(grid, claimed, failed)
+        return raise_failed(grid, failed)
     whole = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases) if row else grid
     # a choice of rows adds to the tables that are there: rows finished before are shown with them
     shown = selection(whole, lambda line, keys: not row or line.name in row or any(key in claimed for key in keys))
@@ -196,17 +207,13 @@ def command(
 
 
 def _print_power(grid: Grid, tables: list[str], results: ResultStore, difference: float) -> None:
-    from avsep.errors import ConfigError
     from avsep.progress import terminal
     from avsep.reproduce.grid import BASE_TITLES
     from avsep.reproduce.power import LEAST, needs
+    from avsep.reproduce.tables import CONTROL
 
-    if tables == ["tune"]:
-        raise ConfigError("--power is of the tables' rows, and tune has none: leave it out")
-    if not difference > 0:
-        raise ConfigError(f"--power {difference:g}: give a difference above 0, in dB")
     console = terminal()
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     left = 0.0
     console.print(
         f"seeds that find a true difference of {difference:g} dB in four of five times (two-sided t test at 5 %, "
@@ -216,7 +223,7 @@ def _print_power(grid: Grid, tables: list[str], results: ResultStore, difference
     )
     for table in tables:
         for need in needs(grid, table, results, difference):
-            if (key := (need.base, need.row, need.label)) in seen:
+            if (key := (need.base, need.row, need.label, CONTROL[table])) in seen:
                 continue
             seen.add(key)
             where = f"  {BASE_TITLES.get(need.base, need.base)}, {need.label} ({need.row}): "

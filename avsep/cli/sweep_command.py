@@ -68,6 +68,7 @@ def command(
     For example: avsep sweep stores/mine --method finetune --method contavsep --tasks 3
     """
     from avsep.cli._grids import run_board
+    from avsep.data.store import Store
     from avsep.errors import ConfigError, UnknownNameError, near_matches
     from avsep.reproduce.leaderboard import load_package, sweep_of
     from avsep.spec import apply_settings
@@ -77,6 +78,9 @@ def command(
         raise UnknownNameError(f"no class orders named '{orders}': {near_matches(orders, known)}")
     for name in package or ():
         load_package(name)
+    if tasks is None:  # as avsep train cuts them
+        count = len(Store.open(store).classes)
+        tasks = 5 if count % 5 == 0 else max(1, (count + 1) // 2)
     changes = apply_settings({}, settings or [])
     for key in changes:
         if key not in ("separator", "train"):
@@ -95,7 +99,7 @@ def command(
     run_board(
         board,
         grid=grid,
-        dataset=str(store),
+        dataset=str(store.resolve()),  # never the name of what is made
         preset=preset,
         out=out,
         jobs=jobs,

@@ -8,10 +8,12 @@ preset has others, and joint training for longer than the others where the prese
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from avsep.data.protocol import PROTOCOLS
@@ -19,8 +21,18 @@ from avsep.data.store import Store
 from avsep.data.tasks import TaskStream, task_stream
 from avsep.errors import AvsepError, ConfigError, UnknownNameError, near_matches
 from avsep.evaluation.evaluate import EVALUATION_VERSION
+from avsep.files import sha256_file
 from avsep.mixers.mixtures import epoch_steps
-from avsep.registry import STRATEGIES
+from avsep.registry import (
+    ADAPTERS,
+    AUDIO_ENCODERS,
+    MASK_DECODERS,
+    MEMORIES,
+    MIXERS,
+    STRATEGIES,
+    VISUAL_ENCODERS,
+    Registry,
+)
 from avsep.reproduce.preset import GridPreset
 from avsep.spec import ComponentRef, RunSpec, SeparatorSpec, TrainSpec
 from avsep.strategies import build_strategy
@@ -167,15 +179,15 @@ def table1_rows(base: str, preset: GridPreset) -> list[Row]:
     return rows
 
 
-def _table2(base_name: str, preset: GridPreset) -> list[Row]:
-    base = preset.params(base_name, "contavsep+memory", "contavsep")
+def _table2(preset: GridPreset) -> list[Row]:
+    """ContAV-Sep's terms with the published weights, whatever others a preset has chosen: one of those may be 0."""
     parts: tuple[tuple[str, str, dict[str, float]], ...] = (
         ("mask", "L_dist", {"weight_instance": 0.0, "weight_class": 0.0}),
         ("mask+instance", "L_dist + L_inst", {"weight_class": 0.0}),
         ("mask+class", "L_dist + L_cls", {"weight_instance": 0.0}),
         ("mask+instance+class", "L_dist + L_inst + L_cls", {}),
     )
-    return [Row(name, label, "contavsep", {**base, **off}, preset.memory) for name, label, off in parts]
+    return [Row(name, label, "contavsep", dict(off), preset.memory) for name, label, off in parts]
 
 
 def _crosssdc(preset: GridPreset, train: TrainSpec) -> list[Row]:
@@ -228,10 +240,10 @@ _CONTRAST = ("weight_instance", "weight_class")
 def _table3(base: str, preset: GridPreset, stream: TaskStream) -> tuple[list[Row], list[str]]:
     counts = {
         name: len(stream.store.select(classes=[name], split="train"))
-        for task in stream.tasks[:-1]
+        for task in (stream.tasks[:-1] if preset.orders == "store" else stream.tasks)
         for name in task.classes
     }
-    if not counts:
+    if len(stream) < 2:
         return [], ["Nothing to compare: with one task no class is of an earlier one, and no exemplar is replayed."]
     smallest = min(counts, key=lambda name: counts[name])
     rows, notes = [], []
@@ -423,7 +435,7 @@ def _rows(
         return _budget(base, preset, separator, stream)
     if table == CROSSSDC:
         return _crosssdc(preset, preset.train_spec(base)), []
-    return (_table2(base, preset) if table == "table2" else table1_rows(base, preset)), []
+    return (_table2(preset) if table == "table2" else table1_rows(base, preset)), []
 
 
 def spec_of_row(row: Row, train: TrainSpec, separator: SeparatorSpec, stream: TaskStream) -> RunSpec:
@@ -463,6 +475,7 @@ def _cell(
         "store_hash": spec.store_hash,
         "features": _features(separator, stream.store),
         "threads": preset.threads,
+        **({"packages": packages} if (packages := _packages(spec)) else {}),
         "versions": {
             "grid": GRID_VERSION,
             "evaluation": EVALUATION_VERSION,
@@ -472,6 +485,8 @@ def _cell(
     }
     data = spec.model_dump(mode="json", exclude={"store", "preset", "store_hash"})
     identity = {"spec": data, **common, **({} if tested else {"tested": False})}
+    if tested and preset.dependence:
+        identity["dependence"] = preset.dependence
     problem = ""
     first: dict[str, Any] | None = {}
     try:
@@ -505,6 +520,28 @@ def _cell(
         tested=tested,
         shares_first=first is not None,
     )
+
+
+def _packages(spec: RunSpec) -> dict[str, str]:
+    """Hashes of the files of other packages whose components a run has: their code decides its result too."""
+    parts = spec.separator
+    named: list[tuple[Registry[Any], ComponentRef | None]] = [
+        *((STRATEGIES, ref) for ref in spec.strategies),
+        (MEMORIES, spec.memory),
+        (MIXERS, spec.train.mixer),
+        (AUDIO_ENCODERS, parts.audio_encoder),
+        (MASK_DECODERS, parts.mask_decoder),
+        (VISUAL_ENCODERS, parts.object_encoder),
+        (VISUAL_ENCODERS, parts.motion_encoder),
+        (ADAPTERS, parts.adapter),
+    ]
+    found = {}
+    for registry, ref in named:
+        if ref is not None and ref.name in registry.names():
+            factory = registry.get(ref.name).factory
+            if factory.__module__.partition(".")[0] != "avsep" and (file := inspect.getsourcefile(factory)):
+                found[factory.__module__] = sha256_file(Path(file))
+    return found
 
 
 def _features(separator: SeparatorSpec, store: Store) -> dict[str, str]:

@@ -3,7 +3,7 @@
 A board's ``entries`` are strategies, alone or combined, with a memory, a mixer or another separator where they have
 one. Each entry is given the budget's bytes beside the base separator: what its own state and its own weights leave of
 them is filled with exemplars (:func:`avsep.evaluation.budget.align`). All entries run the screening seeds; the best
-``share`` of them by SDR, the control and the references run all seeds.
+``share`` of them on validation pairs, the control and the references run all seeds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from avsep.registry import MEMORIES, STRATEGIES
 from avsep.reproduce.grid import Grid, Row, assemble, base_separators, spec_of_row
 from avsep.reproduce.preset import GridPreset, PresetModel, load_grid_preset
 from avsep.reproduce.results import ResultStore
-from avsep.reproduce.tables import Table, build_table
+from avsep.reproduce.tables import Line, Table, build_table
 from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
 from avsep.reproduce.tuning import candidates_of, tuning_grid
 from avsep.separator.build import build_from_spec
@@ -111,6 +111,14 @@ class BoardPreset(PresetModel):
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"two entries are called '{name}': give each a name of its own")
+        for base, of_base in self.settings.items():
+            if base not in self.bases:
+                raise UnknownNameError(
+                    f"settings of '{base}', which is no base of the board: {near_matches(base, self.bases)}"
+                )
+            for name in of_base:
+                if name not in names:
+                    raise UnknownNameError(f"settings of '{name}', which is no entry: {near_matches(name, names)}")
         if self.control not in names:
             raise UnknownNameError(
                 f"no entry named '{self.control}' to compare with: {near_matches(self.control, names)}"
@@ -154,8 +162,9 @@ def load_package(name: str) -> list[Entry]:
     before = set(STRATEGIES.names())
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"--with {name}: it cannot be imported ({error})") from None
+    except Exception as error:  # whatever somebody's module does when it is imported
+        said = str(error) or type(error).__name__
+        raise ConfigError(f"--with {name}: it cannot be imported ({type(error).__name__}: {said})") from None
     brought = [
         spec
         for spec in STRATEGIES
@@ -237,11 +246,11 @@ class _Rows:
         separator = self.preset.separator(self.base, row.separator)
         return spec_of_row(row, self.preset.train_spec(self.base, row.train), separator, self.stream)
 
-    def row(self, entry: Entry, notes: list[str]) -> Row | None:
-        """The entry's row, or None with a note that says why there is none."""
+    def row(self, entry: Entry, notes: list[str], settings: Mapping[str, Any] | None = None) -> Row | None:
+        """The entry's row, or None with a note that says why there is none; ``settings`` in place of those chosen."""
         own = self.board.memory if entry.memory == "board" else entry.memory
         memory = own if isinstance(own, ComponentRef) and own.name != "none" else None
-        chosen = self.board.settings.get(self.base, {}).get(entry.name)
+        chosen = settings or self.board.settings.get(self.base, {}).get(entry.name)
         row = entry.row(memory, shared=self.limit is not None, settings=chosen)
         try:
             spec = self._spec(row)
@@ -249,6 +258,8 @@ class _Rows:
             strategy = build_strategy(spec.strategies)
             strategy.check(build_from_spec(spec.separator.of_classes(spec.tasks[0])))
             if strategy.uses_all_data:
+                if self.limit is not None and not entry.reference:
+                    raise ConfigError("it keeps all data, which no budget bounds: make it a reference")
                 return replace(row, memory=None)
             if self.limit is None or entry.reference:
                 return row
@@ -269,31 +280,34 @@ class _Rows:
         return replace(row, memory=None if aligned.memory.name == "none" else aligned.memory)
 
 
-def next_round(board: BoardPreset, grid: Grid, results: ResultStore) -> Grid | None:
-    """What is to be run next, as a part of ``grid``; None where the board is finished."""
+def next_round(board: BoardPreset, grid: Grid, results: ResultStore, failed: Collection[str] = ()) -> Grid | None:
+    """What is to be run next, as a part of ``grid``; None where the board is finished. ``failed`` are keys of cells
+    that cannot be had: their rows are judged by what there is."""
     wanted: set[str] = set()
     for table, of_base in grid.rows.items():
         for base, rows in of_base.items():
             keys = {row.name: grid.keys(table, base, row.name) for row in rows}
             screened = min(board.screening, len(grid.seeds))
             missing = {key for of_row in keys.values() for key in of_row[:screened] if key not in results}
+            missing.difference_update(failed)
             if missing:
                 wanted |= missing
                 continue
             for name in _best(board, grid, table, base, results):
-                wanted |= {key for key in keys[name] if key not in results}
+                wanted |= {key for key in keys[name] if key not in results and key not in failed}
     return replace(grid, cells={key: cell for key, cell in grid.cells.items() if key in wanted}) if wanted else None
 
 
 def _best(board: BoardPreset, grid: Grid, table: str, base: str, results: ResultStore) -> list[str]:
-    """The rows that run all seeds: the best by the screening seeds, the control and the references."""
+    """The rows that run all seeds: the best of the screening seeds on validation pairs, so that the choice does not
+    favour them in the test; the control; and the references."""
     references = {entry.name for entry in board.entries if entry.reference}
     scores: dict[str, float] = {}
     for row in grid.rows[table][base]:
         if row.name in references:
             continue
         found = [results.get(key) for key in grid.keys(table, base, row.name)[: board.screening]]
-        known = [value for one in found if one is not None and (value := one.final("sdr")) is not None]
+        known = [float(one.data["tasks"][-1]["validation_sdr_db"]) for one in found if one is not None]
         scores[row.name] = float(np.mean(known)) if known else -math.inf
     count = math.ceil(len(scores) * board.share)
     best = sorted(scores, key=lambda name: -scores[name])[:count]
@@ -311,7 +325,8 @@ def tables_of(
     title: Callable[[str], str],
     failed: Mapping[str, str] | None = None,
 ) -> list[Table]:
-    """A table for each budget, its rows in the order of their SDR; ``title`` names it."""
+    """A table for each budget, ``title`` its name; its rows in the order of their difference to the control, which is
+    of the same seeds, where rows have other numbers of them."""
     made = []
     for name in grid.rows:
         table = build_table(
@@ -324,21 +339,25 @@ def tables_of(
             title=title(name),
             control=board.control,
         )
-        lines = {
-            base: tuple(sorted(of_base, key=lambda line: -line.ours.values["sdr"].mean if line.ours else math.inf))
-            for base, of_base in table.lines.items()
-        }
+        lines = {base: tuple(sorted(of_base, key=lambda line: -rank(line))) for base, of_base in table.lines.items()}
         screened = board.screening < board.seeds
         note = (
-            f"All rows have {board.screening} seeds; the best {board.share:.0%} of them by SDR, the control and the "
-            f"references have {board.seeds}."
+            f"All rows have {board.screening} seeds; the best {board.share:.0%} of them on validation pairs, the "
+            f"control and the references have {board.seeds}. Rows stand in the order of their difference to the "
+            "control."
         )
         made.append(replace(table, lines=lines, screened=screened, notes=(*table.notes, *([note] if screened else []))))
     return made
 
 
 def board_tuning(
-    board: BoardPreset, store: Store, *, grid: GridPreset | None = None, seeds: int = TUNING_SEEDS
+    board: BoardPreset,
+    store: Store,
+    *,
+    grid: GridPreset | None = None,
+    bases: Sequence[str] | None = None,
+    entries: Sequence[str] | None = None,
+    seeds: int = TUNING_SEEDS,
 ) -> Grid:
     """A grid of the candidates of all entries that have some, at the board's first budget
     (:mod:`avsep.reproduce.tuning`).
@@ -347,23 +366,29 @@ def board_tuning(
         ConfigError: no entry has any.
     """
     preset = grid if grid is not None else load_grid_preset(board.grid)
-    whole = build_board(board, store, grid=preset)
+    whole = build_board(board, store, grid=preset, bases=bases, entries=entries)
     table = next(iter(whole.rows))
     tunings = {entry.name: entry for entry in board.entries if entry.tuning}
-    rows = {
-        base: [
-            one
-            for row in of_base
-            if row.name in tunings
-            for one in candidates_of(
-                row, [{**tunings[row.name].strategies[0].params, **settings} for settings in tunings[row.name].tuning]
-            )
-        ]
-        for base, of_base in whole.rows[table].items()
-    }
+    size = next(iter(board.budgets.values()), None)
+    rows: dict[str, list[Row]] = {}
+    for base, of_base in whole.rows[table].items():
+        make = _Rows(board, preset, base, whole.stream, size)
+        rows[base] = []
+        for name in (row.name for row in of_base if row.name in tunings):
+            for settings in tunings[name].tuning:  # each with what its own state leaves of the budget
+                if (row := make.row(tunings[name], [], settings)) is not None:
+                    rows[base] += candidates_of(row, [row.params])
     if not any(rows.values()):
         raise ConfigError("no entry of the board has 'tuning', such as [{weight: 0.1}, {weight: 1}]: nothing to tune")
     return tuning_grid(rows, preset, store, seeds=seeds)
+
+
+def rank(line: Line) -> float:
+    """By what a row is placed: its difference in SDR to the control, 0 of the control itself, in dB."""
+    if line.ours is None:
+        return -math.inf
+    difference = line.ours.differences.get("sdr")
+    return 0.0 if difference is None else difference.mean
 
 
 # --- a sweep ----------------------------------------------------------------------------------------------------------
@@ -381,7 +406,7 @@ def parse_component(text: str) -> ComponentRef:
     if found is None:
         raise ConfigError(f"'{text}' is no component: write NAME or NAME(KEY=VALUE, ...), such as lwf(weight_mask=0.1)")
     name, inside = found.groups()
-    settings = [part.strip() for part in inside.split(",")] if inside else []
+    settings = [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", inside)] if inside else []
     return ComponentRef(name=name, params=apply_settings({}, settings))
 
 
@@ -412,6 +437,11 @@ def sweep_of(
             refs = tuple(parse_component(part) for part in re.split(r"\+(?![^(]*\))", text))
             strategy = build_strategy(refs)
             if memory.name == "none" and strategy.needs_memory:
+                if text == methods[0] and not entries:
+                    raise ConfigError(
+                        f"the first method, '{text}', is what the others are held against and needs a memory: begin "
+                        "with another, or with another --memory than none"
+                    )
                 continue
             name = text.replace(" ", "")
             if len(memories) > 1 and not strategy.uses_all_data:

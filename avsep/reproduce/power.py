@@ -10,7 +10,7 @@ import numpy as np
 
 from avsep.errors import MissingExtraError
 from avsep.reproduce.grid import Cell, Grid
-from avsep.reproduce.results import CellResult, ResultStore
+from avsep.reproduce.results import ResultStore
 from avsep.reproduce.tables import CONTROL, cells_beside
 
 __all__ = ["Need", "hours_left", "needs", "seeds_needed"]
@@ -24,7 +24,7 @@ class Need:
     """What a row's difference to the control takes: ``seeds`` in all, None while fewer than :data:`LEAST` pair.
 
     ``have`` are those that pair so far, ``mean`` and ``deviation`` their differences' in dB, ``hours`` of a core what
-    is left to run, by what the row's cells have taken.
+    is left to run of the row, by what its cells have taken; the control's cells and first tasks are not counted.
     """
 
     base: str
@@ -39,6 +39,8 @@ class Need:
 
 def seeds_needed(deviation: float, difference: float, *, power: float = 0.8, level: float = 0.05) -> int:
     """The least number of paired seeds by which a two-sided t test finds a true ``difference`` with this ``power``.
+
+    Of seeds alone: what the choice of test clips adds to an interval does not shrink with them.
 
     ``deviation`` is the standard deviation of the differences between seeds, in the unit of ``difference``. Source:
     the noncentral t distribution, as in any textbook of power analysis.
@@ -58,7 +60,7 @@ def seeds_needed(deviation: float, difference: float, *, power: float = 0.8, lev
         shift = difference / deviation * math.sqrt(count)
         bound = stats.t.ppf(1 - level / 2, count - 1)
         found = stats.nct.sf(bound, count - 1, shift) + stats.nct.cdf(-bound, count - 1, shift)
-        if found >= power:
+        if found >= power or (math.isnan(found) and shift > 2 * bound):  # beyond what scipy computes
             return count
     return _MOST
 
@@ -73,13 +75,14 @@ def needs(grid: Grid, table: str, results: ResultStore, difference: float) -> li
             if row.name == CONTROL[table]:
                 continue
             own = cells.get(row.name, [])
-            lost = [_sdr(c) - _sdr(control[c.seed]) for c in own if c.seed in control]
-            mean = float(np.mean(lost)) if lost else None
-            deviation = float(np.std(lost, ddof=1)) if len(lost) >= LEAST else None
+            pairs = [(c.final("sdr"), control[c.seed].final("sdr")) for c in own if c.seed in control]
+            gained = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
+            mean = float(np.mean(gained)) if gained else None
+            deviation = float(np.std(gained, ddof=1)) if len(gained) >= LEAST else None
             seeds = None if deviation is None else seeds_needed(deviation, difference)
             each = float(np.median([c.seconds for c in own])) if own else None
-            hours = None if seeds is None or each is None else max(0, seeds - len(lost)) * each / 3600
-            found.append(Need(base, row.name, row.label, len(lost), mean, deviation, seeds, hours))
+            hours = None if seeds is None or each is None else max(0, seeds - len(own)) * each / 3600
+            found.append(Need(base, row.name, row.label, len(gained), mean, deviation, seeds, hours))
     return found
 
 
@@ -93,8 +96,3 @@ def hours_left(cells: Sequence[Cell], results: ResultStore, known: Iterable[Cell
     if any(cell.base not in per_step for cell in cells):
         return None
     return sum(cell.steps * float(np.median(per_step[cell.base])) for cell in cells) / 3600
-
-
-def _sdr(cell: CellResult) -> float:
-    mean = cell.final("sdr")
-    return math.nan if mean is None else mean

@@ -15,7 +15,7 @@ seeds, whose differences are far larger than those of candidates, and there are 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,11 +118,14 @@ def candidates_of(row: Row, settings: Sequence[Mapping[str, Any]]) -> list[Row]:
     return found
 
 
-def next_round(grid: Grid, results: ResultStore) -> Grid | None:
+def next_round(grid: Grid, results: ResultStore, failed: Collection[str] = ()) -> Grid | None:
     """What is to be run next, as a part of ``grid``: the candidates that are still open, with as many seeds as it takes
-    now. None where everything is decided."""
+    now. None where everything is decided. ``failed`` are keys of cells that cannot be had: their candidates are given
+    up."""
     wanted: set[str] = set()
-    for choice in choices(grid, results):
+    for choice in choices(grid, results, failed):
+        if not choice.open:
+            continue
         names = [row.name for row in grid.rows[TUNE][choice.base] if row.name.partition(":")[0] == choice.row]
         least = min(choice.candidates[number][2] for number in choice.open)
         seeds = FIRST if least < FIRST else least + (len(choice.open) > 1)  # one more where there is a choice left
@@ -132,8 +135,9 @@ def next_round(grid: Grid, results: ResultStore) -> Grid | None:
     return replace(grid, cells={key: cell for key, cell in grid.cells.items() if key in wanted}) if wanted else None
 
 
-def choices(grid: Grid, results: ResultStore) -> list[Choice]:
-    """What is chosen of every row on every base, from the cells that are finished."""
+def choices(grid: Grid, results: ResultStore, failed: Collection[str] = ()) -> list[Choice]:
+    """What is chosen of every row on every base, from the cells that are finished; a candidate with a ``failed`` one is
+    given up."""
     found = []
     for base, rows in grid.rows[TUNE].items():
         named: dict[str, list[Row]] = {}
@@ -141,13 +145,16 @@ def choices(grid: Grid, results: ResultStore) -> list[Choice]:
             named.setdefault(row.name.partition(":")[0], []).append(row)
         for name, of_row in named.items():
             scores = [_scores(grid, base, row.name, results) for row in of_row]
-            left = _open(scores)
+            lost = {i for i, row in enumerate(of_row) if not set(grid.keys(TUNE, base, row.name)).isdisjoint(failed)}
+            left = _open(scores, [i for i in range(len(scores)) if i not in lost])
             settings = [row.params for row in of_row]
             lines = tuple((settings[i], float(np.mean(s)) if s else None, len(s)) for i, s in enumerate(scores))
             best = None
             enough = all(len(scores[i]) >= min(LEAST, len(grid.seeds)) for i in left) or len(left) == 1
-            if enough and all(len(s) >= min(FIRST, len(grid.seeds)) for s in scores):
-                best = settings[max(left, key=lambda i: (np.mean(scores[i]), -i))]
+            tried = all(len(s) >= min(FIRST, len(grid.seeds)) for i, s in enumerate(scores) if i not in lost)
+            if left and enough and tried:
+                common = min(len(scores[i]) for i in left)  # seeds differ more than candidates do
+                best = settings[max(left, key=lambda i: (np.mean(scores[i][:common]), -i))]
             found.append(Choice(base, name, lines, best, left))
     return found
 
@@ -163,13 +170,10 @@ def _scores(grid: Grid, base: str, row: str, results: ResultStore) -> list[float
     return scores
 
 
-def _open(scores: Sequence[Sequence[float]]) -> tuple[int, ...]:
-    """The candidates that may still be the best."""
-    everybody = tuple(range(len(scores)))
-    first = min((len(s) for s in scores), default=0)
-    if first < FIRST:
-        return everybody
-    left = list(everybody)
+def _open(scores: Sequence[Sequence[float]], left: list[int]) -> tuple[int, ...]:
+    """Of the candidates ``left`` those that may still be the best."""
+    if min((len(scores[i]) for i in left), default=0) < FIRST:
+        return tuple(left)
     for count in range(FIRST, max(map(len, scores)) + 1):
         if any(len(scores[i]) < count for i in left):
             break  # its seed is still to be run

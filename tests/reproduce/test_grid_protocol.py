@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from types import SimpleNamespace
 
@@ -11,11 +10,11 @@ import yaml
 
 from avsep.data.store import Store
 from avsep.errors import ConfigError, UnknownNameError
-from avsep.evaluation.evaluate import METRICS, summarise
 from avsep.reproduce import build_grid, build_table, build_tuning, load_grid_preset
 from avsep.reproduce.grid import HYPOTHESES, rotated
 from avsep.reproduce.power import hours_left, needs, seeds_needed
 from avsep.reproduce.tuning import FIRST, LEAST, choices, next_round
+from support.made_cells import finished
 from support.source_tree import ROOT
 from support.tones import TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
 
@@ -164,6 +163,35 @@ def test_one_that_is_left_needs_no_more_seeds(tuning):
     assert next_round(grid, found) is None
 
 
+def test_a_candidate_that_fails_is_given_up(tuning):
+    grid = tuning
+    level = {"0": 1.0, "0.1": 5.0, "0.3": 2.0}
+    bad = [key for key, cell in grid.cells.items() if cell.row.name.endswith("=0.1") and cell.seed == grid.seeds[1]]
+    found = results_of(grid, lambda row, n: level[row.partition("=")[2]] + 0.01 * n if n < LEAST else None)
+    del found[bad[0]]
+    (choice,) = choices(grid, found)
+    assert choice.best is None
+    assert candidates(next_round(grid, found)) == {"0.1": 1}
+    (choice,) = choices(grid, found, bad)
+    assert (choice.open, choice.best) == ((2,), {"weight_mask": 0.3})
+    assert next_round(grid, found, bad) is None
+
+
+def test_the_choice_is_of_the_seeds_that_all_have(tuning):
+    """One candidate has an easy seed more; it is worse in every seed that both have."""
+    grid = tuning
+
+    def score(row, number):
+        name = row.partition("=")[2]
+        if number >= (LEAST + 1 if name == "0.1" else LEAST):
+            return None
+        return {"0": 5.1, "0.1": 5.0, "0.3": 1.0}[name] + 0.1 * (number % 2) + 20.0 * (number == LEAST)
+
+    (choice,) = choices(grid, results_of(grid, score))
+    assert choice.open == (0, 1)
+    assert choice.best == {"weight_mask": 0.0}
+
+
 def test_a_round_that_was_cut_off_gives_nothing_up(tuning):
     grid = tuning
     found = results_of(grid, lambda row, n: 5.0 if n < (FIRST + 1 if row.endswith("=0") else FIRST) else None)
@@ -184,44 +212,6 @@ def test_candidates_are_combinations_or_a_list(load, store):
 
 
 # ---------------------------------------------------------------------- what is set beside what
-
-
-def _step(protocol, task, score):
-    rows = [
-        {"list": one.list_name, "mixture": number, "task": one.task, "status": "ok", "degenerate": ""}
-        | {"ill_conditioned": False, **dict.fromkeys(METRICS, score)}
-        for number, one in enumerate(protocol.at(task))
-        for _ in one.clips
-    ]
-    return {"task": task, "rows": rows, "all": summarise(rows)}
-
-
-def finished(grid, folder, score, arithmetic=lambda cell: "one kind"):
-    """A folder of made-up results of ``grid``'s first table."""
-    from avsep.reproduce.results import ResultStore, cell_record, write_cell
-
-    store = ResultStore(folder)
-    for cell in grid.cells.values():
-        protocol = grid.streams[cell.seed].protocol
-        scores = {
-            "protocol": protocol.name,
-            "protocol_version": protocol.version,
-            "protocol_hash": protocol.hash,
-            "store_hash": protocol.store_hash,
-            "tasks": [list(names) for names in protocol.tasks],
-            "after": [_step(protocol, task, score(cell)) for task in range(len(protocol.tasks))],
-        }
-        known = {"key": cell.key, "identity": cell.identity, "base": cell.base, "row": cell.row.name, "seed": cell.seed}
-        more = {
-            "tasks": [{"steps": 3, "validation_sdr_db": 1.0}] * 2,
-            "memory": {"total": 10.0},
-            "seconds": {"first_task": 1.0, "tasks": 7200.0, "scoring": 0.0},
-            "arithmetic": [arithmetic(cell)],
-        }
-        folder.mkdir(exist_ok=True)
-        write_cell(store.path(cell), json.loads(json.dumps(cell_record(known, scores, **more))))
-    store.refresh()
-    return store
 
 
 ROWS = ["finetune+memory", "lwf+memory", "ewc+memory"]
@@ -251,6 +241,8 @@ def test_power_is_that_of_the_paired_t_test():
     """34 pairs for half a deviation and 199 for a fifth, as in Cohen, Statistical Power Analysis, 1988."""
     assert [seeds_needed(1.0, d) for d in (0.5, 0.2, 1.0)] == [34, 199, 10]
     assert seeds_needed(0.0, 0.5) == 2
+    counts = [seeds_needed(deviation, 0.5) for deviation in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)]
+    assert counts == sorted(counts)  # less needs no more
     with pytest.raises(ValueError, match="difference must be above 0"):
         seeds_needed(1.0, 0.0)
 

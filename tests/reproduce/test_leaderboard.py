@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -23,10 +25,13 @@ from avsep.reproduce.leaderboard import (
     next_round,
     parse_component,
     sweep_of,
+    tables_of,
 )
 from avsep.reproduce.preset import load_grid_preset
+from avsep.reproduce.tables import markdown
 from avsep.spec import ComponentRef
 from support import commands
+from support.made_cells import finished
 from support.tones import TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
 
 ENTRIES = [
@@ -51,6 +56,26 @@ def grid(tmp_path_factory):
     data = {"tasks": [list(n) for n in TINY_TASKS], "bases": {"iquery": {"preset": str(folder / "tiny.yaml")}}}
     (folder / "grid.yaml").write_text(yaml.safe_dump(data))
     return load_grid_preset(str(folder / "grid.yaml"))
+
+
+PACKAGE = '''
+from avsep.registry import STRATEGIES
+from avsep.strategies import Strategy
+
+
+@STRATEGIES.register("of_a_package", source="somebody else")
+class OfAPackage(Strategy):
+    """Fine-tuning by another name."""
+'''
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    (tmp_path / "their_package.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "their_package"
+    STRATEGIES._components.pop("of_a_package", None)
+    sys.modules.pop("their_package", None)
 
 
 def board(**changes):
@@ -90,7 +115,7 @@ def test_the_best_third_the_control_and_the_references_run_all_seeds(grid, store
 
     def scored(seeds):
         return {
-            cell.key: SimpleNamespace(final=lambda metric, cell=cell: level[cell.row.name])
+            cell.key: SimpleNamespace(data={"tasks": [{}, {"validation_sdr_db": level[cell.row.name]}]})
             for cell in made.cells.values()
             if cell.seed in seeds
         }
@@ -101,6 +126,52 @@ def test_the_best_third_the_control_and_the_references_run_all_seeds(grid, store
         ("replay", third),
     ]
     assert next_round(given, made, scored(made.seeds)) is None
+    # a row of which a cell cannot be had keeps the others from nothing
+    found = scored((first, second))
+    gone = [k for k, c in made.cells.items() if c.row.name == "two" and c.seed == second]
+    for key in gone:
+        del found[key]
+    assert names(next_round(given, made, found)) == [("two", second)]
+    assert ("lwf", third) in names(next_round(given, made, found, gone))
+
+
+def test_what_keeps_all_data_is_no_competitor(grid, store):
+    given = board(entries=[*ENTRIES[:2], {"name": "joint", "strategies": ["joint"]}])
+    made = build_board(given, store, grid=grid)
+    assert {row.name for row in made.rows["room"]["iquery"]} == {"replay", "lwf"}
+    assert "joint is left out on iquery: it keeps all data, which no budget bounds" in "\n".join(made.notes["room"])
+
+
+def test_rows_stand_in_the_order_of_what_pairs(grid, store, tmp_path, monkeypatch):
+    """A row with fewer seeds is held against the control of the same ones: here its seeds are the easy ones."""
+    given = board(entries=ENTRIES[:3], seeds=3, screening=1, share=0.01)
+    made = build_board(given, store, grid=grid)
+    easy = {seed: 4.0 * (number == 0) for number, seed in enumerate(made.seeds)}
+    gained = {"replay": 0.0, "lwf": -0.5, "none": 0.5}
+    kept = {k: c for k, c in made.cells.items() if c.row.name == "replay" or c.seed == made.seeds[0]}
+    part = replace(made, cells=kept)
+    results = finished(part, tmp_path / "cells", lambda cell: 5.0 + easy[cell.seed] + gained[cell.row.name])
+    (table,) = tables_of(given, made, results, data_set="tones", preset="tiny", title=lambda name: name)
+    lines = table.lines["iquery"]
+    assert [line.row for line in lines] == ["none", "replay", "lwf"]
+    assert lines[2].ours.values["sdr"].mean > lines[1].ours.values["sdr"].mean  # which says nothing
+    assert not any("not run" in line for line in markdown(table).splitlines())
+    assert "All rows have 1 seeds; the best 1% of them on validation pairs" in markdown(table)
+
+
+def test_a_changed_package_is_another_cell(grid, store, package, tmp_path, monkeypatch):
+    importlib.import_module(package)
+    entries = [ENTRIES[0], {"name": "theirs", "strategies": ["of_a_package"]}]
+
+    def keys():
+        made = build_board(board(entries=entries, budgets={}), store, grid=grid)
+        return {cell.row.name: cell.key for cell in made.cells.values() if cell.seed == made.seeds[0]}
+
+    before = keys()
+    (tmp_path / "their_package.py").write_text(PACKAGE + "# changed\n")
+    after = keys()
+    assert before["replay"] == after["replay"]
+    assert before["theirs"] != after["theirs"]
 
 
 def test_without_budgets_every_entry_has_the_boards_memory(grid, store):
@@ -128,6 +199,8 @@ def test_settings_of_a_base_are_those_that_were_chosen(grid, store):
     [
         ({"control": "relpay"}, UnknownNameError, "no entry named 'relpay' to compare with: did you mean 'replay'"),
         ({"entries": ENTRIES[:1] * 2}, ConfigError, "two entries are called 'replay'"),
+        ({"settings": {"iqery": {}}}, UnknownNameError, "settings of 'iqery', which is no base of the board: did you"),
+        ({"settings": {"iquery": {"lfw": {}}}}, UnknownNameError, "settings of 'lfw', which is no entry: did you mean"),
         ({"budgets": {"small": 10}, "control": "ewc"}, ConfigError, "the control 'ewc' cannot be run: ewc is left out"),
     ],
 )
@@ -155,6 +228,7 @@ def test_a_component_is_a_name_with_settings():
     assert parse_component("lwf") == ComponentRef(name="lwf")
     found = parse_component("lwf(weight_mask=0.1, variant=grown_teacher)")
     assert found == ComponentRef(name="lwf", params={"weight_mask": 0.1, "variant": "grown_teacher"})
+    assert parse_component("x(a=[1, 2], b={c: 3, d: 4})").params == {"a": [1, 2], "b": {"c": 3, "d": 4}}
     for text in ("lwf(", "lwf)", "", "lwf(0.1)"):
         with pytest.raises(ConfigError):
             parse_component(text)
@@ -175,30 +249,10 @@ def test_a_sweep_is_every_method_with_every_memory():
     ]
     assert [ref.name for ref in made.entries[1].strategies] == ["lwf", "weight_average"]
     assert (made.control, grid.tasks, grid.updates, grid.orders) == ("finetune, none", 3, 8, "rotated")
-    with pytest.raises(ConfigError, match="every method needs a memory"):
-        sweep_of(["agem"], ["none"], preset="iquery_small")
+    with pytest.raises(ConfigError, match="the first method, 'agem', is what the others are held against and needs a"):
+        sweep_of(["agem", "finetune"], ["none"], preset="iquery_small")
     with pytest.raises(UnknownNameError, match="did you mean 'lwf'"):
         sweep_of(["lfw"], ["none"], preset="iquery_small")
-
-
-PACKAGE = '''
-from avsep.registry import STRATEGIES
-from avsep.strategies import Strategy
-
-
-@STRATEGIES.register("of_a_package", source="somebody else")
-class OfAPackage(Strategy):
-    """Fine-tuning by another name."""
-'''
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    (tmp_path / "their_package.py").write_text(PACKAGE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield "their_package"
-    STRATEGIES._components.pop("of_a_package", None)
-    sys.modules.pop("their_package", None)
 
 
 def test_a_sweep_from_store_to_page(tone_store, tmp_path, package, monkeypatch, capsys):
