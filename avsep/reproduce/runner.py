@@ -515,7 +515,8 @@ def _preset_hash(preset: PresetModel) -> str:
 
 def _other_preset(out: Path, found: dict[str, Any], preset: str) -> RunError:
     return RunError(
-        f"{out} was made with preset '{found.get('preset')}', not with '{preset}' as it is now: choose another --out"
+        f"{out} was begun with other settings (preset '{found.get('preset')}') than those of '{preset}' now: choose "
+        "another --out"
     )
 
 
