@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from avsep.errors import RunError, UnknownNameError
-from avsep.evaluation.comparison import Cell, compact_evaluation, compare
+from avsep.evaluation.comparison import Cell, compact_evaluation, compare, holm
 from avsep.evaluation.continual import continual_scores, paired_bootstrap
 from avsep.evaluation.evaluate import METRICS, interference_matrix, task_matrix
 from support.evaluations import FEW, TASKS, cells, evaluation, noise
@@ -246,3 +246,58 @@ def test_other_mistakes():
     for wrong in ({"confidence": 1.0}, {"resamples": 0}):
         with pytest.raises(ValueError, match="must"):
             compare(cells("m", [0]), **wrong)
+
+
+# ---------------------------------------------------------------------- class orders, many comparisons
+
+
+def of_order(method, seed, level, order):
+    """A run with another class order: the same clips, other mixtures of them."""
+    names = TASKS if order == 0 else TASKS[::-1]
+    scores = evaluation(lambda t, j, key: level + noise(order, *key), steps=3)
+    return Cell(method, seed, scores | {"tasks": names, "protocol_hash": str(order) * 64})
+
+
+def clips_of_orders():
+    """Of two orders: mixture k of a list has clips k and k + 1 of two classes."""
+    rows = evaluation(lambda t, j, key: 0.0)["after"][-1]["rows"]
+    keys = {(row["list"], row["mixture"]) for row in rows}
+    return {
+        str(order) * 64: {key: (("a", f"a{key[1] % 7 + order}"), ("b", f"b{key[1] % 5}")) for key in keys}
+        for order in (0, 1)
+    }
+
+
+def test_seeds_with_class_orders_of_their_own_pair():
+    runs = [of_order(m, s, level + 3.0 * s, s) for m, level in (("base", 5.0), ("better", 5.5)) for s in (0, 1)]
+    result = compare(runs, baseline="base", clips=clips_of_orders(), orders=True, resamples=FEW)
+    difference = result["better"].differences["average"]
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert difference.p == pytest.approx(2 / FEW)
+    assert result["base"].values["average"].high - result["base"].values["average"].low > 10  # t(1) of 3 dB apart
+    with pytest.raises(RunError, match="they learned different classes, or in another order"):
+        compare(runs, clips=clips_of_orders(), resamples=FEW)
+    with pytest.raises(RunError, match="are compared by the clips of their mixtures: give clips"):
+        compare(runs, orders=True, resamples=FEW)
+
+
+def test_runs_of_one_seed_must_have_one_order():
+    runs = [of_order("base", 0, 5.0, 0), of_order("other", 0, 5.0, 1)]
+    with pytest.raises(RunError, match="they learned different classes, or in another order"):
+        compare(runs, clips=clips_of_orders(), orders=True, resamples=FEW)
+
+
+def test_holms_correction():
+    """Of .01, .03, .04: 3 x .01; 2 x .03; and the last is not below the one before."""
+    found = holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.9})
+    assert found == pytest.approx({"a": 0.09, "b": 0.04, "c": 0.09, "d": 0.9})
+    assert holm({}) == {}
+    assert holm({"a": 0.7, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+def test_a_p_value_goes_with_the_interval():
+    runs = [*cells("base", [0, 1, 2], spread=1.0), *cells("better", [0, 1, 2], 4.0, 1.3)]
+    difference = compare(runs, baseline="base", resamples=2000)["better"].differences["sdr"]
+    assert difference.significant == (difference.p < 0.05)
+    same = compare([*cells("base", [0, 1]), *cells("same", [0, 1])], baseline="base", resamples=FEW)
+    assert same["same"].differences["sdr"].p == 1.0
