@@ -17,16 +17,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
-from avsep.data.protocol import TestMixture, evenly
-from avsep.data.store import Store
 from avsep.errors import DataError
-from avsep.evaluation.scores import evaluate_separator, is_headline
-from avsep.types import VisualSource
 
 if TYPE_CHECKING:
+    import torch
+
+    from avsep.data.protocol import TestMixture
+    from avsep.data.store import Store
     from avsep.separator import Separator
 
 __all__ = ["LEAST_RATE_HZ", "agreement", "av_align", "mean_agreement", "motion_peaks", "onsets"]
@@ -138,6 +137,11 @@ def mean_agreement(
 
     ``mixtures`` is their number. Empty for a store whose motion frames are too few a second or not there.
     """
+    # here, so that the page of a bundle's user, who has no torch, can have the score of one sound
+    from avsep.data.protocol import evenly
+    from avsep.evaluation.scores import evaluate_separator, is_headline
+    from avsep.types import VisualSource
+
     chosen = evenly([m for m in mixtures if is_headline({"list": m.list_name}) and m.counted], count)
     if store.motion_rate_hz < LEAST_RATE_HZ or not chosen:
         return {}

@@ -423,7 +423,7 @@ def _training_step(strategy, backend, monkeypatch):
     return output, terms, {name: p.grad for name, p in student.named_parameters()}
 
 
-@pytest.mark.parametrize("strategy", ["finetune", "contavsep"])
+@pytest.mark.parametrize("strategy", ["finetune", pytest.param("contavsep", marks=pytest.mark.slow)])
 def test_a_training_step_is_the_same_on_both_backends(strategy, monkeypatch):
     calls = []
     fused = triton_kernel.losses

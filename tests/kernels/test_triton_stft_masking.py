@@ -100,7 +100,7 @@ def synthesis_reference(logits, mixture, upstream=None, **options):
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize("name", [*CASES, *LARGE])
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
 def test_analysis(name, align_corners):
     settings, batch, sources, samples = {**CASES, **(LARGE if align_corners else SHORTER)}[name]
     x = signals(batch, sources, samples)
@@ -197,6 +197,7 @@ def test_not_contiguous():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("align_corners", [True, False])
 def test_synthesis_of_any_layout(align_corners):
     logits, mixture, options = synthesis_inputs(({"n_fft": 34, "hop": 8, "log_rows": 8}, 2, 2, 8 * 33))
@@ -251,6 +252,7 @@ def test_launches_and_bits(monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_operators():
     logits, mixture, _ = synthesis_inputs(({"n_fft": 14, "hop": 4, "log_rows": 6}, 1, 2, 40))
     tables = kernels.make_tables(14, 6, device=DEVICE)

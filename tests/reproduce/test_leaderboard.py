@@ -255,6 +255,7 @@ def test_a_sweep_is_every_method_with_every_memory():
         sweep_of(["lfw"], ["none"], preset="iquery_small")
 
 
+@pytest.mark.slow
 def test_a_sweep_from_store_to_page(tone_store, tmp_path, package, monkeypatch, capsys):
     """Two seeds with their own orders, a strategy of another package, in processes of their own; then resumed."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
