@@ -703,7 +703,7 @@ def test_a_folder_of_another_grid_is_refused(finished, presets, reproduce, tone_
     assert "holds a grid already: go on with --resume" in capsys.readouterr().err
     mark = json.loads((out / "reproduce.json").read_text())
     for key, told in (
-        ("preset_hash", "was made with preset"),
+        ("preset_hash", "was begun with other settings"),
         ("store_hash", "was made from another data set"),
         ("code", "was made by another version of the library (commit"),
     ):
@@ -736,7 +736,7 @@ def test_another_preset_shows_before_the_data_set_is_touched(command, reproduce,
     mark = {"preset": "small", "preset_hash": "other", "given_hash": "other"}
     (tmp_path / "reproduce.json").write_text(json.dumps(mark))
     assert reproduce(command, "--out", tmp_path, "--resume") == 2
-    assert "was made with preset 'small', not with" in capsys.readouterr().err
+    assert "was begun with other settings (preset 'small')" in capsys.readouterr().err
     assert not opened
 
 
