@@ -158,8 +158,8 @@ def command(
         for cell in missing:
             console.print(f"  {cell.name}: about {cell.steps} steps{_problem(cell)}", highlight=False, soft_wrap=True)
         hours = hours_left(missing, claimed, grid.cells.values())
-        said = "no cell is finished yet to tell the time by" if hours is None else f"about {hours:.1f} core hours"
-        console.print(f"  in all {sum(cell.steps for cell in missing)} steps; {said}", highlight=False)
+        time_left = "no cell is finished yet to tell the time by" if hours is None else f"about {hours:.1f} core hours"
+        console.print(f"  in all {sum(cell.steps for cell in missing)} steps; {time_left}", highlight=False)
         return
     claim(out, grid, preset=preset, given=loaded, device=accelerator, any_code=any_code)
     name = Path(preset).stem
