@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from avsep.errors import ConfigError
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Strategy, TaskContext
-from avsep.strategies.teaching import check_queries
+from avsep.strategies.teaching import check_objects, check_queries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -62,8 +61,7 @@ class SimilarQueries(Strategy):
 
     def check(self, separator: Separator) -> None:
         check_queries(separator, "similar_queries", "starts the queries of new classes")
-        if separator.object_encoder is None:
-            raise ConfigError("strategy 'similar_queries' compares object features: add an object_encoder")
+        check_objects(separator, "similar_queries", "compares object features")
 
     def first_task(self) -> dict[str, Any]:
         return {}
