@@ -49,6 +49,7 @@ class PerturbAndMerge(Strategy):
         "Fisher information, which gives the same coefficient. Size and odds of the perturbation are ours."
     )
     across_ranks = True
+    sets_weights = ("after_task",)
     needs_teacher = True
 
     def __init__(

@@ -39,11 +39,11 @@ class SimilarQueries(Strategy):
         q_new = |n| unit((1 - ``blend``) unit(n) + ``blend`` unit(sum_c w_c unit(q_c))).
 
     The means of a task's classes are taken over ``mixtures`` random training mixtures: of new classes when the task
-    begins, of those it has learned when it ends. Nothing else of the training changes, so name it before strategies
-    that look at the weights when a task begins.
+    begins, of those it has learned when it ends. Nothing else of the training changes.
     """
 
     across_ranks = True
+    sets_weights = ("begin_task",)
     keeps = "the mean object features of every class in half precision (1,024 bytes a class of 512 features)"
     differs = (
         "TEEN moves the prototypes that a classifier compares features with; here the same blend of old classes is "
