@@ -105,6 +105,8 @@ def test_builtin_components_are_described(key):
         assert spec.package == "avsep"
         assert spec.summary.endswith(".") or len(spec.summary) > 10, spec.name
         assert all(p.annotation != "_empty" for p in spec.parameters), spec.name
+        folder = sys.modules[spec.factory.__module__.rpartition(".")[0]]
+        assert spec.factory.__name__ in getattr(folder, "__all__", [spec.factory.__name__]), spec.name
         assert spec.source or key in {"strategies", "memories"}, spec.name
 
 

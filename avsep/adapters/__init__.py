@@ -5,5 +5,4 @@ from avsep.adapters.film import FiLM
 from avsep.adapters.low_rank import LowRank
 from avsep.adapters.task_tails import TaskTails
 
-__all__ = ["Adapter", "FiLM", "LowRank"]
-__all__ = ["Adapter", "LowRank", "TaskTails"]
+__all__ = ["Adapter", "FiLM", "LowRank", "TaskTails"]

@@ -24,8 +24,10 @@ class TaskTails(Adapter):
 
     A task's weights are W + D_t, with D_t of the same shape, which begins as 0: so a task begins from the first one's.
     In iQuery with 3 layers they are the mask head and the last three convolutions of the U-Net, 913,408 parameters a
-    task. With the strategy ``task_adapters`` what is shared is frozen after the first task. ``audio_encoder`` off
-    leaves the audio encoder out.
+    task. In Co-Separation they are the last convolutions of the way up, each of which has two weights, and of the way
+    down; in Sound of Pixels, whose decoder has one map, that of the object beside the U-Net's; where masks vary in
+    time, the last convolutions of what makes their weights. With the strategy ``task_adapters`` what is shared is
+    frozen after the first task. ``audio_encoder`` off leaves the audio encoder out.
     """
 
     differs = (

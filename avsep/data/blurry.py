@@ -13,7 +13,7 @@ import numpy as np
 
 from avsep.errors import ConfigError
 
-__all__ = ["blurry_shares", "first_seen"]
+__all__ = ["blurry_shares", "check_shares", "first_seen"]
 
 
 def blurry_shares(
@@ -49,6 +49,18 @@ def blurry_shares(
         pool += moved
     pool = [pool[number] for number in rng.permutation(len(pool))]
     return tuple(frozenset((*own, *pool[task :: len(clips)])) for task, own in enumerate(stay))
+
+
+def check_shares(clips: Sequence[Mapping[str, Sequence[str]]], shares: Sequence[frozenset[str]]) -> None:
+    """Raise :class:`ConfigError` where a task has no clip of a class of its own: it would be tested on what is not yet
+    learned, or be without candidates for its exemplars."""
+    for task, (own, share) in enumerate(zip(clips, shares, strict=True)):
+        for name, ids in own.items():
+            if share.isdisjoint(ids):
+                raise ConfigError(
+                    f"all {len(ids)} training clips of class '{name}' come in other tasks than its own, {task}, which "
+                    "is tested on it: make fewer percent blurry or more of the classes disjoint, or take another seed"
+                )
 
 
 def first_seen(clips: Sequence[Mapping[str, Sequence[str]]], shares: Sequence[frozenset[str]]) -> list[list[str]]:

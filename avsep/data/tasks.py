@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from avsep.data.blurry import blurry_shares, first_seen
+from avsep.data.blurry import blurry_shares, check_shares, first_seen
 from avsep.data.class_order import class_order
 from avsep.data.protocol import Protocol, build_protocol
 from avsep.data.store import Clip, Store
@@ -106,7 +106,10 @@ def task_stream(
     if isinstance(tasks, int):
         lists = split_classes(class_order(store, order), tasks)
     elif order != "store":
-        raise ConfigError(f"order '{order}' is of tasks that are cut from the store's classes, and these are named")
+        raise ConfigError(
+            f"order '{order}' applies only where tasks are given as a number of classes, and these are named: leave "
+            "order out, or give a number"
+        )
     else:
         lists = [list(t) for t in tasks]
     made = make_tasks(lists)
@@ -122,6 +125,7 @@ def task_stream(
     if blurry is not None:
         clips = [{n: [c.id for c in store.select(classes=[n], split="train")] for n in task.classes} for task in made]
         shares = blurry_shares(clips, disjoint=blurry.disjoint, blurry=blurry.blurry, seed=blurry.seed)
+        check_shares(clips, shares)
         learned = make_tasks(first_seen(clips, shares))
         blurry = blurry.model_copy(update={"tasks": tuple(task.classes for task in made)})
     return TaskStream(

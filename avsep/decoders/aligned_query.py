@@ -168,5 +168,7 @@ class AlignedQuery(MaskDecoder):
         return {"presence": self.presence_weight * loss}
 
     def adapter_places(self) -> tuple[AdapterPlace, ...]:
-        """All but what tells the presence."""
-        return tuple(place for place in weight_places(self) if not place.parameter.startswith("presence."))
+        """All but what tells the presence and what contrastive losses alone are given; the head, which ends the way to
+        the masks, is last."""
+        masks = [p for p in weight_places(self) if not p.parameter.startswith(("presence.", "contrast."))]
+        return tuple(sorted(masks, key=lambda place: place.parameter.startswith("head.")))

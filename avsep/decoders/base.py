@@ -99,8 +99,8 @@ class MaskDecoder(nn.Module, Component, ABC):
         return None
 
     def adapter_places(self) -> tuple[AdapterPlace, ...]:
-        """The weights that an adapter may change, of those that :meth:`forward` itself computes with; none of a decoder
-        that carries no adapter."""
+        """The weights that an adapter may change, of those that :meth:`forward` itself computes masks with, in the
+        order of their use; none of a decoder that carries no adapter."""
         return ()
 
 

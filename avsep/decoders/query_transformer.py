@@ -445,6 +445,7 @@ class QueryTransformer(MaskDecoder):
         return out.unflatten(0, states.shape[:2]), embedding
 
     def adapter_places(self) -> tuple[AdapterPlace, ...]:
+        """All but what contrastive losses alone are given."""
         alone = [layer.self_attention for layer in self.layers if isinstance(layer, AudioLayer)]
         alone = alone if self.slot_attention == "self" else []  # of which the values alone play a part
         packed = [
@@ -454,4 +455,4 @@ class QueryTransformer(MaskDecoder):
             for name, module in self.named_modules()
             if isinstance(module, Attention)
         ]
-        return (*packed, *weight_places(self))
+        return (*packed, *(place for place in weight_places(self) if not place.parameter.startswith("contrast.")))

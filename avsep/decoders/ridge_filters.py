@@ -13,7 +13,7 @@ from avsep.types import AudioFeatures, MaskOutput, VisualFeatures
 
 __all__ = ["RidgeFilters", "ridge"]
 
-_LEAST = 1e-3  # of a solved mask and of what it lacks to 1, so that its logit is finite in half precision too
+_LEAST = 1e-3  # of a solved mask and of what it lacks to 1, so that its logit is finite
 
 
 @MASK_DECODERS.register(
@@ -73,6 +73,8 @@ class RidgeFilters(MaskDecoder):
         solved = self.solved[class_ids][..., None]  # [B, N, 1]
         vectors = self.solution[class_ids].where(solved, self.class_vectors[class_ids])
         product = torch.unflatten(vectors @ features.flatten(2), 2, features.shape[2:])  # [B, N, F, T]
+        # 8 bits hold nothing between .996 and 1: in them the largest mask would be 1, and its logit infinite
+        product = product.to(torch.promote_types(product.dtype, torch.float32))
         mask = product.clamp(_LEAST, 1 - _LEAST)
         logits = (mask.log() - (1 - mask).log()).where(solved[..., None], product)
         return MaskOutput(audio=vectors, logits=logits)

@@ -118,7 +118,8 @@ class TPAVI(MaskDecoder):
         )
 
     def adapter_places(self) -> tuple[AdapterPlace, ...]:
-        return weight_places(self)
+        """All but what contrastive losses alone are given."""
+        return tuple(place for place in weight_places(self) if not place.parameter.startswith("embed."))
 
 
 def _at_pixels(weights: Tensor, bias: Tensor, features: Tensor) -> Tensor:

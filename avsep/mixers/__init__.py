@@ -4,9 +4,7 @@ from avsep.mixers.as_published import AsPublished
 from avsep.mixers.balanced import Balanced
 from avsep.mixers.base import Draw, Mixer, Pool
 from avsep.mixers.confusable import Confusable
+from avsep.mixers.online import Online
 from avsep.mixers.varied import Varied
 
-__all__ = ["AsPublished", "Balanced", "Confusable", "Draw", "Mixer", "Pool", "Varied"]
-from avsep.mixers.online import Online
-
-__all__ = ["AsPublished", "Balanced", "Draw", "Mixer", "Online", "Pool", "Varied"]
+__all__ = ["AsPublished", "Balanced", "Confusable", "Draw", "Mixer", "Online", "Pool", "Varied"]

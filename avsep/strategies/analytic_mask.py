@@ -34,6 +34,8 @@ class AnalyticMask(Strategy):
     """
 
     across_ranks = True
+    sets_weights = ("after_task",)
+    freezes = True
     keeps = "the sums of every class, in the separator's buffers (4,224 bytes a class of 32 mask features)"
     differs = RidgeFilters.differs
 

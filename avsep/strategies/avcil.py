@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from avsep.losses import attention_distillation, audio_visual_contrast, mask_losses
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy
-from avsep.strategies.teaching import check_temperature, check_weights, embeddings
+from avsep.strategies.teaching import check_objects, check_temperature, check_weights, embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from avsep.separator import Separator
 
 __all__ = ["AVCIL"]
 
@@ -69,6 +70,11 @@ class AVCIL(Strategy):
         self.temperature = temperature
         self.contrast_first = contrast_first
         self.needs_teacher = weight_mask > 0 or weight_attention > 0
+
+    def check(self, separator: Separator) -> None:
+        if self.weight_instance > 0 or self.weight_class > 0:
+            otherwise = "set weight_instance and weight_class to 0"
+            check_objects(separator, "avcil", "compares what is heard with what is seen", otherwise)
 
     def first_task(self) -> dict[str, Any]:
         weights = {"weight_instance": self.weight_instance, "weight_class": self.weight_class}

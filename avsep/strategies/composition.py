@@ -41,8 +41,10 @@ def build_strategy(refs: ComponentRef | Sequence[ComponentRef]) -> Strategy:
 class Composition(Strategy):
     """Strategies side by side: their terms merge by name, and each keeps its own state.
 
-    Each is called in the order of ``parts``. The term ``separation`` enters once: that of the one strategy that changes
-    it (``changes_separation``), else the separation loss. Any other name that two of them give is refused.
+    Each is called in the order of ``parts``, but when a task begins or ends those that change the weights come first
+    (``sets_weights``), so that the others see the weights that are trained, or stored. The term ``separation`` enters
+    once: that of the one strategy that changes it (``changes_separation``), else the separation loss. Any other name
+    that two of them give is refused.
     """
 
     def __init__(self, parts: Mapping[str, Strategy]) -> None:
@@ -55,6 +57,16 @@ class Composition(Strategy):
             names = ", ".join(self.parts)
             raise ConfigError(f"{names}: one trains on all data, another on the memory alone; they cannot be combined")
         self.restarts = any(s.restarts for s in members)
+        self.sets_weights = tuple({hook: None for s in members for hook in s.sets_weights})
+        self.freezes = any(s.freezes for s in members)
+        self.unlearns = any(s.unlearns for s in members)
+        freezing = [name for name, s in self.parts.items() if s.freezes]
+        losing = [name for name, s in self.parts.items() if s.restarts or s.unlearns]
+        if freezing and losing:
+            raise ConfigError(
+                f"{freezing[0]} freezes what was learned, and {losing[0]} begins every task with less of it, which "
+                "could not be learned again: they cannot be combined"
+            )
         self.needs_memory = any(s.needs_memory for s in members)
         self.across_ranks = all(s.across_ranks for s in members)
         changing = [name for name, s in self.parts.items() if s.changes_separation]
@@ -78,8 +90,12 @@ class Composition(Strategy):
             merged |= facts
         return merged
 
+    def _setting_first(self, hook: str) -> list[Strategy]:
+        """Those that change the weights in ``begin_task`` or ``after_task`` before all others."""
+        return sorted(self.parts.values(), key=lambda strategy: hook not in strategy.sets_weights)
+
     def begin_task(self, ctx: TaskContext) -> None:
-        for strategy in self.parts.values():
+        for strategy in self._setting_first("begin_task"):
             strategy.begin_task(ctx)
 
     def learning_rate(self, name: str) -> float:
@@ -125,7 +141,7 @@ class Composition(Strategy):
             yield
 
     def after_task(self, ctx: TaskContext) -> None:
-        for strategy in self.parts.values():
+        for strategy in self._setting_first("after_task"):
             strategy.after_task(ctx)
 
     @property

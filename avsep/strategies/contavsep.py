@@ -13,7 +13,7 @@ from avsep.errors import ConfigError
 from avsep.losses import cross_sdc, mask_losses
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy, TeacherOutput
-from avsep.strategies.teaching import check_temperature, check_weights, embeddings
+from avsep.strategies.teaching import check_objects, check_temperature, check_weights, embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +74,9 @@ class ContAVSep(Strategy):
         self.needs_teacher = weight_instance > 0 or weight_class > 0 or weight_mask > 0
 
     def check(self, separator: Separator) -> None:
+        if self.modality_pairs == "cross" and (self.weight_instance > 0 or self.weight_class > 0):
+            otherwise = "set modality_pairs=within, or weight_instance and weight_class to 0"
+            check_objects(separator, "contavsep", "compares what is heard with what is seen", otherwise)
         if self.instance == "features" and self.weight_instance > 0 and separator.motion_encoder is None:
             raise ConfigError(
                 "strategy 'contavsep' with instance=features compares motion features, and this separator has no "

@@ -39,6 +39,7 @@ class FirstSession(Strategy):
         "counterpart of: a small part is trained. Nothing is pre-trained before the first session but frozen encoders."
     )
     across_ranks = True
+    freezes = True
 
     def __init__(self, *, adapt: Literal["head", "film"] = "head") -> None:
         if adapt not in ("head", "film"):
@@ -70,12 +71,13 @@ class FirstSession(Strategy):
         if ctx.task.index == 0:
             return
         adapted = [p for p in self._adapted(ctx.student) if p.requires_grad]  # not of a frozen encoder
+        learning = {name for name, p in ctx.student.named_parameters() if p.requires_grad}
         ctx.student.freeze()
         for parameter in adapted:
             parameter.requires_grad_(True)
         for name, parameter in ctx.student.named_parameters():
             old = ctx.old_shapes.get(name)
-            if old is not None and old != tuple(parameter.shape):
+            if name in learning and old is not None and old != tuple(parameter.shape):
                 self._rows.append(NewRows(parameter, old[0]))
 
     def after_step(self, step: Step) -> None:

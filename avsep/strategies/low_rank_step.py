@@ -33,6 +33,7 @@ class LowRankStep(Strategy):
     """
 
     across_ranks = True
+    sets_weights = ("after_task",)
     needs_teacher = True
 
     def __init__(self, *, rank: int = 8, batch_norm_mixtures: int = 200) -> None:

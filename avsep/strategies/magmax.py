@@ -38,6 +38,7 @@ class MagMax(Strategy):
         "So there is no factor on tau either, which would shrink what was learned towards random weights."
     )
     across_ranks = True
+    sets_weights = ("begin_task", "after_task")
     needs_teacher = True
 
     def __init__(self, *, batch_norm_mixtures: int = 200) -> None:

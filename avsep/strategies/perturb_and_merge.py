@@ -49,6 +49,7 @@ class PerturbAndMerge(Strategy):
         "Fisher information, which gives the same coefficient. Size and odds of the perturbation are ours."
     )
     across_ranks = True
+    sets_weights = ("after_task",)
     needs_teacher = True
 
     def __init__(
@@ -99,7 +100,10 @@ class PerturbAndMerge(Strategy):
         if ctx.teacher is None and ctx.is_last:
             return
         fisher = fisher_diagonal(ctx.student, ctx.data.batches(self.fisher_samples))
-        zeros = {name: torch.zeros_like(f) for name, f in fisher.items()}
+        own = dict(ctx.student.named_parameters())
+        # some may have no gradient in this task: they tell of earlier ones all the same
+        zeros = {name: torch.zeros_like(own[name]) for name in {**fisher, **self._fisher}}
+        fisher = {**zeros, **fisher}
         before, pull = _in_rows(self._fisher, zeros), _in_rows(self._pull, zeros)
         factor, moved = 1.0, zeros
         if ctx.teacher is not None:

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from avsep.losses import relation_divergence
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy, TaskContext
-from avsep.strategies.teaching import check_temperature, check_weights, visual_embeddings
+from avsep.strategies.teaching import check_objects, check_temperature, check_weights, visual_embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from avsep.separator import Separator
 
 __all__ = ["PrototypeRelations"]
 
@@ -52,6 +54,9 @@ class PrototypeRelations(Strategy):
         self.mixtures = mixtures
         self.needs_teacher = weight > 0
         self._prototypes: dict[str, Tensor] = {}  # [Q, D] of each modality; 0 of a class that was not met
+
+    def check(self, separator: Separator) -> None:
+        check_objects(separator, "prototype_relations", "compares embeddings of objects")
 
     def first_task(self) -> dict[str, Any]:
         return {}

@@ -27,6 +27,7 @@ class QueryExtension(Strategy):
     differs = "The paper extends queries once, from one set of instruments to another; here every task does."
 
     across_ranks = True
+    freezes = True
 
     def __init__(self, *, head: bool = False) -> None:
         self.head = head
@@ -48,11 +49,14 @@ class QueryExtension(Strategy):
         self._rows = None
         if ctx.task.index == 0:
             return
-        ctx.student.freeze()
         decoder = ctx.student.mask_decoder
+        queries = decoder.get_parameter(decoder.query_parameter)
+        learn = queries.requires_grad  # not where a method beside this one holds them
+        ctx.student.freeze()
         if self.head:
             decoder.get_submodule(decoder.mask_head).requires_grad_(True)
-        self._rows = NewRows(decoder.get_parameter(decoder.query_parameter), len(ctx.task.old))
+        if learn:
+            self._rows = NewRows(queries, len(ctx.task.old))
 
     def after_step(self, step: Step) -> None:
         if self._rows is not None:

@@ -26,11 +26,14 @@ class ShrinkAndPerturb(Strategy):
 
     theta <- ``inherited`` theta_{t-1} + (1 - ``inherited``) fresh, of all weights that are trained, new rows excepted.
     It is ``weight_fusion`` with a network that knows nothing, before the task in place of after it: what is inherited
-    is near what was known, and can still learn as well as a network that begins. Combine it with any method.
+    is near what was known, and can still learn as well as a network that begins. Combine it with any method that does
+    not freeze what was learned.
     """
 
     differs = "Nothing but the rows of classes grows; GrowCLIP also searches how deep and wide the network becomes."
     across_ranks = True
+    sets_weights = ("begin_task",)
+    unlearns = True
 
     def __init__(self, *, inherited: float = 0.9) -> None:
         if not 0 <= inherited <= 1:

@@ -27,13 +27,15 @@ class SI(Anchor):
     - After it, Omega_i grows by max(path_i, 0) / ((theta_i - theta_i at the task's beginning)^2 + ``xi``), divided by
       the largest of these (:func:`path_importance`).
 
-    It costs no pass over the data. Anchored tensors have no weight decay. Terms of methods beside it count as loss.
+    It costs no pass over the data. Anchored tensors have no weight decay. Terms of methods beside it count as loss. The
+    penalty's gradient is taken off as it is at the student's weights: where a method beside it changes gradients (agem,
+    grad_surgery) or takes them at other weights (perturb_and_merge), a part of it stays in the path.
     """
 
     keeps = "the importance, 4 bytes a weight; within a task also its path and first weights, 8 more"
     differs = (
         "Each task's largest Omega is made 1. The path goes on to the task's last step, also where an earlier epoch's "
-        "weights were selected; the distance is to the selected ones."
+        "weights were selected; the distance is to those that are kept."
     )
 
     def __init__(self, *, weight: float = 1.0, xi: float = 0.1) -> None:

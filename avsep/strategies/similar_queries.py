@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from avsep.errors import ConfigError
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Strategy, TaskContext
-from avsep.strategies.teaching import check_queries
+from avsep.strategies.teaching import check_objects, check_queries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,11 +39,11 @@ class SimilarQueries(Strategy):
         q_new = |n| unit((1 - ``blend``) unit(n) + ``blend`` unit(sum_c w_c unit(q_c))).
 
     The means of a task's classes are taken over ``mixtures`` random training mixtures: of new classes when the task
-    begins, of those it has learned when it ends. Nothing else of the training changes, so name it before strategies
-    that look at the weights when a task begins.
+    begins, of those it has learned when it ends. Nothing else of the training changes.
     """
 
     across_ranks = True
+    sets_weights = ("begin_task",)
     keeps = "the mean object features of every class in half precision (1,024 bytes a class of 512 features)"
     differs = (
         "TEEN moves the prototypes that a classifier compares features with; here the same blend of old classes is "
@@ -62,8 +61,7 @@ class SimilarQueries(Strategy):
 
     def check(self, separator: Separator) -> None:
         check_queries(separator, "similar_queries", "starts the queries of new classes")
-        if separator.object_encoder is None:
-            raise ConfigError("strategy 'similar_queries' compares object features: add an object_encoder")
+        check_objects(separator, "similar_queries", "compares object features")
 
     def first_task(self) -> dict[str, Any]:
         return {}

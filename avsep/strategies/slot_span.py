@@ -12,7 +12,7 @@ from avsep.errors import ConfigError
 from avsep.losses import mask_distillation
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy, TaskContext
-from avsep.strategies.teaching import check_weights
+from avsep.strategies.teaching import check_objects, check_weights
 from avsep.types import VisualFeatures
 
 if TYPE_CHECKING:
@@ -95,6 +95,10 @@ class SlotSpan(Strategy):
                 f"strategy 'slot_span' with conditioning=own asks for other classes, on which the masks of decoder "
                 f"'{separator.spec.mask_decoder.name}' do not depend: choose another conditioning, or lwf"
             )
+
+        if self.conditioning != "own":
+            does = f"with conditioning={self.conditioning} makes object features of old classes"
+            check_objects(separator, "slot_span", does, "set conditioning=own")
 
     def first_task(self) -> dict[str, Any]:
         return {}

@@ -33,6 +33,7 @@ class TaskAdapters(Strategy):
     )
 
     across_ranks = True
+    freezes = True
 
     def __init__(self) -> None:
         self._rows: NewRows | None = None
@@ -51,13 +52,15 @@ class TaskAdapters(Strategy):
         self._rows = None
         if ctx.task.index == 0:
             return
+        decoder = ctx.student.mask_decoder
+        queries = decoder.get_parameter(decoder.query_parameter) if decoder.query_parameter else None
+        learn = queries is not None and queries.requires_grad  # not where a method beside this one holds them
         ctx.student.freeze()
         for adapter in ctx.student.adapters():
             for parameter in adapter.newest():
                 parameter.requires_grad_(True)
-        decoder = ctx.student.mask_decoder
-        if decoder.query_parameter:
-            self._rows = NewRows(decoder.get_parameter(decoder.query_parameter), len(ctx.task.old))
+        if queries is not None and learn:
+            self._rows = NewRows(queries, len(ctx.task.old))
 
     def after_step(self, step: Step) -> None:
         if self._rows is not None:

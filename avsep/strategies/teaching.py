@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NewRows",
+    "check_objects",
     "check_queries",
     "check_temperature",
     "check_weights",
@@ -68,6 +69,15 @@ def check_queries(separator: Separator, strategy: str, does: str) -> None:
         raise ConfigError(
             f"strategy '{strategy}' {does}, and mask decoder '{separator.spec.mask_decoder.name}' has none: use "
             f"{others}, or another strategy"
+        )
+
+
+def check_objects(separator: Separator, strategy: str, does: str, otherwise: str = "use another strategy") -> None:
+    """Raise ConfigError where the separator looks at no objects; the strategy ``does`` something with what is seen."""
+    if separator.object_encoder is None:
+        raise ConfigError(
+            f"strategy '{strategy}' {does}, and this separator has no object encoder: add one, with a mask decoder "
+            f"that takes objects, or {otherwise}"
         )
 
 

@@ -42,6 +42,7 @@ class TextQueries(Strategy):
     """
 
     across_ranks = True
+    sets_weights = ("begin_task",)
     differs = (
         "The paper compares a classifier's features with frozen text embeddings; here they are the queries of a "
         "decoder, by a fixed projection, and may learn."

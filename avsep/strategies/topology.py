@@ -9,10 +9,12 @@ import torch
 from avsep.losses import relation_divergence
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy
-from avsep.strategies.teaching import check_temperature, check_weights, visual_embeddings
+from avsep.strategies.teaching import check_objects, check_temperature, check_weights, visual_embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from avsep.separator import Separator
 
 __all__ = ["Topology"]
 
@@ -42,6 +44,9 @@ class Topology(Strategy):
         self.weight = weight
         self.temperature = temperature
         self.needs_teacher = weight > 0
+
+    def check(self, separator: Separator) -> None:
+        check_objects(separator, "topology", "compares embeddings of objects")
 
     def first_task(self) -> dict[str, Any]:
         return {}

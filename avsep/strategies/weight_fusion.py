@@ -37,6 +37,7 @@ class WeightFusion(Strategy):
 
     needs_teacher = True
     across_ranks = True
+    sets_weights = ("after_task",)
 
     def __init__(self, *, reestimate_batch_norm: bool = False) -> None:
         self.reestimate_batch_norm = reestimate_batch_norm

@@ -39,6 +39,29 @@ def test_the_number_of_parameters_at_the_published_size():
     ]
 
 
+PROJECTED = {"contrast_embedding": "projected"}
+
+
+@pytest.mark.parametrize(
+    ("decoder", "tail"),
+    [
+        (("query_transformer", PROJECTED), ["head.0", "head.2", "head.4"]),
+        (("query_transformer", {"time_varying": True}), [f"time_varying.{n}" for n in ("layers.0", "layers.1", "out")]),
+        (("aligned_query", PROJECTED), ["head.layers.0", "head.layers.1", "head.out"]),
+        ("tpavi", ["motion_proj", "out", "head"]),
+        ("conditioned_unet", ["up.5.shared", "up.6.own", "up.6.shared"]),
+        ("channel_synthesizer", ["object_proj"]),
+    ],
+)
+def test_the_tail_is_what_makes_the_masks(decoder, tail):
+    how = {"audio_encoder": "conv7", "motion_encoder": None} if decoder == "conditioned_unet" else {}
+    how |= {"motion_encoder": None} if decoder == "channel_synthesizer" else {}
+    with torch.device("meta"):
+        separator = build_separator("iquery", mask_decoder=decoder, adapter="task_tails", num_classes=5, **how)
+    places = separator.mask_decoder.adapter.places
+    assert [place.parameter.removesuffix(".weight") for place in places] == tail
+
+
 @pytest.mark.parametrize("base", ["iquery", "coseparation", "sound_of_pixels"])
 def test_a_task_begins_as_the_first_and_has_its_own_tail(base, tmp_path):
     separator = tailed(base, layers=2)

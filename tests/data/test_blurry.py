@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from avsep.cli.train_command import _blurry
-from avsep.data.blurry import blurry_shares, first_seen
+from avsep.data.blurry import blurry_shares, check_shares, first_seen
 from avsep.data.store import Store
 from avsep.data.tasks import task_stream
 from avsep.errors import ConfigError
@@ -71,6 +71,30 @@ def test_a_class_is_new_where_its_first_clip_comes():
     assert first_seen(clips, shares) == [["a", "b", "c"], ["d"]]
     with pytest.raises(ConfigError, match="task 1 brings no new class"):
         first_seen(clips, (frozenset(["a0", "b0", "c1", "d0"]), frozenset(["a1", "c0"])))
+
+
+def test_a_class_that_its_own_task_lacks_is_refused(tone_store):
+    clips = [{"a": ["a0", "a1"], "b": ["b0"]}, {"c": ["c0", "c1"], "d": ["d0"]}]
+    check_shares(clips, (frozenset(["a0", "b0", "c1"]), frozenset(["a1", "c0", "d0"])))
+    for shares, name, count, task in (
+        ((["b0", "c0"], ["a0", "a1", "c1", "d0"]), "a", 2, 0),  # task 0 would be tested on what comes later
+        ((["a0", "a1", "b0", "d0"], ["c0", "c1"]), "d", 1, 1),  # task 1 would have no candidate of it
+    ):
+        with pytest.raises(ConfigError, match=f"all {count} training clips of class '{name}' .* than its own, {task},"):
+            check_shares(clips, tuple(map(frozenset, shares)))
+    store, how = Store.open(tone_store), {"clip_samples": TINY_FRONT_END["clip_samples"]}
+    outcomes = set()
+    for seed in range(40):
+        try:
+            stream = task_stream(store, TINY_TASKS, blurry=BlurrySpec(disjoint=0, blurry=100, seed=seed), **how)
+        except ConfigError as error:
+            outcomes.add("refused" if "come in other tasks than its own" in str(error) else str(error))
+            continue
+        outcomes.add("made")
+        for task in stream.tasks:
+            assert set(stream.protocol.tasks[task.index]) <= set(task.seen)
+            assert all(stream.candidates(task).values())
+    assert outcomes >= {"made", "refused"}
 
 
 def test_a_stream_overlaps_and_is_tested_as_without(tone_store):

@@ -87,6 +87,24 @@ def test_masks_before_and_after():
     assert not decoder.gram.any()
 
 
+def test_logits_and_gradients_are_finite_in_half_precision():
+    """Class 0 is solved for and wants masks far above 1 and below 0; class 1 is not."""
+    decoder = RidgeFilters(num_classes=2, mask_channels=2)
+    decoder.solution[0], decoder.solved[0] = torch.tensor([9.0, 0.0]), True
+    features = torch.linspace(-1, 1, 20).repeat(2).reshape(1, 2, 5, 4).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        audio = AudioFeatures(mask_features=features, latent=torch.zeros(1, 1, 1, 1))
+        logits = decoder(audio, VisualFeatures(), torch.tensor([[0, 1]])).logits
+    assert logits.isfinite().all()
+    masks = logits[0, 0].sigmoid()
+    torch.testing.assert_close(torch.stack((masks.min(), masks.max())), torch.tensor([1e-3, 1 - 1e-3]))
+    logits.square().sum().backward()
+    assert features.grad.isfinite().all()
+    assert decoder.class_vectors.grad.isfinite().all()
+    assert not decoder.class_vectors.grad[0].any()
+    assert decoder.class_vectors.grad[1].any()
+
+
 def test_what_a_class_costs():
     decoder = RidgeFilters(num_classes=5, mask_channels=32)
     assert sum(b.numel() * b.element_size() for n, b in decoder.named_buffers() if n in ("gram", "moment")) == 5 * 4224

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -9,11 +11,17 @@ from avsep.errors import CheckpointError, ConfigError, UnknownNameError
 from avsep.registry import STRATEGIES
 from avsep.runs.folder import RunFolder
 from avsep.spec import ComponentRef, RunSpec, apply_settings, validated
-from avsep.strategies import Composition, Strategy, build_strategy
+from avsep.strategies import Composition, Strategy, TaskContext, build_strategy
 from avsep.strategies.base import check_contract
+from avsep.types import Task
 from support.commands import TASKS, run
-from support.strategy_steps import make_step, student_and_teacher, with_teacher
+from support.continual_runs import SEPARATORS, differing
+from support.strategy_steps import CLASS_IDS, GivenData, make_step, student_and_teacher, with_teacher
 from support.tones import TINY_SEPARATOR, tiny_run_spec
+
+FIRST = Task(0, ("ding", "hum"), ("ding", "hum"))
+SECOND = Task(1, ("peep", "whirr"), ("ding", "hum", "peep", "whirr"))
+TEXT = ("text_queries", dict(STRATEGIES.get("text_queries").example))
 
 
 def _built(*refs):
@@ -60,6 +68,98 @@ def test_what_it_asks_for_is_what_its_parts_ask_for():
     assert not isinstance(_built("lwf"), Composition)
 
 
+def _copy(student):
+    return {name: value.clone() for name, value in student.state_dict().items()}
+
+
+class _Two:
+    """Two tasks of two classes, as the learner begins and ends them; ``changed`` are the hooks that moved a weight."""
+
+    def __init__(self, strategy, **parts):
+        self.strategy, self.changed = strategy, set()
+        self.student, self.teacher = student_and_teacher(**parts)
+        first = copy.deepcopy(self.teacher).requires_grad_(True)
+        data = GivenData([make_step(first, num_old=0, class_ids=CLASS_IDS % 2).batch])
+        for hook in ("begin_task", "after_task"):
+            self._call(hook, TaskContext(FIRST, first, None, data, steps=4))
+        with torch.no_grad():  # the second task begins where the first ended
+            for name, p in self.student.named_parameters():
+                old = first.get_parameter(name)
+                p[tuple(slice(n) for n in old.shape)] = old
+        self.data = GivenData([make_step(self.student).batch])
+        self.shapes = {name: tuple(value.shape) for name, value in self.teacher.state_dict().items()}
+
+    def _call(self, hook, ctx):
+        ctx.student.train(hook == "begin_task")
+        before = _copy(ctx.student)
+        getattr(self.strategy, hook)(ctx)
+        if differing(before, _copy(ctx.student)):
+            self.changed.add(hook)
+
+    def call(self, hook):
+        teacher = self.teacher if self.strategy.needs_teacher else None
+        self._call(hook, TaskContext(SECOND, self.student, teacher, self.data, steps=4, old_shapes=self.shapes))
+
+
+def test_what_changes_the_weights_when_a_task_begins_or_ends_says_so():
+    ridge = {**{k: v for k, v in SEPARATORS["ridge_filters"].items() if k != "front_end"}, "object_encoder": None}
+    found, stated = {}, {}
+    for spec in STRATEGIES:
+        parts = {"analytic_mask": {**ridge, "motion_encoder": None}, "task_adapters": {"adapter": ("low_rank", {})}}
+        two = _Two(STRATEGIES.create(spec.name, dict(spec.example)), **parts.get(spec.name, {}))
+        two.call("begin_task")
+        with torch.no_grad():  # as if it had been trained
+            for number, p in enumerate(two.student.parameters()):
+                p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+        two.call("after_task")
+        found[spec.name] = sorted(two.changed)
+        stated[spec.name] = sorted(two.strategy.sets_weights)
+    assert found == stated
+
+
+class _Noting(Strategy):
+    """Takes note of the weights when a task begins and ends."""
+
+    def begin_task(self, ctx):
+        self.begun = _copy(ctx.student)
+
+    def after_task(self, ctx):
+        self.ended = _copy(ctx.student)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_what_takes_note_of_the_weights_sees_those_that_are_set(last):
+    noting = _Noting()
+    setting = {n: STRATEGIES.create(n, p) for n, p in (("magmax", {"batch_norm_mixtures": 0}), ("weight_fusion", {}))}
+    two = _Two(Composition({**setting, "noting": noting} if last else {"noting": noting, **setting}))
+    with torch.no_grad():  # what is kept is not where the task before ended
+        for p in two.student.parameters():
+            p += 0.1
+    two.call("begin_task")
+    assert differing(noting.begun, _copy(two.student)) == []
+    with torch.no_grad():
+        for p in two.student.parameters():
+            p.mul_(0.9)
+    two.call("after_task")
+    assert differing(noting.ended, _copy(two.student)) == []
+    assert two.changed == {"begin_task", "after_task"}
+
+
+@pytest.mark.parametrize("other", ["query_extension", "first_session", "task_adapters"])
+@pytest.mark.parametrize("text_first", [True, False])
+def test_frozen_queries_stay_frozen_beside_what_trains_new_rows(other, text_first):
+    frozen = (TEXT[0], {**TEXT[1], "frozen": True})
+    strategy = _built(frozen, other) if text_first else _built(other, frozen)
+    two = _Two(strategy, adapter=("low_rank", {}))
+    two.call("begin_task")
+    decoder = two.student.mask_decoder
+    assert not decoder.get_parameter(decoder.query_parameter).requires_grad
+    alone = _Two(_built(other), adapter=("low_rank", {}))
+    alone.call("begin_task")
+    decoder = alone.student.mask_decoder
+    assert decoder.get_parameter(decoder.query_parameter).requires_grad
+
+
 def test_states_are_kept_apart():
     combined = _built("ewc", ("lwf", {"variant": "grown_teacher"}))
     assert combined.keeps_state
@@ -78,6 +178,8 @@ def test_states_are_kept_apart():
     [
         (["lwf", "lwf"], "'lwf' is named twice"),
         (["agem", "changing"], "agem and changing each change the separation loss"),
+        (["shrink_and_perturb", "query_extension"], "query_extension freezes what was learned, and shrink_and_perturb"),
+        (["task_adapters", "gdumb"], "task_adapters freezes what was learned, and gdumb begins every task with less"),
         ([], "no strategy: name at least one"),
     ],
 )

@@ -86,6 +86,24 @@ def test_the_two_sums_stand_for_all_tasks(monkeypatch):
     assert strategy.state_dict() == {}
 
 
+def test_what_has_no_gradient_in_a_later_task_tells_of_earlier_ones(monkeypatch):
+    """A second vector, which the second task does not reach: F = 1 and then 0 of it."""
+    fishers = [{"w": torch.ones(2), "other": torch.ones(2)}, {"w": torch.ones(2)}]
+    strategy = STRATEGIES.create("perturb_and_merge")
+    monkeypatch.setattr("avsep.strategies.perturb_and_merge.fisher_diagonal", lambda *_: fishers.pop(0))
+    first, student = Toy([0.0, 0.0]), Toy([1.0, 0.0])
+    first.other, student.other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.tensor([0.0, 1.0]))
+    strategy.after_task(TaskContext(_task(0), first, None, GivenData([])))
+    strategy.after_task(TaskContext(_task(1), student, first, GivenData([])))
+    # a = d F d over d (F + F') d: 1 of w, over 2 of w and 1 of the other
+    torch.testing.assert_close(student.w.detach(), torch.tensor([1 / 3, 0.0]))
+    torch.testing.assert_close(student.other.detach(), torch.tensor([0.0, 1 / 3]))
+    state = strategy.state_dict()
+    torch.testing.assert_close(state["fisher"]["other"], torch.ones(2))
+    torch.testing.assert_close(state["pull"]["other"], torch.tensor([0.0, -1 / 3]))
+    torch.testing.assert_close(state["pull"]["w"], torch.tensor([2 / 3 - 1 / 3, 0.0]))
+
+
 def test_the_perturbation_is_along_the_way_and_put_back():
     student, teacher = Toy([1.0, 2.0, 5.0]), Toy([0.0, 4.0]).requires_grad_(False)
     strategy = STRATEGIES.create("perturb_and_merge", {"perturbation": 0.5})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import weakref
@@ -17,8 +18,23 @@ from avsep.kernels.similarity_distillation.reference import (
     similarity_distillation_reference,
 )
 from avsep.registry import STRATEGIES
-from avsep.types import VisualInputs
-from support.strategy_steps import CLASS_IDS, VIDEO_IDS, gradients, make_step, student_and_teacher, with_teacher
+from avsep.strategies.base import TaskContext
+from avsep.types import Task, VisualInputs
+from support.continual_runs import SEPARATORS
+from support.strategy_steps import (
+    CLASS_IDS,
+    VIDEO_IDS,
+    GivenData,
+    gradients,
+    make_step,
+    student_and_teacher,
+    with_teacher,
+)
+
+LOOKS_AT_NOTHING = {k: v for k, v in SEPARATORS["ridge_filters"].items() if k != "front_end"} | {
+    "object_encoder": None,
+    "motion_encoder": None,
+}
 
 
 def _rows(output):
@@ -247,6 +263,46 @@ def test_within_modalities(separators):
         "class",
         "mask",
     }
+
+
+def test_what_looks_at_nothing_is_refused_or_trained():
+    """Every method either says at once that it needs something that is seen, or learns two tasks without it."""
+    refused = []
+    for spec in STRATEGIES:
+        student, teacher = student_and_teacher(**LOOKS_AT_NOTHING)
+        strategy = STRATEGIES.create(spec.name, dict(spec.example))
+        try:
+            strategy.check(student)
+        except ConfigError:
+            refused.append(spec.name)
+            continue
+        first = copy.deepcopy(teacher).requires_grad_(True)
+        known = GivenData([make_step(first, num_old=0, class_ids=CLASS_IDS % 2).batch])
+        tasks = Task(0, ("a", "b"), ("a", "b")), Task(1, ("c", "d"), ("a", "b", "c", "d"))
+        shapes = {name: tuple(value.shape) for name, value in teacher.state_dict().items()}
+        strategy.begin_task(TaskContext(tasks[0], first, None, known))
+        strategy.after_task(TaskContext(tasks[0], first, None, known))
+        step = make_step(student)
+        data = GivenData([step.batch])
+        strategy.begin_task(TaskContext(tasks[1], student, teacher, data, old_shapes=shapes))
+        step = with_teacher(make_step(student), teacher)
+        torch.stack(list(strategy.loss(step).values())).sum().backward()
+        strategy.after_backward(step)
+        strategy.after_step(step)
+        strategy.after_task(TaskContext(tasks[1], student, teacher, data, old_shapes=shapes))
+    seeing = {"topology", "prototype_relations", "slot_span", "similar_queries", "contavsep", "avcil"}
+    assert seeing <= set(refused)
+    assert not set(refused) & {"finetune", "lwf", "ewc", "analytic_mask"}
+    without, _ = student_and_teacher(**LOOKS_AT_NOTHING)
+    for name, params in (
+        ("slot_span", {"conditioning": "own"}),
+        ("contavsep", {"modality_pairs": "within"}),
+        ("contavsep", {"weight_instance": 0.0, "weight_class": 0.0}),
+        ("avcil", {"weight_instance": 0.0, "weight_class": 0.0}),
+    ):
+        with pytest.raises(ConfigError, match="this separator has no object encoder: add one, with a mask decoder"):
+            STRATEGIES.create(name).check(without)
+        STRATEGIES.create(name, params).check(without)
 
 
 def test_the_first_task_is_decided_by_what_acts_in_it():

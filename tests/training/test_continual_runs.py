@@ -31,7 +31,6 @@ RESUMED = [
     ("avcil", "random_per_class"),
     (DERPP, "none"),
     (TRANSLATED, "random_per_class"),
-    (("l2_anchor", {"weight": 1.0}), "none"),
     pytest.param(("l2_anchor", {"weight": 1.0}), "none", marks=pytest.mark.slow),
     (("gated_anchor", {"samples": 2, "weight": 10.0}), "none"),
     pytest.param(("mas", {"samples": 2, "weight": 1e3}), "none", marks=pytest.mark.slow),
