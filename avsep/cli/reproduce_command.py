@@ -261,7 +261,7 @@ def _finished(cell: Cell, results: ResultStore, *, tuning: bool) -> str:
     if result is None:
         return cell.name
     # who chooses by validation pairs is shown nothing of the test's
-    score = result.data["tasks"][-1]["validation_sdr_db"] if tuning else result.final("sdr")
+    score = result.validation if tuning else result.final("sdr")
     what = "validation SDR" if tuning else "SDR"
     return f"{cell.name}: {what} {'' if score is None else f'{score:.2f} dB'}, {result.seconds:.0f} s"
 

@@ -307,7 +307,7 @@ def _best(board: BoardPreset, grid: Grid, table: str, base: str, results: Result
         if row.name in references:
             continue
         found = [results.get(key) for key in grid.keys(table, base, row.name)[: board.screening]]
-        known = [float(one.data["tasks"][-1]["validation_sdr_db"]) for one in found if one is not None]
+        known = [one.validation for one in found if one is not None]
         scores[row.name] = float(np.mean(known)) if known else -math.inf
     count = math.ceil(len(scores) * board.share)
     best = sorted(scores, key=lambda name: -scores[name])[:count]

@@ -36,6 +36,11 @@ class CellResult:
         return mean
 
     @property
+    def validation(self) -> float:
+        """The mean SDR of the last task's separator, as it is stored, on all validation mixtures, in dB."""
+        return float(self.data["validation_sdr_db"])
+
+    @property
     def seed(self) -> int:
         return int(self.data["seed"])
 
@@ -205,7 +210,7 @@ def read_cell(path: Path) -> CellResult:
         raise DataError(f"{path} is the result of another spec than its name says: it was edited or renamed ({again})")
     try:
         result = CellResult(path, data)
-        result.final("sdr"), result.scores(), result.seconds
+        result.final("sdr"), result.scores(), result.seconds, result.validation
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged, {type(error).__name__} {error} ({again})") from None
     return result

@@ -166,7 +166,7 @@ def _scores(grid: Grid, base: str, row: str, results: ResultStore) -> list[float
         result = results.get(key)
         if result is None:
             break
-        scores.append(float(result.data["tasks"][1]["validation_sdr_db"]))
+        scores.append(result.validation)
     return scores
 
 

@@ -132,7 +132,7 @@ def _run(unit: dict[str, Any], folder: Path) -> None:
         return
     if unit["keep"]:
         (folder / KEPT).touch()  # before the result, so that no kill comes between; a new start takes it away
-    _finish(unit, spec, run, progress, device)
+    _finish(unit, spec, stream, run, progress, device)
     if not unit["keep"]:
         shutil.rmtree(run, ignore_errors=True)
 
@@ -163,7 +163,7 @@ def _noted(folder: Path, name: str) -> list[str]:
     return read_json(path) if path.is_file() else []  # none of a unit that an earlier version began
 
 
-def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress, device: Any) -> None:
+def _finish(unit: dict[str, Any], spec: Any, stream: Any, run: Path, progress: Progress, device: Any) -> None:
     """Score the run and write the cell's result."""
     from avsep.evaluation.budget import budget_of
     from avsep.evaluation.evaluate import evaluate_run
@@ -195,6 +195,7 @@ def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress, devi
                 {k: r[k] for k in ("steps", "best_epoch", "best_step", "validation_sdr_db", "parameters")}
                 for r in records
             ],
+            validation_sdr_db=_validated(spec, stream, run, device),
             exemplars=records[-1]["exemplars"],
             memory=budget_of(run, store=unit["store"]).plain(),
             seconds={
@@ -209,6 +210,18 @@ def _finish(unit: dict[str, Any], spec: Any, run: Path, progress: Progress, devi
             ),
         ),
     )
+
+
+def _validated(spec: Any, stream: Any, run: Path, device: Any) -> float:
+    """The mean SDR of the stored separator on all validation mixtures of its classes, in dB: what settings and rows are
+    chosen by. The task's own record has that of the weights before the strategy has joined them with others."""
+    from avsep.separator.weights import load_separator
+    from avsep.training.validation import Validation
+
+    task = stream.tasks[-1]
+    everything = spec.train.model_copy(update={"validation_pairs": None})
+    separator = load_separator(run, task=task.index).to(device)
+    return Validation(stream, task, everything, device=device).score(separator)[0]
 
 
 def _provenance(unit: dict[str, Any], device: Any, commits: list[str], arithmetics: list[str]) -> dict[str, Any]:

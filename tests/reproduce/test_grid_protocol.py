@@ -113,7 +113,7 @@ def results_of(grid, score):
     for cell in grid.cells.values():
         value = score(cell.row.name, cell.seed - min(grid.seeds))
         if value is not None:
-            made[cell.key] = SimpleNamespace(data={"tasks": [{}, {"validation_sdr_db": value}]})
+            made[cell.key] = SimpleNamespace(validation=value)
     return made
 
 

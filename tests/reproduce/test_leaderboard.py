@@ -115,7 +115,7 @@ def test_the_best_third_the_control_and_the_references_run_all_seeds(grid, store
 
     def scored(seeds):
         return {
-            cell.key: SimpleNamespace(data={"tasks": [{}, {"validation_sdr_db": level[cell.row.name]}]})
+            cell.key: SimpleNamespace(validation=level[cell.row.name])
             for cell in made.cells.values()
             if cell.seed in seeds
         }

@@ -30,7 +30,7 @@ from avsep.registry import VISUAL_ENCODERS
 from avsep.reproduce import ResultStore, build_grid, build_tuning, load_grid_preset, run_grid, worker
 from avsep.reproduce.dataset import store_object_features
 from avsep.reproduce.results import read_cell
-from avsep.reproduce.runner import LocalJob, SubmititLauncher, _failure, claim
+from avsep.reproduce.runner import InlineJob, LocalJob, SubmititLauncher, _failure, claim
 from avsep.reproduce.tables import published
 from avsep.spec import ComponentRef
 from avsep.training.learner import ContinualLearner
@@ -285,6 +285,19 @@ def test_a_cell_is_the_run_that_its_spec_describes(finished, presets, tone_store
     assert path.stat().st_size < 10_000
 
 
+def test_a_cell_is_chosen_by_the_separator_that_is_stored(presets, tone_store, tmp_path):
+    """EWF joins its weights with the old ones after the last validation of a task."""
+    data = {"strategies": {"ewf": {"distillation": 0.0}}}
+    preset = load_grid_preset(str(presets / "grid.yaml")).model_copy(update=data)
+    grid = build_grid(["table1"], preset, Store.open(tone_store), seeds=1, bases=["iquery"], rows=["finetune", "ewf"])
+    results = ResultStore(tmp_path / "cells")
+    outcome = run_grid(grid, tmp_path, results=results, jobs=1, device="cpu", launcher=InlineJob, progress=False)
+    assert not outcome.failed
+    plain, fused = (results.get(grid.keys("table1", "iquery", row)[0]) for row in ("finetune", "ewf"))
+    assert plain.data["tasks"][1]["validation_sdr_db"] == fused.data["tasks"][1]["validation_sdr_db"]
+    assert abs(plain.validation - fused.validation) > 1e-5
+
+
 def test_files_of_a_finished_grid(finished, capsys):
     assert len(list((finished / "cells").glob("*.json"))) == 3
     firsts = [p for p in (finished / "work").iterdir() if p.name.startswith("first-")]
@@ -522,7 +535,7 @@ def test_tuning_chooses_by_validation_pairs_of_two_tasks(reproduce, presets, ton
     assert reproduce("tune", "--out", tmp_path / "tune") == 0
     said = capsys.readouterr()
     cells = {p.name.rpartition("-s")[0]: read_cell(p).data for p in (tmp_path / "tune" / "cells").glob("*.json")}
-    scores = {name: cell["tasks"][1]["validation_sdr_db"] for name, cell in cells.items()}
+    scores = {name: cell["validation_sdr_db"] for name, cell in cells.items()}
     mild, strong = (scores[f"iquery-lwf_weight_mask_{value}"] for value in ("0.1", "3"))
     marks = ("chosen", "") if mild >= strong else ("", "chosen")
     lines = [

@@ -35,6 +35,7 @@ def finished(grid, folder, score, arithmetic=lambda cell: "one kind"):
         known = {"key": cell.key, "identity": cell.identity, "base": cell.base, "row": cell.row.name, "seed": cell.seed}
         more = {
             "tasks": [{"steps": 3, "validation_sdr_db": 1.0}] * 2,
+            "validation_sdr_db": 1.0,
             "memory": {"total": 10.0},
             "seconds": {"first_task": 1.0, "tasks": 7200.0, "scoring": 0.0},
             "arithmetic": [arithmetic(cell)],
