@@ -17,11 +17,12 @@ CODECS = ("int16", "mulaw", "vorbis")
 """How the sound of a kept crop is written down.
 
 ``int16``: as stores have it, without loss, 2 bytes a sample. ``mulaw``: one byte a sample, spaced by the logarithm of
-what lies between (companding with mu = 255). ``vorbis``: an Ogg Vorbis file at the usual quality, a third of a byte a
-sample for crops of seconds; how much depends on the sound.
+what lies between (companding with mu = 255), 0 among them. ``vorbis``: an Ogg Vorbis file at the usual quality, a third
+of a byte a sample for crops of seconds; how much depends on the sound.
 """
 
 _MU = 255
+_STEPS = 127  # of mu-law's bytes to either side of the one for silence; 255 is not used
 
 
 def encode(audio: np.ndarray, codec: Codec, sample_rate_hz: int) -> bytes:
@@ -30,7 +31,7 @@ def encode(audio: np.ndarray, codec: Codec, sample_rate_hz: int) -> bytes:
         return bytes(np.clip(np.rint(audio * 32768.0), -32768, 32767).astype("<i2").tobytes())
     if codec == "mulaw":
         level = np.sign(audio) * np.log1p(_MU * np.minimum(np.abs(audio), 1.0)) / np.log1p(_MU)
-        return bytes(np.rint((level + 1.0) * (_MU / 2)).astype(np.uint8).tobytes())
+        return bytes((np.rint(level * _STEPS) + _STEPS).astype(np.uint8).tobytes())
     import soundfile
 
     file = io.BytesIO()
@@ -44,7 +45,7 @@ def decode(data: bytes, codec: Codec) -> np.ndarray:
         audio: np.ndarray = np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32768)
         return audio
     if codec == "mulaw":
-        level = np.frombuffer(data, np.uint8) / (_MU / 2) - 1.0
+        level = (np.frombuffer(data, np.uint8).astype(np.float64) - _STEPS) / _STEPS
         audio = (np.sign(level) * np.expm1(np.abs(level) * np.log1p(_MU)) / _MU).astype(np.float32)
         return audio
     import soundfile

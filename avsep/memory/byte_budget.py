@@ -90,7 +90,7 @@ class ByteBudget(MemoryPolicy):
     def _fitting(
         self, name: str, ranked: Iterator[Exemplar], share: int, classes: int, candidates: Candidates
     ) -> list[Exemplar]:
-        """The first of the ranked that fit into the share. Those that are larger than it come into no question."""
+        """The first of the ranked that fit into the share. Those that are larger than it are passed over."""
         if candidates.weigh is None:
             raise ConfigError("memory 'byte_budget' needs to know how many bytes an exemplar takes: give weigh")
         found: list[Exemplar] = []

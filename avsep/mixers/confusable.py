@@ -35,7 +35,7 @@ class Confusable(Balanced):
     differs = (
         "The paper repeats exemplars of classes that the old model's segmentation takes for new ones. A separator is "
         "told the class, and mixes up pairs: so it is the pairs that are repeated, by their validation scores. "
-        "Validation recordings are not trained on, but they steer what is."
+        "Validation recordings are not trained on, but they decide which pairs are."
     )
 
     def __init__(

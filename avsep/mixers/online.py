@@ -34,6 +34,11 @@ class Online(Mixer):
 
     def begin_epoch(self, pool: Pool, rng: np.random.Generator) -> int:
         count, exemplars = len(pool.clips), len(pool) - len(pool.clips)
+        if count == 0:
+            raise ConfigError(
+                f"mixer 'online' goes once through the clips of a task, and task {pool.task} is trained on exemplars "
+                "alone: take another mixer, or a strategy that trains on the task's clips"
+            )
         self._windows = np.array_split(rng.permutation(count), max(1, count // self.window))
         fewest = min(len(members) for members in self._windows) + exemplars
         if fewest < pool.train.sources:

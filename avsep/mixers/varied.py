@@ -1,4 +1,4 @@
-"""A mixer for separators that look: pairs of one class, sources that are asked for in vain, sounds nobody asked for."""
+"""A mixer for separators that look: pairs of one class, sources asked for that do not sound, sounds not asked for."""
 
 from __future__ import annotations
 

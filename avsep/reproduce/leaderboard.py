@@ -257,6 +257,7 @@ class _Rows:
             spec.check()
             strategy = build_strategy(spec.strategies)
             strategy.check(build_from_spec(spec.separator.of_classes(spec.tasks[0])))
+            strategy.check_classes([name for task in spec.tasks for name in task])
             if strategy.uses_all_data:
                 if self.limit is not None and not entry.reference:
                     raise ConfigError("it keeps all data, which no budget bounds: make it a reference")

@@ -210,15 +210,19 @@ class Separator(nn.Module):
         self._check_class_ids(class_ids)
         return self.decode(self.audio_encoder(network_input), visual, class_ids.to(network_input.device))
 
-    def decode(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
+    def decode(
+        self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor, *, together: bool = True
+    ) -> MaskOutput:
         """Masks of B mixtures from their features, for the classes [B, N] that are asked for.
 
-        The last step of :meth:`predict`, for who has the features already and asks for other classes or sources.
+        The last step of :meth:`predict`, for callers that have the features already and ask for other classes or
+        sources. Without ``together`` the N are not sources of one mixture, and the sum of their masks has no limit,
+        whatever ``spec.front_end`` says.
         """
         if visual.moving is not None and not self.mask_decoder.takes_unseen:
             visual = self._with_means(visual, class_ids)
         output = self.mask_decoder(audio, visual, class_ids)
-        return output.with_limited_sum() if self.spec.front_end.limit_mask_sum else output
+        return output.with_limited_sum() if together and self.spec.front_end.limit_mask_sum else output
 
     def _with_means(self, visual: VisualFeatures, class_ids: Tensor) -> VisualFeatures:
         """The features, with those of the class's mean where there is no picture."""

@@ -26,7 +26,8 @@ class AGEM(Strategy):
 
         g <- g - (g . r) / (r . r) r    where g . r < 0.
 
-    Exemplars bound the direction and are not learned from. The gradient reaches Adam projected; what Adam makes of it
+    Exemplars bound the direction and are not learned from; the logged ``separation`` is that of new sources alone,
+    where there are old ones. The gradient reaches Adam projected; what Adam makes of it
     is bounded by nothing. With 16-bit floats r is computed without loss scaling and may vanish.
     """
 

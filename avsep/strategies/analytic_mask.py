@@ -23,12 +23,13 @@ __all__ = ["AnalyticMask"]
     example={"mixtures": 2},
 )
 class AnalyticMask(Strategy):
-    """Freeze everything after the first task, and solve for one filter a class; forgets nothing.
+    """Freeze everything after the first task, and solve for one filter a class; without a memory forgets nothing.
 
     Needs the mask decoder ``ridge_filters``. The first task is trained as usual. At the end of each task its
     ``mixtures`` random training mixtures are added to the sums of the classes in them, those of exemplars too, and all
     classes are solved for, with the ridge ``strength`` times the mean of the diagonal. As the features are frozen, the
-    outcome is that of all mixtures at once, in whatever order the tasks came.
+    outcome is that of all mixtures at once, in whatever order the tasks came. Without a memory the filter of an old
+    class stays as it is to the last bit; with one it changes with the exemplars that are added.
 
     From the second task on, training steps move only vectors that the solution then replaces: one epoch will do.
     """

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -261,6 +261,10 @@ class Strategy(Component):
 
         Called before anything is trained.
         """
+
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Raise :class:`~avsep.errors.ConfigError` where the strategy lacks something for one of the classes, which are
+        those of all tasks. Called before anything is trained."""
 
     def first_task(self) -> dict[str, Any] | None:
         """What decides how the first task is trained, as plain data; empty: the separation loss alone.

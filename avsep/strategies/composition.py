@@ -81,6 +81,10 @@ class Composition(Strategy):
         for strategy in self.parts.values():
             strategy.check(separator)
 
+    def check_classes(self, names: Sequence[str]) -> None:
+        for strategy in self.parts.values():
+            strategy.check_classes(names)
+
     def first_task(self) -> dict[str, Any] | None:
         merged: dict[str, Any] = {}
         for strategy in self.parts.values():

@@ -44,6 +44,9 @@ class DERpp(Strategy):
     random order: those in which all sources are of this task and of different recordings. Their masks are the selected
     separator's, in evaluation mode. Draws come from PyTorch's global generator, as those of LwF.
 
+    As in the original, stored mixtures go through the separator in training mode: running statistics of batch
+    normalisation see them too.
+
     A mixture that is stored has no crop, gain or partner but its own. So this memory stands beside that of exemplars
     (which ``memory=none`` leaves out), and is to be compared with it at equal bytes.
     """

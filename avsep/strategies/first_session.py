@@ -49,9 +49,10 @@ class FirstSession(Strategy):
 
     def check(self, separator: Separator) -> None:
         if not any(p.requires_grad for p in self._adapted(separator)):
+            way_out = "use another strategy" if self.adapt == "head" else "set adapt=head"
             raise ConfigError(
                 f"strategy 'first_session' with adapt={self.adapt} finds nothing to train in mask decoder "
-                f"'{separator.spec.mask_decoder.name}' and its encoders: set adapt=head"
+                f"'{separator.spec.mask_decoder.name}' and its encoders: {way_out}"
             )
 
     def _adapted(self, separator: Separator) -> Iterator[nn.Parameter]:

@@ -23,7 +23,7 @@ __all__ = ["GatedAnchor", "gates"]
 
 @STRATEGIES.register(
     "gated_anchor",
-    source="this library, after gated regularisation (GRCL), with the Fisher information of Kirkpatrick et al., 2017",
+    source="this library, with the Fisher information of Kirkpatrick et al., EWC, PNAS 2017",
     example={"samples": 2},
 )
 class GatedAnchor(Anchor):
@@ -37,7 +37,10 @@ class GatedAnchor(Anchor):
     """
 
     keeps = "the gates, one bit a weight"
-    differs = "Of the gates of GRCL only the idea is taken: they are binary, and set by a quantile after each task."
+    differs = (
+        "EWC multiplies the pull at every weight by its Fisher information; here that only says, by a quantile after "
+        "each task, which weights are held."
+    )
 
     def __init__(self, *, weight: float = 0.01, quantile: float = 0.9, samples: int = 1000) -> None:
         super().__init__(weight)

@@ -32,8 +32,9 @@ class GradSurgery(Strategy):
 
     beginning with g'_i = g_i, and the sum of all g'_i is learned from. The separation loss is two terms: the share of
     the sources of the current task (``separation``) and of those of earlier ones (``separation_old``), where there are
-    any; so alone and with a memory it is A-GEM made symmetric, with which it is not combined. ``separate`` does this
-    for the audio encoder, the visual encoders and the mask decoder each by itself, else for all of them as one vector.
+    any. In logs ``separation`` is then that share alone: the two add up to what other methods log under this name.
+    Alone and with a memory it is so A-GEM made symmetric, with which it is not combined. ``separate`` does this for the
+    audio encoder, the visual encoders and the mask decoder each by itself, else for all of them as one vector.
 
     From the second task on. A step costs a backward pass more for every term. The optimiser gets the gradients so
     changed; what Adam makes of them is bounded by nothing. With 16-bit floats the terms' gradients are computed without
@@ -43,8 +44,9 @@ class GradSurgery(Strategy):
     across_ranks = True
     changes_separation = True
     differs = (
-        "The terms are those of continual learning in place of contrastive pairs of modalities. Those of more than two "
-        "terms are gone through in a fixed order (PCGrad: a random one), and samples are not ranked by their conflicts."
+        "The terms are those of continual learning in place of contrastive pairs of modalities. Where there are more "
+        "than two, each meets the others in a fixed order (PCGrad: in a random one), and samples are not ranked by "
+        "their conflicts."
     )
 
     def __init__(self, *, separate: bool = True) -> None:

@@ -26,10 +26,12 @@ __all__ = ["LowRankStep", "truncated"]
 class LowRankStep(Strategy):
     """Cut what a task did to each matrix to its ``rank`` strongest directions; combine it with any method.
 
-    After each task but the first, W <- W' + truncated(W - W'), W' being the weights after the task before and the
-    difference being taken as a matrix from all inputs (and taps of a kernel) to outputs. What moved in few directions
-    stays, and the many small changes, which disturb old classes too, go. Vectors and rows of new classes stay as
-    learned. Running statistics are estimated anew on ``batch_norm_mixtures`` training mixtures (0: they stay).
+    After each task but the first, W <- W' + truncated(W - W'), W' being the weights after the task before. A tensor
+    counts as one matrix, its first dimension by all others: outputs x (inputs x taps) of a convolution, inputs x
+    (outputs x taps) of a transposed one, all of query, key and value together in a packed attention; the queries of old
+    classes are one too. What moved in few directions stays, and the many small changes, which disturb old classes too,
+    go. Vectors and rows of new classes stay as learned. Running statistics are estimated anew on
+    ``batch_norm_mixtures`` training mixtures (0: they stay).
     """
 
     across_ranks = True

@@ -21,15 +21,15 @@ __all__ = ["MagMax", "farthest"]
 
 @STRATEGIES.register("magmax", source="Marczak et al., MagMax, ECCV 2024", example={"batch_norm_mixtures": 2})
 class MagMax(Strategy):
-    """Keep of every weight the value, among those at the ends of all tasks, that is farthest from where it began.
+    """Of the values that a weight had at the ends of all tasks, keep the one farthest from where it began.
 
     Tasks are learned one from another's own end, as in fine-tuning, and not from what is kept. After each,
 
         theta = theta_0 + tau_k,    k = argmax_i |tau_i|,    tau_i = theta_i - theta_0,
 
-    element by element (:func:`farthest`), is validated no more, but stored and tested. Rows of new classes have their
-    own beginning. Running statistics are estimated anew on ``batch_norm_mixtures`` training mixtures (0: those of the
-    last task's end). Combine it with any method.
+    element by element (:func:`farthest`), is what is stored and tested; validation and selection saw the task's own
+    end. Rows of new classes have their own beginning. Running statistics are estimated anew on ``batch_norm_mixtures``
+    training mixtures (0: those of the last task's end). Combine it with any method.
     """
 
     keeps = "the first weights and the last task's own, 8 bytes a weight"

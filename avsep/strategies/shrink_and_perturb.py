@@ -30,7 +30,11 @@ class ShrinkAndPerturb(Strategy):
     not freeze what was learned.
     """
 
-    differs = "Nothing but the rows of classes grows; GrowCLIP also searches how deep and wide the network becomes."
+    differs = (
+        "Ash and Adams add noise of a scale of its own, set beside the shrinking; here it is (1 - inherited) times a "
+        "fresh initialisation. Nothing but the rows of classes grows; GrowCLIP also searches how deep and wide the "
+        "network becomes."
+    )
     across_ranks = True
     sets_weights = ("begin_task",)
     unlearns = True

@@ -33,7 +33,7 @@ _CONDITIONINGS = ("own", "gaussian", "translated", "neighbour")
     example={"mixtures": 16},
 )
 class SlotSpan(Strategy):
-    """Distil the masks of old classes that each mixture is asked for in vain; needs no exemplars.
+    """Distil the masks of old classes that are not in the mixture; needs no exemplars.
 
     L = L_sep + ``weight`` mean w |M_c - M'_c|: for every mixture ``classes`` different old classes c are drawn (all if
     there are fewer), student and teacher are both asked for each, on one condition (object o_c, motion m_c), and the
@@ -263,12 +263,12 @@ def _of_sources(features: Any, count: int) -> Any:
 
 
 def _asked(separator: Separator, audio: AudioFeatures, condition: VisualFeatures, class_ids: Tensor) -> MaskOutput:
-    """The masks of classes [B, r], with the decoder in evaluation mode."""
+    """The masks of classes [B, r], each asked for by itself, with the decoder in evaluation mode."""
     decoder = separator.mask_decoder
     training = decoder.training
     decoder.eval()
     try:
-        output = separator.decode(audio, condition, class_ids)
+        output = separator.decode(audio, condition, class_ids, together=False)
     finally:
         decoder.train(training)
     return output

@@ -38,7 +38,8 @@ class TextQueries(Strategy):
     ``frozen``: queries do not learn, and so cannot be forgotten.
 
     ``vectors``: the path of a safetensors file with one vector for each class by its name, all of one length, such as
-    the text embeddings of CLIP; or the same as plain data.
+    the text embeddings of CLIP; or the same as plain data. A run records the path as it is given, and reads it again on
+    a resume: give a full one where runs are resumed from another folder.
     """
 
     across_ranks = True
@@ -55,6 +56,14 @@ class TextQueries(Strategy):
     def check(self, separator: Separator) -> None:
         check_queries(separator, "text_queries", "makes the queries of classes")
 
+    def check_classes(self, names: Sequence[str]) -> None:
+        if missing := [name for name in names if name not in self._vectors]:
+            known = ", ".join(list(self._vectors)[:5]) + (", ..." if len(self._vectors) > 5 else "")
+            raise ConfigError(
+                f"strategy 'text_queries' has no vector of {len(missing)} of the {len(names)} classes, such as "
+                f"'{missing[0]}': add them to the vectors, which are those of {known}"
+            )
+
     def first_task(self) -> dict[str, Any]:
         names = sorted(self._vectors)
         digest = hashlib.sha256(b"".join(self._vectors[name].numpy().tobytes() for name in names)).hexdigest()
@@ -68,8 +77,7 @@ class TextQueries(Strategy):
             queries.requires_grad_(False)
         if ctx.resumed:
             return
-        if missing := [name for name in ctx.task.seen if name not in self._vectors]:
-            raise ConfigError(f"strategy 'text_queries' has no vector of class '{missing[0]}': add it to the vectors")
+        self.check_classes(ctx.task.seen)
         mean = torch.stack(list(self._vectors.values())).mean(dim=0)
         matrix = projection(queries.shape[1], len(mean))
         for number, name in enumerate(ctx.task.seen):
@@ -93,14 +101,24 @@ def _read(vectors: str | Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        path = Path(vectors).expanduser().resolve()
+        if not path.exists():
+            raise ValueError(f"vectors: there is no file {path}")
         try:
-            named: Mapping[str, Any] = load_file(Path(vectors))
+            named: Mapping[str, Any] = load_file(path)
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{vectors} is no safetensors file with a vector for each class ({reason})") from None
-    else:
+            raise ValueError(f"{path} is no safetensors file with a vector for each class ({reason})") from None
+    elif isinstance(vectors, Mapping):
         named = vectors
-    found = {str(name): torch.as_tensor(named[name], dtype=torch.float32) for name in sorted(named)}
+    else:
+        raise ValueError(f"vectors must be the path of a file, or numbers by class name, got {vectors!r}")
+    found = {}
+    for name in sorted(named, key=str):
+        try:
+            found[str(name)] = torch.as_tensor(named[name], dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"the vector of class '{name}' must be numbers, got {named[name]!r}") from None
     shapes = {tuple(vector.shape) for vector in found.values()}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         raise ValueError(f"vectors must be one for each class, all of one length, got shapes {sorted(shapes)}")

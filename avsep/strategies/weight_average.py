@@ -30,10 +30,10 @@ class WeightAverage(Strategy):
 
     average <- (n average + theta) / (n + 1), with the weights at the task's beginning as the first member; with a
     ``decay`` d it is the exponential moving average, d average + (1 - d) theta. Rows that new classes brought have
-    their first member at the first average. ``start_fraction`` of the task's steps pass before
-    the first member is taken, which then are the weights of that moment. The average is what is validated and selected,
-    so the next task begins from it; training itself goes on from its own weights. Running statistics of batch
-    normalisation are estimated anew for it on ``batch_norm_mixtures`` training mixtures (0: those of training).
+    their first member at the first average. ``start_fraction`` of the task's steps pass before the first member is
+    taken, which then are the weights of that moment. The average is what is validated and selected, so the next task
+    begins from it; training itself goes on from its own weights. Running statistics of batch normalisation are
+    estimated anew for it on ``batch_norm_mixtures`` training mixtures (0: those of training).
     """
 
     differs = (

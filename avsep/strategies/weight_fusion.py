@@ -33,7 +33,7 @@ class WeightFusion(Strategy):
     statistics are not those of averaged weights: a diagnostic that the original does not have.
     """
 
-    differs = "Nothing but the loss beside it: the paper fuses segmentation networks."
+    differs = "The paper fuses segmentation networks, trained with MiB's or PLOP's losses. The fusion is unchanged."
 
     needs_teacher = True
     across_ranks = True

@@ -36,8 +36,8 @@ def calibrate_presence(
     two shares that are right, of present and of absent sources, is largest, half-way between two probabilities.
 
     Returns:
-        The thresholds by way of being seen, before the offsets; None where the decoder is not calibrated, or nothing
-        can be asked in vain, and nothing is set.
+        The thresholds by way of being seen, before the offsets; None where the decoder is not calibrated, or no class
+        can be asked for that does not sound, and nothing is set.
     """
     decoder = separator.mask_decoder
     offsets = decoder.presence_offsets

@@ -345,6 +345,7 @@ class ContinualLearner:
                 "such as random_per_class"
             )
         self.strategy.check(self.separator)
+        self.strategy.check_classes(stream.tasks[-1].seen)
         spec = self.separator.spec
         if spec.num_classes > len(first.classes):
             raise ConfigError(

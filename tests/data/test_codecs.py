@@ -27,11 +27,17 @@ def snr_db(sound, found):
 
 
 def test_mulaw_by_hand():
-    """|x| = (256^n - 1) / 255 lies n of the way to full scale: half-way is 15/255, and byte 0 is -1."""
-    sound = np.array([-1.0, 15 / 255, -15 / 255, 1.0, 1.5])
-    assert list(encode(sound, "mulaw", RATE)) == [0, round(1.5 * 127.5), round(0.5 * 127.5), 255, 255]
-    level = 191 / 127.5 - 1
-    np.testing.assert_allclose(decode(bytes([255, 191]), "mulaw"), [1.0, (256**level - 1) / 255], rtol=1e-6)
+    """|x| = (256^n - 1) / 255 lies n of the way to full scale: half-way is 15/255. Byte 0 is -1, 127 is 0, 254 is 1."""
+    sound = np.array([-1.0, 16 / 255, -16 / 255, 1.0, 1.5, 0.0])
+    level = np.log(17) / np.log(256)  # .5109, which is 64.9 of 127 steps
+    assert list(encode(sound, "mulaw", RATE)) == [0, 127 + round(127 * level), 127 - 65, 254, 254, 127]
+    level = (191 - 127) / 127
+    np.testing.assert_allclose(decode(bytes([254, 191]), "mulaw"), [1.0, (256**level - 1) / 255], rtol=1e-6)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_silence_stays_silent(codec):
+    assert not decode(encode(np.zeros(4000, np.float32), codec, RATE), codec).any()
 
 
 SIZES = [("int16", (2, 2), 70), ("mulaw", (1, 1), 35), ("vorbis", (0.1, 0.5), 20)]  # bytes a sample, fidelity in dB

@@ -241,6 +241,9 @@ def test_online_takes_what_there_is():
     assert all(len({one.clip for one in mixture}) == 2 for mixture in mixtures)
     with pytest.raises(ConfigError, match="has 1 clips at hand at a time in task 2, and a mixture takes 2"):
         Online(window=1).begin_epoch(alone, np.random.default_rng(0))
+    remembered = Pool([], _clips(["a", "b"], 3), TrainSpec(batch_size=1), FrontEndSpec(), task=1)  # as of gdumb
+    with pytest.raises(ConfigError, match="and task 1 is trained on exemplars alone: take another mixer"):
+        Online().begin_epoch(remembered, np.random.default_rng(0))
     with pytest.raises(ConfigError, match="window must be at least 1"):
         MIXERS.create("online", {"window": 0})
 

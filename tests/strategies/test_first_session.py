@@ -93,5 +93,10 @@ def test_wrong_settings(monkeypatch):
         STRATEGIES.create("first_session", {"adapt": "body"})
     monkeypatch.setattr("avsep.strategies.first_session._NORMS", ())
     learner = make_learner(("first_session", {"adapt": "film"}))
-    with pytest.raises(ConfigError, match="adapt=film finds nothing to train in mask decoder 'query_transformer'"):
+    with pytest.raises(
+        ConfigError, match=r"adapt=film finds nothing to train in mask decoder 'query_transformer' .*: set"
+    ):
         learner.strategy.check(learner.separator)
+    frozen = learner.separator.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"adapt=head finds nothing to train .*: use another strategy"):
+        STRATEGIES.create("first_session").check(frozen)

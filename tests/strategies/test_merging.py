@@ -14,8 +14,9 @@ from avsep.strategies.low_rank_step import truncated
 from avsep.strategies.magmax import farthest
 from avsep.strategies.perturb_and_merge import merging_coefficient
 from avsep.types import Task
-from support.continual_runs import differing, first_task, trained, weights
+from support.continual_runs import differing, first_task, make_learner, trained, weights
 from support.strategy_steps import GivenData, student_and_teacher
+from support.tones import stream_of
 
 QUERIES = "mask_decoder.class_queries"
 MAGMAX = ("magmax", {"batch_norm_mixtures": 0})
@@ -124,9 +125,37 @@ def test_the_perturbation_is_along_the_way_and_put_back():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_step_takes_its_gradient_at_the_perturbed_weights(tone_store):
-    perturbed = ("perturb_and_merge", {"fisher_samples": 3, "perturbation": 0.5})
-    assert differing(weights(trained(tone_store, perturbed)), weights(trained(tone_store, MERGED)))
+def test_a_step_takes_its_gradient_at_the_perturbed_weights(tone_store, tmp_path, monkeypatch):
+    """Of every step of the second task: the weights in the backward pass, and those that the optimisers then move."""
+    learner = make_learner(("perturb_and_merge", {"fisher_samples": 1, "perturbation": 0.5}))
+    signs, drawn, randint = iter([2, 0, 1]), [], torch.randint  # forwards, backwards, not at all
+
+    def given(*args, **kwargs):
+        return torch.tensor(next(signs)) if args == (3, ()) else randint(*args, **kwargs)
+
+    def backward(loss, call=learner.fabric.backward):
+        if learner.strategy._ways:
+            drawn.append([(anchor.clone(), p.detach().clone()) for p, _, anchor in learner.strategy._ways])
+        call(loss)
+
+    def after_backward(step):
+        if learner.strategy._ways:
+            now = [p.detach().clone() for p, _, _ in learner.strategy._ways]
+            drawn[-1] = [(*seen, p) for seen, p in zip(drawn[-1], now, strict=True)]
+
+    monkeypatch.setattr(torch, "randint", given)
+    monkeypatch.setattr(learner.fabric, "backward", backward)
+    monkeypatch.setattr(learner.strategy, "after_backward", after_backward)
+    first = first_task(tone_store, "finetune")
+    learner.fit(stream_of(tone_store), tmp_path / "run", progress=False, first_task=first)
+    assert len(drawn) == 3
+    for ways, sign in zip(drawn, (1, -1, 0), strict=True):
+        for anchor, used, kept in ways:
+            old = kept[tuple(slice(n) for n in anchor.shape)]
+            expected = kept.clone()
+            expected[tuple(slice(n) for n in anchor.shape)] += sign * 0.5 * (old - anchor)
+            torch.testing.assert_close(used, expected, rtol=0, atol=1e-6)
+    assert any((used - kept).abs().max() > 1e-5 for _, used, kept in drawn[1])  # at the first step the way is 0
 
 
 def test_the_merged_weights_are_between_the_two_ends(tone_store):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,13 +11,23 @@ from safetensors.torch import save_file
 from avsep.errors import ConfigError
 from avsep.registry import STRATEGIES
 from avsep.separator import build_separator
+from avsep.strategies import Composition
 from avsep.strategies.base import TaskContext
 from avsep.strategies.similar_queries import class_means, similar_query
 from avsep.strategies.text_queries import projection
 from avsep.types import Task
-from support.continual_runs import SEPARATORS, differing, first_task, resume_killed, train, trained, weights
+from support.continual_runs import (
+    SEPARATORS,
+    differing,
+    first_task,
+    make_learner,
+    resume_killed,
+    train,
+    trained,
+    weights,
+)
 from support.strategy_steps import CLASS_IDS, GivenData, make_step, student_and_teacher
-from support.tones import TINY_FRONT_END
+from support.tones import TINY_FRONT_END, stream_of
 
 TASK = Task(1, ("peep", "whirr"), ("ding", "hum", "peep", "whirr"))
 FIRST = Task(0, ("ding", "hum"), ("ding", "hum"))
@@ -107,7 +119,7 @@ def test_the_projection_keeps_angles():
     assert torch.equal(projection(3, 5), projection(3, 5))
 
 
-def test_wrong_settings_and_separators(tmp_path):
+def test_wrong_settings_and_separators(tone_store, tmp_path):
     (tmp_path / "text").write_text("no tensors")
     for name, params, message in (
         ("similar_queries", {"blend": 2}, "blend must be between 0 and 1, got 2"),
@@ -115,15 +127,30 @@ def test_wrong_settings_and_separators(tmp_path):
         ("text_queries", {"vectors": {"a": [1], "b": [1, 2]}}, "all of one length, got shapes"),
         ("text_queries", {"vectors": {}}, "one for each class"),
         ("text_queries", {"vectors": {"a": [float("nan")]}}, "must be finite"),
-        ("text_queries", {"vectors": str(tmp_path / "none")}, "is no safetensors file"),
+        ("text_queries", {"vectors": str(tmp_path / "none")}, "there is no file /"),
+        ("text_queries", {"vectors": "elsewhere/none"}, f"there is no file {Path.cwd() / 'elsewhere' / 'none'}"),
+        ("text_queries", {"vectors": "~/none.safetensors"}, f"there is no file {Path.home()}"),
+        ("text_queries", {"vectors": str(tmp_path)}, "is no safetensors file"),
+        ("text_queries", {"vectors": [1, 2]}, "must be the path of a file, or numbers by class name, got"),
+        ("text_queries", {"vectors": {"a": "high"}}, "the vector of class 'a' must be numbers, got 'high'"),
         ("text_queries", {"vectors": str(tmp_path / "text")}, "is no safetensors file"),
     ):
         with pytest.raises(ConfigError, match=message):
             STRATEGIES.create(name, params)
     student, _ = student_and_teacher()
     strategy = STRATEGIES.create("text_queries", {"vectors": {"ding": [1], "hum": [2]}})
-    with pytest.raises(ConfigError, match="has no vector of class 'peep'"):
-        strategy.begin_task(TaskContext(TASK, student, None, None))
+    message = "has no vector of 2 of the 4 classes, such as 'peep': add them .* those of ding, hum"
+    for ask in (
+        lambda: strategy.begin_task(TaskContext(TASK, student, None, None)),
+        lambda: Composition({"text_queries": strategy}).check_classes(TASK.seen),
+        # a later task's, before anything is trained
+        lambda: make_learner(("text_queries", {"vectors": {"ding": [1], "hum": [2]}})).fit(
+            stream_of(tone_store), tmp_path / "run", progress=False
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ask()
+    assert not (tmp_path / "run").exists()
     parts = {k: v for k, v in SEPARATORS["coseparation"].items() if k != "front_end"}
     without = build_separator(**parts, front_end=TINY_FRONT_END, num_classes=2)
     for name, params in (("similar_queries", {}), ("text_queries", {"vectors": VECTORS})):

@@ -49,8 +49,8 @@ class _Asked:
         self.calls = []
         decode = separator.decode
 
-        def recorded(audio, visual, class_ids):
-            output = decode(audio, visual, class_ids)
+        def recorded(audio, visual, class_ids, **how):
+            output = decode(audio, visual, class_ids, **how)
             self.calls.append((audio, visual, class_ids, output, separator.mask_decoder.training))
             return output
 
@@ -88,6 +88,23 @@ def test_both_are_asked_for_the_same_and_their_masks_compared(conditioning, sepa
     assert any(name.startswith("object_encoder") for name in got) == (conditioning == "own")
     for name in got:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-6)
+
+
+def test_classes_that_are_not_there_share_nothing(monkeypatch):
+    """A limit of the masks' sum is one of a mixture's sources: of absent classes each is asked for by itself."""
+    limited, plain = {}, {}
+    for found, front_end in ((limited, {"limit_mask_sum": True}), (plain, {})):
+        student, teacher = student_and_teacher()
+        for one in (student, teacher):
+            one.spec = one.spec.model_copy(update={"front_end": one.spec.front_end.model_copy(update=front_end)})
+        step = make_step(student)
+        torch.manual_seed(0)
+        _, found["term"], own, theirs = _asked(step, student, teacher, monkeypatch, conditioning="own")
+        found["sums"] = [call[3].logits.sigmoid().sum(dim=1).max() for call in (own, theirs)]
+        found["together"] = student.decode(step.audio, step.visual, own[2]).logits.sigmoid().sum(dim=1).max()
+    assert limited["term"] == plain["term"]
+    assert min(*limited["sums"], plain["together"]) > 1.01
+    assert limited["together"] < 1.001
 
 
 def test_own_sources_are_asked_on_in_turn(separators, monkeypatch):
