@@ -29,9 +29,11 @@ def main(argv: list[str] | None = None) -> None:
 
         if world_size() > 1:
             die_with_parent()
+        from avsep.cli._output import tracebacks
         from avsep.cli.app import Interrupted, build_app
         from avsep.errors import AvsepError
 
+        tracebacks(False)
         if world_size() > 1:  # DDP warns each process that it looks for unused parameters, and finds none
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -41,6 +43,10 @@ def main(argv: list[str] | None = None) -> None:
         except Interrupted as stop:
             _interrupted(str(stop))
         except AvsepError as error:
+            if tracebacks():
+                import traceback
+
+                traceback.print_exc()
             _fail(f"avsep: {' '.join(str(error).split())}", 2, error)
         except OSError as error:
             _fail(f"avsep: {_os_error(error)}", 2)

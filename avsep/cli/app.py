@@ -25,6 +25,7 @@ COMMANDS = (
     "separate",
     "export",
     "app",
+    "doctor",
     "bench",
 )
 
