@@ -82,8 +82,6 @@ def test_help_of_every_command(command, option, capsys):
         ["train", "store", "--epochs", "3"],
         ["train", "a", "b"],
         ["train", "store", "--classes-per-task", "many"],
-        ["separate"],
-        ["separate", "x.wav"],
         ["export", "run"],
         ["data"],
         ["data", "nosuch"],
