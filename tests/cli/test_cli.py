@@ -139,6 +139,49 @@ def test_list_into_a_closed_pipe():
     assert done.stderr == ""
 
 
+# ---------------------------------------------------------------------- completion of the shell
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["sep"], ["separate"]),
+        (["separate", "--overw"], ["--overwrite"]),
+        (["export", "ver"], ["verify"]),
+        (["separate", "du"], []),  # files, which the shell knows
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_words_are_completed(words, offered):
+    """As the script for bash asks, which `avsep --install-completion` installs; with the modules of one command."""
+    code = (
+        "import sys; sys.argv = ['avsep']\n"
+        "from avsep.cli import main\n"
+        "try: main()\n"
+        "finally: print(*sorted(m for m in sys.modules if m == 'torch' or m.endswith('_command')), file=sys.stderr)"
+    )
+    asked = {"COMP_WORDS": f"avsep {' '.join(words)}", "COMP_CWORD": str(len(words))}
+    asked["_AVSEP_COMPLETE"] = "complete_bash"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == offered, done.stderr
+    if len(words) > 1:
+        assert done.stderr.split() == [f"avsep.cli.{words[0]}_command"]
+
+
+def test_the_script_for_a_shell(capsys):
+    """`avsep --show-completion`, of the shell that it is called from."""
+    from typer.main import get_command
+
+    from avsep.cli.app import build_app
+
+    names = {option for parameter in get_command(build_app()).params for option in parameter.opts}
+    assert {"--install-completion", "--show-completion"} <= names
+    assert run("-h") == 0
+    assert "--install-completion" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------- data
 
 
