@@ -84,7 +84,7 @@ class Output:
         if self.json:
             import json
 
-            typer.echo(json.dumps(_plain(value), indent=1, allow_nan=False))
+            typer.echo(json.dumps(_plain(value), indent=1, allow_nan=False, default=str))
 
     def bars(self) -> AbstractContextManager[Progress]:
         """Progress bars, where they are wanted."""

@@ -132,6 +132,24 @@ def test_list_of_presets(capsys):
     assert "unet7" not in shown
 
 
+def test_list_for_programs_and_for_scripts(capsys):
+    from avsep.registry import REGISTRIES
+
+    assert run("list", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {*REGISTRIES, "presets", "protocols"}
+    names = [component.name for component in REGISTRIES["memories"]]
+    assert [row["name"] for row in found["memories"]] == names
+    (drawn,) = [row for row in found["memories"] if row["name"] == "random_per_class"]
+    assert {p["name"]: p["default"] for p in drawn["parameters"]}["per_class"] == 1
+    assert run("list", "memories", "--quiet") == 0
+    assert capsys.readouterr().out.split() == names
+    assert run("list", "memory", "--json") == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "nothing to list under 'memory'" in shown.err
+
+
 def test_list_into_a_closed_pipe():
     """``avsep list | head -1``"""
     command = f"{sys.executable} -m avsep list | head -1"
@@ -280,6 +298,13 @@ def test_evaluate_and_report(tone_run, tiny, capsys):
         for value in row:
             assert value is None or f"{value:.2f}" in shown
     assert "forgetting" in shown
+    assert run("evaluate", folder, "--task", "0", "--json", "--quiet", "--dependence", "0") == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    told = json.loads(shown.out)
+    assert told["file"] == str(folder / "evaluation.json")
+    assert told["after"][0]["all"]["mean"]["sdr"] == pytest.approx(result["after"][0]["all"]["mean"]["sdr"])
+    assert "rows" not in told["after"][0]
     pytest.importorskip("matplotlib")
     pytest.importorskip("jinja2")
     assert run("report", folder, "--mixtures", "2", "--out", "page.html") == 0
