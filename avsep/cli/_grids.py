@@ -69,7 +69,7 @@ def print_choices(grid: Grid, results: ResultStore, where: str = "'strategies' o
             console.print(f"  {said}: {value}{f', {mark}' if mark else ''}", highlight=False)
         if choice.best is not None:
             chosen.setdefault(choice.base, {})[choice.row] = choice.best
-    console.print(f"\nmean SDR on validation pairs after the second task; for {where}:", highlight=False)
+    console.print(f"\nmean SDR on validation pairs after task 1; for {where}:", highlight=False)
     console.print(yaml.safe_dump(chosen, sort_keys=False).rstrip(), highlight=False)
 
 
