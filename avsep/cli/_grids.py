@@ -75,7 +75,7 @@ def print_choices(
             console.print("  nothing is chosen yet", highlight=False)
         else:
             chosen.setdefault(choice.base, {})[choice.row] = choice.best
-    console.print(f"\nmean SDR on validation pairs after the second task; for {where}:", highlight=False)
+    console.print(f"\nmean SDR on validation pairs after task 1; for {where}:", highlight=False)
     console.print(yaml.safe_dump(chosen, sort_keys=False).rstrip(), highlight=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ COMMANDS = (
     "separate",
     "export",
     "app",
+    "doctor",
     "bench",
 )
 
@@ -60,19 +62,31 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
         cls=_Commands,
         help="Continual audio-visual sound separation: compose, train task after task, evaluate, separate, export.",
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=not _is_command(arguments),  # where a command is called, its options cost time and do nothing
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",  # in rich's own markup a "[default]" in a help text would vanish
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for name in arguments[:1] if arguments and arguments[0] in COMMANDS else COMMANDS:
+    arguments = arguments or _being_completed()
+    for name in arguments[:1] if _is_command(arguments) else COMMANDS:
         module = importlib.import_module(f"avsep.cli.{name}_command")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name)
         else:
             app.command(name)(module.command)
     return app
+
+
+def _is_command(arguments: Sequence[str]) -> bool:
+    return bool(arguments) and arguments[0] in COMMANDS
+
+
+def _being_completed() -> list[str]:
+    """The words that a shell asks to complete, after the program's name; none where it does not ask."""
+    if "_AVSEP_COMPLETE" not in os.environ:
+        return []
+    return (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or "").split()[1:]
 
 
 def _version(value: bool) -> None:

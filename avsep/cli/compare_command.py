@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from avsep.cli._output import Json, Output, Quiet, Verbose, link
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -33,17 +35,26 @@ def command(
     csv: Annotated[Path | None, typer.Option("--csv", help="Write all numbers as CSV.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with the tables and the picture.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw averages and curves (.png, .svg, .pdf).")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Compare evaluated runs: means over seeds, 95 % intervals, differences to a baseline."""
-    from avsep.evaluation.comparison import cells_of_runs, compare
+    """Compare evaluated runs: means over seeds, 95 % intervals, differences to a baseline, and the settings in which
+    the runs differ. Where there are too few test mixtures there are no intervals."""
+    from avsep.evaluation.comparison import cells_of_runs, compare, differing_settings, with_enough_mixtures
     from avsep.evaluation.comparison_page import csv_text, draw, require_dependencies, write_page
     from avsep.files import write_text
     from avsep.progress import terminal
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     require_dependencies(plot, html)
     cells = cells_of_runs(runs)
-    result = compare(cells, baseline=baseline, joint=_bounds(runs, joint, cells))
-    print_comparison(terminal(), result)
+    result = with_enough_mixtures(compare(cells, baseline=baseline, joint=_bounds(runs, joint, cells)))
+    settings = differing_settings(runs)
+    output.result({**result.as_dict(), "differing_settings": settings})
+    if output.tells:
+        print_comparison(terminal(), result)
+        _print_settings(terminal(), settings)
     if csv is not None:
         write_text(csv, csv_text(result))
     if plot is not None:
@@ -52,7 +63,20 @@ def command(
         write_page(result, html)
     for path in (csv, plot, html):
         if path is not None:
-            typer.echo(f"written: {path}")
+            output.say(f"written: {link(path)}")
+
+
+def _print_settings(console: Console, settings: dict[str, dict[str, str]]) -> None:
+    """What else the methods differ in, a line a setting."""
+    if not settings:
+        return
+    console.print("beside their strategies the runs differ in:")
+    for key, by_method in settings.items():
+        if len(set(by_method.values())) == 1:
+            told = f"{next(iter(by_method.values()))}, among the runs of one method"
+        else:
+            told = "; ".join(f"{value} ({method})" for method, value in by_method.items())
+        console.print(f"  {key}: {told}")
 
 
 def _bounds(runs: list[Path], joint: list[Path] | None, cells: list[Cell]) -> list[Cell]:

@@ -219,7 +219,7 @@ def _work(strategy: str, out: str, name: str, tasks: list[list[str]], seed: int,
         learner = ContinualLearner.from_spec(spec, accelerator="cpu")
         learner.fit(stream, run, resume=RunFolder(run).is_run, progress=shown, preset=name)
         for task in range(len(tasks)):
-            shown.add(f"{strategy} test {task + 1}/{len(tasks)}", total=None)
+            shown.add(f"{strategy} test after task {task}", total=None)
             evaluate_run(run, tasks=[task], progress=lambda _task, done, total: shown.update(0, done, total))
         messages.put(("done", strategy, None))
     except AvsepError as error:

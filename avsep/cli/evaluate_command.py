@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from avsep.cli._output import Json, Output, Quiet, Verbose, link
 from avsep.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,19 +56,24 @@ def command(
     ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Mixtures separated at a time.")] = 4,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Score a run beside fixed yardsticks: SDR, SIR, SAR, SDRi and SI-SDR after every task, average and forgetting.
 
-    With another store, protocol or split the scores go into a file beside the run's own.
+    With another store, protocol or split the scores go into a file beside the run's own. With --json the scores are
+    printed without those of each mixture, which are in the file.
     """
     from avsep.data.opening import open_run_store
     from avsep.data.protocol import Protocol
     from avsep.data.store import Store
     from avsep.environment import keep_memory, pick_device
     from avsep.evaluation.evaluate import evaluate_on, evaluate_run
-    from avsep.progress import progress_bar, terminal
+    from avsep.progress import terminal
     from avsep.runs.folder import RunFolder
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     keep_memory()
 
     spec = RunFolder(run).spec()
@@ -82,7 +88,9 @@ def command(
         raise ConfigError("--forward-transfer is for the run's own test mixtures: leave it out on other ones")
     if other and opened is None:
         opened = open_run_store(run)
-    with progress_bar() as bars:
+    chosen = pick_device(device)
+    output.detail(f"{run} on {chosen}, batches of {batch_size}; tested on {opened.path if opened else spec.store}")
+    with output.bars() as bars:
         known: dict[str, tuple[int, int]] = {}  # label -> (bar, mixtures done)
 
         def show(label: str, done: int, total: int) -> None:
@@ -95,7 +103,7 @@ def command(
         how: dict[str, Any] = {
             "tasks": task,
             "batch_size": batch_size,
-            "device": pick_device(device),
+            "device": chosen,
             "dependence": dependence,
             "av_align": av_align,
             "progress": lambda number, done, total: show(f"after task {number}", done, total),
@@ -106,9 +114,18 @@ def command(
         else:
             result = evaluate_run(run, opened, forward_transfer=forward_transfer, **how)
             path = RunFolder(run).evaluation_file
-    print_evaluation(terminal(), result)
+    output.result(_without_rows({"file": path, **result}))
+    if output.tells:
+        print_evaluation(terminal(), result)
     onwards = "" if other else f"; next: avsep report {run}"
-    typer.echo(f"scores written to {path}{onwards}")
+    output.say(f"scores written to {link(path)}{onwards}")
+
+
+def _without_rows(value: Any) -> Any:
+    """An evaluation without the scores of each mixture, which are most of it."""
+    if isinstance(value, dict):
+        return {key: _without_rows(item) for key, item in value.items() if key not in ("rows", "columns")}
+    return [_without_rows(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def print_evaluation(console: Console, result: dict[str, Any]) -> None:

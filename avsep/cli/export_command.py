@@ -189,6 +189,9 @@ def run(
     sm: _Sm = None,
     workspace_mib: _Workspace = 1024,
     ort_web: _OrtWeb = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a bundle or a site that is there; nothing else is replaced.")
+    ] = False,
 ) -> None:
     """Export a task's separator to ONNX as a bundle: graphs, manifest, golden inputs and outputs, device README.
 
@@ -252,7 +255,7 @@ def run(
     with contextlib.ExitStack() as stack:
         place = out
         if target == _WEB:
-            _before_a_site(out, tasks, spectral, ort_web)
+            _before_a_site(out, tasks, spectral, ort_web, overwrite)
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-site-"))) / "bundle"
         with progress_bar() as bars:
             bar = bars.add("exporting", None)
@@ -269,6 +272,7 @@ def run(
                 store=store,
                 weights_licence=licence,
                 tar=tar,
+                overwrite=overwrite,
                 progress=progress,
                 tell=said.append,
             )
@@ -286,7 +290,9 @@ def run(
         typer.echo(f"next: avsep export verify {bundles[0].path}")
 
 
-def _before_a_site(out: Path, tasks: int | list[int] | None, spectral: bool, ort_web: Path | None) -> None:
+def _before_a_site(
+    out: Path, tasks: int | list[int] | None, spectral: bool, ort_web: Path | None, overwrite: bool
+) -> None:
     """What a site cannot be made of, and what it is made of, before the export takes its minutes."""
     from avsep.errors import ConfigError
     from avsep.export.targets.website import check_place, ort_web_files
@@ -298,6 +304,8 @@ def _before_a_site(out: Path, tasks: int | list[int] | None, spectral: bool, ort
     if spectral:
         raise ConfigError("--spectral leaves the transforms out of the graph, which no browser runs: leave it out")
     check_place(out)
+    if not overwrite and out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"{out} is a site already: --overwrite replaces it, or choose another folder")
     ort_web_files(ort_web, tell=_note)
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from avsep.cli._output import Json, Output, Quiet, Verbose, link
 
 if TYPE_CHECKING:
     from avsep.export.runtime.recordings import Source
@@ -23,21 +27,29 @@ if TYPE_CHECKING:
 
 def command(
     files: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
-            metavar="VIDEO|AUDIO...",
-            help="Recordings: any rate, length and number of channels, which are kept. A video is looked at.",
+            metavar="VIDEO|AUDIO|FOLDER...",
+            help="Recordings, or folders of them: any rate, length and number of channels, which are kept. A video is "
+            "looked at.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     classes: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             "--classes",
             help="Classes to separate, such as flute,piano; auto: those that are seen. Two of one class by names of "
             "their own: left=violin,right=violin.",
         ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for FILE_NAME.wav, FILE_residual.wav and a page.")],
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder for FILE_NAME.wav, FILE_residual.wav and a page [default: FILE_separated beside each FILE].",
+        ),
+    ] = None,
     run: Annotated[Path | None, typer.Option("--run", help="Run folder, or a saved separator.")] = None,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="Exported bundle, in place of a run; needs no PyTorch.")
@@ -111,87 +123,250 @@ def command(
         str | None, typer.Option("--precision", help="Of a bundle: fp32, fp16 or int8 [default: fp32 where it has it].")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Separate videos or sounds of any length into one file per source and a residual, with a page to hear and see."""
+    """Separate videos or sounds of any length into one file per source and a residual, with a page to hear and see.
+
+    Of several recordings each is written when it is separated. One that cannot be is told and left out; the exit code
+    is 2 then.
+    """
     from avsep.cli._text import names_in
     from avsep.errors import ConfigError
-    from avsep.export.runtime.recordings import check_moves, mixed_down, sources_of
+    from avsep.export.runtime.recordings import check_moves, listed, mixed_down, sources_of
     from avsep.inference.recordings import check_recordings, read_recording, separate_recordings
     from avsep.media.detection import read_boxes
     from avsep.media.timeline import read_visual_file
-    from avsep.progress import progress_bar
 
-    if (run is None) == (bundle is None):
+    output = Output(json=json, quiet=quiet, verbose=verbose)
+    if run is not None and bundle is not None:
         raise ConfigError("name one thing to separate with: --run RUN, or --bundle BUNDLE (of avsep export)")
     _refuse_the_others(run is None, task=task, device=device, provider=provider, precision=precision)
     given = {"--features": features is not None, "--boxes": boxes is not None, "--whole-frame": whole_frame}
     if sum(given.values()) > 1:
         both = " and ".join(name for name, there in given.items() if there)
         raise ConfigError(f"{both} both say what is seen of the classes: leave all but one out")
-    channels = {path: _channels(read_recording(path)[0]) for path in files}  # the likeliest mistakes first
-    photos = _photos(picture or [])
-    timelines = {} if features is None else read_visual_file(features)
-    track = None if boxes is None else read_boxes(boxes)
-    if run is not None:
-        engine = _of_run(run, task, device, batch or 4, context, limit_mask_sum)
-    else:
+
+    def load() -> _Engine:
+        if run is not None:
+            return _of_run(run, task, device, batch or 4, context, limit_mask_sum)
         assert bundle is not None
-        engine = _of_bundle(bundle, provider, precision, batch, context)
-        if limit_mask_sum and not engine.limited:
+        loaded = _of_bundle(bundle, provider, precision, batch, context, output.note)
+        if limit_mask_sum and not loaded.limited:
             raise ConfigError(
                 f"--limit-mask-sum is not in the graph of {bundle}: export it so (avsep export RUN --limit-mask-sum)"
             )
+        return loaded
+
+    written = ",".join(classes or ())
+    _refuse_what_is_missing(files or [], written, None if run is None and bundle is None else load)
+    failures = _Failures(output)
+    paths = failures.expanded(files or [])
+    channels: dict[Path, int] = {}
+    for path in paths:  # the likeliest mistakes first
+        with failures.of(path):
+            channels[path] = _channels(read_recording(path)[0])
+    if not channels:
+        output.result(_as_data([], failures.told, ""))
+        raise typer.Exit(2)
+    photos = _photos(picture or [])
+    timelines = {} if features is None else read_visual_file(features)
+    track = None if boxes is None else read_boxes(boxes)
+    engine = load()
+    output.detail(f"{run or bundle}, on {engine.ran}: {listed(engine.classes)}")
+    failures.refuse_classes(engine.classes, written)
     mixed = {
         path: mono or (engine.channels is not None and n not in (1, engine.channels)) for path, n in channels.items()
     }
-
+    results: list[SeparatedFile] = []
     with contextlib.ExitStack() as stack:
         display: list[Progress] = []  # opened by the first bar, so that a mistake found before is one line alone
         bar_of: dict[str, int] = {}
 
         def progress(label: str, done: int, total: int) -> None:
             if not display:
-                display.append(stack.enter_context(progress_bar()))
+                display.append(stack.enter_context(output.bars()))
             if label not in bar_of:
                 bar_of[label] = display[0].add(label, total)
             display[0].update(bar_of[label], done, total)
 
-        looks = _Looks(engine, timelines, track, whole_frame, detector, look_every, device if run else "cpu", progress)
+        looks = _Looks(
+            engine, timelines, track, whole_frame, detector, look_every, device if run else "cpu", progress, output.note
+        )
         options: dict[str, Any] = {"rate": rate, "subtype": subtype, "suffix": suffix}
         options |= {"rescale": rescale, "overwrite": overwrite}
-        chosen = names_in(classes, engine.classes)
-        asked = None if chosen == ["auto"] else sources_of(engine.classes, chosen)
+        chosen = names_in(written, engine.classes)
+        asked = None if [name.casefold() for name in chosen] == ["auto"] else sources_of(engine.classes, chosen)
         if asked is not None:
             check_moves(asked, engine.sources)
         looks.show(photos, asked)
         if asked is not None and (timelines or not engine.sources):
             engine.check({**timelines, **looks.pictures}, chosen)
-        looks.check(files, asked)
-        page = page and _can_draw()
+        looks.check(list(channels), asked)
+        for path in list(channels):
+            with failures.of(path):
+                looks.check_file(path, asked)
+        page = page and _can_draw(output.note)
 
         def planned(path: Path, sources: list[Source], seen: dict[str, VisualTimeline] | None) -> Recording:
             return _planned(path, sources, seen, engine, looks, page, mixed[path])
 
-        if asked is not None:  # what can go wrong with the files, before a video is looked at
-            check_recordings([planned(path, asked, None) for path in files], out, **options)
-        recordings = []
-        for path in files:
-            sources = sources_of(engine.classes, looks.propose(path)) if asked is None else asked
-            recordings.append(planned(path, sources, looks.timelines(path, sources)))
+        places: dict[Path, list[Path]] = {}  # folder -> recordings
+        for path in channels:
+            if path not in failures:
+                places.setdefault(_place(path, out), []).append(path)
+        for place, inside in places.items():  # what can go wrong with the files, before a video is looked at
+            check_recordings([planned(path, asked or [], None) for path in inside], place, **options)
         for path, count in channels.items():
-            if mixed[path] and not mono and engine.channels is not None:
-                typer.echo(mixed_down(path.name, count, engine.channels), err=True)
-        with engine.opened():
-            results = separate_recordings(
-                recordings,
-                out,
-                sample_rate_hz=engine.rate_hz,
-                threshold=engine.threshold,
-                limited=engine.limited,
-                progress=lambda path, done, total: progress(f"separating {path.name}", done, total),
-                **options,
+            if mixed[path] and not mono and engine.channels is not None and path not in failures:
+                output.note(mixed_down(path.name, count, engine.channels))
+        try:
+            with engine.opened():
+                for place, path in ((place, path) for place, inside in places.items() for path in inside):
+                    started = time.perf_counter()
+                    with failures.of(path, *([ConfigError] if asked is None else [])):
+                        sources = sources_of(engine.classes, looks.propose(path)) if asked is None else asked
+                        results += separate_recordings(
+                            [planned(path, sources, looks.timelines(path, sources))],
+                            place,
+                            sample_rate_hz=engine.rate_hz,
+                            threshold=engine.threshold,
+                            limited=engine.limited,
+                            progress=lambda path, done, total: progress(f"separating {path.name}", done, total),
+                            **options,
+                        )
+                        output.detail(f"{path}: {time.perf_counter() - started:.1f} s")
+                    if len(paths) > _MOST_BARS:
+                        while bar_of:
+                            display[0].remove(bar_of.popitem()[1])
+        except KeyboardInterrupt as stop:
+            if len(paths) == 1:
+                raise
+            raise KeyboardInterrupt(f"{len(results)} of {len(paths)} recordings are separated", *stop.args) from None
+        except Exception:
+            if results:
+                output.note(f"{len(results)} of {len(paths)} recordings were separated before")
+            raise
+    if output.json:
+        output.result(_as_data(results, failures.told, engine.ran))
+    elif results:
+        _print(output, results, engine.ran, rescale)
+    if failures.told:
+        output.wrong(f"{len(failures.told)} of {len(paths) + failures.unopened} recordings could not be separated")
+        raise typer.Exit(2)
+
+
+_MOST_BARS = 4  # of finished recordings that stay to be seen
+# What a folder is searched for, in lower case.
+_SOUNDS = ("wav", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "au", "caf", "w64", "rf64", "m4a", "aac", "wma")
+_VIDEOS = ("mp4", "m4v", "mkv", "webm", "mov", "avi", "mpg", "mpeg", "ts", "mts", "m2ts", "3gp", "flv", "wmv", "ogv")
+
+
+def _place(path: Path, out: Path | None) -> Path:
+    """The folder for what comes of a recording."""
+    return path.parent / f"{path.stem}_separated" if out is None else out
+
+
+def _refuse_what_is_missing(files: list[Path], classes: str, load: Callable[[], _Engine] | None) -> None:
+    """Raise :class:`ConfigError` with all that was not given, and the classes to choose from where they are known."""
+    from avsep.cli._text import names_in
+    from avsep.errors import ConfigError
+    from avsep.export.runtime.recordings import listed
+
+    missing = [] if files else ["a recording (a video, a sound or a folder of them)"]
+    if load is None:
+        missing.append("something to separate with (--run RUN, or --bundle BUNDLE of avsep export)")
+    if not names_in(classes):
+        knows = f"; {listed(load().classes)}" if load is not None else ""
+        missing.append(f"classes (--classes flute,piano, or auto: those that are seen{knows})")
+    if missing:
+        raise ConfigError(f"avsep separate needs {' and '.join(missing)}: see avsep separate --help")
+
+
+class _Failures:
+    """The recordings that cannot be separated, and why. One that is alone ends the command."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self.alone = True
+        self.unopened = 0  # of those that were given, and are no files
+        self.told: dict[Path, str] = {}
+
+    def __contains__(self, path: Path) -> bool:
+        return path in self.told
+
+    def expanded(self, given: list[Path]) -> list[Path]:
+        """The files among what was given, with those inside of folders."""
+        found: list[Path] = []
+        self.alone = len(given) == 1
+        for path in given:
+            with self.of(path):
+                found += _files_of(path)
+        self.unopened = len(self.told)
+        found = list(dict.fromkeys(found))
+        self.alone = len(found) + len(self.told) == 1
+        return found
+
+    @contextlib.contextmanager
+    def of(self, path: Path, *also: Any) -> Iterator[None]:
+        """What goes wrong inside is the fault of this recording: it is told, and the others go on."""
+        from avsep.errors import DataError, NumericalError
+
+        try:
+            yield
+        except (DataError, NumericalError, PermissionError, FileNotFoundError, *also) as error:
+            if self.alone:
+                raise
+            text = str(error)
+            if isinstance(error, OSError):
+                text = f"{path}: {error.strerror or error}"
+            self.told[path] = text
+            self.output.wrong(text if path.name in text else f"{path}: {text}")
+
+    def refuse_classes(self, known: tuple[str, ...], written: str) -> None:
+        """Raise :class:`ConfigError` where classes were taken for recordings: ``--classes flute piano``."""
+        from avsep.cli._text import names_in
+        from avsep.errors import ConfigError
+
+        stray = [p.name for p in self.told if not p.exists() and set(names_in(p.name, known)) <= set(known)]
+        if stray:
+            raise ConfigError(
+                f"{' and '.join(stray)} {'is a class' if len(stray) == 1 else 'are classes'}, given in the place of a "
+                f"recording: write --classes {','.join([written, *stray])}"
             )
-    _print(results, out, engine.ran, rescale)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A file as it is, and the recordings of a folder.
+
+    Raises:
+        AudioError: the folder has none.
+        DataError: the address of something elsewhere.
+    """
+    from avsep.errors import AudioError, DataError
+
+    if path.is_dir():
+        found = [p for p in path.iterdir() if p.suffix[1:].lower() in (*_SOUNDS, *_VIDEOS) and p.is_file()]
+        found = sorted(p for p in found if not p.name.startswith("."))
+        if not found:
+            raise AudioError(
+                f"{path} is not a file but a folder, and holds no recording ({', '.join(_SOUNDS[:6])}, "
+                f"{', '.join(_VIDEOS[:5])} or the like): give recordings, or the folder that they are in"
+            )
+        return found
+    address = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", str(path))
+    if address is None or path.exists():
+        return [path]
+    rest = str(path)[address.end() :]
+    if address[1].lower() == "file":  # as some terminals paste what is dropped on them
+        from urllib.parse import unquote
+
+        return [Path("/" + unquote(rest))]
+    raise DataError(
+        f"{address[1]}://{rest} is an address, and avsep separates files: download it first (such as with yt-dlp or "
+        "curl -O), and give the file"
+    )
 
 
 def _channels(audio: Any) -> int:
@@ -226,7 +401,7 @@ def _refuse_the_others(with_bundle: bool, **options: Any) -> None:
             raise ConfigError(f"--{name} goes with {of}, and does nothing with {instead}: leave it out")
 
 
-def _can_draw() -> bool:
+def _can_draw(tell: Callable[[str], None]) -> bool:
     """Whether a page can be drawn; says so in a line where it cannot."""
     from avsep.errors import MissingExtraError
     from avsep.evaluation.drawing import dependencies
@@ -234,7 +409,7 @@ def _can_draw() -> bool:
     try:
         dependencies()
     except MissingExtraError as error:
-        typer.echo(f"no page is written: {error}", err=True)
+        tell(f"no page is written: {error}")
         return False
     return True
 
@@ -310,14 +485,19 @@ def _size(usual: tuple[int, int], wanted: int | None) -> tuple[int, int]:
 
 
 def _of_bundle(
-    bundle: Path, provider: str, precision: str | None, batch: int | None, context_s: float | None
+    bundle: Path,
+    provider: str,
+    precision: str | None,
+    batch: int | None,
+    context_s: float | None,
+    tell: Callable[[str], None],
 ) -> _Engine:
     """An exported bundle."""
     from avsep.export.runtime.separator import BundleSeparator
 
     separator = BundleSeparator.load(bundle, provider, precision, context_s=context_s)
     for reason in separator.unused_engines:
-        typer.echo(f"note: {reason}", err=True)
+        tell(f"note: {reason}")
     return _Engine(
         classes=tuple(separator.classes),
         sources=separator.visual_sources,
@@ -350,7 +530,9 @@ class _Looks:
         every_s: float,
         device: str,
         progress: Callable[[str, int, int], None],
+        tell: Callable[[str], None],
     ) -> None:
+        self.tell = tell
         self.engine = engine
         self.given = given
         self.track = track
@@ -399,7 +581,7 @@ class _Looks:
         return bool(self.engine.sources) and not self.given and bool(self.unshown(sources)) and path in self.videos
 
     def check(self, files: list[Path], asked: list[Source] | None) -> None:
-        """Raise where a file shows nothing that the separator needs, or a source has no box; ``asked`` None: auto."""
+        """Raise where a source has no box, or nothing tells two of a class apart; ``asked`` None: auto."""
         from avsep.errors import ConfigError, DataError
         from avsep.export.runtime.recordings import by_name, nothing_of, same_class, together
         from avsep.media.video import is_video
@@ -415,26 +597,33 @@ class _Looks:
             if asked is None and not self.given:
                 raise ConfigError("this separator takes no video frames: name the classes instead of auto")
             return
-        named = list(self.pictures) if asked is None else [source.name for source in asked]
-        unshown = [name for name in named if name not in self.pictures]
-        for path in files:
-            if path in self.videos or (named and not unshown):
-                continue
-            if not self.engine.can_go_unseen:
-                way_out = "give --features FILE.npz (see: avsep data features)"
-                frames = all(source.kind == "frames" for source in self.engine.sources)
-                if frames and not same_class(asked or []):  # two pictures do not tell two of a class apart
-                    way_out += f", or a picture of each class (--picture {(unshown or ['CLASS'])[0]}=photo.jpg)"
-                raise ConfigError(f"this separator needs video frames, and {path} has none: {way_out}")
-            if not named:
-                raise ConfigError(f"{path} shows nothing: name the classes instead of auto")
-            if self.track is not None or self.whole_frame:
-                option = "--boxes" if self.track is not None else "--whole-frame"
-                raise ConfigError(f"{option} is of a video, and {path} is none: leave it out")
         for group in same_class(self.unshown(asked or [])) if self.whole_frame else ():
             raise ConfigError(
                 f"{together(group)}, and --whole-frame shows the same of each: give their boxes instead (--boxes)"
             )
+
+    def check_file(self, path: Path, asked: list[Source] | None) -> None:
+        """Raise :class:`DataError` where a file shows nothing that the separator needs; ``asked`` None: auto."""
+        from avsep.errors import DataError
+        from avsep.export.runtime.recordings import same_class
+
+        if self.given or not self.engine.sources:
+            return
+        named = list(self.pictures) if asked is None else [source.name for source in asked]
+        unshown = [name for name in named if name not in self.pictures]
+        if path in self.videos or (named and not unshown):
+            return
+        if not self.engine.can_go_unseen:
+            way_out = "give --features FILE.npz (see: avsep data features)"
+            frames = all(source.kind == "frames" for source in self.engine.sources)
+            if frames and not same_class(asked or []):  # two pictures do not tell two of a class apart
+                way_out += f", or a picture of each class (--picture {(unshown or ['CLASS'])[0]}=photo.jpg)"
+            raise DataError(f"this separator needs video frames, and {path} has none: {way_out}")
+        if not named:
+            raise DataError(f"{path} shows nothing: name the classes instead of auto")
+        if self.track is not None or self.whole_frame:
+            option = "--boxes" if self.track is not None else "--whole-frame"
+            raise DataError(f"{option} is of a video, and {path} is none: leave it out")
 
     def propose(self, path: Path) -> list[str]:
         """The classes for ``--classes auto``: those of the given boxes or features, else those that are seen in a
@@ -456,7 +645,7 @@ class _Looks:
             raise DataError(
                 f"{where} show none of the separator's classes ({', '.join(known)}): name them by --classes"
             )
-        typer.echo(f"{path.name}: {', '.join(names)}", err=True)
+        self.tell(f"{path.name}: {', '.join(names)}")
         return names
 
     def timelines(self, path: Path, sources: list[Source]) -> dict[str, VisualTimeline]:
@@ -514,7 +703,7 @@ class _Looks:
                     raise ConfigError(
                         f"{together(groups[0])}: give their boxes (--boxes), for they cannot be looked for: {error}"
                     ) from None
-                typer.echo(f"every class is shown the whole frame, for no objects can be looked for: {error}", err=True)
+                self.tell(f"every class is shown the whole frame, for no objects can be looked for: {error}")
                 self.whole_frame = True
         if self.whole_frame:
             return whole_frame([source.name for source in sources])
@@ -527,9 +716,8 @@ class _Looks:
         )
         for group in groups:
             names = ", ".join(source.name for source in group)
-            typer.echo(
-                f"{path.name}: {names} are the {len(group)} surest boxes of {group[0].class_name}, from left to right",
-                err=True,
+            self.tell(
+                f"{path.name}: {names} are the {len(group)} surest boxes of {group[0].class_name}, from left to right"
             )
         return track
 
@@ -589,12 +777,12 @@ def _planned(
     )
 
 
-def _print(results: list[SeparatedFile], out: Path, ran: str, rescale: bool) -> None:
+def _print(output: Output, results: list[SeparatedFile], ran: str, rescale: bool) -> None:
     from rich.table import Table
 
-    from avsep.progress import terminal
-
-    table = Table(title=f"separated into {out}, on {ran}")
+    folders = {result.residual.parent for result in results}
+    into = f" into {folders.pop()}" if len(folders) == 1 else ", each beside its recording"
+    table = Table(title=f"separated{into}, on {ran}")
     table.add_column("file", overflow="fold")
     tells = any(result.findings.presence for result in results)
     for heading in ("level dB", "to mixture dB", "s", "Hz", *(["presence"] if tells else [])):
@@ -607,24 +795,53 @@ def _print(results: list[SeparatedFile], out: Path, ran: str, rescale: bool) -> 
             cells = [file, f"{level:.1f}", f"{level - whole:+.1f}", f"{result.seconds:.2f}", str(result.rate_hz)]
             presence = result.findings.presence.get(key) if key in result.files else None
             table.add_row(*cells, *(["" if presence is None else f"{presence:.0%}"] if tells else []))
-    terminal().print(table)
-    if results and results[0].findings.limited:
-        typer.echo("the parts and the residual add up to the mixture, and no part is louder than it")
+    output.show(table)
+    if results[0].findings.limited:
+        output.say("the parts and the residual add up to the mixture, and no part is louder than it")
     for result in results:
         for beside in result.beside:
-            typer.echo(str(beside))
+            output.say(link(beside))
     for result in results:
         if result.findings.unseen:
             unseen = ", ".join(result.findings.unseen)
-            typer.echo(f"{result.source.name}: no picture of {unseen}: asked for by name alone", err=True)
+            output.note(f"{result.source.name}: no picture of {unseen}: asked for by name alone")
         for line in result.findings.lines():
-            typer.echo(f"{result.source.name}: {line}", err=True)
+            output.note(f"{result.source.name}: {line}")
     for result in results if rescale else []:
         decibels = 20 * math.log10(result.gain)
-        typer.echo(f"{result.source.name}: all files are scaled by {result.gain:.4f} ({decibels:+.1f} dB)", err=True)
+        output.note(f"{result.source.name}: all files are scaled by {result.gain:.4f} ({decibels:+.1f} dB)")
     if clipped := sum(result.clipped for result in results):
-        typer.echo(
+        output.note(
             f"{clipped} samples were beyond full scale and are clipped: --rescale scales all files of a recording by "
-            "one factor instead, --format FLOAT keeps every sample",
-            err=True,
+            "one factor instead, --format FLOAT keeps every sample"
         )
+
+
+def _as_data(results: list[SeparatedFile], failed: Mapping[Path, str], ran: str) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    recordings = []
+    for result in results:
+        findings = result.findings
+        recordings.append(
+            {
+                "source": result.source,
+                "files": result.files,
+                "residual": result.residual,
+                "beside": result.beside,
+                "seconds": result.seconds,
+                "rate_hz": result.rate_hz,
+                "channels": result.channels,
+                "levels_db": result.levels_db,
+                "clipped": result.clipped,
+                "gain": result.gain,
+                "presence": findings.presence,
+                "unseen": findings.unseen,
+                "notes": findings.lines(),
+            }
+        )
+    return {
+        "format": "avsep-separated",
+        "ran": ran,
+        "recordings": recordings,
+        "failed": [{"source": path, "error": " ".join(text.split())} for path, text in failed.items()],
+    }

@@ -41,6 +41,23 @@ class HubModel:
         """The shell command that fetches it."""
         return f"hf download {self.repository} --revision {self.revision} --local-dir {self.folder_name}"
 
+    def here(self) -> Path | None:
+        """The folder of the weights on this machine, which :meth:`locate` would take; None where it would download.
+
+        Nothing in it is read: whether it is whole, and of this revision, is told by :meth:`locate`.
+        """
+        root = os.environ.get(WEIGHTS_VARIABLE)
+        if root and (folder := Path(root) / self.folder_name).is_dir():
+            return folder
+        try:
+            from huggingface_hub import try_to_load_from_cache
+        except ImportError:
+            return None
+        found = try_to_load_from_cache(self.repository, "config.json", revision=self.revision)
+        if not isinstance(found, str) or not _weight_files(Path(found).parent):
+            return None
+        return Path(found).parent
+
     def locate(self, weights: str | os.PathLike[str] = "auto") -> Path:
         """The folder of config and weights.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import math
 from importlib import resources
 from pathlib import Path
 from typing import IO
@@ -70,9 +71,12 @@ def caption(comparison: Comparison) -> str:
     seeds = sorted({len(m.seeds) for m in comparison.methods})
     text = (
         f"Protocol {comparison.protocol} version {comparison.protocol_version} ({comparison.protocol_hash[:12]}), "
-        f"store {comparison.store_hash[:12]}, {len(comparison.tasks)} tasks, counted from 0. Intervals: "
-        f"{comparison.confidence:.0%}, bootstrap over test clips, with Student's t for the seeds"
+        f"store {comparison.store_hash[:12]}, {len(comparison.tasks)} tasks, counted from 0. "
     )
+    if not _has_intervals(comparison):
+        scored = min(method.counts["scored"] for method in comparison.methods)
+        return f"{text}No intervals: {scored:.4g} scored test mixtures are too few for them."
+    text += f"Intervals: {comparison.confidence:.0%}, bootstrap over test clips, with Student's t for the seeds"
     if seeds[0] == 1:
         text += "; with one seed they cover the choice of test clips alone"
     if comparison.baseline is not None:
@@ -80,11 +84,17 @@ def caption(comparison: Comparison) -> str:
     return text + "."
 
 
+def _has_intervals(comparison: Comparison) -> bool:
+    return all(math.isfinite(method.values["average"].low) for method in comparison.methods)
+
+
 def interval_text(value: Estimate | None, *, signed: bool = False) -> str:
-    """``7.33 [7.02, 7.61]``; a difference that is significant gets a star."""
+    """``7.33 [7.02, 7.61]``; a difference that is significant gets a star. Without an interval the mean alone."""
     if value is None:
         return ""
     sign = "+" if signed else ""
+    if not math.isfinite(value.low):
+        return f"{round(value.mean, 2) + 0.0:{sign}.2f}"
     mean, low, high = (f"{round(v, 2) + 0.0:{sign}.2f}" for v in (value.mean, value.low, value.high))
     star = " *" if isinstance(value, Difference) and value.significant else ""
     return f"{mean} [{low}, {high}]{star}"
@@ -125,7 +135,8 @@ def csv_text(comparison: Comparison) -> str:
                 *map(_digits, (value.mean, value.low, value.high)),
             ]
             if other := method.differences.get(name):
-                row += [*map(_digits, (other.mean, other.low, other.high)), str(other.significant).lower()]
+                known = math.isfinite(other.low)
+                row += [*map(_digits, (other.mean, other.low, other.high)), str(other.significant).lower() * known]
             writer.writerow(row + [""] * (10 - len(row)))
         for name, number in (
             ("memory_bytes", method.memory_bytes),
@@ -139,7 +150,7 @@ def csv_text(comparison: Comparison) -> str:
 
 
 def _digits(value: float) -> str:
-    return f"{value:.6f}"
+    return f"{value:.6f}" if math.isfinite(value) else ""
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------

@@ -251,6 +251,7 @@ def export_run(
     store: str | os.PathLike[str] | None = None,
     weights_licence: str = "",
     tar: bool = False,
+    overwrite: bool = True,
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Bundle]:
@@ -266,6 +267,7 @@ def export_run(
         store: the run's store, where it is not in the place that the run names.
         tar: write several bundles as tars: ``task-00.tar``, ``task-01.tar``, ...
         weights_licence: as for :func:`export`.
+        overwrite: replace bundles that are there.
         progress: called with (what is being done, steps done, steps in all).
         tell: called with a line that whoever exports should read.
 
@@ -290,6 +292,8 @@ def export_run(
         if task not in finished:
             raise RunError(f"{run} has no finished task {task}: it has {', '.join(map(str, finished))}")
         check_target(place)
+        if not overwrite and place.exists() and (place.is_file() or any(place.iterdir())):
+            raise ConfigError(f"{place} is a bundle already: --overwrite replaces it, or choose another place")
     bundles = []
     for done, (task, place) in enumerate(places.items()):
 

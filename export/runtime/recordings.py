@@ -29,6 +29,7 @@ __all__ = [
     "check_told_apart",
     "fitting_gain",
     "ids_of_classes",
+    "listed",
     "mixed_down",
     "nothing_of",
     "output_paths",
@@ -130,6 +131,7 @@ def sources_of(known: Sequence[str], classes: Sequence[str]) -> list[Source]:
     # an umlaut may be one character or two
     places = {_nfc(name): place for place, name in enumerate(known)}
     sources: list[Source] = []
+    unknown: list[str] = []
     for text in classes:
         name = class_name = text
         place = places.get(_nfc(text))  # a class's name may hold a "=" too
@@ -139,9 +141,8 @@ def sources_of(known: Sequence[str], classes: Sequence[str]) -> list[Source]:
                 raise ConfigError(f"'{text}' is not a name and its class: write it as left=violin")
             place = places.get(_nfc(class_name))
         if place is None:
-            raise UnknownNameError(
-                f"the separator has not learned class '{class_name}': {near_matches(class_name, known)}"
-            )
+            unknown.append(class_name)
+            continue
         source = Source(name, known[place], place)
         if source.is_named:
             check_names([name])
@@ -155,7 +156,24 @@ def sources_of(known: Sequence[str], classes: Sequence[str]) -> list[Source]:
                 "features of left and of right"
             )
         sources.append(source)
+    if unknown:
+        raise UnknownNameError(_not_learned(list(dict.fromkeys(unknown)), known))
     return sources
+
+
+def _not_learned(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """What is said of classes that are not known."""
+    names = " and ".join(f"'{name}'" for name in unknown)
+    hints = [hint for name in unknown if (hint := near_matches(name, known)).startswith("did you mean")]
+    said = f"the separator has not learned {'class' if len(unknown) == 1 else 'the classes'} {names}"
+    return f"{said}: {' '.join([*hints, listed(known)])}"
+
+
+def listed(known: Sequence[str], most: int = 300) -> str:
+    """``it knows flute, piano``, of about ``most`` characters."""
+    shown = [name for at, name in enumerate(known) if len(", ".join(known[: at + 1])) <= most or at == 0]
+    more = f" and {len(known) - len(shown)} more" if len(shown) < len(known) else ""
+    return f"it knows {', '.join(shown)}{more}"
 
 
 def _nfc(name: str) -> str:

@@ -82,8 +82,6 @@ def test_help_of_every_command(command, option, capsys):
         ["train", "store", "--epochs", "3"],
         ["train", "a", "b"],
         ["train", "store", "--classes-per-task", "many"],
-        ["separate"],
-        ["separate", "x.wav"],
         ["export", "run"],
         ["data"],
         ["data", "nosuch"],
@@ -134,11 +132,72 @@ def test_list_of_presets(capsys):
     assert "unet7" not in shown
 
 
+def test_list_for_programs_and_for_scripts(capsys):
+    from avsep.registry import REGISTRIES
+
+    assert run("list", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {*REGISTRIES, "presets", "protocols"}
+    names = [component.name for component in REGISTRIES["memories"]]
+    assert [row["name"] for row in found["memories"]] == names
+    (drawn,) = [row for row in found["memories"] if row["name"] == "random_per_class"]
+    assert {p["name"]: p["default"] for p in drawn["parameters"]}["per_class"] == 1
+    assert run("list", "memories", "--quiet") == 0
+    assert capsys.readouterr().out.split() == names
+    assert run("list", "memory", "--json") == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "nothing to list under 'memory'" in shown.err
+
+
 def test_list_into_a_closed_pipe():
     """``avsep list | head -1``"""
     command = f"{sys.executable} -m avsep list | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
+
+
+# ---------------------------------------------------------------------- completion of the shell
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["sep"], ["separate"]),
+        (["separate", "--overw"], ["--overwrite"]),
+        (["export", "ver"], ["verify"]),
+        (["separate", "du"], []),  # files, which the shell knows
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_words_are_completed(words, offered):
+    """As the script for bash asks, which `avsep --install-completion` installs; with the modules of one command."""
+    code = (
+        "import sys; sys.argv = ['avsep']\n"
+        "from avsep.cli import main\n"
+        "try: main()\n"
+        "finally: print(*sorted(m for m in sys.modules if m == 'torch' or m.endswith('_command')), file=sys.stderr)"
+    )
+    asked = {"COMP_WORDS": f"avsep {' '.join(words)}", "COMP_CWORD": str(len(words))}
+    asked["_AVSEP_COMPLETE"] = "complete_bash"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == offered, done.stderr
+    if len(words) > 1:
+        assert done.stderr.split() == [f"avsep.cli.{words[0]}_command"]
+
+
+def test_the_script_for_a_shell(capsys):
+    """`avsep --show-completion`, of the shell that it is called from."""
+    from typer.main import get_command
+
+    from avsep.cli.app import build_app
+
+    names = {option for parameter in get_command(build_app()).params for option in parameter.opts}
+    assert {"--install-completion", "--show-completion"} <= names
+    assert run("-h") == 0
+    assert "--install-completion" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- data
@@ -239,6 +298,13 @@ def test_evaluate_and_report(tone_run, tiny, capsys):
         for value in row:
             assert value is None or f"{value:.2f}" in shown
     assert "forgetting" in shown
+    assert run("evaluate", folder, "--task", "0", "--json", "--quiet", "--dependence", "0") == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    told = json.loads(shown.out)
+    assert told["file"] == str(folder / "evaluation.json")
+    assert told["after"][0]["all"]["mean"]["sdr"] == pytest.approx(result["after"][0]["all"]["mean"]["sdr"])
+    assert "rows" not in told["after"][0]
     pytest.importorskip("matplotlib")
     pytest.importorskip("jinja2")
     assert run("report", folder, "--mixtures", "2", "--out", "page.html") == 0

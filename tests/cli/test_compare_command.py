@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from avsep.data.tasks import task_stream
 from avsep.errors import RunError
 from avsep.evaluation import comparison_page
 from avsep.evaluation.budget import budget_of
-from avsep.evaluation.comparison import cells_of_runs, compare
+from avsep.evaluation.comparison import cells_of_runs, compare, with_enough_mixtures
 from avsep.evaluation.evaluate import evaluate_run
 from avsep.evaluation.yardsticks import YARDSTICKS, sdr_by_task
 from avsep.files import read_json
@@ -206,6 +207,49 @@ def test_joint_runs_bound_the_methods_of_their_separator(variant, capsys):
     assert "trained another separator than" in capsys.readouterr().err
     assert run("compare", plain, joint) == 0  # beside it, but no bound of it
     assert "intransig" not in capsys.readouterr().out
+
+
+def test_the_settings_in_which_runs_differ_are_said(variant, capsys):
+    train = yaml.safe_load((variant("as-it-is") / "run.yaml").read_text())["train"]
+    plain, longer = variant("plain", **FINETUNE), variant("longer", train={**train, "epochs": 50}, seed=7)
+    record = read_json(longer / "tasks/01/task.json")
+    (longer / "tasks/01/task.json").write_text(json.dumps(record | {"steps": record["steps"] + 30}))
+    steps = sum(read_json(plain / "tasks" / t / "task.json")["steps"] for t in ("00", "01"))
+    assert run("compare", plain, longer, "--json", "--quiet") == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    found = json.loads(shown.out)
+    own, other = "finetune", "contavsep + random_per_class"
+    assert found["differing_settings"] == {
+        "steps": {own: str(steps), other: str(steps + 30)},
+        "memory.name": {own: "none", other: "random_per_class"},
+        "train.epochs": {own: str(train["epochs"]), other: "50"},
+    }
+    assert [m["method"] for m in found["methods"]] == [own, other]
+    assert run("compare", plain, longer) == 0
+    assert "train.epochs: 2 (finetune); 50 (contavsep + random_per_class)" in capsys.readouterr().out
+    assert run("compare", plain) == 0
+    assert "differ" not in capsys.readouterr().out
+
+
+def test_there_is_no_interval_where_there_are_too_few_mixtures(tmp_path):
+    result = compare([*cells("a", [0]), *cells("b", [0])], baseline="a", resamples=50)
+    scored = int(min(method.counts["scored"] for method in result.methods))
+    assert with_enough_mixtures(result, scored) is result
+    few = with_enough_mixtures(result, scored + 1)
+    assert few["b"].values["average"].mean == result["b"].values["average"].mean
+    assert not few["b"].differences["average"].significant
+    assert comparison_page.interval_text(few["b"].values["average"]) == f"{few['b'].values['average'].mean:.2f}"
+    assert f"No intervals: {scored} scored test mixtures are too few" in comparison_page.caption(few)
+    rows = {(r["method"], r["measure"]): r for r in csv.DictReader(comparison_page.csv_text(few).splitlines())}
+    row = rows["b", "average"]
+    assert row["mean"]
+    assert row["difference"]
+    assert [row[key] for key in ("low", "high", "difference_low", "difference_high", "significant")] == [""] * 5
+    json.dumps(few.as_dict(), allow_nan=False)
+    for package in ("matplotlib", "jinja2"):
+        pytest.importorskip(package)
+    assert not re.search(r"[>\[ ]nan[,\] <]", comparison_page.render_page(few))
 
 
 def test_what_cannot_be_compared_is_said_in_one_line(variant, tmp_path, capsys):

@@ -30,6 +30,7 @@ from avsep.export.bundle.packing import check_target, write_arrays, write_tar
 from avsep.export.bundle.wheel import write_wheel
 from avsep.export.runtime.manifest import MANIFEST
 from support.bundles import write_sealed
+from support.folders import contents
 from support.tones import BUNDLE_CLASSES, TINY_FRONT_END, bundle_separator, tiny_learner
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -832,14 +833,21 @@ def test_tasks_on_the_command_line(options, names, quick, tmp_path, monkeypatch,
 
     monkeypatch.chdir(tmp_path)
     fake_run(tmp_path / "run")
-    for form in ("export", "export run"):
+    for form, more in (("export", ()), ("export run", ("--overwrite",))):
         with pytest.raises(SystemExit) as stop:
-            main([*form.split(), "run", *options, "--licence", "CC0-1.0"])
+            main([*form.split(), "run", *options, "--licence", "CC0-1.0", *more])
         assert stop.value.code == 0
         said = capsys.readouterr()
         assert "separator.on" in said.out  # a narrow terminal folds names
         assert all(f"{name} was gated on synthetic mixtures" in said.err for name in names)  # this run has no store
         assert "protocol.json" in said.err
+        written = contents(tmp_path)
+        with pytest.raises(SystemExit) as stop:  # a second time
+            main(["export", "run", *options])
+        assert stop.value.code == 2
+        told = capsys.readouterr().err
+        assert any(f"{name} is a bundle already: --overwrite replaces it" in told for name in names)
+        assert contents(tmp_path) == written
         assert {name: open_bundle(tmp_path / name).manifest["made_from"] for name in names} == {
             name: f"run, task {task}" for name, task in names.items()
         }

@@ -36,7 +36,7 @@ AVE = ("Male speech, man speaking", "Church bell", "a, b, c", "a, b", "violin")
         ("a,b,c,violin", ["a, b, c", "violin"]),
         ("a,b,violin", ["a, b", "violin"]),
         ("Male speech", ["Male speech"]),
-        ("left=violin, right = violin", ["left=violin", "right = violin"]),
+        ("left=violin, right = violin", ["left=violin", "right=violin"]),
         ("she=Male speech, man speaking,he = Male speech,man speaking,violin",
          ["she=Male speech, man speaking", "he=Male speech, man speaking", "violin"]),
         ('"she=Male speech, man speaking",x=a,b', ["she=Male speech, man speaking", "x=a, b"]),

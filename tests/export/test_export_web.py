@@ -156,6 +156,8 @@ def test_the_command_writes_a_site_of_a_run(tone_run, builds, tmp_path, capsys):
     assert run(*command, "--allow-drift") == 0
     assert json.loads((out / "bundle" / "manifest.json").read_text())["format"] == "avsep-bundle"
     assert {p.name for p in tmp_path.iterdir()} == {"site", "package"}
+    assert run(*command) == 2
+    assert "is a site already: --overwrite replaces it" in capsys.readouterr().err
 
 
 # --- the page's modules, under Node -----------------------------------------------------------------------------------

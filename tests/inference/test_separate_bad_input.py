@@ -166,7 +166,6 @@ REFUSED = {
     "unknown rate": (lambda d: d.argv(more=("--rate", "cd")), "'cd'", "input"),
     "unknown suffix": (lambda d: d.argv(more=("--suffix", "mp3")), "'mp3'", "flac"),
     "FLAC of floats": (lambda d: d.argv(more=("--suffix", "flac", "--format", "FLOAT")), "FLAC", "PCM_24"),
-    "one bad video of two": (lambda d: d.argv(d.shelf / "good.mp4", d.silent_film()), "clip.mp4", "no audio stream"),
 }
 
 
