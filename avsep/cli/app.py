@@ -15,6 +15,8 @@ COMMANDS = (
     "list",
     "data",
     "train",
+    "learn",
+    "memory",
     "evaluate",
     "compare",
     "report",
