@@ -50,11 +50,11 @@ def write_selection(
         DataError: the stores' rates differ, or one lacks what a source asks for.
     """
     first = selected[0].store
-    for one in {id(s.store): s.store for s in selected}.values():
-        rates = [(s.sample_rate_hz, s.object_rate_hz, s.motion_rate_hz) for s in (one, first)]
+    for other in {id(s.store): s.store for s in selected}.values():
+        rates = [(s.sample_rate_hz, s.object_rate_hz, s.motion_rate_hz) for s in (other, first)]
         if rates[0][: 3 if sources else 1] != rates[1][: 3 if sources else 1]:
             raise DataError(
-                f"{one.path} holds sound, object and motion at {', '.join(f'{r:g}' for r in rates[0])} Hz, and "
+                f"{other.path} holds sound, object and motion at {', '.join(f'{r:g}' for r in rates[0])} Hz, and "
                 f"{first.path} at {', '.join(f'{r:g}' for r in rates[1])} Hz: make the store at those rates"
             )
     roles = {s.name: s.role for s in sources if s.kind == "features"}
@@ -105,7 +105,7 @@ def _write(writer: StoreWriter, one: Selected, sources: Sequence[VisualSource], 
             given = {"features": {source.name: asked}} if source.kind == "features" else {source.role: asked}
             for start in starts:
                 centre_s = (start + front_end.clip_samples // 2) / front_end.sample_rate_hz
-                dataclasses.replace(timeline, **given).read(source, centre_s, front_end.clip_s)  # type: ignore[arg-type]
+                dataclasses.replace(timeline, **given).read(source, centre_s, front_end.clip_s)
             parts[kind] = joined_parts(asked.runs)
             kept[kind] = np.concatenate([np.asarray(arrays[kind][a : a + n]) for a, n in parts[kind]])
         about |= {
