@@ -95,7 +95,7 @@ def command(
 def _table(found: Extension) -> Table:
     from rich.table import Table
 
-    table = Table(title="SDR improvement over the mixture, dB")
+    table = Table(title="SDR improvement, dB")
     for heading in ("class", "before", "after", "change"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
     for one in found.changes:

@@ -15,12 +15,15 @@ def command(
         typer.Option("--carry", help="Copy the exemplars into the run, so that its store may be deleted."),
     ] = False,
     forget: Annotated[str | None, typer.Option("--forget", help="Remove this class's exemplars from the run.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Write an HTML page to hear and to see the exemplars (extra report).")
+    ] = None,
     store: Annotated[
         Path | None, typer.Option("--store", help="Of --carry: where the run's own store lies [default: where it was].")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Of --carry: auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
-    """List the exemplars that a run carries, with their bytes; copy them into the run; forget a class's."""
+    """List and play the exemplars that a run carries; copy them into the run; forget a class's."""
     from rich.table import Table
 
     from avsep.errors import ConfigError
@@ -56,3 +59,12 @@ def command(
         end_section=True,
     )
     terminal().print(table)
+    if page is not None:
+        from avsep.data.store import Store
+        from avsep.evaluation.memory_page import render_memory
+        from avsep.files import write_text
+        from avsep.runs.folder import RunFolder
+
+        opened = Store.open(RunFolder(run).memory)
+        write_text(page, render_memory(run.resolve().name, opened, {one.class_name: one.ids for one in found}))
+        typer.echo(f"page written to {page} ({page.stat().st_size / 1e6:.1f} MB)")

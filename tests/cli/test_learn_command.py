@@ -44,8 +44,12 @@ def test_classes_are_added_one_after_the_other(taught, capsys):
     assert run("evaluate", "taught", "--device", "cpu") == 0
     assert run("data", "check", "taught/memory") == 0
     capsys.readouterr()
-    assert run("memory", "taught", "--forget", "ding") == 0
+    assert run("memory", "taught", "--forget", "ding", "--page", "memory.html") == 0
     told = capsys.readouterr().out
+    page = (taught.path.resolve().parent / "memory.html").read_text(encoding="utf-8")
+    assert page.count("<audio") == 6
+    assert "0.7 s of 1.5 s are kept." in page
+    assert "No exemplars." in page
     assert "2 exemplars of ding are removed" in told
     assert "peep-train-" in told
     assert "ding-train-" not in told
