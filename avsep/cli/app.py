@@ -16,6 +16,8 @@ COMMANDS = (
     "list",
     "data",
     "train",
+    "learn",
+    "memory",
     "evaluate",
     "compare",
     "report",

@@ -46,7 +46,7 @@ def command(
     console = terminal()
     console.print(_kept(specs, {name: budget_of(run, task, store=store) for name, run in names.items()}))
     if align:
-        places = {spec.store for spec in specs.values()}
+        places = {str(RunFolder(names[name]).store(spec) or "") for name, spec in specs.items()}
         if store is None and len(places) > 1:
             raise ConfigError(f"the runs are over {len(places)} stores ({', '.join(sorted(places))}): give --store")
         found = aligned(specs, store or places.pop(), budget=to, task=task, memory=memory)

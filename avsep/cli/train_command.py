@@ -126,7 +126,7 @@ def command(
         for name, value in (("order", order), ("blurry", blurry)):
             if value is not None:
                 raise ConfigError(f"{out} goes on with the tasks it was started with: leave --{name} out to resume")
-        store = store or Path(spec.store)
+        store = store or RunFolder(out).store(spec)
     else:
         preset = preset or "iquery_small"
         loaded = load_preset(preset)

@@ -24,7 +24,7 @@ def open_run_store(
     folder = RunFolder(run)
     spec = folder.spec()
     if not isinstance(store, Store):
-        where = store or spec.store
+        where = store or folder.store(spec)
         if not where:
             raise RunError(f"{run} does not name its store: give it with --store")
         try:

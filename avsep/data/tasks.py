@@ -14,7 +14,7 @@ from avsep.errors import ConfigError, DataError
 from avsep.spec import BlurrySpec
 from avsep.types import Task
 
-__all__ = ["TaskStream", "make_tasks", "split_classes", "task_stream"]
+__all__ = ["TaskStream", "make_tasks", "split_classes", "task_stream", "training_clips"]
 
 
 def make_tasks(lists: Sequence[Sequence[str]]) -> tuple[Task, ...]:
@@ -77,8 +77,25 @@ class TaskStream:
             return clips
         return {name: [c for c in members if c.id in self.shares[task.index]] for name, members in clips.items()}
 
+    def counts(self, tasks: Sequence[Task]) -> dict[str, int]:
+        """How many clips of each class the exemplars of these tasks are, or were, chosen from."""
+        gone = training_clips(self.store)
+        return {name: gone.get(name, len(clips)) for task in tasks for name, clips in self.candidates(task).items()}
+
+    @property
+    def carried(self) -> int:
+        """The number of tasks, from the first on, of whose training clips the store has the exemplars alone."""
+        gone = training_clips(self.store)
+        return next((t.index for t in self.tasks if not set(t.classes) <= set(gone)), len(self.tasks))
+
     def __len__(self) -> int:
         return len(self.tasks)
+
+
+def training_clips(store: Store) -> dict[str, int]:
+    """How many training clips there were of those classes of which the store has the exemplars of a memory alone."""
+    found = store.manifest.get("origin", {}).get("training_clips", {})
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def task_stream(
@@ -116,6 +133,8 @@ def task_stream(
     for task in made:
         for name in task.classes:
             for split in ("train", "val", "test"):
+                if split == "train" and name in training_clips(store):
+                    continue  # of which nothing need be left
                 if not store.select(classes=[name], split=split):
                     raise DataError(
                         f"class '{name}' has no {split} clip in {store.path}: leave it out of the tasks or add some"

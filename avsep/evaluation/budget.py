@@ -226,7 +226,10 @@ def budget_of(run: str | Path, task: int | None = None, *, store: Store | str | 
     memory: MemoryPolicy = MEMORIES.create(spec.memory.name, spec.memory.params)
     kept = read_exemplars(run, task)
     weight = ExemplarBytes()
-    if kept or strategy.uses_all_data:
+    weighed = folder.task(task).record().get("exemplar_bytes")  # of tasks whose exemplars need not be at hand
+    if isinstance(weighed, dict):
+        weight = ExemplarBytes(**weighed)
+    elif kept or strategy.uses_all_data:
         opened = open_run_store(folder, store)
         if strategy.uses_all_data:
             memory = RandomPerClass()  # whole recordings

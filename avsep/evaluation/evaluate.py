@@ -18,6 +18,7 @@ import torch
 from avsep.data.opening import open_run_store
 from avsep.data.protocol import APART, Protocol, build_protocol
 from avsep.data.store import Store
+from avsep.data.tasks import training_clips
 from avsep.dsp import FrontEnd
 from avsep.errors import AvsepError, DataError, RunError
 from avsep.evaluation.av_align import mean_agreement
@@ -484,7 +485,8 @@ def _yardsticks(
             progress("yardsticks", done, len(mixtures))
 
     classes = sorted({m.classes[place] for m in mixtures for place in m.asked})
-    lacking = [name for name in classes if not trained.select(classes=[name], split="train")]
+    gone = training_clips(trained)  # of classes of which there are exemplars at most
+    lacking = [n for n in classes if n in gone or not trained.select(classes=[n], split="train")]
     static = None if lacking else StaticFilter.fit(trained, classes, FrontEnd(spec))
     rows = measure(mixtures, store, spec, static, task_of=task_of, batch_size=batch_size, progress=advance)
     why = {"left_out": {"static filter": f"no training clip of {', '.join(lacking)} is at hand"}} if lacking else {}

@@ -9,6 +9,8 @@ Layout::
     tasks/TT/task.json                the task's record with the SHA-256 of its files, written last: a task without
                                       one is not finished
     state/                            the checkpoint that a resume goes on from
+    memory/                           a store of the exemplars, and of the recordings to validate and test on, where the
+                                      run carries them itself
     logs/                             train.csv, validation.csv and the loggers' own
     evaluation.json, report.html      once evaluated and reported
 """
@@ -99,6 +101,7 @@ class RunFolder:
         self.evaluation_file = self.path / "evaluation.json"
         self.report_file = self.path / "report.html"
         self.state = self.path / "state"
+        self.memory = self.path / "memory"
         self.logs = self.path / "logs"
         self.tasks = self.path / "tasks"
 
@@ -132,6 +135,13 @@ class RunFolder:
             return validated(RunSpec, read_yaml(self.spec_file), str(self.spec_file))
         except ConfigError as error:
             raise RunError(f"{error}; restore the file, or start another run") from None
+
+    def store(self, spec: RunSpec | None = None) -> Path | None:
+        """Where the run's store lies: in the run itself, where it carries its memory."""
+        named = (self.spec() if spec is None else spec).store
+        if named == self.memory.name:
+            return self.memory
+        return Path(named) if named else None
 
     def write_spec(self, spec: RunSpec) -> None:
         write_yaml(self.spec_file, spec.model_dump(mode="json"))

@@ -54,7 +54,9 @@ class TaskContext:
     ``needs_teacher`` is set and there was one. ``old_shapes`` are the shapes of the student's tensors before the
     classes of this task were added (empty in the first task): what is new of a tensor lies beyond them. ``steps``: of
     the task, in all. ``resumed``: a run goes on within the task, with the weights and the state of its last checkpoint.
-    ``is_last``: no task follows, so that what only later ones would use need not be computed.
+    ``is_last``: no task is known to follow, so that :meth:`Strategy.after_task` need not compute what only later ones
+    would use. When the run is extended, it is called once more, from the task's last checkpoint and without
+    ``is_last``: while a task is being trained nothing may be left out.
     """
 
     task: Task

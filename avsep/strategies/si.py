@@ -52,7 +52,7 @@ class SI(Anchor):
         return None if self.weight > 0 else {}  # its path must be followed, so it is not taken from another run
 
     def begin_task(self, ctx: TaskContext) -> None:
-        if self.weight == 0 or ctx.is_last:
+        if self.weight == 0:
             return
         own = {name: p.detach() for name, p in ctx.student.named_parameters() if p.requires_grad}
         if not ctx.resumed:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from avsep.data.store import Clip
@@ -94,6 +95,7 @@ class ContinualLearner:
         self.memory: MemoryPolicy = MEMORIES.create(self._memory_ref.name, self._memory_ref.params)
         self.train = train if isinstance(train, TrainSpec) else validated(TrainSpec, train or {}, "train")
         self.exemplars: Memory = {}
+        self._open_ended = False
         self.fabric = make_fabric(accelerator, self.train.precision)
         self.ranks = Ranks(self.fabric.global_rank, self.fabric.world_size)
         if workers is not None and not 0 <= workers <= MOST_PROCESSES:
@@ -123,6 +125,7 @@ class ContinualLearner:
         progress: bool | Progress = True,
         preset: str = "",
         first_task: str | Path | None = None,
+        open_ended: bool = False,
     ) -> list[dict[str, Any]]:
         """Learn every task of ``stream`` and return one record a task.
 
@@ -134,6 +137,8 @@ class ContinualLearner:
             first_task: another run's folder, whose finished first task is taken over instead of being trained anew.
                 That run must agree in all that decides it (:meth:`~avsep.strategies.Strategy.first_task`), and the
                 result is then the same.
+            open_ended: another task may follow the last one (:func:`avsep.training.extending.extend`), so that strategy
+                and memory do after it what they do after the others. A finished run that is resumed so does it now.
 
         Raises:
             RunError: the folder holds another run, or is being written by another process.
@@ -145,10 +150,10 @@ class ContinualLearner:
         """
         try:
             if out is not None:
-                return self._fit(stream, RunFolder(out), resume, progress, preset, first_task)
+                return self._fit(stream, RunFolder(out), resume, progress, preset, first_task, open_ended)
             with tempfile.TemporaryDirectory(prefix="avsep-run-") as folder:
                 own = RunFolder(self.ranks.broadcast(folder))
-                return self._fit(stream, own, False, progress, preset, first_task)
+                return self._fit(stream, own, False, progress, preset, first_task, open_ended)
         except RuntimeError as error:
             if self.ranks.several and is_lost(error):
                 raise LostRankError(
@@ -165,8 +170,10 @@ class ContinualLearner:
         progress: bool | Progress,
         preset: str,
         first_task: str | Path | None,
+        open_ended: bool,
     ) -> list[dict[str, Any]]:
-        self._check(stream)
+        self._open_ended = open_ended
+        self._check(stream, run)
         if self.ranks.first:
             _check_folder(run, resume)
         refs = self._strategy_refs
@@ -199,6 +206,11 @@ class ContinualLearner:
                     stream.tasks[first]
             else:
                 first = self._restore(stream, run)
+            if first < stream.carried:
+                raise RunError(
+                    f"of the recordings of task {first} only the exemplars are left, and it cannot be learned again: "
+                    f"restore {run.task(first).path} from a copy"
+                )
             if other is not None and not state and first == 0:
                 self._take_first_task(other, stream, run, progress)
                 first = 1
@@ -259,6 +271,47 @@ class ContinualLearner:
             self.separator = load_separator(run, task=done - 1)
             self.exemplars = read_exemplars(run, done - 1)
         return done
+
+    def take_over(self, stream: TaskStream, run: str | Path, *, progress: bool | Progress = True) -> None:
+        """Stand where another strategy's finished run ended: after its last task, do what this one's strategy and
+        memory do after a first task of all the classes that the run knows. The separator stays as it is.
+
+        The memory adds exemplars of the last task, unless the other's has done so.
+
+        Raises:
+            ConfigError: the strategy would not be where it could go on.
+        """
+        folder, last = RunFolder(run), stream.tasks[-1]
+        self._open_ended = True
+        found = folder.task(last.index).record()
+        self.separator = load_separator(folder, task=last.index).to(self.fabric.device).eval()
+        self.strategy.check(self.separator)
+        self.exemplars = read_exemplars(folder, last.index)
+        before = _on_cpu(dict(self.separator.state_dict()))
+        before = {name: value.clone() for name, value in before.items()}
+        with seeded(self.train.seed, last.index), _bars(progress) as bars:
+            mixtures = self._mixtures(stream, last)
+            mixtures.show(bars, f"{self._strategy_name} takes over")
+            whole = Task(last.index, last.seen, last.seen)
+            ctx = TaskContext(whole, self.separator, None, mixtures, self.ranks, mixtures.epoch(0).steps)
+            self.strategy.begin_task(ctx)
+            self.separator.eval()
+            self.strategy.after_task(ctx)
+            if not found.get("open"):
+                self.exemplars = self._remember(stream, last, self.exemplars)
+        after = self.separator.state_dict()
+        if any(not torch.equal(value, after[name].cpu()) for name, value in before.items()):
+            raise ConfigError(
+                f"strategy '{self._strategy_name}' would change what {run} has learned before anything new is begun: "
+                "choose another"
+            )
+        kept = self.strategy.state_dict()
+        place = folder.task(last.index)
+        state = save_state(place.strategy_file, kept) if kept else None
+        if not kept:
+            place.strategy_file.unlink(missing_ok=True)
+        plain = exemplars_to_plain(self.exemplars)
+        place.write_record({**found, "exemplars": plain, "strategy_state": state, "open": True})
 
     def _check_first_task(self, other: RunFolder, spec: RunSpec, stream: TaskStream) -> None:
         """Refuse a run whose first task is not, to the last bit, the one that would be trained here."""
@@ -329,7 +382,7 @@ class ContinualLearner:
             )
         synchronise_batch_norm(self.separator, self.ranks)
 
-    def _check(self, stream: TaskStream) -> None:
+    def _check(self, stream: TaskStream, run: RunFolder) -> None:
         first = stream.tasks[0]
         if self.ranks.several:
             self._check_ranks()
@@ -365,12 +418,15 @@ class ContinualLearner:
                     "pair different classes, so give it two or more"
                 )
         if not self.strategy.uses_all_data:
-            self.memory.check(_counts(stream, stream.tasks if self.strategy.memory_only else stream.tasks[:-1]))
-        clip = stream.train_clips(first)[0]
-        for source in self.separator.visual_sources():  # a missing feature or a wrong width shows here, not in an hour
-            stream.store.read_visual(clip, source, centre_s=0.0, duration_s=spec.front_end.clip_s)
-        remembered: Memory = {}
-        for task in stream.tasks:  # likewise a batch or partners that some task has too few clips for
+            kept_last = self.strategy.memory_only or self._open_ended
+            self.memory.check(stream.counts(stream.tasks if kept_last else stream.tasks[:-1]))
+        to_learn = stream.tasks[stream.carried :]
+        for task in to_learn[:1]:  # a missing feature or a wrong width shows here, not in an hour
+            clip = stream.train_clips(task)[0]
+            for source in self.separator.visual_sources():
+                stream.store.read_visual(clip, source, centre_s=0.0, duration_s=spec.front_end.clip_s)
+        remembered: Memory = read_exemplars(run, stream.carried - 1) if stream.carried else {}
+        for task in to_learn:  # likewise a batch or partners that some task has too few clips for
             chosen = self._remember(stream, task, remembered, scored=False)
             self._mixtures(stream, task, chosen if self.strategy.memory_only else remembered).epoch(0)
             remembered = chosen
@@ -436,9 +492,12 @@ class ContinualLearner:
             ranks=self.ranks,
             steps=mixtures.epoch(0).steps * self.train.epochs,
             resumed=resumed,
-            is_last=task.index == len(stream) - 1,
+            is_last=self._is_last(stream, task),
             old_shapes=weight_shapes(run.task(task.index - 1).separator) if task.index else {},
         )
+
+    def _is_last(self, stream: TaskStream, task: Task) -> bool:
+        return task.index == len(stream) - 1 and not self._open_ended
 
     def _log(self, task: Task, run: RunFolder, step: int, bars: Progress) -> TaskLog:
         return TaskLog(
@@ -533,6 +592,7 @@ class ContinualLearner:
                 "seconds": round(record.seconds, 1),
                 "seconds_after": round(seconds_after, 1),  # what strategy and memory did once the task was learned
                 "strategy_state": save_state(folder.strategy_file, kept) if kept else None,
+                **({} if self._is_last(stream, task) else {"open": True}),  # another task may follow
             }
         )
 
@@ -559,11 +619,10 @@ class ContinualLearner:
         """The memory after a task; nothing is added after the last one, unless it is what that is trained on. Where
         candidates are not ``scored``, the separator does not run: of a policy that asks it only the number of exemplars
         means something."""
-        is_last = task.index == len(stream) - 1 and not self.strategy.memory_only
-        if is_last or self.strategy.uses_all_data:
+        if self.strategy.uses_all_data or (self._is_last(stream, task) and not self.strategy.memory_only):
             return held
         clips = stream.candidates(task)
-        earlier = _counts(stream, stream.tasks[: task.index])
+        earlier = stream.counts(stream.tasks[: task.index])
         front_end, sources = self.separator.spec.front_end, self.separator.visual_sources()
         weigh = ExemplarScale(stream.store, sources, front_end)
         candidates = (
@@ -598,11 +657,6 @@ def _load_student(student: Separator, tensors: dict[str, Tensor], run: RunFolder
         student.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{run.state} does not fit the separator: {str(error).splitlines()[-1]}") from None
-
-
-def _counts(stream: TaskStream, tasks: Sequence[Task]) -> dict[str, int]:
-    """How many clips of each class the exemplars of these tasks are chosen from."""
-    return {name: len(clips) for task in tasks for name, clips in stream.candidates(task).items()}
 
 
 def _refs(value: _Component | Sequence[_Component]) -> tuple[ComponentRef, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -126,7 +126,8 @@ def check_store(path: str | Path, bars: Progress | None = None) -> StoreCheck:
                 result.problems.append(f"clip '{clip.id}' is silent ({level_db:.0f} dB)")
             if clipped > 1e-3:
                 result.problems.append(f"clip '{clip.id}' is clipped ({100 * clipped:.1f} % of its samples)")
-        motion = store.timeline(clip).motion
+        motion: Any = store.timeline(clip).motion
+        motion = getattr(motion, "kept", motion)  # of an exemplar its crops
         if motion is not None and len(motion) > 1 and not np.any(np.asarray(motion[1:]) != np.asarray(motion[:-1])):
             result.problems.append(f"clip '{clip.id}': its motion frames never change")
         bars.advance(bar)
@@ -142,11 +143,13 @@ def check_store(path: str | Path, bars: Progress | None = None) -> StoreCheck:
 def _level(store: Store, clip: Clip) -> tuple[float, float]:
     """RMS level in dB below full scale and the share of samples at full scale."""
     power, clipped = 0.0, 0
-    for start in range(0, clip.samples, _BLOCK):
-        block = store.read_audio(clip, start, min(_BLOCK, clip.samples - start)).astype(np.float64)
-        power += float(block @ block)
-        clipped += int(np.count_nonzero(np.abs(block) >= 32766 / 32768))
-    count = max(clip.samples, 1)
+    runs = store.kept_samples(clip)
+    for first, length in runs:
+        for start in range(first, first + length, _BLOCK):
+            block = store.read_audio(clip, start, min(_BLOCK, first + length - start)).astype(np.float64)
+            power += float(block @ block)
+            clipped += int(np.count_nonzero(np.abs(block) >= 32766 / 32768))
+    count = max(sum(length for _, length in runs), 1)
     return 10 * float(np.log10(max(power / count, 1e-12))), clipped / count
 
 
@@ -156,7 +159,8 @@ def _feature_summary(store: Store, name: str, role: str) -> FeatureSummary:
     low: np.ndarray | None = None
     high: np.ndarray | None = None
     for clip in store.clips:
-        array = np.asarray(store.timeline(clip).features[name], dtype=np.float64)
+        stored = store.timeline(clip).features[name]
+        array = np.asarray(getattr(stored, "kept", stored), dtype=np.float64)
         vectors = array if role == "object" else array.T  # [n, D]
         if not np.isfinite(vectors).all():
             raise DataError(f"features '{name}' of clip '{clip.id}' hold NaN or infinite values: extract them again")

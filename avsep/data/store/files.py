@@ -11,7 +11,8 @@ Layout::
 
 The manifest is written last, so a folder without one is unfinished. ``clips`` are what can be read; a store prepared
 from videos also says of each clip where it comes from (``source``, with its hash), and lists under ``skipped`` the
-videos that could not be used, with ``status`` and ``reason``. Large data sets may have their files in shards instead
+videos that could not be used, with ``status`` and ``reason``. Of a clip that is an exemplar of a memory there may be
+``parts`` alone (:mod:`avsep.data.store.parts`). Large data sets may have their files in shards instead
 (:mod:`avsep.data.store.shards`); a store of either kind is opened and read alike.
 """
 
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from avsep.data.store.maps import ArrayOnDisk, FileMaps, MappedFile, OpenFile, array_header, load_array, room_for_maps
+from avsep.data.store.parts import ArrayInParts, check_parts, place_in_parts
 from avsep.data.store.shards import check_shards, find_shards
 from avsep.errors import ConfigError, DataError, UnknownNameError, near_matches
 from avsep.export.runtime.errors import one_line
@@ -281,24 +283,32 @@ class Store:
         out *= scale
         return np.clip(out, -1.0, 1.0, out=out) if abs(gain) > 1 else out
 
+    def read_pcm(self, clip: Clip, start: int, samples: int) -> np.ndarray:
+        """int16 [samples] from sample ``start`` on, all inside the clip, as they are stored."""
+        return np.array(self._pcm(clip, start, samples))
+
     def _pcm(self, clip: Clip, start: int, samples: int) -> np.ndarray:
         """int16 [samples] from sample ``start`` on."""
         record = self._records(clip).get("audio")
         if record is None:
             raise DataError(f"clip '{clip.id}' of {self.path} has no audio: this store holds features only")
+        place, length = start, clip.samples
+        if (parts := self._parts(clip, "audio")) is not None:
+            length = sum(count for _, count in parts)
+            place = place_in_parts(parts, start, samples, self._partly(clip, "samples"))
         with self._opened(record) as file:
             try:
                 layout = file.pcm_layout()
             except ValueError as error:
                 where = self._name(record)
                 raise DataError(f"{where} is not a readable WAV file ({error}): make the store again") from None
-            if layout[:4] != (self.sample_rate_hz, 1, 16, clip.samples):
+            if layout[:4] != (self.sample_rate_hz, 1, 16, length):
                 raise DataError(
                     f"{self._name(record)} is {layout.rate_hz} Hz, {layout.channels} channels, {layout.bits} bit, "
                     f"{layout.frames} samples; the manifest says {self.sample_rate_hz} Hz, 1 channel, 16 bit, "
-                    f"{clip.samples} samples"
+                    f"{length} samples"
                 )
-            pcm = file.numbers(_PCM, layout.offset + _PCM.itemsize * start, samples)
+            pcm = file.numbers(_PCM, layout.offset + _PCM.itemsize * place, samples)
         if len(pcm) != samples:
             raise DataError(f"{self._name(record)} ends early: make the store again")
         return pcm
@@ -330,13 +340,30 @@ class Store:
         records: dict[str, dict[str, Any]] = self.manifest["clips"][clip.index]["files"]
         return records
 
+    def kept_samples(self, clip: Clip) -> list[list[int]]:
+        """Which of a clip's samples are there, as runs ``[first, count]``: all, but for an exemplar's crops."""
+        return self._parts(clip, "audio") or [[0, clip.samples]]
+
+    def _parts(self, clip: Clip, kind: str) -> list[list[int]] | None:
+        parts: list[list[int]] | None = self.manifest["clips"][clip.index].get("parts", {}).get(kind)
+        return parts
+
+    def _partly(self, clip: Clip, what: str) -> str:
+        return f"of clip '{clip.id}' of {self.path} only the crops of its exemplars are kept, and no other {what}"
+
+    def _whole(self, clip: Clip, kind: str, array: Any) -> Any:
+        """The array with its rows in their places, where only parts of it are kept."""
+        if (parts := self._parts(clip, kind)) is None:
+            return array
+        return ArrayInParts(array, parts, self.manifest["clips"][clip.index]["rows"][kind], self._partly(clip, kind))
+
     def timeline(self, clip: Clip) -> VisualTimeline:
         """All that the store has to see of a clip, as memory maps."""
         arrays = {}
         for kind, record in self._records(clip).items():
             if kind != "audio":
                 try:
-                    arrays[kind] = self._mapped(record).array()
+                    arrays[kind] = self._whole(clip, kind, self._mapped(record).array())
                     self._check_array(kind, arrays[kind])
                 except ValueError as error:
                     raise self._unreadable(record, error) from None
@@ -392,7 +419,7 @@ class Store:
         with self._opened(record) as file:
             copy = copy and isinstance(file, MappedFile)  # what is read by position is nobody else's
             try:
-                array = file.array()
+                array = self._whole(clip, kind, file.array())
                 self._check_array(kind, array)
                 return self._timeline(clip, {kind: array}).read(source, centre_s, duration_s, copy=copy)
             except ValueError as error:
@@ -494,6 +521,7 @@ def _check_manifest(path: Path, manifest: Any) -> None:
                 )
             if not _is_count(entry["samples"]):
                 raise DataError(f"{where}: clip '{entry['id']}' has {_short(entry['samples'])} samples")
+            check_parts(f"{where}: clip '{entry['id']}'", entry)
             for kind, record in entry["files"].items():
                 relative = Path(record["path"])
                 if UNFIT.search(record["path"]):

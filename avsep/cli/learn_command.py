@@ -1,0 +1,105 @@
+"""``avsep learn``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from avsep.environment import MOST_PROCESSES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from avsep.training.extending import Extension
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Run folder, as avsep train writes it.", show_default=False)],
+    source: Annotated[
+        Path,
+        typer.Option("--from", help="Store, or folder with recordings in a folder a class.", show_default=False),
+    ],
+    classes: Annotated[
+        str, typer.Option("--classes", help="Classes to learn, such as cello or cello,viola.", show_default=False)
+    ],
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="Another strategy from here on [default: the run's].")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Another memory from here on [default: the run's].")
+    ] = None,
+    max_loss_db: Annotated[
+        float,
+        typer.Option(
+            "--max-loss-db", help="Leave the run as it was if an old class's SDR improvement falls by more (inf: any)."
+        ),
+    ] = 0.5,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting from here on, e.g. train.epochs=10 (repeatable)."),
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Where the run's own store lies now [default: where it was].")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=0, max=MOST_PROCESSES, help="Reader processes; never changes the result."),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Recordings prepared at once, from a folder.")
+    ] = 1,
+) -> None:
+    """Teach a finished run more classes. Continues a killed call; the run can be used at every moment."""
+    from avsep.cli._text import names_in, warnings_in_a_line
+    from avsep.environment import keep_memory
+    from avsep.errors import ConfigError
+    from avsep.progress import terminal
+    from avsep.training.extending import extend
+
+    if not max_loss_db >= 0:
+        raise ConfigError(f"--max-loss-db {max_loss_db:g}: give 0 or more dB")
+    keep_memory()
+    try:
+        with warnings_in_a_line():
+            found = extend(
+                run,
+                source,
+                names_in(classes),
+                strategy=strategy,
+                memory=memory,
+                store=store,
+                max_loss_db=max_loss_db,
+                settings=settings or (),
+                device=device,
+                workers=workers,
+                jobs=jobs,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the run is as it was; the same command goes on where it stopped") from None
+    terminal().print(_table(found))
+    if found.lost:
+        raise ConfigError(
+            f"{', '.join(found.lost)} lost more than {max_loss_db:g} dB, so that {run} is left as it was: run the same "
+            "command with a larger --max-loss-db to take what was learned, or with other settings"
+        )
+    typer.echo(
+        "old classes were validated and tested on their own recordings, which the run carries with its exemplars"
+    )
+    typer.echo(f"{run} has learned {classes} as task {found.task}; next: avsep evaluate {shlex.quote(str(run))}")
+
+
+def _table(found: Extension) -> Table:
+    from rich.table import Table
+
+    table = Table(title="SDR improvement, dB")
+    for heading in ("class", "before", "after", "change"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for one in found.changes:
+        before = "new" if one.before is None else f"{one.before:.2f}"
+        change = "" if one.change is None else f"{one.change:+.2f}"
+        table.add_row(one.class_name, before, "" if one.after is None else f"{one.after:.2f}", change)
+    return table

@@ -1,0 +1,70 @@
+"""``avsep memory``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Run folder, as avsep train or learn writes it.", show_default=False)],
+    carry: Annotated[
+        bool,
+        typer.Option("--carry", help="Copy the exemplars into the run, so that its store may be deleted."),
+    ] = False,
+    forget: Annotated[str | None, typer.Option("--forget", help="Remove this class's exemplars from the run.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Write an HTML page to hear and to see the exemplars (extra report).")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Of --carry: where the run's own store lies [default: where it was].")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Of --carry: auto, cpu, cuda or mps.")] = "auto",
+) -> None:
+    """List and play the exemplars that a run carries; copy them into the run; forget a class's."""
+    from rich.table import Table
+
+    from avsep.errors import ConfigError
+    from avsep.progress import terminal
+    from avsep.training import extending
+
+    if store is not None and not carry:
+        raise ConfigError("--store says where the exemplars are to be copied from: give --carry with it")
+    if carry:
+        try:
+            extending.carry(run, store=store, device=device)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the run is as it was; the same command goes on where it stopped") from None
+    if forget is not None:
+        count = extending.forget(run, forget)
+        typer.echo(
+            f"{count} exemplars of {forget} are removed. The separator still knows {forget}, and may lose it as more "
+            "is learned; what the strategy keeps, and the recordings to validate and test on, are not changed"
+        )
+    found = extending.carried_exemplars(run)
+    table = Table(title=f"exemplars in {run}")
+    for heading in ("class", "exemplars", "seconds", "bytes", "recordings"):
+        table.add_column(heading, justify="left" if heading in ("class", "recordings") else "right")
+    for one in found:
+        shown = ", ".join(one.ids[:3]) + (", ..." if len(one.ids) > 3 else "")
+        table.add_row(one.class_name, str(one.count), f"{one.seconds:.1f}", f"{one.bytes:,}", shown)
+    table.add_row(
+        "all",
+        str(sum(o.count for o in found)),
+        f"{sum(o.seconds for o in found):.1f}",
+        f"{sum(o.bytes for o in found):,}",
+        "",
+        end_section=True,
+    )
+    terminal().print(table)
+    if page is not None:
+        from avsep.data.store import Store
+        from avsep.evaluation.memory_page import render_memory
+        from avsep.files import write_text
+        from avsep.runs.folder import RunFolder
+
+        opened = Store.open(RunFolder(run).memory)
+        write_text(page, render_memory(run.resolve().name, opened, {one.class_name: one.ids for one in found}))
+        typer.echo(f"page written to {page} ({page.stat().st_size / 1e6:.1f} MB)")
