@@ -97,7 +97,7 @@ def test_tasks_are_cut_from_the_order(store):
     length = TINY_FRONT_END["clip_samples"]
     stream = task_stream(store, 2, order="random:1", clip_samples=length)
     assert stream.tasks[1].seen == class_order(store, "random:1")
-    with pytest.raises(ConfigError, match="order 'near' is of tasks that are cut"):
+    with pytest.raises(ConfigError, match="order 'near' applies only where tasks are given as a number"):
         task_stream(store, TINY_TASKS, order="near", clip_samples=length)
 
 
