@@ -17,7 +17,7 @@ import typer
 if TYPE_CHECKING:
     from avsep.progress import Progress
 
-__all__ = ["Json", "Output", "Quiet", "Verbose", "link", "tracebacks"]
+__all__ = ["Json", "Output", "Quiet", "Verbose", "link", "next_command", "tracebacks"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, and no tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what is wrong (with --json: and the result).")]
@@ -111,6 +111,15 @@ def link(path: str | os.PathLike[str]) -> str:
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         return text
     return f"\x1b]8;;{Path(path).absolute().as_uri()}\x1b\\{text}\x1b]8;;\x1b\\"
+
+
+def next_command(*words: str | os.PathLike[str]) -> str:
+    """``next: avsep evaluate runs/a``, to be copied into a shell: names with spaces stand in quotes."""
+    import shlex
+
+    from avsep.progress import printable
+
+    return printable(f"next: avsep {shlex.join(map(str, words))}")
 
 
 def _plain(value: Any) -> Any:

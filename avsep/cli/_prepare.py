@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from avsep.cli._output import next_command
 from avsep.cli._text import extent, names_in
 from avsep.environment import MOST_PROCESSES
 
@@ -180,3 +181,4 @@ def _print(result: Prepared) -> None:
     if result.unlisted:
         typer.echo(f"note: {result.unlisted} videos came since it was finished: --update takes them in", err=True)
     console.print(f"content hash {store.content_hash}")
+    typer.echo(next_command("train", store.path, "--out", f"runs/{store.path.name}"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from avsep.cli import _prepare
+from avsep.cli._output import next_command
 from avsep.cli._text import extent, names_in, warnings_in_a_line
 from avsep.environment import MOST_PROCESSES
 
@@ -73,6 +74,7 @@ def synth(
         raise KeyboardInterrupt("the same command goes on where it was") from None
     terminal().print(f"{store.path}: {extent(store)}", highlight=False)
     terminal().print(f"content hash {store.content_hash}", highlight=False)
+    typer.echo(next_command("train", store.path, "--out", f"runs/{store.path.name}"))
 
 
 @app.command("notes")

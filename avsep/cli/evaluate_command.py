@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avsep.cli._output import Json, Output, Quiet, Verbose, link
+from avsep.cli._output import Json, Output, Quiet, Verbose, link, next_command
 from avsep.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def command(
     output.result(_without_rows({"file": path, **result}))
     if output.tells:
         print_evaluation(terminal(), result)
-    onwards = "" if other else f"; next: avsep report {run}"
+    onwards = "" if other else f"; {next_command('report', run)}"
     output.say(f"scores written to {link(path)}{onwards}")
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from avsep.cli._output import link, next_command
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -287,7 +289,7 @@ def run(
     if target == _WEB:
         _say_how_to_open(out)
     else:
-        typer.echo(f"next: avsep export verify {bundles[0].path}")
+        typer.echo(next_command("export", "verify", bundles[0].path))
 
 
 def _before_a_site(
@@ -320,7 +322,7 @@ def _note(line: str) -> None:
 
 
 def _say_how_to_open(out: Path) -> None:
-    typer.echo(f"wrote the site {out}: any web server of files serves it")
+    typer.echo(f"wrote the site {link(out)}: any web server of files serves it")
     typer.echo(f"next: avsep app {out / 'bundle'}, or python -m http.server --bind 127.0.0.1 --directory {out}")
 
 

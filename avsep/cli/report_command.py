@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from avsep.cli._output import Json, Output, Quiet, Verbose, link, next_command
+
 
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder, as avsep train writes it.", show_default=False)],
@@ -18,13 +20,16 @@ def command(
     mixtures: Annotated[int, typer.Option("--mixtures", min=0, help="Test mixtures to hear.")] = 12,
     store: Annotated[Path | None, typer.Option("--store", help="Store folder [default: the run's own].")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write one HTML page of a run: scores, curves, and test mixtures to hear and to see."""
     from avsep.environment import pick_device
     from avsep.evaluation.report import write_report
-    from avsep.progress import progress_bar
 
-    with progress_bar() as bars:
+    output = Output(json=json, quiet=quiet, verbose=verbose)
+    with output.bars() as bars:
         state: dict[str, int] = {}
 
         def show(done: int, total: int) -> None:
@@ -36,4 +41,7 @@ def command(
         page = write_report(
             run, out, mixtures=mixtures, compare=compare, store=store, device=pick_device(device), progress=show
         )
-    typer.echo(f"report written to {page} ({page.stat().st_size / 1e6:.1f} MB)")
+    size = page.stat().st_size
+    output.result({"file": page, "bytes": size})
+    output.say(f"report written to {link(page)} ({size / 1e6:.1f} MB): open it in a browser")
+    output.say(next_command("export", run, "--out", f"{Path(run).name}-bundle"))

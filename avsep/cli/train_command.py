@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from avsep.cli._output import Json, Output, Quiet, Verbose, link, next_command
 from avsep.environment import MOST_PROCESSES
 
 # settings of a run.yaml that are derived -> what they are derived from
@@ -101,6 +102,9 @@ def command(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out after a kill.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Learn a store's classes task after task."""
     from avsep.cli._text import warnings_in_a_line
@@ -114,6 +118,7 @@ def command(
     from avsep.training.learner import ContinualLearner
     from avsep.training.loggers import choose_loggers
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     if resume:
         spec = RunFolder(out).spec()
         data = spec.model_dump(mode="json")
@@ -182,7 +187,7 @@ def command(
         keep_memory()
         with warnings_in_a_line():
             learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers, loggers=logger)
-        records = learner.fit(stream, out, resume=resume, preset=spec.preset)
+        records = learner.fit(stream, out, resume=resume, preset=spec.preset, progress=not quiet)
     except KeyboardInterrupt:
         way_on = f"go on with: avsep train --out {out} --resume" if RunFolder(out).is_run else ""
         if world_size() > 1 and devices is not None:
@@ -193,8 +198,7 @@ def command(
 
     from rich.table import Table
 
-    from avsep.progress import terminal
-
+    output.result({"run": out, "tasks": records})
     table = Table(title=f"{spec.strategy_name}, memory {spec.memory.name}")
     for heading in ("task", "classes", "steps", "best epoch", "validation SDR dB", "minutes"):
         table.add_column(heading, justify="left" if heading == "classes" else "right")
@@ -208,8 +212,8 @@ def command(
             "" if score is None else f"{score:.2f}",
             f"{record['seconds'] / 60:.1f}",
         )
-    terminal().print(table)
-    typer.echo(f"run written to {out}; next: avsep evaluate {out}")
+    output.show(table)
+    output.say(f"run written to {link(out)}; {next_command('evaluate', out)}")
 
 
 def _launched(devices: int | None, device: str, arguments: Sequence[str]) -> bool:

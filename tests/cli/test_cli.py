@@ -249,7 +249,11 @@ def test_train_with_resume_gives_what_python_gives(tone_store, tone_run, tiny, c
     mine, theirs = weights(tiny / "run"), weights(tone_run)
     assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
     before = (tiny / "run" / "logs" / "train.csv").read_bytes()
-    assert run("train", "--out", tiny / "run", "--resume") == 0  # the store is the run's own
+    # the store is the run's own
+    assert run("train", "--out", tiny / "run", "--resume", "--json", "--quiet") == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert [task["index"] for task in json.loads(shown.out)["tasks"]] == [0, 1]
     assert (tiny / "run" / "logs" / "train.csv").read_bytes() == before
 
 
@@ -308,7 +312,9 @@ def test_evaluate_and_report(tone_run, tiny, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("jinja2")
     assert run("report", folder, "--mixtures", "2", "--out", "page.html") == 0
-    assert "page.html" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "page.html" in shown
+    assert f"next: avsep export {folder} --out run-bundle" in shown
     page = (tiny / "page.html").read_text()
     assert page.count("<audio") >= 2
     assert "http://" not in re.sub(r"http://www\.w3\.org/\S+", "", page)
@@ -367,6 +373,20 @@ def test_export_makes_bundles_that_verify(can_export, tone_run, tiny, capsys):
         assert fact in shown
     assert run("export", "build", "last", "--target", "onnxruntime") == 0
     assert "every graph ran on CPUExecutionProvider" in capsys.readouterr().out
+
+
+def test_a_path_is_a_link_on_a_terminal_alone(monkeypatch, tmp_path):
+    from avsep.cli._output import link, next_command
+
+    path = tmp_path / "my page.html"
+    assert link(path) == str(path)
+    monkeypatch.setattr(sys, "stdout", type("Terminal", (), {"isatty": lambda self: True})())
+    monkeypatch.setenv("TERM", "xterm")
+    assert link(path) == f"\x1b]8;;{path.as_uri()}\x1b\\{path}\x1b]8;;\x1b\\"
+    assert path.as_uri().endswith("my%20page.html")
+    monkeypatch.setenv("TERM", "dumb")
+    assert link(path) == str(path)
+    assert next_command("report", path) == f"next: avsep report '{path}'"
 
 
 def test_the_schema_is_printed(capsys):
