@@ -96,8 +96,10 @@ def same(one, other):
 @pytest.mark.parametrize(("strategy", "memory"), EXTENDED)
 def test_it_learns_as_if_the_tasks_had_been_known(strategy, memory, tone_store, tmp_path, unchanged):
     run = first_run(tone_store, tmp_path / "run", strategy, memory)
+    (run / "notes.txt").write_text("mine")
     extend(run, tone_store, NEW, device="cpu", progress=False)
     same(left(run), left(knew(tone_store, strategy, memory)))
+    assert (run / "notes.txt").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
