@@ -25,7 +25,7 @@ from avsep.errors import AvsepError, CheckpointError, ConfigError, DataError, Ru
 from avsep.evaluation.budget import ExemplarScale
 from avsep.evaluation.evaluate import evaluate_run
 from avsep.evaluation.scores import is_counted, is_headline
-from avsep.files import FolderLock, exchange, read_json, sha256_file, write_json
+from avsep.files import FolderLock, entries, exchange, read_json, sha256_file, write_json
 from avsep.memory.base import Memory, MemoryPolicy, exemplars_to_plain, read_exemplars
 from avsep.progress import Progress
 from avsep.registry import MEMORIES
@@ -645,14 +645,16 @@ class _Work:
         write_json(self.plan_file, {**whole, "refused": False})
         part = RunFolder(self.path / "part")
         part.path.mkdir()
-        for name in ("tasks", "state"):
-            if (self.run.path / name).is_dir():
-                shutil.copytree(self.run.path / name, part.path / name, copy_function=_link)
-        if self.run.logs.is_dir():
-            shutil.copytree(self.run.logs, part.logs)
-        for file in (self.run.protocol_file, self.run.spec_file):
-            if file.is_file():
-                shutil.copy2(file, part.path / file.name)
+        left = (self.run.memory, self.run.evaluation_file, self.run.report_file)  # which are made anew
+        for name in entries(self.run.path):  # what somebody else has put there, too
+            place = self.run.path / name
+            if place in left:
+                continue
+            if place.is_dir():
+                copy = shutil.copy2 if place == self.run.logs else _link
+                shutil.copytree(place, part.path / name, copy_function=copy, symlinks=True)
+            else:
+                shutil.copy2(place, part.path / name, follow_symlinks=False)
         part.remove_leftovers()
         os.rename(part.path, self.new.path)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +16,7 @@ from avsep.data.store import Store
 from avsep.errors import AvsepError, ConfigError, DataError, RunError
 from avsep.evaluation.budget import budget_of
 from avsep.runs.folder import RunFolder
+from avsep.separator import load_separator
 from avsep.training import extending
 from avsep.training.extending import carried_exemplars, carry, extend, forget
 from avsep.training.validation import Validation
@@ -91,8 +96,10 @@ def same(one, other):
 @pytest.mark.parametrize(("strategy", "memory"), EXTENDED)
 def test_it_learns_as_if_the_tasks_had_been_known(strategy, memory, tone_store, tmp_path, unchanged):
     run = first_run(tone_store, tmp_path / "run", strategy, memory)
+    (run / "notes.txt").write_text("mine")
     extend(run, tone_store, NEW, device="cpu", progress=False)
     same(left(run), left(knew(tone_store, strategy, memory)))
+    assert (run / "notes.txt").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -210,6 +217,36 @@ def test_another_strategy_and_memory_go_on(first, then, settings, is_carried, to
     assert {name: len(of) for name, of in after[1].items()} == {"ding": 2, "hum": 2, "peep": 2}
     with pytest.raises(ConfigError, match="learns from all recordings"):
         extend(run, tone_store, NEW[1:], strategy="joint", device="cpu", progress=False)
+
+
+@pytest.mark.slow
+def test_it_goes_on_after_kills_at_random(tone_store, tmp_path, unchanged):
+    """As it is killed by the system: in processes of its own, at any moment."""
+    run = first_run(tone_store, tmp_path / "run")
+    whole = knew(tone_store)
+    moments = np.random.default_rng(5)
+    kills, places = 0, set()
+    while True:
+        child = os.fork()
+        if child == 0:
+            try:
+                extend(run, tone_store, NEW, device="cpu", progress=False)
+            finally:
+                os._exit(0)
+        time.sleep(moments.uniform(0.02, 0.6))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        folder, work = RunFolder(run), tmp_path / ".run.learning"
+        places.add(tuple(sorted(p.name for p in work.rglob("*") if p.is_dir())) if work.is_dir() else ())
+        same((*left(run, 0)[:1], [], {}), (*left(whole, 0)[:1], [], {}))
+        assert all(
+            torch.isfinite(p).all() for p in load_separator(folder, task=folder.finished_tasks()[-1]).parameters()
+        )
+        if len(folder.finished_tasks()) == 2:
+            break
+        kills += 1
+    same(left(run), left(whole))
+    print(f"{kills} kills, in {len(places)} places")
 
 
 def test_what_cannot_be_learned_is_said(tone_store, tmp_path):
