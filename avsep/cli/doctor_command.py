@@ -427,7 +427,7 @@ def _how(name: str, extra: dict[str, Any], packages: dict[str, Any]) -> str:
     broken = [n for n in extra["packages"] if "not load" in (packages[n]["problem"] or "")]
     if not extra["missing"]:
         return f"repair {', '.join(broken)}"
-    way = extra["install"]
+    way: str = extra["install"]
     if name == "gpu" and packages.get("onnxruntime", {}).get("version"):
         way = f"pip uninstall onnxruntime, then {way}"
     return way

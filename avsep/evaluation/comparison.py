@@ -248,8 +248,9 @@ def with_enough_mixtures(comparison: Comparison, fewest: int = FEWEST_MIXTURES) 
         return comparison
 
     def bare(value: _E) -> _E:
-        beyond = {"low": math.nan, "high": math.nan}
-        return replace(value, **beyond, **({"p": math.nan} if isinstance(value, Difference) else {}))
+        if isinstance(value, Difference):
+            return replace(value, low=math.nan, high=math.nan, p=math.nan)
+        return replace(value, low=math.nan, high=math.nan)
 
     def without(method: MethodResult) -> MethodResult:
         return replace(
