@@ -691,7 +691,7 @@ ROOM = {  # command -> the kilobytes left for it
 }
 
 
-@pytest.mark.parametrize("name", ROOM)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "export" else n for n in ROOM])
 def test_a_full_disk_leaves_nothing_half_written(name, desk, disk, capfd):
     for package in {"export": EXPORT_PACKAGES, "report": ("jinja2", "matplotlib"), "sheet": ("PIL",)}.get(name, ()):
         pytest.importorskip(package)

@@ -747,7 +747,7 @@ INPUTS = {
     "no audio": (sound(lambda p: p.unlink()), [], ["duet.wav"]),
     "unknown class": (None, ["--classes", "flute,pian"], ["'pian'", "piano"]),
     "class twice": (None, ["--classes", "flute,flute"], ["'flute' is given twice"]),
-    "0 sources": (None, ["--classes", ","], ["no classes given"]),
+    "0 sources": (None, ["--classes", ","], ["needs classes", "it knows flute, piano, cello"]),
     "class without features": (seen(flute=ROWS), [], ["'cello'", "flute"]),
     "no features": (None, ["--features", None], ["--features"]),
     "features of another width": (seen(flute=ROWS, cello=ROWS[:, :5]), [], ["5", "8"]),

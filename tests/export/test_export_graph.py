@@ -344,7 +344,7 @@ def test_a_dynamic_graph_builds_for_every_target_but_turing(dynamic, tmp_path):
 @pytest.mark.parametrize(
     ("role", "kwargs", "targets"),
     [
-        ("object", {"frame_size": (40, 70)}, RTX_TARGETS),
+        pytest.param("object", {"frame_size": (40, 70)}, RTX_TARGETS, marks=pytest.mark.slow),
         ("motion", {"frame_size": (50, 48), "motion_frames": 7, "dynamic": True}, RTX_TARGETS),
     ],
 )

@@ -212,7 +212,7 @@ def test_the_info_tells_of_it(bundles, capfd):
 @pytest.mark.parametrize(
     "plan",
     [
-        {"limit_mask_sum": True},
+        pytest.param({"limit_mask_sum": True}, marks=pytest.mark.slow),
         pytest.param({"dynamic": True, "batch": 2, "motion_mask": True}, marks=pytest.mark.slow),
     ],
 )
@@ -320,6 +320,7 @@ def test_limited_masks_leave_no_part_louder_than_the_mixture(runtimes, separator
     assert np.sum((mixture - free.sum(axis=0)) ** 2) > 1.01 * np.sum(parts[-1] ** 2)  # the limit did something
 
 
+@pytest.mark.slow
 def test_sources_of_limited_masks_depend_on_each_other(separator, tmp_path):
     """A graph of a fixed number would count a repeated source twice."""
     plan = ExportPlan(limit_mask_sum=True, sources=3)

@@ -137,7 +137,7 @@ def test_the_way_out_of_clipping_is_told(all_pass, timelines, tmp_path, capsys, 
     monkeypatch.setattr("avsep.separator.load_separator", lambda run, task=None: all_pass)
     write_visual_file(tmp_path / "f.npz", timelines)
     loud = write(tmp_path, "loud.wav", 8 * music(0.4))
-    arguments = {"run": tmp_path, "classes": "flute", "features": tmp_path / "f.npz", "device": "cpu", "page": False}
+    arguments = {"run": tmp_path, "classes": ["flute"], "features": tmp_path / "f.npz", "device": "cpu", "page": False}
     command([loud], out=tmp_path / "a", **arguments)
     told = capsys.readouterr().err
     assert "beyond full scale and are clipped: --rescale scales all files of a recording by one factor" in told
@@ -317,7 +317,12 @@ def test_command_line(separator, timelines, tmp_path, capsys):
     write_visual_file(tmp_path / "f.npz", timelines)
     first = write(tmp_path, "a.wav", music(0.4))
     second = write(tmp_path, "b.flac.wav", music(3.5, 22050), 22050)
-    arguments = {"run": tmp_path / "saved", "classes": "flute, piano", "features": tmp_path / "f.npz", "device": "cpu"}
+    arguments = {
+        "run": tmp_path / "saved",
+        "classes": ["flute, piano"],
+        "features": tmp_path / "f.npz",
+        "device": "cpu",
+    }
     command([first, second], out=tmp_path / "out", **arguments)
     shown = capsys.readouterr().out
     names = [f"{stem}_{c}.wav" for stem in ("a", "b.flac") for c in ("flute", "piano", "residual")]
@@ -326,7 +331,7 @@ def test_command_line(separator, timelines, tmp_path, capsys):
     assert "a_flute.wav" in shown
     assert "b.flac_residual.wav" in shown
     for change in (
-        {"classes": "flute,harp"},
+        {"classes": ["flute,harp"]},
         {"classes": ","},
         {"features": tmp_path / "a.wav"},
         {"features": None},

@@ -419,6 +419,7 @@ def test_memory_grows_with_the_rows_and_not_with_their_square(allocated, monkeyp
     assert used[1] <= 2 * used[0]
 
 
+@pytest.mark.slow
 def test_compiled_code_stays_in_torch(auto_takes_triton):
     """An autograd function that launches kernels is no part of a compiled graph."""
     n = 20

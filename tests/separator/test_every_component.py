@@ -53,18 +53,11 @@ VARIANTS = {
         {"slot_attention": "self"},  # its dead query and key weights are rows of a parameter that has live ones
     ],
 }
-# Exported in the ordinary suite, and with it one of every kind that a separator needs; others nightly: seconds each.
-SOON = [next(case for case in CASES if case[2] == "motion_encoder")]
 
 
 def variants() -> list[Any]:
     """(kind, name, part, settings): each component as its example has it, and its variants."""
     return [(*case, settings) for case in CASES for settings in ({}, *VARIANTS.get(case, []))]
-
-
-def exported(kind: str, name: str, part: str, settings: dict[str, Any]) -> Any:
-    soon = (kind, name, part) in SOON and not settings
-    return pytest.param(kind, name, part, settings, marks=[] if soon else [pytest.mark.slow])
 
 
 def test_every_kind_is_covered():
@@ -149,7 +142,8 @@ def test_it_learns_in_every_parameter(kind, name, part, settings, weights):
     assert separator.predict(batch).output.logits.isfinite().all()
 
 
-@pytest.mark.parametrize(("kind", "name", "part", "settings"), [exported(*case) for case in variants()])
+@pytest.mark.slow  # a graph takes seconds; those of the small separators are made in the ordinary suite too
+@pytest.mark.parametrize(("kind", "name", "part", "settings"), variants())
 def test_it_is_exported_or_refused_with_a_reason(kind, name, part, settings, weights, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
