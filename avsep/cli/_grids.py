@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from avsep.environment import MOST_PROCESSES
 
 if TYPE_CHECKING:
-    from avsep.reproduce import Grid, GridPreset, ResultStore
+    from avsep.reproduce import Cell, Grid, GridPreset, ResultStore
     from avsep.reproduce.leaderboard import BoardPreset
     from avsep.reproduce.runner import Launcher
 
-__all__ = ["device_of", "launcher_of", "print_choices", "raise_failed", "run_board"]
+Dataset = Annotated[
+    str, typer.Option("--dataset", help="A store's folder; synth: the offline benchmark, made if missing.")
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Cells at a time [default: the cores; 1 on a GPU]."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the cells in --out were.")]
+Results = Annotated[
+    list[Path] | None,
+    typer.Option("--results", help="Folder of finished cells, which then count as finished here (repeatable)."),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+LauncherName = Annotated[str, typer.Option("--launcher", help="local; submitit, a Slurm cluster; inline.")]
+LauncherSettings = Annotated[
+    list[str] | None,
+    typer.Option("--launcher-set", help="Of submitit, e.g. slurm_partition=gpu, timeout_min=600 (repeatable)."),
+]
+AnyCode = Annotated[bool, typer.Option("--any-code", help="With --resume: go on though the library has changed since.")]
+Plan = Annotated[bool, typer.Option("--plan", help="Only say what would be run.")]
+
+__all__ = ["device_of", "jobs_at_a_time", "launcher_of", "print_choices", "print_plan", "raise_failed", "run_board"]
 
 
 def raise_failed(grid: Grid, failed: dict[str, str]) -> None:
@@ -36,6 +61,27 @@ def device_of(name: str, launcher: str) -> str:
     if launcher == "submitit" and name in ("auto", "cpu", "cuda", "mps"):
         return name
     return pick_device(name).type
+
+
+def jobs_at_a_time(accelerator: str, launcher: str, threads: int) -> int:
+    """How many cells run at once where nobody says so: one on a GPU, else as many as the cores hold."""
+    from avsep.reproduce.runner import cores
+
+    return 1 if accelerator != "cpu" and launcher != "submitit" else max(1, cores() // threads)
+
+
+def print_plan(cells: Sequence[Cell], grid: Grid, results: ResultStore) -> None:
+    """Say which cells would be run, and how many core hours they take, once one of their base is finished."""
+    from avsep.progress import terminal
+    from avsep.reproduce.power import hours_left
+
+    console = terminal()
+    for cell in cells:
+        problem = f" (cannot be run: {cell.problem})" if cell.problem else ""
+        console.print(f"  {cell.name}: about {cell.steps} steps{problem}", highlight=False, soft_wrap=True)
+    hours = hours_left(cells, results, grid.cells.values())
+    said = "no cell is finished yet to tell the time by" if hours is None else f"about {hours:.1f} core hours"
+    console.print(f"  in all {sum(cell.steps for cell in cells)} steps; {said}", highlight=False)
 
 
 def launcher_of(name: str, out: Path, settings: list[str]) -> Launcher:
@@ -104,6 +150,7 @@ def run_board(
     name: str,
     title: str,
     tune: bool = False,
+    tuning_seeds: int | None = None,
 ) -> None:
     """Run a board round by round, and write it; ``grid`` stands for the preset that the board names."""
     import importlib.util
@@ -116,7 +163,8 @@ def run_board(
     from avsep.reproduce.dataset import open_dataset
     from avsep.reproduce.leaderboard import board_tuning, build_board, next_round, tables_of
     from avsep.reproduce.preset import load_grid_preset
-    from avsep.reproduce.runner import Outcome, check_folder, claim, cores
+    from avsep.reproduce.runner import Outcome, check_folder, claim
+    from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
     from avsep.reproduce.tuning import next_round as next_candidates
 
     for package in ("matplotlib", "jinja2"):
@@ -130,7 +178,8 @@ def run_board(
     store, data_set = open_dataset(dataset, loaded, out / "store")
     claimed = ResultStore(out / "cells", results or [])
     if tune:
-        whole = board_tuning(board, store, grid=loaded, bases=bases, entries=entries)
+        most = tuning_seeds or TUNING_SEEDS
+        whole = board_tuning(board, store, grid=loaded, bases=bases, entries=entries, seeds=most)
     else:
         whole = build_board(board, store, grid=loaded, bases=bases, entries=entries)
 
@@ -150,9 +199,7 @@ def run_board(
     for note in dict.fromkeys(note for notes in whole.notes.values() for note in notes):
         console.print(f"  {note}", highlight=False, soft_wrap=True)
     if plan:
-        for cell in part.cells.values():
-            console.print(f"  {cell.name}: about {cell.steps} steps", highlight=False, soft_wrap=True)
-        return
+        return print_plan(list(part.cells.values()), whole, claimed)
     claim(out, whole, preset=preset, given=board, device=accelerator, any_code=any_code)
 
     def run(some: Grid) -> Outcome:
@@ -160,7 +207,7 @@ def run_board(
             some,
             out,
             results=claimed,
-            jobs=jobs or (1 if accelerator != "cpu" and launcher != "submitit" else max(1, cores() // loaded.threads)),
+            jobs=jobs or jobs_at_a_time(accelerator, launcher, loaded.threads),
             device=accelerator,
             launcher=started,
             packages=packages,

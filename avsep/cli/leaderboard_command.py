@@ -7,14 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from avsep.environment import MOST_PROCESSES
+from avsep.cli._grids import AnyCode, Dataset, Device, Jobs, LauncherName, LauncherSettings, Plan, Results, Resume
 
 
 def command(
-    dataset: Annotated[
-        str, typer.Option("--dataset", help="A store's folder; synth: the offline benchmark, made if missing.")
-    ] = "synth",
-    preset: Annotated[str, typer.Option("--preset", help="small, or a YAML file.")] = "small",
+    dataset: Dataset = "synth",
+    preset: Annotated[str, typer.Option("--preset", help="small, isomix, or a YAML file.")] = "small",
     out: Annotated[
         Path | None,
         typer.Option(
@@ -23,11 +21,8 @@ def command(
             "avsep-leaderboard-tune].",
         ),
     ] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Cells at a time [default: the cores; 1 on a GPU]."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the board in --out was.")] = False,
+    jobs: Jobs = None,
+    resume: Resume = False,
     base: Annotated[
         list[str] | None, typer.Option("--base", help="Base separator (repeatable) [default: the preset's].")
     ] = None,
@@ -42,38 +37,36 @@ def command(
         int | None, typer.Option("--screening", min=1, help="Seeds of every entry [default: the preset's].")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, help="Seeds of the best third [default: the preset's].")
+        int | None,
+        typer.Option(
+            "--seeds", min=1, help="Seeds of the best third, or of --tune the most [default: the preset's; 8]."
+        ),
     ] = None,
-    results: Annotated[
-        list[Path] | None,
-        typer.Option("--results", help="Folder of finished cells, which then count as finished here (repeatable)."),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
-    launcher: Annotated[str, typer.Option("--launcher", help="local; submitit, a Slurm cluster; inline.")] = "local",
-    launcher_settings: Annotated[
-        list[str] | None,
-        typer.Option("--launcher-set", help="Of submitit, e.g. slurm_partition=gpu, timeout_min=600 (repeatable)."),
-    ] = None,
-    any_code: Annotated[
-        bool, typer.Option("--any-code", help="With --resume: go on though the library has changed since.")
-    ] = False,
+    results: Results = None,
+    device: Device = "auto",
+    launcher: LauncherName = "local",
+    launcher_settings: LauncherSettings = None,
+    any_code: AnyCode = False,
     tune: Annotated[
         bool, typer.Option("--tune", help="Choose the entries' settings on validation pairs instead; before the board.")
     ] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be run.")] = False,
+    plan: Plan = False,
 ) -> None:
     """Rank methods at equal bytes and equal updates; all with a few seeds, the best third with many.
 
     Writes Markdown, CSV, pictures and a page with filters. A board that was killed goes on with --resume.
     """
     from avsep.cli._grids import run_board
+    from avsep.errors import ConfigError
     from avsep.reproduce.leaderboard import load_board_preset, load_package
 
+    if tune and screening is not None:
+        raise ConfigError(f"--screening {screening} is of the board, and --tune makes none: leave it out")
     board = load_board_preset(preset)
     known = {one.name for one in board.entries}
     more = tuple(one for name in package or () for one in load_package(name) if one.name not in known)
     changes: dict[str, Any] = {"entries": (*board.entries, *more)}
-    changes |= {k: v for k, v in (("screening", screening), ("seeds", seeds)) if v is not None}
+    changes |= {k: v for k, v in (("screening", screening), ("seeds", None if tune else seeds)) if v is not None}
     run_board(
         board.model_copy(update=changes),
         grid=None,
@@ -94,4 +87,5 @@ def command(
         name="leaderboard",
         title="Methods at equal bytes and equal updates",
         tune=tune,
+        tuning_seeds=seeds,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avsep.environment import MOST_PROCESSES
+from avsep.cli._grids import AnyCode, Dataset, Device, Jobs, LauncherName, LauncherSettings, Plan, Results, Resume
 
 if TYPE_CHECKING:
     from avsep.reproduce import Cell, Grid, ResultStore
@@ -25,11 +25,9 @@ def command(
             show_default=False,
         ),
     ],
-    dataset: Annotated[
-        str, typer.Option("--dataset", help="A store's folder; synth: the offline benchmark, made if missing.")
-    ] = "synth",
+    dataset: Dataset = "synth",
     preset: Annotated[
-        str, typer.Option("--preset", help="small (hours on two CPU cores), paper, or a YAML file.")
+        str, typer.Option("--preset", help="small (hours on two CPU cores), looking, paper, or a YAML file.")
     ] = "small",
     seeds: Annotated[
         int | None,
@@ -44,11 +42,8 @@ def command(
         Path | None,
         typer.Option("--out", help="Folder for cells, tables and plots [default: avsep-reproduce; tune: avsep-tune]."),
     ] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Cells at a time [default: the cores; 1 on a GPU]."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the grid in --out was.")] = False,
+    jobs: Jobs = None,
+    resume: Resume = False,
     base: Annotated[
         str | None,
         typer.Option("--base", help="iquery, coseparation, or both [default: as in the paper's table]."),
@@ -57,24 +52,16 @@ def command(
         list[str] | None,
         typer.Option("--row", help="Only this row, e.g. contavsep+memory (repeatable) [default: all]."),
     ] = None,
-    results: Annotated[
-        list[Path] | None,
-        typer.Option("--results", help="Folder of finished cells, which then count as finished here (repeatable)."),
-    ] = None,
+    results: Results = None,
     readme: Annotated[
         Path | None, typer.Option("--readme", help="Markdown page to put the tables into, between their markers.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
-    launcher: Annotated[str, typer.Option("--launcher", help="local; submitit, a Slurm cluster; inline.")] = "local",
-    launcher_settings: Annotated[
-        list[str] | None,
-        typer.Option("--launcher-set", help="Of submitit, e.g. slurm_partition=gpu, timeout_min=600 (repeatable)."),
-    ] = None,
+    device: Device = "auto",
+    launcher: LauncherName = "local",
+    launcher_settings: LauncherSettings = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the run folders of finished cells.")] = False,
-    any_code: Annotated[
-        bool, typer.Option("--any-code", help="With --resume: go on though the library has changed since.")
-    ] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be run.")] = False,
+    any_code: AnyCode = False,
+    plan: Plan = False,
     power: Annotated[
         float | None,
         typer.Option(
@@ -92,7 +79,7 @@ def command(
     """
     from dataclasses import replace
 
-    from avsep.cli._grids import device_of, launcher_of, print_choices, raise_failed
+    from avsep.cli._grids import device_of, jobs_at_a_time, launcher_of, print_choices, print_plan, raise_failed
     from avsep.errors import ConfigError, MissingExtraError
     from avsep.progress import terminal
     from avsep.reproduce import (
@@ -106,8 +93,7 @@ def command(
     )
     from avsep.reproduce.dataset import open_dataset
     from avsep.reproduce.grid import selection
-    from avsep.reproduce.power import hours_left
-    from avsep.reproduce.runner import Outcome, check_folder, claim, cores
+    from avsep.reproduce.runner import Outcome, check_folder, claim
     from avsep.reproduce.tables import markdown, places_in, render_into
     from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
     from avsep.reproduce.tuning import next_round
@@ -155,12 +141,7 @@ def command(
     if power is not None:
         return _print_power(grid, wanted, claimed, power)
     if plan:
-        for cell in missing:
-            console.print(f"  {cell.name}: about {cell.steps} steps{_problem(cell)}", highlight=False, soft_wrap=True)
-        hours = hours_left(missing, claimed, grid.cells.values())
-        time_left = "no cell is finished yet to tell the time by" if hours is None else f"about {hours:.1f} core hours"
-        console.print(f"  in all {sum(cell.steps for cell in missing)} steps; {time_left}", highlight=False)
-        return
+        return print_plan(missing, grid, claimed)
     claim(out, grid, preset=preset, given=loaded, device=accelerator, any_code=any_code)
     name = Path(preset).stem
 
@@ -169,7 +150,7 @@ def command(
             some,
             out,
             results=claimed,
-            jobs=jobs or (1 if accelerator != "cpu" and launcher != "submitit" else max(1, cores() // loaded.threads)),
+            jobs=jobs or jobs_at_a_time(accelerator, launcher, loaded.threads),
             device=accelerator,
             launcher=started,
             keep=keep,
@@ -264,10 +245,6 @@ def _finished(cell: Cell, results: ResultStore, *, tuning: bool) -> str:
     score = result.validation if tuning else result.final("sdr")
     what = "validation SDR" if tuning else "SDR"
     return f"{cell.name}: {what} {'' if score is None else f'{score:.2f} dB'}, {result.seconds:.0f} s"
-
-
-def _problem(cell: Cell) -> str:
-    return f" (cannot be run: {cell.problem})" if cell.problem else ""
 
 
 def _again(tables: list[str], given: dict[str, Any]) -> str:

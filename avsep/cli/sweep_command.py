@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from avsep.environment import MOST_PROCESSES
+from avsep.cli._grids import AnyCode, Device, Jobs, Plan, Resume
 
 
 def command(
@@ -45,23 +45,18 @@ def command(
     out: Annotated[Path, typer.Option("--out", help="Folder for cells, table, picture and the page.")] = Path(
         "avsep-sweep"
     ),
-    jobs: Annotated[
-        int | None,
-        typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Runs at a time [default: the cores; 1 on a GPU]."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the sweep in --out was.")] = False,
+    jobs: Jobs = None,
+    resume: Resume = False,
     package: Annotated[
         list[str] | None, typer.Option("--with", metavar="PACKAGE", help="Import it: it registers strategies.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
+    device: Device = "auto",
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of a run.")] = 1,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting of all runs, e.g. train.epochs=2 (repeatable).")
     ] = None,
-    any_code: Annotated[
-        bool, typer.Option("--any-code", help="With --resume: go on though the library has changed since.")
-    ] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be run.")] = False,
+    any_code: AnyCode = False,
+    plan: Plan = False,
 ) -> None:
     """Compare methods on your own store: each with several seeds and class orders, on one page.
 

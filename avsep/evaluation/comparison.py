@@ -713,7 +713,11 @@ def _resamples(
             raise RunError("seeds with other class orders are compared by the clips of their mixtures: give clips")
         (only,) = layouts.values()
         for block in resampling_weights(only.sizes, resamples=resamples, seed=seed):
-            yield lambda _, block=block: block  # type: ignore[misc]
+
+            def same(_: _Layout, block: _Array = block) -> _Array:
+                return block
+
+            yield same
         return
     groups: dict[str, dict[str, None]] = {}
     for clip, name in sorted({pair for known in members.values() for one in known for pair in one.items()}):

@@ -23,10 +23,9 @@ from avsep.data.store import Store
 from avsep.data.tasks import TaskStream
 from avsep.errors import AvsepError, ConfigError, UnknownNameError, near_matches
 from avsep.evaluation.budget import align, estimate
-from avsep.files import read_yaml
 from avsep.registry import MEMORIES, STRATEGIES
 from avsep.reproduce.grid import Grid, Row, assemble, base_separators, spec_of_row
-from avsep.reproduce.preset import GridPreset, PresetModel, load_grid_preset
+from avsep.reproduce.preset import GridPreset, PresetModel, load_grid_preset, presets_in, read_preset
 from avsep.reproduce.results import ResultStore
 from avsep.reproduce.tables import Line, Table, build_table
 from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
@@ -127,7 +126,7 @@ class BoardPreset(PresetModel):
 
 def list_board_presets() -> dict[str, str]:
     """Names and summaries of the presets of ``avsep leaderboard``."""
-    return {p.stem: (read_yaml(p) or {}).get("summary", "") for p in sorted(_FOLDER.glob("*.yaml"))}
+    return presets_in(_FOLDER)
 
 
 def load_board_preset(name: str) -> BoardPreset:
@@ -137,18 +136,7 @@ def load_board_preset(name: str) -> BoardPreset:
         UnknownNameError: no such preset.
         ConfigError: the file is not one.
     """
-    path = Path(name)
-    if path.suffix not in {".yaml", ".yml"}:
-        path = _FOLDER / f"{name}.yaml"
-        if not path.is_file():
-            raise UnknownNameError(
-                f"no preset of avsep leaderboard named '{name}': {near_matches(name, list_board_presets())} (a file of "
-                "one's own ends in .yaml)"
-            )
-    data = read_yaml(path)
-    if not isinstance(data, dict) or "entries" not in data:
-        raise ConfigError(f"{path} is not a preset of avsep leaderboard: it has no 'entries' (for one, see {_FOLDER})")
-    made = validated(BoardPreset, data, str(path))
+    made = read_preset(name, _FOLDER, BoardPreset, needs="entries", command="avsep leaderboard")
     made.check()
     return made
 

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,7 +14,16 @@ from avsep.errors import ConfigError, UnknownNameError, near_matches
 from avsep.files import read_yaml
 from avsep.spec import PRESETS, ComponentRef, SeparatorSpec, TrainSpec, load_preset, validated
 
-__all__ = ["BasePreset", "GridPreset", "PresetModel", "SynthSettings", "list_grid_presets", "load_grid_preset"]
+__all__ = [
+    "BasePreset",
+    "GridPreset",
+    "PresetModel",
+    "SynthSettings",
+    "list_grid_presets",
+    "load_grid_preset",
+    "presets_in",
+    "read_preset",
+]
 
 _FOLDER = PRESETS / "reproduce"
 
@@ -164,9 +173,14 @@ def _merged(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return out
 
 
+def presets_in(folder: Path) -> dict[str, str]:
+    """Names and summaries of the presets in a folder."""
+    return {p.stem: (read_yaml(p) or {}).get("summary", "") for p in sorted(folder.glob("*.yaml"))}
+
+
 def list_grid_presets() -> dict[str, str]:
     """Names and summaries of the presets of ``avsep reproduce``."""
-    return {p.stem: (read_yaml(p) or {}).get("summary", "") for p in sorted(_FOLDER.glob("*.yaml"))}
+    return presets_in(_FOLDER)
 
 
 def load_grid_preset(name: str) -> GridPreset:
@@ -176,20 +190,32 @@ def load_grid_preset(name: str) -> GridPreset:
         UnknownNameError: no such preset.
         ConfigError: the file is not one.
     """
+    preset = read_preset(name, _FOLDER, GridPreset, needs="bases", command="avsep reproduce")
+    if not preset.bases:
+        raise ConfigError(f"{name}: 'bases' is empty: name at least one base separator")
+    return preset
+
+
+_P = TypeVar("_P", bound=PresetModel)
+
+
+def read_preset(name: str, folder: Path, model: type[_P], *, needs: str, command: str) -> _P:
+    """A preset of ``command`` by its name in ``folder``, or from a YAML file, which has the key ``needs``.
+
+    Raises:
+        UnknownNameError: no such preset.
+        ConfigError: the file is not one.
+    """
     path = Path(name)
     if path.suffix not in {".yaml", ".yml"}:
-        path = _FOLDER / f"{name}.yaml"
+        path = folder / f"{name}.yaml"
         if not path.is_file():
             raise UnknownNameError(
-                f"no preset of avsep reproduce named '{name}': {near_matches(name, list_grid_presets())} (a file of "
-                "one's own ends in .yaml)"
+                f"no preset of {command} named '{name}': {near_matches(name, presets_in(folder))} (a file of one's own "
+                "ends in .yaml)"
             )
     data = read_yaml(path)
-    if not isinstance(data, dict) or "bases" not in data:
-        raise ConfigError(
-            f"{path} is not a preset of avsep reproduce: it has no 'bases' (for one that is, see {_FOLDER})"
-        )
-    preset = validated(GridPreset, data, str(path))
-    if not preset.bases:
-        raise ConfigError(f"{path}: 'bases' is empty: name at least one base separator")
-    return preset
+    if not isinstance(data, dict) or needs not in data:
+        raise ConfigError(f"{path} is not a preset of {command}: it has no '{needs}' (for one that is, see {folder})")
+    made: _P = validated(model, data, str(path))
+    return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -356,16 +356,14 @@ def _block(table: Table, lines: Sequence[Line]) -> list[str]:
 
 def _more_block(lines: Sequence[Line]) -> list[str]:
     """What else is known of each row: what was learned later, before and beside, lists apart, other pictures, costs."""
-    columns: dict[str, Callable[[MethodResult], float | None]] = {
-        heading: (lambda ours, key=key: found.mean if (found := ours.values.get(key)) else None)  # type: ignore[misc]
-        for key, heading in _MORE.items()
-    }
-    columns |= {
-        f"{HEADINGS[key]} pictures": (lambda ours, key=key: ours.dependence.get("headline", {}).get(key))  # type: ignore[misc]
-        for key in CHANGES
-    }
-    columns["core s"] = lambda ours: ours.seconds
-    values = {heading: [None if x.ours is None else of(x.ours) for x in lines] for heading, of in columns.items()}
+    values: dict[str, list[float | None]] = {}
+    for key, heading in _MORE.items():
+        found = [None if x.ours is None else x.ours.values.get(key) for x in lines]
+        values[heading] = [None if v is None else v.mean for v in found]
+    for key in CHANGES:
+        of_lines = [{} if x.ours is None else x.ours.dependence.get("headline", {}) for x in lines]
+        values[f"{HEADINGS[key]} pictures"] = [of.get(key) for of in of_lines]
+    values["core s"] = [None if x.ours is None else x.ours.seconds for x in lines]
     shown = [heading for heading, column in values.items() if any(v is not None for v in column)]
     if not shown:
         return []

@@ -59,7 +59,8 @@ def _mean(
     separator.eval()
     sums: dict[str, Tensor] = {}
     count = 0
-    for count, batch in enumerate(batches, 1):  # noqa: B007
+    for batch in batches:
+        count += 1
         found = value(separator.predict(batch))
         gradients = torch.autograd.grad(found, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):

@@ -298,3 +298,20 @@ def test_mistakes_are_one_line(options, message, tone_store, tmp_path, capsys):
     assert commands.run("sweep", tone_store, "--out", tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_board_is_planned_and_tuned_as_it_is_asked_for(grid, tone_store, tmp_path, capsys):
+    """With the entries and the number of seeds that are given; and what does not go together is refused."""
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid.model_dump(mode="json", exclude_defaults=True)))
+    data = {"entries": ENTRIES, "control": "replay", "grid": str(tmp_path / "grid.yaml"), "screening": 2, "seeds": 3}
+    (tmp_path / "board.yaml").write_text(yaml.safe_dump(data))
+    options = ["leaderboard", "--preset", tmp_path / "board.yaml", "--dataset", tone_store, "--device", "cpu", "--plan"]
+    assert commands.run(*options, "--entry", "lwf", "--out", tmp_path / "a") == 0
+    said = capsys.readouterr().out
+    assert "leaderboard: 2 rows, 4 cells to be run now, and more seeds of the best then" in said
+    assert "steps; no cell is finished yet to tell the time by" in said
+    assert commands.run(*options, "--tune", "--seeds", 1, "--out", tmp_path / "b") == 0
+    assert "leaderboard: 2 candidates, 2 cells to be run now" in capsys.readouterr().out
+    assert commands.run(*options, "--tune", "--screening", 3, "--out", tmp_path / "c") == 2
+    assert "--screening 3 is of the board, and --tune makes none" in capsys.readouterr().err
+    assert not [name for name in "abc" if (tmp_path / name).exists()]
