@@ -193,7 +193,7 @@ def run_board(
     rows = sum(len(of_base) for table in whole.rows.values() for of_base in table.values())
     console.print(
         f"{name}: {rows} {'candidates' if tune else 'rows'}, {len(part.cells)} cells to be run now"
-        f"{'' if board.screening >= board.seeds else ', and more seeds of the best then'}",
+        f"{'' if tune or board.screening >= board.seeds else ', and more seeds of the best then'}",
         highlight=False,
     )
     for note in dict.fromkeys(note for notes in whole.notes.values() for note in notes):
