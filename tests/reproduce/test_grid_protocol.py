@@ -163,6 +163,15 @@ def test_one_that_is_left_needs_no_more_seeds(tuning):
     assert next_round(grid, found) is None
 
 
+def test_what_seeds_do_not_tell_apart_is_not_given_up(tuning):
+    """0.6 dB behind, with differences of 2 dB between seeds; 0.6 dB in every seed is given up."""
+    grid = tuning
+    lost = {"0": (0.0, 0.0, 0.0), "0.1": (2.6, -1.4, 0.6), "0.3": (0.6, 0.6, 0.6)}
+    found = results_of(grid, lambda row, n: 5.0 - lost[row.partition("=")[2]][n] if n < FIRST else None)
+    (choice,) = choices(grid, found)
+    assert choice.open == (0, 1)
+
+
 def test_a_candidate_that_fails_is_given_up(tuning):
     grid = tuning
     level = {"0": 1.0, "0.1": 5.0, "0.3": 2.0}
