@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from avsep.losses import relation_divergence
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy, TaskContext
-from avsep.strategies.teaching import check_objects, check_temperature, check_weights, visual_embeddings
+from avsep.strategies.teaching import (
+    check_objects,
+    check_temperature,
+    check_weights,
+    taught_embeddings,
+    visual_embeddings,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,10 +71,7 @@ class PrototypeRelations(Strategy):
         terms = super().loss(step)
         if step.teacher is None or not self.needs_teacher:
             return terms
-        own, theirs = (
-            {name: step.gather(value).flatten(0, 1) for name, value in visual_embeddings(output).items()}
-            for output in (step.output, step.teacher_output().output)
-        )
+        own, theirs = taught_embeddings(step)
         divergences = []
         for name, prototypes in self._prototypes.items():
             rows = prototypes.to(own[name].device)

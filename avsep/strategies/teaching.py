@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from avsep.separator import Separator
-    from avsep.strategies.base import TaskData
+    from avsep.strategies.base import Step, TaskData
     from avsep.types import MaskOutput
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "largest_is_one",
     "reestimate_batch_norm",
     "rows_of",
+    "taught_embeddings",
     "visual_embeddings",
 ]
 
@@ -41,6 +42,15 @@ def embeddings(output: MaskOutput) -> dict[str, Tensor]:
 def visual_embeddings(output: MaskOutput) -> dict[str, Tensor]:
     """Of :func:`embeddings` those of what is seen, which do not depend on the class that is asked for."""
     return {name: value for name, value in embeddings(output).items() if name != "audio"}
+
+
+def taught_embeddings(step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """:func:`visual_embeddings` of the student and of the teacher, of the sources of all ranks: [sources, D] each."""
+    own, theirs = (
+        {name: step.gather(value).flatten(0, 1) for name, value in visual_embeddings(output).items()}
+        for output in (step.output, step.teacher_output().output)
+    )
+    return own, theirs
 
 
 def check_temperature(temperature: float) -> None:

@@ -9,7 +9,7 @@ import torch
 from avsep.losses import relation_divergence
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy
-from avsep.strategies.teaching import check_objects, check_temperature, check_weights, visual_embeddings
+from avsep.strategies.teaching import check_objects, check_temperature, check_weights, taught_embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,10 +55,7 @@ class Topology(Strategy):
         terms = super().loss(step)
         if step.teacher is None or not self.needs_teacher:
             return terms
-        own, theirs = (
-            {name: step.gather(value).flatten(0, 1) for name, value in visual_embeddings(output).items()}
-            for output in (step.output, step.teacher_output().output)
-        )
+        own, theirs = taught_embeddings(step)
 
         def divergence(x: str, y: str) -> Tensor:
             return relation_divergence(
