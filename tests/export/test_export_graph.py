@@ -302,6 +302,7 @@ def dynamic(tmp_path_factory):
     return separator, plan, path
 
 
+@pytest.mark.slow  # a bundle with open sizes answers in the ordinary suite: test_export_runtime
 @pytest.mark.parametrize(("batch", "sources"), [(1, 1), (1, 4), (3, 2)])
 def test_a_dynamic_graph_answers_as_pytorch_at_any_size(dynamic, batch, sources):
     from avsep.export.build.parity import compare, run_onnx
