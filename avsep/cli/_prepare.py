@@ -62,6 +62,13 @@ def command(
         typer.Option("--frames", help="Keep the frames, too: of the object 1 a second, of its movement 8 grey ones."),
     ] = False,
     frame_size: Annotated[int, typer.Option("--frame-size", help="Pixels of a side of the object's frames.")] = 112,
+    motion_rate: Annotated[
+        float, typer.Option("--motion-rate", help="Frames a second of the movement; separators that look ask for 16.")
+    ] = 8.0,
+    sounds: Annotated[
+        bool,
+        typer.Option("--sounds", help="Keep recordings without pictures, as sounds, and pass none over."),
+    ] = False,
     detector: Annotated[
         str, typer.Option("--detector", help="owlv2, or none: the whole frame is the object.")
     ] = "owlv2",
@@ -105,6 +112,8 @@ def command(
         detector=_or_none(detector),
         look_every_s=look_every,
         min_seconds=min_seconds,
+        motion_rate_hz=motion_rate,
+        sounds=sounds,
         weights=weights,
         device=device,
     )

@@ -38,7 +38,7 @@ def mean_pictures(
     """
     found: dict[str, list[Tensor | None]] = {"object": [], "motion": []}
     for number, name in enumerate(separator.classes):
-        of_class = evenly(clips.get(name, ()), _MOST_CLIPS)
+        of_class = evenly([one for one in clips.get(name, ()) if store.has_pictures(one[0])], _MOST_CLIPS)
         encoded = [_encoded(separator, store, *one, number, device) for one in of_class]
         for role, means in found.items():
             parts = [part for features in encoded if (part := getattr(features, role)) is not None]

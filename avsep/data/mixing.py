@@ -52,6 +52,7 @@ def load_source(
     rt60_s: float = 0.0,
     change: Change | None = None,
     coded: CodedCrops | None = None,
+    stand_in: tuple[Clip, int] | None = None,
 ) -> Source:
     """Read the crop of ``clip`` that begins at sample ``start`` (zeros outside the clip; its last sample is zero, as
     published), apply the gain, clip to ±1, and read the frames of the same seconds.
@@ -59,7 +60,9 @@ def load_source(
     A clip shorter than the crop is repeated until it fills it. With ``rt60_s`` above 0 the sound is that of a room with
     this reverberation time, one room a clip; a ``change`` is one of :mod:`avsep.data.augment`. A source that is asked
     for and absent (``role``) is silent; ``still`` shows one frame all along. ``coded``: hear the crop as a codec gives
-    it back; a ``change`` then cannot be one of speed.
+    it back; a ``change`` then cannot be one of speed. A sound without pictures
+    (:meth:`avsep.data.store.Store.has_pictures`) is ``unseen``, whatever its role; what the encoders look at in its
+    place is the crop of ``stand_in``, or zeros.
     """
     length = front_end.clip_samples
     if clip.samples == 0:
@@ -75,10 +78,14 @@ def load_source(
         audio = change.apply(audio, length, front_end.sample_rate_hz)
     if sounds and rt60_s > 0:
         audio = reverberate(audio, rt60_s, front_end.sample_rate_hz, seed=(_ROOM_SEED, clip.index))
+    shown = clip
+    if visual_sources and role != "background" and not store.has_pictures(clip):
+        role = "unseen_source" if sounds else "unseen"
+        shown, start = stand_in or (clip, start)
     centre_s = (start + length // 2) / front_end.sample_rate_hz
     visual = {}
     for source in visual_sources if role != "background" else ():
-        array = store.read_visual(clip, source, centre_s=centre_s, duration_s=front_end.clip_s, copy=False)
+        array = store.read_visual(shown, source, centre_s=centre_s, duration_s=front_end.clip_s, copy=False)
         if role == "still" and source.role == "motion":
             array = np.repeat(array[:, :1], array.shape[1], 1) if source.kind == "features" else _held(array)
         visual[source.role] = array

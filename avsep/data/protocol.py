@@ -318,16 +318,19 @@ def _audiovisual(store: Store, tasks: Sequence[Task], split: str, mixture: Any) 
         clips = store.select(classes=list(task.classes), split=split)
         seen = store.select(classes=list(task.seen), split=split)
         by_id = {c.id: c for c in seen}
+        shown = [c for c in clips if store.has_pictures(c)]  # others are not seen to move, nor to stand still
+        shown_before = [c for c in seen if store.has_pictures(c)]
         found += headline
         for name in task.classes:
-            own = [c for c in clips if c.class_name == name]
+            own = [c for c in shown if c.class_name == name]
             rounds = len(own) if len(own) > 2 else len(own) - 1  # a ring: each clip leads one pair and follows in one
             found += [mixture((own[i], own[(i + 1) % len(own)]), "same-class") for i in range(max(rounds, 0))]
 
         for number, (name, roles) in enumerate(_ASKED.items(), start=2):
             size = len(roles) or 3
-            pool = clips if len(task.classes) >= size else seen  # the task's own, so that no clip is used more
-            found += [mixture(g, name, roles=roles) for g in _groups(clips, pool, size, _rng(task.index, number))]
+            leads, before = (shown, shown_before) if {"moving", "still"} & {*roles} else (clips, seen)
+            pool = leads if len(task.classes) >= size else before  # the task's own, so that no clip is used more
+            found += [mixture(g, name, roles=roles) for g in _groups(leads, pool, size, _rng(task.index, number))]
         firsts = {m.clips[0]: m for m in reversed(headline)}  # the first pair that each clip leads
         pairs = [tuple(by_id[c] for c in firsts[clip.id].clips) for clip in clips if clip.id in firsts]
         for name, more in (
@@ -336,7 +339,7 @@ def _audiovisual(store: Store, tasks: Sequence[Task], split: str, mixture: Any) 
             ("photo", {"roles": ("photo_source",) * 2}),
             ("unseen", {"roles": ("unseen_source",) * 2}),
         ):
-            found += [mixture(pair, name, **more) for pair in pairs]
+            found += [mixture(p, name, **more) for p in pairs if name != "photo" or all(map(store.has_pictures, p))]
     return found
 
 

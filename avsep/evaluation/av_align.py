@@ -164,6 +164,8 @@ def mean_agreement(
             assert score.kept is not None
             for n, place in enumerate(mixture.asked):
                 centre_s = (mixture.starts[place] + front_end.clip_samples // 2) / front_end.sample_rate_hz
+                if not store.has_pictures(by_id[mixture.clips[place]]):
+                    continue
                 try:
                     frames = store.read_visual(
                         by_id[mixture.clips[place]], source, centre_s=centre_s, duration_s=front_end.clip_s

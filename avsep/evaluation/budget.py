@@ -144,6 +144,8 @@ def exemplar_bytes(
     if keep == "id":
         return ExemplarBytes()
     crop = keep == "clip"
+    if not store.has_pictures(clip):
+        sources = ()
     sizes = {"object": 0, "motion": 0}
     for source in sources:
         shape = _shape(store, clip, source)

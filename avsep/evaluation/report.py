@@ -657,13 +657,13 @@ def _note(tasks: Sequence[int], known: int) -> str:
 def _pictures(kept: Kept, source: int, score: MixtureScore, store: Store) -> np.ndarray | None:
     """The object pictures the separator saw; where it saw stored features, the store's pictures of that moment."""
     seen = kept.object
-    if score.sources[source].role.startswith("unseen"):
+    clip = store.clip(score.mixture.clips[score.mixture.asked[source]])
+    if score.sources[source].role.startswith("unseen") or not store.has_pictures(clip):
         return None
     if seen is not None and seen.dtype == np.uint8 and seen.ndim == 5:  # [N, K, 3, H, W]
         shown: np.ndarray = seen[source][:3]
         return shown
     place = score.mixture.asked[source]
-    clip = store.clip(score.mixture.clips[place])
     frames = store.timeline(clip).object
     if frames is None or not len(frames):
         return None

@@ -69,10 +69,17 @@ def visual_dependence(
         "headline": [m for m in mixtures if is_headline({"list": m.list_name}) and m.counted],
         "same-class": [m for m in mixtures if m.list_name == "same-class"],
     }
+    shown = {clip.id for clip in store.clips if store.has_pictures(clip)}
+    for name, of_list in members.items():
+        members[name] = [m for m in of_list if shown.issuperset(m.clips)]
     chosen = {name: evenly(members[name], count) for name in _LISTS if members[name]}
     total = sum(map(len, chosen.values()))
     done = 0
-    clips = {name: store.select(classes=[name], split=split) for name in separator.classes if name in store.classes}
+    clips = {
+        name: [clip for clip in store.select(classes=[name], split=split) if clip.id in shown]
+        for name in separator.classes
+        if name in store.classes
+    }
     was_training = separator.training
     separator.to(device).eval()
     found = {}

@@ -38,7 +38,8 @@ class Pool:
     ``crops``: the first sample of those exemplars of which one crop alone was kept, by clip id, or of each of several.
     ``task`` is the task's index, for messages. ``scores``: how well two classes, their names in the order of the
     alphabet, were separated from each other in the last validation, as the mean improvement of SDR in dB; given to
-    mixers that ask for it (``uses_scores``), and empty before the first validation of a task.
+    mixers that ask for it (``uses_scores``), and empty before the first validation of a task. ``heard``: the ids of
+    the clips that are sounds without pictures, which can only be asked for as unseen.
     """
 
     clips: Sequence[Clip]
@@ -48,6 +49,7 @@ class Pool:
     task: int
     crops: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
     scores: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    heard: frozenset[str] = frozenset()
 
     def __getitem__(self, number: int) -> Clip:
         """By number: the current clips first, then the exemplars."""

@@ -16,7 +16,7 @@ from avsep.data.augment import Change, draw_change
 from avsep.data.codecs import CodedCrops
 from avsep.data.mixing import Source, load_source
 from avsep.data.store import Clip, Store
-from avsep.errors import ConfigError
+from avsep.errors import ConfigError, DataError
 from avsep.mixers.base import Mixer, Pool
 from avsep.registry import MIXERS
 from avsep.spec import ComponentRef, FrontEndSpec, TrainSpec
@@ -26,6 +26,7 @@ __all__ = ["TrainingMixtures", "epoch_steps"]
 
 _SEEN = {"unseen_source": "source", "photo_source": "source", "unseen": "moving", "photo": "still"}
 _CHANGES = 2**32  # added to an item's number, for the random numbers of its changes
+_STAND_INS = 2**33  # and for those of what stands in for pictures
 
 
 class TrainingMixtures(Dataset[list[Source]]):
@@ -64,7 +65,17 @@ class TrainingMixtures(Dataset[list[Source]]):
         self.visual_sources = tuple(visual_sources)
         self.class_index = class_index
         self.key = (train.seed, task, epoch)
-        self.pool = Pool(list(clips), list(exemplars), train, front_end, task, dict(crops or {}), dict(scores or {}))
+        every = [*clips, *exemplars]
+        heard = frozenset(c.id for c in every if not store.has_pictures(c)) if self.visual_sources else frozenset()
+        if heard and not takes_unseen:
+            raise DataError(
+                f"clip '{min(heard)}' of {store.path} is a sound without pictures, and the separator's mask decoder "
+                "needs pictures of every source: give videos, or compose it with aligned_query"
+            )
+        self.pool = Pool(
+            list(clips), list(exemplars), train, front_end, task, dict(crops or {}), dict(scores or {}), heard
+        )
+        self._shown = [number for number in range(len(self.pool)) if self.pool[number].id not in heard]
         ref = train.mixer or ComponentRef(name="as_published")
         self.mixer: Mixer = MIXERS.create(ref.name, ref.params)
         self.items = self.mixer.begin_epoch(self.pool, self._rng(2**31))
@@ -97,9 +108,9 @@ class TrainingMixtures(Dataset[list[Source]]):
             changes = [draw_change(self.train.augment, rng) for _ in drawn]
         if not self.takes_unseen:
             drawn = [one._replace(role=_SEEN.get(one.role, one.role)) for one in drawn]
-        return [self._load(*one, change) for one, change in zip(drawn, changes, strict=True)]
+        return [self._load(*one, change, item) for one, change in zip(drawn, changes, strict=True)]
 
-    def _load(self, number: int, start: int, gain: float, role: str, change: Change | None) -> Source:
+    def _load(self, number: int, start: int, gain: float, role: str, change: Change | None, item: int) -> Source:
         clip = self.pool[number]
         is_memory = self.pool.is_exemplar(number)
         if change is not None and is_memory and clip.id in self.pool.crops:
@@ -116,7 +127,17 @@ class TrainingMixtures(Dataset[list[Source]]):
             role=role,
             change=change,
             coded=self.coded if is_memory else None,
+            stand_in=self._stand_in(item) if clip.id in self.pool.heard else None,
         )
+
+    def _stand_in(self, item: int) -> tuple[Clip, int] | None:
+        """A crop whose pictures the encoders see for a clip that has none: blank ones would change the statistics that
+        their normalisations keep."""
+        if not self._shown:
+            return None
+        rng = self._rng(item + _STAND_INS)
+        number = self._shown[int(rng.integers(len(self._shown)))]
+        return self.pool[number], self.pool.draw(number, rng).start
 
 
 class _Loaded(Collection[list[Source]]):

@@ -26,15 +26,23 @@ class Varied(Mixer):
     often each, in ``unseen`` times of 1; and in as many of only some of the sources. A mask decoder that needs pictures
     sees them all the same.
 
-    Classes are drawn uniformly from all that are there, then their clips, exemplars like the others. An epoch has
+    Classes are drawn uniformly from all that are there, then their clips, exemplars like the others; in ``current``
+    times of 1 the first class of a mixture is one of the task's own, so that one new class among many old ones is heard
+    often enough. A sound without pictures is never one of two of a class, and is asked for as unseen. An epoch has
     ``train.current_repeats`` mixtures a current clip; ``train.memory_repeats``, ``memory_share`` and ``partner`` play
     no part.
     """
 
     def __init__(
-        self, *, same_class: float = 0.35, absent: float = 0.25, background: float = 0.15, unseen: float = 0.25
+        self,
+        *,
+        same_class: float = 0.35,
+        absent: float = 0.25,
+        background: float = 0.15,
+        unseen: float = 0.25,
+        current: float = 0.0,
     ) -> None:
-        for name, value, most in (("background", background, 1), ("unseen", unseen, 0.5)):
+        for name, value, most in (("background", background, 1), ("unseen", unseen, 0.5), ("current", current, 1)):
             if not 0 <= value <= most:
                 raise ValueError(f"{name} must lie between 0 and {most}, got {value}")
         if not (same_class >= 0 and absent >= 0 and same_class + absent <= 1):
@@ -43,13 +51,19 @@ class Varied(Mixer):
         self.absent = absent
         self.background = background
         self.unseen = unseen
+        self.current = current
 
     def begin_epoch(self, pool: Pool, rng: np.random.Generator) -> int:
         self._of_class: dict[str, list[int]] = {}
         for number in range(len(pool)):
             self._of_class.setdefault(pool[number].class_name, []).append(number)
         self._names = sorted(self._of_class)
-        self._twice = [name for name in self._names if len(self._of_class[name]) > 1]
+        self._seen = {
+            name: [number for number in members if pool[number].id not in pool.heard]
+            for name, members in self._of_class.items()
+        }
+        self._twice = [name for name in self._names if len(self._seen[name]) > 1]
+        self._current = sorted({clip.class_name for clip in pool.clips}) if self.current else []
         sources = pool.train.sources
         if len(self._names) < sources:
             raise ConfigError(
@@ -66,18 +80,23 @@ class Varied(Mixer):
         pair = kind < self.same_class and bool(self._twice)
         absent = self.same_class <= kind < self.same_class + self.absent
         names = [str(name) for name in rng.permutation(self._names)]
+        if self._current and rng.random() < self.current:
+            name = self._current[int(rng.integers(len(self._current)))]
+            names = [name, *(other for other in names if other != name)]
         if pair:
             name = self._twice[int(rng.integers(len(self._twice)))]
             names = [name, name, *(other for other in names if other != name)]
         chosen: list[int] = []
         for name in names[:sources]:
-            members = [number for number in self._of_class[name] if number not in chosen]
+            of_class = self._seen if pair else self._of_class  # two of a class are told apart by what is seen alone
+            members = [number for number in of_class[name] or self._of_class[name] if number not in chosen]
             chosen.append(members[int(rng.integers(len(members)))])
         roles = ["source"] * sources
         if absent:
             # sometimes a second player of what does sound: who moves to something else is not heard either
             role = _ABSENT[int(rng.integers(len(_ABSENT)))]
-            heard = [number for number in self._of_class[names[0]] if number != chosen[0]]
+            seen = self._seen[names[0]]
+            heard = [number for number in seen if number != chosen[0]] if chosen[0] in seen else []
             if role in ("moving", "still") and heard and rng.random() < 0.3:
                 chosen[-1] = heard[int(rng.integers(len(heard)))]
             roles[-1] = role

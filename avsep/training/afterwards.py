@@ -47,15 +47,19 @@ def calibrate_presence(
     questions = list(_asked_in_vain(usable, separator.classes))
     if not questions:
         return None
-    offsets.zero_()
     found = {}
+    shown = {clip.id for clip in store.clips if store.has_pictures(clip)}
     for place, (way, (there, *not_there)) in enumerate(_SEEN.items()):
         if way == "unseen" and decoder.class_agnostic:
             continue  # nothing would tell what is asked for
         asked = [
             replace(m, roles=(*(there,) * (len(m.clips) - 1), not_there[number % len(not_there)]))
             for number, m in enumerate(questions)
+            if way == "unseen" or shown.issuperset(m.clips)
         ]
+        if not asked:
+            continue  # nothing is seen of the classes that were learned: what was found before holds
+        offsets[place] = 0.0
         found[way] = best_threshold(*_told(separator, store, asked, device))
         offsets[place] = torch.logit(torch.tensor(found[way]), eps=1e-6) - math.log(
             decoder.presence_threshold / (1 - decoder.presence_threshold)

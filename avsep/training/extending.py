@@ -411,7 +411,7 @@ def _prepared(
     jobs: int,
     progress: bool | Progress,
 ) -> Store:
-    from avsep.data.prepare.listings import list_folder
+    from avsep.data.prepare.listings import is_video, list_folder
     from avsep.data.prepare.videos import make_recipe, prepare
 
     for name in names:
@@ -438,15 +438,22 @@ def _prepared(
         listing = dataclasses.replace(
             listing, videos=tuple(videos), origin={**listing.origin, "splits": {"by": "order of the names"}}
         )
-    sources = _sources(folder, spec)
+    separator = load_separator(folder, task=len(spec.tasks) - 1)
+    sources = separator.visual_sources()
+    more: dict[str, Any] = {}
+    if sources and separator.mask_decoder.takes_unseen:
+        more["sounds"] = True
+        if not any(is_video(video.file) for video in listing.videos):
+            sources = ()  # no weights of a detector are needed to look at nothing
     named = {s.role: s.name for s in sources if s.kind == "features"}
     looks = any(s.kind == "frames" for s in sources)
-    more: dict[str, Any] = {}
     if sources:
-        manifest = open_run_store(folder, own).manifest
-        more["detector"] = manifest.get("origin", {}).get("detector")
-        if looks and manifest.get("object_shape"):
-            more["frame_size"] = manifest["object_shape"][1]
+        store = open_run_store(folder, own)
+        more["detector"] = store.manifest.get("origin", {}).get("detector")
+        if looks and store.manifest.get("object_shape"):
+            more["frame_size"] = store.manifest["object_shape"][1]
+        if looks:
+            more["motion_rate_hz"] = store.motion_rate_hz
     recipe = make_recipe(
         rate_hz=spec.separator.front_end.sample_rate_hz,
         object=named.get("object"),

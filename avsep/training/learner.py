@@ -422,9 +422,9 @@ class ContinualLearner:
             self.memory.check(stream.counts(stream.tasks if kept_last else stream.tasks[:-1]))
         to_learn = stream.tasks[stream.carried :]
         for task in to_learn[:1]:  # a missing feature or a wrong width shows here, not in an hour
-            clip = stream.train_clips(task)[0]
-            for source in self.separator.visual_sources():
-                stream.store.read_visual(clip, source, centre_s=0.0, duration_s=spec.front_end.clip_s)
+            for clip in list(filter(stream.store.has_pictures, stream.train_clips(task)))[:1]:
+                for source in self.separator.visual_sources():
+                    stream.store.read_visual(clip, source, centre_s=0.0, duration_s=spec.front_end.clip_s)
         remembered: Memory = read_exemplars(run, stream.carried - 1) if stream.carried else {}
         for task in to_learn:  # likewise a batch or partners that some task has too few clips for
             chosen = self._remember(stream, task, remembered, scored=False)

@@ -43,6 +43,7 @@ SEPARATORS: dict[str, dict[str, Any]] = {
     "iquery_tails": {**TINY_SEPARATOR, "adapter": {"name": "task_tails", "params": {"layers": 2}}},
     "iquery_causal": _with_queries(slot_attention="causal"),
     "iquery_self": _with_queries(slot_attention="self"),
+    "aligned": {**TINY_SEPARATOR, "mask_decoder": {"name": "aligned_query", "params": {"dim": 16, "layers": 1}}},
     "coseparation": {
         "audio_encoder": {"name": "conv7", "params": {"base_channels": 4}},
         "object_encoder": {"name": "frame_cnn", "params": {"dim": 16}},

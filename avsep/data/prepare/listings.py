@@ -28,6 +28,7 @@ __all__ = [
     "DATASETS",
     "Listing",
     "Video",
+    "is_video",
     "list_ave",
     "list_folder",
     "list_music21",
@@ -72,6 +73,11 @@ class Listing:
     videos: tuple[Video, ...]
     origin: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+
+
+def is_video(file: str) -> bool:
+    """Whether a file's name is that of a video, and not of a sound."""
+    return Path(file).suffix.lower().lstrip(".") in _VIDEO.split()
 
 
 def split_of(video_id: str, seed: int = 0, shares: Sequence[float] = SHARES) -> str:

@@ -49,7 +49,7 @@ STATUSES = {
     "no_audio": "no audio stream",
     "silent": f"sound below {SILENT_DB:.0f} dB",
     "short": "shorter than --min-seconds",
-    "no_video": "no video stream, where frames or features are asked for",
+    "no_video": "no video stream, where frames or features are asked for (--sounds keeps it as a sound)",
 }
 
 
@@ -58,8 +58,9 @@ class Recipe:
     """What is made of each video. Plain data, the same in every process.
 
     ``object`` and ``motion`` name extractors of features or are None; ``frames`` keeps the frames, of the object
-    ``frame_size`` pixels a side; ``detector`` is ``owlv2`` or None (the whole frame). ``extractors`` tell by name where
-    the weights come from and their hash, ``folders`` where they lie on this machine. Made by :func:`make_recipe`.
+    ``frame_size`` pixels a side, of its movement ``motion_rate_hz`` a second; ``detector`` is ``owlv2`` or None (the
+    whole frame); with ``sounds`` a recording without pictures is kept as a sound. ``extractors`` tell by name where the
+    weights come from and their hash, ``folders`` where they lie on this machine. Made by :func:`make_recipe`.
     """
 
     rate_hz: int = 11025
@@ -71,6 +72,8 @@ class Recipe:
     look_every_s: float = 1.0
     min_seconds: float = 1.0
     device: str = "cpu"
+    motion_rate_hz: float = MOTION_RATE_HZ
+    sounds: bool = False
     extractors: dict[str, dict[str, str]] = field(default_factory=dict)
     folders: dict[str, str] = field(default_factory=dict)
 
@@ -86,7 +89,10 @@ class Recipe:
         if self.motion:
             found.append(VisualSource(role="motion", kind="features", name=self.motion))
         if self.frames:
-            found += [VisualSource(role="object", kind="frames", frames=1), VisualSource(role="motion", kind="frames")]
+            found += [
+                VisualSource(role="object", kind="frames", frames=1),
+                VisualSource(role="motion", kind="frames", rate_hz=self.motion_rate_hz),
+            ]
         return found
 
     @property
@@ -99,6 +105,9 @@ class Recipe:
         described = {k: v for k, v in asdict(self).items() if k not in ("rate_hz", "folders")}
         if not (self.roles or self.detector):
             described.pop("device")
+        for later, default in (("motion_rate_hz", MOTION_RATE_HZ), ("sounds", False)):
+            if described[later] == default:
+                described.pop(later)  # stores made before they were there go on
         return described
 
 
@@ -124,6 +133,8 @@ def make_recipe(
     detector: str | None = "owlv2",
     look_every_s: float = 1.0,
     min_seconds: float = 1.0,
+    motion_rate_hz: float = MOTION_RATE_HZ,
+    sounds: bool = False,
     weights: str | os.PathLike[str] = "auto",
     device: str = "cpu",
 ) -> Recipe:
@@ -145,6 +156,8 @@ def make_recipe(
         raise ConfigError(f"look_every {look_every_s:g} must be at least 0.04 s")
     if not (0 < min_seconds < math.inf):
         raise ConfigError(f"min_seconds {min_seconds:g} must be above 0")
+    if not (0 < motion_rate_hz <= 60):
+        raise ConfigError(f"motion_rate {motion_rate_hz:g} must be above 0 and at most 60 frames a second")
     if detector not in (None, "owlv2"):
         raise UnknownNameError(f"no detector '{detector}': owlv2, or none for the whole frame")
     takes_frames = bool(object or motion or frames)
@@ -157,6 +170,8 @@ def make_recipe(
         detector=detector if takes_frames else None,  # there is nothing to cut out
         look_every_s=look_every_s,
         min_seconds=min_seconds,
+        motion_rate_hz=motion_rate_hz,
+        sounds=sounds,
     )
     if kept.roles or kept.detector:
         from avsep.environment import pick_device
@@ -235,9 +250,9 @@ def _make(out: str, root: str, recipe: Recipe, video: Video) -> str:
             raise _SkippedError("missing", f"there is no {video.looked_for}")
         source = {"path": video.file}  # all that is known of what cannot be read
         source = _source(path, video)
-        mono, span, seconds = _read_sound(path, recipe, video)
+        mono, span, seconds, shows = _read_sound(path, recipe, video)
         about = {"duration_s": seconds, "status": "ok", "source": source}
-        visual = _read_visual(path, recipe, video.class_name, span)
+        visual = _read_visual(path, recipe, video.class_name, span) if shows else {}
         writer.write_clip(video.id, video.class_name, video.split, mono, about=about, **visual)
         return "ok"
     except _SkippedError as stop:
@@ -266,8 +281,8 @@ def _without(reason: str, root: str) -> str:
     return " ".join(reason.replace(f"{root.rstrip('/')}/", "").split())
 
 
-def _read_sound(path: Path, recipe: Recipe, video: Video) -> tuple[Any, tuple[float, float] | None, float]:
-    """The sound at the store's rate, the part that was taken, and its seconds."""
+def _read_sound(path: Path, recipe: Recipe, video: Video) -> tuple[Any, tuple[float, float] | None, float, bool]:
+    """The sound at the store's rate, the part that was taken, its seconds, and whether there are pictures, too."""
     from avsep.media.video import probe, read_sound
 
     span = video.span
@@ -289,9 +304,9 @@ def _read_sound(path: Path, recipe: Recipe, video: Video) -> tuple[Any, tuple[fl
     level_db = 10 * math.log10(max(power, 1e-12))
     if level_db < SILENT_DB:
         raise _SkippedError("silent", f"{video.file} is silent ({level_db:.0f} dB)")
-    if recipe.takes_frames and not info.has_video:
+    if recipe.takes_frames and not info.has_video and not recipe.sounds:
         raise _SkippedError("no_video", f"{video.file} has no frames")
-    return resample(mono, own_hz, recipe.rate_hz), span, round(seconds, 3)
+    return resample(mono, own_hz, recipe.rate_hz), span, round(seconds, 3), info.has_video
 
 
 def _read_visual(path: Path, recipe: Recipe, class_name: str, span: tuple[float, float] | None) -> dict[str, Any]:
@@ -382,7 +397,7 @@ def prepare(
         classes=listing.classes,
         sample_rate_hz=recipe.rate_hz,
         object_rate_hz=OBJECT_RATE_HZ,
-        motion_rate_hz=MOTION_RATE_HZ,
+        motion_rate_hz=recipe.motion_rate_hz,
         origin=origin,
         licence=LICENCE,
     ) as writer:
@@ -414,7 +429,9 @@ def prepare(
                 f"none of the {len(entries)} videos below {listing.root} could be used; the first: "
                 f"{skipped[0]['reason']} (all of them: {folder / VIDEOS_FILE})"
             )
-        return Prepared(writer.finish(ids, roles=recipe.roles), skipped)
+        shown = {kind for entry in entries for kind in entry.get("files", ())}
+        roles = {name: role for name, role in recipe.roles.items() if f"features/{name}" in shown}
+        return Prepared(writer.finish(ids, roles=roles), skipped)
 
 
 def check_places(out: Path, root: Path) -> None:

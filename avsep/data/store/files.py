@@ -9,7 +9,8 @@ Layout::
     features/NAME/ID.npy     float [n, D] (object) or [D, T] (motion)
     videos.csv               what became of each video (stores prepared from videos)
 
-The manifest is written last, so a folder without one is unfinished. ``clips`` are what can be read; a store prepared
+A clip may be a sound without pictures among others that have some: it has no file but its audio. The manifest is
+written last, so a folder without one is unfinished. ``clips`` are what can be read; a store prepared
 from videos also says of each clip where it comes from (``source``, with its hash), and lists under ``skipped`` the
 videos that could not be used, with ``status`` and ``reason``. Of a clip that is an exemplar of a memory there may be
 ``parts`` alone (:mod:`avsep.data.store.parts`). Large data sets may have their files in shards instead
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -95,6 +97,7 @@ class Store:
         self._shard_maps = FileMaps(room_for_maps(_OPEN_SHARDS))
         self._held = FileMaps(room_for_maps(_HELD_MAPS))
         self._root = str(path)
+        self._pictured = {i for i, entry in enumerate(manifest["clips"]) if entry["files"].keys() - {"audio"}}
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> Store:
@@ -189,7 +192,8 @@ class Store:
     def feature_hash(self, name: str) -> str:
         """SHA-256 over the hashes of one kind of stored features, in manifest order."""
         self._feature(name)
-        return _digest([name, [e["files"][f"features/{name}"]["sha256"] for e in self.manifest["clips"]]])
+        kind = f"features/{name}"
+        return _digest([name, [e["files"].get(kind, {}).get("sha256") for e in self.manifest["clips"]]])
 
     @property
     def features(self) -> dict[str, dict[str, Any]]:
@@ -239,6 +243,16 @@ class Store:
         has none or keeps it in a shard."""
         record = self._records(clip).get(kind)
         return None if record is None or "shard" in record else self.path / record["path"]
+
+    @property
+    def shows_anything(self) -> bool:
+        """Whether any clip has frames or features."""
+        return bool(self._pictured)
+
+    def has_pictures(self, clip: Clip) -> bool:
+        """Whether there is anything to see of a clip: False of a sound among clips that have frames or features. Of a
+        store without any it is not asked, and what reads them says that they are missing."""
+        return clip.index in self._pictured or not self._pictured
 
     def read_audio(self, clip: Clip, start: int = 0, samples: int | None = None, *, tile: bool = False) -> np.ndarray:
         """Read float32 [samples] from sample ``start`` on (default: to the clip's end), ±1 full scale.
@@ -415,7 +429,7 @@ class Store:
                 )
         record = self._records(clip).get(kind)
         if record is None:
-            return self.timeline(clip).read(source, centre_s, duration_s)  # raises, naming what there is
+            return self._blank(clip, source).read(source, centre_s, duration_s)  # raises, naming what there is
         with self._opened(record) as file:
             copy = copy and isinstance(file, MappedFile)  # what is read by position is nobody else's
             try:
@@ -424,6 +438,26 @@ class Store:
                 return self._timeline(clip, {kind: array}).read(source, centre_s, duration_s, copy=copy)
             except ValueError as error:
                 raise self._unreadable(record, error) from None
+
+    def _blank(self, clip: Clip, source: VisualSource) -> VisualTimeline:
+        """Zeros of the others' shape for the pictures of a clip that has none; of one that has some, these."""
+        if self.has_pictures(clip):
+            return self.timeline(clip)
+        seconds = math.ceil(clip.samples / self.sample_rate_hz) + 1
+        shape: list[int] | None
+        if source.kind == "features":
+            feature = self.features.get(source.name or "")
+            if feature is None:
+                return self.timeline(clip)
+            dim, steps = feature["dim"], feature["steps"]
+            shape = [dim, steps] if source.role == "motion" else [math.ceil(seconds * self.object_rate_hz), dim]
+            return self._timeline(clip, {f"features/{source.name}": np.broadcast_to(np.float32(0), shape)})
+        shape = self.manifest.get(f"{source.role}_shape")
+        if shape is None:
+            return self.timeline(clip)
+        rate_hz = self.object_rate_hz if source.role == "object" else self.motion_rate_hz
+        rows = math.ceil(seconds * rate_hz)
+        return self._timeline(clip, {source.role: np.broadcast_to(np.uint8(0), (rows, *shape))})
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
@@ -536,7 +570,7 @@ def _check_manifest(path: Path, manifest: Any) -> None:
             if feature["role"] not in ("object", "motion") or not sizes:
                 raise DataError(f"{where}: damaged record of features '{name}': make the store again")
             for entry in clips:
-                if f"features/{name}" not in entry["files"]:
+                if f"features/{name}" not in entry["files"] and entry["files"].keys() != {"audio"}:
                     raise DataError(f"{where}: clip '{entry['id']}' lacks the features '{name}'")
         check_shards(where, manifest)
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # of what is no list, record or path
@@ -811,7 +845,8 @@ class StoreWriter:
     def _feature_record(self, name: str, role: str, clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What the manifest says of features."""
         kind = f"features/{name}"
-        widths = {_width(role, array_header(str(self.path / c["files"][kind]["path"])).shape) for c in clips}
+        files = [c["files"][kind]["path"] for c in clips if kind in c["files"]]
+        widths = {_width(role, array_header(str(self.path / file)).shape) for file in files}
         if len(widths) != 1:
             raise DataError(f"{self.path}: features '{name}' have different shapes: {sorted(widths, key=str)}")
         dim, steps = widths.pop()
@@ -887,7 +922,7 @@ def add_features(
                 )
 
         if callable(features):
-            for clip in store.clips:
+            for clip in filter(store.has_pictures, store.clips):
                 file = folder / f"{clip.id}.npy"
                 there = file.is_file()
                 array = load_array(str(file)) if there else features(clip)
@@ -905,6 +940,8 @@ def add_features(
         for entry in manifest["clips"]:
             relative = f"features/{name}/{entry['id']}.npy"
             if not (store.path / relative).is_file():
+                if store.shows_anything and entry["files"].keys() == {"audio"}:
+                    continue  # a sound without pictures
                 raise DataError(f"features '{name}': nothing was given for clip '{entry['id']}'")
             entry["files"][f"features/{name}"] = _record(store.path, relative)
         dim, steps = widths.pop()

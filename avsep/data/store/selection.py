@@ -49,10 +49,11 @@ def write_selection(
     Raises:
         DataError: the stores' rates differ, or one lacks what a source asks for.
     """
-    first = selected[0].store
+    first = next((s.store for s in selected if s.store.has_pictures(s.clip)), selected[0].store)
     for other in {id(s.store): s.store for s in selected}.values():
         rates = [(s.sample_rate_hz, s.object_rate_hz, s.motion_rate_hz) for s in (other, first)]
-        if rates[0][: 3 if sources else 1] != rates[1][: 3 if sources else 1]:
+        count = 3 if sources and other.shows_anything else 1  # a sound without pictures has no rate of frames
+        if rates[0][:count] != rates[1][:count]:
             raise DataError(
                 f"{other.path} holds sound, object and motion at {', '.join(f'{r:g}' for r in rates[0])} Hz, and "
                 f"{first.path} at {', '.join(f'{r:g}' for r in rates[1])} Hz: make the store at those rates"
@@ -82,6 +83,8 @@ def _write(writer: StoreWriter, one: Selected, sources: Sequence[VisualSource], 
     starts = one.starts
     timeline = store.timeline(clip)
     arrays: dict[str, Any] = {}
+    if not (store.shows_anything and store.has_pictures(clip)):
+        sources = ()
     for source in sources:
         kind = source.role if source.kind == "frames" else f"features/{source.name}"
         array = {"object": timeline.object, "motion": timeline.motion}.get(kind, timeline.features.get(source.name))
