@@ -17,22 +17,26 @@ _moved.install()
 
 if TYPE_CHECKING:
     from avsep.data.store import Store
+    from avsep.inference.once import Separation, separate
     from avsep.separator import Separator, build_separator, list_components, load_separator, save_separator
     from avsep.training.learner import ContinualLearner
 
 # public name -> module that defines it
 _PUBLIC = {
     "ContinualLearner": "avsep.training.learner",
+    "Separation": "avsep.inference.once",
     "Separator": "avsep.separator",
     "Store": "avsep.data.store.files",
     "build_separator": "avsep.separator",
     "list_components": "avsep.separator",
     "load_separator": "avsep.separator",
     "save_separator": "avsep.separator",
+    "separate": "avsep.inference.once",
 }
 
 __all__ = [
     "ContinualLearner",
+    "Separation",
     "Separator",
     "Store",
     "__version__",
@@ -40,6 +44,7 @@ __all__ = [
     "list_components",
     "load_separator",
     "save_separator",
+    "separate",
 ]
 
 

@@ -26,6 +26,7 @@ COMMANDS = (
     "leaderboard",
     "sweep",
     "separate",
+    "models",
     "export",
     "app",
     "doctor",

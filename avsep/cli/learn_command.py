@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Run folder, as avsep train writes it.", show_default=False)],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Run folder, as avsep train writes it; or with --out a model that comes with avsep (avsep models), or "
+            "a saved separator.",
+            show_default=False,
+        ),
+    ],
     source: Annotated[
         Path,
         typer.Option("--from", help="Store, or folder with recordings in a folder a class.", show_default=False),
@@ -25,6 +32,10 @@ def command(
     classes: Annotated[
         str, typer.Option("--classes", help="Classes to learn, such as cello or cello,viola.", show_default=False)
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Run folder to make of a model or a saved separator, which stay as they are."),
+    ] = None,
     strategy: Annotated[
         str | None, typer.Option("--strategy", help="Another strategy from here on [default: the run's].")
     ] = None,
@@ -53,7 +64,8 @@ def command(
         int, typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Recordings prepared at once, from a folder.")
     ] = 1,
 ) -> None:
-    """Teach a finished run more classes. Continues a killed call; the run can be used at every moment."""
+    """Teach a finished run, or a separator that comes with avsep, more classes. Continues a killed call; the run can be
+    used at every moment."""
     from avsep.cli._text import names_in, warnings_in_a_line
     from avsep.environment import keep_memory
     from avsep.errors import ConfigError
@@ -63,6 +75,7 @@ def command(
     if not max_loss_db >= 0:
         raise ConfigError(f"--max-loss-db {max_loss_db:g}: give 0 or more dB")
     keep_memory()
+    run = _begun(run, out)
     try:
         with warnings_in_a_line():
             found = extend(
@@ -90,6 +103,29 @@ def command(
         "old classes were validated and tested on their own recordings, which the run carries with its exemplars"
     )
     typer.echo(f"{run} has learned {classes} as task {found.task}; next: avsep evaluate {shlex.quote(str(run))}")
+
+
+def _begun(run: Path, out: Path | None) -> Path:
+    """The run to be extended: what is given, or what is made of a model, in ``out``."""
+    from avsep.errors import ConfigError
+    from avsep.models import begin_run, model_at
+
+    model = model_at(run)
+    if model is None:
+        if out is not None:
+            raise ConfigError(
+                f"{run} is no model that comes with avsep: a run learns more in its own folder, without --out"
+            )
+        return run
+    if out is None:
+        raise ConfigError(
+            f"'{run}' is a model that comes with avsep, and stays as it is: name the folder of a run of your own with "
+            "--out"
+        )
+    if not (out / "run.yaml").is_file():
+        begin_run(model, out)
+        typer.echo(f"{out} begins as model '{model.name}'", err=True)
+    return out
 
 
 def _table(found: Extension) -> Table:

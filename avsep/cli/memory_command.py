@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -19,19 +20,18 @@ def command(
         Path | None, typer.Option("--page", help="Write an HTML page to hear and to see the exemplars (extra report).")
     ] = None,
     store: Annotated[
-        Path | None, typer.Option("--store", help="Of --carry: where the run's own store lies [default: where it was].")
+        Path | None,
+        typer.Option("--store", help="Where the store lies of a run that has not its memory [default: where it was]."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Of --carry: auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """List and play the exemplars that a run carries; copy them into the run; forget a class's."""
     from rich.table import Table
 
-    from avsep.errors import ConfigError
     from avsep.progress import terminal
+    from avsep.runs.folder import RunFolder
     from avsep.training import extending
 
-    if store is not None and not carry:
-        raise ConfigError("--store says where the exemplars are to be copied from: give --carry with it")
     if carry:
         try:
             extending.carry(run, store=store, device=device)
@@ -43,8 +43,9 @@ def command(
             f"{count} exemplars of {forget} are removed. The separator still knows {forget}, and may lose it as more "
             "is learned; what the strategy keeps, and the recordings to validate and test on, are not changed"
         )
-    found = extending.carried_exemplars(run)
-    table = Table(title=f"exemplars in {run}")
+    opened, found = extending.kept_exemplars(run, store)
+    carries = opened.path == RunFolder(run).memory
+    table = Table(title=f"exemplars in {run if carries else opened.path}")
     for heading in ("class", "exemplars", "seconds", "bytes", "recordings"):
         table.add_column(heading, justify="left" if heading in ("class", "recordings") else "right")
     for one in found:
@@ -59,12 +60,12 @@ def command(
         end_section=True,
     )
     terminal().print(table)
+    if not carries:
+        again = f"avsep memory {shlex.quote(str(run))} --carry"
+        typer.echo(f"they lie in the run's store, which must stay; {again} copies them into the run")
     if page is not None:
-        from avsep.data.store import Store
         from avsep.evaluation.memory_page import render_memory
         from avsep.files import write_text
-        from avsep.runs.folder import RunFolder
 
-        opened = Store.open(RunFolder(run).memory)
         write_text(page, render_memory(run.resolve().name, opened, {one.class_name: one.ids for one in found}))
         typer.echo(f"page written to {page} ({page.stat().st_size / 1e6:.1f} MB)")

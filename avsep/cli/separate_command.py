@@ -50,7 +50,13 @@ def command(
             help="Folder for FILE_NAME.wav, FILE_residual.wav and a page [default: FILE_separated beside each FILE].",
         ),
     ] = None,
-    run: Annotated[Path | None, typer.Option("--run", help="Run folder, or a saved separator.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            help="Run folder, saved separator, or a model that comes with avsep (avsep models) [default: instruments].",
+        ),
+    ] = None,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="Exported bundle, in place of a run; needs no PyTorch.")
     ] = None,
@@ -69,6 +75,15 @@ def command(
     whole_frame: Annotated[
         bool, typer.Option("--whole-frame", help="Show the whole frame for every class; detect no objects.")
     ] = False,
+    look: Annotated[
+        bool | None,
+        typer.Option(
+            "--look/--no-look",
+            help="Look at a video, or ask by name alone [default: look; models that come with avsep do not, for they "
+            "learned from drawn players].",
+            show_default=False,
+        ),
+    ] = None,
     detector: Annotated[
         str, typer.Option("--detector", help="Folder of the detector's weights; auto: AVSEP_WEIGHTS, cache, download.")
     ] = "auto",
@@ -142,16 +157,17 @@ def command(
     output = Output(json=json, quiet=quiet, verbose=verbose)
     if run is not None and bundle is not None:
         raise ConfigError("name one thing to separate with: --run RUN, or --bundle BUNDLE (of avsep export)")
-    _refuse_the_others(run is None, task=task, device=device, provider=provider, precision=precision)
+    _refuse_the_others(bundle is not None, task=task, device=device, provider=provider, precision=precision)
     given = {"--features": features is not None, "--boxes": boxes is not None, "--whole-frame": whole_frame}
     if sum(given.values()) > 1:
         both = " and ".join(name for name, there in given.items() if there)
         raise ConfigError(f"{both} both say what is seen of the classes: leave all but one out")
+    if look is False and (shown := [name for name, there in given.items() if there]):
+        raise ConfigError(f"--no-look looks at nothing, and {shown[0]} says what is to be seen: leave one out")
 
     def load() -> _Engine:
-        if run is not None:
+        if bundle is None:
             return _of_run(run, task, device, batch or 4, context, limit_mask_sum)
-        assert bundle is not None
         loaded = _of_bundle(bundle, provider, precision, batch, context, output.note)
         if limit_mask_sum and not loaded.limited:
             raise ConfigError(
@@ -160,7 +176,7 @@ def command(
         return loaded
 
     written = ",".join(classes or ())
-    _refuse_what_is_missing(files or [], written, None if run is None and bundle is None else load)
+    _refuse_what_is_missing(files or [], written, load)
     failures = _Failures(output)
     paths = failures.expanded(files or [])
     channels: dict[Path, int] = {}
@@ -174,8 +190,13 @@ def command(
     timelines = {} if features is None else read_visual_file(features)
     track = None if boxes is None else read_boxes(boxes)
     engine = load()
-    output.detail(f"{run or bundle}, on {engine.ran}: {listed(engine.classes)}")
+    output.detail(f"{engine.name or run or bundle}, on {engine.ran}: {listed(engine.classes)}")
     failures.refuse_classes(engine.classes, written)
+    chosen = names_in(written, engine.classes)
+    auto = [name.casefold() for name in chosen] == ["auto"]
+    looks_at_videos = engine.looks or any(given.values()) or detector != "auto" or auto if look is None else look
+    if not looks_at_videos and not engine.can_go_unseen and engine.sources:
+        raise ConfigError("--no-look asks by name alone, and this separator needs to see what it is asked for")
     mixed = {
         path: mono or (engine.channels is not None and n not in (1, engine.channels)) for path, n in channels.items()
     }
@@ -192,12 +213,21 @@ def command(
             display[0].update(bar_of[label], done, total)
 
         looks = _Looks(
-            engine, timelines, track, whole_frame, detector, look_every, device if run else "cpu", progress, output.note
+            engine,
+            timelines,
+            track,
+            whole_frame,
+            detector,
+            look_every,
+            "cpu" if bundle is not None else device,
+            progress,
+            output.note,
+            looks_at_videos,
         )
         options: dict[str, Any] = {"rate": rate, "subtype": subtype, "suffix": suffix}
         options |= {"rescale": rescale, "overwrite": overwrite}
-        chosen = names_in(written, engine.classes)
-        asked = None if [name.casefold() for name in chosen] == ["auto"] else sources_of(engine.classes, chosen)
+        _refuse_left_out(engine, chosen)
+        asked = None if auto else sources_of(engine.classes, chosen)
         if asked is not None:
             check_moves(asked, engine.sources)
         looks.show(photos, asked)
@@ -251,7 +281,7 @@ def command(
     if output.json:
         output.result(_as_data(results, failures.told, engine.ran))
     elif results:
-        _print(output, results, engine.ran, rescale)
+        _print(output, results, engine.ran, rescale, tells_unseen=engine.looks or bool(looks_at_videos))
     if failures.told:
         output.wrong(f"{len(failures.told)} of {len(paths) + failures.unopened} recordings could not be separated")
         raise typer.Exit(2)
@@ -268,20 +298,29 @@ def _place(path: Path, out: Path | None) -> Path:
     return path.parent / f"{path.stem}_separated" if out is None else out
 
 
-def _refuse_what_is_missing(files: list[Path], classes: str, load: Callable[[], _Engine] | None) -> None:
-    """Raise :class:`ConfigError` with all that was not given, and the classes to choose from where they are known."""
+def _refuse_what_is_missing(files: list[Path], classes: str, load: Callable[[], _Engine]) -> None:
+    """Raise :class:`ConfigError` with all that was not given, and the classes to choose from."""
     from avsep.cli._text import names_in
     from avsep.errors import ConfigError
     from avsep.export.runtime.recordings import listed
 
     missing = [] if files else ["a recording (a video, a sound or a folder of them)"]
-    if load is None:
-        missing.append("something to separate with (--run RUN, or --bundle BUNDLE of avsep export)")
     if not names_in(classes):
-        knows = f"; {listed(load().classes)}" if load is not None else ""
-        missing.append(f"classes (--classes flute,piano, or auto: those that are seen{knows})")
+        missing.append(f"classes (--classes flute,piano, or auto: those that are seen; {listed(load().classes)})")
     if missing:
         raise ConfigError(f"avsep separate needs {' and '.join(missing)}: see avsep separate --help")
+
+
+def _refuse_left_out(engine: _Engine, chosen: list[str]) -> None:
+    """Raise :class:`ConfigError` for classes that a model was trained on, and is not offered for."""
+    from avsep.errors import ConfigError
+
+    for name in chosen:
+        if (of := name.rpartition("=")[2].strip()) in engine.left_out:
+            raise ConfigError(
+                f"model '{engine.name}' does not separate '{of}' better than a fixed filter does, so it is not offered "
+                f"for it: train one of your own (avsep train), or ask for {', '.join(engine.classes)}"
+            )
 
 
 class _Failures:
@@ -421,7 +460,8 @@ class _Engine:
     ``separate`` takes a mixture, timelines by name, classes and a function to report to; ``check`` raises what it would
     raise of timelines and classes; ``sizes`` are the heights and widths of frames by role, ``ran`` says where it runs.
     ``channels`` that it takes beside one, None: any number. ``threshold`` of presence, where it tells that. Whether its
-    masks are ``limited`` to a sum of 1, and whether it ``can_go_unseen``.
+    masks are ``limited`` to a sum of 1, and whether it ``can_go_unseen``. ``looks``: at a video, unless it is told not
+    to. A model that comes with avsep has a ``name``, and may have classes that are ``left_out``.
     """
 
     classes: tuple[str, ...]
@@ -435,29 +475,37 @@ class _Engine:
     threshold: float | None
     limited: bool
     can_go_unseen: bool
+    looks: bool = True
+    name: str = ""
+    left_out: tuple[str, ...] = ()
     opened: Callable[[], Any] = field(default=contextlib.nullcontext)
 
 
 def _of_run(
-    run: Path, task: int | None, device: str, batch: int, context_s: float | None, limit_mask_sum: bool
+    run: Path | None, task: int | None, device: str, batch: int, context_s: float | None, limit_mask_sum: bool
 ) -> _Engine:
-    """A trained separator."""
+    """A trained separator; without a run the model that comes with avsep."""
     from avsep.environment import keep_memory, pick_device
     from avsep.inference.chunking import context_in_samples
     from avsep.inference.recordings import check_timelines, separate_and_tell
     from avsep.media.footage import SIZES
+    from avsep.models import model_at
     from avsep.separator import load_separator
 
     keep_memory()
 
     chosen = pick_device(device)
-    separator = load_separator(run, task).to(chosen)
+    model = model_at(run)
+    separator = load_separator(model.separator if model is not None else run or "", task).to(chosen)
     encoders = {"object": separator.object_encoder, "motion": separator.motion_encoder}
     spec, decoder = separator.spec.front_end, separator.mask_decoder
     context_in_samples(context_s, clip_samples=spec.clip_samples, sample_rate_hz=spec.sample_rate_hz)
     return _Engine(
-        classes=separator.classes,
+        classes=separator.classes if model is None else model.classes,
         sources=separator.visual_sources(),
+        looks=model is None,
+        name="" if model is None else model.name,
+        left_out=() if model is None else model.left_out,
         rate_hz=spec.sample_rate_hz,
         sizes={role: _size(SIZES[role], None if e is None else e.size) for role, e in encoders.items()},
         ran=f"PyTorch, {chosen}",
@@ -531,8 +579,10 @@ class _Looks:
         device: str,
         progress: Callable[[str, int, int], None],
         tell: Callable[[str], None],
+        look: bool = True,
     ) -> None:
         self.tell = tell
+        self.look = look
         self.engine = engine
         self.given = given
         self.track = track
@@ -588,6 +638,9 @@ class _Looks:
 
         if self.engine.sources and not self.given:
             self.videos = {path for path in files if is_video(path)}
+            if self.videos and not self.look:
+                self.tell(f"{_names(self.videos)}: heard and not looked at (--look does)")
+                self.videos = set()
         if asked is not None and self.track is not None:
             boxes = by_name(self.track.entries, asked)
             for source in self.unshown(asked):
@@ -777,7 +830,12 @@ def _planned(
     )
 
 
-def _print(output: Output, results: list[SeparatedFile], ran: str, rescale: bool) -> None:
+def _names(paths: set[Path]) -> str:
+    names = sorted(path.name for path in paths)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _print(output: Output, results: list[SeparatedFile], ran: str, rescale: bool, *, tells_unseen: bool) -> None:
     from rich.table import Table
 
     folders = {result.residual.parent for result in results}
@@ -802,7 +860,7 @@ def _print(output: Output, results: list[SeparatedFile], ran: str, rescale: bool
         for beside in result.beside:
             output.say(link(beside))
     for result in results:
-        if result.findings.unseen:
+        if result.findings.unseen and tells_unseen:
             unseen = ", ".join(result.findings.unseen)
             output.note(f"{result.source.name}: no picture of {unseen}: asked for by name alone")
         for line in result.findings.lines():

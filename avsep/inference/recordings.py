@@ -64,6 +64,7 @@ __all__ = [
     "check_timelines",
     "class_ids_of",
     "encode_chunks",
+    "findings_of",
     "ids_of_classes",
     "is_video",
     "output_paths",
@@ -139,7 +140,7 @@ class Findings:
         return [*found, "hardly differs from the recording"] if name in self.unseparated else found
 
 
-def _find(
+def findings_of(
     recording: Recording, mixture: Audio, separated: Separated, threshold: float | None, limited: bool
 ) -> Findings:
     """Look at a mixture [L] or [C, L] and what became of it."""
@@ -635,7 +636,7 @@ def separate_recordings(
             own, mixture, own_hz = read_mixture(path, sample_rate_hz, mono=recording.mono)
             separated = recording.separate(mixture, None if progress is None else functools.partial(progress, path))
             estimates = separated.sources
-            findings = _find(recording, mixture, separated, threshold, limited)
+            findings = findings_of(recording, mixture, separated, threshold, limited)
             rate_hz = _output_rate(rate, sample_rate_hz, own_hz)
             whole = resample(own, own_hz, rate_hz)  # [(C,) L'], straight from its own rate
             length = whole.shape[-1]

@@ -45,9 +45,9 @@ class _FileProgress(Progress):
         self._state: dict[str, Any] = {"task": 0, "trains": False, "label": "", "done": 0, "total": 0, "note": ""}
 
     def add(self, label: str, total: int | None, done: int = 0) -> int:
-        task = re.search(r"(\d+)/\d+$", label)  # "lwf 2/4": the task's steps; anything else is a side job
-        self._state |= {"done": done, "total": total or 0, "label": f"task {task[0]}" if task else label}
-        self._state |= {"trains": bool(task), "task": int(task[1]) - 1 if task else self._state["task"]}
+        task = re.search(r" task (\d+) \(0 to \d+\)$", label)  # the task's steps; anything else is a side job
+        self._state |= {"done": done, "total": total or 0, "label": task[0].strip() if task else label}
+        self._state |= {"trains": bool(task), "task": int(task[1]) if task else self._state["task"]}
         self._write()
         return 0
 
@@ -107,7 +107,7 @@ def _run(unit: dict[str, Any], folder: Path) -> None:
     device = pick_device(unit["device"])  # here: the command may run on a machine with others
     torch.set_num_threads(unit["threads"])
     keep_memory()
-    spec = validated(RunSpec, unit["spec"], "cell")
+    spec = _in_full_precision(validated(RunSpec, unit["spec"], "cell"), device)
     run = folder / "run"
     stream = task_stream(
         unit["store"],
@@ -135,6 +135,14 @@ def _run(unit: dict[str, Any], folder: Path) -> None:
     _finish(unit, spec, stream, run, progress, device)
     if not unit["keep"]:
         shutil.rmtree(run, ignore_errors=True)
+
+
+def _in_full_precision(spec: Any, device: Any) -> Any:
+    """What a CPU's ``train.precision=auto`` means in a grid: full precision, whatever its instructions, for cells of
+    several processors are held against one another."""
+    if device.type != "cpu" or spec.train.precision != "auto":
+        return spec
+    return spec.model_copy(update={"train": spec.train.model_copy(update={"precision": "32-true"})})
 
 
 def _wait_for(run: Path) -> None:

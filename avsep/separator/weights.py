@@ -33,13 +33,14 @@ _FORMAT = "avsep-separator-1"
 MEANS_FILE = "class_means.safetensors"
 
 
-def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None:
+def save_separator(separator: Separator, folder: str | os.PathLike[str], *, half: bool = False) -> None:
     """Write ``separator.yaml`` and ``model.safetensors``, each whole or not at all, and ``class_means.safetensors`` of
     a separator that keeps mean pictures of its classes.
 
     A new folder appears complete, and saving again under the same spec replaces the weights in one step. Where both
     files change in a folder that is there already, a kill between the two leaves whole weights beside the older yaml,
-    which :func:`load_separator` reports; nothing is lost, for the weights file holds its own spec.
+    which :func:`load_separator` reports; nothing is lost, for the weights file holds its own spec. With ``half``
+    weights are rounded to half precision, which halves the file; running statistics, whose range is wider, are not.
 
     Raises:
         AvsepError: when the disk is full; what was there is unchanged.
@@ -48,7 +49,7 @@ def save_separator(separator: Separator, folder: str | os.PathLike[str]) -> None
     if target.exists() and not target.is_dir():
         raise RunError(f"{target} is a file: a separator is saved as a folder, choose another name")
     spec = separator.spec.model_dump(mode="json")
-    contents = {WEIGHTS_FILE: _weights_bytes(separator, spec)}
+    contents = {WEIGHTS_FILE: _weights_bytes(separator, spec, half)}
     if separator.class_means is not None:
         contents[MEANS_FILE] = _tensor_bytes(separator.class_means, spec)
     if _saved_spec(target) == spec:
@@ -78,9 +79,13 @@ def _without_old_means(target: Path, contents: Mapping[str, bytes]) -> None:
         (target / MEANS_FILE).unlink(missing_ok=True)
 
 
-def _weights_bytes(separator: Separator, spec: dict[str, Any]) -> bytes:
+def _weights_bytes(separator: Separator, spec: dict[str, Any], half: bool = False) -> bytes:
     """The weights file: the same bytes for the same weights and spec, with a hash of the tensors in its header."""
-    return _tensor_bytes(separator.state_dict(), spec)
+    state = separator.state_dict()
+    if half:
+        parameters = {name for name, _ in separator.named_parameters()}
+        state = {n: v.half() if n in parameters and v.is_floating_point() else v for n, v in state.items()}
+    return _tensor_bytes(state, spec)
 
 
 def _tensor_bytes(state: Mapping[str, torch.Tensor], spec: dict[str, Any]) -> bytes:

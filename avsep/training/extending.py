@@ -7,6 +7,7 @@ the run can be used at every moment, a kill leaves it as it was, and the same ca
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ from avsep.strategies import build_strategy
 from avsep.training.learner import ContinualLearner
 from avsep.types import VisualSource
 
-__all__ = ["Carried", "ClassChange", "Extension", "carried_exemplars", "carry", "extend", "forget"]
+__all__ = ["ClassChange", "Extension", "Kept", "carry", "extend", "forget", "kept_exemplars"]
 
 _GENERATOR = "avsep learn"
 _FEWEST = 4  # recordings of a class: one to validate on, one to test on, two to learn from
@@ -70,8 +71,8 @@ class Extension:
 
 
 @dataclass(frozen=True)
-class Carried:
-    """The exemplars of a class that a run carries: how many, the ids of their recordings, the seconds that are kept of
+class Kept:
+    """The exemplars of a class that a run keeps: how many, the ids of their recordings, the seconds that are kept of
     these, and the bytes of their samples, frames and features."""
 
     class_name: str
@@ -465,8 +466,8 @@ def _prepared(
     return prepare(listing, work.prepared, recipe, jobs=jobs, progress=progress).store
 
 
-def _sources(folder: RunFolder, spec: RunSpec) -> tuple[VisualSource, ...]:
-    return tuple(load_separator(folder, task=len(spec.tasks) - 1).visual_sources())
+def _sources(folder: RunFolder) -> tuple[VisualSource, ...]:
+    return tuple(load_separator(folder).visual_sources())
 
 
 # ------------------------------------------------------------------------------------------------------ a run's memory
@@ -500,24 +501,35 @@ def carry(
         work.move_in()
 
 
-def carried_exemplars(run: str | Path) -> list[Carried]:
-    """The exemplars after a run's last task, by class: of every class, and none where it has no exemplars.
+def kept_exemplars(run: str | Path, store: str | Path | None = None) -> tuple[Store, list[Kept]]:
+    """The store that a run's exemplars lie in, its own memory where it carries one, and the exemplars after its last
+    task, by class: of every class, and none where it has no exemplars.
 
     Raises:
-        RunError: the run does not carry its memory (:func:`carry`).
+        RunError: the run has no finished task.
+        DataError: it does not carry its memory (:func:`carry`), and its store is not at hand.
     """
-    folder, spec = _carrying(run)
-    store = Store.open(folder.memory)
-    exemplars = read_exemplars(folder, len(spec.tasks) - 1)
+    folder = RunFolder(run)
+    spec = folder.spec()
+    carries = spec.store == folder.memory.name
+    opened = Store.open(folder.memory) if carries else open_run_store(folder, store)
+    exemplars = read_exemplars(folder, folder.finished_tasks()[-1])
+    scale = ExemplarScale(opened, _sources(folder), spec.separator.front_end)
     found = []
     for name in (n for of in spec.tasks for n in of):
-        ids = tuple(dict.fromkeys(e.id for e in exemplars.get(name, ())))
-        clips = store.clips_by_id(ids)
-        samples = sum(count for clip in clips for _, count in store.kept_samples(clip))
-        found.append(
-            Carried(name, len(exemplars.get(name, ())), ids, samples / store.sample_rate_hz, sizes_of(store, clips))
-        )
-    return found
+        own = exemplars.get(name, [])
+        ids = tuple(dict.fromkeys(e.id for e in own))
+        clips = {clip.id: clip for clip in opened.clips_by_id(ids)}
+        if carries:
+            samples = sum(count for clip in clips.values() for _, count in opened.kept_samples(clip))
+            size = sizes_of(opened, clips.values())
+        else:
+            length = spec.separator.front_end.clip_samples
+            kept = ((clips[e.id].samples, e.start) for e in own)
+            samples = sum(count if start is None else min(count, length) for count, start in kept)
+            size = math.ceil(scale.of_all({name: own}, _policy(spec)).total)
+        found.append(Kept(name, len(own), ids, samples / opened.sample_rate_hz, size))
+    return opened, found
 
 
 def forget(run: str | Path, class_name: str) -> int:
@@ -545,7 +557,7 @@ def forget(run: str | Path, class_name: str) -> int:
         count = len(memory.get(class_name, ()))
         without: Memory = {name: of for name, of in memory.items() if name != class_name}
         record = work.new.task(last).record()
-        scale = ExemplarScale(own, _sources(folder, spec), spec.separator.front_end)
+        scale = ExemplarScale(own, _sources(folder), spec.separator.front_end)
         weight = dataclasses.asdict(scale.of_all(without, _policy(spec)))
         work.new.task(last).write_record({**record, "exemplars": exemplars_to_plain(without), "exemplar_bytes": weight})
         _carry_memory(work, spec, own)

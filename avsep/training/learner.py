@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import tempfile
 import time
@@ -109,6 +110,13 @@ class ContinualLearner:
         spec.check()
         separator = _seeded_build(spec, 0)
         return cls(separator, strategy=spec.strategies, memory=spec.memory, train=spec.train, **kwargs)
+
+    @staticmethod
+    def extend(run: str | Path, source: str | Path, classes: Sequence[str], **how: Any) -> Any:
+        """Add a task to a finished run: :func:`avsep.training.extending.extend`, which says what ``how`` takes and what
+        comes back."""
+        # by name, for that module stands on this one
+        return importlib.import_module("avsep.training.extending").extend(run, source, classes, **how)
 
     @property
     def _strategy_name(self) -> str:
@@ -470,7 +478,8 @@ class ContinualLearner:
             loop.checkpoint()
         validation = self._validation(stream, task)
         with _bars(progress) as bars, self._log(task, run, loop.record.step, bars) as log:
-            record = loop.run(validation, log, bars, f"{self._strategy_name} {task.index + 1}/{len(stream)}")
+            label = f"{self._strategy_name} task {task.index} (0 to {len(stream) - 1})"
+            record = loop.run(validation, log, bars, label)
             self._finish(ctx, stream, run, record, bars)
             validation.log_media(log, student, record.step + 1, sounds=True)  # a step on: a resume strikes it out
 

@@ -68,8 +68,11 @@ def test_what_is_wrong_is_told_in_a_line(taught, capsys):
         told = capsys.readouterr().err.strip().splitlines()
         assert [line for line in told if line.startswith("avsep:")] == told[-1:]  # beside bars of what was done before
         assert text in told[-1]
-    assert run("memory", "taught") == 2
-    assert "--carry" in capsys.readouterr().err
+    assert run("memory", "taught") == 0  # lists what still lies in the store
+    told = capsys.readouterr().out
+    assert [line for line in told.splitlines() if "ding" in line]
+    assert "avsep memory taught --carry copies them" in told
+    assert run("memory", "taught", "--store", "tones") == 0
 
 
 def test_a_class_is_learned_from_a_folder_of_videos(taught, tmp_path, capsys, monkeypatch):

@@ -18,7 +18,7 @@ from avsep.evaluation.budget import budget_of
 from avsep.runs.folder import RunFolder
 from avsep.separator import load_separator
 from avsep.training import extending
-from avsep.training.extending import carried_exemplars, carry, extend, forget
+from avsep.training.extending import carry, extend, forget, kept_exemplars
 from avsep.training.validation import Validation
 from support.continual_runs import make_learner
 from support.tones import TINY_TASKS, dies_at_step, stream_of
@@ -109,7 +109,7 @@ def test_the_memory_is_in_the_run_and_as_large_as_is_counted(tone_store, tmp_pat
     assert budget_of(run, 0).exemplar_bytes == 0  # nothing is chosen after a last task
     carry(run, store=store, device="cpu", progress=False)
     budget = budget_of(run, 0)
-    found = carried_exemplars(run)
+    found = kept_exemplars(run)[1]
     assert budget.exemplars == sum(len(one.ids) for one in found) == 4
     assert sum(one.bytes for one in found) == budget.exemplar_bytes > 0
     moved = tmp_path / "moved"
@@ -119,7 +119,7 @@ def test_the_memory_is_in_the_run_and_as_large_as_is_counted(tone_store, tmp_pat
     extend(moved, tone_store, NEW, device="cpu", progress=False)
     same(left(moved), left(knew(tone_store)))
     budget = budget_of(moved, 1)
-    assert sum(one.bytes for one in carried_exemplars(moved)) == budget.exemplar_bytes
+    assert sum(one.bytes for one in kept_exemplars(moved)[1]) == budget.exemplar_bytes
     assert budget_of(moved, 0).exemplar_bytes == budget_of(knew(tone_store), 0).exemplar_bytes
 
 
@@ -141,7 +141,7 @@ def test_a_class_is_forgotten(tone_store, tmp_path, unchanged):
     carry(run, device="cpu", progress=False)
     before = left(run, 0)
     assert forget(run, "hum") == 2
-    assert [(one.class_name, len(one.ids)) for one in carried_exemplars(run)] == [("ding", 2), ("hum", 0)]
+    assert [(one.class_name, len(one.ids)) for one in kept_exemplars(run)[1]] == [("ding", 2), ("hum", 0)]
     store = Store.open(RunFolder(run).memory)
     assert store.select(classes=["hum"], split="train") == []
     assert list(store.path.glob("audio/hum-train*")) == []
