@@ -1,7 +1,7 @@
 """What this library wrote on 22 November 2026 (commit df3876b) still opens, and answers as it did then.
 
 ``fixtures/november_22`` holds a run of two tasks over the tones of ``support.tones`` (0.8 s), without its checkpoint,
-the sources that its separator found in a mixture then, and its bundle (whose graphs have lost the notes that named folders).
+the sources that its separator found in a mixture then, and its bundle, whose graphs have lost the names of folders.
 """
 
 from __future__ import annotations
