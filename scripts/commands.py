@@ -76,7 +76,7 @@ def table(command: Any) -> list[str]:
         )
         flag = argument or getattr(parameter, "is_flag", False)
         value = "" if flag else f" {parameter.metavar or kinds[parameter.name]}"
-        text = ", ".join(f"`{name}{value}`" for name in names)
+        text = cell(", ".join(f"`{name}{value}`" for name in names))
         about = cell(getattr(parameter, "help", None) or "")
         lines.append(f"| {text} | {about} | {default(parameter)} |")
     return ["| argument or option | meaning | default |", "|---|---|---|", *lines, ""] if lines else []
