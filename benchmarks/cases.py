@@ -697,7 +697,14 @@ class _WholeFileStore(Store):
         return np.append(np.clip(crop * np.float32(gain), -1.0, 1.0), np.float32(0.0))
 
     def read_visual(
-        self, clip: Clip, source: VisualSource, *, centre_s: float, duration_s: float, copy: bool = True
+        self,
+        clip: Clip,
+        source: VisualSource,
+        *,
+        centre_s: float,
+        duration_s: float,
+        copy: bool = True,
+        unseen: bool = False,
     ) -> np.ndarray:
         kind = source.role if source.kind == "frames" else f"features/{source.name}"
         file = self.file(clip, kind)

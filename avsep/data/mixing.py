@@ -85,7 +85,14 @@ def load_source(
     centre_s = (start + length // 2) / front_end.sample_rate_hz
     visual = {}
     for source in visual_sources if role != "background" else ():
-        array = store.read_visual(shown, source, centre_s=centre_s, duration_s=front_end.clip_s, copy=False)
+        array = store.read_visual(
+            shown,
+            source,
+            centre_s=centre_s,
+            duration_s=front_end.clip_s,
+            copy=False,
+            unseen=role.startswith("unseen"),
+        )
         if role == "still" and source.role == "motion":
             array = np.repeat(array[:, :1], array.shape[1], 1) if source.kind == "features" else _held(array)
         visual[source.role] = array

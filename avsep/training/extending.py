@@ -26,18 +26,18 @@ from avsep.errors import AvsepError, CheckpointError, ConfigError, DataError, Ru
 from avsep.evaluation.budget import ExemplarScale
 from avsep.evaluation.evaluate import evaluate_run
 from avsep.evaluation.scores import is_counted, is_headline
-from avsep.files import FolderLock, entries, exchange, read_json, sha256_file, write_json
+from avsep.files import FolderLock, entries, exchange, read_json, sha256_file, staging_folder, write_json
 from avsep.memory.base import Memory, MemoryPolicy, exemplars_to_plain, read_exemplars
 from avsep.progress import Progress
 from avsep.registry import MEMORIES
 from avsep.runs.folder import RunFolder
-from avsep.separator import Separator, load_separator
-from avsep.spec import RunSpec, apply_settings, validated
+from avsep.separator import Separator, load_separator, save_separator
+from avsep.spec import RunSpec, TrainSpec, apply_settings, validated
 from avsep.strategies import build_strategy
 from avsep.training.learner import ContinualLearner
 from avsep.types import VisualSource
 
-__all__ = ["ClassChange", "Extension", "Kept", "carry", "extend", "forget", "kept_exemplars"]
+__all__ = ["ClassChange", "Extension", "Kept", "begin", "carry", "extend", "forget", "kept_exemplars"]
 
 _GENERATOR = "avsep learn"
 _FEWEST = 4  # recordings of a class: one to validate on, one to test on, two to learn from
@@ -169,6 +169,85 @@ def extend(
             write_json(work.new.path / "learned.json", {**plan, "from": Path(source).name, **_plain(result)})
             work.move_in()
         return result
+
+
+def begin(
+    separator: Separator | str | Path,
+    store: Store | str | Path,
+    out: str | Path,
+    *,
+    train: TrainSpec | Mapping[str, Any],
+    strategy: str | Sequence[Any] = "contavsep",
+    memory: Any = "random_per_class",
+    device: str = "auto",
+    workers: int | None = None,
+    progress: bool | Progress = True,
+) -> RunFolder:
+    """Make ``out`` a finished run of a separator that was trained elsewhere, so that it can be extended.
+
+    Its classes are the first task. ``store`` has recordings of all of them, to choose exemplars from, and to validate
+    and test on; the strategy begins with what it would keep after that task. It appears whole or not at all.
+
+    Args:
+        train: settings of the training of later tasks (:class:`avsep.spec.TrainSpec`).
+
+    Raises:
+        ConfigError: ``out`` holds something already, or the settings do not go together.
+        DataError: the store lacks a class or a split, or has another rate.
+        CheckpointError: the separator is damaged.
+    """
+    target = Path(out)
+    if target.is_file() or (target.is_dir() and entries(target)):
+        raise ConfigError(f"{target} holds something already: choose another folder")
+    loaded = separator if isinstance(separator, Separator) else load_separator(separator)
+    opened = store if isinstance(store, Store) else Store.open(store)
+    if absent := [name for name in loaded.classes if name not in opened.classes]:
+        raise DataError(
+            f"{opened.path} has no recordings of '{absent[0]}', which the separator knows: give a store with all of "
+            f"{', '.join(loaded.classes)}, from which exemplars are chosen"
+        )
+    data = {
+        "separator": loaded.spec.model_dump(mode="json"),
+        "strategy": strategy,
+        "memory": memory,
+        "train": train.model_dump(mode="json") if isinstance(train, TrainSpec) else dict(train),
+        "tasks": [list(loaded.classes)],
+        "store": str(opened.path.resolve()),
+        "store_hash": opened.content_hash,
+    }
+    spec: RunSpec = validated(RunSpec, data, "run")
+    spec.check()
+    opened.require_rate(spec.separator.front_end.sample_rate_hz)
+    stream = _stream(spec, opened)
+    learner = ContinualLearner.from_spec(spec, accelerator=device, workers=workers, loggers=["none"])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with staging_folder(target) as staging:
+        run = RunFolder(staging)
+        run.write_spec(spec)
+        stream.protocol.save(run.protocol_file)
+        save_separator(loaded, run.task(0).separator)
+        run.task(0).write_record(
+            {
+                "index": 0,
+                "classes": list(loaded.classes),
+                "seen": list(loaded.classes),
+                "strategy": spec.strategy_name,
+                "steps": 0,
+                "best_epoch": 0,
+                "best_step": 0,
+                "validation_sdr_db": None,
+                "exemplars": {},
+                "parameters": sum(p.numel() for p in loaded.parameters()),
+                "seconds": 0.0,
+                "seconds_after": 0.0,
+                "strategy_state": None,
+            }
+        )
+        learner.take_over(stream, run.path, progress=progress)
+        if target.is_dir():
+            target.rmdir()
+        os.replace(staging, target)
+    return RunFolder(target)
 
 
 def _extended_spec(

@@ -168,6 +168,9 @@ class ContinualLearner:
                     f"process {self.ranks.rank} of {self.ranks.world} waited for another that is gone "
                     f"({str(error).splitlines()[0][:120]}): start all of them again with --resume"
                 ) from None
+            if str(error).startswith("DataLoader worker") and "signal: Terminated" in str(error):
+                # whoever ends a whole group, as clusters do, ends the readers at the same time
+                raise KeyboardInterrupt from None
             raise
 
     def _fit(

@@ -18,6 +18,7 @@ from avsep.export.runtime.onnx_file import check_onnx
 __all__ = ["check_graph", "require_onnx", "write_onnx"]
 
 # A protobuf holds at most 2 GiB, and some of it is not weights.
+_STACK_TRACE = "pkg.torch.onnx.stack_trace"  # of each node, with the names of folders on the machine that exports
 _MOST_WEIGHT_BYTES = 2**31 - 2**24
 
 
@@ -78,6 +79,9 @@ def write_onnx(
                 verbose=False,
             )
             assert program is not None
+            for graph in (program.model.graph, *(f.graph for f in program.model.functions.values())):
+                for node in graph.all_nodes():
+                    node.metadata_props.pop(_STACK_TRACE, None)
             program.save(str(path), external_data=False)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"the separator cannot be written as ONNX: {_first_line(error)}") from error

@@ -461,6 +461,27 @@ def test_a_real_ctrl_c_reaches_the_workers_in_silence(tmp_path):
     assert (process.returncode, told) == (130, ["avsep: stopped: the same command goes on where it was"])
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
+def test_a_group_that_is_ended_with_its_readers_says_how_to_go_on(tone_store, tiny):
+    """The signal goes to the readers too, as a cluster or ``timeout`` sends it."""
+    command = [sys.executable, "-m", "avsep", "train", str(tone_store), "--preset", "tiny.yaml", "--workers", "1"]
+    command += ["--out", "run", "--tasks", TASKS, "--device", "cpu", "--set", "train.epochs=400", "--logger", "none"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tiny
+    )
+    log, deadline = tiny / "run" / "logs" / "train.csv", time.monotonic() + 120
+    while not (log.is_file() and log.stat().st_size > 200):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    told = [
+        line for line in process.communicate(timeout=60)[1].splitlines() if line.startswith("avsep") or "Error" in line
+    ]
+    assert told == ["avsep: stopped: go on with: avsep train --out run --resume"]
+    assert process.returncode in (130, 143)  # as the readers' end or the signal is noticed first
+
+
 def test_a_missing_extra_can_come_from_a_worker():
     error = MissingExtraError("Pillow", "synth", "the benchmark")
     assert str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -84,6 +84,19 @@ def test_what_is_not_seen_is_asked_for_as_unseen(heard_store):
     assert np.array_equal(load(peep, stand_in=(ding, 0)).audio, load(peep).audio)
 
 
+def test_a_store_of_sounds_alone_is_read_by_who_goes_unseen(heard_store, tmp_path):
+    with StoreWriter(tmp_path / "store", classes=SOUNDS, sample_rate_hz=RATE, origin={}) as writer:
+        for clip in heard_store.select(classes=SOUNDS):
+            writer.write_clip(clip.id, clip.class_name, clip.split, heard_store.read_pcm(clip, 0, clip.samples))
+        store = writer.finish([clip.id for clip in heard_store.select(classes=SOUNDS)])
+    clip = store.clips[0]
+    found = load_source(store, clip, 0, FRONT_END, SOURCES, 0, role="unseen_source")
+    assert found.visual["object"].shape[0] == 1
+    assert not found.visual["motion"].any()
+    with pytest.raises(DataError, match="has no object frames"):
+        load_source(store, clip, 0, FRONT_END, SOURCES, 0)
+
+
 def pool_of(store, current=("peep", "whirr")):
     clips = store.select(split="train")
     own = [c for c in clips if c.class_name in current]

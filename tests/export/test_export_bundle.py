@@ -119,6 +119,15 @@ def test_the_runtime_imports_nothing_of_avsep():
     assert runtime.__version__ == avsep.__version__
 
 
+def test_graphs_name_no_folder_of_the_machine_that_exported(tiny_bundle):
+    here = str(Path(avsep.__file__).parents[1]).encode()
+    site = str(Path(torch.__file__).parents[1]).encode()
+    for file in tiny_bundle.glob("*.onnx"):
+        written = file.read_bytes()
+        assert here not in written
+        assert site not in written
+
+
 def test_golden_arrays_are_pytorchs(tiny_bundle):
     from avsep.types import VisualFeatures
 

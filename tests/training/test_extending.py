@@ -18,7 +18,7 @@ from avsep.evaluation.budget import budget_of
 from avsep.runs.folder import RunFolder
 from avsep.separator import load_separator
 from avsep.training import extending
-from avsep.training.extending import carry, extend, forget, kept_exemplars
+from avsep.training.extending import begin, carry, extend, forget, kept_exemplars
 from avsep.training.validation import Validation
 from support.continual_runs import make_learner
 from support.tones import TINY_TASKS, dies_at_step, stream_of
@@ -274,3 +274,22 @@ def test_what_cannot_be_learned_is_said(tone_store, tmp_path):
     with pytest.raises(RunError, match="has finished 0 of its 1"):
         extend(run, tone_store, NEW, device="cpu", progress=False)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_saved_separator_becomes_a_run_that_learns(tone_store, tmp_path, unchanged):
+    saved = first_run(tone_store, tmp_path / "first") / "tasks" / "00" / "separator"
+    before = load_file(saved / "model.safetensors")
+    train = RunFolder(tmp_path / "first").spec().train
+    run = begin(saved, tone_store, tmp_path / "run", train=train, strategy="contavsep", memory=CROPS, progress=False)
+    assert [len(one.ids) for one in kept_exemplars(run)[1]] == [2, 2]
+    extend(run.path, tone_store, NEW, device="cpu", progress=False)
+    assert load_separator(run).classes == ("ding", "hum", "peep", "whirr")
+    after = load_file(saved / "model.safetensors")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    with pytest.raises(ConfigError, match="holds something already"):
+        begin(saved, tone_store, run.path, train=train, progress=False)
+    only = Store.open(tone_store)
+    only.classes = ("ding",)
+    with pytest.raises(DataError, match="no recordings of 'hum'"):
+        begin(saved, only, tmp_path / "other", train=train, progress=False)
+    assert not (tmp_path / "other").exists()

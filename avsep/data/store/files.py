@@ -416,9 +416,19 @@ class Store:
         return DataError(f"{self._name(record)} is not a readable array ({error}): make the store again")
 
     def read_visual(
-        self, clip: Clip, source: VisualSource, *, centre_s: float, duration_s: float, copy: bool = True
+        self,
+        clip: Clip,
+        source: VisualSource,
+        *,
+        centre_s: float,
+        duration_s: float,
+        copy: bool = True,
+        unseen: bool = False,
     ) -> np.ndarray:
-        """What ``source`` asks for around ``centre_s``; shapes and ``copy`` as in :meth:`VisualTimeline.read`."""
+        """What ``source`` asks for around ``centre_s``; shapes and ``copy`` as in :meth:`VisualTimeline.read`.
+
+        ``unseen``: it will not be looked at, so that zeros do where the store has nothing.
+        """
         kind = source.role if source.kind == "frames" else f"features/{source.name}"
         if source.kind == "features" and source.name in self.features:
             role = self.features[source.name]["role"]
@@ -429,7 +439,9 @@ class Store:
                 )
         record = self._records(clip).get(kind)
         if record is None:
-            return self._blank(clip, source).read(source, centre_s, duration_s)  # raises, naming what there is
+            return self._blank(clip, source, unseen).read(
+                source, centre_s, duration_s
+            )  # may raise, naming what is there
         with self._opened(record) as file:
             copy = copy and isinstance(file, MappedFile)  # what is read by position is nobody else's
             try:
@@ -439,9 +451,9 @@ class Store:
             except ValueError as error:
                 raise self._unreadable(record, error) from None
 
-    def _blank(self, clip: Clip, source: VisualSource) -> VisualTimeline:
+    def _blank(self, clip: Clip, source: VisualSource, unseen: bool) -> VisualTimeline:
         """Zeros of the others' shape for the pictures of a clip that has none; of one that has some, these."""
-        if self.has_pictures(clip):
+        if self.has_pictures(clip) and (self.shows_anything or not unseen):
             return self.timeline(clip)
         seconds = math.ceil(clip.samples / self.sample_rate_hz) + 1
         shape: list[int] | None
@@ -452,9 +464,7 @@ class Store:
             dim, steps = feature["dim"], feature["steps"]
             shape = [dim, steps] if source.role == "motion" else [math.ceil(seconds * self.object_rate_hz), dim]
             return self._timeline(clip, {f"features/{source.name}": np.broadcast_to(np.float32(0), shape)})
-        shape = self.manifest.get(f"{source.role}_shape")
-        if shape is None:
-            return self.timeline(clip)
+        shape = self.manifest.get(f"{source.role}_shape") or ([3, 16, 16] if source.role == "object" else [1, 16, 16])
         rate_hz = self.object_rate_hz if source.role == "object" else self.motion_rate_hz
         rows = math.ceil(seconds * rate_hz)
         return self._timeline(clip, {source.role: np.broadcast_to(np.uint8(0), (rows, *shape))})
