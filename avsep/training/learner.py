@@ -97,7 +97,8 @@ class ContinualLearner:
         self.train = train if isinstance(train, TrainSpec) else validated(TrainSpec, train or {}, "train")
         self.exemplars: Memory = {}
         self._open_ended = False
-        self.fabric = make_fabric(accelerator, self.train.precision)
+        size = sum(parameter.numel() for parameter in separator.parameters())
+        self.fabric = make_fabric(accelerator, self.train.precision, size)
         self.ranks = Ranks(self.fabric.global_rank, self.fabric.world_size)
         if workers is not None and not 0 <= workers <= MOST_PROCESSES:
             raise ConfigError(f"workers must be 0 to {MOST_PROCESSES}, got {workers}")

@@ -11,22 +11,30 @@ from lightning_fabric import Fabric
 from avsep.environment import bf16_instructions, local_world_size, pick_device, refuse_number, world_size
 from avsep.errors import ConfigError
 
-__all__ = ["BF16_GAINS", "make_fabric"]
+__all__ = ["BF16_GAINS", "BF16_LEAST", "make_fabric"]
 
-BF16_GAINS: dict[str, float] = {}
+BF16_GAINS: dict[str, float] = {
+    "avx512_bf16": 1.86,  # AMD EPYC, family 26, 2 cores, PyTorch 2.13: avsep bench train --form bf16
+}
 """Instructions of a processor (:func:`~avsep.environment.bf16_instructions`) -> how many times as many training steps a
-second ``bf16-mixed`` makes with them as full precision does, measured. ``auto`` takes ``bf16-mixed`` on a CPU whose
-instructions stand here. No such processor has been measured yet: ``avsep bench train --form bf16`` gives its line.
+second of ``iquery`` ``bf16-mixed`` makes with them as full precision does, measured. ``auto`` takes ``bf16-mixed`` on a
+CPU whose instructions stand here, for separators of :data:`BF16_LEAST` parameters and more. ``avsep bench train --form
+bf16`` gives the line of another processor.
 """
 
+BF16_LEAST = 10_000_000
+"""Parameters from which on ``auto`` trains in ``bf16-mixed`` on a CPU: ``iquery`` has 35.5 million; small separators,
+which gain nothing by it, 0.7 to 2 million."""
 
-def make_fabric(accelerator: str, precision: str) -> Fabric:
+
+def make_fabric(accelerator: str, precision: str, parameters: int = 0) -> Fabric:
     """Fabric on one device; in processes that torchrun started, on one a process, with DDP between them.
 
     Args:
         accelerator: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         precision: Fabric's, or ``auto``: mixed on a GPU, and on a CPU where it was measured to be faster
             (:data:`BF16_GAINS`); full elsewhere.
+        parameters: how many the separator has.
 
     Warns where a CPU is to train in bf16, or in fp16, which is bf16 there, without instructions for it.
 
@@ -37,9 +45,9 @@ def make_fabric(accelerator: str, precision: str) -> Fabric:
         pick_device(accelerator)  # refuses one that is not here
         refuse_number(accelerator)
     if world_size() == 1:
-        fabric = Fabric(accelerator=accelerator, devices=1, precision=_precision(precision, accelerator))
+        fabric = Fabric(accelerator=accelerator, devices=1, precision=_precision(precision, accelerator, parameters))
     else:
-        fabric = _fabric_of_ranks(accelerator, precision)
+        fabric = _fabric_of_ranks(accelerator, precision, parameters)
     mixed = precision in ("bf16-mixed", "16-mixed")
     if mixed and fabric.device.type == "cpu" and fabric.is_global_zero and not bf16_instructions():
         warnings.warn(
@@ -50,16 +58,17 @@ def make_fabric(accelerator: str, precision: str) -> Fabric:
     return fabric
 
 
-def _precision(precision: str, accelerator: str) -> Any:
+def _precision(precision: str, accelerator: str, parameters: int) -> Any:
     if precision != "auto":
         return precision
     kind = pick_device(accelerator).type  # the one that Fabric takes
     if kind == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    return "bf16-mixed" if kind == "cpu" and bf16_instructions() in BF16_GAINS else "32-true"
+    gains = kind == "cpu" and parameters >= BF16_LEAST and bf16_instructions() in BF16_GAINS
+    return "bf16-mixed" if gains else "32-true"
 
 
-def _fabric_of_ranks(accelerator: str, precision: str) -> Fabric:
+def _fabric_of_ranks(accelerator: str, precision: str, parameters: int) -> Fabric:
     import inspect
     import logging
 
@@ -89,7 +98,7 @@ def _fabric_of_ranks(accelerator: str, precision: str) -> Fabric:
         accelerator=kind,
         devices=here,
         num_nodes=world_size() // here,
-        precision=_precision(precision, kind),
+        precision=_precision(precision, kind, parameters),
         # Which parameters a loss reaches depends on strategy, decoder and batch. The buckets then also keep their
         # order, so that a resume adds up gradients as before.
         strategy=DDPStrategy(find_unused_parameters=True, **options),

@@ -49,6 +49,9 @@ def test_the_widest_instructions_are_named(told_by_torch, processor):
         assert bf16_instructions() == expected
 
 
+LARGE = setup.BF16_LEAST
+
+
 def test_the_flags_of_linux_are_those_of_its_file(monkeypatch):
     lines = "processor\t: 0\nflags\t\t: fpu avx512_bf16 amx_bf16\n\nFeatures\t: fp asimd bf16\nmodel name\t: amx_int8\n"
     monkeypatch.setattr(environment.Path, "read_text", lambda self: lines)
@@ -62,14 +65,15 @@ def test_auto_is_full_precision_on_every_cpu_that_was_not_measured(processor, mo
     monkeypatch.setattr(setup, "BF16_GAINS", {})
     for names in ((), ("avx512_bf16",), ("amx_bf16", "avx512_bf16")):
         processor(*names)
-        assert setup._precision("auto", "auto") == setup._precision("auto", "cpu") == "32-true"
-        assert setup._precision("16-mixed", "cpu") == "16-mixed"
+        assert setup._precision("auto", "auto", LARGE) == setup._precision("auto", "cpu", LARGE) == "32-true"
+        assert setup._precision("16-mixed", "cpu", LARGE) == "16-mixed"
     monkeypatch.setattr(setup, "BF16_GAINS", {"amx_bf16": 1.5})
-    assert setup._precision("auto", "cpu") == "bf16-mixed"
-    assert setup._precision("32-true", "cpu") == "32-true"
+    assert setup._precision("auto", "cpu", LARGE) == "bf16-mixed"
+    assert setup._precision("auto", "cpu", LARGE - 1) == "32-true"  # a small separator gains nothing
+    assert setup._precision("32-true", "cpu", LARGE) == "32-true"
     for names in ((), ("avx512_bf16",)):  # measured for another's
         processor(*names)
-        assert setup._precision("auto", "cpu") == "32-true"
+        assert setup._precision("auto", "cpu", LARGE) == "32-true"
 
 
 @NO_GPU
