@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import avsep.models
 from support.commands import parse
 from support.pages_of_docs import PAGES, blocks, command_lines, read
 from support.source_tree import ROOT
@@ -161,7 +160,6 @@ def test_every_page_is_in_the_sites_menu():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not avsep.models.models(), reason="no model comes with this tree")
 def test_the_notebook_runs(tmp_path):
     for package in ("nbclient", "ipykernel", "matplotlib"):
         pytest.importorskip(package)

@@ -9,7 +9,6 @@ import shutil
 import pytest
 import yaml
 
-import avsep.models
 from support.commands import parse, run
 from support.pages_of_docs import blocks, command_lines, read
 from support.source_tree import ROOT
@@ -20,7 +19,6 @@ pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="need
 
 MADE_BY_HAND = ("avsep demo", "avsep app", "avsep reproduce", "avsep leaderboard")
 NEEDS_MODEL = ("avsep models", "avsep separate", "avsep learn")
-with_model = pytest.mark.skipif(not avsep.models.models(), reason="no model comes with this tree")
 
 
 def lines(*beginnings: str) -> list[list[str]]:
@@ -89,7 +87,6 @@ def test_data_training_and_shipping(tmp_path, monkeypatch):
         assert (tmp_path / made).is_file()
 
 
-@with_model
 def test_the_separator_that_comes_along(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words in lines("avsep models", "avsep separate"):
@@ -101,7 +98,6 @@ def test_the_separator_that_comes_along(tmp_path, monkeypatch):
     assert (tmp_path / "separated" / "residual.wav").is_file()
 
 
-@with_model
 @pytest.mark.slow
 def test_teaching_it(tmp_path, monkeypatch):
     """The sample stands in for recordings of the new instrument."""
