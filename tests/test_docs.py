@@ -130,6 +130,7 @@ def test_tables_are_those_that_were_measured(table):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_site_is_whole_and_asks_nobody_else(tmp_path):
     """It builds without a warning; no page loads anything from another server."""
     for package in ("mkdocs", "material", "mkdocstrings"):
@@ -160,6 +161,7 @@ def test_every_page_is_in_the_sites_menu():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_notebook_runs(tmp_path):
     for package in ("nbclient", "ipykernel", "matplotlib"):
         pytest.importorskip(package)

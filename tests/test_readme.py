@@ -62,6 +62,8 @@ def test_what_the_long_commands_would_do(name, tmp_path, monkeypatch):
         assert run(*words, "--plan") == 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_data_training_and_shipping(tmp_path, monkeypatch):
     """On tiny videos and with a tiny separator."""
     for package in ("av", "onnx", "onnxscript", "onnxruntime", "matplotlib", "jinja2"):
@@ -99,6 +101,7 @@ def test_the_separator_that_comes_along(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_teaching_it(tmp_path, monkeypatch):
     """The sample stands in for recordings of the new instrument."""
     monkeypatch.chdir(tmp_path)
