@@ -1,22 +1,18 @@
 """Where work runs: devices, random seeds, worker processes, and what a result came from (commit, code, versions).
 
-Light: torch is loaded by what needs it.
+Light, since every command starts with it: what takes time to load is loaded by what needs it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,6 +123,8 @@ def local_world_size() -> int:
 
 def die_with_parent() -> None:
     """End this worker or rank when the process that started it is killed; it would otherwise wait for ever."""
+    import multiprocessing.connection
+
     parent = multiprocessing.parent_process()
 
     def watch_worker(sentinel: int) -> None:
@@ -202,6 +200,8 @@ def _git(folder: Path, *arguments: str) -> str:
 @functools.cache
 def code_hash() -> str:
     """SHA-256 over the source files that decide what a run gives, as they were when first asked for."""
+    import hashlib
+
     package = Path(__file__).resolve().parent
     kernels = package / "kernels" if (package / "kernels").is_dir() else package.parent / "kernels"
     files: Iterable[Path] = [
@@ -248,6 +248,8 @@ def _cpu() -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

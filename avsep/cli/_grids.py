@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from avsep.cli._output import Output
 from avsep.environment import MOST_PROCESSES
 
 if TYPE_CHECKING:
@@ -36,7 +37,16 @@ LauncherSettings = Annotated[
 AnyCode = Annotated[bool, typer.Option("--any-code", help="With --resume: go on though the library has changed since.")]
 Plan = Annotated[bool, typer.Option("--plan", help="Only say what would be run.")]
 
-__all__ = ["device_of", "jobs_at_a_time", "launcher_of", "print_choices", "print_plan", "raise_failed", "run_board"]
+__all__ = [
+    "device_of",
+    "failures_of",
+    "jobs_at_a_time",
+    "launcher_of",
+    "raise_failed",
+    "run_board",
+    "tell_choices",
+    "tell_plan",
+]
 
 
 def raise_failed(grid: Grid, failed: dict[str, str]) -> None:
@@ -50,6 +60,11 @@ def raise_failed(grid: Grid, failed: dict[str, str]) -> None:
             f"{grid.cells[first].name}: "
             f"{failed[first]}"
         )
+
+
+def failures_of(grid: Grid, failed: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What ``--json`` prints of cells that failed."""
+    return [{"cell": grid.cells[key].name, "key": key, "error": " ".join(text.split())} for key, text in failed.items()]
 
 
 def device_of(name: str, launcher: str) -> str:
@@ -70,18 +85,24 @@ def jobs_at_a_time(accelerator: str, launcher: str, threads: int) -> int:
     return 1 if accelerator != "cpu" and launcher != "submitit" else max(1, cores() // threads)
 
 
-def print_plan(cells: Sequence[Cell], grid: Grid, results: ResultStore) -> None:
-    """Say which cells would be run, and how many core hours they take, once one of their base is finished."""
-    from avsep.progress import terminal
+def tell_plan(output: Output, cells: Sequence[Cell], grid: Grid, results: ResultStore) -> dict[str, Any]:
+    """Say which cells would be run, and how many core hours they take, once one of their base is finished; returned is
+    what ``--json`` prints of it."""
     from avsep.reproduce.power import hours_left
 
-    console = terminal()
+    console = output.console(highlight=False, soft_wrap=True)
     for cell in cells:
         problem = f" (cannot be run: {cell.problem})" if cell.problem else ""
-        console.print(f"  {cell.name}: about {cell.steps} steps{problem}", highlight=False, soft_wrap=True)
+        console.print(f"  {cell.name}: about {cell.steps} steps{problem}")
     hours = hours_left(cells, results, grid.cells.values())
+    steps = sum(cell.steps for cell in cells)
     said = "no cell is finished yet to tell the time by" if hours is None else f"about {hours:.1f} core hours"
-    console.print(f"  in all {sum(cell.steps for cell in cells)} steps; {said}", highlight=False)
+    console.print(f"  in all {steps} steps; {said}")
+    return {
+        "cells": [{"cell": c.name, "key": c.key, "steps": c.steps, "problem": c.problem or None} for c in cells],
+        "steps": steps,
+        "core_hours": hours,
+    }
 
 
 def launcher_of(name: str, out: Path, settings: list[str]) -> Launcher:
@@ -99,30 +120,40 @@ def launcher_of(name: str, out: Path, settings: list[str]) -> Launcher:
     return SubmititLauncher(out, parameters.pop("cluster", None), parameters)
 
 
-def print_choices(
-    grid: Grid, results: ResultStore, failed: Collection[str], where: str = "'strategies' of the preset's bases"
-) -> None:
-    """Show the scores of a tuning's candidates, and what is chosen as YAML for ``where``."""
+def tell_choices(
+    output: Output,
+    grid: Grid,
+    results: ResultStore,
+    failed: Collection[str],
+    where: str = "'strategies' of the preset's bases",
+) -> list[dict[str, Any]]:
+    """Show the scores of a tuning's candidates, and what is chosen as YAML for ``where``; returned is what ``--json``
+    prints of them."""
     import yaml
 
-    from avsep.progress import terminal
     from avsep.reproduce import choices
 
-    console = terminal()
+    console = output.console(highlight=False)
     chosen: dict[str, dict[str, dict[str, Any]]] = {}
+    rows = []
     for choice in choices(grid, results, failed):
-        console.print(f"{choice.base}, {choice.row}", highlight=False)
+        console.print(f"{choice.base}, {choice.row}")
+        candidates = []
         for number, (settings, score, count) in enumerate(choice.candidates):
             said = ", ".join(f"{key} {_plain(value)}" for key, value in settings.items())
             mark = "chosen" if settings == choice.best else "" if number in choice.open else "given up"
             value = "not run" if score is None else f"{score:.2f} dB ({count} seed{'s' if count != 1 else ''})"
-            console.print(f"  {said}: {value}{f', {mark}' if mark else ''}", highlight=False)
+            console.print(f"  {said}: {value}{f', {mark}' if mark else ''}")
+            given_up = number not in choice.open and settings != choice.best
+            candidates.append({"settings": settings, "validation_sdr_db": score, "seeds": count, "given_up": given_up})
         if choice.best is None:
-            console.print("  nothing is chosen yet", highlight=False)
+            console.print("  nothing is chosen yet")
         else:
             chosen.setdefault(choice.base, {})[choice.row] = choice.best
-    console.print(f"\nmean SDR on validation pairs after task 1; for {where}:", highlight=False)
-    console.print(yaml.safe_dump(chosen, sort_keys=False).rstrip(), highlight=False)
+        rows.append({"base": choice.base, "row": choice.row, "candidates": candidates, "chosen": choice.best})
+    console.print(f"\nmean SDR on validation pairs after task 1; for {where}:")
+    console.print(yaml.safe_dump(chosen, sort_keys=False).rstrip())
+    return rows
 
 
 def _plain(value: Any) -> str:
@@ -131,6 +162,7 @@ def _plain(value: Any) -> str:
 
 def run_board(
     board: BoardPreset,
+    output: Output,
     *,
     grid: GridPreset | None,
     dataset: str,
@@ -157,9 +189,8 @@ def run_board(
     from dataclasses import replace
 
     from avsep.errors import MissingExtraError
-    from avsep.progress import terminal
     from avsep.reproduce import ResultStore, run_grid
-    from avsep.reproduce.board_page import write_board
+    from avsep.reproduce.board_page import board_rows, write_board
     from avsep.reproduce.dataset import open_dataset
     from avsep.reproduce.leaderboard import board_tuning, build_board, next_round, tables_of
     from avsep.reproduce.preset import load_grid_preset
@@ -175,7 +206,7 @@ def run_board(
     check_folder(out, resume, preset=preset, given=board, tuning=tune)
     accelerator = device_of(device, launcher)
     started = launcher_of(launcher, out, launcher_settings)
-    store, data_set = open_dataset(dataset, loaded, out / "store")
+    store, data_set = open_dataset(dataset, loaded, out / "store", progress=not output.quiet)
     claimed = ResultStore(out / "cells", results or [])
     if tune:
         most = tuning_seeds or TUNING_SEEDS
@@ -189,17 +220,20 @@ def run_board(
 
     failed: dict[str, str] = {}
     part = next_cells()
-    console = terminal()
+    console = output.console(highlight=False, soft_wrap=True)
     rows = sum(len(of_base) for table in whole.rows.values() for of_base in table.values())
     console.print(
         f"{name}: {rows} {'candidates' if tune else 'rows'}, {len(part.cells)} cells to be run now"
-        f"{'' if tune or board.screening >= board.seeds else ', and more seeds of the best then'}",
-        highlight=False,
+        f"{'' if tune or board.screening >= board.seeds else ', and more seeds of the best then'}"
     )
-    for note in dict.fromkeys(note for notes in whole.notes.values() for note in notes):
-        console.print(f"  {note}", highlight=False, soft_wrap=True)
+    notes = list(dict.fromkeys(note for notes in whole.notes.values() for note in notes))
+    for note in notes:
+        console.print(f"  {note}")
+    output.detail(f"{store.path}, {len(store.clips)} clips; cells and tables in {out}, on {accelerator}")
+    data: dict[str, Any] = {"format": f"avsep-{name}", "out": out, "data_set": data_set, "rows": rows, "notes": notes}
     if plan:
-        return print_plan(list(part.cells.values()), whole, claimed)
+        output.result({**data, "plan": tell_plan(output, list(part.cells.values()), whole, claimed)})
+        return
     claim(out, whole, preset=preset, given=board, device=accelerator, any_code=any_code)
 
     def run(some: Grid) -> Outcome:
@@ -213,6 +247,7 @@ def run_board(
             packages=packages,
             title=name,
             preset=Path(preset).stem,
+            progress=not output.quiet,
         )
 
     try:
@@ -222,7 +257,8 @@ def run_board(
     except KeyboardInterrupt:
         raise KeyboardInterrupt("go on with the same command and --resume") from None
     if tune:
-        print_choices(whole, claimed, failed, "'settings' of the board's preset")
+        chosen = tell_choices(output, whole, claimed, failed, "'settings' of the board's preset")
+        output.result({**data, "choices": chosen, "failed": failures_of(whole, failed)})
         return raise_failed(whole, failed)
     budgets = {table: table if board.budgets else "all" for table in whole.rows}
     tables = tables_of(
@@ -244,7 +280,15 @@ def run_board(
     ]
     references = [entry.name for entry in board.entries if entry.reference]
     written = write_board(out, name, tables, whole, title=title, titles=budgets, lead=lead, references=references)
+    output.result(
+        {
+            **data,
+            "lines": board_rows(tables, whole, budgets, references),
+            "failed": failures_of(whole, failed),
+            "files": written,
+        }
+    )
     console.print()
-    console.print((out / f"{name}.md").read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
-    console.print(f"written to {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    console.print((out / f"{name}.md").read_text(encoding="utf-8"))
+    console.print(f"written to {', '.join(map(str, written))}")
     raise_failed(whole, failed)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from avsep.progress import Progress
 
 __all__ = ["Json", "Output", "Quiet", "Verbose", "link", "next_command", "tracebacks"]
@@ -59,9 +61,13 @@ class Output:
     def show(self, table: Any) -> None:
         """A part of the result that rich draws."""
         if self.tells:
-            from avsep.progress import terminal
+            self.console().print(table)
 
-            terminal().print(table)
+    def console(self, **options: Any) -> Console:
+        """A console for the result, on which nothing is seen where no person is to read it."""
+        from avsep.progress import terminal
+
+        return terminal(quiet=not self.tells, **options)
 
     def note(self, text: str) -> None:
         """A line on what is good to know, on standard error."""
@@ -79,12 +85,13 @@ class Output:
 
         typer.echo(printable(f"avsep: {' '.join(text.split())}"), err=True)
 
-    def result(self, value: Mapping[str, Any]) -> None:
+    def result(self, value: Mapping[str, Any], *, in_a_line: bool = False) -> None:
         """The result as ``--json`` prints it: strict JSON, with null for what is no number."""
         if self.json:
             import json
 
-            typer.echo(json.dumps(_plain(value), indent=1, allow_nan=False, default=str))
+            indent = None if in_a_line else 1
+            typer.echo(json.dumps(_plain(value), indent=indent, allow_nan=False, default=str))
 
     def bars(self) -> AbstractContextManager[Progress]:
         """Progress bars, where they are wanted."""

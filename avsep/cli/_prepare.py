@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avsep.cli._output import next_command
-from avsep.cli._text import extent, names_in
+from avsep.cli._output import Json, Output, Quiet, Verbose, link, next_command
+from avsep.cli._text import extent, facts_of, names_in
 from avsep.environment import MOST_PROCESSES
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from avsep.data.prepare.videos import Prepared
 
 _SHOWN = 20  # skipped videos named one by one
+_TOLD = ("id", "class", "split", "status", "reason")  # of each in JSON
 
 
 def command(
@@ -85,10 +87,14 @@ def command(
         bool, typer.Option("--update", help="Take a finished store up again for videos that are new or have changed.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Delete the store that is there and begin anew.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Make a store of a data set's videos: sound, features, frames. Continues a killed run."""
     from avsep.data.prepare.videos import check_places, make_recipe, prepare
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     listing = _listing(
         dataset,
         root,
@@ -101,7 +107,8 @@ def command(
         seed=seed,
     )
     for note in listing.notes:
-        typer.echo(f"note: {note}", err=True)
+        output.note(f"note: {note}")
+    output.detail(f"{len(listing.videos)} listed in {listing.root}, {jobs} at once, by {engine}, on {device}")
     check_places(out, listing.root)  # before weights are looked for
     recipe = make_recipe(
         rate_hz=rate,
@@ -117,11 +124,13 @@ def command(
         weights=weights,
         device=device,
     )
+    started = time.perf_counter()
     try:
-        result = prepare(listing, out, recipe, jobs=jobs, engine=engine, update=update, force=force)
+        result = prepare(listing, out, recipe, jobs=jobs, engine=engine, update=update, progress=not quiet, force=force)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
-    _print(result)
+    output.detail(f"took {time.perf_counter() - started:.1f} s")
+    _tell(output, result, [*listing.notes])
 
 
 def _or_none(name: str) -> str | None:
@@ -155,17 +164,31 @@ def _listing(dataset: str, root: Path, **options: Any) -> Listing:
     return DATASETS[dataset](root, **{name: value for name, value in options.items() if name in taken})
 
 
-def _print(result: Prepared) -> None:
+def _tell(output: Output, result: Prepared, notes: list[str]) -> None:
     from collections import Counter
 
     from avsep.data.prepare.videos import STATUSES
     from avsep.data.store.files import SPLITS, VIDEOS_FILE
-    from avsep.progress import terminal
 
     store = result.store
-    console = terminal(soft_wrap=True, highlight=False)
-    console.print(f"{store.path}: {extent(store)}")
     counts = Counter({"ok": len(store.clips)}) + Counter(e["status"] for e in result.skipped)
+    lacking = [
+        (name, split) for name in store.classes for split in SPLITS if not store.select(classes=[name], split=split)
+    ]
+    output.result(
+        {
+            "format": "avsep-data-prepare",
+            **facts_of(store),
+            "videos": store.path / VIDEOS_FILE,
+            "counts": counts,
+            "skipped": [{key: entry.get(key) for key in _TOLD} for entry in result.skipped],
+            "lacking": [{"class": name, "split": split} for name, split in lacking],
+            "unlisted": result.unlisted,
+            "notes": notes,
+        }
+    )
+    console = output.console(soft_wrap=True, highlight=False)
+    console.print(f"{store.path}: {extent(store)}")
     for status, meaning in STATUSES.items():
         if counts[status]:
             console.print(f"{counts[status]:6} {status:9} {meaning}")
@@ -173,21 +196,15 @@ def _print(result: Prepared) -> None:
         console.print(f"  {entry['id']}: {entry['status']}: {entry['reason']}")
     if len(result.skipped) > _SHOWN:
         console.print(f"  and {len(result.skipped) - _SHOWN} more")
-    console.print(f"what became of each video: {store.path / VIDEOS_FILE}")
-    lacking = [
-        f"{name} has no {split}"
-        for name in store.classes
-        for split in SPLITS
-        if not store.select(classes=[name], split=split)
-    ]
+    output.say(f"what became of each video: {link(store.path / VIDEOS_FILE)}")
     if lacking:
-        named = "; ".join(lacking[:4]) + ("; ..." if lacking[4:] else "")
-        typer.echo(
+        texts = [f"{name} has no {split}" for name, split in lacking]
+        named = "; ".join(texts[:4]) + ("; ..." if texts[4:] else "")
+        output.note(
             f"note: {named}: a class is learned and tested where each split has a clip of it, so leave it out by "
-            "--tasks, or split otherwise",
-            err=True,
+            "--tasks, or split otherwise"
         )
     if result.unlisted:
-        typer.echo(f"note: {result.unlisted} videos came since it was finished: --update takes them in", err=True)
+        output.note(f"note: {result.unlisted} videos came since it was finished: --update takes them in")
     console.print(f"content hash {store.content_hash}")
-    typer.echo(next_command("train", store.path, "--out", f"runs/{store.path.name}"))
+    output.say(next_command("train", store.path, "--out", f"runs/{store.path.name}"))

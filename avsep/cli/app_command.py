@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from avsep.cli._output import Json, Output, Quiet, Verbose
+
 if TYPE_CHECKING:
     from avsep.export import Bundle
 
@@ -37,47 +39,50 @@ def command(
             "--ort-web", help="Folder of the unpacked npm package onnxruntime-web [default: the cache, or a download]."
         ),
     ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Open a page that separates videos and sounds: in the browser, or in Python where the browser cannot.
 
-    The server listens on this computer alone; recordings stay on it and are deleted when it ends (Ctrl-C).
+    The server listens on this computer alone; recordings stay on it and are deleted when it ends (Ctrl-C). With
+    --json its address is printed in one line when it is up.
     """
     from avsep.app.server import App, find_detector, serve
     from avsep.errors import ConfigError, ExportError
     from avsep.export.runtime.separator import BundleSeparator
     from avsep.export.targets.website import check_for_browsers, write_page, write_site
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     if task is not None and not _is_run(separator):
         raise ConfigError(f"--task {task} is of a run, and {separator} is none: leave it out")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-app-")))
-        bundle = stack.enter_context(_bundle(separator, task, folder))
+        bundle = stack.enter_context(_bundle(separator, task, folder, output))
         engine = stack.enter_context(BundleSeparator.load(bundle, provider))
         for reason in engine.unused_engines:
-            typer.echo(f"note: {reason}", err=True)
+            output.note(f"note: {reason}")
         in_browser, site = True, folder / "site"
         try:
             check_for_browsers(bundle)
-            write_site(bundle, site, ort_web=ort_web, pack=False, tell=_note)
+            write_site(bundle, site, ort_web=ort_web, pack=False, tell=output.note)
         except ExportError as error:
             if ort_web is not None:
                 raise
             in_browser = False
-            _note(f"everything runs in Python: {error}")
+            output.note(f"everything runs in Python: {error}")
             write_page(bundle, site)
         (folder / "recordings").mkdir()
         app = App(site, engine, folder / "recordings", browser=in_browser, detector=find_detector())
         address = stack.enter_context(serve(app, port))
-        typer.echo(f"avsep app: {address} (Ctrl-C ends it)")
+        output.detail(f"Python would run it on {engine.provider}; the browser {'can' if in_browser else 'cannot'}")
+        output.result({"format": "avsep-app", "address": address, "in_browser": in_browser}, in_a_line=True)
+        output.say(f"avsep app: {address} (Ctrl-C ends it)")
         if not no_open:
             webbrowser.open(address)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
-    typer.echo("ended; the recordings are deleted")
-
-
-def _note(line: str) -> None:
-    typer.echo(line, err=True)
+    output.say("ended; the recordings are deleted")
 
 
 def _is_run(path: Path) -> bool:
@@ -86,11 +91,10 @@ def _is_run(path: Path) -> bool:
     return RunFolder(path).is_run
 
 
-def _bundle(separator: Path, task: int | None, folder: Path) -> Bundle:
+def _bundle(separator: Path, task: int | None, folder: Path, output: Output) -> Bundle:
     """The bundle that is meant: itself, a site's, or one that is exported of a run for as long as the app is open."""
     from avsep.errors import ConfigError
     from avsep.export import ExportPlan, export_run, open_bundle
-    from avsep.progress import progress_bar
     from avsep.runs.folder import RunFolder
 
     if (separator / "site.json").is_file():
@@ -102,7 +106,7 @@ def _bundle(separator: Path, task: int | None, folder: Path) -> Bundle:
             )
         return open_bundle(separator)
     last = RunFolder(separator).finished_tasks()[-1] if task is None else task
-    with progress_bar() as bars:
+    with output.bars() as bars:
         bar = bars.add("exporting", None)
 
         def progress(label: str, done: int, total: int) -> None:
@@ -110,5 +114,5 @@ def _bundle(separator: Path, task: int | None, folder: Path) -> Bundle:
             bars.update(bar, done, total)
 
         plan = ExportPlan(channels=2)
-        export_run(separator, folder / "bundle", tasks=last, plan=plan, progress=progress, tell=_note)
+        export_run(separator, folder / "bundle", tasks=last, plan=plan, progress=progress, tell=output.note)
     return open_bundle(folder / "bundle")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from avsep.cli._output import Json, Output, Quiet, Verbose
 from avsep.environment import MOST_PROCESSES
 
 if TYPE_CHECKING:
@@ -58,18 +59,24 @@ def train(
     repeats: _Repeats = 5,
     out: _Out = _OUT,
     plot: _Plot = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """A ContAV-Sep training step, and its U-Net alone, against the literal published form.
 
     With --form bf16 a CPU also gets its line of the table by which train.precision=auto chooses, where bf16 is faster.
     """
-    rows = _run(_train(preset, batch, classes, memory_share, device, form or ()), repeats, out, plot)
+    output = Output(json=json, quiet=quiet, verbose=verbose)
+    rows = _run(output, _train(preset, batch, classes, memory_share, device, form or ()), repeats, out, plot)
 
     from avsep.benchmarks.cases import bf16_proposal
     from avsep.environment import bf16_instructions, pick_device
 
-    if pick_device(device).type == "cpu" and (proposed := bf16_proposal(rows, bf16_instructions())):
-        typer.echo(f"\n{proposed}")
+    proposed = bf16_proposal(rows, bf16_instructions()) if pick_device(device).type == "cpu" else ""
+    _tell(output, "train", rows, out, plot, proposed=proposed or None)
+    if proposed:
+        output.say(f"\n{proposed}")
 
 
 @app.command("data")
@@ -89,17 +96,23 @@ def data(
     repeats: _Repeats = 9,
     out: _Out = _OUT,
     plot: _Plot = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Reading training mixtures from a store and from shards, against loading whole files in the training process."""
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     if memory:
-        _reading_memory(batch, mixtures, clip_s, shard_mb, out)
+        rows, plot = _reading_memory(output, batch, mixtures, clip_s, shard_mb, out), None
     else:
-        _run(
+        rows = _run(
+            output,
             _data(store, batch, mixtures, clip_s, clips, shard_mb, (0, workers) if workers else (0,)),
             repeats,
             out,
             plot,
         )
+    _tell(output, "data", rows, out, plot)
 
 
 @app.command("metrics")
@@ -110,9 +123,13 @@ def metrics(
     repeats: _Repeats = 9,
     out: _Out = _OUT,
     plot: _Plot = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """SDR, SIR and SAR, against mir_eval."""
-    _run(_metrics(batch, sources, length), repeats, out, plot)
+    output = Output(json=json, quiet=quiet, verbose=verbose)
+    _tell(output, "metrics", _run(output, _metrics(batch, sources, length), repeats, out, plot), out, plot)
 
 
 @app.command("separate")
@@ -124,9 +141,14 @@ def separate(
     repeats: _Repeats = 3,
     out: _Out = _OUT,
     plot: _Plot = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Separating a long recording, against how other separators cut one up, with the same network."""
-    _run(_separate(preset, minutes, batch, device), repeats, out, plot)
+    output = Output(json=json, quiet=quiet, verbose=verbose)
+    rows = _run(output, _separate(preset, minutes, batch, device), repeats, out, plot)
+    _tell(output, "separate", rows, out, plot)
 
 
 @app.command("continual")
@@ -145,6 +167,9 @@ def continual(
     device: _Device = "cpu",
     jobs: Annotated[int, typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Runs at a time.")] = 1,
     out: Annotated[Path, typer.Option("--out", help="CSV file to append the results to.")] = _CONTINUAL_OUT,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Two tasks learned by fine-tuning, and by ContAV-Sep with memory: the demo's result, without its sounds."""
     import tempfile
@@ -152,10 +177,11 @@ def continual(
     from avsep.benchmarks.continual import made_up_store, run
     from avsep.environment import keep_memory
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     keep_memory()  # as `avsep train` does
     with tempfile.TemporaryDirectory(prefix="avsep-bench-") as folder:
         place = Path(folder)
-        run(
+        rows = run(
             made_up_store(place / "store", clips=clips) if store is None else store,
             place / "runs",
             preset=preset,
@@ -164,9 +190,10 @@ def continual(
             device=device,
             jobs=jobs,
             out=out,
-            write=typer.echo,
+            write=output.say,
         )
-    typer.echo(f"\nresults appended to {out}")
+    _tell(output, "continual", rows, out, None)
+    output.say(f"\nresults appended to {out}")
 
 
 @app.command("separators")
@@ -188,19 +215,24 @@ def separators(
         "separators.csv"
     ),
     plot: _Plot = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """What presets reach on a store when they learn all of its classes at once, beside the static filter.
 
     Different classes, duets of one class, absent sources, rooms, other pictures: the lists of the protocol audiovisual.
     """
+    from dataclasses import asdict
+
     from avsep.benchmarks.measure import check_results
     from avsep.benchmarks.plot import plot_presets, require_matplotlib
     from avsep.benchmarks.separators import COLUMNS, evaluations_in, facts_of, measure, report, run_presets
     from avsep.data.store import Store
     from avsep.environment import keep_memory
     from avsep.errors import ConfigError
-    from avsep.progress import terminal
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     keep_memory()
     check_results(out, COLUMNS)
     if plot is not None:
@@ -209,7 +241,7 @@ def separators(
     numbers = list(range(seeds))
     opened = Store.open(store)
     found = (
-        run_presets(opened, runs, presets, numbers, settings=settings or ())
+        run_presets(opened, runs, presets, numbers, settings=settings or (), progress=not quiet)
         if train
         else evaluations_in(opened, runs, presets, numbers, settings=settings or ())
     )
@@ -219,7 +251,8 @@ def separators(
     report(numbers_of, out, facts_of(opened, sorted({seed for _, seed in found})))
     if plot is not None:
         plot_presets(numbers_of, plot)
-    terminal().print(out.with_suffix(".md").read_text(), highlight=False, markup=False)
+    _tell(output, "separators", [asdict(one) for one in numbers_of], out, plot, table=out.with_suffix(".md"))
+    output.console(highlight=False).print(out.with_suffix(".md").read_text())
 
 
 @app.command("export")
@@ -258,6 +291,9 @@ def export(
     repeats: _Repeats = 15,
     out: Annotated[Path, typer.Option("--out", help="CSV file to append the results to.")] = _EXPORT_OUT,
     plot: _Plot = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """An exported bundle in every way that this machine can run it, and PyTorch, eager and compiled.
 
@@ -265,7 +301,8 @@ def export(
     """
     from avsep.benchmarks.export_cases import run as run_bundle
 
-    run_bundle(
+    output = Output(json=json, quiet=quiet, verbose=verbose)
+    rows = run_bundle(
         bundle,
         run=run,
         task=task,
@@ -279,8 +316,11 @@ def export(
         memory=memory,
         out=out,
         plot=plot,
+        console=output.console(),
+        progress=not quiet,
     )
-    typer.echo(f"\nresults appended to {out}" + ("" if plot is None else f", drawn in {plot}"))
+    _tell(output, "export", rows, out, plot)
+    _say_where(output, out, plot)
 
 
 @app.command("all")
@@ -293,15 +333,20 @@ def everything(
     repeats: _Repeats = 5,
     out: _Out = _OUT,
     plot: _Plot = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Data, metrics and train, one after the other."""
+
+    output = Output(json=json, quiet=quiet, verbose=verbose)
 
     def cases() -> Iterator[Case]:
         yield from _data(store, 8, 256, 20.0, 160, 64, (0, 2))
         yield from _metrics(4, 2, 65280)
         yield from _train(preset, batch, classes, None, device, ())
 
-    _run(cases(), repeats, out, plot)
+    _tell(output, "all", _run(output, cases(), repeats, out, plot), out, plot)
 
 
 @app.command("kernels")
@@ -324,14 +369,17 @@ def kernels(
     check_only: Annotated[bool, typer.Option("--check-only", help="Compare with float64 and time nothing.")] = False,
     out: Annotated[Path, typer.Option("--out", help="CSV file to append the results to.")] = _KERNELS_OUT,
     plot: _Plot = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """The fused operations in every backend, with their peers and the hardware's limits."""
     from avsep.benchmarks.kernels import run
     from avsep.environment import pick_device
-    from avsep.progress import progress_bar
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     chosen = str(pick_device(device))
-    with progress_bar() as bars:
+    with output.bars() as bars:
         bar: int | None = None
 
         def say(text: str) -> None:
@@ -340,7 +388,7 @@ def kernels(
                 bar = bars.add("kernels", total=None)
             bars.advance(bar, note=text)
 
-        run(
+        rows = run(
             op or (),
             sizes=sizes,
             device=chosen,
@@ -349,11 +397,12 @@ def kernels(
             plot=plot,
             compiled=compiled,
             check_only=check_only,
-            write=typer.echo,
+            write=output.say,
             say=say,
         )
+    _tell(output, "kernels", rows, None if check_only else out, plot)
     if not check_only:
-        typer.echo(f"\nresults appended to {out}" + ("" if plot is None else f", drawn in {plot}"))
+        _say_where(output, out, plot)
 
 
 @app.command("aot")
@@ -367,12 +416,15 @@ def aot(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Compile again what the file has.")] = False,
     out: Annotated[Path, typer.Option("--out", help="CSV file to write.")] = _AOT_OUT,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compile every Triton kernel for GPUs that are not here: registers, spills, shared memory."""
     from avsep.benchmarks.aot import ARCHITECTURES, compile_all, summary
-    from avsep.progress import progress_bar
 
-    with progress_bar() as bars:
+    output = Output(json=json, quiet=quiet, verbose=verbose)
+    with output.bars() as bars:
         bar: int | None = None
 
         def done(count: int, total: int) -> None:
@@ -382,8 +434,9 @@ def aot(
             bars.update(bar, count, total)
 
         rows = compile_all(out, ops=op or (), architectures=sm or ARCHITECTURES, jobs=jobs, fresh=fresh, done=done)
-    typer.echo(summary(rows))
-    typer.echo(f"written to {out}")
+    _tell(output, "aot", rows, out, None)
+    output.say(summary(rows))
+    output.say(f"written to {out}")
 
 
 def _train(
@@ -427,7 +480,9 @@ def _data(
         yield from data_cases(opened, shards=shards, batch=batch, mixtures=mixtures, workers=workers)
 
 
-def _reading_memory(batch: int, mixtures: int, clip_s: float, shard_mb: float, out: Path) -> None:
+def _reading_memory(
+    output: Output, batch: int, mixtures: int, clip_s: float, shard_mb: float, out: Path
+) -> list[dict[str, Any]]:
     import tempfile
 
     from avsep.benchmarks.cases import temporary_store
@@ -435,10 +490,9 @@ def _reading_memory(batch: int, mixtures: int, clip_s: float, shard_mb: float, o
     from avsep.benchmarks.reading import memory_rows
     from avsep.benchmarks.run import print_rows
     from avsep.data.store.sharding import shard_store
-    from avsep.progress import progress_bar, terminal
 
     check_results(out)
-    with tempfile.TemporaryDirectory(prefix="avsep-bench-") as folder, progress_bar() as bars:
+    with tempfile.TemporaryDirectory(prefix="avsep-bench-") as folder, output.bars() as bars:
         bar = bars.add("reading in fresh processes", total=9)
         stores: dict[str, Path] = {}
         for times in (1, 4, 16):
@@ -451,8 +505,9 @@ def _reading_memory(batch: int, mixtures: int, clip_s: float, shard_mb: float, o
             stores[f"store, {times}x as long clips"] = longer.path
         rows = list(memory_rows(stores, batch=batch, mixtures=mixtures, done=lambda: bars.advance(bar)))
         append_rows(out, rows)
-    print_rows(terminal(), "peak of a process's own memory while it reads", rows)
-    typer.echo(f"\nresults appended to {out}")
+    print_rows(output.console(), "peak of a process's own memory while it reads", rows)
+    output.say(f"\nresults appended to {out}")
+    return rows
 
 
 def _metrics(batch: int, sources: int, length: int) -> Iterator[Case]:
@@ -461,9 +516,22 @@ def _metrics(batch: int, sources: int, length: int) -> Iterator[Case]:
     yield from metrics_cases(batch=batch, sources=sources, length=length)
 
 
-def _run(cases: Iterator[Case], repeats: int, out: Path, plot: Path | None) -> list[dict[str, Any]]:
+def _run(output: Output, cases: Iterator[Case], repeats: int, out: Path, plot: Path | None) -> list[dict[str, Any]]:
     from avsep.benchmarks.run import run_cases
 
-    rows = run_cases(cases, repeats=repeats, out=out, plot=plot)
-    typer.echo(f"\nresults appended to {out}" + ("" if plot is None else f", drawn in {plot}"))
+    console = output.console()
+    rows = run_cases(cases, repeats=repeats, out=out, plot=plot, console=console, progress=not output.quiet)
+    _say_where(output, out, plot)
     return rows
+
+
+def _say_where(output: Output, out: Path, plot: Path | None) -> None:
+    output.say(f"\nresults appended to {out}" + ("" if plot is None else f", drawn in {plot}"))
+
+
+def _tell(
+    output: Output, name: str, rows: Sequence[Mapping[str, Any]], out: Path | None, plot: Path | None, **more: Any
+) -> None:
+    """Print what was measured, as the rows of the CSV file, if that is asked for."""
+    plain = [{key: None if value == "" else value for key, value in row.items()} for row in rows]
+    output.result({"format": f"avsep-bench-{name}", "rows": plain, "out": out, "plot": plot, **more})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from avsep.cli._output import Json, Output, Quiet, Verbose
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,27 +33,68 @@ def command(
     memory: Annotated[
         str, typer.Option("--memory", help="With --align: the policy of runs without a memory.")
     ] = "random_per_class",
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Count the bytes that runs keep between tasks; align their memories to one budget."""
     from avsep.errors import ConfigError
     from avsep.evaluation.budget import align as aligned
     from avsep.evaluation.budget import budget_of
-    from avsep.progress import terminal
     from avsep.runs.folder import RunFolder
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     if to is not None and not align:
         raise ConfigError(f"--to {to} says what to align to: give --align with it")
     names = _names(runs)
     specs = {name: RunFolder(run).spec() for name, run in names.items()}
-    console = terminal()
-    console.print(_kept(specs, {name: budget_of(run, task, store=store) for name, run in names.items()}))
+    budgets = {name: budget_of(run, task, store=store) for name, run in names.items()}
+    output.show(_kept(specs, budgets))
+    found: dict[str, Aligned] = {}
     if align:
         places = {str(RunFolder(names[name]).store(spec) or "") for name, spec in specs.items()}
         if store is None and len(places) > 1:
             raise ConfigError(f"the runs are over {len(places)} stores ({', '.join(sorted(places))}): give --store")
-        found = aligned(specs, store or places.pop(), budget=to, task=task, memory=memory)
-        console.print(_memories(specs, found))
-        typer.echo("estimates take the largest clips that could be drawn: no draw keeps more")
+        place = store or places.pop()
+        output.detail(f"estimates by the clips of {place}")
+        found = aligned(specs, place, budget=to, task=task, memory=memory)
+        output.show(_memories(specs, found))
+        output.say("estimates take the largest clips that could be drawn: no draw keeps more")
+    output.result(
+        {
+            "format": "avsep-budget",
+            "runs": [{"run": names[name], **_counted(specs[name], of)} for name, of in budgets.items()],
+            "aligned": {
+                "budget": _common(found),
+                "runs": [
+                    {
+                        "run": names[name],
+                        **_counted(specs[name], one.budget),
+                        "memory": {"name": one.memory.name, "params": one.memory.params},
+                        "spare": one.spare,
+                        "full": one.full,
+                    }
+                    for name, one in found.items()
+                ],
+            }
+            if align
+            else None,
+        }
+    )
+
+
+def _counted(spec: RunSpec, budget: Budget) -> dict[str, Any]:
+    """What ``--json`` prints of a run: the bytes that it keeps."""
+    from dataclasses import asdict
+
+    sums = {"model": budget.model, "exemplar_bytes": budget.exemplar_bytes, "total": budget.total}
+    memory = {"name": spec.memory.name, "params": spec.memory.params}
+    return {"strategy": spec.strategy_name, "memory": memory, **asdict(budget), **sums}
+
+
+def _common(found: dict[str, Aligned]) -> int:
+    """The budget that memories were brought to."""
+    return max(one.budget.total + one.spare for one in found.values())
 
 
 def _names(runs: list[Path]) -> dict[str, Path]:
@@ -103,8 +146,7 @@ def _kept(specs: dict[str, RunSpec], budgets: dict[str, Budget]) -> Table:
 
 
 def _memories(specs: dict[str, RunSpec], found: dict[str, Aligned]) -> Table:
-    common = max(a.budget.total + a.spare for a in found.values())
-    table = _table(f"Memories for a budget of {common:,} bytes", "run, memory", "clips", "MB", "spare bytes")
+    table = _table(f"Memories for a budget of {_common(found):,} bytes", "run, memory", "clips", "MB", "spare bytes")
     for name, a in found.items():
         params = ", ".join(f"{k}={v}" for k, v in a.memory.params.items())
         table.add_row(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from avsep.cli import _prepare
-from avsep.cli._output import next_command
-from avsep.cli._text import extent, names_in, warnings_in_a_line
+from avsep.cli._output import Json, Output, Quiet, Verbose, next_command
+from avsep.cli._text import extent, facts_of, names_in, warnings_in_a_line
 from avsep.environment import MOST_PROCESSES
 
 if TYPE_CHECKING:
@@ -50,11 +51,14 @@ def synth(
         int | None, typer.Option("--workers", min=1, max=MOST_PROCESSES, help="Processes [default: one a CPU core].")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Delete the store that is there and begin anew.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Make the offline benchmark from sampled instruments and drawn players. Continues a killed run."""
     from avsep.data.synth.synthesis import synthesise
-    from avsep.progress import terminal
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     try:
         with warnings_in_a_line():
             store = synthesise(
@@ -68,13 +72,16 @@ def synth(
                 workers=workers,
                 clips_per_class=None if clips is None else _counts(clips),
                 clip_s=clip_s,
+                progress=not quiet,
                 force=force,
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
-    terminal().print(f"{store.path}: {extent(store)}", highlight=False)
-    terminal().print(f"content hash {store.content_hash}", highlight=False)
-    typer.echo(next_command("train", store.path, "--out", f"runs/{store.path.name}"))
+    output.result({"format": "avsep-data-synth", **facts_of(store)})
+    console = output.console(highlight=False)
+    console.print(f"{store.path}: {extent(store)}")
+    console.print(f"content hash {store.content_hash}")
+    output.say(next_command("train", store.path, "--out", f"runs/{store.path.name}"))
 
 
 @app.command("notes")
@@ -97,28 +104,30 @@ def notes(
         int | None, typer.Option("--workers", min=1, max=MOST_PROCESSES, help="Processes [default: one a CPU core].")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Delete the store that is there and begin anew.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Make version 2 of the offline benchmark from your recordings of single notes. Continues a killed run."""
     from avsep.data.synth.recorded import DIVIDED_FROM, find_notes, synthesise_notes
     from avsep.errors import ConfigError
-    from avsep.progress import printable, progress_bar, terminal
+    from avsep.progress import printable
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     drawn = {}
     for text in pictures or ():
         name, equals, picture = text.partition("=")
         if not (name and equals and picture):
             raise ConfigError(f"--as {text}: give CLASS=PICTURE, such as viola=violin")
         drawn[name] = picture
-    with progress_bar() as bars:
+    with output.bars() as bars:
         found = find_notes(folder, pictures=drawn, bars=bars)
-    console = terminal()
+    console = output.console(highlight=False)
     for line in _left_out(found.left_out):
-        console.print(printable(line), highlight=False, markup=False)
+        console.print(printable(line))
     few = [name for name, there in found.recordings.items() if len(there) < DIVIDED_FROM]
     if few and split_by == "recording":
-        console.print(
-            f"fewer than {DIVIDED_FROM} notes, which all splits share: {', '.join(few)}", highlight=False, markup=False
-        )
+        console.print(f"fewer than {DIVIDED_FROM} notes, which all splits share: {', '.join(few)}")
     try:
         store = synthesise_notes(
             found,
@@ -128,14 +137,25 @@ def notes(
             clip_s=clip_s,
             split_by=split_by,
             workers=workers,
+            progress=not quiet,
             force=force,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
-    used = ", ".join(f"{name} {len(there)}" for name, there in found.recordings.items())
-    console.print(f"notes used: {used}", highlight=False, markup=False)
-    console.print(f"{store.path}: {extent(store)}", highlight=False)
-    console.print(f"content hash {store.content_hash}", highlight=False)
+    used = {name: len(there) for name, there in found.recordings.items()}
+    output.result(
+        {
+            "format": "avsep-data-notes",
+            **facts_of(store),
+            "notes": used,
+            "left_out": [{"file": one.path, "reason": one.reason, "detail": one.detail} for one in found.left_out],
+            "shared_by_all_splits": few if split_by == "recording" else list(used),
+        }
+    )
+    console.print(f"notes used: {', '.join(f'{name} {count}' for name, count in used.items())}")
+    console.print(f"{store.path}: {extent(store)}")
+    console.print(f"content hash {store.content_hash}")
+    output.say(next_command("train", store.path, "--out", f"runs/{store.path.name}"))
 
 
 def _left_out(files: Sequence[LeftOut]) -> list[str]:
@@ -162,28 +182,90 @@ def _counts(text: str) -> tuple[int, int, int]:
 
 
 @app.command("check")
-def check(store: _StoreArgument) -> None:
+def check(
+    store: _StoreArgument,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """Read a whole store: hashes, levels, what is there for each class and split, feature statistics."""
     from rich.text import Text
 
     from avsep.data.store.checking import check_store
     from avsep.errors import DataError
-    from avsep.progress import printable, progress_bar, terminal
+    from avsep.progress import printable
 
-    with progress_bar() as bars:
+    output = Output(json=json, quiet=quiet, verbose=verbose)
+    started = time.perf_counter()
+    with output.bars() as bars:
         result = check_store(store, bars)
-    console = terminal()
+    output.detail(f"{store} was read in {time.perf_counter() - started:.1f} s")
+    silent = [p for p in result.problems if "is silent" in p]
+    output.result(_as_data(store, result, silent))
+    console = output.console()
     _print_check(console, result)
     if result.availability is not None:
         _print_availability(console, result.availability, list(result.classes))
     for problem in result.problems:
         console.print(Text.assemble(("warning", "yellow"), f" {printable(problem)}"))
-    silent = [p for p in result.problems if "is silent" in p]
     if silent:
         raise DataError(
             f"{len(silent)} clips of {store} are silent; training on them would teach nothing: leave them out"
         )
     console.print("every file matches its hash")
+
+
+def _as_data(store: Path, result: StoreCheck, silent: list[str]) -> dict[str, Any]:
+    """What ``avsep data check --json`` prints."""
+    from dataclasses import asdict
+
+    classes: dict[str, dict[str, Any]] = {}
+    for name, splits in result.classes.items():
+        classes[name] = {}
+        for split, summary in splits.items():
+            levels = sorted(summary.levels_db)
+            loud = [levels[i] for i in (0, len(levels) // 2, -1)] if levels else [None] * 3
+            classes[name][split] = {
+                "clips": summary.clips,
+                "seconds": summary.seconds,
+                "level_db": dict(zip(("min", "median", "max"), loud, strict=True)),
+                "beside_audio": {kind: count for kind, count in summary.kinds.items() if kind != "audio"},
+            }
+    found = result.availability
+    return {
+        "format": "avsep-data-check",
+        "store": store,
+        "classes": classes,
+        "features": {name: asdict(one) for name, one in result.features.items()},
+        "availability": None if found is None else _availability(found),
+        "problems": result.problems,
+        "silent": silent,
+    }
+
+
+def _availability(found: Availability) -> dict[str, Any]:
+    def by_class(counts: dict[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+        nested: dict[str, dict[str, int]] = {}
+        for (name, split), count in counts.items():
+            nested.setdefault(name, {})[split] = count
+        return nested
+
+    official = found.official
+    return {
+        "dataset": found.dataset,
+        "there": by_class(found.there),
+        "listed": by_class(found.listed),
+        "reasons": found.reasons,
+        "published": None
+        if official is None
+        else {
+            "splits": official.splits,
+            "classes": official.classes,
+            "lists": official.lists,
+            "source": official.source,
+        },
+        "comparable": found.comparable,
+    }
 
 
 def _print_check(console: Console, result: StoreCheck) -> None:
@@ -252,27 +334,53 @@ def shard(
         list[Path] | None,
         typer.Option("--disk", help="Folder on another disk that takes its share of the shards; repeat for more."),
     ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write a store's files into a few WebDataset tars, which are read like the store. Continues a killed run."""
     from avsep.data.store import Store
     from avsep.data.store.sharding import shard_store
-    from avsep.progress import progress_bar
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     try:
-        with progress_bar() as bars:
+        with output.bars() as bars:
             made = shard_store(Store.open(store), out, shard_mb=shard_mb, folders=disk or (), bars=bars)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
-    typer.echo(f"{made.path}: {extent(made)} in {len(made.manifest['shards'])} shards")
+    shards, folders = made.manifest["shards"], made.manifest["shard_folders"]
+    output.result({"format": "avsep-data-shard", **facts_of(made), "shards": len(shards), "folders": folders})
+    output.say(f"{made.path}: {extent(made)} in {len(shards)} shards")
 
 
 @app.command("info")
-def info(store: _StoreArgument) -> None:
+def info(
+    store: _StoreArgument,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """What a store holds and where it comes from."""
     from avsep.data.store import SPLITS, Store
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     opened = Store.open(store)
     manifest = opened.manifest
+    output.result(
+        {
+            "format": "avsep-data-info",
+            **facts_of(opened),
+            "frames": {
+                kind: {"shape": shape, "a_second": rate} if (shape := manifest.get(f"{kind}_shape")) else None
+                for kind, rate in (("object", opened.object_rate_hz), ("motion", opened.motion_rate_hz))
+            },
+            "features": {name: {"role": one["role"], "dim": one["dim"]} for name, one in opened.features.items()},
+            "origin": manifest.get("origin", {}),
+            "licence": manifest.get("licence", ""),
+            "shards": len(manifest.get("shards") or ()),
+            "folders": manifest.get("shard_folders") or [],
+        }
+    )
     lines = [
         ("store", str(opened.path)),
         ("extent", extent(opened)),
@@ -292,24 +400,32 @@ def info(store: _StoreArgument) -> None:
     if manifest.get("shards"):
         lines.append(("shards", f"{len(manifest['shards'])} in {', '.join(manifest['shard_folders'])}"))
     for name, text in lines:
-        typer.echo(f"{name:18} {text}")
+        output.say(f"{name:18} {text}")
 
 
 @app.command("banks")
-def banks() -> None:
+def banks(
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """List the SoundFont banks that are found on this machine, and what synth uses each for."""
     from avsep.data.synth.synthesis import NO_BANK, find_banks, held_out
     from avsep.errors import DataError
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     found = find_banks()
     if not found:
         raise DataError(NO_BANK)
     held = held_out(found)
+    rows = []
     for number, path in enumerate(found):
         use = "plays the test split of version 2" if path == held else "trains version 2"
         if number == 0:
             use = f"plays version 1, {use}" if held else "plays both versions, the only bank"
-        typer.echo(f"{path} ({path.stat().st_size / 1e6:.0f} MB): {use}")
+        rows.append({"file": path, "bytes": (size := path.stat().st_size), "use": use})
+        output.say(f"{path} ({size / 1e6:.0f} MB): {use}")
+    output.result({"format": "avsep-data-banks", "banks": rows})
 
 
 @app.command("sheet")
@@ -317,12 +433,18 @@ def sheet(
     store: _StoreArgument,
     out: Annotated[Path, typer.Option("--out", help="Image to write.")] = Path("contact.png"),
     per_class: Annotated[int, typer.Option("--per-class", min=1, max=20, help="Clips shown of each class.")] = 6,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write a contact sheet of a store's frames."""
     from avsep.data.store import Store
     from avsep.data.store.checking import contact_sheet
 
-    typer.echo(contact_sheet(Store.open(store), out, per_class))
+    output = Output(json=json, quiet=quiet, verbose=verbose)
+    file = contact_sheet(Store.open(store), out, per_class)
+    output.result({"format": "avsep-data-sheet", "file": file})
+    output.say(str(file))
 
 
 @app.command("features")
@@ -330,13 +452,18 @@ def features(
     store: _StoreArgument,
     clips: Annotated[str, typer.Option("--clips", help="Ids of clips, such as flute-test-000,...")],
     out: Annotated[Path, typer.Option("--out", help="File to write (.npz).")] = Path("features.npz"),
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write clips' frames and features to a file for ``avsep separate --features``."""
     from avsep.data.store import Store, timelines_of
     from avsep.media.timeline import write_visual_file
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     write_visual_file(out, timelines_of(Store.open(store), names_in(clips)))
-    typer.echo(out)
+    output.result({"format": "avsep-data-features", "file": out, "clips": names_in(clips)})
+    output.say(str(out))
 
 
 @app.command("mix")
@@ -344,6 +471,9 @@ def mix(
     store: _StoreArgument,
     clips: Annotated[str, typer.Option("--clips", help="Ids of two or more clips.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for duet.wav, features.npz and references/.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Mix clips of a store to one recording, with the frames and the references beside it.
 
@@ -353,5 +483,9 @@ def mix(
     from avsep.data.store import Store
     from avsep.data.synth.synthesis import write_duet
 
-    for path in write_duet(Store.open(store), names_in(clips), out).values():
-        typer.echo(path)
+    output = Output(json=json, quiet=quiet, verbose=verbose)
+    written = write_duet(Store.open(store), names_in(clips), out)
+    mixed = {"mixture": written.pop("duet"), "features": written.pop("features")}
+    output.result({"format": "avsep-data-mix", "clips": names_in(clips), **mixed, "references": written})
+    for path in (*written.values(), *mixed.values()):
+        output.say(str(path))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from avsep.cli._output import Json, Output, Quiet, Verbose
 from avsep.errors import AvsepError
-from avsep.progress import Progress, progress_bar
+from avsep.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,6 +48,9 @@ def command(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; remove what an earlier demo left there.")] = False,
     preset: Annotated[str, typer.Option("--preset", hidden=True)] = "aligned_small",
     clips: Annotated[tuple[int, int, int], typer.Option("--clips", hidden=True)] = (40, 6, 6),
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Learn new instruments without forgetting the old ones, and hear it: minutes on a CPU, no download.
 
@@ -55,9 +60,8 @@ def command(
     """
     from rich.text import Text
 
-    from avsep.progress import terminal
-
-    console = terminal()
+    output = Output(json=json, quiet=quiet, verbose=verbose)
+    console = output.console()
     for package, extra, purpose in (
         ("PIL", "demo", "the benchmark's pictures"),
         ("matplotlib", "demo", "the report"),
@@ -75,16 +79,17 @@ def command(
     from avsep.data.synth.synthesis import write_duet
 
     section("1/5 A benchmark of six sampled instruments with moving pictures")
-    store = _benchmark(out / "store", seed, clips)
+    store = _benchmark(out / "store", seed, clips, output)
     half = len(store.classes) // 2
     tasks = [list(store.classes[:half]), list(store.classes[half:])]
     console.print(f"{len(store.clips)} clips; task 0: {', '.join(tasks[0])}; task 1: {', '.join(tasks[1])}")
 
     section("2/5 Learning both tasks twice: fine-tuning, and ContAV-Sep with one remembered clip a class")
     try:
-        _train_both(out, preset, tasks, seed)
+        _train_both(out, preset, tasks, seed, output)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with: avsep demo --out {out} --seed {seed}") from None
+        again = shlex.join(["avsep", "demo", "--out", str(out), "--seed", str(seed)])
+        raise KeyboardInterrupt(f"go on with: {again}") from None
 
     section("3/5 Held-out clips")
     runs = {strategy: out / strategy for strategy in RUNS}
@@ -92,18 +97,20 @@ def command(
     _print_scores(console, results)
 
     section("4/5 The last separator as ONNX, from waveform to waveform")
-    _export(console, runs["contavsep"], out / "exported")
+    graphs = _export(output, runs["contavsep"], out / "exported")
 
     section("5/5 Two duets, a remembered and a new instrument, and two xylophones; the report")
     apart = [store.select(classes=[names[0]], split="test")[0] for names in tasks]
     alike = store.select(classes=[ALIKE], split="test")[:2]
+    recordings = []
     for clips_of, mixed, parts in ((apart, "duet", "separated"), (alike, "xylophones", "separated_xylophones")):
         files = write_duet(store, [c.id for c in clips_of], out / mixed)
-        _separate(console, runs["contavsep"], files, clips_of, out / parts)
+        recordings.append(_separate(output, runs["contavsep"], files, clips_of, out / parts))
 
     from avsep.evaluation.report import write_report
+    from avsep.evaluation.yardsticks import sdr_by_task
 
-    with progress_bar() as bars:
+    with output.bars() as bars:
         bar = bars.add("report", total=None)
         page = write_report(
             runs["finetune"],
@@ -111,11 +118,27 @@ def command(
             compare=[runs["contavsep"]],
             progress=lambda done, total: bars.update(bar, done, total),
         )
-    minutes = (time.perf_counter() - started) / 60
-    console.print(f"\nDone in {minutes:.1f} minutes. Listen and look: {page}")
+    seconds = time.perf_counter() - started
+    output.result(
+        {
+            "format": "avsep-demo",
+            "out": out,
+            "report": page,
+            "seconds": seconds,
+            "tasks": tasks,
+            "yardsticks": sdr_by_task(results["contavsep"]),
+            "runs": {
+                name: {"run": runs[name], "matrix": found["matrix"], "forgetting": found["forgetting"]}
+                for name, found in results.items()
+            },
+            "graphs": graphs,
+            "recordings": recordings,
+        }
+    )
+    console.print(f"\nDone in {seconds / 60:.1f} minutes. Listen and look: {page}")
 
 
-def _benchmark(out: Path, seed: int, clips: tuple[int, int, int]) -> Store:
+def _benchmark(out: Path, seed: int, clips: tuple[int, int, int], output: Output) -> Store:
     """Version 2 of the benchmark, by one bank alone, so that it is the same wherever the demo runs."""
     import warnings
 
@@ -124,7 +147,14 @@ def _benchmark(out: Path, seed: int, clips: tuple[int, int, int]) -> Store:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*only SoundFont bank")
         return synthesise(
-            out, version=2, size="tiny", classes=CLASSES, seed=seed, banks=find_banks()[:1], clips_per_class=clips
+            out,
+            version=2,
+            size="tiny",
+            classes=CLASSES,
+            seed=seed,
+            banks=find_banks()[:1],
+            clips_per_class=clips,
+            progress=not output.quiet,
         )
 
 
@@ -229,7 +259,7 @@ def _work(strategy: str, out: str, name: str, tasks: list[list[str]], seed: int,
         raise
 
 
-def _train_both(out: Path, preset: str, tasks: list[list[str]], seed: int) -> None:
+def _train_both(out: Path, preset: str, tasks: list[list[str]], seed: int, output: Output) -> None:
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
@@ -245,7 +275,7 @@ def _train_both(out: Path, preset: str, tasks: list[list[str]], seed: int) -> No
     waiting = set(workers)
     bars_of: dict[str, int] = {}
     try:
-        with progress_bar() as bars:
+        with output.bars() as bars:
             while waiting:
                 try:
                     kind, name, value = messages.get(timeout=1.0)
@@ -306,22 +336,26 @@ def _db(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _export(console: Console, run: Path, out: Path) -> None:
+def _export(output: Output, run: Path, out: Path) -> list[dict[str, Any]]:
     from avsep.export import export_run
 
-    with progress_bar() as bars:
+    found = []
+    with output.bars() as bars:
         bar = bars.add("export", total=None)
         bundles = export_run(run, out, tasks=[1], progress=lambda _, done, total: bars.update(bar, done, total))
     for bundle in bundles:
         for graph in bundle.graphs:
-            parity, megabytes = graph.entry["parity"], bundle.size(graph.file) / 1e6
-            console.print(
-                f"{bundle.path / graph.file}: {megabytes:.1f} MB, {parity['provider']} differs from PyTorch by at most "
+            parity, size = graph.entry["parity"], bundle.size(graph.file)
+            file = bundle.path / graph.file
+            found.append({"file": file, "bytes": size, "ran_on": parity["provider"], "max_error": parity["max_error"]})
+            output.console().print(
+                f"{file}: {size / 1e6:.1f} MB, {parity['provider']} differs from PyTorch by at most "
                 f"{parity['max_error']:.1e}"
             )
+    return found
 
 
-def _separate(console: Console, run: Path, duet: dict[str, Path], clips: list[Clip], out: Path) -> None:
+def _separate(output: Output, run: Path, duet: dict[str, Path], clips: list[Clip], out: Path) -> dict[str, Any]:
     """Separate a duet of clips, and say how much better each part is than the mixture."""
     from avsep.data.store import source_names
     from avsep.inference.recordings import separate_file
@@ -337,14 +371,24 @@ def _separate(console: Console, run: Path, duet: dict[str, Path], clips: list[Cl
         out,
         overwrite=True,
     )
+    gains = _gains(duet, separated.files, list(classes))
+    notes = separated.findings.lines()  # such as two parts that are nearly the same sound
+    console = output.console()
     console.print(f"{duet['duet']} separated into {', '.join(str(p) for p in separated.files.values())}")
-    console.print(_gains(duet, separated.files, list(classes)))
-    for line in separated.findings.lines():  # such as two parts that are nearly the same sound
+    console.print(f"SDR over the mixture: {', '.join(f'{name} {gain:+.1f} dB' for name, gain in gains.items())}")
+    for line in notes:
         console.print(line)
+    return {
+        "source": duet["duet"],
+        "files": separated.files,
+        "residual": separated.residual,
+        "gain_db": gains,
+        "notes": notes,
+    }
 
 
-def _gains(duet: dict[str, Path], files: Mapping[str, Path], names: list[str]) -> str:
-    """``SDR over the mixture: flute +6.0 dB, violin +5.1 dB``."""
+def _gains(duet: dict[str, Path], files: Mapping[str, Path], names: list[str]) -> dict[str, float]:
+    """How much SDR each part has over the mixture, in dB."""
     import soundfile
     import torch
 
@@ -359,5 +403,4 @@ def _gains(duet: dict[str, Path], files: Mapping[str, Path], names: list[str]) -
     sounds = read([*(duet[name] for name in names), *(files[name] for name in names), *[duet["duet"]] * count])
     references, separated, mixture = sounds.split(count)
     sdr = sdr_alone(references[None], torch.stack((separated, mixture))[None])[0]  # [2, N]
-    gains = [f"{name} {gain:+.1f} dB" for name, gain in zip(names, (sdr[0] - sdr[1]).tolist(), strict=True)]
-    return f"SDR over the mixture: {', '.join(gains)}"
+    return dict(zip(names, (sdr[0] - sdr[1]).tolist(), strict=True))

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from avsep.cli._output import link, next_command
+from avsep.cli._output import Json, Output, Quiet, Verbose, link, next_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -194,6 +196,9 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a bundle or a site that is there; nothing else is replaced.")
     ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Export a task's separator to ONNX as a bundle: graphs, manifest, golden inputs and outputs, device README.
 
@@ -201,9 +206,9 @@ def run(
     """
     from avsep.errors import ConfigError
     from avsep.export import ExportPlan, export_run
-    from avsep.progress import progress_bar, terminal
     from avsep.runs.folder import RunFolder
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     if all_tasks and task:
         raise ConfigError(f"--all-tasks and --task {task[0]} ask for different things: give one of them")
     for option, needs, there, value in (
@@ -257,9 +262,11 @@ def run(
     with contextlib.ExitStack() as stack:
         place = out
         if target == _WEB:
-            _before_a_site(out, tasks, spectral, ort_web, overwrite)
+            _before_a_site(out, tasks, spectral, ort_web, overwrite, output)
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-site-"))) / "bundle"
-        with progress_bar() as bars:
+        output.detail(f"{run}, task {tasks if tasks is not None else ', '.join(map(str, finished))}, to {out}")
+        started = time.perf_counter()
+        with output.bars() as bars:
             bar = bars.add("exporting", None)
 
             def progress(label: str, done: int, total: int) -> None:
@@ -279,21 +286,33 @@ def run(
                 tell=said.append,
             )
         if target == _WEB:
-            _site(bundles[0], out, ort_web)
-        _show(terminal(), bundles, f"exported to {out}")
+            _site(bundles[0], out, ort_web, output)
+        output.detail(f"took {time.perf_counter() - started:.1f} s")
+        data = [bundle_as_data(bundle, out / "bundle" if target == _WEB else bundle.path) for bundle in bundles]
+        _show(output, bundles, f"exported to {out}")
     for line in dict.fromkeys(said):
-        typer.echo(line, err=True)
+        output.note(line)
+    engines = []
     if target in _ENGINE_TARGETS:
         for bundle in bundles:
-            _build(bundle, [], target, capabilities, workspace_mib, None, False)
+            engines += _build(bundle, [], target, capabilities, workspace_mib, None, False, output)
+    output.result(
+        {
+            "format": "avsep-export",
+            "bundles": data,
+            "notes": list(dict.fromkeys(said)),
+            "engines": engines,
+            "site": out if target == _WEB else None,
+        }
+    )
     if target == _WEB:
-        _say_how_to_open(out)
+        _say_how_to_open(out, output)
     else:
-        typer.echo(next_command("export", "verify", bundles[0].path))
+        output.say(next_command("export", "verify", bundles[0].path))
 
 
 def _before_a_site(
-    out: Path, tasks: int | list[int] | None, spectral: bool, ort_web: Path | None, overwrite: bool
+    out: Path, tasks: int | list[int] | None, spectral: bool, ort_web: Path | None, overwrite: bool, output: Output
 ) -> None:
     """What a site cannot be made of, and what it is made of, before the export takes its minutes."""
     from avsep.errors import ConfigError
@@ -308,22 +327,21 @@ def _before_a_site(
     check_place(out)
     if not overwrite and out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"{out} is a site already: --overwrite replaces it, or choose another folder")
-    ort_web_files(ort_web, tell=_note)
+    ort_web_files(ort_web, tell=output.note)
 
 
-def _site(bundle: Bundle, out: Path, ort_web: Path | None) -> None:
+def _site(bundle: Bundle, out: Path, ort_web: Path | None, output: Output) -> None:
     from avsep.export.targets.website import write_site
 
-    write_site(bundle, out, ort_web=ort_web, tell=_note)
+    write_site(bundle, out, ort_web=ort_web, tell=output.note)
 
 
-def _note(line: str) -> None:
-    typer.echo(line, err=True)
+def _say_how_to_open(out: Path, output: Output) -> None:
+    from avsep.progress import printable
 
-
-def _say_how_to_open(out: Path) -> None:
-    typer.echo(f"wrote the site {link(out)}: any web server of files serves it")
-    typer.echo(f"next: avsep app {out / 'bundle'}, or python -m http.server --bind 127.0.0.1 --directory {out}")
+    output.say(f"wrote the site {link(out)}: any web server of files serves it")
+    served = shlex.join(["python", "-m", "http.server", "--bind", "127.0.0.1", "--directory", str(out)])
+    output.say(f"{next_command('app', out / 'bundle')}, or {printable(served)}")
 
 
 def _check_target(target: str) -> None:
@@ -356,10 +374,12 @@ def _build(
     workspace_mib: int,
     out: Path | None,
     force: bool,
-) -> None:
+    output: Output,
+) -> list[dict[str, Any]]:
+    """Build engines, say where they are, and return what ``--json`` prints of them."""
     from avsep.export.targets.tensorrt import build_bundle
 
-    build_bundle(
+    built = build_bundle(
         bundle,
         graphs=graphs,
         target=target,
@@ -367,11 +387,46 @@ def _build(
         workspace_mib=workspace_mib,
         out=out,
         force=force,
-        tell=typer.echo,
+        progress=not output.quiet,
+        verbose=output.verbose,
+        tell=output.note,
     )
+    for engine in built:
+        output.say(f"{engine.plan}: {engine.graph} on {engine.device}")
+    return [
+        {
+            "graph": engine.graph,
+            "file": engine.plan,
+            "device": engine.device,
+            "bytes": engine.sidecar.get("plan_bytes"),
+            "seconds": engine.sidecar.get("seconds"),
+            "new": engine.new,
+        }
+        for engine in built
+    ]
 
 
-def _show(console: Any, bundles: Sequence[Bundle], title: str) -> None:
+def bundle_as_data(bundle: Bundle, path: Path) -> dict[str, Any]:
+    """What ``--json`` prints of a bundle that lies, or will lie, at ``path``."""
+    graphs = []
+    for graph in bundle.graphs:
+        parity, gate = graph.entry["parity"], graph.entry["gate"]
+        graphs.append(
+            {
+                "file": graph.file,
+                "bytes": bundle.size(graph.file),
+                "max_error": parity["max_error"],
+                "error_db": parity["error_db"],
+                "drift_db": None if gate is None else max(gate["max_drift_db"].values()),
+                "let_pass": gate is not None and gate["overridden"],
+                "seconds": parity["seconds"],
+                "ran_on": parity["provider"],
+            }
+        )
+    return {"path": path, "name": bundle.name, "classes": list(bundle.classes), "graphs": graphs}
+
+
+def _show(output: Output, bundles: Sequence[Bundle], title: str) -> None:
     """What the manifests say was measured when the bundles were made."""
     from rich.table import Table
 
@@ -398,9 +453,9 @@ def _show(console: Any, bundles: Sequence[Bundle], title: str) -> None:
                 f"{1e3 * parity['seconds']:.0f}",
                 parity["provider"].removesuffix("ExecutionProvider"),
             )
-    console.print(table)
+    output.show(table)
     if let_pass:
-        typer.echo("! more than the gate's limit, and let pass by --allow-drift")
+        output.say("! more than the gate's limit, and let pass by --allow-drift")
 
 
 @app.command("verify")
@@ -416,13 +471,24 @@ def verify(
         float | None,
         typer.Option("--tolerance", help="Largest difference from the golden outputs [default: each graph's own]."),
     ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Check a bundle's hashes and manifest, and run every graph on its golden inputs."""
+    output = Output(json=json, quiet=quiet, verbose=verbose)
+    output.result({"format": "avsep-export-verify", **_verified(output, bundle, provider, tolerance)})
+
+
+def _verified(output: Output, bundle: Path, provider: str, tolerance: float | None = None) -> dict[str, Any]:
+    """Check a bundle, show what its graphs did, and return what ``--json`` prints of it."""
+    from dataclasses import asdict
+
     from rich.table import Table
 
     from avsep.export import verify_bundle
-    from avsep.progress import terminal
 
+    started = time.perf_counter()
     result = verify_bundle(bundle, provider, tolerance=tolerance)
     table = Table(title=f"{bundle} holds")
     table.add_column("graph", overflow="fold")
@@ -438,9 +504,16 @@ def verify(
             f"{1e3 * check.seconds:.0f}",
             check.provider.removesuffix("ExecutionProvider"),
         )
-    terminal().print(table)
+    output.show(table)
     count = len(result.bundle.files)
-    typer.echo(f"all {count} files match the manifest; every graph ran on {result.provider} within its tolerance")
+    output.say(f"all {count} files match the manifest; every graph ran on {result.provider} within its tolerance")
+    output.detail(f"took {time.perf_counter() - started:.1f} s")
+    return {
+        "bundle": bundle,
+        "files": count,
+        "ran_on": result.provider,
+        "graphs": [asdict(check) for check in result.graphs],
+    }
 
 
 @app.command("build")
@@ -468,6 +541,9 @@ def build(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what is good already.")] = False,
     ort_web: _OrtWeb = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Build the engines of a bundle for the GPU here, or ahead of time for others.
 
@@ -476,6 +552,7 @@ def build(
     from avsep.errors import ConfigError
     from avsep.export import open_bundle
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     if target != "auto":
         _check_target(target)
     if ort_web is not None and target != _WEB:
@@ -484,24 +561,35 @@ def build(
         if out is None:
             raise ConfigError("--target web needs a folder for the site: name one by --out")
         with open_bundle(bundle) as opened:
-            _site(opened, out, ort_web)
-        _say_how_to_open(out)
+            _site(opened, out, ort_web, output)
+        output.result({"format": "avsep-export-build", "bundle": bundle, "engines": [], "site": out, "ran": None})
+        _say_how_to_open(out, output)
         return
     if target == "onnxruntime":
-        verify(bundle)
+        ran = _verified(output, bundle, "cpu")
+        output.result({"format": "avsep-export-build", "bundle": bundle, "engines": [], "site": None, "ran": ran})
         return
     with open_bundle(bundle) as opened:
-        _build(opened, graph or [], target, _capabilities(sm), workspace_mib, out, force)
+        built = _build(opened, graph or [], target, _capabilities(sm), workspace_mib, out, force, output)
+    output.result({"format": "avsep-export-build", "bundle": bundle, "engines": built, "site": None, "ran": None})
 
 
 @app.command("info")
-def info(bundle: _Bundle) -> None:
+def info(
+    bundle: _Bundle,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """What is in a bundle, from its manifest; hashes are checked, nothing is run."""
     from avsep.export import open_bundle
-    from avsep.progress import printable, terminal
+    from avsep.progress import printable
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     opened = open_bundle(bundle)
     manifest = opened.manifest
+    facts = {**bundle_as_data(opened, bundle), "files": len(opened.files), "megabytes": opened.megabytes}
+    output.result({"format": "avsep-export-info", **facts, "manifest": manifest})
     rate, clip = opened.sample_rate_hz, manifest["chunking"]["clip_samples"]
     rows = {
         "bundle": f"{opened.name}, {opened.megabytes:.1f} MB in {len(opened.files)} files",
@@ -535,8 +623,8 @@ def info(bundle: _Bundle) -> None:
             )
     width = max(map(len, rows))
     for name, text in rows.items():
-        typer.echo(f"{name:<{width}}  {printable(text)}")
-    _show(terminal(), [opened], "measured when it was made")
+        output.say(f"{name:<{width}}  {printable(text)}")
+    _show(output, [opened], "measured when it was made")
 
 
 @app.command("schema")

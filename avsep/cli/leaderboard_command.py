@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from avsep.cli._grids import AnyCode, Dataset, Device, Jobs, LauncherName, LauncherSettings, Plan, Results, Resume
+from avsep.cli._output import Json, Output, Quiet, Verbose
 
 
 def command(
@@ -51,6 +52,9 @@ def command(
         bool, typer.Option("--tune", help="Choose the entries' settings on validation pairs instead; before the board.")
     ] = False,
     plan: Plan = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Rank methods at equal bytes and equal updates; all with a few seeds, the best third with many.
 
@@ -60,6 +64,7 @@ def command(
     from avsep.errors import ConfigError
     from avsep.reproduce.leaderboard import load_board_preset, load_package
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     if tune and screening is not None:
         raise ConfigError(f"--screening {screening} is of the board, and --tune makes none: leave it out")
     board = load_board_preset(preset)
@@ -69,6 +74,7 @@ def command(
     changes |= {k: v for k, v in (("screening", screening), ("seeds", None if tune else seeds)) if v is not None}
     run_board(
         board.model_copy(update=changes),
+        output,
         grid=None,
         dataset=dataset,
         preset=preset,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from avsep.cli._output import Json, Output, Quiet, Verbose, next_command
 from avsep.environment import MOST_PROCESSES
 
 if TYPE_CHECKING:
@@ -63,25 +64,34 @@ def command(
     jobs: Annotated[
         int, typer.Option("--jobs", min=1, max=MOST_PROCESSES, help="Recordings prepared at once, from a folder.")
     ] = 1,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Teach a finished run, or a separator that comes with avsep, more classes. Continues a killed call; the run can be
-    used at every moment."""
+    used at every moment.
+
+    Where an old class loses too much, the changes are still told, also with --json; the exit code is 2 then.
+    """
     from avsep.cli._text import names_in, warnings_in_a_line
     from avsep.environment import keep_memory
     from avsep.errors import ConfigError
-    from avsep.progress import terminal
     from avsep.training.extending import extend
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     if not max_loss_db >= 0:
         raise ConfigError(f"--max-loss-db {max_loss_db:g}: give 0 or more dB")
     keep_memory()
-    run = _begun(run, out)
+    names = names_in(classes)
+    run = _begun(run, out, output)
+    output.detail(f"{run} learns {', '.join(names)} from {source}, on {device}")
+    started = time.perf_counter()
     try:
         with warnings_in_a_line():
             found = extend(
                 run,
                 source,
-                names_in(classes),
+                names,
                 strategy=strategy,
                 memory=memory,
                 store=store,
@@ -90,22 +100,38 @@ def command(
                 device=device,
                 workers=workers,
                 jobs=jobs,
+                progress=not quiet,
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the run is as it was; the same command goes on where it stopped") from None
-    terminal().print(_table(found))
+    output.detail(f"took {time.perf_counter() - started:.1f} s")
+    output.result(
+        {
+            "format": "avsep-learn",
+            "run": run,
+            "task": found.task,
+            "classes": names,
+            "learned": not found.lost,
+            "changes": {
+                c.class_name: {"before": c.before, "after": c.after, "change": c.change} for c in found.changes
+            },
+            "lost": found.lost,
+            "max_loss_db": max_loss_db,  # null: any
+        }
+    )
+    output.show(_table(found))
     if found.lost:
         raise ConfigError(
             f"{', '.join(found.lost)} lost more than {max_loss_db:g} dB, so that {run} is left as it was: run the same "
             "command with a larger --max-loss-db to take what was learned, or with other settings"
         )
-    typer.echo(
+    output.say(
         "old classes were validated and tested on their own recordings, which the run carries with its exemplars"
     )
-    typer.echo(f"{run} has learned {classes} as task {found.task}; next: avsep evaluate {shlex.quote(str(run))}")
+    output.say(f"{run} has learned {', '.join(names)} as task {found.task}; {next_command('evaluate', run)}")
 
 
-def _begun(run: Path, out: Path | None) -> Path:
+def _begun(run: Path, out: Path | None, output: Output) -> Path:
     """The run to be extended: what is given, or what is made of a model, in ``out``."""
     from avsep.errors import ConfigError
     from avsep.models import begin_run, model_at
@@ -124,7 +150,7 @@ def _begun(run: Path, out: Path | None) -> Path:
         )
     if not (out / "run.yaml").is_file():
         begin_run(model, out)
-        typer.echo(f"{out} begins as model '{model.name}'", err=True)
+        output.note(f"{out} begins as model '{model.name}'")
     return out
 
 

@@ -32,7 +32,7 @@ def command(
         return
     if name is None:
         known = models()
-        output.result({"models": [{"name": m.name, **_head(m.card)} for m in known]})
+        output.result({"format": "avsep-models", "models": [{"name": m.name, **_head(m.card)} for m in known]})
         table = Table(title="separators that come with avsep")
         for heading in ("model", "classes", "Hz", "what it is"):
             table.add_column(heading, justify="right" if heading == "Hz" else "left", overflow="fold")
@@ -44,7 +44,7 @@ def command(
         return
     model = find_model(name)
     model.check()
-    output.result({"name": model.name, "path": model.path, **model.card})
+    output.result({**model.card, "format": "avsep-model", "name": model.name, "path": model.path})
     card = model.card
     output.say(f"{model.name}: {card['summary']}")
     for title, text in card["about"].items():
@@ -78,5 +78,6 @@ def _write_sample(model: Any, target: Path, output: Output) -> None:
     with atomic_path(target) as temporary:
         shutil.copyfile(model.sample, temporary)
     classes = ",".join(model.card["sample_classes"])
+    output.result({"format": "avsep-model-sample", "file": target, "classes": model.card["sample_classes"]})
     output.say(f"{target}: {' and '.join(model.card['sample_classes'])}")
     output.say(next_command("separate", target, "--classes", classes))

@@ -42,6 +42,6 @@ def command(
             run, out, mixtures=mixtures, compare=compare, store=store, device=pick_device(device), progress=show
         )
     size = page.stat().st_size
-    output.result({"file": page, "bytes": size})
+    output.result({"format": "avsep-report", "file": page, "bytes": size})
     output.say(f"report written to {link(page)} ({size / 1e6:.1f} MB): open it in a browser")
     output.say(next_command("export", run, "--out", f"{Path(run).name}-bundle"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from avsep.cli._grids import AnyCode, Dataset, Device, Jobs, LauncherName, LauncherSettings, Plan, Results, Resume
+from avsep.cli._output import Json, Output, Quiet, Verbose
 
 if TYPE_CHECKING:
     from avsep.reproduce import Cell, Grid, ResultStore
@@ -71,6 +72,9 @@ def command(
             show_default=False,
         ),
     ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run the grid behind tables and figures of the paper, and show ours beside the paper's.
 
@@ -79,9 +83,16 @@ def command(
     """
     from dataclasses import replace
 
-    from avsep.cli._grids import device_of, jobs_at_a_time, launcher_of, print_choices, print_plan, raise_failed
+    from avsep.cli._grids import (
+        device_of,
+        failures_of,
+        jobs_at_a_time,
+        launcher_of,
+        raise_failed,
+        tell_choices,
+        tell_plan,
+    )
     from avsep.errors import ConfigError, MissingExtraError
-    from avsep.progress import terminal
     from avsep.reproduce import (
         ResultStore,
         build_grid,
@@ -94,13 +105,14 @@ def command(
     from avsep.reproduce.dataset import open_dataset
     from avsep.reproduce.grid import selection
     from avsep.reproduce.runner import Outcome, check_folder, claim
-    from avsep.reproduce.tables import markdown, places_in, render_into
+    from avsep.reproduce.tables import markdown, places_in, render_into, table_rows
     from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
     from avsep.reproduce.tuning import next_round
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "reproduce", "the plots")
-    console = terminal()
+    console = output.console(highlight=False, soft_wrap=True)
     loaded = load_grid_preset(preset)
     wanted = _tables(tables)
     if power is not None and (wanted == ["tune"] or not power > 0):
@@ -118,7 +130,7 @@ def command(
     check_folder(out, resume, preset=preset, given=loaded, tuning=wanted == ["tune"])
     accelerator = device_of(device, launcher)
     started = launcher_of(launcher, out, launcher_settings or [])
-    store, data_set = open_dataset(dataset, loaded, out / "store")
+    store, data_set = open_dataset(dataset, loaded, out / "store", progress=not quiet)
     if wanted == ["tune"]:
         grid = build_tuning(loaded, store, seeds=seeds or TUNING_SEEDS, bases=bases, rows=row)
     else:
@@ -130,18 +142,27 @@ def command(
     todo = (
         f"{len(missing)} to be run from {firsts} first task{'s' if firsts > 1 else ''}" if missing else "all finished"
     )
-    console.print(f"{', '.join(wanted)}: {count} cell{'s' if count != 1 else ''}, {todo}", highlight=False)
+    console.print(f"{', '.join(wanted)}: {count} cell{'s' if count != 1 else ''}, {todo}")
     if others := claimed.passed_over(missing):
         console.print(
             f"--results: {len(others)} of cells with these names not taken, being of other settings, data or version: "
-            f"{others[0].name}{', ...' if len(others) > 1 else ''}",
-            highlight=False,
-            soft_wrap=True,
+            f"{others[0].name}{', ...' if len(others) > 1 else ''}"
         )
+    output.detail(f"{store.path}, {len(store.clips)} clips; cells and tables in {out}, on {accelerator}")
+    data: dict[str, Any] = {
+        "format": "avsep-reproduce",
+        "out": out,
+        "data_set": data_set,
+        "tables": wanted,
+        "cells": count,
+        "not_taken": others,
+    }
     if power is not None:
-        return _print_power(grid, wanted, claimed, power)
+        output.result({**data, "power": _tell_power(output, grid, wanted, claimed, power)})
+        return
     if plan:
-        return print_plan(missing, grid, claimed)
+        output.result({**data, "plan": tell_plan(output, missing, grid, claimed)})
+        return
     claim(out, grid, preset=preset, given=loaded, device=accelerator, any_code=any_code)
     name = Path(preset).stem
 
@@ -157,6 +178,7 @@ def command(
             title=" ".join(wanted),
             preset=name,
             finished=lambda cell: _finished(cell, claimed, tuning=wanted == ["tune"]),
+            progress=not quiet,
         )
 
     try:
@@ -167,46 +189,54 @@ def command(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with: {_again(tables, locals())}") from None
     if wanted == ["tune"]:
-        print_choices(grid, claimed, failed)
+        chosen = tell_choices(output, grid, claimed, failed)
+        output.result({**data, "choices": chosen, "failed": failures_of(grid, failed)})
         return raise_failed(grid, failed)
     whole = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases) if row else grid
     # a choice of rows adds to the tables that are there: rows finished before are shown with them
     shown = selection(whole, lambda line, keys: not row or line.name in row or any(key in claimed for key in keys))
+    made: list[dict[str, Any]] = []
     for table_name in wanted:
         if table_name not in shown.rows:
             said = [f"{table_name}: no rows, not written.", *whole.notes[table_name]]
-            console.print(" ".join(said), highlight=False, soft_wrap=True)
+            console.print(" ".join(said))
+            made.append({"table": table_name, "lines": [], "notes": whole.notes[table_name], "files": []})
             continue
         table = build_table(shown, table_name, claimed, data_set=data_set, preset=name, failed=outcome.failed)
         written = write_table(table, out)
         console.print()
-        console.print(markdown(table), highlight=False, soft_wrap=True)
-        console.print(f"written to {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+        console.print(markdown(table))
+        console.print(f"written to {', '.join(map(str, written))}")
+        made.append({"table": table_name, "lines": table_rows(table), "notes": table.notes, "files": written})
         if readme is not None and table_name in places:
             render_into(readme, table)
+    output.result({**data, "made": made, "failed": failures_of(grid, outcome.failed)})
     raise_failed(grid, outcome.failed)
 
 
-def _print_power(grid: Grid, tables: list[str], results: ResultStore, difference: float) -> None:
-    from avsep.progress import terminal
+def _tell_power(
+    output: Output, grid: Grid, tables: list[str], results: ResultStore, difference: float
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
     from avsep.reproduce.grid import BASE_TITLES
     from avsep.reproduce.power import LEAST, needs
     from avsep.reproduce.tables import CONTROL
 
-    console = terminal()
+    console = output.console(highlight=False, soft_wrap=True)
     seen: set[tuple[str, ...]] = set()
+    rows = []
     left = 0.0
     console.print(
         f"seeds that find a true difference of {difference:g} dB in four of five times (two-sided t test at 5 %, "
-        "without the correction for many rows)",
-        highlight=False,
-        soft_wrap=True,
+        "without the correction for many rows)"
     )
     for table in tables:
         for need in needs(grid, table, results, difference):
             if (key := (need.base, need.row, need.label, CONTROL[table])) in seen:
                 continue
             seen.add(key)
+            rows.append({**asdict(need), "control": CONTROL[table]})
             where = f"  {BASE_TITLES.get(need.base, need.base)}, {need.label} ({need.row}): "
             if need.seeds is None or need.hours is None:
                 said = f"{need.have} paired seed{'s' if need.have != 1 else ''}, {LEAST} are needed to say"
@@ -216,8 +246,9 @@ def _print_power(grid: Grid, tables: list[str], results: ResultStore, difference
                     f"{need.seeds} seeds; {need.have} so far, difference {need.mean:+.2f} dB with a deviation of "
                     f"{need.deviation:.2f} dB between seeds; {need.hours:.1f} core hours left"
                 )
-            console.print(where + said, highlight=False, soft_wrap=True)
-    console.print(f"{left:.1f} core hours left for the rows that can be told of", highlight=False)
+            console.print(where + said)
+    console.print(f"{left:.1f} core hours left for the rows that can be told of")
+    return {"difference_db": difference, "rows": rows, "core_hours": left}
 
 
 def _tables(names: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from avsep.cli._grids import AnyCode, Device, Jobs, Plan, Resume
+from avsep.cli._output import Json, Output, Quiet, Verbose
 
 
 def command(
@@ -57,6 +58,9 @@ def command(
     ] = None,
     any_code: AnyCode = False,
     plan: Plan = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compare methods on your own store: each with several seeds and class orders, on one page.
 
@@ -68,6 +72,7 @@ def command(
     from avsep.reproduce.leaderboard import load_package, sweep_of
     from avsep.spec import apply_settings
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     known = ("rotated", "store")
     if orders not in known:
         raise UnknownNameError(f"no class orders named '{orders}': {near_matches(orders, known)}")
@@ -93,6 +98,7 @@ def command(
     )
     run_board(
         board,
+        output,
         grid=grid,
         dataset=str(store.resolve()),  # never the name of what is made
         preset=preset,

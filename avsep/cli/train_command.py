@@ -198,7 +198,7 @@ def command(
 
     from rich.table import Table
 
-    output.result({"run": out, "tasks": records})
+    output.result({"format": "avsep-train", "run": out, "tasks": records})
     table = Table(title=f"{spec.strategy_name}, memory {spec.memory.name}")
     for heading in ("task", "classes", "steps", "best epoch", "validation SDR dB", "minutes"):
         table.add_column(heading, justify="left" if heading == "classes" else "right")

@@ -19,7 +19,7 @@ SYNTH = "synth"
 BENCHMARK = "offline benchmark"
 
 
-def open_dataset(name: str, preset: GridPreset, folder: Path) -> tuple[Store, str]:
+def open_dataset(name: str, preset: GridPreset, folder: Path, *, progress: bool | Progress = True) -> tuple[Store, str]:
     """The store ``name``, or for ``synth`` the offline benchmark in ``folder`` as the preset describes it, and what to
     call it in tables. What is there of the benchmark is kept, and a killed making goes on."""
     if name != SYNTH:
@@ -37,10 +37,11 @@ def open_dataset(name: str, preset: GridPreset, folder: Path) -> tuple[Store, st
         seed=sizes.seed,
         clips_per_class=sizes.clips_per_class,
         clip_s=sizes.clip_s,
+        progress=progress,
     )
     for feature in sizes.features:
         if feature not in store.features:
-            store = store_object_features(store, feature)
+            store = store_object_features(store, feature, progress=progress)
     return store, BENCHMARK
 
 

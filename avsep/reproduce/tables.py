@@ -27,7 +27,18 @@ from avsep.reproduce.dataset import BENCHMARK
 from avsep.reproduce.grid import BASE_TITLES, CROSSSDC, HYPOTHESES, Grid
 from avsep.reproduce.results import CellResult, ResultStore
 
-__all__ = ["Line", "Table", "build_table", "cells_beside", "markdown", "places_in", "published", "render_into", "stars"]
+__all__ = [
+    "Line",
+    "Table",
+    "build_table",
+    "cells_beside",
+    "markdown",
+    "places_in",
+    "published",
+    "render_into",
+    "stars",
+    "table_rows",
+]
 
 TITLES = {
     "table1": "Table 1: methods",
@@ -482,6 +493,20 @@ def csv_rows(table: Table) -> list[dict[str, Any]]:
             row |= dict(zip((f"paper_{m}" for m in _SHOWN), line.paper or ("", "", ""), strict=True))
             rows.append(row)
     return rows
+
+
+_WORDS = ("table", "data_set", "preset", "base", "row", "method", "memory", "protocol", "commit")
+
+
+def table_rows(table: Table) -> list[dict[str, Any]]:
+    """:func:`csv_rows` with numbers that are numbers, and None where there is none."""
+    return [
+        {
+            key: value if key in _WORDS else None if value == "" else float(value) if isinstance(value, str) else value
+            for key, value in row.items()
+        }
+        for row in csv_rows(table)
+    ]
 
 
 def _text(value: float | None) -> str:

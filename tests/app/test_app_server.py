@@ -283,7 +283,8 @@ def test_what_is_no_separator_is_refused(tmp_path, capsys):
     assert "is no run, bundle or site" in capsys.readouterr().err
 
 
-def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(bundle, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
+def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(more, bundle, tmp_path):
     """Without ONNX Runtime's builds for browsers everything runs in Python."""
     script = "import sys; from avsep.cli import main; main(sys.argv[1:])"
     environment = {
@@ -295,7 +296,7 @@ def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(bundle, t
     }
     (tmp_path / "temporary").mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "app", str(bundle), "--no-open", "--provider", "cpu"],
+        [sys.executable, "-c", script, "app", str(bundle), "--no-open", "--provider", "cpu", *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -303,7 +304,9 @@ def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(bundle, t
     )
     try:
         line = process.stdout.readline()
-        address = re.search(r"http://127\.0\.0\.1:\d+/\S*", line)[0]
+        address = re.search(r"http://127\.0\.0\.1:\d+/[^\s\"]*", line)[0]
+        if more:
+            assert json.loads(line) == {"format": "avsep-app", "address": address, "in_browser": False}
         with urllib.request.urlopen(address, timeout=30) as answer:
             assert b"&quot;browser&quot;: false" in answer.read()
         process.send_signal(signal.SIGINT)
@@ -312,7 +315,7 @@ def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(bundle, t
         process.kill()
     assert process.returncode == 0
     assert "everything runs in Python: onnxruntime-web cannot be downloaded" in err
-    assert out == "ended; the recordings are deleted\n"
+    assert out == ("" if more else "ended; the recordings are deleted\n")
     assert not list((tmp_path / "temporary").glob("avsep*"))
 
 

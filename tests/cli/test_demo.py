@@ -71,8 +71,14 @@ def test_it_leaves_what_it_says(small):
 def test_a_second_call_goes_on_and_another_seed_is_refused(small):
     out, arguments, _ = small
     before = {p: p.stat().st_mtime_ns for p in (out / "store").rglob("*.wav")}
-    again = _demo(*arguments)
+    again = _demo(*arguments, "--json")
     assert again.returncode == 0, again.stderr[-2000:]
+    found = json.loads(again.stdout)
+    assert (found["format"], found["report"]) == ("avsep-demo", str(out / "report.html"))
+    assert {name: run["matrix"] for name, run in found["runs"].items()} == {
+        name: json.loads((out / name / "evaluation.json").read_text())["matrix"] for name in ("finetune", "contavsep")
+    }
+    assert [list(one["gain_db"]) for one in found["recordings"]] == [list(one["files"]) for one in found["recordings"]]
     assert before == {p: p.stat().st_mtime_ns for p in (out / "store").rglob("*.wav")}
     other = _demo(*arguments, "--seed", 5)
     assert other.returncode == 2

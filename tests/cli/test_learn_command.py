@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -37,7 +38,15 @@ def test_classes_are_added_one_after_the_other(taught, capsys):
     told = capsys.readouterr().out
     assert [line for line in told.splitlines() if "peep" in line and "new" in line]
     assert "validated and tested on their own recordings" in told
-    assert learn("--from", "tones", "--classes", "whirr", "--max-loss-db", "0", "--set", "train.epochs=2") in (0, 2)
+    code = learn("--from", "tones", "--classes", "whirr", "--max-loss-db", "0", "--set", "train.epochs=2", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["format"], found["run"], found["task"]) == ("avsep-learn", "taught", 2)
+    assert (found["classes"], list(found["changes"])) == (["whirr"], ["ding", "hum", "peep", "whirr"])
+    assert found["changes"]["whirr"]["before"] is None
+    changes = {name: of["change"] for name, of in found["changes"].items() if of["change"] is not None}
+    assert found["lost"] == [name for name, change in changes.items() if change < 0]
+    assert found["lost"]
+    assert (code, found["learned"], found["max_loss_db"]) == (2, False, 0)
     assert learn("--from", "tones", "--classes", "whirr", "--set", "train.epochs=2", *any_loss) == 0
     assert taught.spec().tasks == (("ding", "hum"), ("peep",), ("whirr",))
     assert taught.spec().train.epochs == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -310,6 +311,12 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert "fewer than 20 notes, which all splits share: drum, viola" in text
     assert "notes used: drum 4, flute 24, viola 4" in text
     assert Store.open(out, verify=True).content_hash in text
+    again = CliRunner().invoke(app, ["notes", str(folder), str(out), *arguments, "--json"], catch_exceptions=False)
+    found = json.loads(again.stdout)
+    assert (found["format"], found["content_hash"]) == ("avsep-data-notes", Store.open(out).content_hash)
+    assert found["notes"] == {"drum": 4, "flute": 24, "viola": 4}
+    assert found["shared_by_all_splits"] == ["drum", "viola"]
+    assert "unreadable" in {one["reason"] for one in found["left_out"]}
     bad = CliRunner().invoke(app, ["notes", str(folder), str(out), "--as", "viola"])
     assert isinstance(bad.exception, ConfigError)
     assert "give CLASS=PICTURE" in str(bad.exception)
