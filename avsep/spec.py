@@ -104,13 +104,13 @@ class ComponentRef(_Model):
 class FrontEndSpec(_Model):
     """STFT and log-frequency grid (methods: Chen et al., iQuery, CVPR 2023, as ContAV-Sep uses it)."""
 
-    sample_rate_hz: int = Field(11025, gt=0)
+    sample_rate_hz: int = Field(11025, gt=0, description="samples a second of what the network hears, and of a store")
     clip_samples: int = Field(65535, gt=0, description="samples of one training clip and one inference chunk")
-    n_fft: int = Field(1022, gt=0)
-    hop: int = Field(256, gt=0)
+    n_fft: int = Field(1022, gt=0, description="samples of one window of the STFT; even")
+    hop: int = Field(256, gt=0, description="samples from one window of the STFT to the next")
     log_rows: int = Field(256, gt=0, description="rows F of the log-frequency grid")
     align_corners: bool = Field(True, description="False reproduces the published code's warp")
-    padding: Literal["zeros", "reflect"] = "zeros"
+    padding: Literal["zeros", "reflect"] = Field("zeros", description="what the STFT puts before and after a clip")
     level_db: float | None = Field(
         None,
         ge=-100,
@@ -156,15 +156,19 @@ class SeparatorSpec(_Model):
     mask decoder that says so): how many classes each task brought; empty while all are of the first one.
     """
 
-    audio_encoder: ComponentRef
-    mask_decoder: ComponentRef
-    object_encoder: ComponentRef | None = None
-    motion_encoder: ComponentRef | None = None
-    front_end: FrontEndSpec = Field(default_factory=lambda: FrontEndSpec())
-    num_classes: int = Field(1, ge=1)
-    classes: tuple[str, ...] = ()
-    adapter: ComponentRef | None = None
-    task_sizes: tuple[int, ...] = ()
+    audio_encoder: ComponentRef = Field(description="the part that hears: makes features of the mixture")
+    mask_decoder: ComponentRef = Field(description="the part that makes a mask for each source")
+    object_encoder: ComponentRef | None = Field(None, description="the part that sees what a source looks like")
+    motion_encoder: ComponentRef | None = Field(None, description="the part that sees how a source moves")
+    front_end: FrontEndSpec = Field(
+        default_factory=lambda: FrontEndSpec(), description="from samples to spectrograms and back"
+    )
+    num_classes: int = Field(1, ge=1, description="classes that the separator knows; avsep train sets it")
+    classes: tuple[str, ...] = Field(
+        (), description="their names, in the order of their numbers; avsep train sets them"
+    )
+    adapter: ComponentRef | None = Field(None, description="weights of each task's own")
+    task_sizes: tuple[int, ...] = Field((), description="classes that each task brought; avsep train sets them")
 
     @model_serializer(mode="wrap")
     def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -256,12 +260,14 @@ def _way_out(feature: str) -> str:
 class OptimizerSpec(_Model):
     """One parameter group's optimiser. Fresh for every task, as published."""
 
-    name: Literal["adam", "adamw"] = "adam"
-    lr: float = Field(1e-4, gt=0, le=1e3)
-    weight_decay: float = Field(0.0, ge=0, le=1e3)
-    schedule: Literal["step", "one_cycle", "constant"] = "step"
+    name: Literal["adam", "adamw"] = Field("adam", description="the optimiser")
+    lr: float = Field(1e-4, gt=0, le=1e3, description="learning rate")
+    weight_decay: float = Field(0.0, ge=0, le=1e3, description="weight decay")
+    schedule: Literal["step", "one_cycle", "constant"] = Field(
+        "step", description="how the rate goes: step follows milestones, one_cycle rises once and falls to zero"
+    )
     milestones: tuple[int, ...] = Field((), description="0-based epochs from which the rate is multiplied by gamma")
-    gamma: float = Field(0.1, gt=0, le=1e3)
+    gamma: float = Field(0.1, gt=0, le=1e3, description="factor at each milestone")
 
 
 class AugmentSpec(_Model):
@@ -280,9 +286,9 @@ _CAME_LATER = ("groups", "mixer", "augment", "cross_entropy_weight")
 class TrainSpec(_Model):
     """The training of one task (defaults: the published setting, batch 32, 100 epochs, seed 1234)."""
 
-    batch_size: int = Field(32, ge=1, le=2**16)
+    batch_size: int = Field(32, ge=1, le=2**16, description="mixtures in a step, over all processes")
     sources: int = Field(2, ge=1, le=256, description="sources N in each training mixture")
-    epochs: int = Field(100, ge=1, le=10**7)
+    epochs: int = Field(100, ge=1, le=10**7, description="epochs of every task")
     steps_per_epoch: int | None = Field(
         None, ge=1, le=10**9, description="draw this many batches an epoch instead of all"
     )
@@ -301,21 +307,27 @@ class TrainSpec(_Model):
     crop: Literal["any", "published"] = Field(
         "any", description="published: middles of whole seconds, 8 or more from either end of a long clip"
     )
-    gain: tuple[float, float] = (0.5, 1.5)
-    seed: int = Field(1234, ge=0, lt=2**63)
-    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
+    gain: tuple[float, float] = Field((0.5, 1.5), description="range of the factor that each source is multiplied by")
+    seed: int = Field(1234, ge=0, lt=2**63, description="of weights, mixtures and exemplars")
+    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = Field(
+        "auto",
+        description="of the network; auto: on a GPU bf16 where it has it, else fp16; on a CPU full precision, or bf16 where "
+        "that was measured to be faster",
+    )
     validate_every: int = Field(1, ge=1, description="epochs between validations")
     validation_pairs: int | None = Field(None, ge=1, description="validation mixtures per task; all when unset")
     checkpoint_every: int = Field(200, ge=1, description="steps between resume checkpoints")
-    gradient_clip: float | None = Field(None, gt=0)
+    gradient_clip: float | None = Field(None, gt=0, description="largest norm of the gradient; no limit when unset")
     cross_entropy_weight: float = Field(
         0.0,
         ge=0,
         description="of the masks' cross-entropy, beside the method's L1 between masks; 0: none",
     )
-    audio: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec())
-    visual: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec())
-    decoder: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec())
+    audio: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec(), description="optimiser of the audio encoder")
+    visual: OptimizerSpec = Field(
+        default_factory=lambda: OptimizerSpec(), description="optimiser of the visual encoders"
+    )
+    decoder: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec(), description="optimiser of the mask decoder")
     groups: dict[str, OptimizerSpec] = Field(
         default_factory=dict, description="optimisers of further parameter groups, by the group's name"
     )
@@ -369,30 +381,41 @@ class BlurrySpec(_Model):
 
     disjoint: int = Field(50, ge=0, le=100, description="percent of the classes that come in one task alone")
     blurry: int = Field(10, ge=0, le=100, description="percent of the others' clips that come in any task")
-    seed: int = Field(1, ge=0)
-    tasks: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_task_lists)] = ()
+    seed: int = Field(1, ge=0, description="of what overlaps")
+    tasks: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_task_lists)] = Field(
+        (), description="classes that most clips of each task come from; avsep train sets them"
+    )
 
 
 class RunSpec(_Model):
     """Everything that decides a run's result: separator, strategy, memory, training, tasks, protocol and the store."""
 
-    separator: SeparatorSpec
+    separator: SeparatorSpec = Field(description="the network")
     strategy: Annotated[ComponentRef | tuple[ComponentRef, ...], BeforeValidator(_strategies)] = Field(
         description="a component, or a list of several that are combined"
     )
-    memory: ComponentRef = Field(default_factory=lambda: ComponentRef(name="none"))
-    train: TrainSpec = Field(default_factory=lambda: TrainSpec())
-    tasks: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_task_lists)] = ()
-    protocol: Literal["fixed", "paper", "audiovisual"] = "fixed"
+    memory: ComponentRef = Field(
+        default_factory=lambda: ComponentRef(name="none"), description="which exemplars of earlier tasks are kept"
+    )
+    train: TrainSpec = Field(
+        default_factory=lambda: TrainSpec(),
+        description="the training of every task; defaults are the published setting",
+    )
+    tasks: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_task_lists)] = Field(
+        (), description="classes of each task, in order (--tasks, --classes-per-task)"
+    )
+    protocol: Literal["fixed", "paper", "audiovisual"] = Field(
+        "fixed", description="test mixtures that the run is scored by (--protocol; see avsep list protocols)"
+    )
     validation_protocol: Literal["fixed", "paper", "audiovisual"] = Field(
         "fixed",
         description="paper: models are selected on pairs redrawn after every task, degenerate ones included; "
         "audiovisual: on pairs of different classes and of one class",
     )
-    store: str = ""
-    store_hash: str = ""
-    preset: str = ""
-    blurry: BlurrySpec | None = None
+    store: str = Field("", description="folder of the training data")
+    store_hash: str = Field("", description="hash of its content; avsep train sets it")
+    preset: str = Field("", description="the preset that the settings began with (--preset)")
+    blurry: BlurrySpec | None = Field(None, description="tasks that overlap (--blurry); none when unset")
 
     @model_serializer(mode="wrap")
     def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

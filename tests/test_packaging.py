@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -71,3 +72,47 @@ def test_a_missing_package_is_one_line():
         assert done.stderr == (
             f"avsep: the package '{package}' is missing: install avsep with what it needs (pip install avsep)\n"
         )
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_are_what_pypi_takes_and_run_in_a_bare_environment(tmp_path):
+    """The wheel is built from the sdist. What avsep needs is taken from where these tests run."""
+    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("twine", minversion="6.1")
+    clone, dist = copy_sources(tmp_path / "clone"), tmp_path / "dist"
+    build = "import sys; from setuptools import build_meta as b; getattr(b, 'build_' + sys.argv[1])(sys.argv[2])"
+    run([sys.executable, "-c", build, "sdist", dist], cwd=clone)
+    (sdist,) = dist.glob("avsep-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    run([sys.executable, "-c", build, "wheel", dist], cwd=unpacked)
+    (wheel,) = dist.glob("avsep-*.whl")
+    run([sys.executable, "-m", "twine", "check", "--strict", sdist, wheel], cwd=tmp_path)
+
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        data = {  # every file beside the code
+            path.relative_to(ROOT / folder).as_posix()
+            for folder in ("avsep", "export", "kernels")
+            for path in (ROOT / folder).rglob("*")
+            if path.suffix in (".yaml", ".html", ".js", ".css", ".json", ".zip", ".flac", ".safetensors", ".typed")
+            and "node_modules" not in path.parts
+        }
+        missing = [name for name in data if not any(found.endswith(f"/{name}") for found in names)]
+        assert missing == []
+        venv.create(tmp_path / "bare", with_pip=False, symlinks=os.name != "nt")
+        python = tmp_path / "bare" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        installed = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], cwd=tmp_path))
+        archive.extractall(installed)
+    # Behind the wheel's own folder, so that only what avsep needs is found here; lines of .pth files are not read.
+    others = [path for path in sys.path if path.endswith("site-packages")]
+    (installed / "needed.pth").write_text("\n".join(others) + "\n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    where = run([python, "-c", "import avsep; print(avsep.__file__)"], cwd=empty)
+    assert Path(where) == installed / "avsep" / "__init__.py"
+    assert run([python, "-m", "avsep", "--version"], cwd=empty).startswith("avsep ")
+    assert "iquery_small" in run([python, "-m", "avsep", "list", "presets"], cwd=empty)
+    assert "PyTorch" in run([python, "-m", "avsep", "doctor"], cwd=empty)
+    assert list(empty.iterdir()) == []

@@ -1,140 +1,118 @@
-"""The README's code runs."""
+"""README.md: short, in its order, and every command in it is run here, or read by the command line where it is long."""
 
 from __future__ import annotations
 
-import csv
-import inspect
-import os
 import re
 import shlex
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
 import yaml
 
-from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
+from support.commands import parse, run
+from support.pages_of_docs import blocks, command_lines, read
+from support.source_tree import ROOT
+from support.tones import TINY_SEPARATOR, TINY_TRAIN
+from support.video_shelf import CLASSES, write_good
 
-README = Path(__file__).parents[1] / "README.md"
+pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="needs the source tree")
 
-
-def _text():
-    if not README.is_file():
-        pytest.skip("the README is not beside the tests")
-    return README.read_text(encoding="utf-8")
-
-
-def _blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", _text(), flags=re.DOTALL)
+MADE_BY_HAND = ("avsep demo", "avsep app", "avsep reproduce", "avsep leaderboard")
+NEEDS_MODEL = ("avsep models", "avsep separate", "avsep learn")
 
 
-@pytest.mark.parametrize(
-    ("page", "tables"), [("README.md", ["table1"]), ("docs/reproduce.md", ["table2", "table3", "budget", "figure3"])]
-)
-def test_tables_are_those_that_were_measured(page, tables):
-    text = (README.parent / page).read_text(encoding="utf-8") if _text() else ""
-    for name in tables:
-        file = README.parent / f"benchmarks/results/reproduce/{name}.md"
-        measured = file.read_text(encoding="utf-8") if file.is_file() else "Not run under protocol version 2 yet.\n"
-        assert f"<!-- reproduce:{name} -->\n{measured}<!-- /reproduce:{name} -->" in text
+def lines(*beginnings: str) -> list[list[str]]:
+    """The README's commands that begin so, in its order, as words without ``avsep``."""
+    found = [line for line in command_lines("README.md") if line.startswith(beginnings)]
+    assert found
+    return [shlex.split(line)[1:] for line in found]
 
 
-def test_composing():
-    scope = {}
-    exec(_blocks("python")[0], scope)
-    assert scope["separator"].num_classes == 5
+def test_it_is_short_and_in_order():
+    text = read("README.md")
+    assert len(text.splitlines()) < 150
+    titles = ["Install", "Demo", "Your own recording", "Teach it an instrument", "Your own data", "Ship it"]
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == [*titles, "Compare methods", "Links"]
+    assert text.index("docs/result.png") < text.index("## Install")
 
 
-def test_training(tone_store, tmp_path, monkeypatch):
+def test_extras_and_commands_outside_of_avsep_exist():
+    extras = set(re.findall(r"^([a-z-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    asked = re.findall(r'pip install -e "\.\[([a-z,-]+)\]"', read("README.md"))
+    assert asked
+    assert {extra for names in asked for extra in names.split(",")} <= extras
+    for block in blocks("README.md", "bash"):
+        for line in block.splitlines():
+            assert line.startswith(("avsep ", "python -m pip install -e ")), line
+
+
+@pytest.mark.parametrize("line", command_lines("README.md"))
+def test_every_command_can_be_typed(line):
+    parse(*shlex.split(line)[1:])
+    assert line.startswith((*MADE_BY_HAND, *NEEDS_MODEL, "avsep doctor", *OF_DATA)), f"no test runs {line}"
+
+
+OF_DATA = ("avsep data", "avsep train", "avsep evaluate", "avsep report", "avsep export", "avsep compare")
+
+
+@pytest.mark.parametrize("name", ["reproduce", "leaderboard"])
+def test_what_the_long_commands_would_do(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("tiny.yaml").write_text(yaml.safe_dump({"separator": TINY_SEPARATOR, "train": TINY_TRAIN}))
-    code = next(b for b in _blocks("python") if "learner.fit" in b)
-    for text, stand_in in (
-        (
-            'task_stream("stores/full")',
-            f"task_stream({str(tone_store)!r}, clip_samples={TINY_FRONT_END['clip_samples']})",
-        ),
-        ('"iquery_small"', '"tiny.yaml"'),
-    ):
-        assert text in code
-        code = code.replace(text, stand_in)
-    exec(code, {})
-    assert Path("runs/mine/tasks/01/task.json").is_file()
+    for words in lines(f"avsep {name}"):
+        assert run(*words, "--plan") == 0
 
 
-def test_adding_a_method(tone_store, tmp_path):
-    """The section's code as an installed package, its commands on a tiny store."""
-    code = next(b for b in _blocks("python") if "STRATEGIES.register" in b)
-    module = tmp_path / re.fullmatch(r"# (\S+)", code.splitlines()[0]).group(1)
-    module.parent.mkdir()
-    module.write_text(code)
-    (module.parent / "__init__.py").touch()
-    toml = next(b for b in _blocks("toml") if "entry-points" in b)
-    group, entry = re.search(r'\[project\.entry-points\."(.+)"\]\n(.+)', toml).groups()
-    info = tmp_path / "my_package-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\n{entry.replace(chr(34), '')}\n")
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_data_training_and_shipping(tmp_path, monkeypatch):
+    """On tiny videos and with a tiny separator."""
+    for package in ("av", "onnx", "onnxscript", "onnxruntime", "matplotlib", "jinja2"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(CLASSES):
+        for split, count in {"train": 3, "val": 2, "test": 2}.items():
+            for take in range(count):
+                write_good(tmp_path / "videos" / split / name / f"{name}-{split}-{take}.mp4", 4 * number + take)
     train = {**TINY_TRAIN, "epochs": 1, "steps_per_epoch": 2, "validation_pairs": 1}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"separator": TINY_SEPARATOR, "train": train}))
-
-    commands = next(b for b in _blocks("bash") if "--strategy anchored" in b).splitlines()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
-        "COLUMNS": "200",
+    more = {
+        "train": ["--preset", "tiny.yaml", "--device", "cpu"],
+        "evaluate": ["--device", "cpu", "--dependence", "2"],
+        "export": ["--allow-drift"],
     }
-    printed = []
-    for command in commands:
-        arguments = shlex.split(command.replace("stores/full", shlex.quote(str(tone_store))))
-        assert arguments[0] == "avsep"
-        if arguments[1] == "train":
-            tasks = ";".join(",".join(t) for t in TINY_TASKS)
-            arguments += ["--preset", "tiny.yaml", "--memory", "none", "--tasks", tasks, "--device", "cpu"]
-        result = subprocess.run(
-            [sys.executable, "-m", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert result.returncode == 0, result.stderr
-        printed.append(result.stdout)
-    listed, _ = printed
-    assert re.search(r"anchored +Fine-tuning with an L2 pull .* weight=0\.001 +ours \[package my_package\]", listed)
-    with open(tmp_path / "runs" / "anchored" / "logs" / "train.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [bool(row["anchor"]) for row in rows] == [False] * 2 + [True] * 2
-    assert float(rows[-1]["anchor"]) > 0
-    assert yaml.safe_load((tmp_path / "runs" / "anchored" / "run.yaml").read_text())["strategy"] == {
-        "name": "anchored",
-        "params": {"weight": 0.01},
-    }
+    for words in lines(*OF_DATA):
+        if "--target" in words:  # fetches ONNX Runtime's build for browsers
+            continue
+        options = [] if words[1] == "verify" else more.get(words[0], [])
+        assert run(*words, *options) == 0, words
+    for made in ("stores/mine/manifest.json", "runs/contavsep/report.html", "runs/ewc/evaluation.json", "bundle.tar"):
+        assert (tmp_path / made).is_file()
 
 
-def test_the_hooks_named_exist():
-    from avsep.strategies import Strategy
-
-    text = _text()
-    table = text[text.index("| hook | for |") : text.index("## Fidelity")]
-    named = re.findall(
-        r"`(\w+)(?:\(([^)]*)\))?`", "".join(row.split("|")[1] for row in table.splitlines()[2:] if row.startswith("|"))
-    )
-    assert len(named) > 9
-    for name, arguments in named:
-        found = getattr(Strategy, name)
-        if callable(found):
-            assert ", ".join(list(inspect.signature(found).parameters)[1:]) == arguments
-    missing = {n for n in vars(Strategy) if not n.startswith("_")} - {name for name, _ in named}
-    assert missing == set()
+def test_the_separator_that_comes_along(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in lines("avsep models", "avsep separate"):
+        if "--run" not in words:
+            assert run(*words) == 0, words
+    assert (tmp_path / "duet_separated" / "duet_residual.wav").is_file()
+    scope: dict[str, object] = {}
+    exec(blocks("README.md", "python")[0], scope)
+    assert (tmp_path / "separated" / "residual.wav").is_file()
 
 
-def test_every_command_named_exists():
-    from avsep.cli.app import COMMANDS
-
-    text = "\n".join(_blocks("bash"))
-    named = set(re.findall(r"^avsep ([a-z]+)", text, flags=re.MULTILINE))
-    assert named
-    assert named <= set(COMMANDS)
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_teaching_it(tmp_path, monkeypatch):
+    """The sample stands in for recordings of the new instrument."""
+    monkeypatch.chdir(tmp_path)
+    assert run("models", "--sample", "duet.flac") == 0
+    (tmp_path / "recordings" / "oboe").mkdir(parents=True)
+    for take in range(4):
+        shutil.copy("duet.flac", tmp_path / "recordings" / "oboe" / f"{take}.flac")
+    quick = ["--set", "train.epochs=1", "--set", "train.steps_per_epoch=2", "--max-loss-db", "inf", "--device", "cpu"]
+    for words in lines("avsep learn", "avsep separate"):
+        if words[0] == "learn":
+            assert run(*words, *quick) == 0
+        elif "--run" in words:
+            assert run(*words) == 0
+    assert (tmp_path / "duet_separated" / "duet_oboe.wav").is_file()

@@ -42,6 +42,7 @@ ALLOWS = {
     "mlflow": "training curves in MLflow: avsep train --logger mlflow",
     "cluster": "runs as jobs of a Slurm cluster: avsep reproduce --launcher submitit",
     "ray": "prepare videos on a Ray cluster: avsep data prepare --engine ray",
+    "docs": "build the site, and run its notebook",
     "dev": "develop and test avsep",
 }
 """What each extra is for."""

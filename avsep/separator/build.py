@@ -114,8 +114,10 @@ def build_separator(
         num_classes: number of classes; may be left out when ``classes`` are given.
         audio_encoder: a component is a name, ``(name, {parameter: value})`` or ``{"name": ..., "params": {...}}``;
             without a preset the audio encoder is ``unet7`` and the mask decoder ``query_transformer``.
-        object_encoder, motion_encoder: as above; None leaves the part out, also where a preset has it.
-        mask_decoder, adapter: as above; there is no adapter unless one is given.
+        object_encoder: a component; None leaves the part out, also where a preset has it.
+        motion_encoder: the same.
+        mask_decoder: a component.
+        adapter: a component; there is none unless one is given.
         classes: class names in query order.
         front_end: settings of the front end (:class:`avsep.spec.FrontEndSpec`) that replace the preset's one by one.
         seed: of the first weights, which then do not depend on the global random state, nor change it.

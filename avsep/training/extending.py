@@ -109,8 +109,9 @@ def extend(
     Args:
         source: a store, or a folder with recordings, sounds or videos, in a folder a class.
         classes: those to learn, in order; none of them known to the run.
-        strategy, memory: others than the run's, from here on. A strategy that is new to the run begins with what it
-            would keep after a first task of all the classes that are known, as far as their recordings are at hand.
+        strategy: another than the run's, from here on. One that is new to the run begins with what it would keep after
+            a first task of all the classes that are known, as far as their recordings are at hand.
+        memory: another than the run's, from here on.
         store: where the run's own store lies now, if the run does not carry its memory yet.
         jobs: of :func:`avsep.data.prepare.prepare`, where recordings are prepared.
         max_loss_db: the run is left as it was where an old class's mean improvement of SDR falls by more. What was
