@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,7 +85,7 @@ def command(
     """
     from avsep.cli._text import names_in, warnings_in_a_line
     from avsep.environment import keep_memory
-    from avsep.errors import ConfigError
+    from avsep.errors import AvsepError, ConfigError
     from avsep.training.extending import extend
 
     output = Output(json=json, quiet=quiet, verbose=verbose)
@@ -92,6 +93,7 @@ def command(
         raise ConfigError(f"--max-loss-db {max_loss_db:g}: give 0 or more dB")
     keep_memory()
     names = names_in(classes)
+    made = out is not None and not out.exists()
     run = _begun(run, out, output, store=store, preset=preset, strategy=strategy, memory=memory, device=device)
     output.detail(f"{run} learns {', '.join(names)} from {source}, on {device}")
     started = time.perf_counter()
@@ -113,6 +115,10 @@ def command(
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the run is as it was; the same command goes on where it stopped") from None
+    except (AvsepError, OSError):
+        if made and not (run.parent / f".{run.name}.learning").exists():  # nothing was learned
+            shutil.rmtree(run, ignore_errors=True)
+        raise
     output.detail(f"took {time.perf_counter() - started:.1f} s")
     output.result(
         {

@@ -92,6 +92,9 @@ def test_a_saved_separator_is_taught(taught, capsys):
     assert run("learn", "saved", *how) == 2
     told = capsys.readouterr().err
     assert all(option in told for option in ("--out", "--store", "--preset"))
+    how_to_begin = ("--out", "none", "--store", "tones", "--preset", "aligned_small")
+    assert run("learn", saved, "--from", "nowhere", "--classes", "peep", *how_to_begin, "--device", "cpu") == 2
+    assert not Path("none").exists()
     Path("tiny.yaml").write_text(yaml.safe_dump({"separator": TINY_SEPARATOR, "train": TINY_TRAIN}))
     assert run("learn", saved, *how, "--out", "mine", "--store", "tones", "--preset", "tiny.yaml") == 0
     assert RunFolder("mine").spec().tasks == (("ding", "hum"), ("peep",))
