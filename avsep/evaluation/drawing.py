@@ -26,6 +26,7 @@ __all__ = [
     "page_environment",
     "palette",
     "pretty",
+    "template_environment",
 ]
 
 PAGE_BYTES = 24 * 10**6
@@ -143,11 +144,8 @@ def log_spectrogram(signal: np.ndarray, rate_hz: int, size: int = 1024, hop: int
     return 20 * np.log10(np.maximum(rows, 1e-10))
 
 
-def page_environment(sample_rate_hz: int) -> Any:
-    """A jinja2 environment for the pages here, whose templates draw signals of one rate.
-
-    Raises MissingExtraError without jinja2 or matplotlib.
-    """
+def template_environment() -> Any:
+    """A jinja2 environment for the pages here. Raises MissingExtraError without jinja2 or matplotlib."""
     jinja2, _, _ = dependencies()
 
     def load(name: str) -> str:
@@ -160,6 +158,13 @@ def page_environment(sample_rate_hz: int) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["pretty"] = pretty
+    return environment
+
+
+def page_environment(sample_rate_hz: int) -> Any:
+    """:func:`template_environment`, whose templates draw signals of one rate."""
+    environment = template_environment()
     draw = Drawing(sample_rate_hz)
     environment.globals.update(
         audio=draw.audio,
@@ -168,7 +173,6 @@ def page_environment(sample_rate_hz: int) -> Any:
         picture=draw.picture,
         seconds=lambda signal: len(signal.audio) / sample_rate_hz,
     )
-    environment.filters["pretty"] = pretty
     return environment
 
 
