@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,38 @@ def test_page_is_whole_and_needs_no_network():
     assert all(attrs["aria-labelledby"] in ids for _, attrs in page.elements if "aria-labelledby" in attrs)
 
 
+def test_it_opens_with_the_question_one_mixture_and_three_players():
+    context = make_context(mixtures=7)
+    alike = [replace(s, class_name=name, task=0) for s, name in zip(context.mixtures[1].sources, "ab", strict=True)]
+    context = replace(
+        context, mixtures=[context.mixtures[0], replace(context.mixtures[1], sources=alike, title="a+b<")]
+    )
+    for names in (("one",), ("one", "two <b>"), ("one", "two", "three")):
+        of_runs = make_context(names, mixtures=7)
+        text = render_report(of_runs)
+        head, _, rest = text.partition("<nav")
+        assert f"<h1>{report.QUESTION}</h1>" in head
+        assert report.QUESTION == "Does it still know its first instruments?"
+        opened, _, more = head.partition("<details>")
+        assert opened.count("<audio") == 3
+        assert text.count("<audio") == 7 * (1 + 2 * (1 + len(names)))  # none is there twice
+        assert more.count("<audio") == 2 * (1 + len(names)) - 2
+        assert "<b>flute</b>" in opened
+        assert rest.count('<article aria-labelledby="m') == 6
+        assert rest.count('class="folded"') == 3  # four in all are open
+        Page(text)
+    text = render_report(context)
+    assert report.opening_of(context).mixture.title == "a+b<"  # of first instruments alone
+    assert "a+b&lt;" in text.partition("<nav")[0]
+    for plain in (
+        replace(context, runs=[replace(run, finished=1) for run in context.runs]),
+        replace(context, mixtures=[replace(m, warning="W.") for m in context.mixtures]),
+        replace(context, mixtures=[]),
+    ):
+        assert report.opening_of(plain) is None
+        assert "<h1>contavsep against" in render_report(plain)
+
+
 def test_text_is_escaped_and_numbers_are_shown():
     text = render_report(make_context())
     assert "finetune &lt;b&gt;" in text
@@ -142,8 +175,6 @@ def test_images_stand_with_low_rows_at_the_bottom():
 
 @pytest.mark.parametrize("bare", ["no evaluation", "no logs", "no mixtures", "no pictures"])
 def test_what_is_missing_is_said_or_left_out(bare):
-    from dataclasses import replace
-
     context = make_context()
     if bare == "no evaluation":
         context = replace(context, runs=[replace(r, evaluation=None) for r in context.runs])
@@ -189,10 +220,21 @@ def test_mixtures_are_picked_evenly_by_place_and_never_degenerate():
 def test_pages_stay_small():
     assert report._fitting(65535, 2, 1) >= 12
     assert report._fitting(65535, 2, 2) >= 12
+    assert 5 <= report._fitting(32767, 2, 2, 6 * 10**6) <= 8  # the demo's
     for runs in (1, 2, 3, 6):
         count = report._fitting(65535, 2, runs)
         sounds = count * (1 + 2 * (1 + runs)) * 2 * 65280 * 4 / 3
         assert sounds < 24e6
+
+
+def test_a_page_is_no_larger_than_it_may_be(scored_run, tmp_path, monkeypatch):
+    whole = write_report(scored_run, tmp_path / "page.html", mixtures=3)
+    assert "left out" not in whole.read_text("utf-8")
+    monkeypatch.setattr(report, "_fitting", lambda *_: 3)  # an estimate that is too low
+    most = whole.stat().st_size - 1000
+    small = write_report(scored_run, tmp_path / "small.html", mixtures=3, most_bytes=most)
+    assert small.stat().st_size <= most
+    assert "1 more mixtures were left out" in small.read_text("utf-8")
 
 
 def test_curves_of_several_tasks_follow_one_another(tmp_path):
