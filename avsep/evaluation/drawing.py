@@ -6,6 +6,7 @@ import base64
 import functools
 import io
 import itertools
+import re
 import wave
 from dataclasses import dataclass
 from importlib import resources
@@ -23,9 +24,11 @@ __all__ = [
     "dependencies",
     "log_spectrogram",
     "markup",
+    "modules",
     "page_environment",
     "palette",
     "pretty",
+    "styles",
     "template_environment",
 ]
 
@@ -179,6 +182,22 @@ def page_environment(sample_rate_hz: int) -> Any:
 def markup(text: str) -> Any:
     """Text that a template takes as it is."""
     return dependencies()[0].utils.markupsafe.Markup(text)
+
+
+def modules(*names: str) -> Any:
+    """Modules of the site that avsep writes (``export/targets/web``) as one script, in an order in which none needs a
+    later one: a page that is opened from disk loads no other file. They share one scope there."""
+    texts = [_of_site(f"{name}.js") for name in names]
+    return markup("".join(re.sub(r"^import\b[^;]*;\n|^export (?=\w)", "", text, flags=re.M) for text in texts))
+
+
+def styles(name: str) -> Any:
+    """A style sheet of that site."""
+    return markup(_of_site(f"{name}.css"))
+
+
+def _of_site(name: str) -> str:
+    return resources.files("avsep.export").joinpath("targets", "web", name).read_text(encoding="utf-8")
 
 
 def pretty(name: str) -> str:

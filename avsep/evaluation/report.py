@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from avsep.spec import OptimizerSpec, TrainSpec
 
 __all__ = [
+    "QUESTION",
     "MixtureView",
     "Opening",
-    "QUESTION",
     "ReportContext",
     "RunView",
     "SeparatedView",
@@ -395,7 +395,8 @@ def write_report(
     """Write the page of a run, beside those of the ``compare`` runs where given, and return its path.
 
     ``out`` is ``report.html`` in the run folder by default; ``mixtures`` the number of test mixtures to hear; ``store``
-    replaces the run's own; ``most_bytes``: less is heard where the page would become larger; ``progress`` is called with (mixtures separated, mixtures to separate over all runs).
+    replaces the run's own; ``most_bytes``: fewer are heard where the page would become larger; ``progress`` is called
+    with (mixtures separated, mixtures to separate over all runs).
 
     Raises:
         RunError: a folder is not a run, has no finished task, or the runs were tested on different mixtures.
