@@ -22,63 +22,15 @@ from avsep.errors import AvsepError, MissingExtraError, RunError
 from avsep.evaluation import report
 from avsep.evaluation.drawing import Drawing, log_spectrogram
 from avsep.evaluation.evaluate import evaluate_run
-from avsep.evaluation.report import (
-    MixtureView,
-    ReportContext,
-    RunView,
-    SeparatedView,
-    Series,
-    SignalView,
-    SourceView,
-    pick_mixtures,
-    render_report,
-    write_report,
-)
+from avsep.evaluation.report import Series, pick_mixtures, render_report, write_report
 from avsep.evaluation.yardsticks import rows_of_yardstick, sdr_by_task
 from support.pages import Page
+from support.reports import RATE, make_context
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
-RATE = 11025
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-
-
-def make_context(names=("contavsep", "finetune <b>"), mixtures=2) -> ReportContext:
-    rng = np.random.default_rng(0)
-    summary = {"mean": dict.fromkeys(("sdr", "sir", "sar", "sdri", "si_sdr"), 7.25), "scored": 9, "skipped": 1}
-    summary["degenerate"] = 0
-    runs = []
-    for k, name in enumerate(names):
-        evaluation = {
-            "after": [{"lists": {"task-0": summary}, "all": summary}],
-            "matrices": {"sdr": [[8.0, None], [7.0 - 4 * k, 9.0]]},
-            "continual": {
-                "sdr": {"average": [8.0, 8.0 - 2 * k], "forgetting": 1.0 + 4 * k, "backward_transfer": -1.0 - 4 * k}
-            },
-        }
-        curve = Series("loss", [1.0, 2.0, 3.0, 4.0], [0.9, 0.5, 0.8, 0.4])
-        check = Series("validation SDR", [2.0, 4.0], [5.0, 6.0])
-        settings = {"strategy": name, "preset": "iquery_small"}
-        runs.append(
-            RunView(name, f"run-{k}", settings, [["flute"], ["tuba"]], evaluation, [curve], check, [2.0, 4.0], 2)
-        )
-
-    def signal(label):
-        return SignalView(0.2 * rng.standard_normal(4096).astype(np.float32), label)
-
-    def source(class_name, task):
-        mask = rng.random((32, 16))
-        pictures = rng.integers(0, 255, (2, 3, 24, 24), dtype=np.uint8)
-        scores = {"sdr": 5.0, "sdri": 3.0, "sir": 9.0, "sar": float("nan"), "si_sdr": 4.0}
-        separated = [SeparatedView(name, signal(f"{class_name} by {name}"), mask, scores) for name in names]
-        return SourceView(class_name, task, signal(class_name), mask, pictures, separated, 2.0)
-
-    views = [
-        MixtureView("flute + tuba", "A note.", signal("mixture"), [source("flute", 0), source("electric_bass", 1)])
-        for _ in range(mixtures)
-    ]
-    return ReportContext("contavsep against finetune <b>", runs, views, RATE, protocol="fixed", version="0")
 
 
 def test_page_is_whole_and_needs_no_network():

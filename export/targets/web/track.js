@@ -12,14 +12,13 @@ export function boxAt(track, time) {
   return found;
 }
 
-/** Let a box hold from a moment on. The first that is drawn in the place of the whole frame holds from the beginning.
- * @param {Track} track @param {number} time @param {Box} box */
+/** Let a box hold from a moment on. One that is drawn in the place of the whole frame is the first, which holds before,
+ * too. @param {Track} track @param {number} time @param {Box} box */
 export function setBox(track, time, box) {
-  const untouched = track.length === 1 && track[0].box.every((edge, k) => edge === WHOLE[k]);
-  const at = untouched ? track[0].time : time;
-  const there = track.find((entry) => Math.abs(entry.time - at) < 1e-6);
+  if (track.length === 1 && track[0].box.every((edge, k) => edge === WHOLE[k])) track.pop();
+  const there = track.find((entry) => Math.abs(entry.time - time) < 1e-6);
   if (there) there.box = box;
-  else track.push({ time: at, box });
+  else track.push({ time, box });
   track.sort((a, b) => a.time - b.time);
 }
 
