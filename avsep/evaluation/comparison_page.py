@@ -10,7 +10,7 @@ import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from avsep.data.protocol import APART
 from avsep.errors import ConfigError, MissingExtraError
@@ -170,7 +170,7 @@ def _style(number: int, dark: bool = False) -> tuple[str, str]:
     return colours[number % len(colours)], _MARKERS[number // len(colours) % len(_MARKERS)]
 
 
-def _settings(dark: bool) -> dict[str, str]:
+def _settings(dark: bool) -> dict[Any, Any]:
     """matplotlib's, for a dark ground."""
     if not dark:
         return {}

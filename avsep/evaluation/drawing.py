@@ -197,7 +197,7 @@ def styles(name: str) -> Any:
 
 
 def _of_site(name: str) -> str:
-    return resources.files("avsep.export").joinpath("targets", "web", name).read_text(encoding="utf-8")
+    return resources.files("avsep.export").joinpath(f"targets/web/{name}").read_text(encoding="utf-8")
 
 
 def pretty(name: str) -> str:

@@ -161,7 +161,7 @@ def render_separated(
     note, watched = _watched(note, video, place, _room(len(classes), 2 if count == 2 else 1, shown))
     note = " ".join([note, *(f"Note: {pretty(line)}." for line in findings.lines())])
     sources = []
-    paths = [_File(name) for name in files] or [None] * (len(classes) + 1)
+    paths: Sequence[_File | None] = [_File(name) for name in files] or [None] * (len(classes) + 1)
     for name, source, path in zip(classes, signals.sources, paths, strict=False):
         signal = heard(source, f"{pretty(name)}, separated")
         sources.append(
