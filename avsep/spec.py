@@ -310,7 +310,9 @@ class TrainSpec(_Model):
     gain: tuple[float, float] = Field((0.5, 1.5), description="range of the factor that each source is multiplied by")
     seed: int = Field(1234, ge=0, lt=2**63, description="of weights, mixtures and exemplars")
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = Field(
-        "auto", description="of the network; auto: bf16 where a GPU has it, else fp16; full precision on a CPU"
+        "auto",
+        description="of the network; auto: on a GPU bf16 where it has it, else fp16; on a CPU full precision, or bf16 "
+        "where that was measured to be faster",
     )
     validate_every: int = Field(1, ge=1, description="epochs between validations")
     validation_pairs: int | None = Field(None, ge=1, description="validation mixtures per task; all when unset")
