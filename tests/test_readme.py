@@ -98,7 +98,7 @@ def test_teaching_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("models", "--sample", "duet.flac") == 0
     (tmp_path / "recordings" / "oboe").mkdir(parents=True)
-    for take in range(4):
+    for take in range(5):
         shutil.copy("duet.flac", tmp_path / "recordings" / "oboe" / f"{take}.flac")
     quick = ["--set", "train.epochs=1", "--set", "train.steps_per_epoch=2", "--max-loss-db", "inf", "--device", "cpu"]
     for words in lines("avsep learn", "avsep separate"):
