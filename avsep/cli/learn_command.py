@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,7 +55,16 @@ def command(
         typer.Option("--set", help="A setting from here on, e.g. train.epochs=10 (repeatable)."),
     ] = None,
     store: Annotated[
-        Path | None, typer.Option("--store", help="Where the run's own store lies now [default: where it was].")
+        Path | None,
+        typer.Option(
+            "--store",
+            help="Where the run's own store lies now [default: where it was]; of a saved separator a store with all "
+            "of its classes.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="Of a saved separator: preset whose settings of the training it goes on with."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
     workers: Annotated[
@@ -75,7 +85,7 @@ def command(
     """
     from avsep.cli._text import names_in, warnings_in_a_line
     from avsep.environment import keep_memory
-    from avsep.errors import ConfigError
+    from avsep.errors import AvsepError, ConfigError
     from avsep.training.extending import extend
 
     output = Output(json=json, quiet=quiet, verbose=verbose)
@@ -83,7 +93,8 @@ def command(
         raise ConfigError(f"--max-loss-db {max_loss_db:g}: give 0 or more dB")
     keep_memory()
     names = names_in(classes)
-    run = _begun(run, out, output)
+    made = out is not None and not out.exists()
+    run = _begun(run, out, output, store=store, preset=preset, strategy=strategy, memory=memory, device=device)
     output.detail(f"{run} learns {', '.join(names)} from {source}, on {device}")
     started = time.perf_counter()
     try:
@@ -104,6 +115,10 @@ def command(
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the run is as it was; the same command goes on where it stopped") from None
+    except (AvsepError, OSError):
+        if made and not (run.parent / f".{run.name}.learning").exists():  # nothing was learned
+            shutil.rmtree(run, ignore_errors=True)
+        raise
     output.detail(f"took {time.perf_counter() - started:.1f} s")
     output.result(
         {
@@ -131,12 +146,35 @@ def command(
     output.say(f"{run} has learned {', '.join(names)} as task {found.task}; {next_command('evaluate', run)}")
 
 
-def _begun(run: Path, out: Path | None, output: Output) -> Path:
-    """The run to be extended: what is given, or what is made of a model, in ``out``."""
+def _begun(
+    run: Path,
+    out: Path | None,
+    output: Output,
+    *,
+    store: Path | None,
+    preset: str | None,
+    strategy: str | None,
+    memory: str | None,
+    device: str,
+) -> Path:
+    """The run to be extended: what is given, or what is made of a model or a saved separator, in ``out``."""
     from avsep.errors import ConfigError
     from avsep.models import begin_run, model_at
 
     model = model_at(run)
+    saved = model is None and (run / "model.safetensors").is_file()
+    if preset is not None and not saved:
+        raise ConfigError(f"--preset is of a saved separator, and {run} has its settings: change them with --set")
+    if saved:
+        if out is None or store is None or preset is None:
+            raise ConfigError(
+                f"{run} is a saved separator, which brings neither exemplars nor settings: give --out, a folder for a "
+                "run of your own, --store, a store with all of its classes, and --preset, for the training"
+            )
+        if not (out / "run.yaml").is_file():
+            _begin(run, out, store, preset, strategy, memory, device)
+            output.note(f"{out} begins as {run}")
+        return out
     if model is None:
         if out is not None:
             raise ConfigError(
@@ -152,6 +190,23 @@ def _begun(run: Path, out: Path | None, output: Output) -> Path:
         begin_run(model, out)
         output.note(f"{out} begins as model '{model.name}'")
     return out
+
+
+def _begin(
+    saved: Path, out: Path, store: Path, preset: str, strategy: str | None, memory: str | None, device: str
+) -> None:
+    from avsep.spec import load_preset
+    from avsep.training.extending import begin
+
+    begin(
+        saved,
+        store,
+        out,
+        train=load_preset(preset).get("train", {}),
+        strategy=(strategy or "contavsep").split("+"),
+        memory=memory or {"name": "random_per_class", "params": {"keep": "clip"}},
+        device=device,
+    )
 
 
 def _table(found: Extension) -> Table:

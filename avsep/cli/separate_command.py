@@ -18,6 +18,7 @@ from avsep.cli._output import Json, Output, Quiet, Verbose, link
 
 if TYPE_CHECKING:
     from avsep.export.runtime.recordings import Source
+    from avsep.inference.page import Boxes
     from avsep.inference.recordings import Recording, SeparatedFile
     from avsep.media.detection import BoxTrack
     from avsep.media.timeline import VisualTimeline
@@ -240,7 +241,8 @@ def command(
         page = page and _can_draw(output.note)
 
         def planned(path: Path, sources: list[Source], seen: dict[str, VisualTimeline] | None) -> Recording:
-            return _planned(path, sources, seen, engine, looks, page, mixed[path])
+            written = (_place(path, out), suffix) if page else None
+            return _planned(path, sources, seen, engine, looks, written, mixed[path])
 
         places: dict[Path, list[Path]] = {}  # folder -> recordings
         for path in channels:
@@ -774,6 +776,18 @@ class _Looks:
             )
         return track
 
+    def to_correct(self, path: Path, sources: list[Source]) -> Boxes | None:
+        """What was shown of the sources in a file, for its page; None where boxes would say nothing."""
+        from avsep.inference.page import Boxes
+        from avsep.media.footage import whole_frame
+
+        if self.given or not self.engine.sources:
+            return None
+        names = [source.name for source in self.unshown(sources)]
+        track = self.found.get(path) or whole_frame(names)
+        tracks = {name: track.changes(name) for name in names}
+        return Boxes(tracks, f"{path.stem}_boxes.json") if tracks else None
+
     def _detect(self) -> Any:
         from avsep.media.detection import OWLv2Detector
 
@@ -793,20 +807,23 @@ def _planned(
     seen: dict[str, VisualTimeline] | None,
     engine: _Engine,
     looks: _Looks,
-    page: bool,
+    page: tuple[Path, str] | None,
     mono: bool,
 ) -> Recording:
-    """A file with all that is written of it; without ``seen`` only to check the names of the files."""
+    """A file with all that is written of it; without ``seen`` only to check the names of the files. ``page``: the
+    folder of a page, and the suffix of the files beside it; None: no page."""
     from avsep.inference.page import render_separated
-    from avsep.inference.recordings import Recording
+    from avsep.inference.recordings import Recording, output_paths
     from avsep.media.detection import GIVEN
+    from avsep.media.video import is_video
 
     names, texts = [source.name for source in sources], [source.text for source in sources]
     track = looks.found.get(path)
     beside: dict[str, Callable[[Any], str]] = {}
     if looks.looks_at(path, sources) and looks.track is None and not looks.whole_frame:
         beside[f"{path.stem}_boxes.json"] = lambda _: "" if track is None else track.as_json()
-    if page:
+    if page is not None:
+        place, suffix = page
         rules: dict[str, list[str]] = {source.name: [source.class_name] for source in sources if source.is_named}
         if track is not None:
             for name in (source.name for source in looks.unshown(sources)):
@@ -819,7 +836,17 @@ def _planned(
         for name in names:
             if name in looks.pictures:
                 rules.setdefault(name, []).append("picture given")
-        beside[f"{path.stem}_separated.html"] = lambda signals: render_separated(path.name, names, signals, seen, rules)
+        beside[f"{path.stem}_separated.html"] = lambda signals: render_separated(
+            path.name,
+            names,
+            signals,
+            seen,
+            rules,
+            files=[file.name for file in output_paths(path, tuple(names), place, suffix)],
+            video=path if is_video(path) else None,
+            place=place,
+            boxes=looks.to_correct(path, sources),
+        )
     return Recording(
         path,
         tuple(names),

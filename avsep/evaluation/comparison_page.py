@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 import math
-from importlib import resources
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from avsep.data.protocol import APART
 from avsep.errors import ConfigError, MissingExtraError
@@ -155,25 +157,50 @@ def _digits(value: float) -> str:
 
 # --- the picture ------------------------------------------------------------------------------------------------------
 
-_COLOURS = ("#2456c7", "#c8501e", "#1a8768", "#9a3fa5", "#a67c00", "#5d6066", "#0f8ea8", "#b23a6a")
+_COLOURS = ("#2456c7", "#c8501e", "#1a8768", "#9a3fa5", "#8a6700", "#5d6066", "#0b7285", "#b23a6a")
+_ON_DARK = ("#7ea6ff", "#ff9466", "#58c9a5", "#d890e2", "#dcb64a", "#a3a7ae", "#5cc8de", "#f08cb4")
 _MARKERS = "os^Dv"
+# The grounds and greys of parts.html.
+_DARK = {"back": "#1b1d20", "text": "#ecebe8", "soft": "#a3a7ae", "line": "#33363b"}
 
 
-def _style(number: int) -> tuple[str, str]:
+def _style(number: int, dark: bool = False) -> tuple[str, str]:
     """Colour and marker of a method: together they differ for as many as are ever compared."""
-    return _COLOURS[number % len(_COLOURS)], _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
+    colours = _ON_DARK if dark else _COLOURS
+    return colours[number % len(colours)], _MARKERS[number // len(colours) % len(_MARKERS)]
 
 
-def draw(comparison: Comparison, target: Path | IO[bytes]) -> None:
-    """Averages with their intervals, a line a method, beside the average after every task."""
+def _settings(dark: bool) -> dict[Any, Any]:
+    """matplotlib's, for a dark ground."""
+    if not dark:
+        return {}
+    grounds = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), _DARK["back"])
+    texts = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _DARK["text"])
+    return {**grounds, **texts, "axes.edgecolor": _DARK["soft"], "grid.color": _DARK["line"]}
+
+
+def draw(comparison: Comparison, target: Path | IO[bytes], *, dark: bool = False, narrow: bool = False) -> None:
+    """Averages with their intervals, a line a method, beside the average after every task; ``narrow``: above it."""
+    import matplotlib
+
+    with matplotlib.rc_context(_settings(dark)):
+        _draw(comparison, target, dark, narrow)
+
+
+def _draw(comparison: Comparison, target: Path | IO[bytes], dark: bool, narrow: bool) -> None:
     from matplotlib.figure import Figure
 
     methods = comparison.methods
     steps = len(comparison.tasks)
-    figure = Figure(figsize=(11, max(3.6, 1.6 + 0.42 * len(methods))), layout="constrained")
-    dots, curves = figure.subplots(1, 2, width_ratios=(1, 1))
+    height = max(3.6, 1.6 + 0.42 * len(methods))
+    soft = _DARK["soft"] if dark else "0.4"
+    figure = Figure(figsize=(5, height + 3.6) if narrow else (11, height), layout="constrained")
+    if narrow:
+        dots, curves = figure.subplots(2, 1, height_ratios=(height, 3.6))
+    else:
+        dots, curves = figure.subplots(1, 2, width_ratios=(1, 1))
     for number, method in enumerate(methods):
-        colour, marker = _style(number)
+        colour, marker = _style(number, dark)
         value = method.values["average"]
         dots.plot([value.low, value.high], [number, number], color=colour, lw=2, solid_capstyle="butt")
         dots.plot(value.per_seed, [number] * len(value.per_seed), "|", color=colour, ms=9, mew=1, alpha=0.6)
@@ -192,12 +219,16 @@ def draw(comparison: Comparison, target: Path | IO[bytes]) -> None:
             textcoords="offset points",
             rotation=90,
             fontsize=7,
-            color="0.4",
+            color=soft,
         )
-    dots.set_yticks(range(len(methods)), [m.method for m in methods])
+    dots.set_yticks(range(len(methods)), [""] * len(methods) if narrow else [m.method for m in methods])
     for label, number in zip(dots.get_yticklabels(), range(len(methods)), strict=True):
-        label.set_color(_style(number)[0])
-    dots.set_ylim(len(methods) - 0.5, -0.5)
+        label.set_color(_style(number, dark)[0])
+    for number, method in enumerate(methods) if narrow else ():  # above its line, where there is no room beside it
+        name = textwrap.shorten(method.method, 56, placeholder=" …")
+        where = {"xycoords": ("axes fraction", "data"), "va": "bottom", "annotation_clip": False}
+        dots.annotate(name, (0.02, number - 0.2), color=_style(number, dark)[0], fontsize=9, **where)
+    dots.set_ylim(len(methods) - 0.5, -0.8 if narrow else -0.5)
     dots.set_xlabel("SDR in dB")
     dots.set_title("Average over tasks, after the last one", loc="left", fontsize=11)
     curves.set_xticks(range(steps))
@@ -216,10 +247,10 @@ def draw(comparison: Comparison, target: Path | IO[bytes]) -> None:
         else f"{min(seeds)} to {max(seeds)} seeds"
     )
     figure.supxlabel(
-        f"{count} (strokes), bars: {comparison.confidence:.0%} intervals; protocol {comparison.protocol} version "
-        f"{comparison.protocol_version} ({comparison.protocol_hash[:12]})",
+        f"{count} (strokes), bars: {comparison.confidence:.0%} intervals;{chr(10) if narrow else ' '}"
+        f"protocol {comparison.protocol} version {comparison.protocol_version} ({comparison.protocol_hash[:12]})",
         fontsize=8,
-        color="0.4",
+        color=soft,
     )
     if isinstance(target, Path):
         with atomic_path(target) as temporary:
@@ -236,30 +267,30 @@ def _offset(number: int, count: int) -> float:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
+_MOST_COLUMNS = 6  # of numbers side by side; a table of more is written as several
+
+
 def render_page(comparison: Comparison) -> str:
     """One HTML text that needs no network. Raises MissingExtraError without Jinja2 or matplotlib."""
     require_dependencies(None, Path("page"))
-    import jinja2
-
     import avsep
+    from avsep.evaluation.drawing import template_environment
 
-    picture = io.BytesIO()
-    draw(comparison, picture)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     names = [n for n in NAMES if any(n in m.values for m in comparison.methods)]
-    template = resources.files("avsep.evaluation").joinpath("comparison.html").read_text(encoding="utf-8")
     return str(
-        environment.from_string(template).render(
+        template_environment()
+        .get_template("comparison.html")
+        .render(
             comparison=comparison,
             caption=caption(comparison),
-            picture=base64.b64encode(picture.getvalue()).decode("ascii"),
+            picture=lambda **how: _picture(comparison, **how),
             names={n: NAMES[n] for n in names},
             lists=lists_apart(comparison),
             changes=CHANGES,
             headings=HEADINGS,
-            colours=[_style(number)[0] for number in range(len(comparison.methods))],
+            colours=_COLOURS,
+            on_dark=_ON_DARK,
+            apart=_apart,
             interval=interval_text,
             difference=_difference,
             bytes_text=bytes_text,
@@ -267,6 +298,19 @@ def render_page(comparison: Comparison) -> str:
             version=avsep.__version__,
         )
     )
+
+
+def _picture(comparison: Comparison, **how: bool) -> str:
+    picture = io.BytesIO()
+    draw(comparison, picture, **how)
+    return f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode('ascii')}"
+
+
+def _apart(columns: Mapping[str, str]) -> list[dict[str, str]]:
+    """Columns by key in as few groups as need be, of about one size."""
+    count = max(1, math.ceil(len(columns) / _MOST_COLUMNS))
+    edges = [round(k * len(columns) / count) for k in range(count + 1)]
+    return [dict(itertools.islice(columns.items(), low, high)) for low, high in itertools.pairwise(edges)]
 
 
 def _difference(method: MethodResult, name: str) -> str:

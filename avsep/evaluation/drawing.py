@@ -6,6 +6,7 @@ import base64
 import functools
 import io
 import itertools
+import re
 import wave
 from dataclasses import dataclass
 from importlib import resources
@@ -23,9 +24,12 @@ __all__ = [
     "dependencies",
     "log_spectrogram",
     "markup",
+    "modules",
     "page_environment",
     "palette",
     "pretty",
+    "styles",
+    "template_environment",
 ]
 
 PAGE_BYTES = 24 * 10**6
@@ -143,11 +147,8 @@ def log_spectrogram(signal: np.ndarray, rate_hz: int, size: int = 1024, hop: int
     return 20 * np.log10(np.maximum(rows, 1e-10))
 
 
-def page_environment(sample_rate_hz: int) -> Any:
-    """A jinja2 environment for the pages here, whose templates draw signals of one rate.
-
-    Raises MissingExtraError without jinja2 or matplotlib.
-    """
+def template_environment() -> Any:
+    """A jinja2 environment for the pages here. Raises MissingExtraError without jinja2 or matplotlib."""
     jinja2, _, _ = dependencies()
 
     def load(name: str) -> str:
@@ -160,6 +161,13 @@ def page_environment(sample_rate_hz: int) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["pretty"] = pretty
+    return environment
+
+
+def page_environment(sample_rate_hz: int) -> Any:
+    """:func:`template_environment`, whose templates draw signals of one rate."""
+    environment = template_environment()
     draw = Drawing(sample_rate_hz)
     environment.globals.update(
         audio=draw.audio,
@@ -168,13 +176,28 @@ def page_environment(sample_rate_hz: int) -> Any:
         picture=draw.picture,
         seconds=lambda signal: len(signal.audio) / sample_rate_hz,
     )
-    environment.filters["pretty"] = pretty
     return environment
 
 
 def markup(text: str) -> Any:
     """Text that a template takes as it is."""
     return dependencies()[0].utils.markupsafe.Markup(text)
+
+
+def modules(*names: str) -> Any:
+    """Modules of the site that avsep writes (``export/targets/web``) as one script, in an order in which none needs a
+    later one: a page that is opened from disk loads no other file. They share one scope there."""
+    texts = [_of_site(f"{name}.js") for name in names]
+    return markup("".join(re.sub(r"^import\b[^;]*;\n|^export (?=\w)", "", text, flags=re.M) for text in texts))
+
+
+def styles(name: str) -> Any:
+    """A style sheet of that site."""
+    return markup(_of_site(f"{name}.css"))
+
+
+def _of_site(name: str) -> str:
+    return resources.files("avsep.export").joinpath(f"targets/web/{name}").read_text(encoding="utf-8")
 
 
 def pretty(name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from avsep.spec import OptimizerSpec, TrainSpec
 
 __all__ = [
+    "QUESTION",
     "MixtureView",
+    "Opening",
     "ReportContext",
     "RunView",
     "SeparatedView",
@@ -40,6 +42,7 @@ __all__ = [
     "SignalView",
     "SourceView",
     "gather",
+    "opening_of",
     "pick_mixtures",
     "render_report",
     "write_report",
@@ -47,6 +50,10 @@ __all__ = [
 
 _POINTS = 240  # of a curve; more cannot be told apart at the size it is drawn
 _COLOURS = 6  # --c0 .. --c5 in the template
+_UNFOLDED = 4  # mixtures that are open when the page is
+
+QUESTION = "Does it still know its first instruments?"
+"""What the page of a run of several tasks opens with."""
 
 
 # --- what the page shows ----------------------------------------------------------------------------------------------
@@ -134,6 +141,28 @@ class ReportContext:
     version: str = ""
 
 
+@dataclass(frozen=True)
+class Opening:
+    """The mixture that the page opens with, and the source of the first task that is asked for there."""
+
+    mixture: MixtureView
+    source: SourceView
+
+
+def opening_of(context: ReportContext) -> Opening | None:
+    """The first mixture of instruments of the first task alone, else the first with one of them; None of runs that
+    learned no further task, or without such a mixture. By place, never by score."""
+    if not context.runs or min(run.finished for run in context.runs) < 2:
+        return None
+    found = []
+    for mixture in context.mixtures:
+        plain = not mixture.warning and not any(source.said for source in mixture.sources)
+        first = [source for source in mixture.sources if source.task == 0 and source.separated]
+        if plain and first:
+            found.append((len(first) < len(mixture.sources), Opening(mixture, first[0])))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
 # --- rendering --------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +184,17 @@ def render_report(context: ReportContext) -> str:
         headings=HEADINGS,
         changes=CHANGES,
     )
-    return str(environment.get_template("report.html").render(page=context, matrices=_matrices(context.runs)))
+    opening = opening_of(context)
+    return str(
+        environment.get_template("report.html").render(
+            page=context,
+            matrices=_matrices(context.runs),
+            opening=opening,
+            question=QUESTION,
+            listed=[m for m in context.mixtures if opening is None or m is not opening.mixture],
+            unfolded=_UNFOLDED - (opening is not None),
+        )
+    )
 
 
 def _common_gain(view: MixtureView) -> float:
@@ -350,12 +389,14 @@ def write_report(
     compare: Sequence[str | Path] | None = None,
     store: Store | str | Path | None = None,
     device: str | torch.device = "cpu",
+    most_bytes: int = PAGE_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write the page of a run, beside those of the ``compare`` runs where given, and return its path.
 
     ``out`` is ``report.html`` in the run folder by default; ``mixtures`` the number of test mixtures to hear; ``store``
-    replaces the run's own; ``progress`` is called with (mixtures separated, mixtures to separate over all runs).
+    replaces the run's own; ``most_bytes``: fewer are heard where the page would become larger; ``progress`` is called
+    with (mixtures separated, mixtures to separate over all runs).
 
     Raises:
         RunError: a folder is not a run, has no finished task, or the runs were tested on different mixtures.
@@ -366,8 +407,19 @@ def write_report(
     target = Path(out) if out is not None else RunFolder(run_folder).report_file
     if target.is_dir():
         raise AvsepError(f"{target} is a folder: name the page, for example {target / 'report.html'}")
-    context = gather([run_folder, *(compare or ())], mixtures=mixtures, store=store, device=device, progress=progress)
-    write_text(target, render_report(context))
+    context = gather(
+        [run_folder, *(compare or ())],
+        mixtures=mixtures,
+        store=store,
+        device=device,
+        most_bytes=most_bytes,
+        progress=progress,
+    )
+    text = render_report(context)
+    while len(text.encode()) > most_bytes and len(context.mixtures) > 1:  # what was estimated was too little
+        context = replace(context, mixtures=context.mixtures[:-1], left_out=context.left_out + 1)
+        text = render_report(context)
+    write_text(target, text)
     return target
 
 
@@ -377,6 +429,7 @@ def gather(
     mixtures: int = 12,
     store: Store | str | Path | None = None,
     device: str | torch.device = "cpu",
+    most_bytes: int = PAGE_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> ReportContext:
     """Read the runs and separate the page's test mixtures with each run's last separator; raises as write_report."""
@@ -401,7 +454,8 @@ def gather(
     known = min(tasks[-1] for tasks in finished.values())
     task_of = {name: index for index, names in enumerate(protocol.tasks) for name in names}
 
-    fitting = _fitting(protocol.clip_samples, max((len(m.clips) for m in protocol.mixtures), default=2), len(folders))
+    most_sources = max((len(m.clips) for m in protocol.mixtures), default=2)
+    fitting = _fitting(protocol.clip_samples, most_sources, len(folders), most_bytes)
     separators = [load_separator(folder, task=finished[folder][-1]) for folder in folders]
     everything = protocol.at(known)
     fit = [m for m in everything if all(can_be_asked(separator, m) for separator in separators)]
@@ -441,12 +495,13 @@ def gather(
     )
 
 
-def _fitting(samples: int, sources: int, runs: int) -> int:
-    """How many mixtures fit in ``PAGE_BYTES``: sounds are exact, pictures an upper estimate."""
+def _fitting(samples: int, sources: int, runs: int, most_bytes: int = PAGE_BYTES) -> int:
+    """How many mixtures fit in a page: sounds are exact, pictures an estimate that few exceed."""
     signals = 1 + sources * (1 + runs)
     sounds = signals * (44 + 2 * samples) * 4 / 3
-    pictures = (signals + sources * (1 + runs)) * 40_000 + sources * 3 * 12_000
-    return max(1, int((PAGE_BYTES - 500_000) // (sounds + pictures)))
+    drawn = min(40_000.0, 0.4 * samples)  # bytes of a spectrogram or a mask
+    pictures = (signals + sources * (1 + runs)) * drawn + sources * 3 * 8_000
+    return max(1, int((most_bytes - 500_000) // (sounds + pictures)))
 
 
 def _run_names(folders: Sequence[Path]) -> list[str]:

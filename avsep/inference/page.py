@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from avsep.evaluation.av_align import LEAST_RATE_HZ, av_align
-from avsep.evaluation.drawing import PAGE_BYTES, SignalView, log_spectrogram, page_environment, pretty
+from avsep.evaluation.drawing import (
+    PAGE_BYTES,
+    SignalView,
+    log_spectrogram,
+    modules,
+    page_environment,
+    pretty,
+    styles,
+)
 from avsep.export.runtime.wav import wav_bytes
 from avsep.inference.recordings import SeparatedSignals
 from avsep.media.audio import to_mono
 from avsep.media.timeline import VisualTimeline
 
-__all__ = ["render_separated"]
+__all__ = ["Boxes", "render_separated"]
 
 _PICTURES = 6
+# What browsers play, and as what a page has it.
+_PLAYED = {"mp4": "video/mp4", "m4v": "video/mp4", "mov": "video/mp4", "webm": "video/webm", "ogv": "video/ogg"}
+_PLAYED |= {"mkv": "video/webm"}
 _FLOOR_DB = -90.0  # cells of the mixture below it are silence, and nothing is kept of silence
 
 
@@ -30,12 +44,44 @@ class _Heard(SignalView):
 
 
 @dataclass(frozen=True)
+class Boxes:
+    """Boxes over a video, to be corrected: by the sources' names (second, box), and the name of a file to save."""
+
+    tracks: Mapping[str, Sequence[tuple[float, Sequence[float]]]]
+    file: str
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file beside the page, and what the page's own copy of it is saved as."""
+
+    name: str
+
+    @property
+    def href(self) -> str:
+        return quote(self.name)
+
+    @property
+    def saved(self) -> str:
+        return f"{Path(self.name).stem}.wav"
+
+
+@dataclass(frozen=True)
+class _Video:
+    src: str
+    inside: bool
+
+
+@dataclass(frozen=True)
 class _Source:
     class_name: str
     signal: SignalView
     mask: np.ndarray
     frames: np.ndarray | None
+    presence: str
+    absent: bool
     rules: Sequence[str]
+    file: _File | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +92,12 @@ class _Page:
     mixture: SignalView
     sources: Sequence[_Source]
     residual: SignalView
+    residual_file: _File | None
+    video: _Video | None
+    boxes: Boxes | None
     gain: float
+    channels: int
+    whole: bool
     rate_hz: int
     version: str
 
@@ -57,19 +108,29 @@ def render_separated(
     signals: SeparatedSignals,
     timelines: Mapping[str, VisualTimeline] | None = None,
     rules: Mapping[str, Sequence[str]] | None = None,
+    *,
+    files: Sequence[str] = (),
+    video: Path | None = None,
+    place: Path | None = None,
+    boxes: Boxes | None = None,
 ) -> str:
     """The page as one HTML text.
 
     The masks are those that the result amounts to: how much of the mixture's magnitude each source has. Two channels
     are heard, of more their mean. What there is to say of the result (:class:`avsep.inference.recordings.Findings`)
     stands above it and beside each source. Where the page would become larger than
-    :data:`avsep.evaluation.drawing.PAGE_BYTES`, it shows the beginning and says so.
+    :data:`avsep.evaluation.drawing.PAGE_BYTES`, it shows the beginning and says so. A video that no longer fits in
+    beside the sounds is played from its own file.
 
     Args:
         title: the recording's name.
         classes: the N sources' names, in their order: those of classes, or names of their own.
         timelines: what the separator saw of each source, by name, for a few frames of it.
         rules: of each source, by name, how its object was found, in a few words each.
+        files: names of the files beside the page, one a source and the residual's.
+        video: the recording, where it has pictures to be watched.
+        place: the folder that the page will lie in, from where a video that is not in the page is found.
+        boxes: what the separator saw of the video, to be corrected.
 
     Raises MissingExtraError without jinja2 or matplotlib.
     """
@@ -77,6 +138,7 @@ def render_separated(
 
     environment = page_environment(signals.rate_hz)
     environment.globals["audio"] = _playing(environment.globals["audio"], signals.rate_hz)
+    environment.globals.update(modules=modules, styles=styles)
     count = 1 if signals.mixture.ndim == 1 else len(signals.mixture)
     findings = signals.findings
     total = signals.mixture.shape[-1]
@@ -96,9 +158,11 @@ def render_separated(
         note += f" The page holds the first {_time(seconds)}; the files hold all of it."
     if findings.limited:
         note += " The parts and the residual add up to the mixture, and no part is louder than it."
+    note, watched = _watched(note, video, place, _room(len(classes), 2 if count == 2 else 1, shown))
     note = " ".join([note, *(f"Note: {pretty(line)}." for line in findings.lines())])
     sources = []
-    for name, source in zip(classes, signals.sources, strict=True):
+    paths: Sequence[_File | None] = [_File(name) for name in files] or [None] * (len(classes) + 1)
+    for name, source, path in zip(classes, signals.sources, paths, strict=False):
         signal = heard(source, f"{pretty(name)}, separated")
         sources.append(
             _Source(
@@ -106,14 +170,17 @@ def render_separated(
                 signal=signal,
                 mask=_mask(log_spectrogram(signal.audio, signals.rate_hz), of_mixture),
                 frames=_spread((timelines or {}).get(name)),
+                presence=pretty(findings.presence_of(name)),
+                absent=name in findings.absent,
+                file=path,
                 rules=[
                     *(rules or {}).get(name, ()),
-                    *map(pretty, findings.tags(name)),
+                    *(pretty(tag) for tag in findings.tags(name) if tag != findings.presence_of(name)),
                     *_aligned((timelines or {}).get(name), source, signals.mixture, signals.rate_hz),
                 ],
             )
         )
-    loudest = max(float(np.abs(s[..., :shown]).max()) for s in (signals.mixture, *signals.sources))
+    loudest = max(float(np.abs(s[..., :shown]).max()) for s in (signals.mixture, *signals.sources, signals.residual))
     page = _Page(
         title=title,
         lead=f"Separated into {', '.join(map(pretty, classes))}, and what is left.",
@@ -121,6 +188,11 @@ def render_separated(
         mixture=mixture,
         sources=sources,
         residual=heard(signals.residual, "residual"),
+        residual_file=paths[-1],
+        video=watched,
+        boxes=boxes if watched is not None else None,
+        channels=2 if count == 2 else 1,
+        whole=shown == total and count <= 2,
         gain=0.9 / loudest if loudest > 0 else 1.0,
         rate_hz=signals.rate_hz,
         version=avsep.__version__,
@@ -144,6 +216,33 @@ def _fitting(sources: int, channels: int = 1) -> int:
     """Samples that fit in a page: 16 bits, a third more as text; of the frames an upper estimate."""
     signals = 2 + sources
     return int((PAGE_BYTES - 500_000 - 2 * signals * 400_000) // (signals * channels * 2 * 4 / 3))
+
+
+def _room(sources: int, channels: int, samples: int) -> int:
+    """Bytes of a video that fit in beside the sounds."""
+    signals = 2 + sources
+    taken = 500_000 + signals * (2 * min(400_000, samples) + samples * channels * 2 * 4 / 3)
+    return int(max(0.0, PAGE_BYTES - taken) * 3 / 4)
+
+
+def _watched(note: str, video: Path | None, place: Path | None, room: int) -> tuple[str, _Video | None]:
+    """The video for the page: in it, or where it lies; and what the page says of it."""
+    if video is None:
+        return note, None
+    suffix = video.suffix[1:].lower()
+    if suffix not in _PLAYED:
+        return f"{note} Browsers do not play .{suffix} files, so the video is not shown.", None
+    size = video.stat().st_size
+    if size <= room:
+        content = base64.b64encode(video.read_bytes()).decode("ascii")
+        return note, _Video(f"data:{_PLAYED[suffix]};base64,{content}", True)
+    try:
+        path = Path(os.path.relpath(video.resolve(), (place or Path()).resolve()))
+        src = quote(path.as_posix())
+    except ValueError:  # on another drive of Windows
+        src = video.resolve().as_uri()
+    left = f"The video ({size / 1e6:.0f} MB) is not in the page, which plays it from its own file: leave both in place."
+    return f"{note} {left}", _Video(src, False)
 
 
 def _mask(source_db: np.ndarray, mixture_db: np.ndarray) -> np.ndarray:

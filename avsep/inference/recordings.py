@@ -117,6 +117,14 @@ class Findings:
         """The sources that are probably not in the recording."""
         return tuple(name for name, p in self.presence.items() if self.threshold is not None and p < self.threshold)
 
+    def presence_of(self, name: str) -> str:
+        """What the separator tells of a source's presence, in a few words."""
+        if name not in self.presence:
+            return "presence not told"
+        if name in self.absent:
+            return absent(self.presence[name])
+        return f"present (presence {100 * self.presence[name]:.0f} %)"
+
     def lines(self) -> list[str]:
         """What a person should know of the result, a line each."""
         found = [f"{name}: {absent(self.presence[name])}" for name in self.absent]

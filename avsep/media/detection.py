@@ -8,6 +8,7 @@ object. torch is loaded by the detector alone.
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import math
 import os
@@ -462,15 +463,17 @@ class BoxTrack:
             counts[found.rule] = counts.get(found.rule, 0) + 1
         return counts
 
+    def changes(self, class_name: str) -> list[tuple[float, Box]]:
+        """The seconds from which a class has another box, with it."""
+        track = [(second, found.box) for second, found in self.entries[class_name]]
+        return track[:1] + [entry for before, entry in itertools.pairwise(track) if entry[1] != before[1]]
+
     def as_json(self) -> str:
         """As :func:`read_boxes` reads it; a box that does not change is not repeated."""
         seconds: dict[float, dict[str, list[float]]] = {}
-        for name, track in self.entries.items():
-            last = None
-            for second, found in track:
-                if found.box != last:
-                    seconds.setdefault(second, {})[name] = [round(v, 4) for v in found.box]
-                last = found.box
+        for name in self.entries:
+            for second, box in self.changes(name):
+                seconds.setdefault(second, {})[name] = [round(v, 4) for v in box]
         lines = [f'"{second:g}": {json.dumps(seconds[second])}' for second in sorted(seconds)]
         return "{\n" + ",\n".join(lines) + "\n}\n"
 

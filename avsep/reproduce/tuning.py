@@ -23,6 +23,7 @@ import numpy as np
 
 from avsep.data.store import Store
 from avsep.errors import ConfigError, UnknownNameError, near_matches
+from avsep.registry import STRATEGIES
 from avsep.reproduce.grid import BASES, Grid, Row, assemble, table1_rows
 from avsep.reproduce.preset import GridPreset
 from avsep.reproduce.results import ResultStore
@@ -90,7 +91,10 @@ def build_tuning(
         if not rows or name in rows
         for candidate in candidates_of(known[name], preset.candidates(name))
     ]
-    return tuning_grid(dict.fromkeys(wanted, lines), preset, store, seeds=seeds)
+    grid = tuning_grid(dict.fromkeys(wanted, lines), preset, store, seeds=seeds)
+    if wrong := next((cell for cell in grid.cells.values() if cell.problem), None):
+        raise ConfigError(f"'tuning' of the preset has what cannot be run, {wrong.name}: {wrong.problem}")
+    return grid
 
 
 def tuning_grid(rows: dict[str, list[Row]], preset: GridPreset, store: Store, *, seeds: int = SEEDS) -> Grid:
@@ -114,8 +118,16 @@ def candidates_of(row: Row, settings: Sequence[Mapping[str, Any]]) -> list[Row]:
             f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in one.items()
         )
         name = f"{row.name}:{said}"
-        found.append(replace(row, name=name, label=name, params=dict(one)))
+        found.append(replace(row, name=name, label=name, params=_of_their_kinds(row.strategy, one)))
     return found
+
+
+def _of_their_kinds(strategy: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole numbers as such where a strategy counts: a preset's candidates are read as floats."""
+    if strategy not in STRATEGIES:
+        return dict(settings)
+    counts = {p.name for p in STRATEGIES.get(strategy).settings if p.annotation == "int"}
+    return {key: int(v) if key in counts and float(v).is_integer() else v for key, v in settings.items()}
 
 
 def next_round(grid: Grid, results: ResultStore, failed: Collection[str] = ()) -> Grid | None:

@@ -117,7 +117,9 @@ def test_tables_files_and_picture(variant, tmp_path, capsys, monkeypatch):
         assert picture.width > picture.height > 300
         assert len(picture.convert("RGB").getcolors(2**20)) > 20
     page = Page(files[2].read_text(encoding="utf-8"))
-    assert len(page.all("table")) == 4
+    # 10 measures, and as many differences, do not fit side by side: two tables each
+    assert len(page.all("table")) == 2 + 2 + 1 + 1
+    assert len(page.all("source")) == 3  # the picture for a narrow screen, a dark one, and both
     assert [i["src"][:22] for i in page.all("img")] == ["data:image/png;base64,"]
     assert not [a for tag in ("script", "link") for a in page.all(tag) if "http" in str(a)]
 
@@ -145,7 +147,7 @@ def test_yardsticks_stand_beside_methods_and_pair_with_the_baseline(variant, tmp
         assert len(result[name].differences["average"].per_seed) == 2  # each of the baseline's seeds
     rows = {(r["method"], r["measure"]): r for r in csv.DictReader((tmp_path / "all.csv").read_text().splitlines())}
     assert float(rows["ideal mask", "sdr"]["mean"]) == pytest.approx(result["ideal mask"].values["sdr"].mean, abs=1e-6)
-    assert page.read_text().count("static filter") == 3
+    assert page.read_text().count("static filter") == 2 + 2 + 1
 
     for folder in runs:  # of an earlier version: no yardsticks, and all else as it is
         old = read_json(folder / "evaluation.json")
@@ -292,6 +294,25 @@ def test_many_methods_have_styles_of_their_own():
     places = [comparison_page._offset(number, 24) for number in range(24)]
     assert max(map(abs, places)) < 0.2
     assert comparison_page._offset(0, 1) == 0
+
+
+def test_a_table_of_many_columns_is_written_as_several():
+    for count in (1, 6, 7, 12, 13, 30):
+        columns = {f"task-{k}": f"task {k}" for k in range(count)}
+        groups = comparison_page._apart(columns)
+        assert {key: of for group in groups for key, of in group.items()} == columns
+        assert all(0 < len(group) <= comparison_page._MOST_COLUMNS for group in groups)
+        assert len(groups) == -(-count // comparison_page._MOST_COLUMNS)
+
+
+def test_names_on_the_page_are_text():
+    for package in ("matplotlib", "jinja2"):
+        pytest.importorskip(package)
+    result = compare([*cells("<script>a</script>", [0]), *cells("b", [0])], baseline="<script>a</script>", resamples=50)
+    text = comparison_page.render_page(result)
+    assert "<script" not in text
+    assert "&lt;script&gt;a" in text
+    Page(text)
 
 
 def test_one_seed_and_paper_pairs_are_said():

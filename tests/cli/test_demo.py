@@ -42,7 +42,10 @@ def test_it_leaves_what_it_says(small):
     out, _, done = small
     assert done.returncode == 0, done.stderr[-2000:]
     assert str(out / "report.html") in done.stdout.replace("\n", "")
-    assert (out / "report.html").stat().st_size > 100_000
+    assert 100_000 < (out / "report.html").stat().st_size < 6e6
+    page = (out / "report.html").read_text(encoding="utf-8").partition("<nav")[0]
+    assert "<h1>Does it still know its first instruments?</h1>" in page
+    assert page.partition("<details>")[0].count("<audio") == 3
     for folder, names in (
         ("separated", ("accordion", "flute")),
         ("separated_xylophones", ("xylophone-1", "xylophone-2")),

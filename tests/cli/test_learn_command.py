@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import soundfile
+import yaml
 
 from avsep.data.store import Store
 from avsep.runs.folder import RunFolder
 from avsep.training.validation import Validation
 from support.commands import run
 from support.continual_runs import make_learner
-from support.tones import RATE, TINY_TASKS, stream_of
+from support.tones import RATE, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN, stream_of
 
 
 @pytest.fixture
@@ -82,6 +84,23 @@ def test_what_is_wrong_is_told_in_a_line(taught, capsys):
     assert [line for line in told.splitlines() if "ding" in line]
     assert "avsep memory taught --carry copies them" in told
     assert run("memory", "taught", "--store", "tones") == 0
+
+
+def test_a_saved_separator_is_taught(taught, capsys):
+    saved = taught.task(0).separator.rename("saved")
+    how = ("--from", "tones", "--classes", "peep", "--max-loss-db", "inf", "--device", "cpu")
+    assert run("learn", "saved", *how) == 2
+    told = capsys.readouterr().err
+    assert all(option in told for option in ("--out", "--store", "--preset"))
+    how_to_begin = ("--out", "none", "--store", "tones", "--preset", "aligned_small")
+    assert run("learn", saved, "--from", "nowhere", "--classes", "peep", *how_to_begin, "--device", "cpu") == 2
+    assert not Path("none").exists()
+    Path("tiny.yaml").write_text(yaml.safe_dump({"separator": TINY_SEPARATOR, "train": TINY_TRAIN}))
+    assert run("learn", saved, *how, "--out", "mine", "--store", "tones", "--preset", "tiny.yaml") == 0
+    assert RunFolder("mine").spec().tasks == (("ding", "hum"), ("peep",))
+    assert run("memory", "mine") == 0
+    assert run("learn", "mine", "--from", "tones", "--classes", "whirr", "--preset", "tiny.yaml") == 2
+    assert "change them with --set" in capsys.readouterr().err
 
 
 def test_a_class_is_learned_from_a_folder_of_videos(taught, tmp_path, capsys, monkeypatch):

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,63 +22,15 @@ from avsep.errors import AvsepError, MissingExtraError, RunError
 from avsep.evaluation import report
 from avsep.evaluation.drawing import Drawing, log_spectrogram
 from avsep.evaluation.evaluate import evaluate_run
-from avsep.evaluation.report import (
-    MixtureView,
-    ReportContext,
-    RunView,
-    SeparatedView,
-    Series,
-    SignalView,
-    SourceView,
-    pick_mixtures,
-    render_report,
-    write_report,
-)
+from avsep.evaluation.report import Series, pick_mixtures, render_report, write_report
 from avsep.evaluation.yardsticks import rows_of_yardstick, sdr_by_task
 from support.pages import Page
+from support.reports import RATE, make_context
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
-RATE = 11025
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-
-
-def make_context(names=("contavsep", "finetune <b>"), mixtures=2) -> ReportContext:
-    rng = np.random.default_rng(0)
-    summary = {"mean": dict.fromkeys(("sdr", "sir", "sar", "sdri", "si_sdr"), 7.25), "scored": 9, "skipped": 1}
-    summary["degenerate"] = 0
-    runs = []
-    for k, name in enumerate(names):
-        evaluation = {
-            "after": [{"lists": {"task-0": summary}, "all": summary}],
-            "matrices": {"sdr": [[8.0, None], [7.0 - 4 * k, 9.0]]},
-            "continual": {
-                "sdr": {"average": [8.0, 8.0 - 2 * k], "forgetting": 1.0 + 4 * k, "backward_transfer": -1.0 - 4 * k}
-            },
-        }
-        curve = Series("loss", [1.0, 2.0, 3.0, 4.0], [0.9, 0.5, 0.8, 0.4])
-        check = Series("validation SDR", [2.0, 4.0], [5.0, 6.0])
-        settings = {"strategy": name, "preset": "iquery_small"}
-        runs.append(
-            RunView(name, f"run-{k}", settings, [["flute"], ["tuba"]], evaluation, [curve], check, [2.0, 4.0], 2)
-        )
-
-    def signal(label):
-        return SignalView(0.2 * rng.standard_normal(4096).astype(np.float32), label)
-
-    def source(class_name, task):
-        mask = rng.random((32, 16))
-        pictures = rng.integers(0, 255, (2, 3, 24, 24), dtype=np.uint8)
-        scores = {"sdr": 5.0, "sdri": 3.0, "sir": 9.0, "sar": float("nan"), "si_sdr": 4.0}
-        separated = [SeparatedView(name, signal(f"{class_name} by {name}"), mask, scores) for name in names]
-        return SourceView(class_name, task, signal(class_name), mask, pictures, separated, 2.0)
-
-    views = [
-        MixtureView("flute + tuba", "A note.", signal("mixture"), [source("flute", 0), source("electric_bass", 1)])
-        for _ in range(mixtures)
-    ]
-    return ReportContext("contavsep against finetune <b>", runs, views, RATE, protocol="fixed", version="0")
 
 
 def test_page_is_whole_and_needs_no_network():
@@ -99,6 +52,38 @@ def test_page_is_whole_and_needs_no_network():
     for attrs in page.all("a"):
         assert attrs["href"][1:] in ids
     assert all(attrs["aria-labelledby"] in ids for _, attrs in page.elements if "aria-labelledby" in attrs)
+
+
+def test_it_opens_with_the_question_one_mixture_and_three_players():
+    context = make_context(mixtures=7)
+    alike = [replace(s, class_name=name, task=0) for s, name in zip(context.mixtures[1].sources, "ab", strict=True)]
+    context = replace(
+        context, mixtures=[context.mixtures[0], replace(context.mixtures[1], sources=alike, title="a+b<")]
+    )
+    for names in (("one",), ("one", "two <b>"), ("one", "two", "three")):
+        of_runs = make_context(names, mixtures=7)
+        text = render_report(of_runs)
+        head, _, rest = text.partition("<nav")
+        assert f"<h1>{report.QUESTION}</h1>" in head
+        assert report.QUESTION == "Does it still know its first instruments?"
+        opened, _, more = head.partition("<details>")
+        assert opened.count("<audio") == 3
+        assert text.count("<audio") == 7 * (1 + 2 * (1 + len(names)))  # none is there twice
+        assert more.count("<audio") == 2 * (1 + len(names)) - 2
+        assert "<b>flute</b>" in opened
+        assert rest.count('<article aria-labelledby="m') == 6
+        assert rest.count('class="folded"') == 3  # four in all are open
+        Page(text)
+    text = render_report(context)
+    assert report.opening_of(context).mixture.title == "a+b<"  # of first instruments alone
+    assert "a+b&lt;" in text.partition("<nav")[0]
+    for plain in (
+        replace(context, runs=[replace(run, finished=1) for run in context.runs]),
+        replace(context, mixtures=[replace(m, warning="W.") for m in context.mixtures]),
+        replace(context, mixtures=[]),
+    ):
+        assert report.opening_of(plain) is None
+        assert "<h1>contavsep against" in render_report(plain)
 
 
 def test_text_is_escaped_and_numbers_are_shown():
@@ -142,8 +127,6 @@ def test_images_stand_with_low_rows_at_the_bottom():
 
 @pytest.mark.parametrize("bare", ["no evaluation", "no logs", "no mixtures", "no pictures"])
 def test_what_is_missing_is_said_or_left_out(bare):
-    from dataclasses import replace
-
     context = make_context()
     if bare == "no evaluation":
         context = replace(context, runs=[replace(r, evaluation=None) for r in context.runs])
@@ -189,10 +172,21 @@ def test_mixtures_are_picked_evenly_by_place_and_never_degenerate():
 def test_pages_stay_small():
     assert report._fitting(65535, 2, 1) >= 12
     assert report._fitting(65535, 2, 2) >= 12
+    assert 5 <= report._fitting(32767, 2, 2, 6 * 10**6) <= 8  # the demo's
     for runs in (1, 2, 3, 6):
         count = report._fitting(65535, 2, runs)
         sounds = count * (1 + 2 * (1 + runs)) * 2 * 65280 * 4 / 3
         assert sounds < 24e6
+
+
+def test_a_page_is_no_larger_than_it_may_be(scored_run, tmp_path, monkeypatch):
+    whole = write_report(scored_run, tmp_path / "page.html", mixtures=3)
+    assert "left out" not in whole.read_text("utf-8")
+    monkeypatch.setattr(report, "_fitting", lambda *_: 3)  # an estimate that is too low
+    most = whole.stat().st_size - 1000
+    small = write_report(scored_run, tmp_path / "small.html", mixtures=3, most_bytes=most)
+    assert small.stat().st_size <= most
+    assert "1 more mixtures were left out" in small.read_text("utf-8")
 
 
 def test_curves_of_several_tasks_follow_one_another(tmp_path):

@@ -397,6 +397,30 @@ def test_boxes_are_cut_at_python_s_pixels():
     assert found == [[list(_pixels(low, high, count)) for low, high in edges] for count in counts]
 
 
+def test_boxes_over_time_are_set_and_written_as_python_reads_them(tmp_path):
+    from avsep.media.detection import read_boxes
+
+    text = node(
+        'import { boxAt, boxesText, setBox, upTo, WHOLE } from "./track.js";\n'
+        "const track = [{ time: 0, box: WHOLE }];\n"
+        "setBox(track, 2, [0.1, 0, 0.5, 1]);\n"
+        "setBox(track, 2, [0.2, 0, 0.5, 1 / 3]);\n"
+        "const before = boxAt(track, 0)[0];\n"
+        "setBox(track, 1.25, [0, 0, 0.4, 1]);\n"
+        "setBox(track, 3, [0.3, 0, 1, 1]);\n"
+        "const one = { name: 'a\"_b', track: upTo(track, 2.5) };\n"
+        "const other = { name: '__proto__', track: [{ time: 0, box: WHOLE }] };\n"
+        "console.log(JSON.stringify([before, boxesText([one, other])]));",
+    )
+    assert text[0] == 0.2  # one that is alone holds before, too
+    (tmp_path / "boxes.json").write_text(text[1])
+    track = read_boxes(tmp_path / "boxes.json")
+    assert set(track.classes) == {'a"_b', "__proto__"}
+    assert [second for second, _ in track.entries['a"_b']] == [1.25, 2]
+    assert track.at('a"_b', 9) == (0.2, 0, 0.5, pytest.approx(1 / 3, abs=1e-6))
+    assert track.at("__proto__", 9) == (0, 0, 1, 1)
+
+
 def test_frames_are_sized_by_means_of_areas():
     pytest.importorskip("av")
     from avsep.media.video import cut_frame

@@ -176,7 +176,9 @@ def test_boxes_given(home, argv, tmp_path, capfd):
     assert page.count("data:image/png") == 6  # four spectrograms, two masks
     assert page.count("data:image/jpeg") == 10
     assert page.count("boxes given") == 2
-    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    links = re.findall(r'(?:src|href)="(?!data:|#)([^"]*)', page)
+    assert links == ["duet_ding.wav", "duet_peep.wav", "duet_residual.wav"]  # what lies beside it
+    assert "data:video/mp4" in page
     assert "http" not in page.replace("http-equiv", "")
     shown = capfd.readouterr()
     assert "duet_separated.html" in shown.out.replace("\n", "")
@@ -385,7 +387,7 @@ def test_seams_of_a_video_are_60_db_below_the_whole(tmp_path):
 
 
 def test_nothing_is_left_where_the_page_fails(home, argv, tmp_path, monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise DataError("the page fails")
 
     monkeypatch.setattr("avsep.inference.page.render_separated", fails)

@@ -310,3 +310,16 @@ def test_hypotheses_are_said_with_what_was_found(load, store, tmp_path):
     for name, _, _, sign, why in HYPOTHESES:
         line = next(x for x in page.splitlines() if x.startswith(f"| {name} |"))
         assert line.endswith(f"| {sign} | {why} |")
+
+
+def test_whole_numbers_are_tried_as_such(load, store):
+    grid = build_tuning(load(tuning={"ewc": [{"weight": 1, "fisher_samples": 4}]}), store, seeds=3)
+    for cell in grid.cells.values():
+        assert cell.problem == ""
+        assert cell.spec.strategies[0].params == {"weight": 1.0, "fisher_samples": 4}
+    assert all(choice.open for choice in choices(grid, {}))
+
+
+def test_what_cannot_be_run_is_refused_at_once(load, store):
+    with pytest.raises(ConfigError, match=r"cannot be run, iquery-ewc:.*fisher_samples = 0\.5"):
+        build_tuning(load(tuning={"ewc": [{"weight": 1, "fisher_samples": 0.5}]}), store, seeds=3)

@@ -69,6 +69,13 @@ def served(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
+SIDEWAYS = """() => [document.documentElement, ...document.querySelectorAll("body *")]
+  .filter((node) => node.checkVisibility() && node.scrollWidth > node.clientWidth + 1 && node.clientWidth > 40
+    && (node === document.documentElement || getComputedStyle(node).overflowX !== "visible"))
+  .map((node) => `${node.tagName}.${node.className} ${node.scrollWidth} > ${node.clientWidth}`)"""
+"""What is wider than its place, so that it is cut or must be scrolled."""
+
+
 @contextlib.contextmanager
 def opened_page(chrome: Any, address: str, *, ready: bool = True, **options: Any) -> Iterator[Any]:
     """A page of its own, without what others keep; its errors are the test's."""

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 class Page(HTMLParser):
     """Collects elements and checks that every one that must be closed is."""
 
-    VOID = frozenset({"meta", "link", "img", "br", "line", "circle"})
+    VOID = frozenset({"meta", "link", "img", "br", "line", "circle", "input", "source"})
 
     def __init__(self, text):
         super().__init__()

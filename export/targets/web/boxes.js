@@ -1,6 +1,6 @@
 // Boxes over a video: drawn with a pointer, moved and sized with a pointer or the keyboard.
 
-/** @typedef {import("./frames.js").Box} Box */
+/** @typedef {import("./track.js").Box} Box */
 
 const STEP = 0.02;
 const LEAST = 0.04; // of a side

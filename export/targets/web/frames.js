@@ -1,18 +1,11 @@
 // Frames of a video at a steady rate, cut out by boxes: what avsep/media does with PyAV, with the browser's decoder.
 
 import { MOTION_RATE_HZ, OBJECT_RATE_HZ } from "./timeline.js";
+import { boxAt } from "./track.js";
 
-/** @typedef {[number, number, number, number]} Box left, top, right and bottom as fractions of the frame */
-/** @typedef {{ time: number, box: Box }[]} Track boxes in order of time; one holds until the next, the first before, too */
+/** @typedef {import("./track.js").Track} Track */
 /** @typedef {import("./bundle.js").Manifest} Manifest */
 /** @typedef {import("./timeline.js").Timeline} Timeline */
-
-/** The box of a track at a moment. @param {Track} track @param {number} time @returns {Box} */
-export function boxAt(track, time) {
-  let found = track[0].box;
-  for (const entry of track) if (entry.time <= time + 1e-9) found = entry.box;
-  return found;
-}
 
 /** First and last pixel of an edge pair: halves go to the even number, as Python rounds, and two pixels are the least.
  * @param {number} low @param {number} high @param {number} count @returns {[number, number]} */

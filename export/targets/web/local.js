@@ -2,7 +2,7 @@
 
 import { readNpz } from "./npz.js";
 
-/** @typedef {import("./frames.js").Track} Track */
+/** @typedef {import("./track.js").Track} Track */
 /** @typedef {import("./timeline.js").Timeline} Timeline */
 
 export class Local {

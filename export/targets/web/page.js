@@ -1,14 +1,16 @@
 // The page: from a file through boxes and classes to sounds that can be heard, seen and kept.
 
 import { BoxEditor } from "./boxes.js";
-import { boxAt, openVideo, seek, timelines } from "./frames.js";
+import { openVideo, seek, timelines } from "./frames.js";
 import { Local } from "./local.js";
 import { decode } from "./media.js";
+import { clock, listenTo, Mixer } from "./mixer.js";
 import { Player } from "./player.js";
 import { draw } from "./picture.js";
+import { boxAt, setBox, upTo, WHOLE } from "./track.js";
 
 /** @typedef {import("./bundle.js").Manifest} Manifest */
-/** @typedef {import("./frames.js").Track} BoxTrack */
+/** @typedef {import("./track.js").Track} BoxTrack */
 /** @typedef {import("./worker.js").Mixture} Mixture */
 /** @typedef {import("./worker.js").Track} Track */
 /** @typedef {{ classId: number, track: BoxTrack }} Asked */
@@ -28,17 +30,10 @@ function make(tag, attributes = {}, text = "") {
 }
 /** A class name as people read it. @param {string} name */
 const pretty = (name) => name.replaceAll("_", " ");
-/** @param {number} seconds */
-function clock(seconds) {
-  const whole = Math.max(0, Math.floor(seconds + 1e-6));
-  return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
-}
-
 // as avsep separate says it: two sources of more correlation are nearly the same sound, and a source whose level is so
 // near to the recording's, and that sounds like it, is the recording
 const ALIKE = 0.95;
 const UNSEPARATED_DB = 0.5;
-const WHOLE = /** @type {import("./frames.js").Box} */ ([0, 0, 1, 1]);
 const local = Local.find();
 
 // ---------------------------------------------------------------- the worker
@@ -235,8 +230,8 @@ const choose = (file) => busy(`reading ${file.name}`, async () => {
 });
 
 function close() {
-  player?.close();
-  player = null;
+  mixer?.close();
+  mixer = null;
   if (recording) URL.revokeObjectURL(recording.address);
   recording = null;
   for (const id of ["setup", "result"]) byId(id).hidden = true;
@@ -316,17 +311,6 @@ function showBoxes() {
   if (!byId("stage").hidden) editor.show(names().map(pretty), asked.map(({ track }) => boxAt(track, now())));
 }
 
-/** @param {number} n @param {import("./frames.js").Box} box */
-function setBox(n, box) {
-  const { track } = asked[n];
-  // the first box holds from the beginning, wherever it was drawn
-  const time = track.length === 1 && track[0].box === WHOLE ? 0 : now();
-  const there = track.find((entry) => Math.abs(entry.time - time) < 1e-6);
-  if (there) there.box = box;
-  else track.push({ time, box });
-  track.sort((a, b) => a.time - b.time);
-}
-
 /** Take boxes as `avsep separate` writes and reads them: by second, of each source by its name or class.
  * @param {File} file */
 const readBoxes = (file) => busy(`reading ${file.name}`, async () => {
@@ -381,8 +365,8 @@ const separate = () => busy("looking at the video", async () => {
       throw new Error(`${both}, and both are shown the same picture: draw a box for each`);
     }
   }
-  player?.close();
-  player = null;
+  mixer?.close();
+  mixer = null;
   byId("result").hidden = true;
   const sources = own.map((name, n) => ({ name, track: asked[n].track }));
   /** @type {Result} */
@@ -415,8 +399,9 @@ const separate = () => busy("looking at the video", async () => {
 
 // ---------------------------------------------------------------- the result
 
-/** @type {Player | null} */
-let player = null;
+/** @type {Mixer | null} */
+let mixer = null;
+const controls = () => ({ play: byId("play"), seek: /** @type {HTMLInputElement} */ (byId("seek")), clock: byId("clock") });
 
 /** What there is to say of source `n`, beside its presence. @param {string[]} own @param {Result} result @param {number} n
  * @param {Track} whole */
@@ -441,7 +426,7 @@ function show(own, result, looks) {
   const all = [...own, "residual"];
   const loudest = Math.max(whole.peak, ...result.tracks.map((track) => track.peak));
   const voices = [whole, ...result.tracks].map((track, n) => ({ samples: track.samples, muted: n === 0, solo: false }));
-  player = new Player(voices, mixture.channels, rate, mixture.total, loudest > 0 ? Math.min(1, 0.9 / loudest) : 1);
+  const player = new Player(voices, mixture.channels, rate, mixture.total, loudest > 0 ? Math.min(1, 0.9 / loudest) : 1);
   const clipped = result.tracks.reduce((sum, track) => sum + track.clipped, 0);
   const limited = found.separator.front_end.limit_mask_sum;
   byId("summary").textContent =
@@ -451,8 +436,10 @@ function show(own, result, looks) {
     (clipped ? ` ${clipped} samples are beyond full scale: 16 bits clip them, 32-bit float keeps them.` : "");
   const watch = byId("watch");
   watch.replaceChildren();
+  /** @type {HTMLVideoElement | null} */
+  let shown = null;
   if (video) {
-    const shown = /** @type {HTMLVideoElement} */ (make("video", { playsinline: "", "aria-label": `Video ${file.name}` }));
+    shown = /** @type {HTMLVideoElement} */ (make("video", { playsinline: "", "aria-label": `Video ${file.name}` }));
     shown.muted = true;
     shown.src = address;
     watch.append(shown);
@@ -476,18 +463,11 @@ function show(own, result, looks) {
       for (const text of remarks(own, result, n - 1, whole)) head.append(make("span", { class: "tag bad" }, text));
     }
     const buttons = make("div", { class: "push" });
-    const voice = voices[n];
     /** @type {["muted" | "solo", string][]} */
     const kinds = [["muted", "Mute"], ["solo", "Solo"]];
     for (const [key, text] of n === 0 ? kinds.slice(1) : kinds) {
       const label = n === 0 ? "Hear it" : text;
-      const button = make("button", { type: "button", class: "quiet", "aria-pressed": "false", "aria-label": `${label}: ${name}` }, label);
-      button.addEventListener("click", () => {
-        voice[key] = !voice[key];
-        button.setAttribute("aria-pressed", String(voice[key]));
-        balance();
-      });
-      buttons.append(button);
+      buttons.append(make("button", { type: "button", class: "quiet", "aria-pressed": "false", "data-key": key, "aria-label": `${label}: ${name}` }, label));
     }
     if (n > 0) {
       const button = make("button", { type: "button", class: "quiet", "aria-label": `Download ${name} as WAV` }, "Download");
@@ -499,70 +479,15 @@ function show(own, result, looks) {
     const canvas = /** @type {HTMLCanvasElement} */ (make("canvas", { role: "img", "aria-label": `Spectrogram of ${name}: ${seconds.toFixed(1)} seconds from left to right, low pitch at the bottom, brighter is louder` }));
     draw(canvas, track.picture, whole.picture);
     view.append(canvas, make("span", { class: "head", "aria-hidden": "true" }));
-    view.addEventListener("click", (event) => {
-      const frame = view.getBoundingClientRect();
-      goTo((seconds * (event.clientX - frame.left)) / frame.width);
-    });
     node.append(head, view);
     return node;
   });
   byId("tracks").replaceChildren(...nodes);
-  byId("seek").setAttribute("max", String(seconds));
   byId("result").hidden = false;
-  player.onend = () => tick();
-  balance();
-  tick();
+  mixer = new Mixer(player, nodes, { ...controls(), video: shown }, (error) => complain(`the sound cannot be played: ${error.message}`));
   byId("resulttitle").tabIndex = -1;
   byId("resulttitle").focus({ preventScroll: true });
   byId("result").scrollIntoView({ block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
-}
-
-function balance() {
-  if (!player) return;
-  player.balance();
-  const solo = player.voices.some((voice) => voice.solo);
-  [...byId("tracks").children].forEach((node, n) => {
-    const voice = /** @type {Player} */ (player).voices[n];
-    node.classList.toggle("off", n > 0 && (solo ? !voice.solo : voice.muted));
-  });
-}
-
-let nextTick = 0;
-
-/** Bring playheads, clock and video to the player's time. */
-function tick() {
-  cancelAnimationFrame(nextTick); // one chain of them, whoever calls
-  if (!player) return;
-  const { time } = player;
-  const seconds = player.total / player.rate;
-  for (const head of document.querySelectorAll(".view .head")) {
-    /** @type {HTMLElement} */ (head).style.left = `${(100 * time) / seconds}%`;
-  }
-  const slider = /** @type {HTMLInputElement} */ (byId("seek"));
-  slider.value = String(time);
-  slider.setAttribute("aria-valuetext", `${time.toFixed(1)} of ${seconds.toFixed(1)} seconds`);
-  byId("clock").textContent = `${clock(time)} / ${clock(seconds)}`;
-  byId("play").textContent = player.playing ? "Pause" : "Play";
-  byId("play").setAttribute("aria-pressed", String(player.playing));
-  const video = byId("watch").querySelector("video");
-  if (video) {
-    if (player.playing !== !video.paused) player.playing ? video.play().catch(() => {}) : video.pause();
-    if (Math.abs(video.currentTime - time) > (player.playing ? 0.08 : 0.01) && !video.seeking) video.currentTime = Math.min(time, video.duration || time);
-  }
-  if (player.playing) nextTick = requestAnimationFrame(tick);
-}
-
-function toggle() {
-  if (!player) return;
-  if (player.playing) player.pause();
-  else player.play().catch((error) => complain(`the sound cannot be played: ${error.message}`));
-  tick();
-}
-
-/** @param {number} time */
-function goTo(time) {
-  player?.seek(time).catch(() => {});
-  tick();
 }
 
 /** What a file system may refuse becomes `-`. @param {string} name */
@@ -590,7 +515,8 @@ async function download(samples, name) {
 const take = (file) => (file.name.toLowerCase().endsWith(".json") ? readBoxes(file) : choose(file));
 
 function listen() {
-  editor = new BoxEditor(byId("stage"), setBox);
+  editor = new BoxEditor(byId("stage"), (n, box) => setBox(asked[n].track, now(), box));
+  listenTo(controls(), () => mixer);
   const input = /** @type {HTMLInputElement} */ (byId("file"));
   input.addEventListener("change", () => {
     const [file] = input.files ?? [];
@@ -630,11 +556,11 @@ function listen() {
     if (video && Math.abs(video.currentTime - now()) > 0.01) video.currentTime = now();
   });
   byId("whole").addEventListener("click", () => {
-    setBox(editor.chosen, WHOLE);
+    setBox(asked[editor.chosen].track, now(), WHOLE);
     showBoxes();
   });
   byId("forget").addEventListener("click", () => {
-    for (const source of asked) source.track = source.track.filter((entry, k) => k === 0 || entry.time <= now());
+    for (const source of asked) source.track = upTo(source.track, now());
     showBoxes();
   });
   byId("find").addEventListener("click", () => busy("looking for objects", async () => {
@@ -645,18 +571,10 @@ function listen() {
     tracks.forEach((track, n) => (asked[n].track = track));
     showBoxes();
   }));
-  byId("play").addEventListener("click", toggle);
-  byId("seek").addEventListener("input", () => goTo(Number(/** @type {HTMLInputElement} */ (byId("seek")).value)));
   byId("all").addEventListener("click", async () => {
-    if (!player) return;
+    if (!mixer) return;
     const own = [...names(), "residual"];
-    for (const [n, voice] of player.voices.slice(1).entries()) await download(voice.samples, own[n]);
-  });
-  addEventListener("keydown", (event) => {
-    const typing = /** @type {HTMLElement} */ (event.target).closest("input, select, button, summary, textarea, .box");
-    if (event.key !== " " || typing || byId("result").hidden) return;
-    event.preventDefault();
-    toggle();
+    for (const [n, voice] of mixer.player.voices.slice(1).entries()) await download(voice.samples, own[n]);
   });
 }
 
