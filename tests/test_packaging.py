@@ -78,7 +78,7 @@ def test_a_missing_package_is_one_line():
 def test_wheel_and_sdist_are_what_pypi_takes_and_run_in_a_bare_environment(tmp_path):
     """The wheel is built from the sdist. What avsep needs is taken from where these tests run."""
     pytest.importorskip("setuptools", minversion="77")
-    pytest.importorskip("twine", minversion="6.1")
+    pytest.importorskip("twine", minversion="7")
     clone, dist = copy_sources(tmp_path / "clone"), tmp_path / "dist"
     build = "import sys; from setuptools import build_meta as b; getattr(b, 'build_' + sys.argv[1])(sys.argv[2])"
     run([sys.executable, "-c", build, "sdist", dist], cwd=clone)

@@ -17,8 +17,9 @@ from support.video_shelf import CLASSES, write_good
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="needs the source tree")
 
-MADE_BY_HAND = ("avsep demo", "avsep app", "avsep reproduce", "avsep leaderboard")
-NEEDS_MODEL = ("avsep models", "avsep separate", "avsep learn")
+LONG = ("avsep demo", "avsep app", "avsep reproduce", "avsep leaderboard")  # taken apart, and not run
+OF_MODEL = ("avsep models", "avsep separate", "avsep learn")
+OF_DATA = ("avsep data", "avsep train", "avsep evaluate", "avsep report", "avsep export", "avsep compare")
 
 
 def lines(*beginnings: str) -> list[list[str]]:
@@ -49,17 +50,7 @@ def test_extras_and_commands_outside_of_avsep_exist():
 @pytest.mark.parametrize("line", command_lines("README.md"))
 def test_every_command_can_be_typed(line):
     parse(*shlex.split(line)[1:])
-    assert line.startswith((*MADE_BY_HAND, *NEEDS_MODEL, "avsep doctor", *OF_DATA)), f"no test runs {line}"
-
-
-OF_DATA = ("avsep data", "avsep train", "avsep evaluate", "avsep report", "avsep export", "avsep compare")
-
-
-@pytest.mark.parametrize("name", ["reproduce", "leaderboard"])
-def test_what_the_long_commands_would_do(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for words in lines(f"avsep {name}"):
-        assert run(*words, "--plan") == 0
+    assert line.startswith((*LONG, *OF_MODEL, "avsep doctor", *OF_DATA)), f"no test runs {line}"
 
 
 @pytest.mark.slow
@@ -107,7 +98,7 @@ def test_teaching_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("models", "--sample", "duet.flac") == 0
     (tmp_path / "recordings" / "oboe").mkdir(parents=True)
-    for take in range(4):
+    for take in range(5):
         shutil.copy("duet.flac", tmp_path / "recordings" / "oboe" / f"{take}.flac")
     quick = ["--set", "train.epochs=1", "--set", "train.steps_per_epoch=2", "--max-loss-db", "inf", "--device", "cpu"]
     for words in lines("avsep learn", "avsep separate"):

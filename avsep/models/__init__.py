@@ -3,7 +3,7 @@
 A model is a folder of this package::
 
     card.json     what it knows, what it was trained on, what it reaches, and the SHA-256 of the other files
-    separator/    as :func:`avsep.separator.save_separator` writes it, with half-precision weights
+    separator/    as avsep.separator.save_separator writes it, with half-precision weights
     memory.zip    the rest of its run: the settings, the protocol, the record, and a store of its exemplars
     sample.flac   a mixture of two of its classes, to try it with
 
