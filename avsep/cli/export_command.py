@@ -409,7 +409,8 @@ def verify(
     provider: Annotated[
         str,
         typer.Option(
-            "--provider", help="What runs the graphs: cpu, cuda, onnxruntime-tensorrt, tensorrt, tensorrt-rtx."
+            "--provider",
+            help="What runs the graphs: cpu, cuda, onnxruntime-tensorrt, openvino, tensorrt, tensorrt-rtx.",
         ),
     ] = "cpu",
     tolerance: Annotated[
