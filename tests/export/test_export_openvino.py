@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from avsep.cli import main as avsep_main
 from avsep.errors import ExportError
 from avsep.export.build.plan import ExportPlan
 from avsep.export.bundle.export import export
@@ -20,6 +19,7 @@ from avsep.export.runtime.separator import BundleSeparator
 from avsep.export.runtime.verify import verify_bundle
 from avsep.export.runtime.wav import read_wav, write_wav
 from avsep.separator import build_separator
+from support.commands import run
 
 RATE, CLIP = 11025, 8191
 
@@ -113,8 +113,8 @@ def test_the_samples_of_onnx_runtime(openvino, bundle):
 
 
 def test_on_the_command_line(openvino, bundle, tmp_path, capsys):
-    assert avsep_main(["export", "verify", str(bundle), "--provider", "openvino"]) == 0
-    assert "openvino" in capsys.readouterr().out
+    assert run("export", "verify", bundle, "--provider", "openvino") == 0
+    assert "every graph ran on openvino" in capsys.readouterr().out
     from avsep.media.timeline import VisualTimeline, write_visual_file
 
     shown = {n: VisualTimeline(object=s["object"], features={"m": s["motion"]}) for n, s in seen().items()}
