@@ -252,7 +252,7 @@ def run(
             found += _graph_variants(opened, graphs, chunk, providers, threads)
         load = system_load()
         good, refused = _checked(found, chunk, lambda name: bars.advance(bar, note=name))
-        if separator is not None:
+        if separator is not None and any(variant.graph is None for variant in good):  # PyTorch has these weights
             bars.advance(bar, note="drift of SDR")
             _measure_drift(good, separator, run, task)
         if not good:
@@ -601,7 +601,7 @@ def _measure_drift(
     try:
         assert run is not None
         of = RunFolder(run).finished_tasks()[-1] if task is None else task
-        batches = held_out_batches(run, of, separator, limit=_MIXTURES)
+        batches = held_out_batches(Path(run), of, separator, limit=_MIXTURES)
     except (AvsepError, OSError, IndexError):
         batches, on = synthetic_batches(separator, plan, _MIXTURES), "synthetic"
     try:
