@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -38,7 +39,16 @@ from avsep.errors import AvsepError, ConfigError, ExportError, MissingExtraError
 from avsep.export.runtime.calls import GraphCall
 from avsep.export.runtime.manifest import PRESENCE
 from avsep.export.runtime.reader import Bundle, Graph, open_bundle
-from avsep.export.runtime.sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
+from avsep.export.runtime.sessions import (
+    ENGINES,
+    GRAPH_PROVIDERS,
+    ONNX_PROVIDERS,
+    OPENVINO,
+    Engine,
+    OnnxSession,
+    check_provider,
+    open_session,
+)
 from avsep.export.runtime.transforms import istft
 from avsep.export.runtime.verify import compare
 
@@ -54,6 +64,8 @@ __all__ = ["COLUMNS", "run"]
 
 Array = NDArray[Any]
 
+_MIXTURES = 4  # that the drift of SDR is measured on, at most
+
 COLUMNS = (
     "case",
     "variant",
@@ -65,7 +77,13 @@ COLUMNS = (
     "p80_ms",
     "repeats",
     "ratio",
+    "ratio_onnxruntime",
     "real_time_factor",
+    "start_ms",
+    "max_error",
+    "error_db",
+    "sdr_drift_db",
+    "drift_on",
     "process_mb",
     "device_mb",
     "file_mb",
@@ -84,11 +102,18 @@ COLUMNS = (
     "commit",
     "date",
 )
-"""Of the CSV file: ``provider`` is what really ran; ``ratio`` the first variant's median over this one's;
-``real_time_factor`` seconds of computing for a second of audio, by the median; ``process_mb`` the most memory that a
+"""Of the CSV file: ``provider`` is what really ran; ``ratio`` the first variant's median over this one's, and
+``ratio_onnxruntime`` that of ONNX Runtime on the CPU with the fp32 graph; ``real_time_factor`` seconds of computing for
+a second of audio, by the median; ``start_ms`` from importing the library to the first answer, in a process of its own;
+``max_error`` and ``error_db`` the largest difference from the golden output, and its energy; ``sdr_drift_db`` the
+largest change of a source's SDR from PyTorch's, and ``drift_on`` of what mixtures: ``held-out`` ones of the run, or
+``synthetic`` ones; ``process_mb`` the most memory that a
 process of its own held which loads the graph and runs it once (Linux alone tells), and ``device_mb`` the GPU's memory
 that it holds after that, beyond what the CUDA context takes of itself; ``file_mb`` and ``plan_mb`` the sizes of the
 graph (of PyTorch the weights) and of the engine; ``note`` why there is no speed, or what is odd."""
+
+
+_OF_RUNTIME = (ONNX_PROVIDERS["cpu"], "fp32")
 
 
 @dataclass
@@ -105,6 +130,12 @@ class _Variant:
     plan_mb: float | str = ""
     note: str = ""
     check: str = ""
+    run: Callable[[Mapping[str, Array]], Mapping[str, Array]] | None = None
+    """Of a graph: from its inputs to its outputs, by name."""
+    graph: Graph | None = None
+    max_error: float | str = ""
+    error_db: float | str = ""
+    drift: tuple[float | str, str] = ("", "")
 
 
 @dataclass(frozen=True)
@@ -113,6 +144,15 @@ class _Skipped:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True)
+class _OwnProcess:
+    """What a variant took in a process of its own; empty where that is not known."""
+
+    host_mb: float | str = ""
+    device_mb: float | str = ""
+    start_ms: float | str = ""
 
 
 @dataclass(frozen=True)
@@ -151,7 +191,7 @@ def run(
         device: ``cpu`` or ``cuda``, the only one that PyTorch runs on, and ONNX Runtime by its provider; all that are
             here when None.
         providers: of ONNX Runtime and engines; those of ``device``, or all that are here, when empty.
-        threads: of PyTorch and of ONNX Runtime; as many as the machine has cores when 0.
+        threads: of PyTorch, ONNX Runtime and OpenVINO; as many as the machine has cores when 0.
         repeats: timed calls of each variant.
         compiled: whether torch.compile is among them; compiling takes a minute or two.
         memory: whether to measure memory, each in a process of its own.
@@ -175,7 +215,7 @@ def run(
     if plot is not None:
         require_matplotlib()
     for name in providers:
-        check_provider(name, (*ONNX_PROVIDERS, *ENGINES))
+        check_provider(name, (*GRAPH_PROVIDERS, *ENGINES))
     if threads < 0 or repeats < 1:
         raise ConfigError(f"threads must not be negative and repeats at least 1, got {threads} and {repeats}")
     if bundle is None and run is not None:
@@ -187,6 +227,7 @@ def run(
         bars = stack.enter_context(progress_bar(progress))
         bar = bars.add("loading", total=None)
         found: list[_Variant | _Skipped] = []
+        separator: Separator | None = None
         if bundle is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-bench-")))
             separator, given, plan = _untrained(preset, batch)
@@ -206,17 +247,21 @@ def run(
             if run is None:
                 found.append(_Skipped("PyTorch", "name what the bundle was made from (--run RUN)"))
             else:
-                found += _torch_of_run(opened, chunk, run, task, devices, threads, compiled)
+                variants, separator = _torch_of_run(opened, chunk, run, task, devices, threads, compiled)
+                found += variants
             found += _graph_variants(opened, graphs, chunk, providers, threads)
         load = system_load()
         good, refused = _checked(found, chunk, lambda name: bars.advance(bar, note=name))
+        if separator is not None and any(variant.graph is None for variant in good):  # PyTorch has these weights
+            bars.advance(bar, note="drift of SDR")
+            _measure_drift(good, separator, run, task)
         if not good:
             reasons = "; ".join([*(f"{s.name}: {s.reason}" for s in found if isinstance(s, _Skipped)), *refused])
             raise CheckFailed(f"nothing here runs this bundle: {reasons}")
-        peaks: dict[str, tuple[float | str, float | str]] = {}
+        peaks: dict[str, _OwnProcess] = {}
         for variant in good:
             bars.advance(bar, note=f"memory of {variant.name}")
-            peaks[variant.name] = _peak_mb(variant.process) if memory else ("", "")
+            peaks[variant.name] = _peak_mb(variant.process) if memory else _OwnProcess()
         bars.update(bar, 1, 1)
         timed = bars.add("timing", total=len(good) * repeats)
         timings = interleaved({v.name: v.call for v in good}, repeats, done=lambda: bars.advance(timed))
@@ -230,6 +275,7 @@ def run(
             **{name: value for name, value in _environment().items() if name != "threads"},
         }
     reference = timings[good[0].name].median_ms
+    runtime = next((timings[v.name].median_ms for v in good if (v.provider, v.precision) == _OF_RUNTIME), None)
     rows: list[dict[str, Any]] = []
     for item in found:
         if isinstance(item, _Skipped):
@@ -249,9 +295,15 @@ def run(
                 p20_ms=round(timing.percentile_ms(20), 3),
                 p80_ms=round(timing.percentile_ms(80), 3),
                 ratio=round(reference / timing.median_ms, 3),
+                ratio_onnxruntime="" if runtime is None else round(runtime / timing.median_ms, 3),
                 real_time_factor=float(f"{timing.median_ms / 1e3 / chunk.seconds:.4g}"),
-                process_mb=peaks[item.name][0],
-                device_mb=peaks[item.name][1],
+                start_ms=peaks[item.name].start_ms,
+                process_mb=peaks[item.name].host_mb,
+                device_mb=peaks[item.name].device_mb,
+                max_error=item.max_error,
+                error_db=item.error_db,
+                sdr_drift_db=item.drift[0],
+                drift_on=item.drift[1],
             )
         rows.append(row)
     if out is not None:
@@ -341,16 +393,17 @@ def _graph_call(bundle: Bundle, graph: Graph, engine: Engine, chunk: _Chunk) -> 
 def _graph_variants(
     bundle: Bundle, graphs: Iterable[Graph], chunk: _Chunk, providers: Sequence[str], threads: int
 ) -> list[_Variant | _Skipped]:
-    """ONNX Runtime by every provider and the engines that are here, each for every precision."""
+    """ONNX Runtime by every provider, OpenVINO and the engines that are here, each for every precision."""
     found: list[_Variant | _Skipped] = []
+    others = (OPENVINO, *ENGINES)
     try:
         import onnxruntime
 
         here = onnxruntime.get_available_providers()
-        providers = providers or [*(name for name, full in ONNX_PROVIDERS.items() if full in here), *ENGINES]
+        providers = providers or [*(name for name, full in ONNX_PROVIDERS.items() if full in here), *others]
     except ImportError:
         found.append(_Skipped("ONNX Runtime", "onnxruntime is not installed"))
-        providers = [name for name in providers or ENGINES if name in ENGINES]
+        providers = [name for name in providers or others if name in others]
     for provider in providers:
         for graph in graphs:
             label = f"{'ONNX Runtime ' if provider in ONNX_PROVIDERS else ''}{provider} {graph.precision}"
@@ -366,7 +419,7 @@ def _graph_variants(
                         name += f", not {provider}"
                 else:
                     ((engine,), _) = open_session(bundle, [graph], provider, threads)
-                    name = f"{engine.provider} {graph.precision}"
+                    name = f"{'OpenVINO CPU' if provider == OPENVINO else engine.provider} {graph.precision}"
                     built = getattr(engine, "built", None)
                     plan_mb = "" if built is None else round(built.plan.stat().st_size / 1e6, 1)
             except AvsepError as error:
@@ -383,6 +436,8 @@ def _graph_variants(
                     file_mb=round(bundle.size(graph.file) / 1e6, 1),
                     plan_mb=plan_mb,
                     note=note,
+                    run=engine.run,
+                    graph=graph,
                 )
             )
     return found
@@ -396,14 +451,15 @@ def _torch_of_run(
     devices: Sequence[str],
     threads: int,
     compiled: bool,
-) -> list[_Variant | _Skipped]:
-    """PyTorch with the weights that the bundle has."""
+) -> tuple[list[_Variant | _Skipped], Separator | None]:
+    """PyTorch with the weights that the bundle has, and the separator."""
     try:
         import torch  # noqa: F401
     except ImportError:
-        return [_Skipped("PyTorch", "torch is not installed")]
+        return [_Skipped("PyTorch", "torch is not installed")], None
     process = ("torch", str(bundle.path), str(run), "" if task is None else str(task))
-    return _torch_variants(_separator(bundle, run, task), chunk, devices, threads, compiled, process)
+    separator = _separator(bundle, run, task)
+    return _torch_variants(separator, chunk, devices, threads, compiled, process), separator
 
 
 def _torch_variants(
@@ -516,6 +572,7 @@ def _checked(
         except Exception as error:  # the compiler of torch.compile and its backends fail in many ways
             variant.note = f"skipped: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
             continue
+        variant.max_error, variant.error_db = float(f"{largest:.3g}"), round(error_db, 1)
         variant.check = f"within {largest:.1e} of the golden output ({error_db:.0f} dB)"
         if not largest <= variant.tolerance:
             variant.note = f"refused: {largest:.1e} from the golden output, more than {variant.tolerance:.0e}"
@@ -525,24 +582,63 @@ def _checked(
     return good, refused
 
 
-def _peak_mb(process: Sequence[str]) -> tuple[float | str, float | str]:
-    """The most memory that a process of its own holds, and the GPU's that it holds; empty where that is not known."""
+def _measure_drift(
+    good: Iterable[_Variant], separator: Separator, run: str | os.PathLike[str] | None, task: int | None
+) -> None:
+    """The largest change of a source's SDR that each graph makes, on mixtures of the run where its store is there."""
+    from avsep.export.build.gate import held_out_batches, measure_gate, references, separate_by, synthetic_batches
+    from avsep.export.build.plan import ExportPlan
+    from avsep.runs.folder import RunFolder
+
+    graphs = [variant for variant in good if variant.graph is not None and variant.run is not None]
+    if not graphs:
+        return
+    shapes = {tensor.name: tensor.shape for tensor in graphs[0].graph.inputs} if graphs[0].graph else {}
+    batch, sources = shapes["class_ids"]
+    open_shapes = isinstance(batch, str)
+    plan = ExportPlan(dynamic=open_shapes, sources=2 if isinstance(sources, str) else sources)
+    on = "held-out"
+    try:
+        assert run is not None
+        of = RunFolder(run).finished_tasks()[-1] if task is None else task
+        batches = held_out_batches(Path(run), of, separator, limit=_MIXTURES)
+    except (AvsepError, OSError, IndexError):
+        batches, on = synthetic_batches(separator, plan, _MIXTURES), "synthetic"
+    try:
+        expected = references(separator, batches, plan)
+        for variant in graphs:
+            assert variant.graph is not None
+            assert variant.run is not None
+            inputs = {tensor.name: tensor.shape for tensor in variant.graph.inputs}
+            separate = separate_by(variant.run, inputs, separator, variant.graph.file)
+            gate = measure_gate(Path(variant.graph.file), separator, plan, expected, on=on, separate=separate)
+            if gate.mixtures:
+                variant.drift = (float(f"{gate.told_drift_db['sdr']:.3g}"), on)
+    except AvsepError as error:  # such as motion features of another length: the speeds stand all the same
+        for variant in graphs:
+            variant.note = variant.note or f"no drift of SDR: {error}"
+
+
+def _peak_mb(process: Sequence[str]) -> _OwnProcess:
+    """The most memory that a process of its own holds, the GPU's that it holds, and how long it took to an answer."""
     if not process:
-        return "", ""
+        return _OwnProcess()
     command = [sys.executable, "-m", "avsep.benchmarks.export_cases", *process]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-        host, device = (int(word) for word in done.stdout.split()[-2:])
+        host, device, start_ms = (int(word) for word in done.stdout.split()[-3:])
     except (subprocess.SubprocessError, OSError, ValueError):
-        return "", ""
-    return round(host / 1e6, 1), round(device / 1e6, 1) if device > 0 else ""
+        return _OwnProcess()
+    return _OwnProcess(round(host / 1e6, 1), round(device / 1e6, 1) if device > 0 else "", start_ms)
 
 
 def _in_own_process(arguments: Sequence[str]) -> None:
-    """Load what the arguments name, run it once and print the most bytes that this process held, and the GPU's."""
+    """Load what the arguments name, run it once and print the most bytes that this process held, the GPU's, and the
+    milliseconds from here to the answer."""
     from avsep.benchmarks.measure import _status_bytes
     from avsep.export.runtime.cuda import Cuda
 
+    start = time.perf_counter()
     kind, path, *rest = arguments
     try:
         cuda = Cuda()  # its context, which every library shares, is there from now on and not counted
@@ -567,8 +663,9 @@ def _in_own_process(arguments: Sequence[str]) -> None:
             graph = next(g for g in bundle.graphs if g.kind in ("separator", "spectral"))
             call = _torch_call(separator, _chunk(bundle, graph), device, False)
         call()
+        took_ms = round(1e3 * (time.perf_counter() - start))
         held = 0 if cuda is None else unused - cuda.unused_bytes()
-    print(_status_bytes("VmHWM"), held)
+    print(_status_bytes("VmHWM"), held, took_ms)
 
 
 def _settings(chunk: _Chunk, rate_hz: int) -> str:
@@ -607,6 +704,10 @@ def _print(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         "95 %": ("p95_ms", "{:,.1f}"),
         "RTF": ("real_time_factor", "{:.3g}"),
         "ratio": ("ratio", "{:.2f}x"),
+        "to ORT": ("ratio_onnxruntime", "{:.2f}x"),
+        "start ms": ("start_ms", "{:,.0f}"),
+        "max error": ("max_error", "{:.1e}"),
+        "drift dB": ("sdr_drift_db", "{:.2g}"),
         "peak MB": ("process_mb", "{:,.0f}"),
         "GPU MB": ("device_mb", "{:,.0f}"),
         "file MB": ("file_mb", "{:,.1f}"),
@@ -625,7 +726,8 @@ def _print(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
             console.print(f"{row['variant']}: {row['note']}", highlight=False)
     console.print(
         f"{first['device']}, {first['threads']} threads, load {first['load']}; ms: median; RTF: seconds "
-        "of computing for one of audio; peak MB: of a process that loads it and runs once, and what it holds of a GPU",
+        "of computing for one of audio; peak MB: of a process that loads it and runs once, and what it holds of a GPU; "
+        "start ms: of that process, from its imports to the answer",
         highlight=False,
     )
 

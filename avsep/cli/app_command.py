@@ -30,7 +30,8 @@ def command(
     provider: Annotated[
         str,
         typer.Option(
-            "--provider", help="What runs in Python: auto, cpu, cuda, onnxruntime-tensorrt, tensorrt, tensorrt-rtx."
+            "--provider",
+            help="What runs in Python: auto, cpu, cuda, onnxruntime-tensorrt, openvino, tensorrt, tensorrt-rtx.",
         ),
     ] = "auto",
     ort_web: Annotated[

@@ -278,11 +278,12 @@ def export(
         list[str] | None,
         typer.Option(
             "--provider",
-            help="cpu, cuda, onnxruntime-tensorrt, tensorrt, tensorrt-rtx; again for more [default: all here].",
+            help="cpu, cuda, onnxruntime-tensorrt, openvino, tensorrt, tensorrt-rtx; again for more [default: all "
+            "here].",
         ),
     ] = None,
     threads: Annotated[
-        int, typer.Option("--threads", min=0, help="Of PyTorch and ONNX Runtime [default: the cores].")
+        int, typer.Option("--threads", min=0, help="Of PyTorch, ONNX Runtime and OpenVINO [default: the cores].")
     ] = 0,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile among them.")] = True,
     memory: Annotated[

@@ -36,6 +36,7 @@ ALLOWS = {
     "notes": "find the pitch of recordings: avsep data notes",
     "cpu": "export bundles and run them on the CPU: avsep export, avsep separate --bundle",
     "gpu": "export bundles and run them on an NVIDIA GPU (ONNX Runtime, TensorRT)",
+    "openvino": "run bundles on CPUs with OpenVINO: avsep separate --bundle --provider openvino",
     "tensorrt-rtx": "build engines for RTX GPUs: avsep export build --target tensorrt-rtx",
     "tensorboard": "training curves in TensorBoard: avsep train --logger tensorboard",
     "wandb": "training curves in Weights & Biases: avsep train --logger wandb",

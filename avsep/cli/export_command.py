@@ -435,7 +435,7 @@ def _show(output: Output, bundles: Sequence[Bundle], title: str) -> None:
     for heading in ("MB", "max error", "dB", "drift dB", "ms"):
         table.add_column(heading, justify="right")
     table.add_column("ran on", no_wrap=True)
-    let_pass = False
+    let_pass = int8 = False
     for bundle in bundles:
         if len(bundles) > 1:
             table.add_section()
@@ -443,6 +443,7 @@ def _show(output: Output, bundles: Sequence[Bundle], title: str) -> None:
         for graph in bundle.graphs:
             parity, gate = graph.entry["parity"], graph.entry["gate"]
             drift = "-" if gate is None else f"{max(gate['max_drift_db'].values()):.3f}"
+            int8 = int8 or graph.precision == "int8"
             let_pass = let_pass or (gate is not None and gate["overridden"])
             table.add_row(
                 graph.file,
@@ -456,6 +457,11 @@ def _show(output: Output, bundles: Sequence[Bundle], title: str) -> None:
     output.show(table)
     if let_pass:
         output.say("! more than the gate's limit, and let pass by --allow-drift")
+    if int8:
+        output.say(
+            "int8 on CPUs: OpenVINO computes its convolutions in integers (--provider openvino); ONNX Runtime computes "
+            "them in floating point, and is no faster than with fp32"
+        )
 
 
 @app.command("verify")
@@ -464,7 +470,8 @@ def verify(
     provider: Annotated[
         str,
         typer.Option(
-            "--provider", help="What runs the graphs: cpu, cuda, onnxruntime-tensorrt, tensorrt, tensorrt-rtx."
+            "--provider",
+            help="What runs the graphs: cpu, cuda, onnxruntime-tensorrt, openvino, tensorrt, tensorrt-rtx.",
         ),
     ] = "cpu",
     tolerance: Annotated[

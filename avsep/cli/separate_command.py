@@ -133,7 +133,9 @@ def command(
     device: Annotated[str, typer.Option("--device", help="Of a run: auto, cpu, cuda or mps.")] = "auto",
     provider: Annotated[
         str,
-        typer.Option("--provider", help="Of a bundle: auto, cpu, cuda, onnxruntime-tensorrt, tensorrt, tensorrt-rtx."),
+        typer.Option(
+            "--provider", help="Of a bundle: auto, cpu, cuda, onnxruntime-tensorrt, openvino, tensorrt, tensorrt-rtx."
+        ),
     ] = "auto",
     precision: Annotated[
         str | None, typer.Option("--precision", help="Of a bundle: fp32, fp16 or int8 [default: fp32 where it has it].")

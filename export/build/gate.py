@@ -10,7 +10,7 @@ layers are chosen on validation mixtures, and the gate is on test mixtures, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ __all__ = [
     "held_out_batches",
     "measure_gate",
     "references",
+    "separate_by",
     "source_inputs",
     "sources_are_independent",
     "synthetic_batches",
@@ -284,28 +285,39 @@ def source_inputs(visual: VisualFeatures, class_ids: Tensor) -> dict[str, Array]
 def graph_separator(path: Path, separator: Separator) -> Separate:
     """The exported graph as a function of any number of mixtures and sources."""
     session, _ = start_onnx(path)
-    inputs = {i.name: i.shape for i in session.get_inputs()}
+    inputs = {i.name: tuple(i.shape) for i in session.get_inputs()}
+    names = [output.name for output in session.get_outputs()]
+    return separate_by(
+        lambda given: dict(zip(names, session.run(None, given), strict=True)), inputs, separator, path.name
+    )
+
+
+def separate_by(
+    run: Callable[[Mapping[str, Array]], Mapping[str, Array]],
+    inputs: Mapping[str, Sequence[int | str]],
+    separator: Separator,
+    name: str,
+) -> Separate:
+    """As :func:`graph_separator`, of whatever runs the graph ``name``, whose inputs have these shapes."""
     first = next(iter(inputs))
     batch, sources = (size if isinstance(size, int) else None for size in inputs["class_ids"])
-    names = [output.name for output in session.get_outputs()]
     call = GraphCall(
-        lambda given: dict(zip(names, session.run(None, given), strict=True)),
+        run,
         first == "spectrum",
         separator.spec.front_end.model_dump(),
         batch,
         sources,
-        channels=inputs[first][1] if len(inputs[first]) == (5 if first == "spectrum" else 3) else 1,
+        channels=int(inputs[first][1]) if len(inputs[first]) == (5 if first == "spectrum" else 3) else 1,
     )
 
     def separate(mixture: Tensor, visual: VisualFeatures, class_ids: Tensor) -> Tensor:
         given = source_inputs(visual, class_ids)
-        takes = inputs.get("motion_features", [None])[-1]
+        takes = inputs["motion_features"][-1] if "motion_features" in inputs else None
         if takes is not None and (steps := given["motion_features"].shape[-1]) != takes:
             raise ExportError(
-                f"{path.name} takes {takes} motion steps, and the mixtures have {steps}: export with "
-                f"motion_steps={steps}"
+                f"{name} takes {takes} motion steps, and the mixtures have {steps}: export with motion_steps={steps}"
             )
-        return torch.from_numpy(call(mixture.numpy(), {name: given[name] for name in inputs if name != first}))
+        return torch.from_numpy(call(mixture.numpy(), {key: given[key] for key in inputs if key != first}))
 
     return separate
 
@@ -345,7 +357,13 @@ def references(separator: Separator, batches: Iterable[Batch], plan: ExportPlan)
 
 
 def measure_gate(
-    path: Path, separator: Separator, plan: ExportPlan, expected: Iterable[Reference], *, on: str = "held-out"
+    path: Path,
+    separator: Separator,
+    plan: ExportPlan,
+    expected: Iterable[Reference],
+    *,
+    on: str = "held-out",
+    separate: Separate | None = None,
 ) -> Gate:
     """Score the graph at ``path`` on mixtures that PyTorch was scored on.
 
@@ -353,11 +371,12 @@ def measure_gate(
         separator: the one that was exported, of the graph's length.
         expected: what PyTorch made of the mixtures.
         on: what they are, for the record.
+        separate: what runs the graph; ONNX Runtime on the CPU when None.
 
     Raises:
         ExportError: the graph gives NaN, or does not fit the mixtures.
     """
-    separate = graph_separator(path, separator)
+    separate = separate or graph_separator(path, separator)
     scored: list[tuple[dict[str, Tensor], str]] = []
     for one in expected:
         estimate = separate(one.batch.mixture, one.visual, one.batch.class_ids)

@@ -32,7 +32,7 @@ Description-Content-Type: text/markdown
 # avsep-runtime
 
 Separates recordings with a bundle of `avsep export`. It needs NumPy and one library that runs the bundle's graphs or
-engines: onnxruntime (or onnxruntime-gpu), tensorrt or tensorrt_rtx. The bundle's README.md says more.
+engines: onnxruntime (or onnxruntime-gpu), openvino, tensorrt or tensorrt_rtx. The bundle's README.md says more.
 
     avsep-runtime BUNDLE recording.wav --classes flute,piano --features features.npz --out separated
     python -m avsep_runtime.verify BUNDLE

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--provider", default="auto", help=f"one of {', '.join(PROVIDERS)} [default: auto]")
     parser.add_argument("--engines", help="folder of engines built with --out [default: engines in the bundle's]")
     parser.add_argument("--precision", help="of the graph: fp32, fp16 or int8 [default: fp32 where there is one]")
-    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime [default: its own choice]")
+    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime or OpenVINO [default: its own choice]")
     parser.add_argument(
         "--context", type=float, help="seconds of each side of a chunk thrown away [default: as the bundle says]"
     )

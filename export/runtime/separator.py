@@ -148,11 +148,11 @@ class BundleSeparator:
 
         Args:
             bundle: a folder or tar of ``avsep export``.
-            provider: ``cpu``, ``cuda`` or ``onnxruntime-tensorrt`` (ONNX Runtime's), ``tensorrt`` or ``tensorrt-rtx``
-                (an engine); it runs or is refused. ``auto``: an engine that was built here, CUDA or the CPU, whichever
-                runs first.
+            provider: ``cpu``, ``cuda`` or ``onnxruntime-tensorrt`` (ONNX Runtime's), ``openvino`` (on the CPU),
+                ``tensorrt`` or ``tensorrt-rtx`` (an engine); it runs or is refused. ``auto``: an engine that was built
+                here, CUDA or the CPU, whichever runs first.
             precision: of the graph, ``fp32``, ``fp16`` or ``int8``; None takes fp32 where the bundle has it.
-            threads: of ONNX Runtime; 0 leaves the number to it.
+            threads: of ONNX Runtime or OpenVINO; 0 leaves the number to it.
             context_s: seconds of each side of a chunk that are thrown away, at most a quarter of the chunk: more gives
                 finer seams for more computing. None: what the bundle says, an eighth of the chunk.
             engines: folder of the engines, where they were built with ``--out``; None: ``engines`` in the bundle's.

@@ -1,6 +1,6 @@
 """Running a bundle's graphs: what all ways have in common, ONNX Runtime, and the choice among the ways.
 
-NumPy and the standard library; onnxruntime and TensorRT are imported when they are asked for.
+NumPy and the standard library; onnxruntime, openvino and TensorRT are imported when they are asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from .reader import Bundle, Graph
 
 __all__ = [
     "ENGINES",
+    "GRAPH_PROVIDERS",
     "ONNX_PROVIDERS",
+    "OPENVINO",
     "PROVIDERS",
     "Engine",
     "OnnxSession",
@@ -40,8 +42,10 @@ ONNX_PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
 }
-ENGINES = ("tensorrt", "tensorrt-rtx")
-PROVIDERS = ("auto", *ONNX_PROVIDERS, *ENGINES)
+OPENVINO = "openvino"
+GRAPH_PROVIDERS = (*ONNX_PROVIDERS, OPENVINO)  # run the bundle's graphs as they are
+ENGINES = ("tensorrt", "tensorrt-rtx")  # run what was built from them
+PROVIDERS = ("auto", *GRAPH_PROVIDERS, *ENGINES)
 
 # Shapes for which buffers are kept; a stream and whole files use one or two.
 _MOST_SHAPES = 4
@@ -247,8 +251,8 @@ def open_session(
 ) -> tuple[list[Engine], tuple[str, ...]]:
     """Make graphs ready, all in the same way.
 
-    ``auto`` takes engines that were built here, CUDA, or the CPU, in this order. ``engines`` is the folder of the
-    engines, where it is not the bundle's own.
+    ``auto`` takes engines that were built here, CUDA, or the CPU by ONNX Runtime, in this order. ``engines`` is the
+    folder of the engines, where it is not the bundle's own.
 
     Returns:
         An engine for each graph, and for each way that ``auto`` passed over the reason in a line.
@@ -279,6 +283,10 @@ def _opened(
         for graph in graphs:
             if provider in ONNX_PROVIDERS:
                 opened.append(OnnxSession(bundle, graph, provider, threads))
+            elif provider == OPENVINO:
+                from .openvino_session import OpenvinoSession
+
+                opened.append(OpenvinoSession(bundle, graph, threads))
             else:
                 from .engines import open_engine
 
@@ -295,7 +303,8 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError:
         raise ExportError(
-            "nothing here runs ONNX graphs: pip install onnxruntime (on an NVIDIA GPU onnxruntime-gpu), or build an "
-            "engine with the bundle's build_engine.py and choose --provider tensorrt"
+            "ONNX Runtime is missing: pip install onnxruntime (on an NVIDIA GPU onnxruntime-gpu), choose --provider "
+            "openvino where that is installed, or build an engine with the bundle's build_engine.py and choose "
+            "--provider tensorrt"
         ) from None
     return onnxruntime

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from .errors import AvsepError, ConfigError, ExportError, one_line
 from .reader import Bundle, Graph, open_bundle
-from .sessions import ENGINES, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
+from .sessions import ENGINES, GRAPH_PROVIDERS, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
 
 __all__ = ["PROVIDERS", "GraphCheck", "Verification", "compare", "main", "verify_bundle"]
 
 Array = NDArray[Any]
 
 # what may be asked for: a provider that runs, or is refused; never whichever is there
-PROVIDERS = (*ONNX_PROVIDERS, *ENGINES)
+PROVIDERS = (*GRAPH_PROVIDERS, *ENGINES)
 _ONNX_TYPES = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
@@ -70,8 +70,8 @@ def verify_bundle(
 
     Args:
         bundle: a folder or tar, or a bundle that was opened with its hashes checked.
-        provider: ``cpu`` (when None), ``cuda`` or ``onnxruntime-tensorrt`` of ONNX Runtime, ``tensorrt`` or
-            ``tensorrt-rtx`` for engines that were built here; it runs, or is refused.
+        provider: ``cpu`` (when None), ``cuda`` or ``onnxruntime-tensorrt`` of ONNX Runtime, ``openvino``, ``tensorrt``
+            or ``tensorrt-rtx`` for engines that were built here; it runs, or is refused.
         tolerance: largest absolute difference; each graph's own when None.
 
     Raises:
@@ -134,7 +134,7 @@ def _check_graph(bundle: Bundle, graph: Graph, provider: str, tolerance: float |
     if not max_error <= limit:
         raise ExportError(
             f"{where} differs from its golden output by {max_error:.2e} ({error_db:.0f} dB), more than {limit:.0e}, "
-            f"on {ran}: {'export' if provider in ONNX_PROVIDERS else 'build'} it again"
+            f"on {ran}: {'export' if provider in GRAPH_PROVIDERS else 'build'} it again"
         )
     return GraphCheck(graph.file, graph.kind, graph.precision, ran, max_error, error_db, limit, seconds)
 
