@@ -67,6 +67,7 @@ __all__ = [
     "findings_of",
     "ids_of_classes",
     "is_video",
+    "known_timelines",
     "output_paths",
     "read_mixture",
     "read_mono",
@@ -312,7 +313,7 @@ def _unseen(separator: Separator, count: int, steps: int) -> VisualFeatures:
     return VisualFeatures(**made)
 
 
-def _timelines(
+def known_timelines(
     separator: Separator, timelines: Mapping[str, VisualTimeline], asked: Sequence[Source]
 ) -> list[VisualTimeline | None]:
     """What is seen of each source, each timeline read once for what the separator wants, so that mistakes show at once;
@@ -339,7 +340,7 @@ def _timelines(
 
 def check_timelines(separator: Separator, timelines: Mapping[str, VisualTimeline], classes: Sequence[str]) -> None:
     """Raise what :func:`separate_audio` would raise of these frames or features and classes."""
-    _timelines(separator, timelines, sources_of(separator.classes, classes))
+    known_timelines(separator, timelines, sources_of(separator.classes, classes))
 
 
 def separate_audio(
@@ -365,7 +366,8 @@ def separate_audio(
             ``right=violin`` are two of one class, told apart by what is seen of each
             (:func:`avsep.export.runtime.recordings.sources_of`).
         limit_mask_sum: divide the masks by their sum where that is above 1, whatever the separator's setting.
-        context_s: seconds thrown away on each side of a chunk; an eighth of the chunk when None.
+        context_s: seconds thrown away on each side of a chunk; an eighth of the chunk when None. A causal separator
+            needs none, and takes the recording as one stream unless a context is given.
         progress: called with (chunks done, chunks in all).
 
     Raises:
@@ -401,9 +403,11 @@ def separate_and_tell(
     import torch
 
     check_samples("the mixture", mixture)
+    if separator.causal and context_s is None:
+        return _streamed(separator, mixture, timelines, classes, limit_mask_sum, progress)
     asked = sources_of(separator.classes, classes)
     ids = [source.class_id for source in asked]
-    lines = _timelines(separator, timelines, asked)
+    lines = known_timelines(separator, timelines, asked)
     spec = separator.spec.front_end
     device = next(separator.parameters()).device
     total = int(mixture.shape[-1])
@@ -443,6 +447,37 @@ def separate_and_tell(
     finally:
         separator.train(training)
     return Separated(sources, presence.value)
+
+
+def _streamed(
+    separator: Separator,
+    mixture: Audio,
+    timelines: Mapping[str, VisualTimeline],
+    classes: Sequence[str],
+    limit_mask_sum: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Separated:
+    """All of a mixture by a causal separator, which needs no chunks and leaves no seams."""
+    from avsep.inference.streaming import StreamingSeparator
+
+    training = separator.training
+    separator.eval()
+    try:
+        channels = None if mixture.ndim == 1 else len(mixture)
+        stream = StreamingSeparator(
+            separator, classes, timelines, channels=channels, limit_mask_sum=limit_mask_sum
+        )
+        clip = separator.spec.front_end.clip_samples
+        starts = range(0, mixture.shape[-1], clip)
+        parts = []
+        for done, start in enumerate(starts):
+            parts.append(stream.push(mixture[..., start : start + clip]))
+            if progress is not None:
+                progress(done + 1, len(starts))
+        parts.append(stream.flush())
+        return Separated(np.concatenate(parts, axis=-1), stream.presence)
+    finally:
+        separator.train(training)
 
 
 def _output_rate(rate: str | int, model_hz: int, input_hz: int) -> int:

@@ -379,7 +379,7 @@ def with_length(separator: Separator, length_s: float | None) -> Separator:
     samples = round(length_s * rate)
     frames = 1 + samples // hop
     name = separator.spec.audio_encoder.name
-    multiple = separator.audio_encoder.size_multiple
+    multiple = 1 if separator.audio_encoder.any_frames else separator.audio_encoder.size_multiple
     if frames % multiple or samples < 1:
         # T frames are given by (T - 1) hop to T hop - 1 samples; the longest of them is named
         below, above = frames // multiple * multiple, (frames // multiple + 1) * multiple

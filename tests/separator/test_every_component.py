@@ -48,6 +48,8 @@ def _parts() -> Iterator[tuple[str, str, str]]:
 CASES = list(_parts())
 # (kind, name, part) -> settings that make another network of a component, beside those of its example
 VARIANTS = {
+    ("audio_encoders", "causal_unet", "audio_encoder"): [{"causal": False, "kernel": 1}],
+    ("mask_decoders", "aligned_query", "mask_decoder"): [{"causal": True}],
     ("mask_decoders", "query_transformer", "mask_decoder"): [
         {"slot_attention": "causal"},
         {"slot_attention": "self"},  # its dead query and key weights are rows of a parameter that has live ones
