@@ -22,9 +22,81 @@ from avsep.inference.recordings import encode_chunks, known_timelines
 from avsep.separator import Separator
 from avsep.types import VisualFeatures
 
-__all__ = ["StreamingSeparator"]
+__all__ = ["FrameStream", "StreamingSeparator"]
 
 Audio = NDArray[np.float32]
+
+
+class FrameStream:
+    """The frames of a stream, one after another: STFT, masks and overlap-add of a causal separator, with all that it
+    carries from frame to frame in ``state``, by name.
+
+    Beside the separator's own (:meth:`avsep.separator.Separator.state_shapes`) these are ``overlap`` [N, C, n_fft -
+    hop], what the frames so far add to samples that later ones add to as well, and ``envelope`` [n_fft - hop], the sum
+    of their squared windows there. All begin with zeros.
+
+    Args:
+        separator: causal, in evaluation mode.
+        class_ids: of the N sources.
+        channels: C.
+        limit_mask_sum: divide the masks by their sum where that is above 1, whatever the separator's setting.
+    """
+
+    def __init__(
+        self, separator: Separator, class_ids: Sequence[int], channels: int = 1, *, limit_mask_sum: bool = False
+    ) -> None:
+        spec, like = separator.spec.front_end, separator.front_end.window.float()
+        self._separator = separator
+        self._ids = torch.tensor([list(class_ids)])  # [1, N]
+        self._limit = limit_mask_sum and not spec.limit_mask_sum
+        self._window = like
+        self._hop, self._n_fft = spec.hop, spec.n_fft
+        count = len(class_ids)
+        of_mixture, of_sources = separator.state_shapes()
+        self.state: dict[str, Tensor] = {
+            **{name: like.new_zeros(1, *shape) for name, shape in of_mixture.items()},
+            **{name: like.new_zeros(1, count, *shape) for name, shape in of_sources.items()},
+            "overlap": like.new_zeros(count, channels, spec.n_fft - spec.hop),
+            "envelope": like.new_zeros(spec.n_fft - spec.hop),
+        }
+
+    def begin_clip(self) -> None:
+        """Tell presence anew from here on."""
+        for name, value in self.state.items():
+            if name.startswith("presence"):
+                self.state[name] = torch.zeros_like(value)
+
+    @torch.inference_mode()
+    def advance(self, samples: Tensor, visual: VisualFeatures) -> tuple[Tensor, Tensor | None]:
+        """The next t frames, samples [C, n_fft + (t - 1) hop] -> the first t hop of these samples of each source,
+        [N, C, t hop], which no later frame adds to; and the presence [N] since :meth:`begin_clip`, of a separator that
+        tells."""
+        front_end, hop, n_fft = self._separator.front_end, self._hop, self._n_fft
+        frames = samples.unfold(-1, n_fft, hop) * self._window  # [C, t, n_fft]
+        count = frames.shape[1]
+        spectrum = torch.fft.rfft(frames).transpose(1, 2)  # [C, bins, t]
+        magnitude = front_end.warp(spectrum.mean(dim=0, keepdim=True).abs() + 1e-10)  # [1, F, t]
+        output, after = self._separator.advance(torch.log1p(magnitude)[:, None], visual, self._ids, self.state)
+        if self._limit:
+            output = output.with_limited_sum()
+        masks = front_end.unwarp(torch.sigmoid(output.logits[0]))  # [N, bins, t]
+        pieces = torch.fft.irfft((masks[:, None] * spectrum).transpose(2, 3), n=n_fft) * self._window  # [N, C, t, n_fft]
+        overlap = F.pad(self.state["overlap"], (0, count * hop))
+        envelope = F.pad(self.state["envelope"], (0, count * hop))
+        for t in range(count):
+            overlap[..., t * hop : t * hop + n_fft] += pieces[:, :, t]
+            envelope[t * hop : t * hop + n_fft] += self._window**2
+        done = _normalised(overlap, envelope)[..., : count * hop]
+        self.state = {**after, "overlap": overlap[..., count * hop :].clone(), "envelope": envelope[count * hop :].clone()}
+        return done, None if output.presence is None else torch.sigmoid(output.presence[0].float())
+
+    def rest(self) -> Tensor:
+        """What the frames so far gave of the samples after those that came out: [N, C, n_fft - hop]."""
+        return _normalised(self.state["overlap"], self.state["envelope"])
+
+
+def _normalised(overlap: Tensor, envelope: Tensor) -> Tensor:
+    return (overlap / envelope.clamp(min=1e-11)).clamp(-1.0, 1.0)
 
 
 class StreamingSeparator:
@@ -76,20 +148,13 @@ class StreamingSeparator:
         self._separator = separator
         self._timelines = None if visual is not None else known_timelines(separator, timelines or {}, asked)
         self._channels = channels
-        self._limit = limit_mask_sum and not separator.spec.front_end.limit_mask_sum
         spec, like = separator.spec.front_end, separator.front_end.window
         self._hop, self._n_fft, self._clip_frames = spec.hop, spec.n_fft, spec.frames
-        self._ids = torch.tensor([[source.class_id for source in asked]])  # [1, N]
         self._visual = visual
-        self._window = like.float()
-        of_mixture, of_sources = separator.state_shapes()
-        self._state = {name: like.new_zeros(1, *shape) for name, shape in of_mixture.items()}
-        self._state |= {name: like.new_zeros(1, len(asked), *shape) for name, shape in of_sources.items()}
-        rows = channels or 1
+        ids = [source.class_id for source in asked]
+        self._stream = FrameStream(separator, ids, channels or 1, limit_mask_sum=limit_mask_sum)
         # from half a window before the stream's first sample on: frames are centred
-        self._samples = like.new_zeros(rows, self._n_fft // 2)
-        self._overlap = like.new_zeros(len(asked), rows, self._n_fft - self._hop)
-        self._envelope = like.new_zeros(self._n_fft - self._hop)
+        self._samples = like.new_zeros(channels or 1, self._n_fft // 2)
         self._frames = self._received = self._emitted = self._given = 0
         self._presence = PresenceOfChunks()
         self._told: Audio | None = None  # of the clip that is going on
@@ -159,12 +224,11 @@ class StreamingSeparator:
         self._check(None)
         self._ended = True
         if not self._received:
-            return self._shaped(self._overlap[..., :0])
+            return self._shaped(self._stream.rest()[..., :0])
         self._samples = F.pad(self._samples, (0, self._n_fft // 2))
         rest = self._advance()
         begin = self._emitted - (self._frames * self._hop - self._n_fft // 2)  # before that lies no sample of the stream
-        tail = (self._overlap / self._envelope.clamp(min=1e-11))[..., begin:].clamp(-1.0, 1.0)
-        tail = tail[..., : self._received - self._emitted]
+        tail = self._stream.rest()[..., begin:][..., : self._received - self._emitted]
         self._emitted = self._received
         return np.concatenate((rest, self._shaped(tail)), axis=-1)
 
@@ -181,7 +245,6 @@ class StreamingSeparator:
             raise ConfigError(f"this stream takes blocks [{takes}samples], got shape {list(block.shape)}")
         check_samples("the block", block)
 
-    @torch.inference_mode()
     def _advance(self) -> Audio:
         """Separate the frames that are complete, those of one clip at a time."""
         made = []
@@ -194,7 +257,7 @@ class StreamingSeparator:
             made.append(waveforms[..., max(-begin, 0) :])
             self._samples = self._samples[:, count * self._hop :].clone()
             self._frames += count
-        whole = torch.cat(made, dim=-1) if made else self._overlap[..., :0]
+        whole = torch.cat(made, dim=-1) if made else self._stream.rest()[..., :0]
         whole = whole[..., : self._received - self._emitted]
         self._emitted += whole.shape[-1]
         return self._shaped(whole)
@@ -202,40 +265,20 @@ class StreamingSeparator:
     def _begin_clip(self) -> None:
         if self._told is not None:
             self._presence.add(self._told[None])
-        for name, value in self._state.items():
-            if name.startswith("presence"):
-                self._state[name] = torch.zeros_like(value)
+        self._stream.begin_clip()
         if self._timelines is not None:
             start = self._frames * self._hop
             self._visual = encode_chunks(self._separator, self._timelines, [start], start)  # nothing later is there
 
     def _separated(self, count: int) -> Tensor:
-        """The next ``count`` frames -> [N, C, count hop], the samples that no later frame adds to."""
-        front_end, hop, n_fft = self._separator.front_end, self._hop, self._n_fft
+        """The next ``count`` frames -> [N, C, count hop], from the first sample on that they cover."""
         assert self._visual is not None
-        frames = self._samples.unfold(-1, n_fft, hop)[:, :count] * self._window  # [C, t, n_fft]
-        spectrum = torch.fft.rfft(frames).transpose(1, 2)  # [C, bins, t]
-        magnitude = front_end.warp(spectrum.mean(dim=0, keepdim=True).abs() + 1e-10)  # [1, F, t]
-        output, self._state = self._separator.advance(
-            torch.log1p(magnitude)[:, None], self._visual, self._ids, self._state
-        )
-        if self._limit:
-            output = output.with_limited_sum()
-        masks = front_end.unwarp(torch.sigmoid(output.logits[0]))  # [N, bins, t]
-        pieces = torch.fft.irfft((masks[:, None] * spectrum).transpose(2, 3), n=n_fft) * self._window  # [N, C, t, n_fft]
-        overlap = F.pad(self._overlap, (0, count * hop))
-        envelope = F.pad(self._envelope, (0, count * hop))
-        for t in range(count):
-            overlap[..., t * hop : t * hop + n_fft] += pieces[:, :, t]
-            envelope[t * hop : t * hop + n_fft] += self._window**2
-        done = (overlap / envelope.clamp(min=1e-11))[..., : count * hop].clamp(-1.0, 1.0)
-        self._overlap, self._envelope = overlap[..., count * hop :].clone(), envelope[count * hop :].clone()
-        if output.presence is not None:
-            self._told = torch.sigmoid(output.presence[0].float()).cpu().numpy()
+        done, told = self._stream.advance(self._samples[:, : self._n_fft + (count - 1) * self._hop], self._visual)
+        self._told = None if told is None else told.cpu().numpy()
         if not bool(torch.isfinite(done).all()):
             raise NumericalError(
-                f"the separator answers NaN or infinite samples near {self._frames * hop / self._rate_hz:.1f} s: its "
-                "weights are damaged, or its training diverged"
+                f"the separator answers NaN or infinite samples near {self._frames * self._hop / self._rate_hz:.1f} s: "
+                "its weights are damaged, or its training diverged"
             )
         return done
 

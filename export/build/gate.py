@@ -345,7 +345,13 @@ def references(separator: Separator, batches: Iterable[Batch], plan: ExportPlan)
 
 
 def measure_gate(
-    path: Path, separator: Separator, plan: ExportPlan, expected: Iterable[Reference], *, on: str = "held-out"
+    path: Path,
+    separator: Separator,
+    plan: ExportPlan,
+    expected: Iterable[Reference],
+    *,
+    on: str = "held-out",
+    separate: Separate | None = None,
 ) -> Gate:
     """Score the graph at ``path`` on mixtures that PyTorch was scored on.
 
@@ -353,11 +359,12 @@ def measure_gate(
         separator: the one that was exported, of the graph's length.
         expected: what PyTorch made of the mixtures.
         on: what they are, for the record.
+        separate: the graph as a function; :func:`graph_separator` when None.
 
     Raises:
         ExportError: the graph gives NaN, or does not fit the mixtures.
     """
-    separate = graph_separator(path, separator)
+    separate = separate or graph_separator(path, separator)
     scored: list[tuple[dict[str, Tensor], str]] = []
     for one in expected:
         estimate = separate(one.batch.mixture, one.visual, one.batch.class_ids)

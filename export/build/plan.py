@@ -25,6 +25,7 @@ _MOST = {
     "batch": 256,
     "sources": 256,
     "channels": 64,
+    "frames": 1024,
     "max_batch": 256,
     "max_sources": 256,
     "motion_steps": 4096,
@@ -45,6 +46,8 @@ class ExportPlan:
         dynamic: leave B and N open in the graph (``batch`` and ``sources`` are then what an engine is tuned for); the
             length always is fixed.
         spectral: leave both transforms out of the graph: the mixture's spectrum in, the estimates' spectra out.
+        frames: STFT frames in one call of a causal separator, which goes frame by frame: more compute less and come
+            later. Of no meaning for others.
         channels: C of the mixture and of each source; the masks are found once, from the channels' mean. With 1 there
             is no such dimension.
         limit_mask_sum: divide the masks by their sum where that is above 1, whatever the separator's own setting: what
@@ -65,8 +68,8 @@ class ExportPlan:
         gate_db: largest drift of SDR, SIR or SAR in any source, in dB.
         allow_drift: write a graph that drifts by more; its manifest says so.
         max_batch, max_sources: upper ends of the optimisation profile of a dynamic graph. They, ``batch`` and
-            ``sources`` are at most 256, ``channels`` 64; ``motion_steps``, ``motion_frames`` and each side of a frame
-            4096.
+            ``sources`` are at most 256, ``channels`` 64, ``frames`` 1024; ``motion_steps``, ``motion_frames`` and each
+            side of a frame 4096.
     """
 
     batch: int = 1
@@ -74,6 +77,7 @@ class ExportPlan:
     length_s: float | None = None
     dynamic: bool = False
     spectral: bool = False
+    frames: int = 1
     channels: int = 1
     limit_mask_sum: bool = False
     precision: tuple[str, ...] = ("fp32",)
@@ -136,7 +140,8 @@ class ExportPlan:
         return TOLERANCE if self.tolerance is None and precision == "fp32" else self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As it stands in manifests; ``frames`` only where it is not 1, since bundles of chunks know no such thing."""
+        return {name: value for name, value in asdict(self).items() if name != "frames" or value != 1}
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,12 @@ def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSp
         ConfigError: the plan asks for what the separator's visual encoders do not have.
     """
     _check_visual(separator, plan)
+    if separator.causal:
+        from avsep.export.build.stream import stream_specs
+
+        return stream_specs(separator, plan)
+    if plan.frames > 1:
+        raise ConfigError(f"frames {plan.frames} is of causal separators, which go frame by frame: leave it out")
     batch, sources = plan.batch, plan.sources
     front_end = separator.spec.front_end
     mixture_axes = {0: "batch"} if plan.dynamic else {}
