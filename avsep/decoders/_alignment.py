@@ -200,9 +200,7 @@ class Presence(nn.Module):
         share = passed / loudest.clamp(min=1e-6)[..., None]
         return self._answer(total / frames[..., None], largest, share[..., 0] / frames, share[..., 1], visual)
 
-    def _answer(
-        self, mean: Tensor, largest: Tensor, through: Tensor, most: Tensor, visual: VisualFeatures
-    ) -> Tensor:
+    def _answer(self, mean: Tensor, largest: Tensor, through: Tensor, most: Tensor, visual: VisualFeatures) -> Tensor:
         """The states' mean and maximum in time [B, N, D], and those of what the masks let through [B, N] -> logits."""
         share = (through + 1e-4).log(), (most + 1e-4).log()
         found = torch.cat((mean, largest, torch.stack(share, dim=-1)), dim=-1)

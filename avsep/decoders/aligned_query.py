@@ -85,7 +85,8 @@ class AlignedQuery(MaskDecoder):
             raise ValueError(f"presence_weight must be 0 or more, got {presence_weight}")
         if causal and motion_dim is not None:
             raise ValueError(
-                "causal takes no motion features, which are of a whole clip and look ahead: leave the motion_encoder out"
+                "causal takes no motion features, which are of a whole clip and look ahead: leave the motion_encoder "
+                "out"
             )
         self.causal = causal
         self.head = TimeVaryingHead(

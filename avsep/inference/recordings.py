@@ -464,9 +464,7 @@ def _streamed(
     separator.eval()
     try:
         channels = None if mixture.ndim == 1 else len(mixture)
-        stream = StreamingSeparator(
-            separator, classes, timelines, channels=channels, limit_mask_sum=limit_mask_sum
-        )
+        stream = StreamingSeparator(separator, classes, timelines, channels=channels, limit_mask_sum=limit_mask_sum)
         clip = separator.spec.front_end.clip_samples
         starts = range(0, mixture.shape[-1], clip)
         parts = []

@@ -80,14 +80,20 @@ class FrameStream:
         if self._limit:
             output = output.with_limited_sum()
         masks = front_end.unwarp(torch.sigmoid(output.logits[0]))  # [N, bins, t]
-        pieces = torch.fft.irfft((masks[:, None] * spectrum).transpose(2, 3), n=n_fft) * self._window  # [N, C, t, n_fft]
+        pieces = (
+            torch.fft.irfft((masks[:, None] * spectrum).transpose(2, 3), n=n_fft) * self._window
+        )  # [N, C, t, n_fft]
         overlap = F.pad(self.state["overlap"], (0, count * hop))
         envelope = F.pad(self.state["envelope"], (0, count * hop))
         for t in range(count):
             overlap[..., t * hop : t * hop + n_fft] += pieces[:, :, t]
             envelope[t * hop : t * hop + n_fft] += self._window**2
         done = _normalised(overlap, envelope)[..., : count * hop]
-        self.state = {**after, "overlap": overlap[..., count * hop :].clone(), "envelope": envelope[count * hop :].clone()}
+        self.state = {
+            **after,
+            "overlap": overlap[..., count * hop :].clone(),
+            "envelope": envelope[count * hop :].clone(),
+        }
         return done, None if output.presence is None else torch.sigmoid(output.presence[0].float())
 
     def rest(self) -> Tensor:
@@ -227,7 +233,9 @@ class StreamingSeparator:
             return self._shaped(self._stream.rest()[..., :0])
         self._samples = F.pad(self._samples, (0, self._n_fft // 2))
         rest = self._advance()
-        begin = self._emitted - (self._frames * self._hop - self._n_fft // 2)  # before that lies no sample of the stream
+        begin = self._emitted - (
+            self._frames * self._hop - self._n_fft // 2
+        )  # before that lies no sample of the stream
         tail = self._stream.rest()[..., begin:][..., : self._received - self._emitted]
         self._emitted = self._received
         return np.concatenate((rest, self._shaped(tail)), axis=-1)

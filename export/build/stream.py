@@ -7,7 +7,6 @@ begins with zeros. So whoever runs it needs no transform: a block of samples in,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np

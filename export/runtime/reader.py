@@ -82,14 +82,12 @@ class Graph:
 
     @property
     def golden_tensors(self) -> tuple[TensorInfo, ...]:
-        """Inputs and outputs as the golden arrays hold them: of a graph that goes frame by frame a sequence of calls."""
+        """Inputs and outputs as golden arrays hold them: a sequence of calls, of a graph that goes frame by frame."""
         tensors = (*self.inputs, *self.outputs)
         if self.kind != "stream":
             return tensors
         calls = int(self.entry["stream"]["golden_calls"])
-        return tuple(
-            TensorInfo(t.name, t.dtype, (calls, *t.shape)) if t.name in SEQUENCES else t for t in tensors
-        )
+        return tuple(TensorInfo(t.name, t.dtype, (calls, *t.shape)) if t.name in SEQUENCES else t for t in tensors)
 
 
 @dataclass

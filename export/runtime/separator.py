@@ -65,6 +65,7 @@ class BundleSeparator:
 
     Attributes:
         provider: what really runs, as its own library names it.
+        calls: how often its graph has run.
         causal: it goes frame by frame, and its streams come out within :attr:`latency_samples`, a fraction of a second.
         passed_over: for each way that ``provider="auto"`` passed over, the reason in a line.
         unused_engines: those of them for which an engine was built.
@@ -91,6 +92,7 @@ class BundleSeparator:
         manifest = bundle.manifest
         self.bundle = bundle
         self.graph = graph
+        self.calls = 0
         self.causal = graph.kind == "stream"
         self.passed_over: tuple[str, ...] = ()
         self.unused_engines: tuple[str, ...] = ()
@@ -134,7 +136,7 @@ class BundleSeparator:
                 self.channels,
             )
         self._call = GraphCall(
-            lambda inputs: self._engine.run(inputs),
+            self._run_graph,
             graph.kind == "spectral",
             manifest["transform"],
             self._fixed_batch,
@@ -209,6 +211,11 @@ class BundleSeparator:
     def latency_samples(self) -> int:
         """The most samples between a sample's arrival in a stream and its coming out, without the computing."""
         return self.clip_samples if self._layout is None else self._layout.latency_samples
+
+    @property
+    def block_samples(self) -> int | None:
+        """Samples of one call, of a :attr:`causal` separator: blocks of so many samples come out soonest."""
+        return None if self._layout is None else self._layout.frames * self._layout.hop
 
     @property
     def context_samples(self) -> int:
@@ -297,9 +304,7 @@ class BundleSeparator:
         sources = separate_long(run, audio, batch=self._batch(batch), progress=progress, **self._chunking)
         return Separated(sources, presence.value)
 
-    def _whole_stream(
-        self, stream: Stream, audio: Audio, progress: Callable[[int, int], None] | None
-    ) -> Separated:
+    def _whole_stream(self, stream: Stream, audio: Audio, progress: Callable[[int, int], None] | None) -> Separated:
         """All of a recording as one stream, which leaves no seams."""
         starts = range(0, audio.shape[-1], self.clip_samples)
         parts = []
@@ -432,10 +437,14 @@ class BundleSeparator:
             )
         return result
 
+    def _run_graph(self, inputs: dict[str, Array]) -> Mapping[str, Array]:
+        self.calls += 1
+        return self._engine.run(inputs)
+
     def _frames_run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """One call of a graph that goes frame by frame, with arrays of its own."""
         with self._lock:
-            outputs = {name: np.array(array) for name, array in self._engine.run(inputs).items()}
+            outputs = {name: np.array(array) for name, array in self._run_graph(inputs).items()}
         if not np.isfinite(outputs["sources"]).all():
             raise NumericalError(
                 f"the graph answers NaN or infinite samples on {self.provider}: check it with avsep export verify"

@@ -274,9 +274,7 @@ def causal_parts():
 
 
 def up_to(audio, frames):
-    return replace(
-        audio, mask_features=audio.mask_features[..., :frames], spectrogram=audio.spectrogram[..., :frames]
-    )
+    return replace(audio, mask_features=audio.mask_features[..., :frames], spectrogram=audio.spectrogram[..., :frames])
 
 
 def test_a_causal_decoders_frames_do_not_know_later_ones():

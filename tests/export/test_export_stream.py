@@ -155,9 +155,8 @@ def test_no_sample_waits_longer_than_told(running):
         separator = running(name)
         assert (separator.causal, separator.latency_samples) == (True, latency)
         stream = separator.stream(CLASSES, SEEN)
-        received = emitted = 0
-        for _ in range(400):
-            received += 1
+        emitted = 0
+        for received in range(1, 401):
             emitted += stream.push(noise(1)).shape[-1]
             assert received - emitted < latency
         assert emitted > 100
@@ -190,11 +189,9 @@ def test_limited_masks_need_the_number_of_sources(tmp_path):
 def test_files_are_separated_by_the_command(bundles, running, tmp_path):
     mixture = noise(6000) * 0.9
     soundfile.write(tmp_path / "song.wav", mixture, RATE_HZ, subtype="FLOAT")
+    files = [str(tmp_path / "song.wav"), "--bundle", str(bundles("one")), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:
-        main(
-            ["separate", str(tmp_path / "song.wav"), "--bundle", str(bundles("one")), "--provider", "cpu"]
-            + ["--classes", "flute,violin", "--out", str(tmp_path / "out"), "--format", "FLOAT"]
-        )
+        main(["separate", *files, "--provider", "cpu", "--classes", "flute,violin", "--format", "FLOAT"])
     assert not stop.value.code
     expected = running("one").separate(mixture, {}, CLASSES)
     for name, one in zip(CLASSES, expected, strict=True):
@@ -306,7 +303,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(damage, bundles):
     check_manifest(manifest, "x")
     check_schema(manifest, "x")
     damage(manifest)
-    with pytest.raises(ExportError, match="x is damaged: .*; copy the bundle again") as error:
+    with pytest.raises(ExportError, match=r"x is damaged: .*; copy the bundle again") as error:
         check_manifest(manifest, "x")
     assert "\n" not in str(error.value)
 

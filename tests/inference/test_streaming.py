@@ -128,7 +128,7 @@ def test_presence_of_a_long_stream_is_that_of_its_clips(separator):
     stream.push(mixture[clip + 64 :])
     stream.flush()
     assert first.shape == stream.presence.shape == (2,)
-    assert ((0 < stream.presence) & (stream.presence < 1)).all()
+    assert ((stream.presence > 0) & (stream.presence < 1)).all()
 
 
 def test_recordings_are_separated_as_one_stream(separator):

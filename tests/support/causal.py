@@ -54,7 +54,5 @@ def whole_pass(separator: Separator, mixture: np.ndarray, visual: VisualFeatures
 
     longer = with_length(separator, mixture.shape[-1] / separator.spec.front_end.sample_rate_hz).eval()
     with torch.inference_mode():
-        waveforms, output = longer.separate_and_tell(
-            torch.from_numpy(mixture)[None], visual, torch.tensor([ids])
-        )
+        waveforms, output = longer.separate_and_tell(torch.from_numpy(mixture)[None], visual, torch.tensor([ids]))
     return waveforms[0].numpy(), torch.sigmoid(output.presence[0]).numpy()

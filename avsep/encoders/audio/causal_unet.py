@@ -135,16 +135,12 @@ class CausalUNet(AudioEncoder):
     def forward(self, spectrogram: Tensor) -> AudioFeatures:
         return self._run(spectrogram, None)[0]
 
-    def advance(
-        self, spectrogram: Tensor, state: Mapping[str, Tensor]
-    ) -> tuple[AudioFeatures, dict[str, Tensor]]:
+    def advance(self, spectrogram: Tensor, state: Mapping[str, Tensor]) -> tuple[AudioFeatures, dict[str, Tensor]]:
         if not self.causal:
             return super().advance(spectrogram, state)
         return self._run(spectrogram, state)
 
-    def _run(
-        self, spectrogram: Tensor, state: Mapping[str, Tensor] | None
-    ) -> tuple[AudioFeatures, dict[str, Tensor]]:
+    def _run(self, spectrogram: Tensor, state: Mapping[str, Tensor] | None) -> tuple[AudioFeatures, dict[str, Tensor]]:
         if (rows := spectrogram.shape[2]) % self.size_multiple:
             raise ConfigError(
                 f"causal_unet halves its input five times in frequency and needs F in multiples of "
