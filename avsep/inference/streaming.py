@@ -233,9 +233,8 @@ class StreamingSeparator:
             return self._shaped(self._stream.rest()[..., :0])
         self._samples = F.pad(self._samples, (0, self._n_fft // 2))
         rest = self._advance()
-        begin = self._emitted - (
-            self._frames * self._hop - self._n_fft // 2
-        )  # before that lies no sample of the stream
+        # the rest begins where the next frame would, which may lie before the stream
+        begin = self._emitted - (self._frames * self._hop - self._n_fft // 2)
         tail = self._stream.rest()[..., begin:][..., : self._received - self._emitted]
         self._emitted = self._received
         return np.concatenate((rest, self._shaped(tail)), axis=-1)
@@ -270,6 +269,7 @@ class StreamingSeparator:
         self._emitted += whole.shape[-1]
         return self._shaped(whole)
 
+    @torch.inference_mode()
     def _begin_clip(self) -> None:
         if self._told is not None:
             self._presence.add(self._told[None])
