@@ -18,7 +18,7 @@ from avsep.errors import ConfigError, NumericalError
 from avsep.export.runtime.recordings import PresenceOfChunks, sources_of
 from avsep.export.runtime.timeline import VisualTimeline
 from avsep.export.runtime.wav import check_samples
-from avsep.inference.recordings import encode_chunks, known_timelines
+from avsep.inference.looking import encode_chunks, known_timelines
 from avsep.separator import Separator
 from avsep.types import VisualFeatures
 

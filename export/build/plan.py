@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from avsep.errors import ConfigError
+from avsep.export.runtime.streaming import COUNTED
 from avsep.export.runtime.timeline import MOTION_STEPS
 
 if TYPE_CHECKING:
@@ -174,9 +175,7 @@ def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSp
     """
     _check_visual(separator, plan)
     if separator.causal:
-        from avsep.export.build.stream import stream_specs
-
-        return stream_specs(separator, plan)
+        return _stream_specs(separator, plan)
     if plan.frames > 1:
         raise ConfigError(f"frames {plan.frames} is of causal separators, which go frame by frame: leave it out")
     batch, sources = plan.batch, plan.sources
@@ -210,6 +209,52 @@ def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSp
     inputs.append(TensorSpec("class_ids", "int64", (batch, sources), source_axes))
     if separator.mask_decoder.tells_presence:
         outputs.append(TensorSpec("presence", "float32", (batch, sources), source_axes))
+    return tuple(inputs), tuple(outputs)
+
+
+def _stream_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs of a causal separator's graph, in order, and its outputs: first the sources, and, of a decoder that
+    tells it, presence; then the states.
+
+    Raises:
+        ConfigError: the plan asks for what a stream has not.
+    """
+    for name, wanted in (
+        ("spectral", plan.spectral),
+        ("length_s", plan.length_s is not None),
+        ("batch", plan.batch > 1),
+        ("precision", plan.precision != ("fp32",)),
+    ):
+        if wanted:
+            raise ConfigError(
+                f"{name} is of separators that take chunks, and this one goes frame by frame, in fp32: leave it out"
+            )
+    spec, count = separator.spec.front_end, plan.sources
+    of_source = {1: "sources"} if plan.dynamic else {}
+    channels = () if plan.channels == 1 else (plan.channels,)
+    samples, held = plan.frames * spec.hop, spec.n_fft - spec.hop
+    inputs = [TensorSpec("mixture", "float32", (1, *channels, samples))]
+    if separator.object_encoder is not None:
+        inputs.append(TensorSpec("object_features", "float32", (1, count, separator.object_encoder.dim), of_source))
+    if separator.can_go_unseen:
+        inputs.append(TensorSpec("seen", "bool", (1, count), of_source))
+    inputs.append(TensorSpec("class_ids", "int64", (1, count), of_source))
+    if plan.frames > 1:
+        inputs.append(TensorSpec(COUNTED, "float32", (1, plan.frames)))
+    outputs = [TensorSpec("sources", "float32", (1, count, *channels, samples), of_source)]
+    if separator.mask_decoder.tells_presence:
+        outputs.append(TensorSpec("presence", "float32", (1, count), of_source))
+    of_mixture, of_sources = separator.state_shapes()
+    states: dict[str, tuple[tuple[int, ...], dict[int, str]]] = {
+        "samples": ((1, plan.channels, held), {}),
+        "overlap": ((1, count, plan.channels, held), of_source),
+        "envelope": ((1, held), {}),
+        **{name: ((1, *shape), {}) for name, shape in of_mixture.items()},
+        **{name: ((1, count, *shape), of_source) for name, shape in of_sources.items()},
+    }
+    for name, (shape, axes) in states.items():
+        inputs.append(TensorSpec(f"state_{name}", "float32", shape, axes))
+        outputs.append(TensorSpec(f"next_{name}", "float32", shape, axes))
     return tuple(inputs), tuple(outputs)
 
 

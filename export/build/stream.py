@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from avsep.errors import ConfigError
 from avsep.export.build.graph import MaskedSeparator, PolyphaseSTFT
 from avsep.export.build.plan import ExportPlan, TensorSpec
 from avsep.export.runtime.streaming import COUNTED
@@ -25,7 +24,7 @@ from avsep.types import MaskOutput, VisualFeatures
 if TYPE_CHECKING:
     from avsep.separator import Separator
 
-__all__ = ["GOLDEN_CALLS", "StreamGraph", "golden_stream", "reference_stream", "stream_entry", "stream_specs"]
+__all__ = ["GOLDEN_CALLS", "StreamGraph", "golden_stream", "reference_stream", "stream_entry"]
 
 Array = NDArray[Any]
 
@@ -54,9 +53,10 @@ class StreamGraph(MaskedSeparator):
     Shapes:
         mixture [1, hop frames], the next samples, or [1, C, hop frames] with C > 1 ``channels``; what is seen of the
         sources and class_ids [1, N] as in :class:`avsep.export.build.graph.WaveformSeparator`; with several frames
-        ``counted`` [1, frames], 0 of frames that the overlap-add is to leave out, else 1; the states, by
-        :func:`stream_specs` -> sources [1, N, hop frames] or [1, N, C, hop frames], ``n_fft`` - ``hop`` samples behind
-        the mixture; of a decoder that tells it presence [1, N] since its states were zeros; the states after.
+        ``counted`` [1, frames], 0 of frames that the overlap-add is to leave out, else 1; the states, as
+        :func:`avsep.export.build.plan.tensor_specs` has them -> sources [1, N, hop frames] or [1, N, C, hop frames],
+        ``n_fft`` - ``hop`` samples behind the mixture; of a decoder that tells it presence [1, N] since its states were
+        zeros; the states after.
     """
 
     first_input, first_output = "mixture", "sources"
@@ -126,52 +126,6 @@ class StreamGraph(MaskedSeparator):
             assert presence is not None
             results.append(torch.sigmoid(presence))
         return (*results, *(after[name] for name in self.state_names()))
-
-
-def stream_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """The inputs of a causal separator's graph, in order, and its outputs: first the sources, and, of a decoder that
-    tells it, presence; then the states.
-
-    Raises:
-        ConfigError: the plan asks for what a stream has not.
-    """
-    for name, wanted in (
-        ("spectral", plan.spectral),
-        ("length_s", plan.length_s is not None),
-        ("batch", plan.batch > 1),
-        ("precision", plan.precision != ("fp32",)),
-    ):
-        if wanted:
-            raise ConfigError(
-                f"{name} is of separators that take chunks, and this one goes frame by frame, in fp32: leave it out"
-            )
-    spec, count = separator.spec.front_end, plan.sources
-    of_source = {1: "sources"} if plan.dynamic else {}
-    channels = () if plan.channels == 1 else (plan.channels,)
-    samples, held = plan.frames * spec.hop, spec.n_fft - spec.hop
-    inputs = [TensorSpec("mixture", "float32", (1, *channels, samples))]
-    if separator.object_encoder is not None:
-        inputs.append(TensorSpec("object_features", "float32", (1, count, separator.object_encoder.dim), of_source))
-    if separator.can_go_unseen:
-        inputs.append(TensorSpec("seen", "bool", (1, count), of_source))
-    inputs.append(TensorSpec("class_ids", "int64", (1, count), of_source))
-    if plan.frames > 1:
-        inputs.append(TensorSpec(COUNTED, "float32", (1, plan.frames)))
-    outputs = [TensorSpec("sources", "float32", (1, count, *channels, samples), of_source)]
-    if separator.mask_decoder.tells_presence:
-        outputs.append(TensorSpec("presence", "float32", (1, count), of_source))
-    of_mixture, of_sources = separator.state_shapes()
-    states: dict[str, tuple[tuple[int, ...], dict[int, str]]] = {
-        "samples": ((1, plan.channels, held), {}),
-        "overlap": ((1, count, plan.channels, held), of_source),
-        "envelope": ((1, held), {}),
-        **{name: ((1, *shape), {}) for name, shape in of_mixture.items()},
-        **{name: ((1, count, *shape), of_source) for name, shape in of_sources.items()},
-    }
-    for name, (shape, axes) in states.items():
-        inputs.append(TensorSpec(f"state_{name}", "float32", shape, axes))
-        outputs.append(TensorSpec(f"next_{name}", "float32", shape, axes))
-    return tuple(inputs), tuple(outputs)
 
 
 def golden_stream(inputs: Mapping[str, Array], mixture: Array) -> dict[str, Array]:
