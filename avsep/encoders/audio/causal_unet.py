@@ -149,10 +149,11 @@ class CausalUNet(AudioEncoder):
         after: dict[str, Tensor] = {}
 
         def convolve(name: str, layer: _FrameConv2d, x: Tensor) -> Tensor:
-            if state is None or not layer.span:
-                return layer(x)
-            after[name] = latest(state[name], x)
-            return layer(x, state[name])
+            past = None if state is None or not layer.span else state[name]
+            if past is not None:
+                after[name] = latest(past, x)
+            found: Tensor = layer(x, past)
+            return found
 
         layers = self._convolutions()
         e = convolve("down0", layers["down0"], self.input_norm(spectrogram))
