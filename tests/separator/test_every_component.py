@@ -162,7 +162,8 @@ def test_it_is_exported_or_refused_with_a_reason(kind, name, part, settings, wei
         assert not (tmp_path / "bundle").exists()
     else:
         computing = {s.role for s in separator.visual_sources() if s.kind == "frames"}
-        assert {"separator", *(f"{role}_encoder" for role in computing)} == {g.kind for g in bundle.graphs}
+        main = "stream" if separator.causal else "separator"
+        assert {main, *(f"{role}_encoder" for role in computing)} == {g.kind for g in bundle.graphs}
 
 
 # ------------------------------------------------------------------------------------------------------ combinations
