@@ -332,7 +332,10 @@ def _places(device: str | None, providers: Sequence[str]) -> tuple[Sequence[str]
 
 
 def _graphs_of(bundle: Bundle) -> list[Graph]:
-    return [graph for graph in bundle.graphs if graph.kind in ("separator", "spectral")]
+    found = [graph for graph in bundle.graphs if graph.kind in ("separator", "spectral")]
+    if not found:
+        raise ConfigError(f"{bundle.path} goes frame by frame: avsep bench stream measures it")
+    return found
 
 
 def _untrained(preset: str, batch: int) -> tuple[Separator, dict[str, Array], ExportPlan]:
@@ -344,6 +347,8 @@ def _untrained(preset: str, batch: int) -> tuple[Separator, dict[str, Array], Ex
 
     plan = ExportPlan(batch=batch)
     separator = build_separator(preset, classes=("a", "b", "c"), seed=0).eval().requires_grad_(False)
+    if separator.causal:
+        raise ConfigError(f"preset '{preset}' goes frame by frame: avsep bench stream measures it")
     separator = fitted(separator, plan)
     inputs, _ = tensor_specs(separator, plan)
     given = golden_inputs(inputs, separator.num_classes, separator.spec.front_end.sample_rate_hz, plan.seed)

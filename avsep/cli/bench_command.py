@@ -34,6 +34,7 @@ _OUT = Path("benchmarks-results.csv")
 _KERNELS_OUT = Path("benchmarks-kernels.csv")
 _AOT_OUT = Path("benchmarks/results/aot.csv")
 _EXPORT_OUT = Path("benchmarks-export.csv")
+_STREAM_OUT = Path("benchmarks-streams.csv")
 _CONTINUAL_OUT = Path("benchmarks-continual.csv")
 
 
@@ -322,6 +323,44 @@ def export(
     )
     _tell(output, "export", rows, out, plot)
     _say_where(output, out, plot)
+
+
+@app.command("stream")
+def stream(
+    bundles: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[BUNDLES]", help="Bundles of avsep export that can go unseen [default: --preset]."),
+    ] = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--preset",
+            help="Untrained ones beside; again for more [default, without bundles: a causal one and two of chunks].",
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Of sound in each stream.")] = 60.0,
+    sources: Annotated[int, typer.Option("--sources", min=1, help="Sources that are separated.")] = 2,
+    provider: Annotated[str, typer.Option("--provider", help="cpu, cuda or another of the runtime's.")] = "cpu",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of ONNX Runtime.")] = 1,
+    out: Annotated[Path, typer.Option("--out", help="CSV file to append to; a table in Markdown beside it.")] = (
+        _STREAM_OUT
+    ),
+) -> None:
+    """What a stream costs: its delay in ms, a block's computing (median, 99th percentile), the real-time factor."""
+    from avsep.benchmarks.streams import run, table
+    from avsep.progress import terminal
+
+    rows = run(
+        bundles or (),
+        presets=preset or (),
+        seconds=seconds,
+        sources=sources,
+        provider=provider,
+        threads=threads,
+        out=out,
+    )
+    terminal().print(table(rows), highlight=False, markup=False)
+    typer.echo(f"results appended to {out}")
 
 
 @app.command("all")

@@ -107,6 +107,14 @@ def run(
     spectral: Annotated[
         bool, typer.Option("--spectral", help="Leave both transforms out of the graph (for DLA).")
     ] = False,
+    frames: Annotated[
+        int,
+        typer.Option(
+            "--frames",
+            min=1,
+            help="STFT frames in one call of a causal separator: more compute less a second and come out later.",
+        ),
+    ] = 1,
     channels: Annotated[
         int,
         typer.Option(
@@ -240,6 +248,7 @@ def run(
         length_s=length_s,
         dynamic=dynamic,
         spectral=spectral,
+        frames=frames,
         channels=channels,
         limit_mask_sum=limit_mask_sum,
         precision=tuple(dict.fromkeys(precision or ("fp32",))),

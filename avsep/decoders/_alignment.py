@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avsep.dsp import magnitude
+from avsep.encoders.base import latest
 from avsep.types import Spectrograms, VisualFeatures
 
 __all__ = [
@@ -77,14 +78,17 @@ class TimeVaryingHead(nn.Module):
     Beside the query stand the mask features' means in ``bands`` parts of the frequency axis and the mixture's spectrum.
     A linear map joins the two, and ``layers`` convolutions in time, ``kernel`` frames wide with dilations 1, 3, 9, ...,
     each added to what it reads, make of them the source's state. A linear map of that gives the weights and a bias for
-    every frequency row, so that a mask can follow a pitch that it sees or hears.
+    every frequency row, so that a mask can follow a pitch that it sees or hears. Where it is ``causal``, the
+    convolutions read the frame itself and those before it, in place of as many before as after.
 
     Shapes:
         query [B, N, D, T], mask features [B, C, F, T] with F = ``rows`` a multiple of ``bands``, spectrogram
         [B, 1, F, T] -> state [B, N, D, T], weights [B, N, C, T] and bias [B, N, F, T].
     """
 
-    def __init__(self, dim: int, mask_channels: int, rows: int, *, bands: int, layers: int, kernel: int) -> None:
+    def __init__(
+        self, dim: int, mask_channels: int, rows: int, *, bands: int, layers: int, kernel: int, causal: bool = False
+    ) -> None:
         super().__init__()
         if min(dim, bands, layers, kernel) < 1 or kernel % 2 == 0:
             raise ValueError(
@@ -98,20 +102,38 @@ class TimeVaryingHead(nn.Module):
         self.heard = nn.Conv1d(mask_channels * bands + rows, dim, 1)
         self.join = nn.Conv1d(2 * dim, dim, 1)
         self.layers = nn.ModuleList(
-            nn.Conv1d(dim, dim, kernel, padding=3**k * (kernel // 2), dilation=3**k) for k in range(layers)
+            nn.Conv1d(dim, dim, kernel, padding=0 if causal else 3**k * (kernel // 2), dilation=3**k)
+            for k in range(layers)
         )
+        self.causal = causal
+        self.spans = tuple(3**k * (kernel - 1) for k in range(layers))  # frames before the first that a layer reads
         self.out = nn.Conv1d(dim, mask_channels + rows, 1)
 
-    def forward(self, query: Tensor, mask_features: Tensor, spectrogram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one source: what :meth:`forward` takes and changes as ``state``, by name."""
+        return {f"head{k}": (self.join.out_channels, span) for k, span in enumerate(self.spans) if span}
+
+    def forward(
+        self, query: Tensor, mask_features: Tensor, spectrogram: Tensor, state: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """With ``state``, of a causal head, the frames are the next of a stream: each entry [B, N, ...] holds what the
+        frames before them left, and is replaced."""
         shape = query.shape[:2]
         bands = frequency_bands(mask_features, self.bands)
         heard = self.heard(torch.cat((bands, spectrogram[:, 0].to(bands.dtype)), dim=1))  # [B, D, T]
         heard = heard[:, None].expand(-1, shape[1], -1, -1)
-        state = F.relu(self.join(torch.cat((query, heard), dim=2).flatten(0, 1)))  # [B N, D, T]
-        for layer in self.layers:
-            state = state + F.relu(layer(state))
-        made = torch.unflatten(self.out(state), 0, shape)
-        return torch.unflatten(state, 0, shape), made[:, :, : self.channels], made[:, :, self.channels :]
+        x = F.relu(self.join(torch.cat((query, heard), dim=2).flatten(0, 1)))  # [B N, D, T]
+        for k, (layer, span) in enumerate(zip(self.layers, self.spans, strict=True)):
+            read = x
+            if state is not None and span:
+                past = state[f"head{k}"].flatten(0, 1)
+                read = torch.cat((past, x), dim=-1)
+                state[f"head{k}"] = torch.unflatten(latest(past, x), 0, shape)
+            elif self.causal:
+                read = F.pad(x, (span, 0))
+            x = x + F.relu(layer(read))
+        made = torch.unflatten(self.out(x), 0, shape)
+        return torch.unflatten(x, 0, shape), made[:, :, : self.channels], made[:, :, self.channels :]
 
 
 class Presence(nn.Module):
@@ -138,8 +160,50 @@ class Presence(nn.Module):
         mixture = magnitude(spectrogram).to(states.dtype)
         mask = logits.detach().sigmoid().to(states.dtype)
         through = (mask * mixture).sum(dim=2) / mixture.sum(dim=2).amax(dim=-1, keepdim=True).clamp(min=1e-6)
-        share = (through.mean(dim=-1) + 1e-4).log(), (through.amax(dim=-1) + 1e-4).log()
-        found = torch.cat((states.mean(dim=-1), states.amax(dim=-1), torch.stack(share, dim=-1)), dim=-1)
+        return self._answer(
+            states.mean(dim=-1), states.amax(dim=-1), through.mean(dim=-1), through.amax(dim=-1), visual
+        )
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one source: what :meth:`advance` takes and gives, by name."""
+        width = self.hidden.in_features // 2 - 1
+        return {
+            "presence_frames": (),
+            "presence_sum": (width,),
+            "presence_largest": (width,),
+            "presence_through": (2,),
+            "presence_mixture": (),
+        }
+
+    def advance(
+        self, states: Tensor, logits: Tensor, spectrogram: Tensor, visual: VisualFeatures, state: dict[str, Tensor]
+    ) -> Tensor:
+        """As :meth:`forward`, of all frames since the ``state``, whose entries are replaced, was zeros: these and those
+        of the calls before."""
+        mixture = magnitude(spectrogram).to(states.dtype).sum(dim=2)  # [B, 1, T]
+        through = (logits.sigmoid().to(states.dtype) * magnitude(spectrogram).to(states.dtype)).sum(dim=2)  # [B, N, T]
+        frames = state["presence_frames"] + float(states.shape[-1])
+        total = state["presence_sum"] + states.sum(dim=-1)
+        largest = torch.maximum(state["presence_largest"], states.amax(dim=-1))  # states are not negative
+        before = state["presence_through"]
+        passed = torch.stack(
+            (before[..., 0] + through.sum(dim=-1), torch.maximum(before[..., 1], through.amax(dim=-1))), dim=-1
+        )
+        loudest = torch.maximum(state["presence_mixture"], mixture.amax(dim=-1))  # [B, N]
+        state.update(
+            presence_frames=frames,
+            presence_sum=total,
+            presence_largest=largest,
+            presence_through=passed,
+            presence_mixture=loudest,
+        )
+        share = passed / loudest.clamp(min=1e-6)[..., None]
+        return self._answer(total / frames[..., None], largest, share[..., 0] / frames, share[..., 1], visual)
+
+    def _answer(self, mean: Tensor, largest: Tensor, through: Tensor, most: Tensor, visual: VisualFeatures) -> Tensor:
+        """The states' mean and maximum in time [B, N, D], and those of what the masks let through [B, N] -> logits."""
+        share = (through + 1e-4).log(), (most + 1e-4).log()
+        found = torch.cat((mean, largest, torch.stack(share, dim=-1)), dim=-1)
         answer: Tensor = self.out(F.relu(self.hidden(found))).squeeze(-1)
         return answer if self.training else answer - self._offset(visual).to(answer.dtype)
 

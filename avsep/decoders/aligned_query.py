@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -45,7 +46,9 @@ class AlignedQuery(MaskDecoder):
     ``class_given`` off leaves the class out: the decoder goes by the pictures alone (and then takes no class at all).
     Sources without a picture, or of unknown motion, get a learned vector in place of the object and of the motion.
     Whether a source sounds in the mixture is told beside its mask, learned by binary cross-entropy with the weight
-    ``presence_weight`` against whether its magnitudes make up 1 % of the mixture's. ``contrast_embedding`` says what
+    ``presence_weight`` against whether its magnitudes make up 1 % of the mixture's. ``causal`` makes a frame's mask
+    depend on no later frame: the convolutions pad in the past, and there is no motion, whose encoders see a whole clip
+    at once (for streams, :mod:`avsep.inference.streaming`). ``contrast_embedding`` says what
     CrossSDC is given of f_a (:class:`~avsep.decoders._contrast.ContrastEmbedding`).
 
     Shapes:
@@ -74,12 +77,21 @@ class AlignedQuery(MaskDecoder):
         kernel: int = 5,
         class_given: bool = True,
         presence_weight: float = 0.1,
+        causal: bool = False,
         contrast_embedding: Literal["shared", "detached", "projected"] = "shared",
     ) -> None:
         super().__init__()
         if not presence_weight >= 0:
             raise ValueError(f"presence_weight must be 0 or more, got {presence_weight}")
-        self.head = TimeVaryingHead(dim, mask_channels, log_rows, bands=bands, layers=layers, kernel=kernel)
+        if causal and motion_dim is not None:
+            raise ValueError(
+                "causal takes no motion features, which are of a whole clip and look ahead: leave the motion_encoder "
+                "out"
+            )
+        self.causal = causal
+        self.head = TimeVaryingHead(
+            dim, mask_channels, log_rows, bands=bands, layers=layers, kernel=kernel, causal=causal
+        )
         self.contrast = ContrastEmbedding(contrast_embedding, dim)
         self.num_classes = num_classes
         self.dim = dim
@@ -115,6 +127,22 @@ class AlignedQuery(MaskDecoder):
             self.class_queries = nn.Parameter(torch.cat((old.detach(), new)), requires_grad=old.requires_grad)
 
     def forward(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput:
+        return self._run(audio, visual, class_ids, None)
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**self.head.state_shapes(), **self.presence.state_shapes()} if self.causal else super().state_shapes()
+
+    def advance(
+        self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor, state: Mapping[str, Tensor]
+    ) -> tuple[MaskOutput, dict[str, Tensor]]:
+        if not self.causal:
+            return super().advance(audio, visual, class_ids, state)
+        after = dict(state)
+        return self._run(audio, visual, class_ids, after), after
+
+    def _run(
+        self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor, stream: dict[str, Tensor] | None
+    ) -> MaskOutput:
         if visual.object is None:
             raise ConfigError("aligned_query needs object features, and none were given")
         features = audio.mask_features
@@ -131,14 +159,18 @@ class AlignedQuery(MaskDecoder):
             motion = self._motion(visual, frames)  # [B, N, D, T]
             motion_embedding = motion.mean(dim=-1)
             query = query + motion
-        state, weights, bias = self.head(query.expand(-1, -1, -1, frames), features, audio.spectrogram)
+        state, weights, bias = self.head(query.expand(-1, -1, -1, frames), features, audio.spectrogram, stream)
         logits = time_varying_logits(weights, bias, features)
+        if stream is None:
+            presence = self.presence(state, logits, audio.spectrogram, visual)
+        else:
+            presence = self.presence.advance(state, logits, audio.spectrogram, visual, stream)
         return MaskOutput(
             audio=self.contrast(state.mean(dim=-1)),
             object=object_embedding,
             motion=motion_embedding,
             logits=logits,
-            presence=self.presence(state, logits, audio.spectrogram, visual),
+            presence=presence,
         )
 
     def _motion(self, visual: VisualFeatures, frames: int) -> Tensor:

@@ -40,6 +40,8 @@ class MaskDecoder(nn.Module, Component, ABC):
         presence_offsets: what is taken off the presence's logit outside of training so that this threshold holds, [3],
             for sources seen moving, in one picture, and not at all: a buffer, which is chosen on validation data after
             each task and stored with the weights. None of a decoder that is not calibrated.
+        causal: in evaluation mode the masks of a frame depend on no later one, and :meth:`advance` gives them as frames
+            come.
         num_classes: classes known so far. Every decoder sets it, and :meth:`grow` changes it.
     """
 
@@ -49,6 +51,7 @@ class MaskDecoder(nn.Module, Component, ABC):
     mask_head: str = ""
     tells_presence: bool = False
     takes_unseen: bool = False
+    causal: bool = False
 
     presence_threshold: float = 0.5
     presence_offsets: Tensor | None = None
@@ -62,6 +65,26 @@ class MaskDecoder(nn.Module, Component, ABC):
     if TYPE_CHECKING:
 
         def __call__(self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor) -> MaskOutput: ...
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What :meth:`advance` carries from call to call of each source: the shape of each, by name. A stream begins
+        with zeros; those whose names begin with ``presence`` may be set to zeros again, to tell it anew.
+
+        Raises:
+            ConfigError: of a decoder that is not causal.
+        """
+        raise ConfigError(f"mask decoder {type(self).__name__} looks ahead: it keeps no state from frame to frame")
+
+    def advance(
+        self, audio: AudioFeatures, visual: VisualFeatures, class_ids: Tensor, state: Mapping[str, Tensor]
+    ) -> tuple[MaskOutput, dict[str, Tensor]]:
+        """The next frames of a stream, of any number, and the state [B, N, ...] that those before them left -> what
+        :meth:`forward` gives of them in the whole, and the state after them. Presence is that of all frames so far.
+
+        Raises:
+            ConfigError: of a decoder that is not causal.
+        """
+        raise ConfigError(f"mask decoder {type(self).__name__} looks ahead: it cannot go frame by frame")
 
     @abstractmethod
     def grow(self, num_classes: int) -> None:

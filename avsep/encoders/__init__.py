@@ -1,5 +1,6 @@
 """Audio and visual encoders. Importing this package registers the built-in ones."""
 
+from avsep.encoders.audio.causal_unet import CausalUNet
 from avsep.encoders.audio.conv7 import Conv7
 from avsep.encoders.audio.unet7 import UNet7
 from avsep.encoders.base import AudioEncoder, VisualEncoder
@@ -14,6 +15,7 @@ from avsep.encoders.visual.videomae import VideoMAEBase
 
 __all__ = [
     "AudioEncoder",
+    "CausalUNet",
     "ClipViTB32",
     "Conv7",
     "EfficientNetLite0",

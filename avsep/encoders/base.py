@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from avsep.encoders.hub import HubModel
+from avsep.errors import ConfigError
 from avsep.registry import Component
 from avsep.types import AdapterPlace, AudioFeatures, VisualSource
 
-__all__ = ["AudioEncoder", "VisualEncoder", "weight_places"]
+__all__ = ["AudioEncoder", "VisualEncoder", "latest", "weight_places"]
 
 
 class AudioEncoder(nn.Module, Component, ABC):
@@ -20,7 +23,10 @@ class AudioEncoder(nn.Module, Component, ABC):
     ``provides`` names what a mask decoder finds among the features (see :class:`~avsep.registry.Component`).
 
     Attributes:
-        size_multiple: the spectrogram's F and T must be multiples of it.
+        size_multiple: the spectrogram's F must be a multiple of it, and T too unless ``any_frames``.
+        any_frames: T may be any number.
+        causal: in evaluation mode what it gives of a frame depends on no later one, and :meth:`advance` computes it
+            from the frames as they come.
         frozen: it is not trained, and always in evaluation mode.
         tap_names: names of the maps that :meth:`taps` gives, from the finest of the way down; none of an encoder
             whose maps are not compared by methods that compare feature maps.
@@ -30,6 +36,8 @@ class AudioEncoder(nn.Module, Component, ABC):
     """
 
     size_multiple: int = 1
+    any_frames: bool = False
+    causal: bool = False
     frozen: bool = False
     tap_names: tuple[str, ...] = ()
 
@@ -44,6 +52,24 @@ class AudioEncoder(nn.Module, Component, ABC):
     if TYPE_CHECKING:
 
         def __call__(self, spectrogram: Tensor) -> AudioFeatures: ...
+
+    def state_shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """What :meth:`advance` carries from call to call of one mixture with F = ``rows``: the shape of each, by name.
+        A stream begins with zeros.
+
+        Raises:
+            ConfigError: of an encoder that is not causal.
+        """
+        raise ConfigError(f"audio encoder {type(self).__name__} looks ahead: it keeps no state from frame to frame")
+
+    def advance(self, spectrogram: Tensor, state: Mapping[str, Tensor]) -> tuple[AudioFeatures, dict[str, Tensor]]:
+        """The next frames [B, 1, F, t], of any number, and the state [B, ...] that the frames before them left -> what
+        :meth:`forward` gives of them in the whole, and the state after them.
+
+        Raises:
+            ConfigError: of an encoder that is not causal.
+        """
+        raise ConfigError(f"audio encoder {type(self).__name__} looks ahead: it cannot go frame by frame")
 
     def taps(self, audio: AudioFeatures) -> dict[str, Tensor]:
         """The maps [B, C, H, W] of ``tap_names``, of this encoder's own features."""
@@ -95,6 +121,11 @@ class VisualEncoder(nn.Module, Component, ABC):
     def encode(self, frames: Tensor) -> Tensor:
         """Single frames [n, 3, H, W], uint8 0..255 or float 0..1 -> [n, D], of an object extractor."""
         raise NotImplementedError(f"{type(self).__name__} does not extract object features")
+
+
+def latest(past: Tensor, x: Tensor) -> Tensor:
+    """The last frames of ``past`` and x along the last axis, as many as there were in ``past``."""
+    return torch.cat((past, x), dim=-1)[..., -past.shape[-1] :]
 
 
 def weight_places(module: nn.Module, prefix: str = "") -> tuple[AdapterPlace, ...]:

@@ -33,6 +33,7 @@ class AdaptedEncoder(AudioEncoder):
         self.encoder = encoder
         self.adapter = adapter
         self.size_multiple, self.frozen, self.tap_names = encoder.size_multiple, encoder.frozen, encoder.tap_names
+        self.any_frames = encoder.any_frames
         self.mask_channels, self.latent_channels = encoder.mask_channels, encoder.latent_channels
         self.skip_channels = encoder.skip_channels
 

@@ -42,6 +42,8 @@ def build_from_spec(spec: SeparatorSpec) -> Separator:
         motion_dim=None if visual["motion"] is None else visual["motion"].dim,
         log_rows=spec.front_end.log_rows,
     )
+    if mask_decoder.causal:
+        _check_causal(spec, audio_encoder)
     if spec.adapter is not None:
         audio_encoder, mask_decoder = _with_adapters(spec, spec.adapter, audio_encoder, mask_decoder)
     mask_decoder.set_tasks(spec.task_sizes)
@@ -68,20 +70,38 @@ def _with_adapters(
 
 
 def _check_sizes(spec: SeparatorSpec) -> None:
-    multiple = AUDIO_ENCODERS.get(spec.audio_encoder.name).factory.size_multiple
+    encoder = AUDIO_ENCODERS.get(spec.audio_encoder.name).factory
+    multiple = encoder.size_multiple
     rows, frames = spec.front_end.log_rows, spec.front_end.frames
     if rows % multiple:
         raise ConfigError(
             f"audio encoder '{spec.audio_encoder.name}' needs log_rows in multiples of {multiple}, got {rows}: "
             f"try front_end.log_rows={max(1, round(rows / multiple)) * multiple}"
         )
-    if frames % multiple:
+    if frames % multiple and not encoder.any_frames:
         hop = spec.front_end.hop
         samples = max(1, round(frames / multiple)) * multiple * hop - 1
         raise ConfigError(
             f"audio encoder '{spec.audio_encoder.name}' needs time frames in multiples of {multiple}, and clip_samples="
             f"{spec.front_end.clip_samples} at hop {hop} gives {frames}: try front_end.clip_samples={samples}"
         )
+
+
+def _check_causal(spec: SeparatorSpec, audio_encoder: AudioEncoder) -> None:
+    """Refuse what looks ahead beside a causal mask decoder."""
+    front_end, decoder = spec.front_end, spec.mask_decoder.name
+    reasons = {
+        f"audio encoder '{spec.audio_encoder.name}'": None if audio_encoder.causal else "choose causal_unet",
+        "front_end.level_db": None if front_end.level_db is None else "leave it out",
+        "front_end.align_corners=false": None if front_end.align_corners else "set it to true",
+        "front_end.padding=reflect": None if front_end.padding == "zeros" else "set it to zeros",
+    }
+    for what, way_out in reasons.items():
+        if way_out is not None:
+            raise ConfigError(
+                f"mask decoder '{decoder}' is causal, and {what} looks ahead: {way_out}, or set the decoder's causal "
+                "to false"
+            )
 
 
 class _Unset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -223,6 +223,40 @@ class Separator(nn.Module):
             visual = self._with_means(visual, class_ids)
         output = self.mask_decoder(audio, visual, class_ids)
         return output.with_limited_sum() if together and self.spec.front_end.limit_mask_sum else output
+
+    @property
+    def causal(self) -> bool:
+        """Whether, in evaluation mode, its masks of a moment depend on nothing later than the moment's STFT frame, so
+        that it separates streams (:mod:`avsep.inference.streaming`). What else looks ahead is refused when it is built.
+        """
+        return self.audio_encoder.causal and self.mask_decoder.causal
+
+    def state_shapes(self) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+        """What :meth:`advance` carries from call to call: shapes by name, of each mixture and of each source.
+
+        Raises:
+            ConfigError: of a separator that is not causal.
+        """
+        of_mixture = self.audio_encoder.state_shapes(self.spec.front_end.log_rows)
+        return of_mixture, self.mask_decoder.state_shapes()
+
+    def advance(
+        self, network_input: Tensor, visual: VisualFeatures, class_ids: Tensor, state: Mapping[str, Tensor]
+    ) -> tuple[MaskOutput, dict[str, Tensor]]:
+        """Masks of the next frames [B, 1, F, t] of a stream, t >= 1, those that :meth:`forward` gives of them in the
+        whole; and the state after them. A stream begins with zeros, of the shapes of :meth:`state_shapes`.
+
+        Raises:
+            ConfigError: of a separator that is not causal; or as :meth:`forward`.
+        """
+        self._check_class_ids(class_ids)
+        ids = class_ids.to(network_input.device)
+        audio, of_mixture = self.audio_encoder.advance(network_input, state)
+        own = {name: state[name] for name in self.mask_decoder.state_shapes()}
+        output, of_sources = self.mask_decoder.advance(audio, visual, ids, own)
+        if self.spec.front_end.limit_mask_sum:
+            output = output.with_limited_sum()
+        return output, {**of_mixture, **of_sources}
 
     def _with_means(self, visual: VisualFeatures, class_ids: Tensor) -> VisualFeatures:
         """The features, with those of the class's mean where there is no picture."""

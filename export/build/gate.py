@@ -371,7 +371,7 @@ def measure_gate(
         separator: the one that was exported, of the graph's length.
         expected: what PyTorch made of the mixtures.
         on: what they are, for the record.
-        separate: what runs the graph; ONNX Runtime on the CPU when None.
+        separate: the graph as a function; :func:`graph_separator` (ONNX Runtime on the CPU) when None.
 
     Raises:
         ExportError: the graph gives NaN, or does not fit the mixtures.

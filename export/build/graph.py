@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from avsep.separator import Separator
 
 __all__ = [
+    "MaskedSeparator",
     "PolyphaseSTFT",
     "SpectralSeparator",
     "WaveformSeparator",
@@ -112,14 +113,17 @@ class PolyphaseSTFT(nn.Module):
 
     def synthesise(self, spectrum: Tensor) -> Tensor:
         """[B, 2F, T] -> [B, L]"""
-        pieces = F.conv1d(spectrum, self.synthesis_basis)  # [B, taps * hop, T], windowed frames
+        signal = self.overlapped(F.conv1d(spectrum, self.synthesis_basis))
+        begin = self.n_fft // 2
+        return signal[:, begin : begin + self.samples] * self.inverse_envelope
+
+    def overlapped(self, pieces: Tensor) -> Tensor:
+        """Windowed frames [B, taps * hop, T] -> their sum [B, (T + taps - 1) * hop], each a hop after the last."""
         total = F.pad(pieces[:, : self.hop], (0, self.taps - 1))
         for tap in range(1, self.taps):  # the tap-th hop of frame t lies in block t + tap
             piece = pieces[:, tap * self.hop : (tap + 1) * self.hop]
             total = total + F.pad(piece, (tap, self.taps - 1 - tap))
-        signal = total.transpose(1, 2).flatten(1)  # [B, (T + taps - 1) * hop]
-        begin = self.n_fft // 2
-        return signal[:, begin : begin + self.samples] * self.inverse_envelope
+        return total.transpose(1, 2).flatten(1)
 
 
 def _interpolation(coordinates: Matrix, size: int, align_corners: bool, border: bool) -> Matrix:
@@ -207,7 +211,7 @@ class _Logits(nn.Module):
         return output.logits, output.presence
 
 
-class _MaskedSeparator(nn.Module):
+class MaskedSeparator(nn.Module):
     """What both forms of the graph share: a copy of the separator, and masks [B, N, bins, T] from a spectrum."""
 
     warp: Tensor
@@ -242,11 +246,6 @@ class _MaskedSeparator(nn.Module):
         """real and imaginary [B, bins, T] of the mono mixture -> masks [B, N, bins, T], and of a decoder that tells
         presence the probabilities [B, N]."""
         given = dict(zip(self.input_names()[1:], features, strict=True))
-        power = real * real + imaginary * imaginary
-        magnitude = power.sqrt() + 1e-10
-        warped = self._along_time(_mix_rows(magnitude, self.warp))  # [B, F', T]
-        if self.level_db is not None:  # as FrontEnd.analyse
-            warped = reference_gain(power.mean(dim=(1, 2)), self.window, self.level_db)[:, None, None] * warped
         visual = VisualFeatures(
             object=given.get("object_features"),
             motion=given.get("motion_features"),
@@ -254,10 +253,22 @@ class _MaskedSeparator(nn.Module):
             seen=given.get("seen"),
             motion_seen=given.get("motion_seen"),
         )
-        logits, presence = self.separator(torch.log1p(warped)[:, None], visual, given["class_ids"])  # [B, N, F', T]
+        logits, presence = self.separator(self.network_input(real, imaginary), visual, given["class_ids"])
+        return self.unwarped(logits), torch.sigmoid(presence) if self.tells_presence else None
+
+    def network_input(self, real: Tensor, imaginary: Tensor) -> Tensor:
+        """[B, bins, T] each -> [B, 1, F', T]"""
+        power = real * real + imaginary * imaginary
+        magnitude = power.sqrt() + 1e-10
+        warped = self._along_time(_mix_rows(magnitude, self.warp))  # [B, F', T]
+        if self.level_db is not None:  # as FrontEnd.analyse
+            warped = reference_gain(power.mean(dim=(1, 2)), self.window, self.level_db)[:, None, None] * warped
+        return torch.log1p(warped)[:, None]
+
+    def unwarped(self, logits: Tensor) -> Tensor:
+        """Logits [B, N, F', T] -> masks [B, N, bins, T]"""
         masks = _mix_rows(torch.sigmoid(logits).flatten(0, 1), self.unwarp)  # [B * N, bins, T]
-        masks = torch.unflatten(self._along_time(masks), 0, logits.shape[:2])
-        return masks, torch.sigmoid(presence) if self.tells_presence else None
+        return torch.unflatten(self._along_time(masks), 0, logits.shape[:2])
 
     def _along_time(self, x: Tensor) -> Tensor:
         """[M, rows, T] -> the same shape"""
@@ -281,7 +292,7 @@ class _MaskedSeparator(nn.Module):
         return (self.first_output, "presence") if self.tells_presence else (self.first_output,)
 
 
-class WaveformSeparator(_MaskedSeparator):
+class WaveformSeparator(MaskedSeparator):
     """A separator as one function of plain tensors, for a fixed length: what is exported. It holds a copy.
 
     Shapes:
@@ -325,7 +336,7 @@ class WaveformSeparator(_MaskedSeparator):
         return waveforms if presence is None else (waveforms, presence)
 
 
-class SpectralSeparator(_MaskedSeparator):
+class SpectralSeparator(MaskedSeparator):
     """The same without the transforms, which are left to the caller (:mod:`avsep.export.runtime.transforms`).
 
     It holds a copy.
@@ -379,7 +390,7 @@ def with_length(separator: Separator, length_s: float | None) -> Separator:
     samples = round(length_s * rate)
     frames = 1 + samples // hop
     name = separator.spec.audio_encoder.name
-    multiple = separator.audio_encoder.size_multiple
+    multiple = 1 if separator.audio_encoder.any_frames else separator.audio_encoder.size_multiple
     if frames % multiple or samples < 1:
         # T frames are given by (T - 1) hop to T hop - 1 samples; the longest of them is named
         below, above = frames // multiple * multiple, (frames // multiple + 1) * multiple

@@ -10,6 +10,7 @@ import functools
 import itertools
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,9 @@ from avsep.export.build.parity import Parity, compare, run_onnx
 from avsep.export.build.plan import TOLERANCE, ExportPlan, TensorSpec, profiles, tensor_specs
 from avsep.export.build.precision import HALF_OPERATORS, body_nodes, check_activations, to_half
 from avsep.export.build.quantise import calibrate, quantise, rank_layers, select_layers
+from avsep.export.build.stream import GOLDEN_CALLS, StreamGraph, golden_stream, reference_stream, stream_entry
+from avsep.export.runtime.sessions import start_onnx
+from avsep.export.runtime.streaming import FrameStream, layout_of, run_sequence
 from avsep.export.runtime.transforms import istft, stft
 from avsep.types import Batch, VisualFeatures
 
@@ -66,7 +70,8 @@ _SHARES = (0.5, 1.0)
 class GraphFile:
     """A graph that was written, and what the manifest says of it.
 
-    ``golden`` holds inputs and outputs by name; ``quantised`` says of an INT8 graph how its layers were chosen.
+    ``golden`` holds inputs and outputs by name; ``quantised`` says of an INT8 graph how its layers were chosen;
+    ``stream`` of a graph that goes frame by frame what it carries from call to call.
     """
 
     file: str
@@ -82,6 +87,7 @@ class GraphFile:
     tolerance: float
     gate: Gate | None
     quantised: dict[str, Any] | None = None
+    stream: dict[str, Any] | None = None
 
     @property
     def golden_file(self) -> str:
@@ -104,6 +110,7 @@ class GraphFile:
             "parity": self.parity.to_dict(),
             "gate": None if self.gate is None else self.gate.to_dict(),
             **({} if self.quantised is None else {"quantised": self.quantised}),
+            **({} if self.stream is None else {"stream": self.stream}),
         }
 
 
@@ -140,17 +147,32 @@ def write_graphs(
 
     for role in exported_roles(separator):
         encoder_specs(separator, role, plan, first)  # what cannot be exported is told before minutes are spent
-    made = []
+    made: list[GraphFile] = []
+    if separator.causal:
+        tell(0, "stream fp32")
+        made.append(_write_stream(separator, plan, folder, batches))
+        return _with_encoders(separator, plan, folder, first, made, tell)
     with tempfile.TemporaryDirectory(prefix="avsep-export-") as scratch:
         writer = _SeparatorWriter(separator, plan, folder, Path(scratch), batches, calibration, validation)
         for done, precision in enumerate(plan.precision):
             label = f"{writer.kind} {precision}"
             tell(done, label)
             made.append(writer.write(precision, functools.partial(tell, done, label)))
+    return _with_encoders(separator, plan, folder, first, made, tell)
+
+
+def _with_encoders(
+    separator: Separator,
+    plan: ExportPlan,
+    folder: Path,
+    batch: Batch | None,
+    made: list[GraphFile],
+    tell: Callable[[int, str], None],
+) -> list[GraphFile]:
     for done, role in enumerate(exported_roles(separator)):
         tell(len(plan.precision) + done, f"{role} encoder")
-        made.append(_write_encoder(separator, role, plan, folder, first))
-    tell(steps, "graphs written")
+        made.append(_write_encoder(separator, role, plan, folder, batch))
+    tell(len(made), "graphs written")
     return made
 
 
@@ -366,6 +388,88 @@ def _measured(
             f"tolerance {limit:.0e} ({whose})"
         )
     return parity, limit
+
+
+def _write_stream(separator: Separator, plan: ExportPlan, folder: Path, held_out: list[Batch] | None) -> GraphFile:
+    """The graph of a causal separator, which takes the next frames of a stream, in fp32."""
+    inputs, outputs = tensor_specs(separator, plan)
+    spec = separator.spec.front_end
+    on = "synthetic" if held_out is None else "held-out"
+    expected = references(separator, synthetic_batches(separator, plan) if held_out is None else held_out, plan)
+    length = plan.frames * spec.hop
+    mixture = replace(inputs[0], shape=(*inputs[0].shape[:-1], GOLDEN_CALLS * length))
+    drawn = golden_inputs([mixture, *inputs[1:]], separator.num_classes, spec.sample_rate_hz, plan.seed)
+    golden = golden_stream({**drawn, "mixture": drawn["mixture"][..., :length]}, drawn["mixture"])
+    reference = reference_stream(separator, golden)
+    reference = {tensor.name: reference[tensor.name] for tensor in outputs}
+    path = folder / "stream.onnx"
+    # a size of 1 would be taken for a constant of the graph, where it is to stay open
+    traced = [
+        replace(s, shape=tuple(max(n, 2) if axis in s.open_axes else n for axis, n in enumerate(s.shape)))
+        for s in inputs
+    ]
+    example = golden_inputs(traced, separator.num_classes, spec.sample_rate_hz, plan.seed)
+    operators = write_onnx(
+        StreamGraph(separator, frames=plan.frames, channels=plan.channels).eval(),
+        {name: torch.from_numpy(array) for name, array in example.items()},
+        [tensor.name for tensor in outputs],
+        path,
+        plan.opset,
+        open_axes={tensor.name: tensor.open_axes for tensor in inputs},
+    )
+    stream = stream_entry(plan, inputs)
+    limit = plan.tolerance_of("fp32")
+    assert limit is not None
+    session, provider = start_onnx(path)
+    names = [tensor.name for tensor in outputs]
+
+    def run(given: Mapping[str, Array]) -> dict[str, Array]:
+        return dict(zip(names, session.run(None, dict(given)), strict=True))
+
+    began = time.perf_counter()
+    estimates = run_sequence(run, golden, names)
+    seconds = (time.perf_counter() - began) / GOLDEN_CALLS
+    worst = max(compare(estimates[name], value) for name, value in reference.items())
+    if not worst[0] <= limit:
+        raise ExportError(
+            f"{path.name} differs from PyTorch by {worst[0]:.2e} ({worst[1]:.0f} dB), more than the tolerance "
+            f"{limit:.0e} (--tolerance)"
+        )
+    layout = layout_of(spec.model_dump(), spec.frames, stream, [tensor.to_dict() for tensor in inputs], plan.channels)
+
+    def separate(mixtures: torch.Tensor, visual: VisualFeatures, class_ids: torch.Tensor) -> torch.Tensor:
+        given = source_inputs(visual, class_ids)
+        taken = {s.name for s in inputs} & given.keys()
+        whole = []
+        for row, mixture in enumerate(mixtures.numpy()):
+            of_row = {name: given[name][row : row + 1] for name in taken}
+            parts = []
+            width = layout.sources or class_ids.shape[1]
+            for first in range(0, class_ids.shape[1], width):
+                part = {name: value[:, first : first + width] for name, value in of_row.items()}
+                count = part["class_ids"].shape[1]
+                flow = FrameStream(run, layout, count, lambda start, seen=part: seen)  # type: ignore[misc]
+                parts.append(np.concatenate((flow.push(mixture), flow.flush()), axis=-1))
+            whole.append(np.concatenate(parts))
+        return torch.from_numpy(np.stack(whole))
+
+    gate = measure_gate(path, separator, plan, expected, on=on, separate=separate)
+    gate.require(path.name)
+    return GraphFile(
+        file=path.name,
+        kind="stream",
+        precision="fp32",
+        inputs=inputs,
+        outputs=outputs,
+        profiles=profiles(inputs, plan),
+        opset=plan.opset,
+        operators=operators,
+        golden={**golden, **reference},
+        parity=Parity(*worst, provider=provider, seconds=seconds),
+        tolerance=limit,
+        gate=gate,
+        stream=stream,
+    )
 
 
 def _write_encoder(separator: Separator, role: str, plan: ExportPlan, folder: Path, batch: Batch | None) -> GraphFile:

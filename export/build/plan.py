@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from avsep.errors import ConfigError
+from avsep.export.runtime.streaming import COUNTED
 from avsep.export.runtime.timeline import MOTION_STEPS
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _MOST = {
     "batch": 256,
     "sources": 256,
     "channels": 64,
+    "frames": 1024,
     "max_batch": 256,
     "max_sources": 256,
     "motion_steps": 4096,
@@ -45,6 +47,8 @@ class ExportPlan:
         dynamic: leave B and N open in the graph (``batch`` and ``sources`` are then what an engine is tuned for); the
             length always is fixed.
         spectral: leave both transforms out of the graph: the mixture's spectrum in, the estimates' spectra out.
+        frames: STFT frames in one call of a causal separator, which goes frame by frame: more compute less and come
+            later. Of no meaning for others.
         channels: C of the mixture and of each source; the masks are found once, from the channels' mean. With 1 there
             is no such dimension.
         limit_mask_sum: divide the masks by their sum where that is above 1, whatever the separator's own setting: what
@@ -65,8 +69,8 @@ class ExportPlan:
         gate_db: largest drift of SDR, SIR or SAR in any source, in dB.
         allow_drift: write a graph that drifts by more; its manifest says so.
         max_batch, max_sources: upper ends of the optimisation profile of a dynamic graph. They, ``batch`` and
-            ``sources`` are at most 256, ``channels`` 64; ``motion_steps``, ``motion_frames`` and each side of a frame
-            4096.
+            ``sources`` are at most 256, ``channels`` 64, ``frames`` 1024; ``motion_steps``, ``motion_frames`` and each
+            side of a frame 4096.
     """
 
     batch: int = 1
@@ -74,6 +78,7 @@ class ExportPlan:
     length_s: float | None = None
     dynamic: bool = False
     spectral: bool = False
+    frames: int = 1
     channels: int = 1
     limit_mask_sum: bool = False
     precision: tuple[str, ...] = ("fp32",)
@@ -136,7 +141,8 @@ class ExportPlan:
         return TOLERANCE if self.tolerance is None and precision == "fp32" else self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As it stands in manifests; ``frames`` only where it is not 1, since bundles of chunks know no such thing."""
+        return {name: value for name, value in asdict(self).items() if name != "frames" or value != 1}
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,10 @@ def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSp
         ConfigError: the plan asks for what the separator's visual encoders do not have.
     """
     _check_visual(separator, plan)
+    if separator.causal:
+        return _stream_specs(separator, plan)
+    if plan.frames > 1:
+        raise ConfigError(f"frames {plan.frames} is of causal separators, which go frame by frame: leave it out")
     batch, sources = plan.batch, plan.sources
     front_end = separator.spec.front_end
     mixture_axes = {0: "batch"} if plan.dynamic else {}
@@ -199,6 +209,52 @@ def tensor_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSp
     inputs.append(TensorSpec("class_ids", "int64", (batch, sources), source_axes))
     if separator.mask_decoder.tells_presence:
         outputs.append(TensorSpec("presence", "float32", (batch, sources), source_axes))
+    return tuple(inputs), tuple(outputs)
+
+
+def _stream_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs of a causal separator's graph, in order, and its outputs: first the sources, and, of a decoder that
+    tells it, presence; then the states.
+
+    Raises:
+        ConfigError: the plan asks for what a stream has not.
+    """
+    for name, wanted in (
+        ("spectral", plan.spectral),
+        ("length_s", plan.length_s is not None),
+        ("batch", plan.batch > 1),
+        ("precision", plan.precision != ("fp32",)),
+    ):
+        if wanted:
+            raise ConfigError(
+                f"{name} is of separators that take chunks, and this one goes frame by frame, in fp32: leave it out"
+            )
+    spec, count = separator.spec.front_end, plan.sources
+    of_source = {1: "sources"} if plan.dynamic else {}
+    channels = () if plan.channels == 1 else (plan.channels,)
+    samples, held = plan.frames * spec.hop, spec.n_fft - spec.hop
+    inputs = [TensorSpec("mixture", "float32", (1, *channels, samples))]
+    if separator.object_encoder is not None:
+        inputs.append(TensorSpec("object_features", "float32", (1, count, separator.object_encoder.dim), of_source))
+    if separator.can_go_unseen:
+        inputs.append(TensorSpec("seen", "bool", (1, count), of_source))
+    inputs.append(TensorSpec("class_ids", "int64", (1, count), of_source))
+    if plan.frames > 1:
+        inputs.append(TensorSpec(COUNTED, "float32", (1, plan.frames)))
+    outputs = [TensorSpec("sources", "float32", (1, count, *channels, samples), of_source)]
+    if separator.mask_decoder.tells_presence:
+        outputs.append(TensorSpec("presence", "float32", (1, count), of_source))
+    of_mixture, of_sources = separator.state_shapes()
+    states: dict[str, tuple[tuple[int, ...], dict[int, str]]] = {
+        "samples": ((1, plan.channels, held), {}),
+        "overlap": ((1, count, plan.channels, held), of_source),
+        "envelope": ((1, held), {}),
+        **{name: ((1, *shape), {}) for name, shape in of_mixture.items()},
+        **{name: ((1, count, *shape), of_source) for name, shape in of_sources.items()},
+    }
+    for name, (shape, axes) in states.items():
+        inputs.append(TensorSpec(f"state_{name}", "float32", shape, axes))
+        outputs.append(TensorSpec(f"next_{name}", "float32", shape, axes))
     return tuple(inputs), tuple(outputs)
 
 

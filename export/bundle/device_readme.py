@@ -17,6 +17,7 @@ _WORKSPACE_MIB = 1024
 _WHAT = {
     "separator": "waveforms from the mixture",
     "spectral": "spectra from the mixture's spectrum (transforms outside, for DLA)",
+    "stream": "the next block of waveforms from the next block of the mixture, frame by frame",
     "object_encoder": "object features from frames",
     "motion_encoder": "motion features from frames",
 }
@@ -25,15 +26,14 @@ _WHAT = {
 def device_readme(manifest: Mapping[str, Any]) -> str:
     """The text in Markdown. ``manifest`` needs no hashes yet."""
     graphs: Sequence[Mapping[str, Any]] = manifest["graphs"]
-    main = next((g for g in graphs if g["kind"] in ("separator", "spectral")), graphs[0])
+    main = next((g for g in graphs if g["kind"] in ("separator", "spectral", "stream")), graphs[0])
     rate, chunking = manifest["sample_rate_hz"], manifest["chunking"]
     roles = [source["role"] for source in manifest["visual"]]
     kind = "mono" if manifest.get("channels", 1) == 1 else f"{manifest['channels']} channels or mono"
     facts = [
         f"- made from: {manifest['made_from'] or 'not stated'}, {manifest['created']}, by avsep "
         f"{manifest['made_with'].get('avsep', '')}",
-        f"- sample rate: {rate} Hz, {kind}; a call takes {chunking['clip_samples']} samples "
-        f"({chunking['clip_samples'] / rate:.3f} s)",
+        f"- sample rate: {rate} Hz, {kind}; {_call(main, manifest)}",
     ]
     for source in manifest["visual"]:
         told = f"stored features '{source['name']}'" if source["kind"] == "features" else "frames"
@@ -64,6 +64,18 @@ def device_readme(manifest: Mapping[str, Any]) -> str:
     )
 
 
+def _call(main: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    rate, samples = manifest["sample_rate_hz"], manifest["chunking"]["clip_samples"]
+    if main["kind"] != "stream":
+        return f"a call takes {samples} samples ({samples / rate:.3f} s)"
+    hop, n_fft, frames = manifest["transform"]["hop"], manifest["transform"]["n_fft"], main["stream"]["frames"]
+    delay = n_fft + (frames - 1) * hop
+    return (
+        f"a call takes the next {hop * frames} samples of a stream; what comes out lies {delay - hop * frames} samples "
+        f"behind, so that a sample waits at most {delay} samples ({1e3 * delay / rate:.1f} ms)"
+    )
+
+
 def _tensor(tensor: Mapping[str, Any]) -> str:
     return f"{tensor['name']} {tensor['dtype']} [{', '.join(map(str, tensor['shape']))}]"
 
@@ -91,6 +103,16 @@ def _feeding(main: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     of = "mono samples" if channels == 1 else f"samples of {channels} channels (a mono signal in all of them)"
     if "mixture" in names:
         lines.append(f"- `mixture`: {of}, full scale 1, as recorded: no change of level is needed")
+    if main["kind"] == "stream":
+        lines += [
+            "- `state_...`: zeros at first, then what the call before gave as `next_...`",
+            "- the first frame is centred on the stream's first sample: begin with the first "
+            f"{manifest['transform']['n_fft'] // 2 - manifest['transform']['hop']} samples at the end of "
+            "`state_samples`, give the rest as blocks, and drop the first "
+            f"{manifest['transform']['n_fft'] // 2} samples that come out (`avsep_runtime.streaming` does so)",
+        ]
+    if "counted" in names:
+        lines.append("- `counted`: 1 of each frame, 0 of those beyond the end of the stream")
     if "spectrum" in names:
         t = manifest["transform"]
         each = "" if channels == 1 else f"of each of {channels} channels the "

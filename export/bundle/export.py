@@ -143,7 +143,7 @@ def _manifest(
         new["presence_threshold"] = float(separator.mask_decoder.presence_threshold)
     return {
         "format": FORMAT,
-        "version": VERSION if new or separator.takes_photos else VERSIONS[0],
+        "version": VERSION if separator.causal else VERSIONS[1] if new or separator.takes_photos else VERSIONS[0],
         "name": target.name.removesuffix(".tar"),
         "made_from": made_from,
         "created": _now(),

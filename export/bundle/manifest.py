@@ -120,6 +120,25 @@ class Quantised(_Part):
     max_drift_db: Drift
 
 
+class State(_Part):
+    """What a graph carries from call to call: an input, and the output of the same shape that the next call is given.
+    A stream begins with zeros."""
+
+    name: Text
+    input: Text
+    output: Text
+
+
+class Stream(_Part):
+    """Of a graph that goes frame by frame: how many STFT frames a call takes, and what it carries. Its golden arrays
+    hold a sequence of calls: the mixture and what comes out of each, [calls, ...], the states before the first and
+    after the last."""
+
+    frames: Annotated[int, Field(ge=1, le=1024)]
+    golden_calls: Annotated[int, Field(ge=1, le=1024)]
+    states: list[State] = Field(min_length=1)
+
+
 class Parity(_Part):
     """How far the graph's output is from PyTorch's, where it was exported."""
 
@@ -133,7 +152,7 @@ class GraphEntry(_Part):
     """One graph: what it computes and takes, and what was measured."""
 
     file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*[.]onnx$")
-    kind: Literal["separator", "spectral", "object_encoder", "motion_encoder"]
+    kind: Literal["separator", "spectral", "stream", "object_encoder", "motion_encoder"]
     precision: Literal["fp32", "fp16", "int8"]
     inputs: list[Tensor] = Field(min_length=1)
     outputs: list[Tensor] = Field(min_length=1)
@@ -146,6 +165,7 @@ class GraphEntry(_Part):
     parity: Parity
     gate: Gate | None
     quantised: Quantised | None = None
+    stream: Stream | None = None
 
 
 class Manifest(_Part):
@@ -153,7 +173,7 @@ class Manifest(_Part):
     every other file."""
 
     format: Literal["avsep-bundle"]
-    version: Literal[2, 3]
+    version: Literal[2, 3, 4]
     name: Text
     made_from: str = Field(description="Where the separator comes from: its run and task.")
     created: str = Field(
@@ -207,7 +227,7 @@ def schema_text() -> str:
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **Manifest.model_json_schema(),
-        "title": f"Manifest of an avsep bundle, version {' or '.join(map(str, VERSIONS))}",
+        "title": f"Manifest of an avsep bundle, version {', '.join(map(str, VERSIONS))}",
     }
     return json.dumps(schema, indent=1) + "\n"
 

@@ -33,9 +33,10 @@ __all__ = [
 ]
 
 FORMAT = "avsep-bundle"
-VERSION = 3
-# 2 knows one channel and one output. Bundles that have no more are still written as 2: earlier runtimes run them.
-VERSIONS = (2, VERSION)
+VERSION = 4
+# 2 knows one channel and one output, 3 graphs that take a chunk. Bundles that have no more are still written as 2 or 3:
+# earlier runtimes run them.
+VERSIONS = (2, 3, VERSION)
 MANIFEST = "manifest.json"
 SCHEMA_FILE = "manifest.schema.json"
 BUILD_SCRIPT = "build_engine.py"
@@ -61,7 +62,7 @@ _TENSOR = {
 }
 _GRAPH = {
     "file": re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*[.]onnx"),
-    "kind": ("separator", "spectral", "object_encoder", "motion_encoder"),
+    "kind": ("separator", "spectral", "stream", "object_encoder", "motion_encoder"),
     "precision": ("fp32", "fp16", "int8"),
     "inputs": [_TENSOR],
     "outputs": [_TENSOR],
@@ -69,6 +70,11 @@ _GRAPH = {
     "least_tensorrt": re.compile(r"[0-9]+[.][0-9]+"),
     "golden": re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*[.]npz"),
     "tolerance": float,
+}
+_STREAM = {
+    "frames": range(1, 1025),
+    "golden_calls": range(1, 1025),
+    "states": [{"name": _TEXT, "input": _TEXT, "output": _TEXT}],
 }
 _TRANSFORM = {
     "n_fft": _SIZE,
@@ -147,7 +153,7 @@ def check_manifest(manifest: Any, where: str) -> None:
         raise ExportError(f"{where} is not of an avsep bundle (it has no format '{FORMAT}')")
     if (found := manifest.get("version")) not in VERSIONS or isinstance(found, bool):
         way_out = "export it again" if found == 1 else "update avsep, or export it again"
-        reads = " and ".join(map(str, VERSIONS))
+        reads = f"{', '.join(map(str, VERSIONS[:-1]))} and {VERSIONS[-1]}"
         raise ExportError(f"{where} is of bundle version {one_line(found, 40)}, this avsep reads {reads}: {way_out}")
     mistakes = (mistake for check in (_inconsistencies, _contradictions) for mistake in check(manifest))
     if mistake := _mistake(manifest, _MANIFEST, "") or next(mistakes, ""):
@@ -216,8 +222,10 @@ def _inconsistencies(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"there are two graphs {kind} in {precision}"
     if len({g["file"] for g in graphs}) < len(graphs):
         yield "two graphs are one file"
-    if not any(kind in ("separator", "spectral") for kind, _ in kinds):
+    if not any(kind in ("separator", "spectral", "stream") for kind, _ in kinds):
         yield "there is none among its graphs that separates"
+    if ("stream", "fp32") in kinds and manifest["version"] < 4:
+        yield "it has a graph that goes frame by frame, which its version does not know"
     if chunking["clip_samples"] != manifest["transform"]["clip_samples"]:
         yield "chunking.clip_samples is not transform.clip_samples"
     if 4 * chunking["context_samples"] > chunking["clip_samples"]:
@@ -303,6 +311,8 @@ def _graph_inconsistencies(graph: Mapping[str, Any], roles: list[str], manifest:
         axes = 2 if graph["kind"] == "separator" else 4
         if channels > 1 and (len(shape) != axes + 1 or shape[1] != channels):
             yield f"{graph['file']} takes {first} {_short(shape)}, and the bundle has {channels} channels"
+    elif graph["kind"] == "stream":
+        yield from _stream_inconsistencies(graph, roles, manifest)
     for profile in graph["profiles"]:
         for name, bounds in profile.items():
             if name not in inputs:
@@ -321,3 +331,55 @@ def _graph_inconsistencies(graph: Mapping[str, Any], roles: list[str], manifest:
                 for size, low, high in zip(shape, bounds["min"], bounds["max"], strict=True)
             ):
                 yield f"a profile of {graph['file']} gives {name} shapes that the graph does not take"
+
+
+def _stream_inconsistencies(graph: Mapping[str, Any], roles: list[str], manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Of a graph that goes frame by frame."""
+    if mistake := _mistake(graph.get("stream"), _STREAM, f"{graph['file']}: stream"):
+        yield mistake
+        return
+    stream, transform, channels = graph["stream"], manifest["transform"], manifest.get("channels", 1)
+    inputs, outputs = ({tensor["name"]: tensor for tensor in graph[side]} for side in ("inputs", "outputs"))
+    hop, held = transform["hop"], transform["n_fft"] - transform["hop"]
+    if 2 * hop >= transform["n_fft"]:
+        yield f"transform.hop = {hop} is no less than half of n_fft, and a stream overlaps more"
+    states = {state["name"]: state for state in stream["states"]}
+    if len(states) < len(stream["states"]):
+        yield f"two states of {graph['file']} have one name"
+    counted = {"counted"} if stream["frames"] > 1 else set()
+    expected = {"mixture", "class_ids", *counted, *(f"{role}_features" for role in roles)}
+    named = {state["input"] for state in states.values()}
+    if set(inputs) - {"seen"} != expected | named or expected & named:
+        yield f"{graph['file']} takes {', '.join(inputs)} instead of {', '.join(sorted(expected))} and its states"
+        return
+    gives = {"sources", *({PRESENCE} & set(outputs))}
+    if set(outputs) != gives | {state["output"] for state in states.values()}:
+        yield f"{graph['file']} gives {', '.join(outputs)} instead of sources, {PRESENCE} and its states"
+        return
+    if PRESENCE in outputs and manifest.get("presence_threshold") is None:
+        yield f"{graph['file']} tells presence, and there is no presence_threshold"
+    sources = (inputs["class_ids"]["shape"] or [0])[-1]
+    layout = [] if channels == 1 else [channels]
+    shapes = {
+        "mixture": (inputs["mixture"], [1, *layout, hop * stream["frames"]]),
+        "class_ids": (inputs["class_ids"], [1, sources]),
+        "sources": (outputs["sources"], [1, sources, *layout, hop * stream["frames"]]),
+        **({"counted": (inputs["counted"], [1, stream["frames"]])} if counted else {}),
+    }
+    own = {"samples": [1, channels, held], "overlap": [1, sources, channels, held], "envelope": [1, held]}
+    for name, state in states.items():
+        if (state["input"], state["output"]) != (f"state_{name}", f"next_{name}"):
+            yield f"state {_short(name)} of {graph['file']} has tensors of other names"
+        taken, given = inputs[state["input"]], outputs[state["output"]]
+        if (taken["shape"], taken["dtype"]) != (given["shape"], given["dtype"]):
+            yield f"state {_short(name)} of {graph['file']} is given as {_short(given)} and taken as {_short(taken)}"
+        if "batch" in taken["shape"] or taken["shape"][:1] != [1]:
+            yield f"state {_short(name)} of {graph['file']} is not of one stream"
+    for name, shape in own.items():
+        if name not in states:
+            yield f"{graph['file']} has no state {name}"
+        else:
+            shapes[name] = (inputs[states[name]["input"]], shape)
+    for name, (tensor, shape) in shapes.items():
+        if tensor["shape"] != shape:
+            yield f"{graph['file']}: {name} is {_short(tensor['shape'])} instead of {_short(shape)}"

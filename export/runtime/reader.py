@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from .arrays import ArrayHeader, Npz
 from .errors import ExportError, one_line
 from .manifest import MANIFEST, check_manifest, is_plain_name, parse
+from .streaming import SEQUENCES
 
 __all__ = ["MANIFEST", "Bundle", "Graph", "TensorInfo", "is_built_here", "members_of_tar", "open_bundle"]
 
@@ -78,6 +79,15 @@ class Graph:
     def profiles(self) -> list[dict[str, dict[str, list[int]]]]:
         """By profile and input name: the least, usual and largest shape."""
         return list(self.entry["profiles"])
+
+    @property
+    def golden_tensors(self) -> tuple[TensorInfo, ...]:
+        """Inputs and outputs as golden arrays hold them: a sequence of calls, of a graph that goes frame by frame."""
+        tensors = (*self.inputs, *self.outputs)
+        if self.kind != "stream":
+            return tensors
+        calls = int(self.entry["stream"]["golden_calls"])
+        return tuple(TensorInfo(t.name, t.dtype, (calls, *t.shape)) if t.name in SEQUENCES else t for t in tensors)
 
 
 @dataclass
@@ -165,7 +175,7 @@ class Bundle:
             ExportError: the file is damaged, or holds something else than the graph's inputs and outputs.
         """
         where = f"{self.path}: {graph.golden}"
-        tensors = (*graph.inputs, *graph.outputs)
+        tensors = graph.golden_tensors
         most = _most_golden(graph)
         if self.size(graph.golden) > most + (1 << 20):
             raise ExportError(f"{where} unpacks to more than the graph takes and gives: export it again")
@@ -418,7 +428,7 @@ def _most_golden(graph: Graph) -> int:
                 if isinstance(name, str):
                     open_sizes[name] = size
     most = 0
-    for tensor in (*graph.inputs, *graph.outputs):
+    for tensor in graph.golden_tensors:
         sizes = [open_sizes.get(size, _MOST_DYNAMIC) if isinstance(size, str) else size for size in tensor.shape]
         most += math.prod(sizes) * 8 + 4096  # 8: a wrong element type is to be told as such
     return min(most, _MOST_GOLDEN_BYTES)

@@ -58,6 +58,11 @@ class PresenceOfChunks:
     def __init__(self) -> None:
         self._chunks: list[NDArray[np.float32]] = []
 
+    @property
+    def chunks(self) -> tuple[NDArray[np.float32], ...]:
+        """[N] of each chunk so far."""
+        return tuple(self._chunks)
+
     def add(self, presence: NDArray[np.float32] | None) -> None:
         """[b, N] of b chunks, or None where it is not told."""
         if presence is not None:

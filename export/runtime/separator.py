@@ -42,6 +42,7 @@ from .recordings import (
     sources_of,
 )
 from .sessions import Engine, open_session
+from .streaming import FrameStream, StreamLayout, layout_of
 from .timeline import VisualSource, VisualTimeline
 from .wav import check_samples
 
@@ -64,6 +65,8 @@ class BundleSeparator:
 
     Attributes:
         provider: what really runs, as its own library names it.
+        calls: how often its graph has run.
+        causal: it goes frame by frame, and its streams come out within :attr:`latency_samples`, a fraction of a second.
         passed_over: for each way that ``provider="auto"`` passed over, the reason in a line.
         unused_engines: those of them for which an engine was built.
         context_samples: of each side of a chunk that are thrown away.
@@ -89,6 +92,8 @@ class BundleSeparator:
         manifest = bundle.manifest
         self.bundle = bundle
         self.graph = graph
+        self.calls = 0
+        self.causal = graph.kind == "stream"
         self.passed_over: tuple[str, ...] = ()
         self.unused_engines: tuple[str, ...] = ()
         self.classes = bundle.classes or tuple(str(k) for k in range(int(manifest["separator"].get("num_classes", 0))))
@@ -121,8 +126,17 @@ class BundleSeparator:
         self._most_sources = largest[0][1] if largest else None
         self._usual_batch = self._fixed_batch or (usual[0][0] if usual else 1)
         self._usual_sources = self._fixed_sources or (usual[0][1] if usual else 1)
+        self._layout = None
+        if self.causal:
+            self._layout = layout_of(
+                manifest["transform"],
+                int(manifest["transform"]["frames"]),
+                graph.entry["stream"],
+                graph.entry["inputs"],
+                self.channels,
+            )
         self._call = GraphCall(
-            lambda inputs: self._engine.run(inputs),
+            self._run_graph,
             graph.kind == "spectral",
             manifest["transform"],
             self._fixed_batch,
@@ -165,8 +179,10 @@ class BundleSeparator:
         if threads < 0:
             raise ConfigError(f"threads must not be negative, got {threads}")
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, hashes=False)  # checked when read
+        if context_s is not None and any(g.kind == "stream" for g in opened.graphs):
+            raise ConfigError(f"{opened.path} goes frame by frame and cuts no chunks: leave the context out")
         chunking = _chunking(opened, context_s)
-        kinds = [kind for kind in ("separator", "spectral") if any(g.kind == kind for g in opened.graphs)]
+        kinds = [kind for kind in ("separator", "spectral", "stream") if any(g.kind == kind for g in opened.graphs)]
         graph = opened.graph(kinds[0], precision)
         encoders = {}
         for source in opened.manifest["visual"]:
@@ -194,7 +210,12 @@ class BundleSeparator:
     @property
     def latency_samples(self) -> int:
         """The most samples between a sample's arrival in a stream and its coming out, without the computing."""
-        return self.clip_samples
+        return self.clip_samples if self._layout is None else self._layout.latency_samples
+
+    @property
+    def block_samples(self) -> int | None:
+        """Samples of one call, of a :attr:`causal` separator: blocks of so many samples come out soonest."""
+        return None if self._layout is None else self._layout.frames * self._layout.hop
 
     @property
     def context_samples(self) -> int:
@@ -272,12 +293,27 @@ class BundleSeparator:
         self._check_channels(audio.shape)
         views = self._views(features, asked)
         presence = PresenceOfChunks()
+        if self.causal:
+            self._batch(batch)
+            channels = None if audio.ndim == 1 else len(audio)
+            return self._whole_stream(Stream(self, ids, views, channels), audio, progress)
 
         def run(chunks: Audio, starts: Sequence[int]) -> Audio:
             return self._run(chunks, starts, ids, views, audio.shape[-1], presence)
 
         sources = separate_long(run, audio, batch=self._batch(batch), progress=progress, **self._chunking)
         return Separated(sources, presence.value)
+
+    def _whole_stream(self, stream: Stream, audio: Audio, progress: Callable[[int, int], None] | None) -> Separated:
+        """All of a recording as one stream, which leaves no seams."""
+        starts = range(0, audio.shape[-1], self.clip_samples)
+        parts = []
+        for done, start in enumerate(starts):
+            parts.append(stream.push(audio[..., start : start + self.clip_samples]))
+            if progress is not None:
+                progress(done + 1, len(starts))
+        parts.append(stream.flush())
+        return Separated(np.concatenate(parts, axis=-1), stream.presence)
 
     def stream(
         self,
@@ -290,7 +326,8 @@ class BundleSeparator:
         """Separate audio as it arrives, into the samples that :meth:`separate` gives of the whole.
 
         Arguments and errors as there. What is seen may be a function of time, asked for each chunk when its last sample
-        has arrived; time zero is the stream's first sample.
+        has arrived; time zero is the stream's first sample. A :attr:`causal` separator asks for it as each clip's
+        length of the stream begins, for that moment.
 
         Args:
             channels: C of blocks [C, l], which give [N, C, l']; None: blocks are mono, [l], and give [N, l'].
@@ -399,6 +436,20 @@ class BundleSeparator:
                 + ("check it with avsep export verify" if self.precision == "fp32" else "use the fp32 graph")
             )
         return result
+
+    def _run_graph(self, inputs: dict[str, Array]) -> Mapping[str, Array]:
+        self.calls += 1
+        return self._engine.run(inputs)
+
+    def _frames_run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """One call of a graph that goes frame by frame, with arrays of its own."""
+        with self._lock:
+            outputs = {name: np.array(array) for name, array in self._run_graph(inputs).items()}
+        if not np.isfinite(outputs["sources"]).all():
+            raise NumericalError(
+                f"the graph answers NaN or infinite samples on {self.provider}: check it with avsep export verify"
+            )
+        return outputs
 
     # --- what is seen -------------------------------------------------------------------------------------------------
 
@@ -580,12 +631,30 @@ class Stream:
     ) -> None:
         self._separator = separator
         self._presence = PresenceOfChunks()
+        self._channels = channels
+        self._parts: list[FrameStream] = []
+        self._ids, self._views = ids, views
+        if separator._layout is not None:
+            width = separator._layout.sources or len(ids)
+            for first in range(0, len(ids), width):
+                self._parts.append(self._frame_stream(separator._layout, slice(first, first + width)))
+            return
 
         def run(chunks: Audio, starts: Sequence[int]) -> Audio:
             return separator._run(chunks, starts, ids, views, self._stream.received_samples, self._presence)
 
         self._stream = LongStream(run, len(ids), channels=channels, **separator._chunking)
-        self._channels = channels
+
+    def _frame_stream(self, layout: StreamLayout, of: slice) -> FrameStream:
+        """A stream of some of the sources, as many as the graph takes."""
+        separator, ids, views = self._separator, self._ids[of], self._views[of]
+
+        def look(start: int) -> dict[str, Array]:
+            seen = [separator._seen(view, [start], start) for view in views]  # nothing later is there
+            of_sources = {name: np.stack([one[name] for one in seen], axis=1) for name in seen[0]}
+            return {**of_sources, "class_ids": np.asarray([ids], dtype=np.int64)}
+
+        return FrameStream(separator._frames_run, layout, len(ids), look, channels=self._channels)
 
     @property
     def provider(self) -> str:
@@ -594,13 +663,15 @@ class Stream:
     @property
     def latency_samples(self) -> int:
         """The most samples between a sample's arrival and its coming out, without the time of computing."""
-        return self._stream.latency_samples
+        return self._separator.latency_samples
 
     @property
     def presence(self) -> Audio | None:
         """For each class [N] the probability that it sounds in what was separated so far;
         None before the first chunk, and of a bundle that does not tell."""
-        return self._presence.value
+        told = [part.presence for part in self._parts]
+        parts = [one for one in told if one is not None]
+        return np.concatenate(parts) if parts and len(parts) == len(told) else self._presence.value
 
     def push(self, block: Array) -> Audio:
         """Take the next samples [l] or [C, l], any number of them, and give those that are ready: [N, l'] or
@@ -614,10 +685,14 @@ class Stream:
                 f"the audio must be mono, [samples], got shape {list(samples.shape)}: take the mean of its channels, "
                 "or begin a stream of channels, stream(..., channels=C)"
             )
+        if self._parts:
+            return np.concatenate([part.push(samples) for part in self._parts])
         return self._stream.push(samples)
 
     def flush(self) -> Audio:
         """The audio has ended: give the rest, [N, (C,) l']. The stream is used up then."""
+        if self._parts:
+            return np.concatenate([part.flush() for part in self._parts])
         return self._stream.flush()
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .errors import AvsepError, ConfigError, ExportError, one_line
 from .reader import Bundle, Graph, open_bundle
 from .sessions import ENGINES, GRAPH_PROVIDERS, ONNX_PROVIDERS, Engine, OnnxSession, check_provider, open_session
+from .streaming import run_sequence
 
 __all__ = ["PROVIDERS", "GraphCheck", "Verification", "compare", "main", "verify_bundle"]
 
@@ -38,7 +39,8 @@ _ONNX_TYPES = {
 @dataclass(frozen=True)
 class GraphCheck:
     """One graph on its golden inputs. ``max_error`` the largest absolute difference from the golden outputs;
-    ``error_db`` its energy relative to theirs; ``provider`` what really ran; ``seconds`` of one run, the first."""
+    ``error_db`` its energy relative to theirs; ``provider`` what really ran; ``seconds`` of one run, the first;
+    of a graph that goes frame by frame of its whole golden sequence."""
 
     file: str
     kind: str
@@ -120,7 +122,10 @@ def _check_graph(bundle: Bundle, graph: Graph, provider: str, tolerance: float |
     ran = engine.provider
     try:
         start = time.perf_counter()
-        outputs = {name: np.array(array) for name, array in engine.run(inputs).items()}
+        if graph.kind == "stream":
+            outputs = run_sequence(engine.run, inputs, list(golden))
+        else:
+            outputs = {name: np.array(array) for name, array in engine.run(inputs).items()}
         seconds = time.perf_counter() - start
     finally:
         engine.close()

@@ -263,3 +263,61 @@ def test_extreme_masks_stay_finite():
     torch.testing.assert_close(limited.sigmoid().flatten(), torch.tensor([0.5, 0.5, 0.0]))
     limited.sum().backward()
     assert logits.grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------- causal
+
+
+def causal_parts():
+    audio, visual, ids = features()
+    return aligned(motion_dim=None, causal=True, layers=3), audio, replace(visual, motion=None), ids
+
+
+def up_to(audio, frames):
+    return replace(audio, mask_features=audio.mask_features[..., :frames], spectrogram=audio.spectrogram[..., :frames])
+
+
+def test_a_causal_decoders_frames_do_not_know_later_ones():
+    decoder, audio, visual, ids = causal_parts()
+    whole = decoder(audio, visual, ids)
+    torch.testing.assert_close(decoder(up_to(audio, 11), visual, ids).logits, whole.logits[..., :11])
+    ahead = aligned(motion_dim=None, layers=3)
+    ahead.load_state_dict(decoder.state_dict())
+    centred = ahead(audio, visual, ids).logits
+    assert (ahead(up_to(audio, 11), visual, ids).logits - centred[..., :11]).abs().max() > 1e-4
+    # kernels that read no other frame are the same in both kinds
+    assert torch.equal(
+        aligned(motion_dim=None, kernel=1)(audio, visual, ids).logits,
+        aligned(motion_dim=None, kernel=1, causal=True)(audio, visual, ids).logits,
+    )
+
+
+@pytest.mark.parametrize("sizes", [[1] * 24, [5, 19], [23, 1]])
+def test_a_causal_decoder_goes_frame_by_frame(sizes):
+    decoder, audio, visual, ids = causal_parts()
+    whole = decoder(audio, visual, ids)
+    state = {name: torch.zeros(2, 2, *shape) for name, shape in decoder.state_shapes().items()}
+    logits, begin = [], 0
+    for size in sizes:
+        part = replace(
+            audio,
+            mask_features=audio.mask_features[..., begin : begin + size],
+            spectrogram=audio.spectrogram[..., begin : begin + size],
+        )
+        output, after = decoder.advance(part, visual, ids, state)
+        assert {n: t.shape for n, t in after.items()} == {n: t.shape for n, t in state.items()}
+        state = after
+        logits.append(output.logits)
+        begin += size
+        if begin == 5:
+            torch.testing.assert_close(output.presence, decoder(up_to(audio, 5), visual, ids).presence)
+    torch.testing.assert_close(torch.cat(logits, dim=-1), whole.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.presence, whole.presence, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_that_looks_ahead_keeps_no_state():
+    audio, visual, ids = features()
+    with pytest.raises(ConfigError, match="looks ahead"):
+        aligned().state_shapes()
+    with pytest.raises(ConfigError, match="looks ahead"):
+        aligned().advance(audio, visual, ids, {})

@@ -880,7 +880,7 @@ def test_every_choice_of_a_plan_has_an_option(tmp_path, monkeypatch, capsys):
     options = {
         "--batch": 3, "--sources": 4, "--length-s": 1.5, "--precision": "int8", "--motion-steps": 7,
         "--motion-frames": 9, "--frame-size": "24X32", "--opset": 19, "--tolerance": 0.25, "--calibration": 5,
-        "--gate-db": 0.5, "--max-batch": 16, "--max-sources": 12, "--channels": 2,
+        "--gate-db": 0.5, "--max-batch": 16, "--max-sources": 12, "--channels": 2, "--frames": 4,
     }  # fmt: skip
     flags = ["--dynamic", "--spectral", "--motion-mask", "--allow-drift", "--limit-mask-sum"]
     given = [str(word) for pair in options.items() for word in pair]

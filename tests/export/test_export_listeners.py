@@ -172,7 +172,7 @@ def _changed(manifest, **changes):
         (lambda m: m.pop("presence_threshold"), "tells presence, and there is no presence_threshold"),
         (lambda m: _changed(m, presence_threshold=1.5), "presence_threshold = 1.5 is no probability"),
         (lambda m: _changed(m, presence_threshold=True), "presence_threshold = true"),
-        (lambda m: _changed(m, version=4), "bundle version 4, this avsep reads 2 and 3: update avsep"),
+        (lambda m: _changed(m, version=5), "bundle version 5, this avsep reads 2, 3 and 4: update avsep"),
         (lambda m: m["graphs"][0]["outputs"].append(dict(m["graphs"][0]["outputs"][0], name="more")), "more: one of"),
         (lambda m: m["graphs"][0]["outputs"].pop(0), "gives presence: one of"),
         (lambda m: m["graphs"][0]["inputs"].append(dict(m["graphs"][0]["inputs"][0], name="loud")), "takes mixture"),

@@ -48,6 +48,8 @@ def _parts() -> Iterator[tuple[str, str, str]]:
 CASES = list(_parts())
 # (kind, name, part) -> settings that make another network of a component, beside those of its example
 VARIANTS = {
+    ("audio_encoders", "causal_unet", "audio_encoder"): [{"causal": False, "kernel": 1}],
+    ("mask_decoders", "aligned_query", "mask_decoder"): [{"causal": True}],
     ("mask_decoders", "query_transformer", "mask_decoder"): [
         {"slot_attention": "causal"},
         {"slot_attention": "self"},  # its dead query and key weights are rows of a parameter that has live ones
@@ -160,7 +162,8 @@ def test_it_is_exported_or_refused_with_a_reason(kind, name, part, settings, wei
         assert not (tmp_path / "bundle").exists()
     else:
         computing = {s.role for s in separator.visual_sources() if s.kind == "frames"}
-        assert {"separator", *(f"{role}_encoder" for role in computing)} == {g.kind for g in bundle.graphs}
+        main = "stream" if separator.causal else "separator"
+        assert {main, *(f"{role}_encoder" for role in computing)} == {g.kind for g in bundle.graphs}
 
 
 # ------------------------------------------------------------------------------------------------------ combinations

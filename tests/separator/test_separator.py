@@ -67,7 +67,7 @@ def test_small_preset_builds_and_parts_can_be_exchanged():
         (
             {"audio_encoder": "conv7"},
             ConfigError,
-            r"needs mask_features features: choose .* gives mask_features \(unet7\)",
+            r"needs mask_features features: choose .* gives mask_features \(causal_unet, unet7\)",
         ),
         (
             {"mask_decoder": "channel_synthesizer"},

@@ -44,6 +44,12 @@ SEPARATORS: dict[str, dict[str, Any]] = {
     "iquery_causal": _with_queries(slot_attention="causal"),
     "iquery_self": _with_queries(slot_attention="self"),
     "aligned": {**TINY_SEPARATOR, "mask_decoder": {"name": "aligned_query", "params": {"dim": 16, "layers": 1}}},
+    "causal": {
+        "audio_encoder": {"name": "causal_unet", "params": {"base_channels": 4, "mask_channels": 4}},
+        "object_encoder": {"name": "frame_cnn", "params": {"dim": 16, "frames": 1}},
+        "mask_decoder": {"name": "aligned_query", "params": {"dim": 16, "layers": 1, "causal": True}},
+        "front_end": TINY_FRONT_END,
+    },
     "coseparation": {
         "audio_encoder": {"name": "conv7", "params": {"base_channels": 4}},
         "object_encoder": {"name": "frame_cnn", "params": {"dim": 16}},

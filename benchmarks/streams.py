@@ -1,0 +1,240 @@
+"""What a stream costs: how late a separated sample comes out, and how long it takes to compute.
+
+``avsep bench stream`` pushes noise block by block through bundles in the runtime, as a sound card would, and times
+every block in which something is computed. Separators that go frame by frame take blocks of their graph's length; those
+that take chunks compute once a chunk, in blocks of :data:`BLOCK_S`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avsep.benchmarks.measure import agree, append_rows, check_results, environment, system_load
+from avsep.environment import version_of
+from avsep.errors import ConfigError
+from avsep.export.runtime.separator import BundleSeparator
+from avsep.files import write_text
+
+__all__ = ["BLOCK_S", "COLUMNS", "PRESETS", "run", "table"]
+
+Audio = NDArray[np.float32]
+
+PRESETS = ("causal_small", "aligned_1s", "aligned")
+BLOCK_S = 0.01
+"""Seconds of a block that is pushed to a separator of chunks."""
+_WARM_UP = 3  # computed blocks that are not counted
+_TOLERANCE = 1e-5
+_SHARED_LOAD = 0.5  # load average a core above which others had the machine too
+COLUMNS = (
+    "stream",
+    "way",
+    "provider",
+    "delay_ms",
+    "computing_ms",
+    "computing_p99_ms",
+    "processor_ms",
+    "processor_p99_ms",
+    "real_time_factor",
+    "processor_real_time_factor",
+    "block_samples",
+    "computed_blocks",
+    "seconds",
+    "settings",
+    "check",
+    "note",
+    "device",
+    "threads",
+    "load",
+    "python",
+    "torch",
+    "onnxruntime",
+    "numpy",
+    "avsep",
+    "commit",
+    "date",
+)
+"""Of the CSV file: ``delay_ms`` the algorithmic delay, the most time between a sample's arrival and its coming out
+without the computing; ``computing_ms`` and ``computing_p99_ms`` median and 99th percentile of the time that a block
+takes in which something is computed, by the clock, and ``processor_...`` by the processor time of the thread that
+pushes, which other work on the machine does not count in (with one thread of ONNX Runtime it is all that computes);
+``real_time_factor`` seconds of computing for a second of sound, over the whole stream."""
+
+
+def run(
+    bundles: Sequence[str | os.PathLike[str]] = (),
+    *,
+    presets: Sequence[str] = (),
+    seconds: float = 60.0,
+    sources: int = 2,
+    provider: str = "cpu",
+    threads: int = 1,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Measure streams, one after the other.
+
+    Args:
+        bundles: of ``avsep export``, whose classes can go unseen; without any and without ``presets``
+            :data:`PRESETS`.
+        presets: names or files whose untrained separators are exported and measured; weights do not change the time.
+        seconds: of sound in each stream.
+        sources: that are asked for.
+        provider: of the runtime.
+        threads: of ONNX Runtime.
+        out: CSV file to append to; :func:`table` of all its rows is written beside it.
+
+    Returns:
+        A row a stream with the keys of :data:`COLUMNS`.
+
+    Raises:
+        ConfigError: less sound than two chunks, a separator that needs pictures, or another kind of file as ``out``.
+        CheckFailed: a stream does not give what the separator gives of the whole.
+        ExportError, MissingExtraError: as the export and the runtime.
+    """
+    from avsep.progress import progress_bar
+
+    if out is not None:
+        check_results(out, COLUMNS)
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"seconds must be positive, got {seconds}")
+    if not bundles and not presets:
+        presets = PRESETS
+    rows = []
+    with ExitStack() as stack:
+        bars = stack.enter_context(progress_bar(progress))
+        bar = bars.add("streams", total=len(bundles) + len(presets))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-bench-")))
+        for name, bundle in _all(bundles, presets, folder, sources):
+            bars.advance(bar, 0, note=name)
+            with BundleSeparator.load(bundle, provider, threads=threads) as separator:
+                rows.append(_row(name, separator, seconds, sources, threads))
+            bars.advance(bar)
+    if out is not None:
+        append_rows(out, rows, COLUMNS)
+        write_text(Path(out).with_suffix(".md"), table(rows))
+    return rows
+
+
+def _all(
+    bundles: Sequence[str | os.PathLike[str]], presets: Sequence[str], folder: Path, sources: int
+) -> Iterator[tuple[str, Path]]:
+    for bundle in bundles:
+        yield Path(bundle).name, Path(bundle)
+    for number, preset in enumerate(presets):
+        from avsep.export.build.plan import ExportPlan
+        from avsep.export.bundle.export import export
+        from avsep.separator import build_separator
+
+        names = [f"class {k}" for k in range(max(sources, 2))]
+        separator = build_separator(preset, classes=names, seed=0).eval().requires_grad_(False)
+        made = export(separator, ExportPlan(sources=sources), folder / str(number))
+        yield f"{Path(preset).stem} (untrained)", made.path
+
+
+def _row(name: str, separator: BundleSeparator, seconds: float, sources: int, threads: int) -> dict[str, Any]:
+    if not separator.can_go_unseen and separator.visual_sources:
+        raise ConfigError(f"{name} needs pictures of every source: take a separator that can go without")
+    rate = separator.sample_rate_hz
+    total = round(seconds * rate)
+    if total < 2 * separator.clip_samples:
+        raise ConfigError(
+            f"{seconds:g} s are less than two chunks of {name} ({2 * separator.clip_samples / rate:.1f} s)"
+        )
+    asked = separator.classes[:sources]
+    block = separator.block_samples or max(1, round(BLOCK_S * rate))
+    mixture = _noise(total)
+    load = system_load()
+    separator.warm_up()
+    head = mixture[: 2 * separator.clip_samples + block]
+    stream = separator.stream(asked)
+    found = np.concatenate([*(out for _, out in _pushed(stream, head, block)), stream.flush()], axis=-1)
+    error = float(np.abs(found - separator.separate(head, None, asked)).max())
+    check = agree("stream and whole", error, _TOLERANCE)
+    stream = separator.stream(asked)
+    spent, computing, before = [], [], separator.calls
+    for took, _ in _pushed(stream, mixture, block):
+        spent.append(took)
+        if separator.calls > before:
+            computing.append(took)
+        before = separator.calls
+    by_clock, by_processor = np.array(computing[min(_WARM_UP, len(computing) // 4) :]).T
+    factors = np.array(spent).sum(axis=0) / (total / rate)
+    note = ""
+    cores = os.cpu_count() or 1
+    if isinstance(load, float) and load > _SHARED_LOAD * cores:
+        note = f"the machine was shared with other work (load {load:g} on {cores} cores)"
+    settings = f"{rate} Hz, {len(asked)} sources, "
+    settings += "frame by frame" if separator.causal else f"chunks of {separator.clip_samples / rate:.2f} s"
+    return {
+        "stream": name,
+        "way": "frame by frame" if separator.causal else "chunks",
+        "provider": separator.provider,
+        "delay_ms": round(1e3 * separator.latency_samples / rate, 1),
+        "computing_ms": round(1e3 * float(np.median(by_clock)), 3),
+        "computing_p99_ms": round(1e3 * float(np.percentile(by_clock, 99)), 3),
+        "processor_ms": round(1e3 * float(np.median(by_processor)), 3),
+        "processor_p99_ms": round(1e3 * float(np.percentile(by_processor, 99)), 3),
+        "real_time_factor": float(f"{factors[0]:.4g}"),
+        "processor_real_time_factor": float(f"{factors[1]:.4g}"),
+        "block_samples": block,
+        "computed_blocks": len(by_clock),
+        "seconds": seconds,
+        "settings": settings,
+        "check": check,
+        "note": note,
+        "load": load,
+        "onnxruntime": version_of("onnxruntime").replace("unknown", version_of("onnxruntime-gpu")),
+        **{**environment("cpu"), "threads": threads},
+    }
+
+
+def _pushed(stream: Any, mixture: Audio, block: int) -> Iterator[tuple[tuple[float, float], Audio]]:
+    """Seconds that each block took, by the clock and of this thread's processor time, and what came of it."""
+    for start in range(0, mixture.shape[-1], block):
+        piece = mixture[start : start + block]
+        begin, used = time.perf_counter(), time.thread_time()
+        out = stream.push(piece)
+        yield (time.perf_counter() - begin, time.thread_time() - used), out
+
+
+def _noise(samples: int) -> Audio:
+    rng = np.random.default_rng(0)
+    envelope = 0.55 + 0.45 * np.sin(np.arange(samples) * 2e-4)
+    found: Audio = (0.05 * envelope * rng.standard_normal(samples)).astype(np.float32)
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in Markdown, with where they were measured."""
+    lines = [
+        "| stream | delay | a block by the clock: median, p99 | by processor time: median, p99 | real-time factor: "
+        "clock, processor time |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| `{row['stream']}`, {row['settings']} | {row['delay_ms']:g} ms | {row['computing_ms']:.3g}, "
+            f"{row['computing_p99_ms']:.3g} ms | {row['processor_ms']:.3g}, {row['processor_p99_ms']:.3g} ms | "
+            f"{row['real_time_factor']:.3g}, {row['processor_real_time_factor']:.3g} |"
+        )
+    first = rows[0]
+    threads = "1 thread" if first["threads"] == 1 else f"{first['threads']} threads"
+    lines += [
+        "",
+        f"{first['device']}, {threads}, {first['provider']} of ONNX Runtime {first['onnxruntime']}, {first['date']}. "
+        "The delay is the most time between a sample's arrival and its coming out, without the computing; a block "
+        "counts in which something was computed.",
+    ]
+    if shared := [row for row in rows if row["note"]]:
+        loads = ", ".join(f"{row['load']:g}" for row in shared)
+        lines.append(f"The machine was shared with other work (load average before each stream: {loads}).")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,342 @@
+"""Bundles of causal separators: one graph with states, run block by block without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from avsep.cli import main
+from avsep.errors import AvsepError, ConfigError, ExportError
+from avsep.export import ExportPlan, export
+from avsep.export.bundle.manifest import check_manifest as check_schema
+from avsep.export.bundle.manifest import verify_bundle
+from avsep.export.runtime.manifest import VERSION, check_manifest
+from avsep.export.runtime.separator import BundleSeparator
+from avsep.inference.streaming import StreamingSeparator
+from avsep.media.timeline import VisualTimeline
+from support.causal import RATE_HZ, causal_separator, features, noise
+
+CLASSES = ["flute", "violin"]
+ROW = features().object[0, 0].numpy()
+SEEN = {"flute": {"object": ROW}}
+PLANS = {
+    "one": ExportPlan(),
+    "three_frames": ExportPlan(frames=3, dynamic=True),
+    "stereo": ExportPlan(channels=2, sources=3),
+}
+
+
+@pytest.fixture(scope="module")
+def separator():
+    return causal_separator()
+
+
+@pytest.fixture(scope="module")
+def bundles(separator, tmp_path_factory):
+    """By name, each made once."""
+    made = {}
+
+    def bundle(name):
+        if name not in made:
+            made[name] = export(separator, PLANS[name], tmp_path_factory.mktemp("bundles") / name).path
+        return made[name]
+
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def running(bundles):
+    opened = {}
+
+    def load(name):
+        if name not in opened:
+            opened[name] = BundleSeparator.load(bundles(name), "cpu", threads=1)
+        return opened[name]
+
+    yield load
+    for one in opened.values():
+        one.close()
+
+
+def wanted(separator, mixture):
+    """What PyTorch's stream gives, and its presence."""
+    timelines = {"flute": VisualTimeline(features={"clip": ROW[None]})}
+    channels = None if mixture.ndim == 1 else len(mixture)
+    stream = StreamingSeparator(separator, CLASSES, timelines, channels=channels)
+    return np.concatenate([stream.push(mixture), stream.flush()], axis=-1), stream.presence
+
+
+def in_blocks(stream, mixture, size):
+    parts = [stream.push(mixture[..., k : k + size]) for k in range(0, mixture.shape[-1], size)]
+    return np.concatenate([*parts, stream.flush()], axis=-1)
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+def test_the_bundle_holds_and_says_what_it_carries(name, bundles):
+    checked = verify_bundle(bundles(name))
+    (check,) = checked.graphs
+    assert (check.kind, check.file) == ("stream", "stream.onnx")
+    assert check.max_error < 1e-3
+    manifest = json.loads((bundles(name) / "manifest.json").read_text())
+    assert manifest["version"] == VERSION == 4
+    (graph,) = manifest["graphs"]
+    frames, channels = PLANS[name].frames, PLANS[name].channels
+    assert graph["stream"]["frames"] == frames
+    shapes = {t["name"]: t["shape"] for t in graph["inputs"]}
+    sources = "sources" if PLANS[name].dynamic else PLANS[name].sources
+    assert shapes["mixture"] == ([1, 32 * frames] if channels == 1 else [1, channels, 32 * frames])
+    assert shapes["state_samples"] == [1, channels, 96]
+    assert shapes["state_overlap"] == [1, sources, channels, 96]
+    assert shapes["state_envelope"] == [1, 96]
+    assert shapes["state_down1"] == [1, 4, 16, 4]
+    assert shapes["state_head1"] == [1, sources, 8, 12]
+    names = [state["name"] for state in graph["stream"]["states"]]
+    assert [state["output"] for state in graph["stream"]["states"]] == [f"next_{n}" for n in names]
+    text = (bundles(name) / "README.md").read_text()
+    assert "`state_...`: zeros at first" in text
+    assert f"at most {128 + 32 * (frames - 1)} samples" in text
+
+
+@pytest.mark.parametrize("name", ["one", "three_frames"])
+@settings(max_examples=15, deadline=None)
+@given(samples=st.integers(1, 1500), size=st.integers(1, 700))
+def test_any_blocks_of_any_length_give_what_pytorch_streams(name, samples, size, separator, running):
+    mixture = noise(samples)
+    stream = running(name).stream(CLASSES, SEEN)
+    expected, presence = wanted(separator, mixture)
+    np.testing.assert_allclose(in_blocks(stream, mixture, size), expected, atol=1e-5)
+    if name == "one":
+        np.testing.assert_allclose(stream.presence, presence, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+def test_whole_recordings(name, separator, running):
+    mixture = noise(6000)
+    expected, presence = wanted(separator, mixture)
+    found = running(name).separate_with_presence(mixture, SEEN, CLASSES)
+    np.testing.assert_allclose(found.sources, expected, atol=1e-5)
+    # of three frames a call clips end at the call, and the last frames are not whole
+    np.testing.assert_allclose(found.presence, presence, atol=1e-5 if name != "three_frames" else 0.01)
+
+
+def test_two_channels(separator, running):
+    mixture = noise(2500, 2)
+    expected, _ = wanted(separator, mixture)
+    np.testing.assert_allclose(running("stereo").separate(mixture, SEEN, CLASSES), expected, atol=1e-5)
+    stream = running("stereo").stream(CLASSES, SEEN, channels=2)
+    np.testing.assert_allclose(in_blocks(stream, mixture, 50), expected, atol=1e-5)
+
+
+def test_more_sources_than_the_graph_takes(separator, running):
+    mixture = noise(1000)
+    found = running("one").separate(mixture, SEEN, ["flute", "violin", "piano"])
+    np.testing.assert_allclose(found[:2], wanted(separator, mixture)[0], atol=1e-5)
+    alone = running("one").separate(mixture, {}, ["piano"])
+    np.testing.assert_allclose(found[2:], alone, atol=1e-5)
+
+
+def test_no_sample_waits_longer_than_told(running):
+    for name, latency in (("one", 128), ("three_frames", 192)):
+        separator = running(name)
+        assert (separator.causal, separator.latency_samples) == (True, latency)
+        stream = separator.stream(CLASSES, SEEN)
+        emitted = 0
+        for received in range(1, 401):
+            emitted += stream.push(noise(1)).shape[-1]
+            assert received - emitted < latency
+        assert emitted > 100
+
+
+def test_what_is_seen_is_asked_for_as_each_clip_begins(running):
+    asked = []
+
+    def look(middle_s, duration_s):
+        asked.append(middle_s)
+        return ROW
+
+    stream = running("one").stream(["flute"], {"flute": {"object": look}})
+    in_blocks(stream, noise(5000), 64)
+    assert asked == [0.0, 64 * 32 / RATE_HZ, 2 * 64 * 32 / RATE_HZ]
+
+
+def test_limited_masks_need_the_number_of_sources(tmp_path):
+    separator = causal_separator(limit_mask_sum=True)
+    bundle = export(separator, None, tmp_path / "bundle").path
+    mixture = noise(1500)
+    with BundleSeparator.load(bundle, "cpu", threads=1) as running:
+        assert running.limits_mask_sum
+        found = running.separate(mixture, SEEN, CLASSES)
+        np.testing.assert_allclose(found, wanted(separator, mixture)[0], atol=1e-5)
+        with pytest.raises(ConfigError, match="export it with --sources 1"):
+            running.separate(mixture, SEEN, ["flute"])
+
+
+def test_files_are_separated_by_the_command(bundles, running, tmp_path):
+    mixture = noise(6000) * 0.9
+    soundfile.write(tmp_path / "song.wav", mixture, RATE_HZ, subtype="FLOAT")
+    files = [str(tmp_path / "song.wav"), "--bundle", str(bundles("one")), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        main(["separate", *files, "--provider", "cpu", "--classes", "flute,violin", "--format", "FLOAT"])
+    assert not stop.value.code
+    expected = running("one").separate(mixture, {}, CLASSES)
+    for name, one in zip(CLASSES, expected, strict=True):
+        found, rate = soundfile.read(tmp_path / "out" / f"song_{name}.wav", dtype="float32")
+        assert rate == RATE_HZ
+        np.testing.assert_allclose(found, one, atol=1e-6)
+
+
+def test_the_runtime_needs_no_torch(bundles, running, tmp_path):
+    code = """
+import sys
+import numpy as np
+from avsep_runtime import BundleSeparator
+stream = BundleSeparator.load(sys.argv[1], "cpu", threads=1).stream(["flute", "violin"])
+mixture = np.load(sys.argv[2])
+parts = [stream.push(block) for block in np.array_split(mixture, 13)]
+np.save(sys.argv[3], np.concatenate([*parts, stream.flush()], axis=-1))
+assert not {"torch", "avsep"} & set(sys.modules), sorted(sys.modules)
+"""
+    mixture = noise(1200)
+    np.save(tmp_path / "mixture.npy", mixture)
+    (wheel,) = bundles("one").glob("*.whl")
+    subprocess.run(
+        [sys.executable, "-c", code, bundles("one"), tmp_path / "mixture.npy", tmp_path / "out.npy"],
+        env={**os.environ, "PYTHONPATH": str(wheel)},
+        check=True,
+        timeout=300,
+    )
+    expected = running("one").separate(mixture, {}, CLASSES)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        ({"spectral": True}, "spectral is of separators that take chunks"),
+        ({"length_s": 0.2}, "length_s is of separators that take chunks"),
+        ({"batch": 2}, "batch is of separators that take chunks"),
+        ({"precision": ("fp16",)}, "precision is of separators that take chunks"),
+    ],
+)
+def test_plans_of_chunks_are_refused(plan, reason, separator, tmp_path):
+    with pytest.raises(ConfigError, match=reason):
+        export(separator, ExportPlan(**plan), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_frames_are_of_causal_separators(tmp_path):
+    with pytest.raises(ConfigError, match="frames 4 is of causal separators"):
+        export(causal_separator(decoder={"causal": False}), ExportPlan(frames=4), tmp_path / "bundle")
+    with pytest.raises(ConfigError, match="frames must be at least 1"):
+        ExportPlan(frames=0)
+
+
+def test_a_context_is_refused(bundles):
+    with pytest.raises(ConfigError, match="cuts no chunks"):
+        BundleSeparator.load(bundles("one"), "cpu", context_s=0.01)
+
+
+def test_streams_refuse_blocks_that_are_not_theirs(running):
+    stream = running("one").stream(CLASSES, SEEN)
+    with pytest.raises(AvsepError, match="must be mono"):
+        stream.push(noise(64, 2))
+    stream.push(noise(300))
+    stream.flush()
+    with pytest.raises(ConfigError, match="was flushed"):
+        stream.push(noise(3))
+    assert running("one").stream(CLASSES, SEEN).flush().shape == (2, 0)
+
+
+def _state(manifest, name):
+    return next(t for t in manifest["graphs"][0]["inputs"] if t["name"] == f"state_{name}")
+
+
+def _drop(manifest):
+    manifest["graphs"][0]["stream"]["states"].pop(0)
+
+
+def _reshape(manifest):
+    _state(manifest, "envelope")["shape"] = [1, 95]
+
+
+def _rename(manifest):
+    manifest["graphs"][0]["stream"]["states"][1]["output"] = "next_samples"
+
+
+def _older(manifest):
+    manifest["version"] = 3
+
+
+def _no_stream(manifest):
+    del manifest["graphs"][0]["stream"]
+
+
+def _hop(manifest):
+    for shapes in (manifest["transform"], manifest["separator"]["front_end"]):
+        shapes["hop"] = 16
+    manifest["chunking"]["align_samples"] = 16
+    manifest["transform"]["frames"] = 128
+
+
+@pytest.mark.parametrize("damage", [_drop, _reshape, _rename, _older, _no_stream, _hop])
+def test_a_manifest_that_contradicts_itself_is_refused(damage, bundles):
+    manifest = json.loads((bundles("one") / "manifest.json").read_text())
+    del manifest["manifest_sha256"]
+    check_manifest(manifest, "x")
+    check_schema(manifest, "x")
+    damage(manifest)
+    with pytest.raises(ExportError, match=r"x is damaged: .*; copy the bundle again") as error:
+        check_manifest(manifest, "x")
+    assert "\n" not in str(error.value)
+
+
+def test_a_graph_that_computes_something_else_is_found(bundles, tmp_path):
+    from avsep.export.bundle.export import sealed
+    from avsep.files import sha256_file
+
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundles("one"), copy)
+    (golden,) = copy.glob("*.npz")
+    with np.load(golden) as archive:
+        arrays = dict(archive)
+    arrays["sources"][-1] += 0.01  # the last call of the sequence alone
+    np.savez(golden, **arrays)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"][golden.name] = sha256_file(golden)
+    (copy / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    with pytest.raises(ExportError, match=r"differs from its golden output by 1\.0"):
+        verify_bundle(copy)
+
+
+def test_no_site_is_made_of_a_stream_yet(bundles, tmp_path):
+    from avsep.export.runtime.reader import open_bundle
+    from avsep.export.targets.website import check_for_browsers
+
+    with pytest.raises(ExportError, match="goes frame by frame, which the page does not yet"):
+        check_for_browsers(open_bundle(bundles("one")))
+
+
+def test_bundles_of_chunks_keep_their_version(tmp_path):
+    torch.manual_seed(0)
+    made = export(causal_separator(decoder={"causal": False}), None, tmp_path / "bundle")
+    assert made.manifest["version"] == 3
+    assert "frames" not in made.manifest["plan"]
+    assert "stream" not in made.manifest["graphs"][0]
