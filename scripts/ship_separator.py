@@ -155,6 +155,7 @@ def pack(carried: Path, made: Path) -> None:
     )
     data = spec.model_dump(mode="json")
     data["train"] = _merged(data["train"], LATER)
+    data["memory"]["params"]["short_class"] = "all"  # of few recordings that are given
     data |= {"store": new.memory.name, "store_hash": final.content_hash}
     spec = validated(RunSpec, data, "run")
     new.write_spec(spec)
