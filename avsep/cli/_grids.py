@@ -94,7 +94,7 @@ def tell_plan(output: Output, cells: Sequence[Cell], grid: Grid, results: Result
     for cell in cells:
         problem = f" (cannot be run: {cell.problem})" if cell.problem else ""
         console.print(f"  {cell.name}: about {cell.steps} steps{problem}")
-    hours = hours_left(cells, results, grid.cells.values())
+    hours = hours_left(cells, results, grid.cells.values(), grid.preset.seconds_per_step)
     steps = sum(cell.steps for cell in cells)
     said = "no cell is finished yet to tell the time by" if hours is None else f"about {hours:.1f} core hours"
     console.print(f"  in all {steps} steps; {said}")

@@ -102,8 +102,8 @@ def command(
         run_grid,
         write_table,
     )
-    from avsep.reproduce.dataset import open_dataset
-    from avsep.reproduce.grid import selection
+    from avsep.reproduce.dataset import BENCHMARK, SYNTH, open_dataset, planned_dataset
+    from avsep.reproduce.grid import needs_data, selection
     from avsep.reproduce.runner import Outcome, check_folder, claim
     from avsep.reproduce.tables import markdown, places_in, render_into, table_rows
     from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
@@ -130,7 +130,10 @@ def command(
     check_folder(out, resume, preset=preset, given=loaded, tuning=wanted == ["tune"])
     accelerator = device_of(device, launcher)
     started = launcher_of(launcher, out, launcher_settings or [])
-    store, data_set = open_dataset(dataset, loaded, out / "store", progress=not quiet)
+    if plan and dataset == SYNTH and not (out / "store" / "manifest.json").is_file() and not needs_data(wanted):
+        store, data_set = planned_dataset(loaded), BENCHMARK  # a plan makes no data
+    else:
+        store, data_set = open_dataset(dataset, loaded, out / "store", progress=not quiet)
     if wanted == ["tune"]:
         grid = build_tuning(loaded, store, seeds=seeds or TUNING_SEEDS, bases=bases, rows=row)
     else:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from avsep.data.store import Clip, Store, add_features
-from avsep.data.synth.synthesis import synthesise
+from avsep.data.store import SPLITS, Clip, Store, add_features
+from avsep.data.synth.phrases import CLASSES
+from avsep.data.synth.synthesis import MOTION_RATES_HZ, OBJECT_RATE_HZ, SAMPLE_RATE_HZ, SIZES, SIZES_V2, synthesise
 from avsep.errors import ConfigError
 from avsep.progress import Progress, progress_bar
 from avsep.registry import VISUAL_ENCODERS
 from avsep.reproduce.preset import GridPreset
 
-__all__ = ["BENCHMARK", "SYNTH", "open_dataset", "store_object_features"]
+__all__ = ["BENCHMARK", "SYNTH", "open_dataset", "planned_dataset", "store_object_features"]
 
 SYNTH = "synth"
 BENCHMARK = "offline benchmark"
@@ -43,6 +44,35 @@ def open_dataset(name: str, preset: GridPreset, folder: Path, *, progress: bool 
         if feature not in store.features:
             store = store_object_features(store, feature, progress=progress)
     return store, BENCHMARK
+
+
+def planned_dataset(preset: GridPreset) -> Store:
+    """The offline benchmark as the preset describes it, without a file: its classes and clips, to plan a grid with
+    before there is one. Nothing of it can be read, and its hash is not that of a store."""
+    sizes = preset.dataset
+    chosen = (SIZES if sizes.version == 1 else SIZES_V2)[sizes.size]
+    names = sorted(sizes.classes or chosen.classes, key=CLASSES.index)
+    samples = round((chosen.clip_s if sizes.clip_s is None else sizes.clip_s) * SAMPLE_RATE_HZ)
+    kinds = ("audio", "object", "motion", *(f"features/{name}" for name in sizes.features))
+    file = {"path": "", "sha256": "", "bytes": 0}
+    clips = [
+        {
+            "id": f"{name}-{split}-{number:03d}",
+            "class": name,
+            "split": split,
+            "samples": samples,
+            "files": dict.fromkeys(kinds, file),
+        }
+        for name in names
+        for split, count in zip(SPLITS, sizes.clips_per_class or chosen.clips_per_class, strict=True)
+        for number in range(count)
+    ]
+    features = {
+        name: {"role": "object", "dim": VISUAL_ENCODERS.create(name).dim, "steps": None} for name in sizes.features
+    }
+    rates = {"sample_rate_hz": SAMPLE_RATE_HZ, "object_rate_hz": OBJECT_RATE_HZ}
+    rates["motion_rate_hz"] = MOTION_RATES_HZ[sizes.version]
+    return Store(Path("planned"), {**rates, "classes": names, "clips": clips, "features": features})
 
 
 def store_object_features(store: Store, encoder: str, *, progress: bool | Progress = True) -> Store:

@@ -69,6 +69,11 @@ CROSSSDC = "crosssdc"
 _BASES_OF = {name: BASES if name in ("table1", "figure3") else BASES[:1] for name in (*TABLES, CROSSSDC)}
 
 
+def needs_data(tables: Sequence[str]) -> bool:
+    """Whether some of the tables cannot be planned without the data: memories at equal bytes are sized by the clips."""
+    return "budget" in tables
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of a table: a method. ``train`` and ``separator`` change the training and the base separator, ``memory``

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,13 +86,17 @@ def needs(grid: Grid, table: str, results: ResultStore, difference: float) -> li
     return found
 
 
-def hours_left(cells: Sequence[Cell], results: ResultStore, known: Iterable[Cell]) -> float | None:
-    """Core hours that ``cells`` take, by the seconds a step that finished ones of ``known`` have taken on their base;
-    None while there is none."""
+def hours_left(
+    cells: Sequence[Cell], results: ResultStore, known: Iterable[Cell], measured: Mapping[str, float] | None = None
+) -> float | None:
+    """Core hours that ``cells`` take, by the seconds a step that finished ones of ``known`` have taken on their base,
+    or else were ``measured``; None where neither is there."""
     per_step: dict[str, list[float]] = {}
     for cell in known:
         if (result := results.get(cell.key)) is not None:
             per_step.setdefault(cell.base, []).append(result.seconds / cell.steps)
+    for base, seconds in (measured or {}).items():
+        per_step.setdefault(base, [seconds])
     if any(cell.base not in per_step for cell in cells):
         return None
     return sum(cell.steps * float(np.median(per_step[cell.base])) for cell in cells) / 3600

@@ -104,6 +104,9 @@ class GridPreset(PresetModel):
     seed: int = Field(1234, ge=0, description="of the first run; the others count on from it")
     seeds: int = Field(3, ge=1, description="of the tables, unless --seeds says otherwise")
     threads: int = Field(1, ge=1)
+    seconds_per_step: dict[str, float] = Field(
+        default_factory=dict, description="of a core, by base, scoring included, as they were measured: for --plan"
+    )
 
     def separator(self, base: str, changes: Mapping[str, Any] | None = None) -> SeparatorSpec:
         """The base separator's spec, without classes, with ``changes`` put over it."""
