@@ -170,7 +170,8 @@ void Separate(const std::filesystem::path& folder, const std::string& audio, con
     Input input{one["name"].Text(), one["dtype"].Text(), {}, {}};
     size_t count = 1;
     for (const Json& size : one["shape"].List()) {
-      input.shape.push_back(!size.IsText() ? size.Whole() : static_cast<int64_t>(size.Text() == "batch" ? rows : width));
+      const size_t open = size.IsText() && size.Text() == "batch" ? rows : width;
+      input.shape.push_back(size.IsText() ? static_cast<int64_t>(open) : size.Whole());
       count *= static_cast<size_t>(input.shape.back());
     }
     input.bytes.assign(count * SizeOf(input.type), 0);  // features of what is not seen are zeros, and `seen` is false
