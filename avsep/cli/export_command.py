@@ -469,7 +469,7 @@ def _show(output: Output, bundles: Sequence[Bundle], title: str) -> None:
     if int8:
         output.say(
             "int8 on CPUs: OpenVINO computes its convolutions in integers (--provider openvino); ONNX Runtime computes "
-            "them in floating point, and is no faster than with fp32"
+            "them in floating point, and was no faster than with fp32 where that was measured"
         )
 
 

@@ -124,7 +124,7 @@ void Separate(const std::filesystem::path& folder, const std::string& audio, con
   if (!file) throw std::runtime_error(folder.string() + " is no bundle in a folder: it has no manifest.json");
   const Json manifest = Json::Parse(std::string((std::istreambuf_iterator<char>(file)), {}));
   if (manifest.Has("channels") && manifest["channels"].Whole() != 1)
-    throw std::runtime_error("this bundle takes several channels, and this example is for one: export without --channels");
+    throw std::runtime_error("this bundle takes several channels, and this example one: export it without --channels");
 
   const std::vector<Json>& known = manifest["classes"].List();
   std::vector<int64_t> ids;
@@ -133,6 +133,7 @@ void Separate(const std::filesystem::path& folder, const std::string& audio, con
     size_t id = 0;
     while (id < known.size() && known[id].Text() != name) ++id;
     if (id == known.size()) throw std::runtime_error("no class '" + name + "': it knows " + Joined(known));
+    if (std::count(names.begin(), names.end(), name) > 1) throw std::runtime_error("'" + name + "' is asked for twice");
     ids.push_back(static_cast<int64_t>(id));
   }
 
@@ -161,15 +162,16 @@ void Separate(const std::filesystem::path& folder, const std::string& audio, con
   if (!goes_unseen) throw std::runtime_error("this separator must see its sources, and this example shows it nothing");
   const bool independent = !manifest.Has("independent_sources") || manifest["independent_sources"].IsTrue();
   if (fixed && !independent && names.size() != width)
-    throw std::runtime_error("this bundle separates " + std::to_string(width) + " sources at once: export it with --sources " +
-                             std::to_string(names.size()));
+    throw std::runtime_error("this bundle separates " + std::to_string(width) +
+                             " sources at once: export it with --sources " + std::to_string(names.size()));
 
   std::vector<Input> inputs;
   for (const Json& one : (*graph)["inputs"].List()) {
     Input input{one["name"].Text(), one["dtype"].Text(), {}, {}};
     size_t count = 1;
     for (const Json& size : one["shape"].List()) {
-      input.shape.push_back(!size.IsText() ? size.Whole() : static_cast<int64_t>(size.Text() == "batch" ? rows : width));
+      const size_t open = size.IsText() && size.Text() == "batch" ? rows : width;
+      input.shape.push_back(size.IsText() ? static_cast<int64_t>(open) : size.Whole());
       count *= static_cast<size_t>(input.shape.back());
     }
     input.bytes.assign(count * SizeOf(input.type), 0);  // features of what is not seen are zeros, and `seen` is false
