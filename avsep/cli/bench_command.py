@@ -345,11 +345,14 @@ def stream(
     out: Annotated[Path, typer.Option("--out", help="CSV file to append to; a table in Markdown beside it.")] = (
         _STREAM_OUT
     ),
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """What a stream costs: its delay in ms, a block's computing (median, 99th percentile), the real-time factor."""
     from avsep.benchmarks.streams import run, table
-    from avsep.progress import terminal
 
+    output = Output(json=json, quiet=quiet, verbose=verbose)
     rows = run(
         bundles or (),
         presets=preset or (),
@@ -358,9 +361,11 @@ def stream(
         provider=provider,
         threads=threads,
         out=out,
+        progress=not quiet,
     )
-    terminal().print(table(rows), highlight=False, markup=False)
-    typer.echo(f"results appended to {out}")
+    _tell(output, "stream", rows, out, None)
+    output.say(table(rows))
+    output.say(f"results appended to {out}")
 
 
 @app.command("all")

@@ -118,7 +118,7 @@ def test_a_made_up_store_has_the_demos_classes_and_depends_on_its_seed_alone(tmp
 def test_the_command_makes_a_store_where_none_is_given(tone_store, monkeypatch, tmp_path, capsys):
     pytest.importorskip("PIL")
     asked = []
-    monkeypatch.setattr(continual, "run", lambda store, folder, **options: asked.append((store, options)))
+    monkeypatch.setattr(continual, "run", lambda store, folder, **options: asked.append((store, options)) or [])
     out = tmp_path / "rows.csv"
     sizes = ("--clips", 1, 0, 1, "--seeds", 3, "--set", "train.epochs=1", "--jobs", 2, "--out", out)
     assert avsep("bench", "continual", *sizes) == 0

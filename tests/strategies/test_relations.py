@@ -39,7 +39,8 @@ def _matches(term, want, student):
     assert got.keys() == wanted.keys()
     assert {name.split(".")[0] for name in got} == {"object_encoder", "motion_encoder", "mask_decoder"}
     for name in got:
-        torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-7)
+        # sums in another order: single precision, of processors with AVX-512 too
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=5e-7)
 
 
 def test_topology_by_the_definition(separators):
