@@ -80,6 +80,7 @@ def test_end_to_end(tmp_path, capsys):
     assert bench_kernels.main(["--from-csv", str(out)]) == 0  # rows read back are as good as fresh ones
 
 
+@pytest.mark.slow
 def test_rows_of_a_variant_come_from_its_own_times(monkeypatch):
     """Backward is total less forward, sample by sample; rates and shares follow from the whole."""
     monkeypatch.setattr(
@@ -123,10 +124,10 @@ def partly_unwritten(x):
     [
         (lambda x: (2.001 * x["x"],), "outputs differ from float64 by 0.0005"),
         (lambda x: (_HalfGradient.apply(x["x"]),), "gradients differ from float64 by 0.5"),
-        (partly_unwritten, "outputs differ from float64 by inf"),
-        (lambda x: (2 * x["x"][:3],), "outputs differ from float64 by inf"),
-        (lambda x: (2 * x["x"], x["x"]), "2 outputs instead of 1"),
-        (lambda x: x["y"], "KeyError: 'y'"),
+        pytest.param(partly_unwritten, "outputs differ from float64 by inf", marks=pytest.mark.slow),
+        pytest.param(lambda x: (2 * x["x"][:3],), "outputs differ from float64 by inf", marks=pytest.mark.slow),
+        pytest.param(lambda x: (2 * x["x"], x["x"]), "2 outputs instead of 1", marks=pytest.mark.slow),
+        pytest.param(lambda x: x["y"], "KeyError: 'y'", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_wrong_gets_no_speed(wrong_run, message):
@@ -189,6 +190,7 @@ def test_what_is_only_checked_has_no_figures():
     assert "total_ms" not in second
 
 
+@pytest.mark.slow
 def test_failing_only_when_repeated_is_said():
     calls = []
 
@@ -206,6 +208,7 @@ def test_failing_only_when_repeated_is_said():
     assert wrong == ["no speed is given for 'double', ours: MemoryError: no more"]
 
 
+@pytest.mark.slow
 def test_inputs_take_turns():
     seen = []
 
@@ -307,6 +310,7 @@ def test_mistakes(options, message, tmp_path):
     assert not (tmp_path / "kernels.csv").exists()
 
 
+@pytest.mark.slow
 def test_the_unet_has_rows_of_this_table(monkeypatch):
     from avsep.benchmarks import cases
 

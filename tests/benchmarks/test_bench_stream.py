@@ -29,6 +29,7 @@ def bundles(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_row_a_stream(bundles, tmp_path, capsys):
     out = tmp_path / "streams.csv"
     with pytest.raises(SystemExit) as stop:

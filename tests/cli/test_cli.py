@@ -348,6 +348,7 @@ def can_export():
         pytest.importorskip(package)
 
 
+@pytest.mark.slow
 def test_export_makes_bundles_that_verify(can_export, tone_run, tiny, capsys):
     assert run("export", tone_run, "--out", "last", "--precision", "fp32", "--precision", "fp16") == 0
     shown = capsys.readouterr()

@@ -55,6 +55,7 @@ def found(tone_store, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow  # minutes of two processes, one after the other
 @pytest.mark.parametrize("name", STEPS)
 def test_two_ranks_take_the_step_of_one(name, found):
     """Terms, gradients and running statistics; one of the ranks has no source of an old class."""
@@ -68,6 +69,7 @@ def test_two_ranks_take_the_step_of_one(name, found):
         torch.testing.assert_close(two[key], value, **limits, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.slow  # minutes of two processes, one after the other
 def test_mixtures_and_metrics_do_not_depend_on_the_number_of_ranks(found, tone_store):
     facts = json.loads((found / "facts.json").read_text())
     learner, stream = tiny_learner(validation_pairs=3), stream_of(tone_store)
@@ -85,11 +87,13 @@ def _rows(run):
         return [{k: float(v or 0) for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow  # minutes of two processes, one after the other
 def test_a_resume_with_as_many_ranks_is_the_same_to_the_last_bit(found):
     assert differing(weights(found / "whole"), weights(found / "killed")) == []
     assert _rows(found / "whole") == _rows(found / "killed")
 
 
+@pytest.mark.slow  # minutes of two processes, one after the other
 def test_a_resume_with_another_number_of_ranks_goes_on_alike(found, tone_store):
     assert len(_rows(found / "killed_for_one")) == 2
     rank_checks.fit(tone_store, found / "killed_for_one", resume=True)
@@ -107,6 +111,7 @@ def test_a_resume_with_another_number_of_ranks_goes_on_alike(found, tone_store):
     assert _rows(found / "killed_for_one")[2] == pytest.approx(whole[2], rel=1e-5)
 
 
+@pytest.mark.slow  # minutes of two processes, one after the other
 def test_an_error_on_one_rank_is_one_line_and_ends_all(found):
     code, error = json.loads((found / "end.json").read_text())
     assert code == 2

@@ -29,6 +29,8 @@ from support.commands import run
 from support.listeners import listener_part, listening_separator
 from support.tones import BUNDLE_CLASSES, RATE, TINY_FRONT_END
 
+pytestmark = pytest.mark.slow
+
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
 

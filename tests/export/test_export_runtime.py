@@ -68,12 +68,27 @@ def timelines():
     }
 
 
+# fixed shapes, open ones, and the transforms outside with several chunks at once
+PLANS = {"fixed": {}, "open": {"dynamic": True, "batch": 2}, "spectral": {"spectral": True, "batch": 3}}
+
+
+class _Bundles(dict):
+    """By form, made when asked for."""
+
+    def __init__(self, separator, folder):
+        self.separator, self.folder = separator, folder
+
+    def __missing__(self, form):
+        self[form] = export(self.separator, ExportPlan(**PLANS[form]), self.folder / form).path
+        return self[form]
+
+
 @pytest.fixture(scope="module")
 def bundles(separator, tmp_path_factory):
-    """By form: fixed shapes, open ones, and the transforms outside with several chunks at once."""
-    folder = tmp_path_factory.mktemp("bundles")
-    plans = {"fixed": {}, "open": {"dynamic": True, "batch": 2}, "spectral": {"spectral": True, "batch": 3}}
-    return {name: export(separator, ExportPlan(**plan), folder / name).path for name, plan in plans.items()}
+    return _Bundles(separator, tmp_path_factory.mktemp("bundles"))
+
+
+FORMS = ["fixed", *(pytest.param(form, marks=pytest.mark.slow) for form in ("open", "spectral"))]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +113,7 @@ def streamed(stream, mixture, block):
 # --- the same results -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["fixed", "open", "spectral"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("classes", [("cello",), ("piano", "flute"), ("cello", "flute", "piano")])
 def test_it_answers_as_the_separator(separator, bundles, timelines, form, classes):
     """Any form of graph, and fewer or more sources than it was made for: what PyTorch gives, in the order asked for."""
@@ -132,7 +147,7 @@ def test_integers_and_doubles_are_the_same_audio(runtime, timelines):
         np.testing.assert_array_equal(runtime.separate(same, timelines, ["piano"]), expected)
 
 
-@pytest.mark.parametrize("form", ["fixed", "open", "spectral"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("block", [1000, 30000])
 def test_a_stream_gives_the_samples_of_the_whole(bundles, timelines, form, block):
     loaded = BundleSeparator.load(bundles[form], provider="cpu", threads=1)
