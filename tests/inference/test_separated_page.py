@@ -227,6 +227,15 @@ def test_what_is_downloaded_is_what_was_written(chrome, place):
             np.testing.assert_allclose(sound.T, part, atol=1.1 / 32768)
 
 
+def _at_rest(page, selector):
+    """Where an element is, once the page has stopped scrolling to what has the focus."""
+    before = None
+    while (found := page.locator(selector).bounding_box()) != before:
+        before = found
+        page.wait_for_timeout(150)
+    return found
+
+
 def test_boxes_are_corrected_and_saved_as_avsep_reads_them(chrome, place):
     with opened_page(chrome, (place / "duet_separated.html").as_uri(), ready=False) as page:
         page.wait_for_selector("#transport:not([hidden])")
@@ -243,7 +252,7 @@ def test_boxes_are_corrected_and_saved_as_avsep_reads_them(chrome, place):
             page.keyboard.press("ArrowRight")
         assert "left 10 %, top 0 %, right 58 %, bottom 100 %" in box.get_attribute("aria-label")
         page.locator(".box").nth(1).focus()
-        frame = page.locator("#stage").bounding_box()
+        frame = _at_rest(page, "#stage")
         x, y, width, height = (frame[key] for key in ("x", "y", "width", "height"))
         page.mouse.move(x + 0.62 * width, y + 0.2 * height)  # a whole frame is drawn anew
         page.mouse.down()
