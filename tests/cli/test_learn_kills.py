@@ -61,7 +61,9 @@ def test_twenty_kills_change_nothing(tone_store, tmp_path):
             assert load_separator(tmp_path / "killed").classes[:2] == ("ding", "hum")
             RunFolder(tmp_path / "killed").spec()
             continue
-        assert process.wait(timeout=600) == 0, process.communicate()
+        told = process.communicate(timeout=600)
+        # killed when all was done, but for the end of the process: there is nothing left to learn
+        assert process.returncode == 0 or "knows 'peep' already" in told[1], told
         if kills < KILLS:  # it had ended before: once more from the beginning
             assert _differing(tmp_path) == []
             shutil.rmtree(tmp_path / "killed")
@@ -71,6 +73,7 @@ def test_twenty_kills_change_nothing(tone_store, tmp_path):
             learner.fit(stream_of(tone_store, TINY_TASKS[:1]), tmp_path / "killed", progress=False)
             continue
         break
+    print(f"{kills} kills")
     assert _differing(tmp_path) == []
     assert [len(one.ids) for one in kept_exemplars(tmp_path / "killed")[1]] == [2, 2, 2, 2]
     Store.open(tmp_path / "killed" / "memory", verify=True)
