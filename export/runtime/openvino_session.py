@@ -63,16 +63,7 @@ class OpenvinoSession:
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """See :class:`~.sessions.Engine`. The outputs lie in buffers that the next call overwrites."""
-        if inputs.keys() != {tensor.name for tensor in self.graph.inputs}:
-            takes = ", ".join(tensor.name for tensor in self.graph.inputs)
-            raise ExportError(f"{self._where} takes {takes}, got {', '.join(inputs)}")
-        for tensor in self.graph.inputs:
-            array = inputs[tensor.name]
-            if not tensor.fits(array):
-                raise ExportError(
-                    f"{self._where}: '{tensor.name}' is {array.dtype} {list(array.shape)}, it takes {tensor.dtype} "
-                    f"{list(tensor.shape)}"
-                )
+        self.graph.check(inputs, self._where)
         given = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         with self._lock:
             if self._request is None:

@@ -80,6 +80,19 @@ class Graph:
         """By profile and input name: the least, usual and largest shape."""
         return list(self.entry["profiles"])
 
+    def check(self, inputs: Mapping[str, NDArray[Any]], where: str) -> None:
+        """Raise :class:`ExportError`, naming ``where``, for inputs of other names, element types or shapes."""
+        if inputs.keys() != {tensor.name for tensor in self.inputs}:
+            takes = ", ".join(tensor.name for tensor in self.inputs)
+            raise ExportError(f"{where} takes {takes}, got {', '.join(inputs)}")
+        for tensor in self.inputs:
+            array = inputs[tensor.name]
+            if not tensor.fits(array):
+                raise ExportError(
+                    f"{where}: '{tensor.name}' is {array.dtype} {list(array.shape)}, it takes {tensor.dtype} "
+                    f"{list(tensor.shape)}"
+                )
+
     @property
     def golden_tensors(self) -> tuple[TensorInfo, ...]:
         """Inputs and outputs as golden arrays hold them: a sequence of calls, of a graph that goes frame by frame."""

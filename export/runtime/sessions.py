@@ -172,7 +172,7 @@ class OnnxSession:
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """See :class:`Engine`. The outputs on the CPU lie in buffers that the next call overwrites."""
-        self._check(inputs)
+        self.graph.check(inputs, self._where)  # a buffer would take another element type in silence, cut to its own
         key = tuple(inputs[tensor.name].shape for tensor in self.graph.inputs)
         with self._lock:
             if self.session is None:
@@ -189,19 +189,6 @@ class OnnxSession:
                 raise ExportError(
                     f"ONNX Runtime cannot run {self._where} ({one_line(error)}): export it again"
                 ) from None
-
-    def _check(self, inputs: Mapping[str, Array]) -> None:
-        """A buffer would take another element type in silence, cut to its own."""
-        if inputs.keys() != {tensor.name for tensor in self.graph.inputs}:
-            takes = ", ".join(tensor.name for tensor in self.graph.inputs)
-            raise ExportError(f"{self._where} takes {takes}, got {', '.join(inputs)}")
-        for tensor in self.graph.inputs:
-            array = inputs[tensor.name]
-            if not tensor.fits(array):
-                raise ExportError(
-                    f"{self._where}: '{tensor.name}' is {array.dtype} {list(array.shape)}, it takes {tensor.dtype} "
-                    f"{list(tensor.shape)}"
-                )
 
     def close(self) -> None:
         """See :class:`Engine`."""
