@@ -22,6 +22,7 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """Show the separators that come with avsep: what they know, what they were trained on, what they reach."""
+    from rich import box
     from rich.table import Table
 
     from avsep.models import find_model, models
@@ -49,16 +50,17 @@ def command(
     output.say(f"{model.name}: {card['summary']}")
     for title, text in card["about"].items():
         output.say(f"{title}: {text}")
-    table = Table(
-        title=f"SDR improvement in dB on sounds of {card['tested_on']['name']}, which it was not trained with"
-    )
-    for heading in ("class", "by name alone", "static filter", "difference", "with its picture"):
-        table.add_column(heading, justify="left" if heading == "class" else "right")
+    title = f"SDR improvement in dB on sounds of {card['tested_on']['name']}, which it was not trained with"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("class", "by name", "filter", "difference", "with picture"):
+        named = heading == "class"
+        table.add_column(heading, justify="left" if named else "right", no_wrap=named)
     for row in card["scores"]:
         difference = f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
         cells = [f"{row[key]:.2f}" for key in ("unseen", "filter")]
         table.add_row(row["class"], *cells, difference, f"{row['seen']:.2f}")
     output.show(table)
+    output.say("by name: no picture is seen; filter: one for each class that never changes")
 
 
 def _head(card: Any) -> dict[str, Any]:

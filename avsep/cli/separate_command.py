@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from avsep.inference.recordings import Recording, SeparatedFile
     from avsep.media.detection import BoxTrack
     from avsep.media.timeline import VisualTimeline
+    from avsep.models import Model
     from avsep.progress import Progress
     from avsep.types import VisualSource
 
@@ -193,7 +194,8 @@ def command(
     timelines = {} if features is None else read_visual_file(features)
     track = None if boxes is None else read_boxes(boxes)
     engine = load()
-    output.detail(f"{engine.name or run or bundle}, on {engine.ran}: {listed(engine.classes)}")
+    named = run or bundle if engine.model is None else engine.model.name
+    output.detail(f"{named}, on {engine.ran}: {listed(engine.classes)}")
     failures.refuse_classes(engine.classes, written)
     chosen = names_in(written, engine.classes)
     auto = [name.casefold() for name in chosen] == ["auto"]
@@ -229,7 +231,8 @@ def command(
         )
         options: dict[str, Any] = {"rate": rate, "subtype": subtype, "suffix": suffix}
         options |= {"rescale": rescale, "overwrite": overwrite}
-        _refuse_left_out(engine, chosen)
+        if engine.model is not None:
+            engine.model.refuse_left_out(chosen)
         asked = None if auto else sources_of(engine.classes, chosen)
         if asked is not None:
             check_moves(asked, engine.sources)
@@ -313,18 +316,6 @@ def _refuse_what_is_missing(files: list[Path], classes: str, load: Callable[[], 
         missing.append(f"classes (--classes flute,piano, or auto: those that are seen; {listed(load().classes)})")
     if missing:
         raise ConfigError(f"avsep separate needs {' and '.join(missing)}: see avsep separate --help")
-
-
-def _refuse_left_out(engine: _Engine, chosen: list[str]) -> None:
-    """Raise :class:`ConfigError` for classes that a model was trained on, and is not offered for."""
-    from avsep.errors import ConfigError
-
-    for name in chosen:
-        if (of := name.rpartition("=")[2].strip()) in engine.left_out:
-            raise ConfigError(
-                f"model '{engine.name}' does not separate '{of}' better than a fixed filter does, so it is not offered "
-                f"for it: train one of your own (avsep train), or ask for {', '.join(engine.classes)}"
-            )
 
 
 class _Failures:
@@ -465,7 +456,7 @@ class _Engine:
     raise of timelines and classes; ``sizes`` are the heights and widths of frames by role, ``ran`` says where it runs.
     ``channels`` that it takes beside one, None: any number. ``threshold`` of presence, where it tells that. Whether its
     masks are ``limited`` to a sum of 1, and whether it ``can_go_unseen``. ``looks``: at a video, unless it is told not
-    to. A model that comes with avsep has a ``name``, and may have classes that are ``left_out``.
+    to. ``model``: that which comes with avsep, if it is one.
     """
 
     classes: tuple[str, ...]
@@ -480,8 +471,7 @@ class _Engine:
     limited: bool
     can_go_unseen: bool
     looks: bool = True
-    name: str = ""
-    left_out: tuple[str, ...] = ()
+    model: Model | None = None
     opened: Callable[[], Any] = field(default=contextlib.nullcontext)
 
 
@@ -508,8 +498,7 @@ def _of_run(
         classes=separator.classes if model is None else model.classes,
         sources=separator.visual_sources(),
         looks=model is None,
-        name="" if model is None else model.name,
-        left_out=() if model is None else model.left_out,
+        model=model,
         rate_hz=spec.sample_rate_hz,
         sizes={role: _size(SIZES[role], None if e is None else e.size) for role, e in encoders.items()},
         ran=f"PyTorch, {chosen}",

@@ -98,16 +98,15 @@ def separate(
     from avsep.models import model_at
     from avsep.separator import Separator, load_separator
 
-    known: tuple[str, ...] | None = None
+    found = None if isinstance(model, Separator) else model_at(model)
     if isinstance(model, Separator):
         separator = model
     else:
-        found = model_at(model)
-        separator = load_separator(model if found is None else found.separator)  # type: ignore[arg-type]
-        known = None if found is None else found.classes
-        separator.to(pick_device(device))
+        separator = load_separator(found.separator if found is not None else model or "").to(pick_device(device))
     asked = names_in(classes, separator.classes) if isinstance(classes, str) else [str(name) for name in classes]
-    names = tuple(source.name for source in sources_of(known or separator.classes, asked))
+    if found is not None:
+        found.refuse_left_out(asked)
+    names = tuple(source.name for source in sources_of(separator.classes if found is None else found.classes, asked))
     rate_hz = separator.spec.front_end.sample_rate_hz
     if isinstance(recording, tuple):
         samples, own_hz = np.asarray(recording[0], np.float32), recording[1]

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,16 @@ class Model:
     def can_learn(self) -> bool:
         """Whether it brings exemplars, so that a run can begin with it."""
         return (self.path / _MEMORY_FILE).is_file()
+
+    def refuse_left_out(self, names: Iterable[str]) -> None:
+        """Raise :class:`ConfigError` for a class, also as ``NAME=CLASS``, that it was trained on and is not offered
+        for."""
+        for name in names:
+            if (of := name.rpartition("=")[2].strip()) in self.left_out:
+                raise ConfigError(
+                    f"model '{self.name}' does not separate '{of}' better than a fixed filter does, so it is not "
+                    f"offered for it: train one of your own (avsep train), or ask for {', '.join(self.classes)}"
+                )
 
     def check(self) -> None:
         """Hold its files against the hashes in its card.

@@ -98,6 +98,12 @@ def without_commit(path: Path) -> str:
     return "\n".join(line for line in path.read_text().splitlines() if not line.startswith("Commit"))
 
 
+def test_a_cell_is_computed_in_full_precision_on_every_cpu(finished):
+    """Whatever ``train.precision=auto`` takes there: cells of several processors are held against one another."""
+    runs = [yaml.safe_load(file.read_text()) for file in finished.glob("work/*/run/run.yaml")]
+    assert {spec["train"]["precision"] for spec in runs} == {"32-true"}
+
+
 # ---------------------------------------------------------------------- the grid as data
 
 

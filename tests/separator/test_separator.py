@@ -211,6 +211,20 @@ def test_save_and_load_return_the_same_separator(tmp_path):
     assert same(load_separator(tmp_path / "one"), separator)
 
 
+def test_half_the_bytes_keep_the_weights_within_rounding_and_the_statistics_whole(tmp_path):
+    separator = build_separator("aligned_small", num_classes=2, seed=1)
+    for norm in (m for m in separator.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_var.uniform_(1e-9, 1e6)  # beyond what half precision holds
+    save_separator(separator, tmp_path / "whole")
+    save_separator(separator, tmp_path / "half", half=True)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    found, parameters = load_separator(tmp_path / "half").state_dict(), dict(separator.named_parameters())
+    for name, value in separator.state_dict().items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value.half().to(value.dtype) if name in parameters else value)
+
+
 def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     separator = small()
     save_separator(separator, tmp_path / "one")
