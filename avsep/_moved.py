@@ -34,9 +34,11 @@ MOVED = {
     "avsep.provenance": "avsep.environment",
     "avsep.ranks": "avsep.distributed.ranks",
     "avsep.seeding": "avsep.environment",
-    "avsep.separate": "avsep.inference.recordings",
     "avsep.export.verify": "avsep.export.runtime.verify",
 }
+
+# Names that something else has now. Answering for them would put a module in its place (``avsep.separate(...)``).
+_TAKEN = {"avsep.separate": "avsep.inference.recordings"}
 
 
 class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -45,6 +47,8 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        if name in _TAKEN:
+            raise ModuleNotFoundError(f"{name} is a function now, and no module: import {_TAKEN[name]}", name=name)
         return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import avsep
 from avsep._moved import MOVED
 
 
@@ -29,6 +30,17 @@ def test_the_warning_names_the_line_that_imports(tmp_path, monkeypatch):
     with pytest.warns(FutureWarning) as caught:
         importlib.import_module("somebodys_script")
     assert (caught[0].filename, caught[0].lineno) == (str(tmp_path / "somebodys_script.py"), 3)
+
+
+def test_a_path_whose_name_is_a_function_now_says_so():
+    """To load it would set ``avsep.separate`` to a module."""
+    with pytest.raises(ModuleNotFoundError, match=r"a function now, .*: import avsep\.inference\.recordings"):
+        importlib.import_module("avsep.separate")
+    assert callable(avsep.separate)
+
+
+def test_no_old_path_hides_a_public_name():
+    assert not {f"avsep.{name}" for name in avsep.__all__} & set(MOVED)
 
 
 def test_a_name_that_never_was_is_not_found():
