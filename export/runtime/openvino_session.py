@@ -1,8 +1,9 @@
 """Running a bundle's graphs with OpenVINO, on the CPU. NumPy and, when a graph is opened, the package openvino.
 
-OpenVINO reads the bundle's ONNX as it is. Two of its habits are turned off: on processors with bfloat16 it computes
-fp32 graphs in that type without being asked, which the golden outputs would refuse; and its import reports itself to
-its maker over the network, where no one has said that it shall not.
+OpenVINO reads the bundle's ONNX as it is. Three of its habits are turned off: on processors with bfloat16 it computes
+fp32 graphs in that type without being asked, which the golden outputs would refuse; its import reports itself to its
+maker over the network, where no one has said that it shall not; and what it loads for the CPU is never unloaded, since
+that may take away the stack on which the main thread handles signals: the next Ctrl-C would be a segmentation fault.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,7 @@ class OpenvinoSession:
     provider = "openvino"
 
     def __init__(self, bundle: Bundle, graph: Graph, threads: int = 0) -> None:
-        openvino = load_openvino()
+        load_openvino()
         self._where = f"{bundle.path}: {graph.file}"
         data = bundle.read(graph.file)
         check_onnx(data, self._where)
@@ -51,7 +53,7 @@ class OpenvinoSession:
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:
-            core = openvino.Core()
+            core = _core()
             self._request = core.compile_model(core.read_model(data), "CPU", settings).create_infer_request()
         except Exception as error:  # openvino raises RuntimeError for all that can go wrong, and others for some
             raise ExportError(
@@ -106,6 +108,16 @@ class OpenvinoSession:
                         f"{self._where} {side} {tensor.name} as {kind} {shape}, the manifest says {tensor.dtype} "
                         f"{list(tensor.shape)}: it is another graph, copy or export the bundle again"
                     )
+
+
+@cache
+def _core() -> Any:
+    """One for the whole process, which keeps what is loaded for the CPU.
+
+    That (2026.4, ``SigAltStackSetup``) gives the thread that loads it another stack for signals, and frees it with the
+    last session, in whatever thread that ends. A thread's stack can be taken back by itself alone.
+    """
+    return load_openvino().Core()
 
 
 def load_openvino() -> Any:

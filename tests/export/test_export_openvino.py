@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -174,6 +175,21 @@ def test_a_damaged_graph_is_one_line(openvino, bundle, monkeypatch):
     with pytest.raises(ExportError, match=r"OpenVINO cannot load .*--provider cpu") as raised:
         openvino_session.OpenvinoSession(opened, graph)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="a signal of POSIX systems")
+def test_a_signal_is_handled_after_the_last_session_ended_in_another_thread(openvino, bundle):
+    script = (
+        "import os, signal, threading; from avsep.export.runtime.openvino_session import OpenvinoSession; "
+        "from avsep.export.runtime.reader import open_bundle; "
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled')); "
+        f"opened = open_bundle({str(bundle)!r}); "
+        "sessions = [OpenvinoSession(opened, opened.graphs[0])]; "
+        "ending = threading.Thread(target=sessions.clear); ending.start(); ending.join(); "
+        "os.kill(os.getpid(), signal.SIGUSR1)"
+    )
+    done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "handled"), done.stderr
 
 
 def test_nothing_is_reported(openvino, bundle, tmp_path):
