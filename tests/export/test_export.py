@@ -12,7 +12,7 @@ import torch
 from avsep.errors import ConfigError, ExportError, MissingExtraError
 from avsep.export import ExportPlan, export
 from avsep.export.build.golden import golden_inputs
-from avsep.export.build.graph import PolyphaseSTFT, WaveformSeparator, warp_matrices
+from avsep.export.build.graph import FactoredSTFT, PolyphaseSTFT, WaveformSeparator, transform_of, warp_matrices
 from avsep.export.build.onnx import check_graph, write_onnx
 from avsep.export.build.parity import compare, run_onnx
 from avsep.separator import build_separator
@@ -78,10 +78,11 @@ def separate(separator, inputs):
         (700, 100, 7, "reflect"),
     ],
 )
-def test_polyphase_transforms_equal_torch(samples, n_fft, hop, padding):
+@pytest.mark.parametrize("form", [PolyphaseSTFT, FactoredSTFT])
+def test_transforms_equal_torch(form, samples, n_fft, hop, padding):
     torch.manual_seed(0)
     window = torch.hann_window(n_fft)
-    stft = PolyphaseSTFT(samples, n_fft, hop, padding)
+    stft = form(samples, n_fft, hop, padding)
     signal = 0.3 * torch.randn(2, samples)
     mode = {"zeros": "constant"}.get(padding, padding)
     expected = torch.stft(signal, n_fft, hop, window=window, center=True, pad_mode=mode, return_complex=True)
@@ -94,6 +95,20 @@ def test_polyphase_transforms_equal_torch(samples, n_fft, hop, padding):
     whole = torch.istft(masked, n_fft, hop, window=window, center=True, length=samples)
     got = stft.synthesise(torch.cat([masked.real, masked.imag], dim=1))
     assert (got - whole).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("n_fft", "form"),
+    [(254, PolyphaseSTFT), (258, PolyphaseSTFT), (1022, FactoredSTFT), (4094, FactoredSTFT), (4098, PolyphaseSTFT)],
+)
+def test_lengths_with_factors_are_transformed_in_two_steps(n_fft, form):
+    stft = transform_of(4 * n_fft, n_fft, n_fft // 4)
+    assert type(stft) is form
+    if form is FactoredSTFT:
+        one_step = 2 * n_fft**2  # numbers, analysis and synthesis
+        assert sum(buffer.numel() for buffer in stft.buffers()) < one_step / 40
+        signal = 0.3 * torch.randn(1, 4 * n_fft)
+        assert (stft.synthesise(stft.analyse(signal)) - signal).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
