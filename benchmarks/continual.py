@@ -146,7 +146,7 @@ def _write_clip(
         clip_id,
         player.name,
         split,
-        finish_audio(sound, _RATE_HZ, clip_s, LEVEL_V2_DB, active=True),
+        finish_audio(sound, _RATE_HZ, SAMPLE_RATE_HZ, clip_s, LEVEL_V2_DB, active=True),
         object_frames=object_frames(player, look, notes, clip_s, OBJECT_RATE_HZ, version=2),
         motion_frames=motion_frames(player, look, notes, clip_s, MOTION_RATES_HZ[2], version=2),
     )

@@ -54,7 +54,7 @@ def render(player: Instrument, bank: SoundFont, seed: tuple[int, ...]) -> np.nda
     samples = round(_SECONDS * 2 * SAMPLE_RATE_HZ)
     rate_hz = 2 * SAMPLE_RATE_HZ
     sound = bank.render_low(notes, bank=number, program=program, samples=samples, sample_rate_hz=rate_hz)
-    return finish_audio(sound, rate_hz, _SECONDS, _LEVEL_DB, active=True)
+    return finish_audio(sound, rate_hz, SAMPLE_RATE_HZ, _SECONDS, _LEVEL_DB, active=True)
 
 
 def _player(name: str) -> Instrument:

@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command("prepare")(_prepare.command)
 
+_Rate = Annotated[int, typer.Option("--rate", help="Samples a second: 11025, 22050 or 44100.")]
 _StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder.")]
 
 
@@ -47,6 +48,7 @@ def synth(
         str | None, typer.Option("--clips", help="Clips a class for train,val,test, such as 14,3,4.")
     ] = None,
     clip_s: Annotated[float | None, typer.Option("--clip-s", help="Seconds of a clip.")] = None,
+    rate: _Rate = 11025,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, max=MOST_PROCESSES, help="Processes [default: one a CPU core].")
     ] = None,
@@ -72,6 +74,7 @@ def synth(
                 workers=workers,
                 clips_per_class=None if clips is None else _counts(clips),
                 clip_s=clip_s,
+                sample_rate_hz=rate,
                 progress=not quiet,
                 force=force,
             )
@@ -100,6 +103,7 @@ def notes(
         str | None, typer.Option("--clips", help="Clips a class for train,val,test [default: 100,8,10].")
     ] = None,
     clip_s: Annotated[float | None, typer.Option("--clip-s", help="Seconds of a clip [default: 8].")] = None,
+    rate: _Rate = 11025,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, max=MOST_PROCESSES, help="Processes [default: one a CPU core].")
     ] = None,
@@ -135,6 +139,7 @@ def notes(
             seed=seed,
             clips_per_class=None if clips is None else _counts(clips),
             clip_s=clip_s,
+            sample_rate_hz=rate,
             split_by=split_by,
             workers=workers,
             progress=not quiet,

@@ -22,7 +22,7 @@ from avsep.data.synth.recorded import Recording, choose, divide, find_notes, syn
 from avsep.data.synth.soundfont import Note, SoundFont
 from avsep.data.synth.synthesis import find_banks, preset_of
 from avsep.errors import ConfigError, DataError, UnknownNameError
-from avsep.media.audio import write_audio
+from avsep.media.audio import resample, write_audio
 from support.folders import contents
 from support.soundfonts import record_notes
 
@@ -191,6 +191,10 @@ def test_a_store_of_recorded_notes(folder: Path, tmp_path: Path, monkeypatch: py
         audio = store.read_audio(clip)
         assert len(audio) == 33075
         assert 0.03 < np.abs(audio).max() < 0.99
+    wide = synthesise_notes(found, tmp_path / "wide", **{**SMALL, "clips_per_class": (1, 0, 0)}, sample_rate_hz=44100)  # type: ignore[arg-type]
+    for clip in wide.clips:
+        brought_down = resample(wide.read_audio(clip), 44100, 11025)
+        assert np.corrcoef(store.read_audio(store.clip(clip.id)), brought_down)[0, 1] > 0.95
     # a killed run goes on to the same bytes; other recordings are another store
     again = tmp_path / "again"
     left = [3]
@@ -218,7 +222,7 @@ def test_what_is_played_has_the_written_pitch_and_ends(folder: Path) -> None:
     found = find_notes(folder, pictures=AS).recordings["flute"]
     note, recording = choose(Note(0.5, 0.4, 86), found, False, np.random.default_rng(0))
     assert (note.key, recording.key) == (86, 83)
-    sound = recorded._play(instrument("flute"), [(note, recording)], folder, 22050)
+    sound = recorded._play(instrument("flute"), [(note, recording)], folder, 22050, 22050)
     assert not sound[:11000].any()
     assert not sound[round(0.97 * 22050) :].any()
     part = sound[13000:18000] * np.hanning(5000)

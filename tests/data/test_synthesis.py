@@ -389,6 +389,7 @@ def test_force_makes_anew(tmp_path: Path) -> None:
         ({"clip_s": float("nan")}, ConfigError, "clip_s = nan"),
         ({"seed": -1}, ConfigError, "seed = -1"),
         ({"workers": 0}, ConfigError, "workers = 0"),
+        ({"sample_rate_hz": 48000}, ConfigError, "sample_rate_hz = 48000: give one of 11025, 22050, 44100"),
         ({"banks": ["none.sf2"]}, DataError, "no such SoundFont: none.sf2"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from avsep.data.synth.pictures import look_of, motion_frames, poses, poses_v2
 from avsep.data.synth.soundfont import Note, SoundFont
 from avsep.data.synth.synthesis import find_banks, held_out, synthesise
 from avsep.errors import ConfigError, DataError
+from avsep.media.audio import resample
 from support.folders import contents
 from support.soundfonts import LOOP, bank_of
 
@@ -229,6 +231,34 @@ def test_versions_do_not_continue_each_other(made: Path, tmp_path: Path) -> None
         synthesise(tmp_path / "x", **{**settings, "version": 3})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="motion_rate_hz = 0"):
         synthesise(tmp_path / "x", **{**settings, "motion_rate_hz": 0})  # type: ignore[arg-type]
+
+
+@needs_bank
+@pytest.mark.parametrize("version", [1, 2])
+def test_another_rate_gives_the_same_clips_with_a_wider_band(tmp_path: Path, version: int) -> None:
+    settings = {**SMALL, "version": version, "banks": [find_banks()[0]], "clips_per_class": (1, 0, 0), "workers": 1}
+    if version == 2:
+        settings["holdout_bank"] = find_banks()[0]
+        settings["banks"] = [shutil.copy(find_banks()[0], tmp_path / "other.sf2")]
+        with (tmp_path / "other.sf2").open("ab") as file:
+            file.write(b"\0\0")
+    low, high = (
+        synthesise(tmp_path / str(rate), **settings, sample_rate_hz=rate)  # type: ignore[arg-type]
+        for rate in (11025, 44100)
+    )
+    assert (low.sample_rate_hz, high.sample_rate_hz) == (11025, 44100)
+    for one, other in zip(low.clips, high.clips, strict=True):
+        assert other.samples == 4 * one.samples
+        narrow, wide = low.read_audio(one), high.read_audio(other)
+        brought_down = resample(wide, 44100, 11025)
+        assert np.corrcoef(narrow, brought_down)[0, 1] > 0.99
+        power = np.abs(np.fft.rfft(wide)) ** 2
+        above = power[np.fft.rfftfreq(len(wide), 1 / 44100) > 6000].sum() / power.sum()
+        assert above > (1e-3 if one.class_name == "drum" else 1e-6)
+        for kind in ("object", "motion"):
+            np.testing.assert_array_equal(getattr(low.timeline(one), kind), getattr(high.timeline(other), kind))
+    with pytest.raises(DataError, match="other settings"):
+        synthesise(tmp_path / "11025", **settings, sample_rate_hz=22050)  # type: ignore[arg-type]
 
 
 @needs_bank

@@ -47,7 +47,7 @@ DIVIDED_FROM = 20  # recordings of a class; fewer would leave the test split a h
 FURTHEST = 3  # semitones that a recording is moved
 SPLIT_BY = ("recording", "none")
 _SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".mp3", ".aif", ".aiff", ".aifc")
-_RATE_HZ = 2 * SAMPLE_RATE_HZ  # notes are kept and moved at this rate
+_PLAYED_AT = 2  # notes are kept and moved at so many times the store's rate
 _KEPT_S = 5.0  # of each recording; no phrase holds a note longer
 _SHORTEST_S = 0.05
 _ONSET_DB, _BEFORE_S = 30.0, 0.01  # where a recording begins: this far below its loudest, and so much before
@@ -176,32 +176,35 @@ def _inspect(path: Path, drums: bool) -> int | tuple[str, str]:
     if drums:
         return "no piece of a drum kit in its name", f"{path.name}: name it kick, snare, hihat, tom or cymbal"
     try:
-        key = detect_key(sound, _RATE_HZ)
+        key = detect_key(sound, _PLAYED_AT * SAMPLE_RATE_HZ)
     except MissingExtraError as error:
         return "no pitch in its name", str(error)
     return ("no pitch in its name or its sound", path.name) if key is None else key
 
 
-def _sound(path: Path) -> np.ndarray:
-    """A recording as float32 [L] at 22,050 Hz from its onset on, at a level of one (RMS)."""
-    audio, rate_hz = read_audio(path)
-    sound = resample(to_mono(audio), rate_hz, _RATE_HZ)
-    block = _RATE_HZ // 200
-    power = np.mean(np.pad(sound, (0, -len(sound) % block)).reshape(-1, block).astype(np.float64) ** 2, axis=1)
+def _sound(path: Path, rate_hz: int = _PLAYED_AT * SAMPLE_RATE_HZ) -> np.ndarray:
+    """A recording as float32 [L] at ``rate_hz`` from its onset on, at a level of one (RMS)."""
+    audio, native_hz = read_audio(path)
+    mono = to_mono(audio)
+    low_hz = _PLAYED_AT * SAMPLE_RATE_HZ  # its onset is the same at every rate
+    low = resample(mono, native_hz, low_hz)
+    block = low_hz // 200
+    power = np.mean(np.pad(low, (0, -len(low) % block)).reshape(-1, block).astype(np.float64) ** 2, axis=1)
     if not power.max() > 10 ** (_SILENT_DB / 10):
         raise DataError("silent")
     first = int(np.argmax(power >= power.max() * 10 ** (-_ONSET_DB / 10)))
-    begin = max(0, first * block - round(_BEFORE_S * _RATE_HZ))
-    sound = sound[begin : begin + round(_KEPT_S * _RATE_HZ)]
-    if len(sound) < _SHORTEST_S * _RATE_HZ:
+    begin = max(0, first * block - round(_BEFORE_S * low_hz)) * (rate_hz // low_hz)
+    sound = low if rate_hz == low_hz else resample(mono, native_hz, rate_hz)
+    sound = sound[begin : begin + round(_KEPT_S * rate_hz)]
+    if len(sound) < _SHORTEST_S * rate_hz:
         raise DataError("too short")
-    sound = sound / np.float32(active_rms(sound[:_RATE_HZ], _RATE_HZ))
-    rise = min(round(0.002 * _RATE_HZ), len(sound))
+    sound = sound / np.float32(active_rms(sound[:rate_hz], rate_hz))
+    rise = min(round(0.002 * rate_hz), len(sound))
     sound[:rise] *= np.linspace(0, 1, rise, dtype=np.float32)
     return np.ascontiguousarray(sound, np.float32)
 
 
-_kept_sound = lru_cache(maxsize=256)(_sound)
+_kept_sound = lru_cache(maxsize=128)(_sound)
 
 
 def _player(picture: str) -> Instrument:
@@ -265,22 +268,24 @@ def _piece(key: int) -> int:
     return 47 if key in (41, 43, 45, 47, 48, 50) else 49
 
 
-def _play(player: Instrument, chosen: Sequence[tuple[Note, Recording]], root: Path, samples: int) -> np.ndarray:
-    """float32 [samples] at 22,050 Hz."""
+def _play(
+    player: Instrument, chosen: Sequence[tuple[Note, Recording]], root: Path, samples: int, rate_hz: int
+) -> np.ndarray:
+    """float32 [samples] at ``rate_hz``."""
     out = np.zeros(samples, np.float32)
     drums = player.play == "drums"
-    fade = round(_FADE_S.get(player.play, 0.06) * _RATE_HZ)
+    fade = round(_FADE_S.get(player.play, 0.06) * rate_hz)
     for note, recording in chosen:
-        sound = _kept_sound(root / recording.path)
+        sound = _kept_sound(root / recording.path, rate_hz)
         step = 1.0 if drums else 2.0 ** ((note.key - recording.key) / 12)
-        begin = round(note.onset_s * _RATE_HZ)
-        held = len(sound) if drums else round(note.duration_s * _RATE_HZ)
+        begin = round(note.onset_s * rate_hz)
+        held = len(sound) if drums else round(note.duration_s * rate_hz)
         total = min(held + fade, int((len(sound) - 1) / step), samples - begin)
         if total <= 0:
             continue
         voice = np.interp(np.arange(total) * step, np.arange(len(sound)), sound)
         voice *= np.clip((held + fade - np.arange(total)) / fade, 0, 1)
-        end = min(round(0.01 * _RATE_HZ), total)
+        end = min(round(0.01 * rate_hz), total)
         if begin + total < samples:  # where the recording ends before the note does
             voice[total - end :] *= np.linspace(1, 0, end)
         out[begin : begin + total] += (note.velocity / 127) ** 2 * voice
@@ -301,6 +306,7 @@ class _Clip:
     root: str
     recordings: tuple[Recording, ...]
     motion_rate_hz: float
+    sample_rate_hz: int
 
 
 def make_clip(clip: _Clip) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -311,10 +317,11 @@ def make_clip(clip: _Clip) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     music, sight = (np.random.Generator(np.random.Philox(s)) for s in np.random.SeedSequence(key).spawn(2))
     notes = compose_v2(player, clip.duration_s, music)
     chosen = [choose(note, clip.recordings, player.play == "drums", music) for note in notes]
-    sound = _play(player, chosen, Path(clip.root), round(clip.duration_s * _RATE_HZ))
+    rate_hz = _PLAYED_AT * clip.sample_rate_hz
+    sound = _play(player, chosen, Path(clip.root), round(clip.duration_s * rate_hz), rate_hz)
     level_db = LEVEL_V2_DB + float(music.uniform(-LEVEL_JITTER_DB, LEVEL_JITTER_DB))
     try:
-        audio = finish_audio(sound, _RATE_HZ, clip.duration_s, level_db, active=True)
+        audio = finish_audio(sound, rate_hz, clip.sample_rate_hz, clip.duration_s, level_db, active=True)
     except DataError:
         raise DataError(f"the recordings of '{clip.class_name}' play nothing audible in clip {clip.id}") from None
     look = look_of(player, sight)
@@ -328,7 +335,7 @@ def make_clip(clip: _Clip) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _make_and_write(out: str, clip: _Clip) -> str:
     audio, frames, motion = make_clip(clip)
-    writer = StoreWriter.worker(out, SAMPLE_RATE_HZ)
+    writer = StoreWriter.worker(out, clip.sample_rate_hz)
     writer.write_clip(clip.id, clip.class_name, clip.split, audio, object_frames=frames, motion_frames=motion)
     return clip.id
 
@@ -342,6 +349,7 @@ def synthesise_notes(
     clip_s: float | None = None,
     split_by: str = "recording",
     motion_rate_hz: float = MOTION_RATES_HZ[2],
+    sample_rate_hz: int = SAMPLE_RATE_HZ,
     workers: int | None = None,
     progress: bool | Progress = True,
     force: bool = False,
@@ -349,8 +357,8 @@ def synthesise_notes(
     """Make a store of recorded notes in folder ``out`` and open it: phrases and pictures as in version 2.
 
     ``clips_per_class`` (train, val, test) and ``clip_s`` are those of size tiny unless given. ``split_by``: see
-    :func:`divide`. ``workers``, ``progress`` and ``force``, and how a killed run is continued: as in
-    :func:`~avsep.data.synth.synthesis.synthesise`.
+    :func:`divide`. ``sample_rate_hz``, ``workers``, ``progress`` and ``force``, and how a killed run is continued: as
+    in :func:`~avsep.data.synth.synthesis.synthesise`.
 
     Raises :class:`ConfigError` for wrong settings; :class:`DataError` when ``out`` holds something else or is within
     the folder of notes.
@@ -359,7 +367,7 @@ def synthesise_notes(
     duration_s = SIZES_V2["tiny"].clip_s if clip_s is None else float(clip_s)
     if split_by not in SPLIT_BY:
         raise ConfigError(f"split_by = '{split_by}': known: {', '.join(SPLIT_BY)}")
-    check_settings(counts, duration_s, seed, workers, motion_rate_hz)
+    check_settings(counts, duration_s, seed, workers, motion_rate_hz, sample_rate_hz)
     if Path(out).resolve().is_relative_to(notes.folder.resolve()):
         raise DataError(f"{out} lies in the folder of notes, {notes.folder}: choose another folder for the store")
     divided = {name: divide(found, split_by) for name, found in notes.recordings.items()}
@@ -394,6 +402,7 @@ def synthesise_notes(
             str(notes.folder),
             divided[name][split],
             motion_rate_hz,
+            sample_rate_hz,
         )
         for name in notes.recordings
         for split, count in zip(SPLITS, counts, strict=True)
@@ -404,7 +413,7 @@ def synthesise_notes(
     with StoreWriter(
         out,
         classes=list(notes.recordings),
-        sample_rate_hz=SAMPLE_RATE_HZ,
+        sample_rate_hz=sample_rate_hz,
         object_rate_hz=OBJECT_RATE_HZ,
         motion_rate_hz=motion_rate_hz,
         origin=origin,

@@ -38,7 +38,8 @@ __all__ = ["SIZES", "TINY_CLASSES", "Size", "find_banks", "synthesise", "write_d
 
 VERSIONS = (1, 2)  # a new one whenever the same seed gives other clips
 SAMPLE_RATE_HZ = 11025
-_RENDER_RATE_HZ = 44100  # rendering at the low rate folds the instruments' treble back (aliasing)
+RATES_HZ = (11025, 22050, 44100)
+_LEAST_RENDER_HZ = 44100  # rendering at a low rate folds the instruments' treble back (aliasing)
 OBJECT_RATE_HZ = 1
 MOTION_RATES_HZ = {1: 8, 2: 16}  # by version
 _LEVEL_DB, LEVEL_JITTER_DB, _PEAK = -20.0, 2.0, 0.97
@@ -106,6 +107,7 @@ class _Clip:
     banks: tuple[str, ...]
     version: int = 1
     motion_rate_hz: float = MOTION_RATES_HZ[1]
+    sample_rate_hz: int = SAMPLE_RATE_HZ
 
 
 def make_clip(clip: _Clip, banks: Sequence[SoundFont]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -130,32 +132,36 @@ def make_clip(clip: _Clip, banks: Sequence[SoundFont]) -> tuple[np.ndarray, np.n
 
 def _perform(player: Instrument, notes: Sequence[Note], bank: SoundFont, clip: _Clip, level_db: float) -> np.ndarray:
     preset = preset_of(player, bank)
-    render, rate_hz = (bank.render, _RENDER_RATE_HZ) if clip.version == 1 else (bank.render_low, 2 * SAMPLE_RATE_HZ)
+    render, rate_hz = bank.render_low, 2 * clip.sample_rate_hz
+    if clip.version == 1:
+        render, rate_hz = bank.render, max(rate_hz, _LEAST_RENDER_HZ)
     samples = round(clip.duration_s * rate_hz)
     sound = render(notes, bank=preset[0], program=preset[1], samples=samples, sample_rate_hz=rate_hz)
     try:
-        return finish_audio(sound, rate_hz, clip.duration_s, level_db, active=clip.version > 1)
+        return finish_audio(sound, rate_hz, clip.sample_rate_hz, clip.duration_s, level_db, active=clip.version > 1)
     except DataError:
         raise DataError(
             f"{bank.path} plays nothing audible for '{player.name}' (bank {preset[0]}, program {preset[1]})"
         ) from None
 
 
-def finish_audio(sound: np.ndarray, rate_hz: int, duration_s: float, level_db: float, *, active: bool) -> np.ndarray:
+def finish_audio(
+    sound: np.ndarray, rate_hz: int, store_rate_hz: int, duration_s: float, level_db: float, *, active: bool
+) -> np.ndarray:
     """Bring a played phrase [L] to the store's rate and to a level in dB below full scale (RMS); returns int16.
 
     ``active``: the level is that of what sounds, without the pauses. Raises :class:`DataError` where nothing does.
     """
     import soxr
 
-    length = round(duration_s * SAMPLE_RATE_HZ)
+    length = round(duration_s * store_rate_hz)
     audio = np.zeros(length)
-    low = soxr.resample(sound.astype(np.float64), rate_hz, SAMPLE_RATE_HZ, quality="HQ")[:length]
+    low = soxr.resample(sound.astype(np.float64), rate_hz, store_rate_hz, quality="HQ")[:length]
     audio[: len(low)] = low
     audio -= audio.mean()
-    fade = min(round(_FADE_S * SAMPLE_RATE_HZ), length)
+    fade = min(round(_FADE_S * store_rate_hz), length)
     audio[length - fade :] *= np.linspace(1, 0, fade)
-    rms = active_rms(audio, SAMPLE_RATE_HZ) if active else float(np.sqrt(np.mean(audio**2)))
+    rms = active_rms(audio, store_rate_hz) if active else float(np.sqrt(np.mean(audio**2)))
     if not np.isfinite(rms) or rms < 1e-6:
         raise DataError("nothing audible")
     gain = min(10 ** (level_db / 20) / rms, _PEAK / float(np.abs(audio).max()))
@@ -192,7 +198,7 @@ def _bank(path: str) -> SoundFont:
 
 def _make_and_write(out: str, clip: _Clip) -> str:
     audio, frames, motion = make_clip(clip, [_bank(p) for p in clip.banks])
-    writer = StoreWriter.worker(out, SAMPLE_RATE_HZ)
+    writer = StoreWriter.worker(out, clip.sample_rate_hz)
     writer.write_clip(clip.id, clip.class_name, clip.split, audio, object_frames=frames, motion_frames=motion)
     return clip.id
 
@@ -211,6 +217,7 @@ def synthesise(
     clips_per_class: tuple[int, int, int] | None = None,
     clip_s: float | None = None,
     motion_rate_hz: float | None = None,
+    sample_rate_hz: int = SAMPLE_RATE_HZ,
     force: bool = False,
 ) -> Store:
     """Make the offline benchmark in folder ``out`` and open it.
@@ -218,9 +225,10 @@ def synthesise(
     ``size`` is tiny (6 classes, 21 clips of 8 s each), small (20 classes, 23 of 10 s) or full (20 classes, 50 of
     20 s); ``classes``, ``clips_per_class`` (train, val, test) and ``clip_s`` change it. ``banks`` are SoundFont files
     (default: the smallest that :func:`find_banks` knows); with several, each clip draws one. ``holdout_bank`` plays the
-    test split and nothing else. ``workers`` processes work in parallel (default: one a CPU core). ``progress`` shows a
-    bar, or adds one to a display at hand. A killed run is continued by the same call; a finished store made with the
-    same settings is opened as it is; ``force`` deletes a store that is there first.
+    test split and nothing else. ``sample_rate_hz`` (of :data:`RATES_HZ`) changes the sound's band and nothing else: the
+    same seed gives the same phrases and pictures at every rate. ``workers`` processes work in parallel (default: one a
+    CPU core). ``progress`` shows a bar, or adds one to a display at hand. A killed run is continued by the same call; a
+    finished store made with the same settings is opened as it is; ``force`` deletes a store that is there first.
 
     With more than one worker a script needs the usual ``if __name__ == "__main__":``.
 
@@ -244,7 +252,7 @@ def synthesise(
     duration_s = chosen.clip_s if clip_s is None else float(clip_s)
     if not names:
         raise ConfigError(f"no classes: name some of {', '.join(CLASSES)}")
-    check_settings(counts, duration_s, seed, workers, motion_rate_hz)
+    check_settings(counts, duration_s, seed, workers, motion_rate_hz, sample_rate_hz)
 
     main_banks, test_banks = (_choose_banks if version == 1 else _choose_banks_v2)(banks, holdout_bank)
     for path in dict.fromkeys((*main_banks, *test_banks)):
@@ -272,6 +280,7 @@ def synthesise(
             test_banks if split == "test" else main_banks,
             version,
             motion_rate_hz,
+            sample_rate_hz,
         )
         for name in names
         for split, count in zip(SPLITS, counts, strict=True)
@@ -282,7 +291,7 @@ def synthesise(
     with StoreWriter(
         out,
         classes=names,
-        sample_rate_hz=SAMPLE_RATE_HZ,
+        sample_rate_hz=sample_rate_hz,
         object_rate_hz=OBJECT_RATE_HZ,
         motion_rate_hz=motion_rate_hz,
         origin=origin,
@@ -298,7 +307,12 @@ def synthesise(
 
 
 def check_settings(
-    counts: tuple[int, ...], duration_s: float, seed: int, workers: int | None, motion_rate_hz: float
+    counts: tuple[int, ...],
+    duration_s: float,
+    seed: int,
+    workers: int | None,
+    motion_rate_hz: float,
+    sample_rate_hz: int,
 ) -> None:
     """Raise :class:`ConfigError` for settings of a store that cannot be made."""
     if len(counts) != 3 or min(counts) < 0 or sum(counts) < 1:
@@ -313,6 +327,8 @@ def check_settings(
         raise ConfigError(f"workers = {workers}: give 1 or more")
     if not 1 <= motion_rate_hz <= 120:
         raise ConfigError(f"motion_rate_hz = {motion_rate_hz:g}: give 1 to 120 frames a second")
+    if sample_rate_hz not in RATES_HZ:
+        raise ConfigError(f"sample_rate_hz = {sample_rate_hz}: give one of {', '.join(map(str, RATES_HZ))}")
 
 
 def _choose_banks(
