@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from avsep.benchmarks.measure import agree, append_rows, check_results, environment, system_load
 from avsep.environment import version_of
 from avsep.errors import ConfigError
+from avsep.export.runtime.reader import open_bundle
 from avsep.export.runtime.separator import BundleSeparator
 from avsep.files import write_text
 
@@ -32,6 +33,7 @@ PRESETS = ("causal_small", "aligned_1s", "aligned")
 BLOCK_S = 0.01
 """Seconds of a block that is pushed to a separator of chunks."""
 _WARM_UP = 3  # computed blocks that are not counted
+_CALIBRATION = 8  # synthetic mixtures
 _TOLERANCE = 1e-5
 _SHARED_LOAD = 0.5  # load average a core above which others had the machine too
 COLUMNS = (
@@ -73,6 +75,7 @@ def run(
     bundles: Sequence[str | os.PathLike[str]] = (),
     *,
     presets: Sequence[str] = (),
+    precision: Sequence[str] = ("fp32",),
     seconds: float = 60.0,
     sources: int = 2,
     provider: str = "cpu",
@@ -83,9 +86,10 @@ def run(
     """Measure streams, one after the other.
 
     Args:
-        bundles: of ``avsep export``, whose classes can go unseen; without any and without ``presets``
-            :data:`PRESETS`.
+        bundles: of ``avsep export``, whose classes can go unseen, in every precision that they hold; without any and
+            without ``presets`` :data:`PRESETS`.
         presets: names or files whose untrained separators are exported and measured; weights do not change the time.
+        precision: of the graphs of presets, ``fp32``, ``fp16`` and ``int8``, whose ranges come from synthetic mixtures.
         seconds: of sound in each stream.
         sources: that are asked for.
         provider: of the runtime.
@@ -113,10 +117,12 @@ def run(
         bars = stack.enter_context(progress_bar(progress))
         bar = bars.add("streams", total=len(bundles) + len(presets))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-bench-")))
-        for name, bundle in _all(bundles, presets, folder, sources):
+        for name, bundle in _all(bundles, presets, precision, folder, sources):
             bars.advance(bar, 0, note=name)
-            with BundleSeparator.load(bundle, provider, threads=threads) as separator:
-                rows.append(_row(name, separator, seconds, sources, threads))
+            kinds = ("separator", "spectral", "stream")
+            for kept in [graph.precision for graph in open_bundle(bundle).graphs if graph.kind in kinds]:
+                with BundleSeparator.load(bundle, provider, kept, threads) as separator:
+                    rows.append(_row(name, separator, seconds, sources, threads))
             bars.advance(bar)
     if out is not None:
         append_rows(out, rows, COLUMNS)
@@ -125,18 +131,26 @@ def run(
 
 
 def _all(
-    bundles: Sequence[str | os.PathLike[str]], presets: Sequence[str], folder: Path, sources: int
+    bundles: Sequence[str | os.PathLike[str]],
+    presets: Sequence[str],
+    precision: Sequence[str],
+    folder: Path,
+    sources: int,
 ) -> Iterator[tuple[str, Path]]:
     for bundle in bundles:
         yield Path(bundle).name, Path(bundle)
     for number, preset in enumerate(presets):
+        from avsep.export.build.gate import synthetic_batches
         from avsep.export.build.plan import ExportPlan
         from avsep.export.bundle.export import export
         from avsep.separator import build_separator
 
         names = [f"class {k}" for k in range(max(sources, 2))]
         separator = build_separator(preset, classes=names, seed=0).eval().requires_grad_(False)
-        made = export(separator, ExportPlan(sources=sources), folder / str(number))
+        plan = ExportPlan(sources=sources, precision=tuple(precision))
+        made = export(
+            separator, plan, folder / str(number), calibration=synthetic_batches(separator, plan, _CALIBRATION)
+        )
         yield f"{Path(preset).stem} (untrained)", made.path
 
 
@@ -174,6 +188,7 @@ def _row(name: str, separator: BundleSeparator, seconds: float, sources: int, th
         note = f"the machine was shared with other work (load {load:g} on {cores} cores)"
     settings = f"{rate} Hz, {len(asked)} sources, "
     settings += "frame by frame" if separator.causal else f"chunks of {separator.clip_samples / rate:.2f} s"
+    settings += f", {separator.precision}, {separator.bundle.size(separator.graph.file) / 1e6:.2f} MB"
     return {
         "stream": name,
         "way": "frame by frame" if separator.causal else "chunks",

@@ -222,9 +222,9 @@ def run(
 
     output = Output(json=json, quiet=quiet, verbose=verbose)
     model = model_at(run)
-    for option, value in (("--task", task), ("--all-tasks", all_tasks), ("--tar", tar), ("--store", store)):
-        if model is not None and value:
-            raise ConfigError(f"{option} is of a run, and '{run}' comes with avsep: leave it out")
+    of_runs = {"--task": task, "--all-tasks": all_tasks, "--tar": tar, "--store": store}
+    if model is not None and (given_of_runs := [option for option, value in of_runs.items() if value]):
+        raise ConfigError(f"{given_of_runs[0]} is of a run, and '{run}' comes with avsep: leave it out")
     if all_tasks and task:
         raise ConfigError(f"--all-tasks and --task {task[0]} ask for different things: give one of them")
     for option, needs, there, value in (

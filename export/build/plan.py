@@ -229,11 +229,10 @@ def _stream_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorS
         ("spectral", plan.spectral),
         ("length_s", plan.length_s is not None),
         ("batch", plan.batch > 1),
-        ("precision", plan.precision != ("fp32",)),
     ):
         if wanted:
             raise ConfigError(
-                f"{name} is of separators that take chunks, and this one goes frame by frame, in fp32: leave it out"
+                f"{name} is of separators that take chunks, and this one goes frame by frame: leave it out"
             )
     spec, count = separator.spec.front_end, plan.sources
     of_source = {1: "sources"} if plan.dynamic else {}

@@ -232,7 +232,7 @@ def _inconsistencies(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield "two graphs are one file"
     if not any(kind in ("separator", "spectral", "stream") for kind, _ in kinds):
         yield "there is none among its graphs that separates"
-    if ("stream", "fp32") in kinds and manifest["version"] < 4:
+    if any(kind == "stream" for kind, _ in kinds) and manifest["version"] < 4:
         yield "it has a graph that goes frame by frame, which its version does not know"
     if chunking["clip_samples"] != manifest["transform"]["clip_samples"]:
         yield "chunking.clip_samples is not transform.clip_samples"
