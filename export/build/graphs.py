@@ -148,6 +148,8 @@ def write_graphs(
     Raises:
         ExportError: a graph cannot be written, is refused by the audit, differs by more than its tolerance, or drifts.
     """
+    if "int8" in plan.precision and calibration is None:
+        raise ExportError("int8 needs training mixtures to measure its ranges on: export a run, or give calibration")
     batches = None if held_out is None else list(held_out)
     first = batches[0] if batches else None
     steps = len(plan.precision) + len(exported_roles(separator))
@@ -342,10 +344,7 @@ class _SeparatorWriter:
         import onnx
 
         assert self.single is not None
-        if self.calibration is None:
-            raise ExportError(
-                "int8 needs training mixtures to measure its ranges on: export a run, or give calibration"
-            )
+        assert self.calibration is not None
         body = body_nodes(onnx.load(str(self.single)), self.network)
         training = iter(self.calibration)
         first = list(itertools.islice(training, MIXTURES))
