@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from avsep.benchmarks.measure import agree, append_rows, check_results, environment, system_load
 from avsep.environment import version_of
 from avsep.errors import ConfigError
+from avsep.export.runtime.reader import open_bundle
 from avsep.export.runtime.separator import BundleSeparator
 from avsep.files import write_text
 
@@ -32,6 +33,7 @@ PRESETS = ("causal_small", "aligned_1s", "aligned")
 BLOCK_S = 0.01
 """Seconds of a block that is pushed to a separator of chunks."""
 _WARM_UP = 3  # computed blocks that are not counted
+_CALIBRATION = 8  # synthetic mixtures
 _TOLERANCE = 1e-5
 _SHARED_LOAD = 0.5  # load average a core above which others had the machine too
 COLUMNS = (
@@ -73,6 +75,7 @@ def run(
     bundles: Sequence[str | os.PathLike[str]] = (),
     *,
     presets: Sequence[str] = (),
+    precision: Sequence[str] = ("fp32",),
     seconds: float = 60.0,
     sources: int = 2,
     provider: str = "cpu",
@@ -83,9 +86,10 @@ def run(
     """Measure streams, one after the other.
 
     Args:
-        bundles: of ``avsep export``, whose classes can go unseen; without any and without ``presets``
-            :data:`PRESETS`.
+        bundles: of ``avsep export``, whose classes can go unseen, in every precision that they hold; without any and
+            without ``presets`` :data:`PRESETS`.
         presets: names or files whose untrained separators are exported and measured; weights do not change the time.
+        precision: of the graphs of presets, ``fp32``, ``fp16`` and ``int8``, whose ranges come from synthetic mixtures.
         seconds: of sound in each stream.
         sources: that are asked for.
         provider: of the runtime.
@@ -113,10 +117,16 @@ def run(
         bars = stack.enter_context(progress_bar(progress))
         bar = bars.add("streams", total=len(bundles) + len(presets))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-bench-")))
-        for name, bundle in _all(bundles, presets, folder, sources):
+        for name, bundle in _all(bundles, presets, precision, folder, sources):
             bars.advance(bar, 0, note=name)
-            with BundleSeparator.load(bundle, provider, threads=threads) as separator:
-                rows.append(_row(name, separator, seconds, sources, threads))
+            kinds = ("separator", "spectral", "stream")
+            with ExitStack() as opened:
+                separators = [
+                    opened.enter_context(BundleSeparator.load(bundle, provider, graph.precision, threads))
+                    for graph in open_bundle(bundle).graphs
+                    if graph.kind in kinds
+                ]
+                rows += _rows(name, separators, seconds, sources, threads)
             bars.advance(bar)
     if out is not None:
         append_rows(out, rows, COLUMNS)
@@ -125,22 +135,34 @@ def run(
 
 
 def _all(
-    bundles: Sequence[str | os.PathLike[str]], presets: Sequence[str], folder: Path, sources: int
+    bundles: Sequence[str | os.PathLike[str]],
+    presets: Sequence[str],
+    precision: Sequence[str],
+    folder: Path,
+    sources: int,
 ) -> Iterator[tuple[str, Path]]:
     for bundle in bundles:
         yield Path(bundle).name, Path(bundle)
     for number, preset in enumerate(presets):
+        from avsep.export.build.gate import synthetic_batches
         from avsep.export.build.plan import ExportPlan
         from avsep.export.bundle.export import export
         from avsep.separator import build_separator
 
         names = [f"class {k}" for k in range(max(sources, 2))]
         separator = build_separator(preset, classes=names, seed=0).eval().requires_grad_(False)
-        made = export(separator, ExportPlan(sources=sources), folder / str(number))
+        plan = ExportPlan(sources=sources, precision=tuple(precision))
+        made = export(
+            separator, plan, folder / str(number), calibration=synthetic_batches(separator, plan, _CALIBRATION)
+        )
         yield f"{Path(preset).stem} (untrained)", made.path
 
 
-def _row(name: str, separator: BundleSeparator, seconds: float, sources: int, threads: int) -> dict[str, Any]:
+def _rows(
+    name: str, separators: Sequence[BundleSeparator], seconds: float, sources: int, threads: int
+) -> list[dict[str, Any]]:
+    """A row for each precision of a bundle; each block goes through all of them in turn."""
+    separator = separators[0]
     if not separator.can_go_unseen and separator.visual_sources:
         raise ConfigError(f"{name} needs pictures of every source: take a separator that can go without")
     rate = separator.sample_rate_hz
@@ -153,27 +175,55 @@ def _row(name: str, separator: BundleSeparator, seconds: float, sources: int, th
     block = separator.block_samples or max(1, round(BLOCK_S * rate))
     mixture = _noise(total)
     load = system_load()
+    checks = [_checked(one, mixture, asked, block) for one in separators]
+    streams = [one.stream(asked) for one in separators]
+    spent: list[list[tuple[float, float]]] = [[] for _ in separators]
+    computing: list[list[tuple[float, float]]] = [[] for _ in separators]
+    for start in range(0, total, block):
+        for k, (one, stream) in enumerate(zip(separators, streams, strict=True)):
+            before = one.calls
+            took, _ = _pushed(stream, mixture[start : start + block])
+            spent[k].append(took)
+            if one.calls > before:
+                computing[k].append(took)
+    return [
+        _row(name, one, spent[k], computing[k], seconds, (checks[k], load, block, len(asked), threads))
+        for k, one in enumerate(separators)
+    ]
+
+
+def _checked(separator: BundleSeparator, mixture: Audio, asked: Sequence[str], block: int) -> str:
+    """That a stream gives what the separator gives of the whole, in words."""
     separator.warm_up()
     head = mixture[: 2 * separator.clip_samples + block]
     stream = separator.stream(asked)
-    found = np.concatenate([*(out for _, out in _pushed(stream, head, block)), stream.flush()], axis=-1)
+    pieces = [head[start : start + block] for start in range(0, head.shape[-1], block)]
+    found = np.concatenate([*(_pushed(stream, piece)[1] for piece in pieces), stream.flush()], axis=-1)
     error = float(np.abs(found - separator.separate(head, None, asked)).max())
-    check = agree("stream and whole", error, _TOLERANCE)
-    stream = separator.stream(asked)
-    spent, computing, before = [], [], separator.calls
-    for took, _ in _pushed(stream, mixture, block):
-        spent.append(took)
-        if separator.calls > before:
-            computing.append(took)
-        before = separator.calls
+    return agree("stream and whole", error, _TOLERANCE)
+
+
+def _row(
+    name: str,
+    separator: BundleSeparator,
+    spent: Sequence[tuple[float, float]],
+    computing: Sequence[tuple[float, float]],
+    seconds: float,
+    about: tuple[str, Any, int, int, int],
+) -> dict[str, Any]:
+    """The row of a stream, of what its blocks took and those in which something was computed."""
+    check, load, block, sources, threads = about
+    rate = separator.sample_rate_hz
+    total = round(seconds * rate)
     by_clock, by_processor = np.array(computing[min(_WARM_UP, len(computing) // 4) :]).T
     factors = np.array(spent).sum(axis=0) / (total / rate)
     note = ""
     cores = os.cpu_count() or 1
     if isinstance(load, float) and load > _SHARED_LOAD * cores:
         note = f"the machine was shared with other work (load {load:g} on {cores} cores)"
-    settings = f"{rate} Hz, {len(asked)} sources, "
+    settings = f"{rate} Hz, {sources} sources, "
     settings += "frame by frame" if separator.causal else f"chunks of {separator.clip_samples / rate:.2f} s"
+    settings += f", {separator.precision}, {separator.bundle.size(separator.graph.file) / 1e6:.2f} MB"
     return {
         "stream": name,
         "way": "frame by frame" if separator.causal else "chunks",
@@ -197,13 +247,11 @@ def _row(name: str, separator: BundleSeparator, seconds: float, sources: int, th
     }
 
 
-def _pushed(stream: Any, mixture: Audio, block: int) -> Iterator[tuple[tuple[float, float], Audio]]:
-    """Seconds that each block took, by the clock and of this thread's processor time, and what came of it."""
-    for start in range(0, mixture.shape[-1], block):
-        piece = mixture[start : start + block]
-        begin, used = time.perf_counter(), time.thread_time()
-        out = stream.push(piece)
-        yield (time.perf_counter() - begin, time.thread_time() - used), out
+def _pushed(stream: Any, block: Audio) -> tuple[tuple[float, float], Audio]:
+    """Seconds that a block took, by the clock and of this thread's processor time, and what came of it."""
+    begin, used = time.perf_counter(), time.thread_time()
+    out = stream.push(block)
+    return (time.perf_counter() - begin, time.thread_time() - used), out
 
 
 def _noise(samples: int) -> Audio:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from avsep.export.build.parity import Parity
     from avsep.export.build.plan import ExportPlan
-    from avsep.export.bundle.export import export, export_run
+    from avsep.export.bundle.export import export, export_model, export_run
     from avsep.export.bundle.manifest import open_bundle, verify_bundle
     from avsep.export.runtime.reader import Bundle
     from avsep.export.runtime.verify import Verification
@@ -23,12 +23,23 @@ _PUBLIC = {
     "Parity": "avsep.export.build.parity",
     "Verification": "avsep.export.runtime.verify",
     "export": "avsep.export.bundle.export",
+    "export_model": "avsep.export.bundle.export",
     "export_run": "avsep.export.bundle.export",
     "open_bundle": "avsep.export.bundle.manifest",
     "verify_bundle": "avsep.export.bundle.manifest",
 }
 
-__all__ = ["Bundle", "ExportPlan", "Parity", "Verification", "export", "export_run", "open_bundle", "verify_bundle"]
+__all__ = [
+    "Bundle",
+    "ExportPlan",
+    "Parity",
+    "Verification",
+    "export",
+    "export_model",
+    "export_run",
+    "open_bundle",
+    "verify_bundle",
+]
 
 
 def __getattr__(name: str) -> Any:

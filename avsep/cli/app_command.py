@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 import threading
 import webbrowser
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,9 +20,14 @@ if TYPE_CHECKING:
 
 def command(
     separator: Annotated[
-        Path,
-        typer.Argument(metavar="[RUN|BUNDLE]", help="Run folder, bundle, or site of avsep export --target web."),
-    ] = Path("."),
+        Path | None,
+        typer.Argument(
+            metavar="[RUN|BUNDLE|MODEL]",
+            help="Run folder, bundle, site of avsep export --target web, or a separator that comes with avsep (avsep "
+            "models) [default: instruments].",
+            show_default=False,
+        ),
+    ] = None,
     task: Annotated[
         int | None, typer.Option("--task", min=0, help="Of a run: this task's separator [default: the last finished].")
     ] = None,
@@ -55,8 +61,9 @@ def command(
     from avsep.export.targets.website import check_for_browsers, write_page, write_site
 
     output = Output(json=json, quiet=quiet, verbose=verbose)
-    if task is not None and not _is_run(separator):
-        raise ConfigError(f"--task {task} is of a run, and {separator} is none: leave it out")
+    if task is not None and (separator is None or not _is_run(separator)):
+        named = "none is named" if separator is None else f"{separator} is none"
+        raise ConfigError(f"--task {task} is of a run, and {named}: leave it out")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-app-")))
         bundle = stack.enter_context(_bundle(separator, task, folder, output))
@@ -92,21 +99,36 @@ def _is_run(path: Path) -> bool:
     return RunFolder(path).is_run
 
 
-def _bundle(separator: Path, task: int | None, folder: Path, output: Output) -> Bundle:
-    """The bundle that is meant: itself, a site's, or one that is exported of a run for as long as the app is open."""
+def _bundle(separator: Path | None, task: int | None, folder: Path, output: Output) -> Bundle:
+    """The bundle that is meant: itself, a site's, or one that is exported of a run, or of a separator that comes with
+    avsep, for as long as the app is open."""
     from avsep.errors import ConfigError
-    from avsep.export import ExportPlan, export_run, open_bundle
+    from avsep.export import ExportPlan, export_model, export_run, open_bundle
+    from avsep.models import model_at
     from avsep.runs.folder import RunFolder
 
+    plan = ExportPlan(channels=2)
+    if (model := model_at(separator)) is not None:
+        with _progress(output) as progress:
+            return export_model(model, folder / "bundle", plan=plan, progress=progress)
+    assert separator is not None
     if (separator / "site.json").is_file():
         return open_bundle(separator / "bundle")
     if not _is_run(separator):
         if not (separator / "manifest.json").is_file() and separator.is_dir():
             raise ConfigError(
-                f"{separator} is no run, bundle or site: name one (avsep app RUN), made by avsep train or avsep export"
+                f"{separator} is no run, bundle or site: name one (avsep app RUN), made by avsep train or avsep "
+                "export, or none for the separator that comes with avsep"
             )
         return open_bundle(separator)
     last = RunFolder(separator).finished_tasks()[-1] if task is None else task
+    with _progress(output) as progress:
+        export_run(separator, folder / "bundle", tasks=last, plan=plan, progress=progress, tell=output.note)
+    return open_bundle(folder / "bundle")
+
+
+@contextlib.contextmanager
+def _progress(output: Output) -> Iterator[Callable[[str, int, int], None]]:
     with output.bars() as bars:
         bar = bars.add("exporting", None)
 
@@ -114,6 +136,4 @@ def _bundle(separator: Path, task: int | None, folder: Path, output: Output) -> 
             bars.advance(bar, 0, note=label)
             bars.update(bar, done, total)
 
-        plan = ExportPlan(channels=2)
-        export_run(separator, folder / "bundle", tasks=last, plan=plan, progress=progress, tell=output.note)
-    return open_bundle(folder / "bundle")
+        yield progress

@@ -338,6 +338,14 @@ def stream(
             help="Untrained ones beside; again for more [default, without bundles: a causal one and two of chunks].",
         ),
     ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--precision",
+            help="Of the presets' graphs: fp32, fp16 or int8 (repeatable); bundles are measured in all that they hold "
+            "[default: fp32].",
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Of sound in each stream.")] = 60.0,
     sources: Annotated[int, typer.Option("--sources", min=1, help="Sources that are separated.")] = 2,
     provider: Annotated[str, typer.Option("--provider", help="cpu, cuda or another of the runtime's.")] = "cpu",
@@ -356,6 +364,7 @@ def stream(
     rows = run(
         bundles or (),
         presets=preset or (),
+        precision=precision or ("fp32",),
         seconds=seconds,
         sources=sources,
         provider=provider,

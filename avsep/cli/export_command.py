@@ -72,7 +72,10 @@ _Workspace = Annotated[
 
 @app.command(_DEFAULT)
 def run(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|MODEL", help="Run folder, or a separator that comes with avsep (avsep models)."),
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -213,10 +216,15 @@ def run(
     Without --task and --all-tasks it is the separator of the last finished task, which knows all classes so far.
     """
     from avsep.errors import ConfigError
-    from avsep.export import ExportPlan, export_run
+    from avsep.export import ExportPlan, export_model, export_run
+    from avsep.models import model_at
     from avsep.runs.folder import RunFolder
 
     output = Output(json=json, quiet=quiet, verbose=verbose)
+    model = model_at(run)
+    of_runs = {"--task": task, "--all-tasks": all_tasks, "--tar": tar, "--store": store}
+    if model is not None and (given_of_runs := [option for option, value in of_runs.items() if value]):
+        raise ConfigError(f"{given_of_runs[0]} is of a run, and '{run}' comes with avsep: leave it out")
     if all_tasks and task:
         raise ConfigError(f"--all-tasks and --task {task[0]} ask for different things: give one of them")
     for option, needs, there, value in (
@@ -230,7 +238,7 @@ def run(
             raise ConfigError(f"{option} {value} does nothing without {needs}: give that too, or leave it out")
     if target is not None:
         _check_target(target)
-    finished = RunFolder(run).finished_tasks()
+    finished = RunFolder(run).finished_tasks() if model is None else [0]
     tasks: int | list[int] | None = None
     if not all_tasks:
         tasks = (task[0] if len(set(task)) == 1 else task) if task else finished[-1]
@@ -273,7 +281,8 @@ def run(
         if target == _WEB:
             _before_a_site(out, tasks, spectral, ort_web, overwrite, output)
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avsep-site-"))) / "bundle"
-        output.detail(f"{run}, task {tasks if tasks is not None else ', '.join(map(str, finished))}, to {out}")
+        shown = f", task {tasks if tasks is not None else ', '.join(map(str, finished))}" if model is None else ""
+        output.detail(f"{run}{shown}, to {out}")
         started = time.perf_counter()
         with output.bars() as bars:
             bar = bars.add("exporting", None)
@@ -282,18 +291,12 @@ def run(
                 bars.advance(bar, 0, note=label)
                 bars.update(bar, done, total)
 
-            bundles = export_run(
-                run,
-                place,
-                tasks=tasks,
-                plan=plan,
-                store=store,
-                weights_licence=licence,
-                tar=tar,
-                overwrite=overwrite,
-                progress=progress,
-                tell=said.append,
-            )
+            more: dict[str, Any] = {"plan": plan, "weights_licence": licence, "overwrite": overwrite}
+            more["progress"] = progress
+            if model is not None:
+                bundles = [export_model(model, place, **more)]
+            else:
+                bundles = export_run(run, place, tasks=tasks, store=store, tar=tar, tell=said.append, **more)
         if target == _WEB:
             _site(bundles[0], out, ort_web, output)
         output.detail(f"took {time.perf_counter() - started:.1f} s")
@@ -613,6 +616,7 @@ def info(
         "made": f"{manifest['created']} with " + ", ".join(f"{k} {v}" for k, v in manifest["made_with"].items()),
         "weights' licence": manifest["weights_licence"] or "not stated",
         "classes": ", ".join(opened.classes) or "not named",
+        **{f"without {name}": why for name, why in opened.left_out.items()},
         "sample rate": f"{rate} Hz, chunks of {clip} samples ({clip / rate:.3f} s)",
     }
     if (channels := manifest.get("channels", 1)) > 1:
@@ -622,7 +626,7 @@ def info(
     if (threshold := manifest.get("presence_threshold")) is not None:
         rows["presence"] = f"told of each source; from {threshold:.3g} on it counts as present"
     if any(tensor.name == "seen" for graph in opened.graphs for tensor in graph.inputs):
-        rows["pictures"] = "welcome, not required"
+        rows["pictures"] = "looked at where it is asked for" if opened.by_name else "welcome, not required"
     for source in manifest["visual"]:
         what = "frames" if source["kind"] == "frames" else f"stored features '{source['name']}'"
         how = f", computed by {source['graph']}" if source["graph"] else ""

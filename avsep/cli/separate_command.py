@@ -231,8 +231,7 @@ def command(
         )
         options: dict[str, Any] = {"rate": rate, "subtype": subtype, "suffix": suffix}
         options |= {"rescale": rescale, "overwrite": overwrite}
-        if engine.model is not None:
-            engine.model.refuse_left_out(chosen)
+        engine.refuse_left_out(chosen)
         asked = None if auto else sources_of(engine.classes, chosen)
         if asked is not None:
             check_moves(asked, engine.sources)
@@ -456,7 +455,8 @@ class _Engine:
     raise of timelines and classes; ``sizes`` are the heights and widths of frames by role, ``ran`` says where it runs.
     ``channels`` that it takes beside one, None: any number. ``threshold`` of presence, where it tells that. Whether its
     masks are ``limited`` to a sum of 1, and whether it ``can_go_unseen``. ``looks``: at a video, unless it is told not
-    to. ``model``: that which comes with avsep, if it is one.
+    to. ``model``: that which comes with avsep, if it is one. ``refuse_left_out`` raises of classes that are known and
+    not offered.
     """
 
     classes: tuple[str, ...]
@@ -472,6 +472,7 @@ class _Engine:
     can_go_unseen: bool
     looks: bool = True
     model: Model | None = None
+    refuse_left_out: Callable[[list[str]], None] = lambda chosen: None
     opened: Callable[[], Any] = field(default=contextlib.nullcontext)
 
 
@@ -499,6 +500,7 @@ def _of_run(
         sources=separator.visual_sources(),
         looks=model is None,
         model=model,
+        refuse_left_out=(lambda chosen: None) if model is None else model.refuse_left_out,
         rate_hz=spec.sample_rate_hz,
         sizes={role: _size(SIZES[role], None if e is None else e.size) for role, e in encoders.items()},
         ran=f"PyTorch, {chosen}",
@@ -542,6 +544,8 @@ def _of_bundle(
     return _Engine(
         classes=tuple(separator.classes),
         sources=separator.visual_sources,
+        looks=not separator.by_name,
+        refuse_left_out=separator.refuse_left_out,
         rate_hz=separator.sample_rate_hz,
         sizes=separator.frame_sizes,
         ran=separator.provider,

@@ -69,6 +69,11 @@ class Model:
         """Whether it brings exemplars, so that a run can begin with it."""
         return (self.path / _MEMORY_FILE).is_file()
 
+    @property
+    def why_left_out(self) -> str:
+        """The reason that bundles give of those classes."""
+        return "it is no better than a fixed filter there"
+
     def refuse_left_out(self, names: Iterable[str]) -> None:
         """Raise :class:`ConfigError` for a class, also as ``NAME=CLASS``, that it was trained on and is not offered
         for."""

@@ -157,10 +157,10 @@ def _opened(run: str | Path, store: str | Path | None) -> tuple[Store, Protocol]
 def _spread(store: Store, protocol: Protocol, task: int, separator: Separator, limit: int) -> list[Batch]:
     from avsep.data.mixing import load_mixtures
 
-    mixtures = [m for m in protocol.at(task) if not m.degenerate]
+    sources, index = separator.visual_sources(), separator.class_index
+    mixtures = [m for m in protocol.at(task) if not m.degenerate and index.keys() >= set(m.classes)]
     count = min(limit, len(mixtures))
     chosen = [mixtures[i * len(mixtures) // count] for i in range(count)]
-    sources, index = separator.visual_sources(), separator.class_index
     return [load_mixtures(store, [m], separator.spec.front_end, sources, index) for m in chosen]
 
 
@@ -190,10 +190,12 @@ def calibration_batches(
     this = make_tasks(protocol.tasks)[task]
     strategy = build_strategy(spec.strategies)
     everything, alone = strategy.uses_all_data, strategy.memory_only
-    classes = () if alone else this.seen if everything else this.classes
-    clips = opened.select(classes=list(classes), split="train") if classes else []
+    index = separator.class_index  # of the classes that are offered
+    classes = [] if alone else [name for name in (this.seen if everything else this.classes) if name in index]
+    clips = opened.select(classes=classes, split="train") if classes else []
     memory = read_exemplars(run, task if alone else task - 1) if (this.old or alone) and not everything else {}
-    kept = [exemplar for name in (this.seen if alone else this.old) for exemplar in memory.get(name, ())]
+    remembered = [name for name in (this.seen if alone else this.old) if name in index]
+    kept = [exemplar for name in remembered for exemplar in memory.get(name, ())]
     exemplars = opened.clips_by_id([exemplar.id for exemplar in kept])
     crops = {exemplar.id: exemplar.start for exemplar in kept if exemplar.start is not None}
     given, epoch = 0, 0
@@ -205,7 +207,7 @@ def calibration_batches(
             spec.train,
             separator.spec.front_end,
             separator.visual_sources(),
-            separator.class_index,
+            index,
             task=task,
             epoch=epoch,
             crops=crops,

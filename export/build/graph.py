@@ -479,12 +479,16 @@ class SpectralSeparator(MaskedSeparator):
 
 
 def fitted(separator: Separator, plan: ExportPlan) -> Separator:
-    """The separator as a plan has it exported: :func:`with_length`, and :func:`with_limited_sum` where it is asked for.
+    """The separator as a plan has it exported: :func:`with_length`, :func:`with_limited_sum` where it is asked for, and
+    :func:`avsep.export.build.offer.without_classes`.
 
-    Raises :class:`ExportError` as the former.
+    Raises :class:`ExportError` and :class:`ConfigError` as these.
     """
+    from avsep.export.build.offer import without_classes
+
     made = with_length(separator, plan.length_s)
-    return with_limited_sum(made) if plan.limit_mask_sum else made
+    made = with_limited_sum(made) if plan.limit_mask_sum else made
+    return without_classes(made, plan.left_out)
 
 
 def with_limited_sum(separator: Separator) -> Separator:

@@ -25,6 +25,7 @@ from avsep.export.build.encoders import EncoderGraph, encoder_specs, exported_ro
 from avsep.export.build.gate import (
     MIXTURES,
     Gate,
+    Reference,
     encoded,
     measure_gate,
     references,
@@ -39,10 +40,18 @@ from avsep.export.build.parity import Parity, compare, run_onnx
 from avsep.export.build.plan import TOLERANCE, ExportPlan, TensorSpec, profiles, tensor_specs
 from avsep.export.build.precision import HALF_OPERATORS, body_nodes, check_activations, to_half
 from avsep.export.build.quantise import calibrate, quantise, rank_layers, select_layers
-from avsep.export.build.stream import GOLDEN_CALLS, StreamGraph, golden_stream, reference_stream, stream_entry
+from avsep.export.build.stream import (
+    GOLDEN_CALLS,
+    StreamGraph,
+    error_along,
+    golden_stream,
+    reference_stream,
+    stream_entry,
+)
 from avsep.export.runtime.sessions import start_onnx
-from avsep.export.runtime.streaming import FrameStream, layout_of, run_sequence
+from avsep.export.runtime.streaming import FrameStream, StreamLayout, layout_of, run_sequence
 from avsep.export.runtime.transforms import istft, stft
+from avsep.export.runtime.verify import is_judged
 from avsep.types import Batch, VisualFeatures
 
 if TYPE_CHECKING:
@@ -61,6 +70,8 @@ _TOLERANCE_FACTOR = 4.0
 _LEAST_FEATURE = 1e-3
 # Mixtures that layers are ranked on; the order matters, not the figures.
 _RANKING = 4
+# Calls of a mixture's stream that ranges are measured on.
+_CALLS = 16
 # The shares of the gate's limit that layers are chosen by, one after the other: the gate is on other mixtures, whose
 # largest drift is another one.
 _SHARES = (0.5, 1.0)
@@ -137,6 +148,8 @@ def write_graphs(
     Raises:
         ExportError: a graph cannot be written, is refused by the audit, differs by more than its tolerance, or drifts.
     """
+    if "int8" in plan.precision and calibration is None:
+        raise ExportError("int8 needs training mixtures to measure its ranges on: export a run, or give calibration")
     batches = None if held_out is None else list(held_out)
     first = batches[0] if batches else None
     steps = len(plan.precision) + len(exported_roles(separator))
@@ -148,12 +161,9 @@ def write_graphs(
     for role in exported_roles(separator):
         encoder_specs(separator, role, plan, first)  # what cannot be exported is told before minutes are spent
     made: list[GraphFile] = []
-    if separator.causal:
-        tell(0, "stream fp32")
-        made.append(_write_stream(separator, plan, folder, batches))
-        return _with_encoders(separator, plan, folder, first, made, tell)
+    kind = _StreamWriter if separator.causal else _SeparatorWriter
     with tempfile.TemporaryDirectory(prefix="avsep-export-") as scratch:
-        writer = _SeparatorWriter(separator, plan, folder, Path(scratch), batches, calibration, validation)
+        writer = kind(separator, plan, folder, Path(scratch), batches, calibration, validation)
         for done, precision in enumerate(plan.precision):
             label = f"{writer.kind} {precision}"
             tell(done, label)
@@ -179,6 +189,9 @@ def _with_encoders(
 class _SeparatorWriter:
     """The separator's graph in the precisions of a plan."""
 
+    network = "separator"  # the submodule of what is traced that lower precisions are of
+    calibrates = "mixtures"
+
     def __init__(
         self,
         separator: Separator,
@@ -190,20 +203,29 @@ class _SeparatorWriter:
         validation: Iterable[Batch] | None,
     ) -> None:
         self.separator, self.plan, self.folder, self.scratch = separator, plan, folder, scratch
-        self.kind = "spectral" if plan.spectral else "separator"
+        self.kind = self._kind()
         self.on = "synthetic" if held_out is None else "held-out"
         self.held_out = references(
             separator, synthetic_batches(separator, plan) if held_out is None else held_out, plan
         )
         self.calibration, self.validation = calibration, validation
         self.inputs, self.outputs = tensor_specs(separator, plan)
-        form = SpectralSeparator if plan.spectral else WaveformSeparator
-        self.module = form(separator, motion_mask=plan.motion_mask, channels=plan.channels).eval()
-        self.golden = self._golden(self.inputs)
+        self.module = self._module().eval()
+        self.golden = self._golden()
         self.reference = self._answer(self.golden)
         self.single: Path | None = None
 
-    def _golden(self, specs: Iterable[TensorSpec]) -> dict[str, Array]:
+    def _kind(self) -> str:
+        return "spectral" if self.plan.spectral else "separator"
+
+    def _module(self) -> torch.nn.Module:
+        form = SpectralSeparator if self.plan.spectral else WaveformSeparator
+        return form(self.separator, motion_mask=self.plan.motion_mask, channels=self.plan.channels)
+
+    def _golden(self) -> dict[str, Array]:
+        return self._drawn(self.inputs)
+
+    def _drawn(self, specs: Iterable[TensorSpec]) -> dict[str, Array]:
         front_end = self.separator.spec.front_end
         stft = {"length": front_end.clip_samples}
         stft |= {name: getattr(front_end, name) for name in ("n_fft", "hop", "padding")}
@@ -253,8 +275,8 @@ class _SeparatorWriter:
             quantised = self._int8(path, tell)
         operators = check_graph(path, self.plan.opset)
         limit = self.plan.tolerance_of(precision)
-        parity, tolerance = _measured(path, self.golden, self.reference, limit, "--tolerance")
-        gate = measure_gate(path, self.separator, self.plan, self.held_out, on=self.on)
+        parity, tolerance = _held_to(path, *self._run(path), self._judged(precision), limit, "--tolerance")
+        gate = self._gate(path, self.held_out, self.on)
         gate.require(file)
         return GraphFile(
             file=file,
@@ -270,7 +292,27 @@ class _SeparatorWriter:
             tolerance=tolerance,
             gate=gate,
             quantised=quantised,
+            stream=self._stream(path, precision),
         )
+
+    def _run(self, path: Path) -> tuple[dict[str, Array], str, float]:
+        """What a graph gives for the golden inputs, what it ran on, and the seconds of a call."""
+        return run_onnx(path, self.golden)
+
+    def _judged(self, precision: str) -> dict[str, Array]:
+        """What of the reference a graph is held to."""
+        return self.reference
+
+    def _gate(self, path: Path, expected: Iterable[Reference], on: str) -> Gate:
+        return measure_gate(path, self.separator, self.plan, expected, on=on)
+
+    def _stream(self, path: Path, precision: str) -> dict[str, Any] | None:
+        """Of a graph that goes frame by frame, what the manifest says of that."""
+        return None
+
+    def _examples(self) -> Iterable[Mapping[str, Array]]:
+        """Inputs of single calls, with which the range of half precision is looked at."""
+        return [self.golden]
 
     def _trace(self, path: Path) -> None:
         # A size of 1 would be taken for a constant of the graph, where it is to stay open.
@@ -278,7 +320,7 @@ class _SeparatorWriter:
             replace(s, shape=tuple(max(n, 2) if axis in s.open_axes else n for axis, n in enumerate(s.shape)))
             for s in self.inputs
         ]
-        tensors = {name: torch.from_numpy(array) for name, array in self._golden(specs).items()}
+        tensors = {name: torch.from_numpy(array) for name, array in self._drawn(specs).items()}
         open_axes = {s.name: s.open_axes for s in self.inputs}
         names = [spec.name for spec in self.outputs]
         write_onnx(self.module, tensors, names, path, self.plan.opset, open_axes=open_axes)
@@ -288,8 +330,8 @@ class _SeparatorWriter:
 
         assert self.single is not None
         model = onnx.load(str(self.single))
-        half = to_half(model, body_nodes(model), HALF_OPERATORS)
-        check_activations(self.single, half, self.golden)
+        half = to_half(model, body_nodes(model, self.network), HALF_OPERATORS)
+        check_activations(self.single, half, self._examples())
         onnx.save(half, str(path))
 
     def _int8(self, path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -302,18 +344,16 @@ class _SeparatorWriter:
         import onnx
 
         assert self.single is not None
-        if self.calibration is None:
-            raise ExportError(
-                "int8 needs training mixtures to measure its ranges on: export a run, or give calibration"
-            )
-        body = body_nodes(onnx.load(str(self.single)))
+        assert self.calibration is not None
+        body = body_nodes(onnx.load(str(self.single)), self.network)
         training = iter(self.calibration)
         first = list(itertools.islice(training, MIXTURES))
         tell("measuring ranges")
         calibrated = calibrate(
             self.single,
             self._feeds(itertools.chain(first, training)),
-            progress=lambda done: tell(f"ranges of {done} mixtures"),
+            progress=lambda done: tell(f"ranges of {done} {self.calibrates}"),
+            network=self.network,
         )
         ranking = list(self._feeds(first[:_RANKING]))
         many = len(calibrated.layers)
@@ -328,7 +368,7 @@ class _SeparatorWriter:
         def drift(layers: tuple[str, ...]) -> Gate:
             tell(f"{len(layers)} of {many} layers")
             save(layers)
-            return measure_gate(path, self.separator, self.plan, expected, on=on)
+            return self._gate(path, expected, on)
 
         names = [name for name, _ in ranked]
         layers: tuple[str, ...] = ()
@@ -365,19 +405,144 @@ class _SeparatorWriter:
             yield {first: mixture, **{name: given[name][rows][:, columns] for name in of_sources}}
 
 
+class _StreamWriter(_SeparatorWriter):
+    """The graph of a causal separator, which takes the next frames of a stream. What it carries from call to call is in
+    fp32 in every precision, as the transforms are."""
+
+    network = "steps"
+    calibrates = "calls"
+
+    def _kind(self) -> str:
+        return "stream"
+
+    def _module(self) -> torch.nn.Module:
+        return StreamGraph(self.separator, frames=self.plan.frames, channels=self.plan.channels)
+
+    def _golden(self) -> dict[str, Array]:
+        mixture, *others = self.inputs
+        length = mixture.shape[-1]
+        whole = replace(mixture, shape=(*mixture.shape[:-1], GOLDEN_CALLS * length))
+        drawn = self._drawn([whole, *others])
+        return golden_stream({**drawn, "mixture": drawn["mixture"][..., :length]}, drawn["mixture"])
+
+    def _answer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        reference = reference_stream(self.separator, inputs)
+        return {tensor.name: reference[tensor.name] for tensor in self.outputs}
+
+    def _run(self, path: Path) -> tuple[dict[str, Array], str, float]:
+        run, provider = self._started(path)
+        began = time.perf_counter()
+        estimates = run_sequence(run, self.golden, list(self.reference))
+        return estimates, provider, (time.perf_counter() - began) / GOLDEN_CALLS
+
+    def _judged(self, precision: str) -> dict[str, Array]:
+        return {name: value for name, value in self.reference.items() if is_judged("stream", precision, name)}
+
+    def _started(self, path: Path) -> tuple[Callable[[Mapping[str, Array]], dict[str, Array]], str]:
+        session, provider = start_onnx(path)
+        names = [tensor.name for tensor in self.outputs]
+        return lambda given: dict(zip(names, session.run(None, dict(given)), strict=True)), provider
+
+    def _examples(self) -> Iterable[Mapping[str, Array]]:
+        assert self.single is not None
+        run, _ = self._started(self.single)
+        calls: list[Mapping[str, Array]] = []
+
+        def recorded(given: Mapping[str, Array]) -> dict[str, Array]:
+            calls.append(dict(given))
+            return run(given)
+
+        run_sequence(recorded, self.golden, list(self.reference))
+        return calls
+
+    def _stream(self, path: Path, precision: str) -> dict[str, Any]:
+        entry = stream_entry(self.plan, self.inputs)
+        if precision == "fp32":
+            return entry
+        assert self.single is not None
+        along = error_along(self._started(self.single)[0], self._started(path)[0], self.golden)
+        along.require(path.name)
+        return {**entry, "along": along.to_dict()}
+
+    def _gate(self, path: Path, expected: Iterable[Reference], on: str) -> Gate:
+        run, _ = self._started(path)
+        layout = self._layout()
+
+        def separate(mixtures: torch.Tensor, visual: VisualFeatures, class_ids: torch.Tensor) -> torch.Tensor:
+            width = layout.sources or class_ids.shape[1]
+            given = source_inputs(visual, class_ids)
+            rows = [
+                np.concatenate(
+                    [
+                        self._streamed(run, layout, mixture, self._part(given, row, slice(first, first + width)))
+                        for first in range(0, class_ids.shape[1], width)
+                    ]
+                )
+                for row, mixture in enumerate(mixtures.numpy())
+            ]
+            return torch.from_numpy(np.stack(rows))
+
+        return measure_gate(path, self.separator, self.plan, expected, on=on, separate=separate)
+
+    def _layout(self) -> StreamLayout:
+        spec = self.separator.spec.front_end
+        inputs = [tensor.to_dict() for tensor in self.inputs]
+        return layout_of(
+            spec.model_dump(), spec.frames, stream_entry(self.plan, self.inputs), inputs, self.plan.channels
+        )
+
+    def _part(self, given: Mapping[str, Array], row: int, columns: Any) -> dict[str, Array]:
+        """The inputs of some sources of one mixture, [1, N, ...]."""
+        taken = {spec.name for spec in self.inputs} & given.keys()
+        return {name: given[name][row : row + 1][:, columns] for name in taken}
+
+    def _streamed(
+        self,
+        run: Callable[[dict[str, Array]], Mapping[str, Array]],
+        layout: StreamLayout,
+        mixture: Array,
+        sources: Mapping[str, Array],
+    ) -> Array:
+        """A mixture [L] as one stream: [N, L]"""
+        flow = FrameStream(run, layout, sources["class_ids"].shape[1], lambda start: sources)
+        return np.concatenate((flow.push(mixture), flow.flush()), axis=-1)
+
+    def _feeds(self, batches: Iterable[Batch]) -> Iterator[dict[str, Array]]:
+        """Calls of each mixture's stream, spread evenly over it, with the states that those before left."""
+        assert self.single is not None
+        run, _ = self._started(self.single)
+        layout = self._layout()
+        for number, batch in enumerate(batches):
+            given = source_inputs(encoded(self.separator, batch, self.plan, number), batch.class_ids)
+            columns = np.resize(np.arange(batch.class_ids.shape[1]), self.plan.sources)
+            calls: list[dict[str, Array]] = []
+
+            def recorded(inputs: dict[str, Array], calls: list[dict[str, Array]] = calls) -> dict[str, Array]:
+                calls.append(dict(inputs))
+                return run(inputs)
+
+            self._streamed(recorded, layout, batch.mixture.numpy()[0], self._part(given, 0, columns))
+            yield from calls[_CALLS // 2 :: max(1, len(calls) // _CALLS)]
+
+
 def _within(drift: Callable[[tuple[str, ...]], Gate], limit_db: float, layers: tuple[str, ...]) -> bool:
     return drift(layers).within(limit_db)
 
 
-def _measured(
-    path: Path, golden: Mapping[str, Array], reference: Mapping[str, Array], limit: float | None, whose: str
+def _held_to(
+    path: Path,
+    estimates: Mapping[str, Array],
+    provider: str,
+    seconds: float,
+    reference: Mapping[str, Array],
+    limit: float | None,
+    whose: str,
 ) -> tuple[Parity, float]:
     """Parity with the reference outputs, of that which differs most, and the tolerance for others to hold: ``limit``,
     or, without one, what was measured with some room.
 
     Raises :class:`ExportError` where the graph differs by more than the limit; ``whose`` limit it is, in words.
     """
-    estimates, provider, seconds = run_onnx(path, golden)
     worst = max(compare(estimates[name], expected) for name, expected in reference.items())
     parity = Parity(*worst, provider=provider, seconds=seconds)
     if limit is None:
@@ -388,88 +553,6 @@ def _measured(
             f"tolerance {limit:.0e} ({whose})"
         )
     return parity, limit
-
-
-def _write_stream(separator: Separator, plan: ExportPlan, folder: Path, held_out: list[Batch] | None) -> GraphFile:
-    """The graph of a causal separator, which takes the next frames of a stream, in fp32."""
-    inputs, outputs = tensor_specs(separator, plan)
-    spec = separator.spec.front_end
-    on = "synthetic" if held_out is None else "held-out"
-    expected = references(separator, synthetic_batches(separator, plan) if held_out is None else held_out, plan)
-    length = plan.frames * spec.hop
-    mixture = replace(inputs[0], shape=(*inputs[0].shape[:-1], GOLDEN_CALLS * length))
-    drawn = golden_inputs([mixture, *inputs[1:]], separator.num_classes, spec.sample_rate_hz, plan.seed)
-    golden = golden_stream({**drawn, "mixture": drawn["mixture"][..., :length]}, drawn["mixture"])
-    reference = reference_stream(separator, golden)
-    reference = {tensor.name: reference[tensor.name] for tensor in outputs}
-    path = folder / "stream.onnx"
-    # a size of 1 would be taken for a constant of the graph, where it is to stay open
-    traced = [
-        replace(s, shape=tuple(max(n, 2) if axis in s.open_axes else n for axis, n in enumerate(s.shape)))
-        for s in inputs
-    ]
-    example = golden_inputs(traced, separator.num_classes, spec.sample_rate_hz, plan.seed)
-    operators = write_onnx(
-        StreamGraph(separator, frames=plan.frames, channels=plan.channels).eval(),
-        {name: torch.from_numpy(array) for name, array in example.items()},
-        [tensor.name for tensor in outputs],
-        path,
-        plan.opset,
-        open_axes={tensor.name: tensor.open_axes for tensor in inputs},
-    )
-    stream = stream_entry(plan, inputs)
-    limit = plan.tolerance_of("fp32")
-    assert limit is not None
-    session, provider = start_onnx(path)
-    names = [tensor.name for tensor in outputs]
-
-    def run(given: Mapping[str, Array]) -> dict[str, Array]:
-        return dict(zip(names, session.run(None, dict(given)), strict=True))
-
-    began = time.perf_counter()
-    estimates = run_sequence(run, golden, names)
-    seconds = (time.perf_counter() - began) / GOLDEN_CALLS
-    worst = max(compare(estimates[name], value) for name, value in reference.items())
-    if not worst[0] <= limit:
-        raise ExportError(
-            f"{path.name} differs from PyTorch by {worst[0]:.2e} ({worst[1]:.0f} dB), more than the tolerance "
-            f"{limit:.0e} (--tolerance)"
-        )
-    layout = layout_of(spec.model_dump(), spec.frames, stream, [tensor.to_dict() for tensor in inputs], plan.channels)
-
-    def separate(mixtures: torch.Tensor, visual: VisualFeatures, class_ids: torch.Tensor) -> torch.Tensor:
-        given = source_inputs(visual, class_ids)
-        taken = {s.name for s in inputs} & given.keys()
-        whole = []
-        for row, mixture in enumerate(mixtures.numpy()):
-            of_row = {name: given[name][row : row + 1] for name in taken}
-            parts = []
-            width = layout.sources or class_ids.shape[1]
-            for first in range(0, class_ids.shape[1], width):
-                part = {name: value[:, first : first + width] for name, value in of_row.items()}
-                count = part["class_ids"].shape[1]
-                flow = FrameStream(run, layout, count, lambda start, seen=part: seen)  # type: ignore[misc]
-                parts.append(np.concatenate((flow.push(mixture), flow.flush()), axis=-1))
-            whole.append(np.concatenate(parts))
-        return torch.from_numpy(np.stack(whole))
-
-    gate = measure_gate(path, separator, plan, expected, on=on, separate=separate)
-    gate.require(path.name)
-    return GraphFile(
-        file=path.name,
-        kind="stream",
-        precision="fp32",
-        inputs=inputs,
-        outputs=outputs,
-        profiles=profiles(inputs, plan),
-        opset=plan.opset,
-        operators=operators,
-        golden={**golden, **reference},
-        parity=Parity(*worst, provider=provider, seconds=seconds),
-        tolerance=limit,
-        gate=gate,
-        stream=stream,
-    )
 
 
 def _write_encoder(separator: Separator, role: str, plan: ExportPlan, folder: Path, batch: Batch | None) -> GraphFile:
@@ -489,7 +572,7 @@ def _write_encoder(separator: Separator, role: str, plan: ExportPlan, folder: Pa
     operators = write_onnx(module, {given.name: example}, output.name, path, plan.opset, open_axes=open_axes)
     limit = TOLERANCE * max(float(np.abs(reference).max()), _LEAST_FEATURE)
     wanted = {output.name: reference}
-    parity, tolerance = _measured(path, golden, wanted, limit, "a thousandth of its largest feature")
+    parity, tolerance = _held_to(path, *run_onnx(path, golden), wanted, limit, "a thousandth of its largest feature")
     return GraphFile(
         file=path.name,
         kind=f"{role}_encoder",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,9 @@ class ExportPlan:
         max_batch, max_sources: upper ends of the optimisation profile of a dynamic graph. They, ``batch`` and
             ``sources`` are at most 256, ``channels`` 64, ``frames`` 1024; ``motion_steps``, ``motion_frames`` and each
             side of a frame 4096.
+        left_out: classes that the separator knows and the bundle does not offer, each with the reason, which whoever
+            asks for it is told. The class ids of the graphs count the others alone.
+        by_name: ask for sources by name alone, also of a video, unless whoever asks says to look.
     """
 
     batch: int = 1
@@ -94,6 +97,8 @@ class ExportPlan:
     allow_drift: bool = False
     max_batch: int = 8
     max_sources: int = 8
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    by_name: bool = False
 
     def __post_init__(self) -> None:
         for name in (*_MOST, "calibration"):
@@ -141,8 +146,9 @@ class ExportPlan:
         return TOLERANCE if self.tolerance is None and precision == "fp32" else self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in manifests; ``frames`` only where it is not 1, since bundles of chunks know no such thing."""
-        return {name: value for name, value in asdict(self).items() if name != "frames" or value != 1}
+        """As it stands in manifests: what came with later versions only where it is not as it was before."""
+        new = {"frames": 1, "left_out": {}, "by_name": False}
+        return {name: value for name, value in asdict(self).items() if name not in new or value != new[name]}
 
 
 @dataclass(frozen=True)
@@ -223,11 +229,10 @@ def _stream_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorS
         ("spectral", plan.spectral),
         ("length_s", plan.length_s is not None),
         ("batch", plan.batch > 1),
-        ("precision", plan.precision != ("fp32",)),
     ):
         if wanted:
             raise ConfigError(
-                f"{name} is of separators that take chunks, and this one goes frame by frame, in fp32: leave it out"
+                f"{name} is of separators that take chunks, and this one goes frame by frame: leave it out"
             )
     spec, count = separator.spec.front_end, plan.sources
     of_source = {1: "sources"} if plan.dynamic else {}
@@ -261,6 +266,8 @@ def _stream_specs(separator: Separator, plan: ExportPlan) -> tuple[tuple[TensorS
 def _check_visual(separator: Separator, plan: ExportPlan) -> None:
     """Refuse choices of a plan that would do nothing, or that contradict the encoders."""
     motion = separator.motion_encoder
+    if plan.by_name and separator.visual_sources() and not separator.can_go_unseen:
+        raise ConfigError("by_name asks by name alone, and this separator needs to see what it is asked for")
     if motion is None and (plan.motion_mask or plan.motion_steps is not None):
         name = "motion_mask" if plan.motion_mask else "motion_steps"
         raise ConfigError(f"{name} is of motion features, but this separator has no motion encoder: leave it out")

@@ -13,7 +13,7 @@ the file that it writes from this graph has two nodes of one name and does not l
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +144,9 @@ class _Writer:
         return self.onnx.numpy_helper.from_array(values.astype(np.float16), name)
 
 
-def check_activations(path: Path, model_half: Any, feeds: Mapping[str, Array]) -> float:
-    """Run the fp32 graph at ``path`` and look at every value that ``model_half`` computes in half precision.
+def check_activations(path: Path, model_half: Any, feeds: Iterable[Mapping[str, Array]]) -> float:
+    """Run the fp32 graph at ``path`` on inputs of calls, and look at every value that ``model_half`` computes in half
+    precision.
 
     Returns:
         The largest magnitude that was met.
@@ -165,7 +166,8 @@ def check_activations(path: Path, model_half: Any, feeds: Mapping[str, Array]) -
     model.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
     session, _ = start_onnx(model.SerializeToString())
     peak = 0.0
-    for name, value in zip(names, session.run(None, dict(feeds)), strict=True):
+    values = ((name, value) for feed in feeds for name, value in zip(names, session.run(None, dict(feed)), strict=True))
+    for name, value in values:
         finite = value[~np.isinf(value)] if producers[name].op_type == "Where" else value
         largest = float(np.abs(finite).max(initial=0.0))
         if not largest <= HALF_MAX:

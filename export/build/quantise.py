@@ -56,10 +56,10 @@ class _Reader:
         return None if feed is None else dict(feed)
 
 
-def quantisable(model: Any) -> tuple[str, ...]:
-    """Names of the network's two-dimensional convolutions that may be quantised, in order: all but the first, which
-    sees the spectrogram, and the last, which gives the mask features."""
-    body = body_nodes(model)
+def quantisable(model: Any, network: str = "separator") -> tuple[str, ...]:
+    """Names of the two-dimensional convolutions that may be quantised, in order, of the submodule ``network`` of what
+    was traced: all but the first, which sees the spectrogram, and the last, which gives the mask features."""
+    body = body_nodes(model, network)
     ranks = {i.name: len(i.dims) for i in model.graph.initializer}
     found = [n for n in model.graph.node if n.op_type in _OPERATORS and n.name in body and ranks.get(n.input[1]) == 4]
     wide = [n for n in found if any(size > 1 for size in _kernel(n))]  # a 1x1 projection belongs to the decoder
@@ -71,7 +71,11 @@ def _kernel(node: Any) -> list[int]:
 
 
 def calibrate(
-    path: Path, feeds: Iterable[Mapping[str, Array]], *, progress: Callable[[int], None] | None = None
+    path: Path,
+    feeds: Iterable[Mapping[str, Array]],
+    *,
+    progress: Callable[[int], None] | None = None,
+    network: str = "separator",
 ) -> Calibrated:
     """Measure the ranges of the activations of the fp32 graph at ``path`` on ``feeds``, its inputs by name.
 
@@ -81,7 +85,7 @@ def calibrate(
     import onnx
     from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator
 
-    layers = quantisable(onnx.load(str(path)))
+    layers = quantisable(onnx.load(str(path)), network)
     if not layers:
         raise ExportError("int8 finds no convolution to quantise in this separator's network: export fp16")
     done = 0

@@ -6,7 +6,8 @@ begins with zeros. So whoever runs it needs no transform: a block of samples in,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,21 +16,36 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from avsep.errors import ExportError
 from avsep.export.build.graph import MaskedSeparator, PolyphaseSTFT
 from avsep.export.build.plan import ExportPlan, TensorSpec
-from avsep.export.runtime.streaming import COUNTED
+from avsep.export.runtime.streaming import COUNTED, run_sequence
 from avsep.kernels.stft_masking.reference import hann_window
 from avsep.types import MaskOutput, VisualFeatures
 
 if TYPE_CHECKING:
     from avsep.separator import Separator
 
-__all__ = ["GOLDEN_CALLS", "StreamGraph", "golden_stream", "reference_stream", "stream_entry"]
+__all__ = [
+    "ALONG_CALLS",
+    "GOLDEN_CALLS",
+    "Along",
+    "StreamGraph",
+    "error_along",
+    "golden_stream",
+    "reference_stream",
+    "stream_entry",
+]
 
 Array = NDArray[Any]
 
 GOLDEN_CALLS = 24
 """Blocks of the golden sequence: more than a window, so that every state has been used."""
+ALONG_CALLS = 21 * GOLDEN_CALLS
+"""Blocks over which the error of a graph in a lower precision is followed."""
+_SETTLED = 2  # rounds of the golden sequence before the error is first looked at: at first all states are zeros
+_MOST_GROWTH_DB = 3.0
+_NO_ERROR_DB = -90.0  # below this growth is that of fp32's own rounding
 
 
 class _Steps(nn.Module):
@@ -163,6 +179,51 @@ def reference_stream(separator: Separator, golden: Mapping[str, Array]) -> dict[
     state["overlap"], state["envelope"] = state["overlap"][None], state["envelope"][None]
     found |= {f"next_{name}": value for name, value in state.items()}
     return {name: value.numpy() for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Along:
+    """How far a graph is from the fp32 graph along a stream of ``calls`` that repeats the golden sequence: energy of
+    the difference of the sources relative to them, in dB, in the first round that counts and in the last."""
+
+    calls: int
+    first_db: float
+    last_db: float
+
+    def require(self, name: str) -> None:
+        """Raise :class:`ExportError` where the error grows."""
+        if self.last_db > max(self.first_db + _MOST_GROWTH_DB, _NO_ERROR_DB):
+            raise ExportError(
+                f"{name}: what is rounded adds up along a stream, its error grows from {self.first_db:.0f} to "
+                f"{self.last_db:.0f} dB in {self.calls} calls: export it in fp32"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def error_along(
+    single: Callable[[Mapping[str, Array]], Mapping[str, Array]],
+    other: Callable[[Mapping[str, Array]], Mapping[str, Array]],
+    golden: Mapping[str, Array],
+) -> Along:
+    """Run the fp32 graph and another one on :data:`ALONG_CALLS` blocks, the golden ones again and again.
+
+    Args:
+        single, other: the graphs, inputs by name -> outputs by name.
+        golden: the golden inputs of the sequence.
+    """
+    rounds = ALONG_CALLS // GOLDEN_CALLS
+    sequence = {**golden, "mixture": np.concatenate([golden["mixture"]] * rounds)}
+    names = ["sources", *(name.replace("state_", "next_", 1) for name in golden if name.startswith("state_"))]
+    expected, found = (run_sequence(run, sequence, names)["sources"].astype(np.float64) for run in (single, other))
+
+    def error_db(number: int) -> float:
+        of = slice(number * GOLDEN_CALLS, (number + 1) * GOLDEN_CALLS)
+        error, power = np.sum((found[of] - expected[of]) ** 2), np.sum(expected[of] ** 2)
+        return 10 * float(np.log10((error + 1e-30) / (power + 1e-30)))
+
+    return Along(ALONG_CALLS, error_db(_SETTLED), error_db(rounds - 1))
 
 
 def stream_entry(plan: ExportPlan, inputs: tuple[TensorSpec, ...]) -> dict[str, Any]:

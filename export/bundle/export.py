@@ -12,6 +12,7 @@ import datetime
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,10 +30,11 @@ from avsep.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from avsep.export.build.graphs import GraphFile, Progress
+    from avsep.models import Model
     from avsep.separator import Separator
     from avsep.types import Batch
 
-__all__ = ["export", "export_run"]
+__all__ = ["export", "export_model", "export_run"]
 
 
 def export(
@@ -291,9 +293,7 @@ def export_run(
     for task, place in places.items():
         if task not in finished:
             raise RunError(f"{run} has no finished task {task}: it has {', '.join(map(str, finished))}")
-        check_target(place)
-        if not overwrite and place.exists() and (place.is_file() or any(place.iterdir())):
-            raise ConfigError(f"{place} is a bundle already: --overwrite replaces it, or choose another place")
+        _check_place(place, overwrite)
     bundles = []
     for done, (task, place) in enumerate(places.items()):
 
@@ -310,6 +310,59 @@ def export_run(
     return bundles
 
 
+def export_model(
+    model: Model,
+    out: str | os.PathLike[str],
+    *,
+    plan: ExportPlan | None = None,
+    weights_licence: str = "",
+    overwrite: bool = True,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a separator that comes with avsep, gated on held-out mixtures that it brings along.
+
+    The bundle offers the classes that the model's card offers, and says to ask for them by name alone.
+
+    Args:
+        model: of :func:`avsep.models.find_model`.
+        out: the bundle; a tar where it ends in ``.tar``.
+        plan: its ``left_out`` and ``by_name`` are the card's, whatever it says of them.
+        weights_licence: as for :func:`export`; the card's where it is empty.
+        overwrite, progress: as for :func:`export_run`.
+
+    Raises:
+        CheckpointError: a file of the model is damaged.
+        ExportError, ConfigError, MissingExtraError: as :func:`export`.
+    """
+    import avsep
+    from avsep.export.build.onnx import require_onnx
+    from avsep.models import begin_run
+
+    require_onnx()
+    place = Path(out)
+    _check_place(place, overwrite)
+    plan = replace(plan or ExportPlan(), left_out=dict.fromkeys(model.left_out, model.why_left_out), by_name=True)
+    with tempfile.TemporaryDirectory(prefix="avsep-model-") as folder:
+        run = begin_run(model, Path(folder) / model.name)
+        return _export_task(
+            run,
+            RunFolder(run).finished_tasks()[-1],
+            place,
+            plan,
+            None,
+            weights_licence or str(model.card["licence"]),
+            progress or (lambda label, done, steps: None),
+            lambda line: None,
+            made_from=f"{model.name}, which comes with avsep {avsep.__version__}",
+        )
+
+
+def _check_place(place: Path, overwrite: bool) -> None:
+    check_target(place)
+    if not overwrite and place.exists() and (place.is_file() or any(place.iterdir())):
+        raise ConfigError(f"{place} is a bundle already: --overwrite replaces it, or choose another place")
+
+
 def _export_task(
     run: Path,
     task: int,
@@ -319,6 +372,7 @@ def _export_task(
     weights_licence: str,
     progress: Progress,
     tell: Callable[[str], None],
+    made_from: str = "",
 ) -> Bundle:
     from avsep.export.build.gate import calibration_batches, held_out_batches, validation_batches
     from avsep.export.build.graph import fitted
@@ -353,7 +407,7 @@ def _export_task(
         separator,
         plan,
         place,
-        made_from=f"{run.resolve().name}, task {task}",
+        made_from=made_from or f"{run.resolve().name}, task {task}",
         weights_licence=weights_licence,
         held_out=held_out,
         calibration=calibration,

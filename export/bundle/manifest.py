@@ -129,6 +129,15 @@ class State(_Part):
     output: Text
 
 
+class Along(_Part):
+    """How far a graph in a lower precision is from the fp32 graph along a stream of so many calls: energy of the
+    difference of the sources relative to them, in dB, near the beginning and at the end."""
+
+    calls: Size
+    first_db: float
+    last_db: float
+
+
 class Stream(_Part):
     """Of a graph that goes frame by frame: how many STFT frames a call takes, and what it carries. Its golden arrays
     hold a sequence of calls: the mixture and what comes out of each, [calls, ...], the states before the first and
@@ -137,6 +146,7 @@ class Stream(_Part):
     frames: Annotated[int, Field(ge=1, le=1024)]
     golden_calls: Annotated[int, Field(ge=1, le=1024)]
     states: list[State] = Field(min_length=1)
+    along: Along | None = None
 
 
 class Parity(_Part):

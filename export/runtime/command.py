@@ -22,7 +22,6 @@ from .recordings import (
     fitting_gain,
     mixed_down,
     output_paths,
-    sources_of,
 )
 from .separator import BundleSeparator
 from .sessions import PROVIDERS
@@ -92,7 +91,7 @@ def _separate_file(chosen: Any) -> str:
     clipped, gain = 0, 1.0
     with separator:
         classes = names_in(chosen.classes, separator.classes)
-        names = [source.name for source in sources_of(separator.classes, classes)]
+        names = [source.name for source in separator.sources_of(classes)]
         if features is None and separator.visual_sources and not separator.can_go_unseen:
             raise ConfigError("this separator needs video frames: give --features FILE.npz (avsep data features)")
         mixture = audio

@@ -206,6 +206,14 @@ def _inconsistencies(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"{json.dumps(name)} is not the name of a file of a bundle"
     if len(set(manifest["classes"])) < len(manifest["classes"]):
         yield "classes names one class twice"
+    plan = manifest.get("plan", {})
+    if mistake := _mistake(plan, {}, "plan") or _mistake(plan.get("left_out", {}), {str: _TEXT}, "plan.left_out"):
+        yield mistake
+        return
+    if mistake := _mistake(plan.get("by_name", False), _FLAG, "plan.by_name"):
+        yield mistake
+    if both := [name for name in plan.get("left_out", {}) if name in manifest["classes"]]:
+        yield f"class {_short(both[0])} is offered and left out"
     if not isinstance(manifest.get("independent_sources", True), bool):
         yield "independent_sources is neither true nor false"
     if mistake := _mistake(manifest.get("channels", 1), _CHANNELS, "channels"):
@@ -224,7 +232,7 @@ def _inconsistencies(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield "two graphs are one file"
     if not any(kind in ("separator", "spectral", "stream") for kind, _ in kinds):
         yield "there is none among its graphs that separates"
-    if ("stream", "fp32") in kinds and manifest["version"] < 4:
+    if any(kind == "stream" for kind, _ in kinds) and manifest["version"] < 4:
         yield "it has a graph that goes frame by frame, which its version does not know"
     if chunking["clip_samples"] != manifest["transform"]["clip_samples"]:
         yield "chunking.clip_samples is not transform.clip_samples"

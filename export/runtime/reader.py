@@ -126,6 +126,16 @@ class Bundle:
         return tuple(self.manifest["classes"])
 
     @property
+    def left_out(self) -> Mapping[str, str]:
+        """Classes that its separator knows and the bundle does not offer, each with the reason."""
+        return dict(self.manifest.get("plan", {}).get("left_out", {}))
+
+    @property
+    def by_name(self) -> bool:
+        """Whether sources are asked for by name alone, also of a video, unless whoever asks says to look."""
+        return bool(self.manifest.get("plan", {}).get("by_name", False))
+
+    @property
     def sample_rate_hz(self) -> int:
         return int(self.manifest["sample_rate_hz"])
 

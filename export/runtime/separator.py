@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from .calls import GraphCall
 from .chunking import LongStream, context_in_samples, default_crossfade, separate_long
 from .engines import engines_folder
-from .errors import AudioError, ConfigError, DataError, NumericalError
+from .errors import AudioError, ConfigError, DataError, NumericalError, UnknownNameError
 from .manifest import PRESENCE
 from .reader import Bundle, Graph, open_bundle
 from .recordings import (
@@ -38,6 +38,7 @@ from .recordings import (
     by_name,
     check_moves,
     check_told_apart,
+    listed,
     nothing_of,
     sources_of,
 )
@@ -67,6 +68,7 @@ class BundleSeparator:
         provider: what really runs, as its own library names it.
         calls: how often its graph has run.
         causal: it goes frame by frame, and its streams come out within :attr:`latency_samples`, a fraction of a second.
+        by_name: sources are to be asked for by name alone, also of a video, unless whoever asks says to look.
         passed_over: for each way that ``provider="auto"`` passed over, the reason in a line.
         unused_engines: those of them for which an engine was built.
         context_samples: of each side of a chunk that are thrown away.
@@ -94,6 +96,7 @@ class BundleSeparator:
         self.graph = graph
         self.calls = 0
         self.causal = graph.kind == "stream"
+        self.by_name = bundle.by_name
         self.passed_over: tuple[str, ...] = ()
         self.unused_engines: tuple[str, ...] = ()
         self.classes = bundle.classes or tuple(str(k) for k in range(int(manifest["separator"].get("num_classes", 0))))
@@ -283,7 +286,7 @@ class BundleSeparator:
         """As :meth:`separate`, and for each class the probability that it sounds in the mixture at all
         (:class:`PresenceOfChunks`), to be held against :attr:`presence_threshold`. None of a bundle that does not
         tell."""
-        asked = sources_of(self.classes, classes)
+        asked = self.sources_of(classes)
         ids = [source.class_id for source in asked]
         self._check_count(len(ids))
         self._check_rate(rate_hz)
@@ -332,16 +335,34 @@ class BundleSeparator:
         Args:
             channels: C of blocks [C, l], which give [N, C, l']; None: blocks are mono, [l], and give [N, l'].
         """
-        asked = sources_of(self.classes, classes)
+        asked = self.sources_of(classes)
         self._check_count(len(asked))
         self._check_rate(rate_hz)
         if channels is not None:
             self._check_channels((channels, 0))
         return Stream(self, [s.class_id for s in asked], self._views(features, asked), channels)
 
+    def sources_of(self, classes: Sequence[str]) -> list[Source]:
+        """The sources that ``classes`` ask for, as :func:`avsep_runtime.recordings.sources_of` reads them.
+
+        Raises:
+            UnknownNameError: a class that the separator has not learned, or that the bundle leaves out; says why.
+        """
+        self.refuse_left_out(classes)
+        return sources_of(self.classes, classes)
+
+    def refuse_left_out(self, classes: Sequence[str]) -> None:
+        """Raise :class:`UnknownNameError` of a class, also as ``NAME=CLASS``, that the bundle leaves out."""
+        for name in classes:
+            if (of := name.rpartition("=")[2].strip()) in self.bundle.left_out:
+                raise UnknownNameError(
+                    f"this bundle does not know '{of}', which was left out ({self.bundle.left_out[of]}): "
+                    f"{listed(self.classes)}"
+                )
+
     def check(self, features: Features | None, classes: Sequence[str]) -> None:
         """Raise what :meth:`separate` would raise of these features and classes."""
-        asked = sources_of(self.classes, classes)
+        asked = self.sources_of(classes)
         self._check_count(len(asked))
         self._views(features, asked)
 

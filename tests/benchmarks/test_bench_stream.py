@@ -52,7 +52,7 @@ def test_a_row_a_stream(bundles, tmp_path, capsys):
         assert row["check"].startswith("stream and whole within")
         assert ("shared" in row["note"]) == (float(row["load"] or 0) > 0.5 * _cores())
     text = out.with_suffix(".md").read_text()
-    assert "| `causal`, 8000 Hz, 2 sources, frame by frame | 16 ms |" in text
+    assert "| `causal`, 8000 Hz, 2 sources, frame by frame, fp32, 0.59 MB | 16 ms |" in text
     assert causal["device"] in text
 
 

@@ -260,6 +260,25 @@ def test_nothing_leaves_the_site_and_it_works_without_a_server(chrome, site, tmp
 
 
 @pytest.mark.slow
+def test_one_that_is_asked_by_name_looks_once_a_box_is_drawn(chrome, tmp_path):
+    pytest.importorskip("av")
+    from support.media_files import brightness_ramp, write_video
+
+    path = tmp_path / "ramp.mp4"
+    write_video(path, brightness_ramp(16), two_tones(88_200, 44_100)[:1], fps=8)
+    bundle = browser_bundle(tmp_path / "bundle", by_name=True, left_out={"hum": "a test"})
+    with open_bundle(bundle) as opened:
+        site = write_site(opened, tmp_path / "site", ort_web=ort_web(), pack=False)
+    with served(site) as address, opened_page(chrome, address) as page:
+        for box, told in ((None, True), ({"ding": [0.1, 0.1, 0.5, 0.9], "peep": [0.5, 0.1, 0.9, 0.9]}, False)):
+            page.set_input_files("#file", [])
+            separate_in_page(page, path, ["ding", "peep"], tmp_path, box)
+            assert page.locator("#sources select").first.locator("option").all_inner_texts() == ["ding", "peep"]
+            assert page.locator("#look").is_checked() != told
+            assert ("asked for by name alone" in page.inner_text("#summary")) == told
+
+
+@pytest.mark.slow
 def test_the_keyboard_reaches_everything(page, tmp_path):
     pytest.importorskip("av")
     from support.media_files import brightness_ramp, write_video

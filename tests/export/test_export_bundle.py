@@ -889,7 +889,7 @@ def test_every_choice_of_a_plan_has_an_option(tmp_path, monkeypatch, capsys):
             main(["export", str(fake_run(tmp_path / f"run{len(words)}")), "--out", str(tmp_path / "b"), *words])
     plain, full = (dataclasses.asdict(plan) for plan in asked)
     assert plain == dataclasses.asdict(ExportPlan())
-    assert {name for name in plain if plain[name] == full[name]} == {"seed"}
+    assert {name for name in plain if plain[name] == full[name]} == {"seed", "left_out", "by_name"}  # cards say two
     assert full["frame_size"] == (24, 32)
     assert (full["max_batch"], full["max_sources"], full["precision"]) == (16, 12, ("int8",))
 

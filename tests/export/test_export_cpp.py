@@ -1,7 +1,8 @@
 """The example in C++ gives the samples of the Python runtime.
 
-It is built where a compiler, CMake and ONNX Runtime's headers are: those of a package (``libonnxruntime-dev``), or in
-the folder that ``ONNXRUNTIME_INCLUDE`` names. The library is that of the Python package.
+It is built where a compiler, CMake and ONNX Runtime's headers are: those of a package (``libonnxruntime-dev``),
+installed or unpacked into avsep's cache, or in the folder that ``ONNXRUNTIME_INCLUDE`` names. The library is that of
+the Python package.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ PLACES = (
     "/usr/local/include",
     "/usr/local/include/onnxruntime",
 )
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+# dpkg -x libonnxruntime-dev_*.deb ~/.cache/avsep/libonnxruntime-dev
+UNPACKED = CACHE / "avsep" / "libonnxruntime-dev" / "usr" / "include" / "onnxruntime"
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +45,10 @@ def program(tmp_path_factory):
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             pytest.skip(f"there is no {tool} here")
-    include = next(
-        (p for p in (os.environ.get("ONNXRUNTIME_INCLUDE", ""), *PLACES) if p and (Path(p) / HEADER).is_file()), ""
-    )
+    places = (os.environ.get("ONNXRUNTIME_INCLUDE", ""), str(UNPACKED), *PLACES)
+    include = next((p for p in places if p and (Path(p) / HEADER).is_file()), "")
     if not include:
-        pytest.skip(f"{HEADER} is not here: install libonnxruntime-dev, or name its folder in ONNXRUNTIME_INCLUDE")
+        pytest.skip(f"{HEADER} is not here: export/examples/cpp/README.md says how to get libonnxruntime-dev")
     libraries = sorted((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
     if not libraries:
         pytest.skip("this package of ONNX Runtime has no library for other programs")

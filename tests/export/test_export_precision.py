@@ -249,9 +249,9 @@ def test_an_activation_beyond_half_precision_names_its_node(tmp_path):
     onnx.save(model, tmp_path / "g.onnx")
     half = to_half(model, {"conv", "relu"})
     ones = {"x": np.ones((1, 2, 4, 4), np.float32)}
-    assert check_activations(tmp_path / "g.onnx", half, ones) == pytest.approx(2000)
+    assert check_activations(tmp_path / "g.onnx", half, [ones]) == pytest.approx(2000)
     with pytest.raises(ExportError, match=r"node 'conv' \(Conv\) gives 8e\+04"):
-        check_activations(tmp_path / "g.onnx", half, {"x": 40 * ones["x"]})
+        check_activations(tmp_path / "g.onnx", half, [ones, {"x": 40 * ones["x"]}])
 
 
 def test_a_graph_of_others_has_no_body():

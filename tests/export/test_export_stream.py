@@ -23,12 +23,14 @@ from hypothesis import strategies as st
 from avsep.cli import main
 from avsep.errors import AvsepError, ConfigError, ExportError
 from avsep.export import ExportPlan, export
+from avsep.export.build.stream import GOLDEN_CALLS, error_along
 from avsep.export.bundle.manifest import check_manifest as check_schema
 from avsep.export.bundle.manifest import verify_bundle
 from avsep.export.runtime.manifest import VERSION, check_manifest
 from avsep.export.runtime.separator import BundleSeparator
 from avsep.inference.streaming import StreamingSeparator
 from avsep.media.timeline import VisualTimeline
+from avsep.types import Batch
 from support.causal import RATE_HZ, causal_separator, features, noise
 
 CLASSES = ["flute", "violin"]
@@ -224,6 +226,119 @@ assert not {"torch", "avsep"} & set(sys.modules), sorted(sys.modules)
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
 
 
+# ---------------------------------------------------------------------------------------------------- lower precisions
+
+
+def batches(count, seed):
+    return [
+        Batch(
+            sources=torch.from_numpy(np.stack([noise(2047, seed=100 * seed + 2 * k + n) for n in range(2)]))[None] / 2,
+            class_ids=torch.tensor([[k % 3, (k + 1) % 3]]),
+            video_ids=torch.zeros(1, 2, dtype=torch.long),
+            is_memory=torch.zeros(1, 2, dtype=torch.bool),
+        )
+        for k in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def lower(separator, tmp_path_factory):
+    plan = ExportPlan(precision=("fp16", "int8"))
+    place = tmp_path_factory.mktemp("bundles") / "lower"
+    return export(
+        separator, plan, place, held_out=batches(2, 1), calibration=batches(3, 2), validation=batches(2, 3)
+    ).path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "most_db"), [("fp16", -60), ("int8", -40)])
+def test_lower_precisions_stay_near_pytorch_along_a_stream(precision, most_db, separator, lower):
+    """Over more than 500 calls, the last quarter of which is no worse than the first."""
+    mixture = np.tile(noise(64 * 32), 8)
+    expected, presence = wanted(separator, mixture)
+    with BundleSeparator.load(lower, "cpu", precision, threads=1) as running:
+        found = running.separate_with_presence(mixture, SEEN, CLASSES)
+        assert running.calls > 500
+    error = np.sum((found.sources - expected) ** 2, axis=0).reshape(8, -1).sum(axis=1)
+    power = np.sum(expected**2, axis=0).reshape(8, -1).sum(axis=1)
+    error_db = 10 * np.log10(error / power)
+    assert error_db.max() < most_db
+    assert error_db.max() > -140  # it is another precision
+    assert error_db[-2:].mean() < error_db[1:3].mean() + 1
+    np.testing.assert_allclose(found.presence, presence, atol=0.01)
+
+
+@pytest.mark.slow
+def test_lower_precisions_carry_their_states_in_fp32_and_are_smaller(lower, bundles):
+    import onnx
+
+    assert verify_bundle(lower).graphs[0].tolerance < 0.1
+    manifest = json.loads((lower / "manifest.json").read_text())
+    half, quantised = manifest["graphs"]
+    assert (half["precision"], quantised["precision"], manifest["version"]) == ("fp16", "int8", 4)
+    assert quantised["quantised"]["layers"] > 0
+    for graph in (half, quantised):
+        assert {t["dtype"] for t in (*graph["inputs"], *graph["outputs"])} == {"float32", "int64", "bool"}
+        assert graph["stream"]["along"]["calls"] == 504
+        model = onnx.load(str(lower / graph["file"]))
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+        kinds = {v.type.tensor_type.elem_type for v in inferred.graph.value_info}
+        wanted_kind = onnx.TensorProto.FLOAT16 if graph is half else onnx.TensorProto.INT8
+        assert wanted_kind in kinds
+    assert (lower / "stream.fp16.onnx").stat().st_size < (bundles("one") / "stream.onnx").stat().st_size
+
+
+@pytest.mark.slow
+def test_what_comes_out_is_held_to_the_tolerance_and_states_are_not(lower, tmp_path):
+    from avsep.export.runtime.manifest import sealed
+    from avsep.files import sha256_file
+
+    copy = shutil.copytree(lower, tmp_path / "bundle")
+    golden = copy / "stream.fp16.golden.npz"
+    with np.load(golden) as archive:
+        arrays = dict(archive)
+    for name, passes in (("next_down1", True), ("sources", False)):
+        arrays[name] = arrays[name] + 0.2
+        np.savez(golden, **arrays)
+        manifest = json.loads((copy / "manifest.json").read_text())
+        manifest["files"][golden.name] = sha256_file(golden)
+        (copy / "manifest.json").write_text(json.dumps(sealed(manifest)))
+        if passes:
+            verify_bundle(copy)
+        else:
+            with pytest.raises(ExportError, match="differs from its golden output"):
+                verify_bundle(copy)
+
+
+@pytest.mark.parametrize(("leak", "grows"), [(0.0, False), (1.0, True)])
+def test_an_error_that_adds_up_along_a_stream_is_refused(leak, grows):
+    """A state that is rounded again in every call, and one that is not."""
+
+    def graph(rounding):
+        def run(given):
+            state = leak * given["state_sum"] + given["mixture"] + rounding
+            return {"sources": given["mixture"] + rounding + 0.01 * leak * state, "next_sum": state}
+
+        return run
+
+    mixture = np.random.default_rng(0).standard_normal((GOLDEN_CALLS, 1, 32)).astype(np.float32)
+    golden = {"mixture": mixture - mixture.mean(axis=0), "state_sum": np.zeros((1, 32), dtype=np.float32)}
+    along = error_along(graph(0.0), graph(1e-3), golden)
+    assert along.calls == 504
+    if not grows:
+        along.require("stream.fp16.onnx")
+        assert along.last_db == pytest.approx(along.first_db, abs=0.1)
+    else:
+        with pytest.raises(ExportError, match=r"stream\.fp16\.onnx: what is rounded adds up along a stream"):
+            along.require("stream.fp16.onnx")
+
+
+def test_int8_of_a_stream_needs_mixtures(separator, tmp_path):
+    with pytest.raises(ExportError, match="int8 needs training mixtures"):
+        export(separator, ExportPlan(precision=("int8",)), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -233,7 +348,6 @@ assert not {"torch", "avsep"} & set(sys.modules), sorted(sys.modules)
         ({"spectral": True}, "spectral is of separators that take chunks"),
         ({"length_s": 0.2}, "length_s is of separators that take chunks"),
         ({"batch": 2}, "batch is of separators that take chunks"),
-        ({"precision": ("fp16",)}, "precision is of separators that take chunks"),
     ],
 )
 def test_plans_of_chunks_are_refused(plan, reason, separator, tmp_path):

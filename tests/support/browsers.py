@@ -148,7 +148,7 @@ def ort_web() -> Path:
         pytest.skip(str(error))
 
 
-def browser_bundle(place: Path, *, channels: int = 2) -> Path:
+def browser_bundle(place: Path, *, channels: int = 2, **plan: Any) -> Path:
     """A small bundle of random weights that looks at frames, tells presence, and needs no pictures."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
@@ -164,4 +164,4 @@ def browser_bundle(place: Path, *, channels: int = 2) -> Path:
         classes=CLASSES,
         front_end={**TINY_FRONT_END, "level_db": -20, "limit_mask_sum": True},
     )
-    return export(separator.eval(), ExportPlan(channels=channels), place, made_from="a test").path
+    return export(separator.eval(), ExportPlan(channels=channels, **plan), place, made_from="a test").path

@@ -11,7 +11,7 @@ import { readNpz } from "./npz.js";
 /** @typedef {{ format: string, version: number, name: string, made_from: string, licence: string,
  *   weights_licence: string, classes: string[], independent_sources?: boolean, sample_rate_hz: number,
  *   channels?: number, presence_threshold?: number | null, chunking: Chunking, visual: VisualSource[],
- *   separator: { num_classes: number, front_end: { limit_mask_sum?: boolean } }, graphs: Graph[], files: Record<string, string>,
+ *   plan?: { by_name?: boolean }, separator: { num_classes: number, front_end: { limit_mask_sum?: boolean } }, graphs: Graph[], files: Record<string, string>,
  *   manifest_sha256?: string }} Manifest */
 
 export const VERSIONS = [2, 3];

@@ -119,7 +119,7 @@ async function busy(text, work) {
 /** @type {Manifest | null} */
 let manifest = null;
 /** The separator's facts that the page asks for often. */
-let facts = { least: 1, most: 64, unseen: false, sees: false, moves: false, browser: true };
+let facts = { least: 1, most: 64, unseen: false, byName: false, sees: false, moves: false, browser: true };
 
 async function load() {
   const engine = byId("engine");
@@ -169,6 +169,7 @@ function learn(found) {
     facts.most = typeof sources === "number" ? sources : most;
   }
   facts.unseen = names.includes("seen") || found.visual.length === 0;
+  facts.byName = facts.unseen && found.plan?.by_name === true;
   facts.sees = found.visual.length > 0 && (found.visual.every((v) => v.graph !== null) || local !== null);
   facts.moves = facts.sees && found.visual.some((v) => v.role === "motion");
   const classes = found.classes.map(pretty).join(", ");
@@ -254,6 +255,7 @@ function setUp() {
   byId("stage").hidden = byId("timebar").hidden = byId("boxhelp").hidden = !video;
   byId("setup").querySelector(".halves")?.classList.toggle("alone", byId("sight").hidden);
   byId("look").parentElement?.toggleAttribute("hidden", !facts.unseen);
+  look(!facts.byName);
   byId("find").hidden = !(local?.detector && sees);
   if (video && !byId("sight").hidden) {
     byId("stage").classList.toggle("wide", video.videoWidth >= video.videoHeight);
@@ -305,6 +307,11 @@ function showSources() {
   showBoxes();
 }
 
+/** Whether the separator is shown the pictures; drawing boxes says that it is. @param {boolean} shown */
+const look = (shown) => {
+  /** @type {HTMLInputElement} */ (byId("look")).checked = shown;
+};
+
 const now = () => Number(/** @type {HTMLInputElement} */ (byId("scrub")).value);
 
 function showBoxes() {
@@ -340,6 +347,7 @@ const readBoxes = (file) => busy(`reading ${file.name}`, async () => {
   found.forEach((track, n) => {
     if (track.length) asked[n].track = track.sort((a, b) => a.time - b.time);
   });
+  look(true);
   showBoxes();
 });
 
@@ -515,7 +523,10 @@ async function download(samples, name) {
 const take = (file) => (file.name.toLowerCase().endsWith(".json") ? readBoxes(file) : choose(file));
 
 function listen() {
-  editor = new BoxEditor(byId("stage"), (n, box) => setBox(asked[n].track, now(), box));
+  editor = new BoxEditor(byId("stage"), (n, box) => {
+    setBox(asked[n].track, now(), box);
+    look(true);
+  });
   listenTo(controls(), () => mixer);
   const input = /** @type {HTMLInputElement} */ (byId("file"));
   input.addEventListener("change", () => {
@@ -569,6 +580,7 @@ function listen() {
     const known = /** @type {Manifest} */ (manifest).classes;
     const tracks = await local.boxes(recording.id, names().map((name, n) => ({ name, class: known[asked[n].classId] })));
     tracks.forEach((track, n) => (asked[n].track = track));
+    look(true);
     showBoxes();
   }));
   byId("all").addEventListener("click", async () => {
