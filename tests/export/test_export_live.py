@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -61,10 +62,12 @@ const toy = (count) => async (inputs) => {
   const rows = [0, 1], length = inputs.mixture.shape[2], f = Float32Array;
   const joined = rows.map((c) => [...inputs.state_samples.data.subarray(12 * c, 12 * c + 12),
     ...inputs.mixture.data.subarray(c * length, (c + 1) * length)]);
-  const told = inputs.state_presence_sum.data[0] + (inputs.counted ? inputs.counted.data.reduce((a, b) => a + b, 0) : 1);
+  const counted = inputs.counted?.data ?? [1];
+  const told = inputs.state_presence_sum.data[0] + counted.reduce((a, b) => a + b, 0);
   const scale = [...inputs.class_ids.data].map((id) => Number(id) + 1), start = inputs.start.data;
+  const made = (s, n) => joined.flatMap((row) => row.slice(0, length).map((x) => s * x + start[n]));
   return {
-    sources: f.from(scale.flatMap((s, n) => joined.flatMap((row) => row.slice(0, length).map((x) => s * x + start[n])))),
+    sources: f.from(scale.flatMap(made)),
     presence: new f(count).fill(told),
     next_samples: f.from(joined.flatMap((row) => row.slice(length))),
     next_overlap: f.from(scale.flatMap((s) => joined.flatMap((row) => row.slice(length).map((x) => (s * x) / 8)))),
@@ -111,9 +114,7 @@ console.log(JSON.stringify([out.map((part) => part.map((source) => source.map((r
     )
     shapes = [{"name": name, "dtype": "float32", "shape": shape} for name, shape in states.items()]
     given = {"hop": 4, "nFft": 16, "frames": frames, "clipFrames": 5, "channels": 2, "sources": 3, "states": shapes}
-    found, presence = node(
-        script, {"layout": given, "channels": channels, "mixture": mixture.tolist(), "size": size}
-    )
+    found, presence = node(script, {"layout": given, "channels": channels, "mixture": mixture.tolist(), "size": size})
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.array(one, np.float32).reshape(other.shape), other, rtol=1e-6, atol=1e-6)
     assert sum(part.shape[-1] for part in expected) == total
@@ -144,8 +145,10 @@ const step = ({ processor }, k) => {
   if (k >= 1) outputs.forEach(([row], n) => (played[n] ??= []).push(...row));
 };
 // what a worker gives: the block, and twice the block
-const answer = ({ worker }, { start, block }) =>
-  worker.onmessage({ data: { start, rows: Float32Array.of(...block, ...block.map((x) => 2 * x)), count: block.length, ms: 1 } });
+const answer = ({ worker }, { start, block }) => {
+  const rows = Float32Array.of(...block, ...block.map((x) => 2 * x));
+  worker.onmessage({ data: { start, rows, count: block.length, ms: 1 } });
+};
 """
 
 
@@ -292,7 +295,7 @@ def page(chrome, address):
         yield found
 
 
-def listen(page, buffering_ms: int = 4000, file: Path | None = None) -> None:
+def listen(page, buffering_ms: int = 10_000, file: Path | None = None) -> None:
     """Begin to listen, with so much buffering that a busy machine is never late."""
     if file is None:
         page.click("#mic")
@@ -371,12 +374,12 @@ def test_a_file_that_is_heard_live_gives_the_samples_of_the_runtime(page, bundle
     """From its first sample on, exactly as late as the page says."""
     mixture = 0.9 * noise(16_000, 2)
     write_wav(tmp_path / "song.wav", mixture, RATE_HZ, "FLOAT")
-    listen(page, 4000, tmp_path / "song.wav")
+    listen(page, file=tmp_path / "song.wav")
     assert page.locator("#feedback").is_hidden()
     page.wait_for_selector('#liveplay:has-text("Start")', timeout=60_000)
     sound, outputs, options = tapped_sound(page)
     delay = options["delay"]
-    assert (options["rate"], delay) == (RATE_HZ, 128 + 128 - 32 + 4 * RATE_HZ)
+    assert (options["rate"], delay) == (RATE_HZ, 128 + 128 - 32 + 10 * RATE_HZ)
     assert np.array_equal(sound[:, :16_000], mixture)
     assert not outputs[..., :delay].any()
     assert outputs.shape[-1] >= delay + 16_000
@@ -390,21 +393,23 @@ def test_a_file_that_is_heard_live_gives_the_samples_of_the_runtime(page, bundle
 def test_the_microphone_gives_the_samples_of_the_runtime(page, bundle):
     """Asked for when the button is pressed, and closed when it is stopped."""
     page.evaluate(
-        "() => { const own = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices); window.opened = [];"
-        "navigator.mediaDevices.getUserMedia = async (wish) => { const made = await own(wish); opened.push([wish, made]);"
+        "() => { const devices = navigator.mediaDevices, own = devices.getUserMedia.bind(devices); window.opened = [];"
+        "devices.getUserMedia = async (wish) => { const made = await own(wish); opened.push([wish, made]);"
         "return made; }; }"
     )
     page.click("#mic")
     assert page.locator("#go").is_hidden()
     assert page.evaluate("opened.length") == 0
     listen(page)
-    wait_for_calls(page, 62 * 7)  # the buffering and some seconds
+    wait_for_calls(page, 62 * 13)  # the buffering and some seconds
     assert page.locator("#feedback").is_visible()
     page.click("#liveplay")
     page.wait_for_selector('#liveplay:has-text("Start")')
-    ((wish, closed),) = page.evaluate("opened.map(([w, s]) => [w.audio, s.getTracks().every((t) => t.readyState === 'ended')])")
+    ((wish, closed),) = page.evaluate(
+        "opened.map(([w, s]) => [w.audio, s.getTracks().every((t) => t.readyState === 'ended')])"
+    )
     assert closed
-    assert not (wish["echoCancellation"] or wish["noiseSuppression"] or wish["autoGainControl"])
+    assert not any(wish[kind] for kind in ("echoCancellation", "noiseSuppression", "autoGainControl"))
     sound, outputs, options = tapped_sound(page)
     delay = options["delay"]
     assert np.abs(sound).max() > 0.05
@@ -428,11 +433,11 @@ def test_a_browser_that_refuses_the_separator_s_rate_resamples(chrome, address, 
     mixture = (0.2 * tones * np.hanning(len(times))).astype(np.float32)[None]
     write_wav(tmp_path / "song.wav", mixture, RATE_HZ, "FLOAT")
     with opened_page(chrome, address, before=LISTEN + refuse) as page:
-        listen(page, 3000, tmp_path / "song.wav" if source == "file" else None)
+        listen(page, file=tmp_path / "song.wav" if source == "file" else None)
         if source == "file":
             page.wait_for_selector('#liveplay:has-text("Start")', timeout=90_000)
         else:
-            wait_for_calls(page, 375 * 6)
+            wait_for_calls(page, 375 * 13)
             page.click("#liveplay")
         sound, outputs, options = tapped_sound(page)
         assert "Dropouts\nnone" in page.inner_text("#livefacts")
@@ -447,32 +452,35 @@ def test_a_browser_that_refuses_the_separator_s_rate_resamples(chrome, address, 
 
 @pytest.mark.slow
 def test_a_worker_that_stalls_is_silence_that_is_counted(chrome, site, bundle, tmp_path):
-    """2.5 s in which no block is answered, where 2 s are buffered: half a second is lost, and nothing else."""
+    """9 s in which no block is answered, where 8 s are buffered: from there on a second or more is lost, all of it
+    counted, and what is played is what belongs there."""
     stalled = shutil.copytree(site, tmp_path / "site")
     blocks = stalled / "live_blocks.js"
     text = blocks.read_text()
     place = "    const begun = performance.now();\n"
     assert text.count(place) == 1
-    wait = "    if (start === 16000 - 16000 % 128) for (const t = performance.now(); performance.now() - t < 3500; );\n"
+    at = 125 * 128
+    wait = f"    if (start === {at}) for (const t = performance.now(); performance.now() - t < 9000; );\n"
     blocks.write_text(text.replace(place, wait + place))
-    mixture = 0.9 * noise(8 * RATE_HZ)[None]
+    mixture = 0.9 * noise(12 * RATE_HZ)[None]
     write_wav(tmp_path / "song.wav", mixture, RATE_HZ, "FLOAT")
     with served(stalled) as url, opened_page(chrome, url, before=LISTEN) as page:
-        listen(page, 3100, tmp_path / "song.wav")
-        page.wait_for_selector('#liveplay:has-text("Start")', timeout=90_000)
+        listen(page, 8000, tmp_path / "song.wav")
+        page.wait_for_selector('#liveplay:has-text("Start")', timeout=120_000)
         sound, outputs, options = tapped_sound(page)
         told = page.inner_text("#livefacts")
     delay = options["delay"]
-    expected = parts(bundle, sound)[..., : outputs.shape[-1] - delay]
-    found = outputs[..., delay:]
+    found = outputs[..., delay:][..., : 12 * RATE_HZ]
+    expected = parts(bundle, sound)[..., : found.shape[-1]]
     lost = (np.abs(found).max(axis=(0, 1)) == 0) & (np.abs(expected).max(axis=(0, 1)) > 0)
-    assert 0.1 * RATE_HZ < lost.sum() < 3.5 * RATE_HZ
-    (begin,) = np.flatnonzero(np.diff(lost.astype(int)) == 1)
-    assert begin + 1 == 16_000 - 16_000 % 128 - 96  # what the stalled block would have given
-    np.testing.assert_allclose(found[..., ~lost], expected[..., ~lost], rtol=0, atol=1e-5)
-    assert not found[..., lost].any()
-    silence = round(1000 * lost.sum() / RATE_HZ)
-    assert f"Dropouts\n1, {silence:,} ms of silence" in told
+    assert np.flatnonzero(lost)[0] == at - 96  # the first that the stalled block would have given
+    assert lost.sum() > 0.7 * RATE_HZ
+    silence = int(re.search(r"Dropouts\n\d+, ([\d,]+) ms of silence", told)[1].replace(",", ""))
+    assert silence >= 1000 * lost.sum() / RATE_HZ - 260  # what the page has heard of, every 250 ms
+    # a stream that begins anew has not heard what the network looks back at
+    right = np.abs(found - expected).max(axis=(0, 1)) <= 1e-5
+    anew = np.convolve(lost, np.ones(RATE_HZ // 2), "full")[: len(lost)] > 0
+    assert (right | anew).all()
 
 
 @pytest.mark.slow
@@ -481,7 +489,8 @@ def test_what_is_heard_is_chosen_while_it_sounds(chrome, address, tmp_path):
     write_wav(tmp_path / "song.wav", 0.9 * noise(30 * RATE_HZ), RATE_HZ)
     gains = (
         "window.gains = []; const own = BaseAudioContext.prototype.createGain;"
-        "BaseAudioContext.prototype.createGain = function () { const made = own.call(this); gains.push(made); return made; };"
+        "BaseAudioContext.prototype.createGain = function () {"
+        "const made = own.call(this); gains.push(made); return made; };"
     )
     sizes = {"viewport": {"width": 390, "height": 844}}
     with opened_page(chrome, address, before=LISTEN + gains, **sizes) as page:
@@ -507,7 +516,8 @@ def test_what_is_heard_is_chosen_while_it_sounds(chrome, address, tmp_path):
         settle(0, 0, 0.8)
         assert page.locator("#livetracks .track.off").count() == 2
         names = page.locator("button, input, select, meter").evaluate_all(
-            "all => all.filter(n => n.checkVisibility()).map(n => n.ariaLabel || n.labels?.[0]?.innerText || n.innerText)"
+            "all => all.filter(n => n.checkVisibility())"
+            ".map(n => n.ariaLabel || n.labels?.[0]?.innerText || n.innerText)"
         )
         assert all(name.strip() for name in names), names
         assert not page.evaluate(SIDEWAYS)

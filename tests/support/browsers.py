@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import json
@@ -81,9 +82,7 @@ SIDEWAYS = """() => [document.documentElement, ...document.querySelectorAll("bod
 
 
 @contextlib.contextmanager
-def opened_page(
-    chrome: Any, address: str, *, ready: bool = True, before: str = "", **options: Any
-) -> Iterator[Any]:
+def opened_page(chrome: Any, address: str, *, ready: bool = True, before: str = "", **options: Any) -> Iterator[Any]:
     """A page of its own, without what others keep; its errors are the test's. ``before``: a script that runs first."""
     context = chrome.new_context(accept_downloads=True, **options)
     errors: list[str] = []
@@ -235,16 +234,33 @@ def tap(site: Path) -> Path:
     return site
 
 
+_TAPPED = """() => {
+  const text = (floats) => {
+    const bytes = new Uint8Array(floats.buffer);
+    let out = "";
+    for (let k = 0; k < bytes.length; k += 8190) out += btoa(String.fromCharCode(...bytes.subarray(k, k + 8190)));
+    return out;
+  };
+  const flat = (calls) => {
+    const rows = Math.max(...calls.map((call) => call.length)), out = new Float32Array(calls.length * rows * 128);
+    calls.forEach((call, k) => call.forEach((row, n) => out.set(row, (k * rows + n) * 128)));
+    return text(out);
+  };
+  const input = flat(tapped.map((call) => call.input)), outputs = flat(tapped.map((call) => call.outputs.flat()));
+  return { input, outputs, starts: tapped.map((call) => call.at), sources: tapped[0].outputs.length, options };
+}"""
+
+
 def tapped_sound(page: Any) -> tuple[Any, Any, dict[str, float]]:
-    """What went through the audio thread of a page of :func:`tap`, opened with ``before=LISTEN``, from the stream's first sample on: the input [C, L], the outputs [N, C, L], and
-    the processor's options with the context's ``rate``."""
-    calls = page.evaluate("JSON.parse(JSON.stringify(window.tapped, (_, v) => (ArrayBuffer.isView(v) ? [...v] : v)))")
-    options = page.evaluate("window.options")
-    outputs = np.array([call["outputs"] for call in calls], dtype=np.float32)  # [calls, N, C, 128]
-    silence = np.zeros(outputs.shape[2:], dtype=np.float32)
-    inputs = np.stack([np.array(call["input"], dtype=np.float32) if call["input"] else silence for call in calls])
-    starts = [call["at"] for call in calls]
-    assert starts == list(range(starts[0], starts[0] + 128 * len(calls), 128))
-    lead = ((0, 0), (int(starts[0]), 0))
-    sound = np.pad(np.concatenate(list(inputs), axis=-1), lead)
-    return sound, np.pad(np.concatenate(list(outputs), axis=-1), ((0, 0), *lead)), options
+    """What went through the audio thread of a page of :func:`tap`, opened with ``before=LISTEN``, from the stream's
+    first sample on: the input [C, L], the outputs [N, C, L], and the processor's options with the ``rate``."""
+    found = page.evaluate(_TAPPED)
+    starts = found["starts"]
+    assert starts == list(range(starts[0], starts[0] + 128 * len(starts), 128))
+
+    def rows(text: str) -> Any:  # [rows, L], with silence before the first call
+        calls = np.frombuffer(base64.b64decode(text), dtype=np.float32).reshape(len(starts), -1, 128)
+        return np.pad(np.concatenate(list(calls), axis=-1), ((0, 0), (int(starts[0]), 0)))
+
+    sound, outputs = rows(found["input"]), rows(found["outputs"])
+    return sound, outputs.reshape(found["sources"], -1, outputs.shape[-1]), found["options"]

@@ -24,6 +24,7 @@ class LiveProcessor extends audio.AudioWorkletProcessor {
     this.block = new Float32Array(channels * block);
     this.filled = 0;
     this.waiting = 0;
+    this.behind = false;
     /** @type {Piece[]} */
     this.pieces = [];
     this.begin = NaN; // the context's frame that is the stream's first sample
@@ -91,8 +92,11 @@ class LiveProcessor extends audio.AudioWorkletProcessor {
       k += count;
       if (this.filled < this.size) continue;
       this.filled = 0;
-      // A worker that is far behind would be further behind with this block: it begins anew after those that are left out
-      if (!this.worker || this.waiting >= this.most) continue;
+      // What a worker that is far behind gives would always be too late: it gets nothing until it has done what it has,
+      // and begins anew then.
+      if (this.waiting >= this.most) this.behind = true;
+      if (this.waiting === 0) this.behind = false;
+      if (!this.worker || this.behind) continue;
       this.waiting += 1;
       this.worker.postMessage({ start: at + k - this.size, block: this.block }, [this.block.buffer]);
       this.block = new Float32Array(this.channels * this.size);
