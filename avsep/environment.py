@@ -34,6 +34,7 @@ __all__ = [
     "pick_device",
     "refuse_number",
     "seeded",
+    "torch_threads",
     "version_of",
     "world_size",
 ]
@@ -82,6 +83,22 @@ def seeded(seed: int | None, task: int = 0) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(int(np.random.SeedSequence([seed, task]).generate_state(1)[0]))
         yield
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """PyTorch with ``count`` CPU threads inside, and with as many as before outside.
+
+    Sums of several threads depend, in their last bits, on how many there are.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 _BF16_SETS = ("amx_bf16", "avx512_bf16", "bf16")  # the one that PyTorch's products take comes first; the last is Arm's

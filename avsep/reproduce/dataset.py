@@ -9,12 +9,15 @@ import numpy as np
 from avsep.data.store import SPLITS, Clip, Store, add_features
 from avsep.data.synth.phrases import CLASSES
 from avsep.data.synth.synthesis import MOTION_RATES_HZ, OBJECT_RATE_HZ, SAMPLE_RATE_HZ, SIZES, SIZES_V2, synthesise
+from avsep.environment import torch_threads
 from avsep.errors import ConfigError
 from avsep.progress import Progress, progress_bar
 from avsep.registry import VISUAL_ENCODERS
 from avsep.reproduce.preset import GridPreset
 
 __all__ = ["BENCHMARK", "SYNTH", "open_dataset", "planned_dataset", "store_object_features"]
+
+_FEATURE_THREADS = 2  # their last bits depend on it, and so does by their hash every cell that reads them
 
 SYNTH = "synth"
 BENCHMARK = "offline benchmark"
@@ -100,4 +103,5 @@ def store_object_features(store: Store, encoder: str, *, progress: bool | Progre
             bars.advance(bar)
             return vectors.numpy().astype(np.float16)
 
-        return add_features(store, encoder, "object", features)
+        with torch_threads(_FEATURE_THREADS):
+            return add_features(store, encoder, "object", features)

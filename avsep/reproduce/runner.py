@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from avsep.environment import code_hash, commit
+from avsep.environment import code_hash, commit, torch_threads
 from avsep.errors import AvsepError, ConfigError, MissingExtraError, RunError
 from avsep.files import FolderLock, entries, read_json, refuse_file, write_json
 from avsep.progress import Progress, progress_bar
@@ -111,13 +111,8 @@ class InlineJob:
     """A unit that is run in this process, before anything else goes on: for a debugger."""
 
     def __init__(self, unit: Path, threads: int) -> None:
-        import torch
-
-        before = torch.get_num_threads()
-        try:
+        with torch_threads(threads):
             run_unit(unit)
-        finally:
-            torch.set_num_threads(before)
 
     def done(self) -> bool:
         return True

@@ -22,7 +22,7 @@ import yaml
 
 from avsep.cli.reproduce_command import _again
 from avsep.data.store import Store
-from avsep.environment import arithmetic
+from avsep.environment import arithmetic, torch_threads
 from avsep.errors import ConfigError, DataError, RunError
 from avsep.evaluation.budget import estimate
 from avsep.evaluation.evaluate import evaluate_run
@@ -232,7 +232,11 @@ def test_a_strategy_that_cannot_be_built_is_the_cells_problem(presets, tone_stor
 # ---------------------------------------------------------------------- data
 
 
-def test_object_features_are_stored_frame_by_frame(tone_store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("around", [1, 3])
+def test_object_features_are_stored_frame_by_frame(tone_store, tmp_path, monkeypatch, around):
+    """With as many threads on every machine: a cell's results are found again by the features' hash."""
+    threads = set()
+
     class Mean(torch.nn.Module):
         """The mean of each colour, as a frozen encoder of three frames."""
 
@@ -243,11 +247,15 @@ def test_object_features_are_stored_frame_by_frame(tone_store, tmp_path, monkeyp
 
         def forward(self, frames):
             assert frames.shape[1] == 1
+            threads.add(torch.get_num_threads())
             return frames.float().mean(dim=(3, 4))[:, 0]
 
     monkeypatch.setattr(VISUAL_ENCODERS, "create", lambda name: Mean())
     copy = Store.open(shutil.copytree(tone_store, tmp_path / "store"))
-    store = store_object_features(copy, "mean", progress=False)
+    with torch_threads(around):
+        store = store_object_features(copy, "mean", progress=False)
+        assert torch.get_num_threads() == around
+    assert threads == {2}
     assert store.features == {"mean": {"role": "object", "dim": 3, "steps": None}}
     assert store.content_hash == copy.content_hash
     for clip in store.clips[::9]:

@@ -27,7 +27,7 @@ import numpy as np
 from avsep.data.prepare.listings import Listing, Video
 from avsep.data.store.checking import SILENT_DB
 from avsep.data.store.files import VIDEOS_FILE, Store, StoreWriter, remove_store
-from avsep.environment import die_with_parent
+from avsep.environment import die_with_parent, torch_threads
 from avsep.errors import AvsepError, ConfigError, DataError, MissingExtraError, UnknownNameError, near_matches
 from avsep.files import csv_cell, refuse_file, sha256_file, write_text
 from avsep.media.audio import resample, to_mono
@@ -523,20 +523,9 @@ def _run_here(out: str, root: str, recipe: Recipe, todo: Sequence[Video], jobs: 
             done(_make(out, root, recipe, video))
 
 
-@contextlib.contextmanager
-def _one_thread(recipe: Recipe) -> Iterator[None]:
-    """Sums of several threads depend on how many there are."""
-    if not recipe.roles and not recipe.detector:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _one_thread(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    """The same bits on every machine, where something is computed at all."""
+    return torch_threads(1) if recipe.roles or recipe.detector else contextlib.nullcontext()
 
 
 def _start_worker() -> None:
