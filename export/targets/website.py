@@ -63,15 +63,9 @@ def check_for_browsers(bundle: Bundle) -> None:
     """Refuse a bundle that no browser can run.
 
     Raises:
-        ExportError: both transforms are outside of its graph, it goes frame by frame, or it must see features that
-            only Python extracts.
+        ExportError: both transforms are outside of its graph, or it must see features that only Python extracts.
     """
-    graphs = [graph for graph in bundle.graphs if graph.kind == "separator"]
-    if any(graph.kind == "stream" for graph in bundle.graphs):
-        raise ExportError(
-            f"{bundle.path} goes frame by frame, which the page does not yet: it runs in avsep separate --bundle and "
-            "in the bundle's runtime"
-        )
+    graphs = [graph for graph in bundle.graphs if graph.kind in ("separator", "stream")]
     if not graphs:
         raise ExportError(f"{bundle.path} was exported with --spectral, which no browser runs: export it without")
     if any(tensor.name == "seen" for tensor in graphs[0].inputs):

@@ -27,10 +27,14 @@ from avsep.export.build.stream import GOLDEN_CALLS, error_along
 from avsep.export.bundle.manifest import check_manifest as check_schema
 from avsep.export.bundle.manifest import verify_bundle
 from avsep.export.runtime.manifest import VERSION, check_manifest
+from avsep.export.runtime.reader import open_bundle
 from avsep.export.runtime.separator import BundleSeparator
+from avsep.export.runtime.wav import read_wav, write_wav
+from avsep.export.targets.website import write_site
 from avsep.inference.streaming import StreamingSeparator
 from avsep.media.timeline import VisualTimeline
 from avsep.types import Batch
+from support.browsers import browser, chromium, opened_page, ort_web, separate_in_page, served
 from support.causal import RATE_HZ, causal_separator, features, noise
 
 CLASSES = ["flute", "violin"]
@@ -339,6 +343,28 @@ def test_int8_of_a_stream_needs_mixtures(separator, tmp_path):
     assert not (tmp_path / "bundle").exists()
 
 
+# ----------------------------------------------------------------------------------------------------------- a browser
+
+
+def test_a_browser_separates_a_recording_as_one_stream(bundles, running, tmp_path):
+    """The samples of the runtime, over several clips; the graph is held against its golden sequence before."""
+    chromium()
+    with open_bundle(bundles("stereo")) as bundle:
+        site = write_site(bundle, tmp_path / "site", ort_web=ort_web(), pack=False)
+    mixture = 0.9 * noise(9000, 2)
+    write_wav(tmp_path / "song.wav", mixture, RATE_HZ, "FLOAT")
+    with browser() as chrome, served(site) as address, opened_page(chrome, address) as page:
+        files = separate_in_page(page, tmp_path / "song.wav", CLASSES, tmp_path)
+        assert "the graphs compute what they should on WebAssembly" in page.inner_text("#engine")
+        shown = page.locator("#tracks .track").all_inner_texts()
+    expected = running("stereo").separate_with_presence(mixture, None, CLASSES)
+    rest = mixture - expected.sources.sum(axis=0)
+    for file, signal in zip(files, [*expected.sources, rest], strict=True):
+        np.testing.assert_allclose(read_wav(file)[0], signal, rtol=0, atol=2e-5)
+    for text, probability in zip(shown[1:3], expected.presence, strict=True):
+        assert f"{100 * probability:.0f} %)" in text
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -438,14 +464,6 @@ def test_a_graph_that_computes_something_else_is_found(bundles, tmp_path):
     (copy / "manifest.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(ExportError, match=r"differs from its golden output by 1\.0"):
         verify_bundle(copy)
-
-
-def test_no_site_is_made_of_a_stream_yet(bundles, tmp_path):
-    from avsep.export.runtime.reader import open_bundle
-    from avsep.export.targets.website import check_for_browsers
-
-    with pytest.raises(ExportError, match="goes frame by frame, which the page does not yet"):
-        check_for_browsers(open_bundle(bundles("one")))
 
 
 def test_bundles_of_chunks_keep_their_version(tmp_path):

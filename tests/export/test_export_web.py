@@ -20,7 +20,7 @@ from avsep.export.runtime.timeline import VisualSource, VisualTimeline
 from avsep.export.runtime.wav import write_wav
 from avsep.export.targets import website
 from avsep.media.audio import resample
-from support.browsers import PAGE, browser_bundle
+from support.browsers import PAGE, browser_bundle, node
 from support.bundles import write_sealed
 from support.commands import run
 
@@ -161,20 +161,6 @@ def test_the_command_writes_a_site_of_a_run(tone_run, builds, tmp_path, capsys):
 
 
 # --- the page's modules, under Node -----------------------------------------------------------------------------------
-
-
-def node(script: str, given: object = None):
-    """What a script of the page's modules prints as JSON; it finds ``given`` under that name."""
-    path = shutil.which("node")
-    if path is None:
-        pytest.skip("no node on the PATH")
-    text = f"const given = {json.dumps(given)};\n{script}"
-    text = text.replace('from "./', f'from "{PAGE.as_uri()}/')
-    done = subprocess.run(
-        [path, "--input-type=module", "-"], input=text, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def test_types_of_the_page_hold():

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
+import json
 import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
 import avsep.export.targets.website
 from avsep.errors import ExportError
 from avsep.export.targets.website import ort_web_files
+from support.causal import causal_separator
 from support.tones import TINY_FRONT_END
 
 PAGE = Path(avsep.export.targets.website.__file__).parent / "web"
@@ -77,12 +82,13 @@ SIDEWAYS = """() => [document.documentElement, ...document.querySelectorAll("bod
 
 
 @contextlib.contextmanager
-def opened_page(chrome: Any, address: str, *, ready: bool = True, **options: Any) -> Iterator[Any]:
-    """A page of its own, without what others keep; its errors are the test's."""
+def opened_page(chrome: Any, address: str, *, ready: bool = True, before: str = "", **options: Any) -> Iterator[Any]:
+    """A page of its own, without what others keep; its errors are the test's. ``before``: a script that runs first."""
     context = chrome.new_context(accept_downloads=True, **options)
     errors: list[str] = []
     try:
         page = context.new_page()
+        page.add_init_script(before)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
         if ready:
@@ -140,6 +146,20 @@ def draw_box(page: Any, number: int, box: list[float]) -> None:
     page.mouse.up()
 
 
+def node(script: str, given: object = None) -> Any:
+    """What a script of the page's modules prints as JSON; it finds ``given`` under that name."""
+    path = shutil.which("node")
+    if path is None:
+        pytest.skip("no node on the PATH")
+    text = f"const given = {json.dumps(given)};\n{script}"
+    text = text.replace('from "./', f'from "{PAGE.as_uri()}/').replace("PAGE +", f'"{PAGE.as_uri()}/" +')
+    done = subprocess.run(
+        [path, "--input-type=module", "-"], input=text, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 def ort_web() -> Path:
     """ONNX Runtime's builds for browsers; the test is skipped where they are neither in the cache nor to be had."""
     try:
@@ -165,3 +185,82 @@ def browser_bundle(place: Path, *, channels: int = 2, **plan: Any) -> Path:
         front_end={**TINY_FRONT_END, "level_db": -20, "limit_mask_sum": True},
     )
     return export(separator.eval(), ExportPlan(channels=channels, **plan), place, made_from="a test").path
+
+
+def causal_bundle(place: Path, **plan: Any) -> Path:
+    """A small causal bundle of random weights, at 8 kHz, that looks at frames and needs no pictures."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    from avsep.export import ExportPlan, export
+
+    separator = causal_separator(object_encoder=("frame_cnn", {"dim": 8, "frames": 1}))
+    return export(separator, ExportPlan(**plan), place, made_from="a test").path
+
+
+# Goes before the page's processor of live sound: tells the page all that goes in and comes out, and where in time.
+_TAP = """
+const own = globalThis.registerProcessor;
+globalThis.registerProcessor = (name, Processor) => own(name, class extends Processor {
+  process(inputs, outputs) {
+    const goes_on = super.process(inputs, outputs);
+    const copy = (rows) => rows.map((row) => row.slice());
+    const at = globalThis.currentFrame - this.begin;
+    if (at >= 0) this.port.postMessage({ tapped: { at, input: copy(inputs[0]), outputs: outputs.map(copy) } });
+    return goes_on;
+  }
+});
+"""
+LISTEN = """
+window.tapped = [];
+const Own = window.AudioWorkletNode;
+window.AudioWorkletNode = class extends Own {
+  constructor(context, name, options) {
+    super(context, name, options);
+    window.options = { ...options.processorOptions, rate: context.sampleRate };
+    this.port.addEventListener("message", (event) => {
+      if (!event.data.tapped) return;
+      event.stopImmediatePropagation();
+      window.tapped.push(event.data.tapped);
+    });
+  }
+};
+"""
+
+
+def tap(site: Path) -> Path:
+    """Let the pages of a site record what goes through their audio thread; see :func:`tapped_sound`."""
+    processor = site / "live_processor.js"
+    processor.write_text(_TAP + processor.read_text())
+    return site
+
+
+_TAPPED = """() => {
+  const text = (floats) => {
+    const bytes = new Uint8Array(floats.buffer);
+    let out = "";
+    for (let k = 0; k < bytes.length; k += 8190) out += btoa(String.fromCharCode(...bytes.subarray(k, k + 8190)));
+    return out;
+  };
+  const flat = (calls) => {
+    const rows = Math.max(...calls.map((call) => call.length)), out = new Float32Array(calls.length * rows * 128);
+    calls.forEach((call, k) => call.forEach((row, n) => out.set(row, (k * rows + n) * 128)));
+    return text(out);
+  };
+  const input = flat(tapped.map((call) => call.input)), outputs = flat(tapped.map((call) => call.outputs.flat()));
+  return { input, outputs, starts: tapped.map((call) => call.at), sources: tapped[0].outputs.length, options };
+}"""
+
+
+def tapped_sound(page: Any) -> tuple[Any, Any, dict[str, float]]:
+    """What went through the audio thread of a page of :func:`tap`, opened with ``before=LISTEN``, from the stream's
+    first sample on: the input [C, L], the outputs [N, C, L], and the processor's options with the ``rate``."""
+    found = page.evaluate(_TAPPED)
+    starts = found["starts"]
+    assert starts == list(range(starts[0], starts[0] + 128 * len(starts), 128))
+
+    def rows(text: str) -> Any:  # [rows, L], with silence before the first call
+        calls = np.frombuffer(base64.b64decode(text), dtype=np.float32).reshape(len(starts), -1, 128)
+        return np.pad(np.concatenate(list(calls), axis=-1), ((0, 0), (int(starts[0]), 0)))
+
+    sound, outputs = rows(found["input"]), rows(found["outputs"])
+    return sound, outputs.reshape(found["sources"], -1, outputs.shape[-1]), found["options"]

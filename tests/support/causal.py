@@ -14,12 +14,17 @@ RATE_HZ = 8000
 FRONT_END = {"sample_rate_hz": RATE_HZ, "clip_samples": 2047, "n_fft": 128, "hop": 32, "log_rows": 32}
 
 
-def causal_separator(*, decoder: dict[str, Any] | None = None, **front_end: Any) -> Separator:
+STORED = ("precomputed", {"features": "clip", "dim": 8, "frames": 1})
+
+
+def causal_separator(
+    *, decoder: dict[str, Any] | None = None, object_encoder: tuple[str, dict[str, Any]] = STORED, **front_end: Any
+) -> Separator:
     """Of three classes, with an object encoder and statistics that are not those of the start."""
     torch.manual_seed(0)
     separator = build_separator(
         audio_encoder=("causal_unet", {"base_channels": 4, "mask_channels": 4}),
-        object_encoder=("precomputed", {"features": "clip", "dim": 8, "frames": 1}),
+        object_encoder=object_encoder,
         mask_decoder=("aligned_query", {"dim": 8, "bands": 4, "layers": 2, "causal": True, **(decoder or {})}),
         front_end={**FRONT_END, **front_end},
         classes=("flute", "piano", "violin"),

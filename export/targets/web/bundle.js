@@ -5,16 +5,18 @@ import { readNpz } from "./npz.js";
 /** @typedef {import("./chunking.js").Chunking} Chunking */
 /** @typedef {{ name: string, dtype: string, shape: (number | string)[] }} Tensor */
 /** @typedef {{ file: string, kind: string, precision: string, inputs: Tensor[], outputs: Tensor[],
- *   profiles: Record<string, { min: number[], opt: number[], max: number[] }>[], golden: string, tolerance: number }} Graph */
+ *   profiles: Record<string, { min: number[], opt: number[], max: number[] }>[], golden: string, tolerance: number,
+ *   stream?: { frames: number, states: { name: string, input: string, output: string }[] } }} Graph */
 /** @typedef {{ role: "object" | "motion", kind: string, name: string, dim: number, frames: number,
  *   rate_hz?: number | null, graph: string | null }} VisualSource */
 /** @typedef {{ format: string, version: number, name: string, made_from: string, licence: string,
  *   weights_licence: string, classes: string[], independent_sources?: boolean, sample_rate_hz: number,
  *   channels?: number, presence_threshold?: number | null, chunking: Chunking, visual: VisualSource[],
- *   plan?: { by_name?: boolean }, separator: { num_classes: number, front_end: { limit_mask_sum?: boolean } }, graphs: Graph[], files: Record<string, string>,
+ *   plan?: { by_name?: boolean }, transform?: { n_fft: number, hop: number, frames: number },
+ *   separator: { num_classes: number, front_end: { limit_mask_sum?: boolean } }, graphs: Graph[], files: Record<string, string>,
  *   manifest_sha256?: string }} Manifest */
 
-export const VERSIONS = [2, 3];
+export const VERSIONS = [2, 3, 4];
 export const PRESENCE = "presence";
 
 /** The SHA-256 of bytes in hexadecimal digits. @param {Uint8Array} bytes */
@@ -87,7 +89,7 @@ export async function readManifest(bytes) {
   }
   if (manifest.format !== "avsep-bundle") throw new Error("manifest.json is not of an avsep bundle");
   if (!VERSIONS.includes(manifest.version)) {
-    throw new Error(`the bundle is of version ${manifest.version}, and this page reads ${VERSIONS.join(" and ")}`);
+    throw new Error(`the bundle is of version ${manifest.version}, and this page reads ${VERSIONS.join(", ")}`);
   }
   return manifest;
 }

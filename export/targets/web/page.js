@@ -2,6 +2,8 @@
 
 import { BoxEditor } from "./boxes.js";
 import { openVideo, seek, timelines } from "./frames.js";
+import { Live, openMicrophone } from "./live.js";
+import { LivePanel } from "./live_panel.js";
 import { Local } from "./local.js";
 import { decode } from "./media.js";
 import { clock, listenTo, Mixer } from "./mixer.js";
@@ -45,11 +47,11 @@ const waiting = new Map();
 let count = 0;
 let stopped = false;
 
-/** @param {string} type @param {object} [asked] @returns {Promise<any>} */
-function ask(type, asked = {}) {
+/** @param {string} type @param {object} [asked] @param {Transferable[]} [transfer] @returns {Promise<any>} */
+function ask(type, asked = {}, transfer = []) {
   count += 1;
   const id = count;
-  worker.postMessage({ ...asked, type, id });
+  worker.postMessage({ ...asked, type, id }, transfer);
   return new Promise((resolve, reject) => waiting.set(id, { resolve, reject }));
 }
 
@@ -58,6 +60,10 @@ function startWorker() {
   worker.addEventListener("message", ({ data }) => {
     if (data.type === "progress") {
       progress(data.text, data.done, data.total);
+      return;
+    }
+    if (data.type === "live") {
+      live?.stop(data.message);
       return;
     }
     const asked = waiting.get(data.id);
@@ -102,6 +108,8 @@ async function busy(text, work) {
   byId("work").hidden = false;
   byId("file").toggleAttribute("disabled", true);
   byId("go").toggleAttribute("disabled", true);
+  byId("listen").toggleAttribute("disabled", true);
+  byId("mic").toggleAttribute("disabled", true);
   try {
     await work();
   } catch (error) {
@@ -111,6 +119,8 @@ async function busy(text, work) {
     byId("work").hidden = true;
     byId("file").toggleAttribute("disabled", !manifest);
     byId("go").toggleAttribute("disabled", false);
+    byId("listen").toggleAttribute("disabled", false);
+    byId("mic").toggleAttribute("disabled", !facts.unseen);
   }
 }
 
@@ -119,7 +129,7 @@ async function busy(text, work) {
 /** @type {Manifest | null} */
 let manifest = null;
 /** The separator's facts that the page asks for often. */
-let facts = { least: 1, most: 64, unseen: false, byName: false, sees: false, moves: false, browser: true };
+let facts = { least: 1, most: 64, unseen: false, byName: false, sees: false, moves: false, browser: true, causal: false };
 
 async function load() {
   const engine = byId("engine");
@@ -160,7 +170,7 @@ async function load() {
 /** @param {Manifest} found */
 function learn(found) {
   if (!found.classes.length) found.classes = Array.from({ length: found.separator.num_classes }, (_, k) => String(k));
-  const graph = found.graphs.find((g) => g.kind === "separator") ?? found.graphs[0];
+  const graph = found.graphs.find((g) => g.kind === "separator" || g.kind === "stream") ?? found.graphs[0];
   const names = graph.inputs.map((tensor) => tensor.name);
   const sources = graph.inputs.find((tensor) => tensor.name === "class_ids")?.shape[1];
   if (found.independent_sources === false) {
@@ -171,6 +181,10 @@ function learn(found) {
   facts.unseen = names.includes("seen") || found.visual.length === 0;
   facts.byName = facts.unseen && found.plan?.by_name === true;
   facts.sees = found.visual.length > 0 && (found.visual.every((v) => v.graph !== null) || local !== null);
+  facts.causal = graph.kind === "stream" && facts.browser;
+  byId("micbar").hidden = !facts.causal;
+  byId("mic").toggleAttribute("disabled", !facts.unseen);
+  if (!facts.unseen) byId("micnote").textContent = "This separator must see each source, and takes no microphone alone: choose a video.";
   facts.moves = facts.sees && found.visual.some((v) => v.role === "motion");
   const classes = found.classes.map(pretty).join(", ");
   const kind = (found.channels ?? 1) === 1 ? "mono" : (found.channels ?? 1) === 2 ? "mono or stereo" : `mono or ${found.channels} channels`;
@@ -227,21 +241,23 @@ const choose = (file) => busy(`reading ${file.name}`, async () => {
   const seconds = mixture.total / rate;
   const kind = mixture.channels === 1 ? "mono" : mixture.channels === 2 ? "stereo" : `${mixture.channels} channels`;
   byId("facts").textContent = `${clock(seconds)}, ${kind}, separated at ${rate.toLocaleString("en")} Hz. ${mixture.note} ${note}`.trim();
-  setUp();
+  setUp(recording);
 });
 
 function close() {
+  live?.stop();
   mixer?.close();
   mixer = null;
   if (recording) URL.revokeObjectURL(recording.address);
   recording = null;
-  for (const id of ["setup", "result"]) byId(id).hidden = true;
+  for (const id of ["setup", "live", "result"]) byId(id).hidden = true;
   byId("watch").replaceChildren();
   byId("stage").querySelector("video")?.remove();
 }
 
-function setUp() {
-  const { video, pictures } = /** @type {Recording} */ (recording);
+/** Ask for the sources of a recording, or of what the microphone will hear.
+ * @param {{ video: HTMLVideoElement | null, pictures: boolean }} of */
+function setUp({ video, pictures }) {
   const known = /** @type {Manifest} */ (manifest).classes;
   const kept = asked.length >= facts.least && asked.length <= facts.most ? asked.length : Math.min(facts.most, Math.max(facts.least, 2));
   asked = Array.from({ length: Math.min(kept, Math.max(known.length, facts.least)) }, (_, n) => ({
@@ -257,6 +273,9 @@ function setUp() {
   byId("look").parentElement?.toggleAttribute("hidden", !facts.unseen);
   look(!facts.byName);
   byId("find").hidden = !(local?.detector && sees);
+  byId("go").hidden = !recording;
+  byId("where").hidden = !(recording && local?.browser);
+  byId("listen").hidden = !facts.causal;
   if (video && !byId("sight").hidden) {
     byId("stage").classList.toggle("wide", video.videoWidth >= video.videoHeight);
     byId("stage").prepend(video);
@@ -353,15 +372,17 @@ const readBoxes = (file) => busy(`reading ${file.name}`, async () => {
 
 // ---------------------------------------------------------------- separating
 
-const separate = () => busy("looking at the video", async () => {
-  const chosen = /** @type {Recording} */ (recording);
-  const { file, mixture, video, address, pictures } = chosen;
-  const found = /** @type {Manifest} */ (manifest);
-  const own = names();
-  const inPython = local !== null && /** @type {HTMLSelectElement} */ (byId("runs")).value === "python";
-  const canLook = inPython || found.visual.every((v) => v.graph !== null); // stored features are Python's to extract
+/** Whether pictures are shown to the separator. @param {boolean} pictures there are any @param {boolean} inPython */
+function looksAt(pictures, inPython) {
+  const all = /** @type {Manifest} */ (manifest).visual.every((v) => v.graph !== null);
+  const canLook = inPython || all; // stored features are Python's to extract
   const wanted = !facts.unseen || /** @type {HTMLInputElement} */ (byId("look")).checked;
-  const looks = facts.sees && pictures && canLook && wanted;
+  return facts.sees && pictures && canLook && wanted;
+}
+
+/** Throws where nothing tells two sources apart. @param {boolean} looks */
+function checkClasses(looks) {
+  const own = names();
   for (const [n, { classId }] of asked.entries()) {
     const other = asked.findIndex((one) => one.classId === classId);
     if (other === n) continue;
@@ -373,6 +394,31 @@ const separate = () => busy("looking at the video", async () => {
       throw new Error(`${both}, and both are shown the same picture: draw a box for each`);
     }
   }
+}
+
+/** What is seen of each source of a recording. @param {Recording} chosen
+ * @param {{ name: string, track: BoxTrack }[]} sources @param {boolean} looks
+ * @returns {Promise<(import("./timeline.js").Timeline | null)[]>} */
+async function seenOf(chosen, sources, looks) {
+  const found = /** @type {Manifest} */ (manifest);
+  if (looks) {
+    const { file, mixture, video, address } = chosen;
+    const seconds = mixture.total / found.sample_rate_hz;
+    if (video) return timelines(address, seconds, found, sources, (d, t) => progress("looking at the video", d, t), () => stopped);
+    if (local) return local.frames((chosen.id ||= await local.upload(file)), sources);
+  }
+  return sources.map(() => null);
+}
+
+const separate = () => busy("looking at the video", async () => {
+  const chosen = /** @type {Recording} */ (recording);
+  const { file, mixture, pictures } = chosen;
+  const found = /** @type {Manifest} */ (manifest);
+  const own = names();
+  const inPython = local !== null && /** @type {HTMLSelectElement} */ (byId("runs")).value === "python";
+  const looks = looksAt(pictures, inPython);
+  checkClasses(looks);
+  live?.stop();
   mixer?.close();
   mixer = null;
   byId("result").hidden = true;
@@ -393,17 +439,81 @@ const separate = () => busy("looking at the video", async () => {
     for (const sound of made.sounds) tracks.push(await ask("look", { mixture: await ask("readFile", { file: sound, quiet: true }) }));
     result = { tracks, presence: made.presence, alike: made.alike, seconds: made.seconds };
   } else {
-    /** @type {(import("./timeline.js").Timeline | null)[]} */
-    let seen = sources.map(() => null);
-    if (looks) {
-      const seconds = mixture.total / found.sample_rate_hz;
-      if (video) seen = await timelines(address, seconds, found, sources, (d, t) => progress("looking at the video", d, t), () => stopped);
-      else if (local) seen = await local.frames((chosen.id ||= await local.upload(file)), sources);
-    }
+    const seen = await seenOf(chosen, sources, looks);
     result = await ask("separate", { mixture, sources: asked.map(({ classId }, n) => ({ classId, timeline: seen[n] })) });
   }
   show(own, result, looks);
 });
+
+// ---------------------------------------------------------------- live
+
+/** @type {Live | null} */
+let live = null;
+
+/** Hear the sources of the recording, or of the microphone, as they sound. */
+const listenLive = () => busy(recording ? "looking at the video" : "opening the microphone", async () => {
+  const chosen = recording;
+  const found = /** @type {Manifest} */ (manifest);
+  const own = names();
+  const looks = chosen !== null && looksAt(chosen.pictures, false);
+  checkClasses(looks);
+  live?.stop();
+  mixer?.player.pause();
+  mixer?.tick();
+  const microphone = chosen ? null : await openMicrophone(found.channels ?? 1);
+  const heard = microphone?.getAudioTracks()[0].getSettings().channelCount;
+  const tracks = own.map((name, n) => ({ name, track: asked[n].track }));
+  const seen = chosen ? await seenOf(chosen, tracks, looks) : own.map(() => null);
+  /** @type {LivePanel | null} */
+  let panel = null;
+  /** @type {import("./live.js").Wishes} */
+  const wishes = {
+    ask,
+    rate: found.sample_rate_hz,
+    channels: chosen ? chosen.mixture.channels : heard === found.channels ? (found.channels ?? 1) : 1,
+    sources: asked.map(({ classId }, n) => ({ classId, timeline: seen[n] })),
+    total: chosen?.mixture.total ?? 0,
+    bufferingMs: Number(/** @type {HTMLSelectElement} */ (byId("buffering")).value),
+    told: (report) => panel?.show(report),
+    ended: (message) => {
+      live = null;
+      worker.postMessage({ type: "stop" });
+      showLive(false);
+      if (message) complain(message);
+    },
+  };
+  live = microphone ? await Live.hear(microphone, wishes) : chosen ? await Live.play(chosen.mixture, chosen.file.name, wishes) : null;
+  if (!live) return;
+  if (stopped) {
+    live.stop();
+    return;
+  }
+  const places = { tracks: byId("livetracks"), facts: byId("livefacts"), said: byId("livesaid"), clock: byId("liveclock") };
+  panel = new LivePanel(live, [...own.map(pretty), "the rest"], places);
+  byId("livetitle").textContent = chosen ? `Live: ${chosen.file.name}` : "Live: the microphone";
+  byId("feedback").hidden = chosen !== null;
+  byId("live").hidden = false;
+  showLive(true);
+  byId("live").scrollIntoView({ block: "nearest" });
+  byId("liveplay").focus({ preventScroll: true });
+});
+
+/** @param {boolean} sounds */
+function showLive(sounds) {
+  byId("liveplay").textContent = sounds ? "Stop" : "Start";
+  byId("liveplay").setAttribute("aria-pressed", String(sounds));
+  byId("livesaid").textContent = sounds ? "Sounds live." : "Stopped.";
+}
+
+/** Ask what the microphone is to be asked for; it is opened when somebody starts to listen. */
+function chooseMicrophone() {
+  complain();
+  close();
+  byId("title").textContent = "Microphone";
+  byId("facts").textContent =
+    "Separated as it sounds. The sources are asked for by name alone. The browser asks before it opens the microphone.";
+  setUp({ video: null, pictures: false });
+}
 
 // ---------------------------------------------------------------- the result
 
@@ -551,8 +661,13 @@ function listen() {
   });
   byId("ask").addEventListener("submit", (event) => {
     event.preventDefault();
-    separate();
+    if (recording) separate();
+    else listenLive();
   });
+  byId("listen").addEventListener("click", () => listenLive());
+  byId("mic").addEventListener("click", chooseMicrophone);
+  byId("liveplay").addEventListener("click", () => (live ? live.stop() : listenLive()));
+  byId("buffering").addEventListener("change", () => (live ? listenLive() : undefined));
   byId("more").addEventListener("click", () => {
     const known = /** @type {Manifest} */ (manifest).classes;
     const free = known.findIndex((_, k) => !asked.some((source) => source.classId === k));
@@ -593,7 +708,6 @@ function listen() {
 listen();
 if (local) {
   byId("lead").textContent = "Drop a video or a sound. It stays on this computer.";
-  byId("where").hidden = !local.browser;
   if (!local.browser) /** @type {HTMLSelectElement} */ (byId("runs")).value = "python";
 } else if ("serviceWorker" in navigator && isSecureContext) {
   navigator.serviceWorker.register("sw.js").catch(() => {}); // without it the page only needs its server each time

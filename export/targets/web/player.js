@@ -2,6 +2,7 @@
 
 const SEGMENT_S = 2;
 const AHEAD_S = 4;
+const AT_ONCE_S = 0.05;
 
 /** @typedef {{ samples: Blob, muted: boolean, solo: boolean, gain?: GainNode }} Voice interleaved float32 */
 
@@ -23,6 +24,7 @@ export class Player {
     /** @type {Set<AudioBufferSourceNode>} */
     this.sounding = new Set();
     this.onend = () => {};
+    this.onbegin = (/** @type {number} */ at) => {}; // the context's time at which the first sample will sound
   }
 
   /** Seconds from the beginning. */
@@ -41,20 +43,27 @@ export class Player {
     }
   }
 
+  /** Let it play in a context of the signals' rate, into a node of it. @param {AudioNode} node */
+  into(node) {
+    const context = /** @type {AudioContext} */ (node.context);
+    this.context = context;
+    for (const voice of this.voices) {
+      const gain = context.createGain();
+      gain.connect(node);
+      voice.gain = gain;
+    }
+  }
+
   async play() {
     if (this.playing) return;
     if (!this.context) {
       // at the signals' rate: pieces that are resampled one by one would click where they meet
-      this.context = new AudioContext({ sampleRate: this.rate });
-      for (const voice of this.voices) {
-        voice.gain = this.context.createGain();
-        voice.gain.gain.value = 0;
-        voice.gain.connect(this.context.destination);
-      }
+      this.into(new AudioContext({ sampleRate: this.rate }).destination);
+      for (const { gain } of this.voices) if (gain) gain.gain.value = 0; // they fade in
     }
     if (this.place >= this.total) this.place = 0;
     this.playing = true;
-    await this.context.resume();
+    await /** @type {AudioContext} */ (this.context).resume();
     this.balance();
     await this.run();
   }
@@ -81,7 +90,12 @@ export class Player {
         this.voices.map(async (v) => new Float32Array(await v.samples.slice(start * width, end * width).arrayBuffer())),
       );
       if (turn !== this.turn) return;
-      if (first) this.began = { at: context.currentTime + 0.05, sample: start };
+      if (first) {
+        // on a whole sample, since between two of them a browser would interpolate; at the beginning of 128 of them
+        const quantum = 128 / this.rate;
+        this.began = { at: Math.ceil((context.currentTime + AT_ONCE_S) / quantum) * quantum, sample: start };
+        this.onbegin(this.began.at);
+      }
       first = false;
       const when = this.began.at + (start - this.began.sample) / this.rate;
       pieces.forEach((piece, n) => {

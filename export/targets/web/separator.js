@@ -1,7 +1,8 @@
-// Separating with a bundle's graphs, chunk by chunk: what avsep_runtime/separator.py and calls.py do.
+// Separating with a bundle's graphs, chunk by chunk or as a stream: what avsep_runtime/separator.py and calls.py do.
 
 import { PRESENCE } from "./bundle.js";
 import { Joiner, planChunks } from "./chunking.js";
+import { FrameStream, layoutOf } from "./stream.js";
 import { objectFrames, middleOf, motionFrames } from "./timeline.js";
 
 /** @typedef {import("./bundle.js").Manifest} Manifest */
@@ -15,7 +16,7 @@ const MOST_ENCODED = 256; // results of visual encoders that are remembered
 /** A graph of the manifest that this page can run: fp32 where it is there. Throws where there is none.
  * @param {Manifest} manifest */
 export function graphOf(manifest) {
-  const graphs = manifest.graphs.filter((graph) => graph.kind === "separator");
+  const graphs = manifest.graphs.filter((graph) => graph.kind === "separator" || graph.kind === "stream");
   const found = graphs.find((graph) => graph.precision === "fp32") ?? graphs[0];
   if (!found) throw new Error("the bundle was exported with --spectral, which no browser runs: export it without");
   return found;
@@ -32,6 +33,8 @@ export class Separator {
     this.encoders = encoders;
     this.channels = manifest.channels ?? 1;
     this.shapes = Object.fromEntries(engine.graph.inputs.map((tensor) => [tensor.name, tensor.shape]));
+    /** What a causal separator takes in a call; null of one that takes chunks. */
+    this.layout = engine.graph.kind === "stream" ? layoutOf(manifest, engine.graph) : null;
     /** @type {Map<string, Float32Array>} */
     this.encoded = new Map();
   }
@@ -47,6 +50,19 @@ export class Separator {
    * @param {(done: number, total: number) => void} progress @returns {Promise<Float32Array | null>} */
   async separate(total, channels, sources, read, write, progress) {
     const { clip_samples: clip, crossfade_samples: crossfade } = this.manifest.chunking;
+    if (this.layout) {
+      const stream = this.stream(sources, channels);
+      let place = 0;
+      for (let start = 0; start < total; start += clip) {
+        const ready = await stream.push(await read(start, Math.min(clip, total - start)));
+        if (ready[0][0].length) await write(place, ready);
+        place += ready[0][0].length;
+        progress(Math.min(start + clip, total), total);
+      }
+      const rest = await stream.flush();
+      if (rest[0][0].length) await write(place, rest);
+      return stream.presence;
+    }
     const chunks = planChunks(total, this.manifest.chunking);
     const joiner = new Joiner(total, sources.length * channels, crossfade);
     const rows = fixed(this.shapes.class_ids[0], 1); // chunks in one call
@@ -69,9 +85,37 @@ export class Separator {
       }
       progress(first + group.length, chunks.length);
     }
-    if (told.length === 0) return null;
-    const rank = Math.floor((told.length - 1) / 20);
-    return Float32Array.from(sources, (_, n) => told.map((row) => row[n]).sort((a, b) => b - a)[rank]);
+    return presenceOf(told);
+  }
+
+  /** One stream of a causal separator. @param {Source[]} sources @param {number} channels one, or the bundle's
+   * @param {number} [offset] of its first sample from the beginning of what is seen */
+  stream(sources, channels, offset = 0) {
+    return new SourceStream(this, sources, channels, offset);
+  }
+
+  /** Encode what a stream of `total` samples will see, so that no block waits for it. @param {Source[]} sources
+   * @param {number} total */
+  async lookAhead(sources, total) {
+    if (!this.layout || !sources.some(({ timeline }) => timeline)) return;
+    const clip = this.layout.clipFrames * this.layout.hop;
+    const most = MOST_ENCODED / (sources.length * this.manifest.visual.length);
+    for (let k = 0; k * clip < total && k < most; k += 1) await this.inputsOfAll(sources, k * clip, k * clip);
+  }
+
+  /** The graph's inputs of sources in one chunk or clip. @param {Source[]} sources @param {number} start
+   * @param {number} total @returns {Promise<import("./stream.js").Inputs>} */
+  async inputsOfAll(sources, start, total) {
+    const cells = [];
+    for (const source of sources) cells.push(await this.inputsOf(source, start, total));
+    /** @type {import("./stream.js").Inputs} */
+    const inputs = {};
+    for (const { name, dtype, shape } of this.engine.graph.inputs) {
+      if (!(name in cells[0])) continue;
+      const inner = shape.slice(2).map((size) => fixed(size, 1));
+      inputs[name] = { data: joined(dtype, cells.map((cell) => cell[name])), shape: [1, cells.length, ...inner] };
+    }
+    return inputs;
   }
 
   /** Of each chunk the estimates, a row for each channel of each source, and the presence of each source.
@@ -190,6 +234,68 @@ export class Separator {
     if (this.encoded.size > MOST_ENCODED) this.encoded.delete(/** @type {string} */ (this.encoded.keys().next().value));
     return found;
   }
+}
+
+/** Sound in, separated sound out, block by block, of any number of sources. Made by `Separator.stream`. */
+class SourceStream {
+  /** @param {Separator} separator @param {Source[]} sources @param {number} channels @param {number} offset */
+  constructor(separator, sources, channels, offset) {
+    const layout = separator.layout;
+    if (!layout) throw new Error("this separator takes chunks, and is none of streams");
+    const width = layout.sources ?? sources.length;
+    /** @type {FrameStream[]} */
+    this.parts = [];
+    for (let first = 0; first < sources.length; first += width) {
+      const own = sources.slice(first, first + width);
+      const look = (/** @type {number} */ start, /** @type {number} */ count) => {
+        const all = Array.from({ length: count }, (_, n) => own[Math.min(n, own.length - 1)]);
+        return separator.inputsOfAll(all, offset + start, offset + start); // nothing later is there
+      };
+      const run = (/** @type {import("./stream.js").Inputs} */ inputs) => separator.engine.run(inputs);
+      this.parts.push(new FrameStream(run, layout, own.length, look, channels));
+    }
+  }
+
+  /** As `FrameStream.push`, of all sources. @param {Float32Array[]} block @returns {Promise<Float32Array[][]>} */
+  async push(block) {
+    const ready = [];
+    for (const part of this.parts) ready.push(...(await part.push(block)));
+    return ready;
+  }
+
+  /** @returns {Promise<Float32Array[][]>} */
+  async flush() {
+    const ready = [];
+    for (const part of this.parts) ready.push(...(await part.flush()));
+    return ready;
+  }
+
+  /** Of each source what one clip in twenty reaches; null where the bundle does not tell. */
+  get presence() {
+    const told = this.parts.map((part) => presenceOf(part.presence));
+    return told.some((one) => one === null) ? null : Float32Array.from(told.flatMap((one) => [.../** @type {Float32Array} */ (one)]));
+  }
+}
+
+/** Take what is done of each source away from the sound itself, in place: a row a channel.
+ * @param {Float32Array[]} left @param {Float32Array[][]} done */
+export function residual(left, done) {
+  left.forEach((row, c) => {
+    for (let k = 0; k < row.length; k += 1) {
+      // in single precision, in this order: as NumPy adds sources up and takes them away
+      let sum = 0;
+      for (const source of done) sum = Math.fround(sum + source[c][k]);
+      row[k] -= sum;
+    }
+  });
+}
+
+/** Of each source what one chunk in twenty reaches, the largest of up to twenty; null where nothing is told.
+ * @param {number[][]} told a row a chunk */
+function presenceOf(told) {
+  if (told.length === 0) return null;
+  const rank = Math.floor((told.length - 1) / 20);
+  return Float32Array.from(told[0], (_, n) => told.map((row) => row[n]).sort((a, b) => b - a)[rank]);
 }
 
 /** @param {Float32Array} samples @param {number} length */

@@ -2,8 +2,9 @@
 
 import { Files } from "./bundle.js";
 import { Engine, canTry } from "./engine.js";
+import { LiveBlocks, timing } from "./live_blocks.js";
 import { Resampler, resampledLength } from "./resample.js";
-import { Separator, graphOf } from "./separator.js";
+import { Separator, graphOf, residual } from "./separator.js";
 import { checkSamples, findSamples, isPlain, readBlocks, RATES, wavFile } from "./wav.js";
 import { Spectrogram } from "./spectrogram.js";
 
@@ -21,6 +22,8 @@ let separator = null;
 /** @type {Manifest | null} */
 let manifest = null;
 let stopped = false;
+/** @type {LiveBlocks | null} */
+let live = null;
 
 const post = (/** @type {any} */ message) => /** @type {any} */ (self).postMessage(message);
 const report = (/** @type {string} */ text, /** @type {number} */ done, /** @type {number} */ total) =>
@@ -33,6 +36,7 @@ async function open({ bundle, backend, threads }) {
   const files = await Files.open(base);
   manifest = files.manifest;
   const main = graphOf(manifest);
+  const causal = main.kind === "stream";
   const graphs = [main];
   for (const visual of manifest.visual) {
     const found = manifest.graphs.find((graph) => graph.file === visual.graph);
@@ -48,7 +52,9 @@ async function open({ bundle, backend, threads }) {
   const goldens = [];
   for (const graph of graphs) goldens.push(await files.golden(graph));
   const notes = [];
-  for (const name of /** @type {("webgpu" | "wasm")[]} */ (backend === "auto" ? ["webgpu", "wasm"] : [backend])) {
+  // A call of a stream is too little work for a GPU or threads: its states would go there and back every few milliseconds
+  const auto = causal ? ["wasm"] : ["webgpu", "wasm"];
+  for (const name of /** @type {("webgpu" | "wasm")[]} */ (backend === "auto" ? auto : [backend])) {
     if (!(await canTry(name, backend !== "auto"))) {
       if (backend !== "auto") throw new Error(`this browser has no ${name}: leave ?backend=${name} out of the address`);
       continue;
@@ -60,7 +66,7 @@ async function open({ bundle, backend, threads }) {
       for (const [k, graph] of graphs.entries()) {
         report(`testing ${graph.file} on ${name}`, k, graphs.length);
         const model = /** @type {Uint8Array} */ (models.get(graph.file));
-        const engine = await Engine.open(name, new URL("ort/", folder), graph, model, threads);
+        const engine = await Engine.open(name, new URL("ort/", folder), graph, model, threads || (causal ? 1 : 0));
         engines.push(engine);
         worst = Math.max(worst, await engine.check(goldens[k]));
       }
@@ -79,9 +85,10 @@ async function open({ bundle, backend, threads }) {
 /** Bring sound to the separator's rate, and to one channel where the bundle does not take its channels.
  * @param {AsyncIterable<Float32Array[]> | Iterable<Float32Array[]>} blocks @param {string} name @param {number} count
  * channels @param {number} rate @param {number} length samples, for the progress @param {boolean} [loud] whether
- * silence is a mistake @returns {Promise<Mixture>} */
-async function prepared(blocks, name, count, rate, length, loud = true) {
-  const { sample_rate_hz: own, channels: taken = 1 } = /** @type {Manifest} */ (manifest);
+ * silence is a mistake @param {number} [to] another rate than the separator's @returns {Promise<Mixture>} */
+async function prepared(blocks, name, count, rate, length, loud = true, to = 0) {
+  const { sample_rate_hz, channels: taken = 1 } = /** @type {Manifest} */ (manifest);
+  const own = to || sample_rate_hz;
   if (!(rate >= RATES[0] && rate <= RATES[1])) {
     throw new Error(`${name} states a sample rate of ${rate} Hz, and recordings have ${RATES[0]} to ${RATES[1]} Hz`);
   }
@@ -135,6 +142,7 @@ function readDecoded({ name, channels, rate }) {
 /** @param {{ mixture: Mixture, sources: import("./separator.js").Source[] }} asked */
 async function separate({ mixture, sources }) {
   if (!separator || !manifest) throw new Error("the bundle is not loaded");
+  await live?.end();
   stopped = false;
   separator.encoded.clear();
   const { channels, total } = mixture;
@@ -153,14 +161,7 @@ async function separate({ mixture, sources }) {
       if (stopped) throw new Error("stopped");
       const left = await read(start, done[0][0].length);
       likeness.add([...done.map(mean), mean(left)]);
-      for (let c = 0; c < channels; c += 1) {
-        for (let k = 0; k < left[c].length; k += 1) {
-          // in single precision, in this order: as NumPy adds sources up and takes them away
-          let sum = 0;
-          for (const source of done) sum = Math.fround(sum + source[c][k]);
-          left[c][k] -= sum;
-        }
-      }
+      residual(left, done);
       done.forEach((source, n) => writers[n].add(source));
       writers[sources.length].add(left);
     },
@@ -236,6 +237,32 @@ class Writer {
   }
 }
 
+/** Make ready to separate blocks that come by `port`, in real time, until the next task or a stop.
+ * @param {{ port: MessagePort, sources: import("./separator.js").Source[], channels: number, rate: number, total: number }}
+ * asked `rate`: of the blocks; `total`: samples at the separator's rate, 0 where nobody knows */
+async function listen({ port, sources, channels, rate, total }) {
+  if (!separator?.layout || !manifest) throw new Error("this bundle takes chunks: only a causal one can be heard live");
+  await live?.end();
+  separator.encoded.clear();
+  await separator.lookAhead(sources, total);
+  // the graph's first calls are slower than the others
+  await separator.stream(sources, channels).push(rows(new Float32Array(channels * 8 * separator.layout.nFft), channels));
+  live = new LiveBlocks(separator, sources, channels, rate, port, (error) => post({ type: "live", message: error.message }));
+  return timing(separator.layout, manifest.sample_rate_hz, rate);
+}
+
+/** A mixture at another rate. @param {{ mixture: Mixture, name: string, rate: number }} asked */
+function resampled({ mixture, name, rate }) {
+  async function* blocks() {
+    const step = BLOCK * 4 * mixture.channels;
+    for (let at = 0; at < mixture.samples.size; at += step) {
+      yield rows(new Float32Array(await mixture.samples.slice(at, at + step).arrayBuffer()), mixture.channels);
+    }
+  }
+  const { sample_rate_hz: own } = /** @type {Manifest} */ (manifest);
+  return prepared(blocks(), name, mixture.channels, own, mixture.total, false, rate);
+}
+
 /** What a track would be of a signal that is there. @param {{ mixture: Mixture }} asked @returns {Promise<Track>} */
 async function look({ mixture }) {
   const writer = new Writer(mixture.total, /** @type {Manifest} */ (manifest).sample_rate_hz);
@@ -287,14 +314,15 @@ async function describe(asked) {
 }
 
 /** @type {Record<string, (asked: any) => Promise<any>>} */
-const TASKS = { open, describe, readFile, readDecoded, separate, look, write };
+const TASKS = { open, describe, readFile, readDecoded, resampled, separate, listen, look, write };
 
 self.addEventListener("message", async ({ data }) => {
   if (data.type === "stop") {
     stopped = true;
+    live?.end();
     return;
   }
-  if (data.type === "readFile" || data.type === "readDecoded") stopped = false;
+  if (["readFile", "readDecoded", "resampled"].includes(data.type)) stopped = false;
   try {
     post({ type: "done", id: data.id, result: await TASKS[data.type](data) });
   } catch (error) {
