@@ -91,9 +91,17 @@ class _Frames(nn.Module):
         signal = F.pad(signal, (left, right))
         return torch.unflatten(signal, 1, (-1, self.hop)).transpose(1, 2)
 
+    def spectrum(self, blocks: Tensor) -> Tensor:
+        """Blocks [B, hop, T + taps - 1] -> [B, 2F, T], the real parts of the F bins, then the imaginary parts."""
+        raise NotImplementedError
+
     def pieces(self, spectrum: Tensor) -> Tensor:
         """[B, 2F, T] -> windowed frames [B, taps * hop, T]"""
         raise NotImplementedError
+
+    def analyse(self, signal: Tensor) -> Tensor:
+        """[B, L] -> [B, 2F, T], the real parts of the F bins, then the imaginary parts."""
+        return self.spectrum(self.blocks(signal))
 
     def synthesise(self, spectrum: Tensor) -> Tensor:
         """[B, 2F, T] -> [B, L]"""
@@ -141,9 +149,9 @@ class PolyphaseSTFT(_Frames):
         synthesis[:, [self.bins, 2 * self.bins - 1]] = 0  # the imaginary parts there are ignored, as in irfft
         self.register_buffer("synthesis_basis", torch.from_numpy(synthesis[:, :, None]).float(), persistent=False)
 
-    def analyse(self, signal: Tensor) -> Tensor:
-        """[B, L] -> [B, 2F, T], the real parts of the F bins, then the imaginary parts."""
-        return F.conv1d(self.blocks(signal), self.analysis_basis)
+    def spectrum(self, blocks: Tensor) -> Tensor:
+        """Blocks [B, hop, T + taps - 1] -> [B, 2F, T]"""
+        return F.conv1d(blocks, self.analysis_basis)
 
     def pieces(self, spectrum: Tensor) -> Tensor:
         """[B, 2F, T] -> windowed frames [B, taps * hop, T]"""
@@ -198,10 +206,9 @@ class FactoredSTFT(_Frames):
         keep("imaginary_weight", (weight[: self.bins] * ignored)[:, None])
         keep("first_inverse", np.concatenate([np.cos(first), -np.sin(first)], axis=1))  # [P, 2 P], the real part
 
-    def analyse(self, signal: Tensor) -> Tensor:
-        """[B, L] -> [B, 2F, T], the real parts of the F bins, then the imaginary parts."""
-        blocks = self.blocks(signal)
-        count = self.frames
+    def spectrum(self, blocks: Tensor) -> Tensor:
+        """Blocks [B, hop, T + taps - 1] -> [B, 2F, T]"""
+        count = blocks.shape[-1] - self.taps + 1
         frames = torch.cat([blocks[:, :, tap : tap + count] for tap in range(self.taps)], dim=1)[:, : self.n_fft]
         frames = frames * self.window  # [B, P Q, T]
         outer = torch.matmul(self.first, torch.unflatten(frames, 1, (self.outer, self.inner)).flatten(2))

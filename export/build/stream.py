@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from avsep.errors import ExportError
-from avsep.export.build.graph import MaskedSeparator, PolyphaseSTFT
+from avsep.export.build.graph import FactoredSTFT, MaskedSeparator, PolyphaseSTFT, transform_of
 from avsep.export.build.plan import ExportPlan, TensorSpec
 from avsep.export.runtime.streaming import COUNTED, run_sequence
 from avsep.kernels.stft_masking.reference import hann_window
@@ -76,7 +76,7 @@ class StreamGraph(MaskedSeparator):
     """
 
     first_input, first_output = "mixture", "sources"
-    bases: PolyphaseSTFT
+    transform: PolyphaseSTFT | FactoredSTFT
     squared_windows: Tensor
 
     def __init__(self, separator: Separator, *, frames: int = 1, channels: int = 1) -> None:
@@ -85,7 +85,7 @@ class StreamGraph(MaskedSeparator):
         self.steps = _Steps(self.separator.network)
         del self.separator
         self.frames, self.hop, self.n_fft = frames, spec.hop, spec.n_fft
-        self.bases = PolyphaseSTFT(spec.n_fft, spec.n_fft, spec.hop)
+        self.transform = transform_of(spec.n_fft, spec.n_fft, spec.hop)
         windows = np.zeros((frames, spec.n_fft + (frames - 1) * spec.hop))
         for frame in range(frames):
             windows[frame, frame * spec.hop : frame * spec.hop + spec.n_fft] = hann_window(spec.n_fft).numpy() ** 2
@@ -109,21 +109,21 @@ class StreamGraph(MaskedSeparator):
         state = {name: named[f"state_{name}"] for name in self.state_names()}
         block = mixture if self.channels > 1 else mixture[:, None]  # [1, C, hop frames]
         samples = torch.cat((state["samples"], block), dim=-1)  # [1, C, n_fft + (frames - 1) hop]
-        whole = (self.bases.taps + self.frames - 1) * self.hop
+        whole = (self.transform.taps + self.frames - 1) * self.hop
         filled = F.pad(samples[0], (0, whole - samples.shape[-1]))
         blocks = torch.unflatten(filled, 1, (-1, self.hop)).transpose(1, 2)  # [C, hop, taps + frames - 1]
-        spectrum = F.conv1d(blocks, self.bases.analysis_basis)  # [C, 2 bins, frames]
+        spectrum = self.transform.spectrum(blocks)  # [C, 2 bins, frames]
         mono = spectrum.mean(dim=0, keepdim=True) if self.channels > 1 else spectrum
-        network_input = self.network_input(mono[:, : self.bases.bins], mono[:, self.bases.bins :])
+        network_input = self.network_input(mono[:, : self.transform.bins], mono[:, self.transform.bins :])
         visual = VisualFeatures(object=named.get("object_features"), seen=named.get("seen"))
         own = {name: state[name] for name in (*self.of_mixture, *self.of_sources)}
         logits, presence, after = self.steps(network_input, visual, named["class_ids"], own)  # [1, N, F', frames]
         mask = self.unwarped(logits)[0]  # [N, bins, frames]
         estimate = torch.cat((mask, mask), dim=1)[:, None] * spectrum  # [N, C, 2 bins, frames]
-        pieces = F.conv1d(estimate.flatten(0, 1), self.bases.synthesis_basis)  # [N C, taps hop, frames]
+        pieces = self.transform.pieces(estimate.flatten(0, 1))  # [N C, taps hop, frames]
         if self.frames > 1:
             pieces = pieces * named[COUNTED]
-        total = self.bases.overlapped(pieces)  # [N C, whole]
+        total = self.transform.overlapped(pieces)  # [N C, whole]
         carried = F.pad(state["overlap"][0], (0, self.frames * self.hop))  # [N, C, n_fft + (frames - 1) hop]
         used = self.n_fft + (self.frames - 1) * self.hop
         total = torch.unflatten(total, 0, (-1, self.channels))[..., :used] + carried
