@@ -53,14 +53,16 @@ def pairs(store: Store) -> list[tuple[Clip, Clip]]:
 def panned(sources: Audio) -> Audio:
     """Sources [2, L] to [2, 2, L]: the first half left, the second half right, of constant power."""
     angles = np.array([np.pi / 8, 3 * np.pi / 8])
-    return (sources[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)[:, :, None]).astype(np.float32)
+    gains = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    return np.multiply(sources[:, None], gains[:, :, None], dtype=np.float32)
 
 
 def _above(signals: torch.Tensor, edge_hz: float, rate_hz: int) -> torch.Tensor:
     """What lies above a frequency."""
     spectrum = torch.fft.rfft(signals)
     spectrum[..., torch.fft.rfftfreq(signals.shape[-1], 1 / rate_hz) < edge_hz] = 0
-    return torch.fft.irfft(spectrum, signals.shape[-1])
+    kept: torch.Tensor = torch.fft.irfft(spectrum, signals.shape[-1])
+    return kept
 
 
 def score(references: Audio, estimates: Audio, mixture: Audio, rate_hz: int) -> dict[str, NDArray[np.float64]]:
@@ -89,8 +91,8 @@ def measure(separator: Separator, store: Store, *, stereo: bool) -> list[dict[st
     rows = []
     for clips in pairs(store):
         length = min(clip.samples for clip in clips)
-        sources = np.stack([store.read_audio(clip, 0, length) for clip in clips]) / 2
-        parts = panned(sources) if stereo else sources[:, None]  # [2, C, L]
+        sources = np.stack([store.read_audio(clip, 0, length) for clip in clips]) / np.float32(2)
+        parts: Audio = panned(sources) if stereo else sources[:, None]  # [2, C, L]
         mixture = parts.sum(axis=0)
         shown = timelines_of(store, [clip.id for clip in clips])
         names = [clip.class_name for clip in clips]
