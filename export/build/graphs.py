@@ -275,7 +275,7 @@ class _SeparatorWriter:
             quantised = self._int8(path, tell)
         operators = check_graph(path, self.plan.opset)
         limit = self.plan.tolerance_of(precision)
-        parity, tolerance = _held_to(path, *self._run(path), self._judged(precision), limit, "--tolerance")
+        parity, tolerance = _held_to(path, *self._run(path), self._judged(), limit, "--tolerance")
         gate = self._gate(path, self.held_out, self.on)
         gate.require(file)
         return GraphFile(
@@ -299,9 +299,9 @@ class _SeparatorWriter:
         """What a graph gives for the golden inputs, what it ran on, and the seconds of a call."""
         return run_onnx(path, self.golden)
 
-    def _judged(self, precision: str) -> dict[str, Array]:
+    def _judged(self) -> dict[str, Array]:
         """What of the reference a graph is held to."""
-        return self.reference
+        return {name: value for name, value in self.reference.items() if is_judged(self.kind, name)}
 
     def _gate(self, path: Path, expected: Iterable[Reference], on: str) -> Gate:
         return measure_gate(path, self.separator, self.plan, expected, on=on)
@@ -434,9 +434,6 @@ class _StreamWriter(_SeparatorWriter):
         began = time.perf_counter()
         estimates = run_sequence(run, self.golden, list(self.reference))
         return estimates, provider, (time.perf_counter() - began) / GOLDEN_CALLS
-
-    def _judged(self, precision: str) -> dict[str, Array]:
-        return {name: value for name, value in self.reference.items() if is_judged("stream", precision, name)}
 
     def _started(self, path: Path) -> tuple[Callable[[Mapping[str, Array]], dict[str, Array]], str]:
         session, provider = start_onnx(path)

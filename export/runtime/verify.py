@@ -109,10 +109,10 @@ def compare(estimate: Array, reference: Array) -> tuple[float, float]:
     return float(np.abs(difference).max(initial=0.0)), error_db
 
 
-def is_judged(kind: str, precision: str, output: str) -> bool:
-    """Whether a graph's tolerance is of this output too. What a stream in a lower precision carries has no full scale;
-    where it is wrong, so is what comes out of the next calls."""
-    return kind != "stream" or precision == "fp32" or output in SEQUENCES
+def is_judged(kind: str, output: str) -> bool:
+    """Whether a graph's tolerance is of this output too. What a stream carries has no full scale; where it is wrong, so
+    is what comes out of the next calls."""
+    return kind != "stream" or output in SEQUENCES
 
 
 def _check_graph(bundle: Bundle, graph: Graph, provider: str, tolerance: float | None) -> GraphCheck:
@@ -139,7 +139,7 @@ def _check_graph(bundle: Bundle, graph: Graph, provider: str, tolerance: float |
     for name, reference in golden.items():
         try:
             found = compare(outputs[name], reference)
-            worst = max(worst, found) if is_judged(graph.kind, graph.precision, name) else worst
+            worst = max(worst, found) if is_judged(graph.kind, name) else worst
         except ExportError as error:
             raise ExportError(f"{where}, on {ran}: {error}") from None
     max_error, error_db = worst
