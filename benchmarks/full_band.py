@@ -24,7 +24,7 @@ from avsep.benchmarks.separators import run_presets
 from avsep.data.store import Clip, Store, timelines_of
 from avsep.data.synth.synthesis import synthesise
 from avsep.environment import commit, device_name
-from avsep.evaluation.bss import sdr_alone, si_sdr
+from avsep.evaluation.bss import LIMIT_DB, sdr_alone
 from avsep.evaluation.continual import paired_bootstrap
 from avsep.files import write_json
 from avsep.inference.recordings import separate_audio
@@ -66,10 +66,11 @@ def _above(signals: torch.Tensor, edge_hz: float, rate_hz: int) -> torch.Tensor:
 
 
 def score(references: Audio, estimates: Audio, mixture: Audio, rate_hz: int) -> dict[str, NDArray[np.float64]]:
-    """Improvements over the mixture in dB, one a source, of [N, L] at ``rate_hz`` with the mixture [L].
+    """Scores in dB, one a source, of estimates [N, L] at ``rate_hz`` with the mixture [L].
 
-    ``sdr``: of the whole band; ``sdr_below``: of all three brought down to 11,025 Hz; ``si_sdr_above``: SI-SDR of what
-    lies above 5.5 kHz, NaN of a source without any (its energy there 60 dB below the whole).
+    ``sdr``: improvement of SDR over the mixture, in the whole band; ``sdr_below``: of all three brought down to
+    11,025 Hz; ``snr_above``: of what lies above 5.5 kHz, the reference's power over the error's, 0 dB of an estimate
+    that has nothing there, NaN of a source that has next to nothing itself (60 dB below the whole).
     """
     found: dict[str, NDArray[np.float64]] = {}
     given = references, estimates, np.broadcast_to(mixture, references.shape)
@@ -77,11 +78,10 @@ def score(references: Audio, estimates: Audio, mixture: Audio, rate_hz: int) -> 
         reference, *sets = (torch.from_numpy(np.ascontiguousarray(x)) for x in signals)
         separated, mixed = sdr_alone(reference[None], torch.stack(sets)[None])[0]
         found[name] = (separated - mixed).numpy()
-    full = torch.from_numpy(references).double()
-    parts = [_above(torch.tensor(x).double(), LOW_HZ / 2, rate_hz) for x in given]
-    gain = (si_sdr(parts[0][None], parts[1][None]) - si_sdr(parts[0][None], parts[2][None]))[0]
-    there = parts[0].square().sum(-1) > 1e-6 * full.square().sum(-1)
-    found["si_sdr_above"] = torch.where(there, gain, torch.nan).numpy()
+    above = [_above(torch.tensor(x).double(), LOW_HZ / 2, rate_hz) for x in given[:2]]
+    power, error = (x.square().sum(-1) for x in (above[0], above[0] - above[1]))
+    there = power > 1e-6 * torch.from_numpy(references).double().square().sum(-1)
+    found["snr_above"] = torch.where(there, 10 * torch.log10(power / error), torch.nan).clamp(max=LIMIT_DB).numpy()
     return found
 
 
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., Store] = synthes
                 measure(load_separator(folder / "runs" / f"{preset}-{seed}"), stores[HIGH_HZ], stereo=kind == "stereo")
                 for seed in seeds
             ]
-            numbers = {name: _summary(rows, name) for name in ("sdr", "sdr_below", "si_sdr_above")}
+            numbers = {name: _summary(rows, name) for name in ("sdr", "sdr_below", "snr_above")}
             seconds = sum(row["seconds"] for of_seed in rows for row in of_seed)
             sound = sum(stores[HIGH_HZ].clip(row["clip"]).samples for of_seed in rows for row in of_seed) / 2 / HIGH_HZ
             found[f"{preset}, {kind}"] = {**numbers, "real_time_factor": seconds / sound}
