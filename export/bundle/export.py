@@ -332,13 +332,18 @@ def export_model(
 
     Raises:
         CheckpointError: a file of the model is damaged.
-        ExportError, ConfigError, MissingExtraError: as :func:`export`.
+        ExportError, ConfigError, MissingExtraError: as :func:`export`; int8, for which it has no training recordings.
     """
     import avsep
     from avsep.export.build.onnx import require_onnx
     from avsep.models import begin_run
 
     require_onnx()
+    if plan is not None and "int8" in plan.precision:
+        raise ExportError(
+            f"int8 needs training recordings to measure its ranges on, and {model.name} brings none along: "
+            "--precision fp16, or export a run of your own"
+        )
     place = Path(out)
     _check_place(place, overwrite)
     plan = replace(plan or ExportPlan(), left_out=dict.fromkeys(model.left_out, model.why_left_out), by_name=True)
@@ -355,6 +360,17 @@ def export_model(
             lambda line: None,
             made_from=f"{model.name}, which comes with avsep {avsep.__version__}",
         )
+
+
+def _whole(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Raises :class:`ExportError` where only crops of the recordings are there, as of a run that carries its memory."""
+    try:
+        yield from batches
+    except DataError as error:
+        raise ExportError(
+            f"int8 needs whole training recordings to measure its ranges on ({error}): --store with them, or --precision "
+            "fp16"
+        ) from None
 
 
 def _check_place(place: Path, overwrite: bool) -> None:
@@ -401,8 +417,8 @@ def _export_task(
         if len(steps) == 1:
             plan = replace(plan, motion_steps=steps.pop())
     if "int8" in plan.precision:
-        calibration = calibration_batches(run, task, wanted, count=plan.calibration, store=where)
-        validation = validation_batches(run, task, wanted, store=where)
+        calibration = _whole(calibration_batches(run, task, wanted, count=plan.calibration, store=where))
+        validation = _whole(validation_batches(run, task, wanted, store=where))
     return export(
         separator,
         plan,

@@ -141,6 +141,13 @@ def test_classes_of_several_tasks_keep_the_weights_of_theirs():
 # ------------------------------------------------------------------------------------- what comes with avsep
 
 
+def test_int8_of_a_model_is_refused_since_it_has_no_recordings(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("export", "instruments", "--precision", "int8", "--out", "bundle") == 2
+    assert "int8 needs training recordings" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_options_of_runs_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for option in (["--task", 0], ["--all-tasks"], ["--tar"], ["--store", "s"]):
