@@ -368,8 +368,8 @@ def _whole(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield from batches
     except DataError as error:
         raise ExportError(
-            f"int8 needs whole training recordings to measure its ranges on ({error}): --store with them, or --precision "
-            "fp16"
+            f"int8 needs whole training recordings to measure its ranges on ({error}): give --store with them, or "
+            "--precision fp16"
         ) from None
 
 
