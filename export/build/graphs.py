@@ -519,7 +519,8 @@ class _StreamWriter(_SeparatorWriter):
                 return run(inputs)
 
             self._streamed(recorded, layout, batch.mixture.numpy()[0], self._part(given, 0, columns))
-            yield from calls[_CALLS // 2 :: max(1, len(calls) // _CALLS)]
+            step = max(1, len(calls) // _CALLS)
+            yield from calls[step // 2 :: step]
 
 
 def _within(drift: Callable[[tuple[str, ...]], Gate], limit_db: float, layers: tuple[str, ...]) -> bool:

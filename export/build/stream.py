@@ -192,7 +192,7 @@ class Along:
 
     def require(self, name: str) -> None:
         """Raise :class:`ExportError` where the error grows."""
-        if self.last_db > max(self.first_db + _MOST_GROWTH_DB, _NO_ERROR_DB):
+        if not self.last_db <= max(self.first_db + _MOST_GROWTH_DB, _NO_ERROR_DB):  # nor where it is not a number
             raise ExportError(
                 f"{name}: what is rounded adds up along a stream, its error grows from {self.first_db:.0f} to "
                 f"{self.last_db:.0f} dB in {self.calls} calls: export it in fp32"

@@ -363,13 +363,13 @@ def export_model(
 
 
 def _whole(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Raises :class:`ExportError` where only crops of the recordings are there, as of a run that carries its memory."""
+    """Raises :class:`ExportError` where they cannot be read, as of a run that carries crops of its exemplars alone."""
     try:
         yield from batches
     except DataError as error:
         raise ExportError(
-            f"int8 needs whole training recordings to measure its ranges on ({error}): give --store with them, or "
-            "--precision fp16"
+            f"int8 measures its ranges on the run's training recordings, which cannot be read ({error}): "
+            "--precision fp16 needs none"
         ) from None
 
 

@@ -110,13 +110,21 @@ class OpenvinoSession:
                     )
 
 
-@cache
+_making = threading.Lock()  # two at once would make two, of which one dies
+
+
 def _core() -> Any:
     """One for the whole process, which keeps what is loaded for the CPU.
 
     That (2026.4, ``SigAltStackSetup``) gives the thread that loads it another stack for signals, and frees it with the
     last session, in whatever thread that ends. A thread's stack can be taken back by itself alone.
     """
+    with _making:
+        return _made_core()
+
+
+@cache
+def _made_core() -> Any:
     return load_openvino().Core()
 
 

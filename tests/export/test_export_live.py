@@ -390,6 +390,25 @@ def test_a_file_that_is_heard_live_gives_the_samples_of_the_runtime(page, bundle
 
 
 @pytest.mark.slow
+def test_two_clicks_begin_one_stream(page, tmp_path):
+    """What is opened twice could be stopped once."""
+    page.evaluate(
+        "() => { window.contexts = []; const Given = window.AudioContext;"
+        "window.AudioContext = class extends Given { constructor(...o) { super(...o); contexts.push(this); } }; }"
+    )
+    page.click("#mic")
+    listen(page)
+    page.click("#liveplay")
+    page.wait_for_selector('#liveplay:has-text("Start")')
+    page.evaluate("() => { liveplay.click(); liveplay.click(); buffering.dispatchEvent(new Event('change')); }")
+    page.wait_for_selector('#liveplay:has-text("Stop")')
+    page.click("#liveplay")
+    page.wait_for_selector('#liveplay:has-text("Start")')
+    page.wait_for_function("contexts.every((one) => one.state === 'closed')")
+    assert page.evaluate("contexts.length") == 2
+
+
+@pytest.mark.slow
 def test_the_microphone_gives_the_samples_of_the_runtime(page, bundle):
     """Asked for when the button is pressed, and closed when it is stopped."""
     page.evaluate(

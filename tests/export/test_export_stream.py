@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from avsep.cli import main
 from avsep.errors import AvsepError, ConfigError, ExportError
 from avsep.export import ExportPlan, export
-from avsep.export.build.stream import GOLDEN_CALLS, error_along
+from avsep.export.build.stream import GOLDEN_CALLS, Along, error_along
 from avsep.export.bundle.manifest import check_manifest as check_schema
 from avsep.export.bundle.manifest import verify_bundle
 from avsep.export.runtime.manifest import VERSION, check_manifest
@@ -312,6 +312,12 @@ def test_what_comes_out_is_held_to_the_tolerance_and_states_are_not(lower, tmp_p
         else:
             with pytest.raises(ExportError, match="differs from its golden output"):
                 verify_bundle(copy)
+
+
+def test_an_error_that_is_no_number_is_refused():
+    along = Along(504, -70.0, float("nan"))
+    with pytest.raises(ExportError, match=r"stream\.fp16\.onnx: what is rounded adds up"):
+        along.require("stream.fp16.onnx")
 
 
 @pytest.mark.parametrize(("leak", "grows"), [(0.0, False), (1.0, True)])

@@ -225,10 +225,11 @@ def synthesise(
     ``size`` is tiny (6 classes, 21 clips of 8 s each), small (20 classes, 23 of 10 s) or full (20 classes, 50 of
     20 s); ``classes``, ``clips_per_class`` (train, val, test) and ``clip_s`` change it. ``banks`` are SoundFont files
     (default: the smallest that :func:`find_banks` knows); with several, each clip draws one. ``holdout_bank`` plays the
-    test split and nothing else. ``sample_rate_hz`` (of :data:`RATES_HZ`) changes the sound's band and nothing else: the
-    same seed gives the same phrases and pictures at every rate. ``workers`` processes work in parallel (default: one a
-    CPU core). ``progress`` shows a bar, or adds one to a display at hand. A killed run is continued by the same call; a
-    finished store made with the same settings is opened as it is; ``force`` deletes a store that is there first.
+    test split and nothing else. ``sample_rate_hz`` (of :data:`RATES_HZ`) changes the sound's band and, since the level
+    counts all of it, its gain: the same seed gives the same phrases and pictures at every rate. ``workers`` processes
+    work in parallel (default: one a CPU core). ``progress`` shows a bar, or adds one to a display at hand. A killed run
+    is continued by the same call; a finished store made with the same settings is opened as it is; ``force`` deletes a
+    store that is there first.
 
     With more than one worker a script needs the usual ``if __name__ == "__main__":``.
 

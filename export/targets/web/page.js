@@ -63,7 +63,8 @@ function startWorker() {
       return;
     }
     if (data.type === "live") {
-      live?.stop(data.message);
+      if (live) live.stop(data.message);
+      else failedEarly = data.message; // while it is being opened
       return;
     }
     const asked = waiting.get(data.id);
@@ -74,6 +75,7 @@ function startWorker() {
   worker.addEventListener("error", (event) => {
     for (const { reject } of waiting.values()) reject(new Error(event.message || "the worker cannot be started"));
     waiting.clear();
+    live?.stop(event.message || "the worker has failed: reload the page");
   });
 }
 
@@ -110,6 +112,7 @@ async function busy(text, work) {
   byId("go").toggleAttribute("disabled", true);
   byId("listen").toggleAttribute("disabled", true);
   byId("mic").toggleAttribute("disabled", true);
+  for (const name of ["liveplay", "buffering"]) byId(name).toggleAttribute("disabled", true); // one start at a time
   try {
     await work();
   } catch (error) {
@@ -121,6 +124,7 @@ async function busy(text, work) {
     byId("go").toggleAttribute("disabled", false);
     byId("listen").toggleAttribute("disabled", false);
     byId("mic").toggleAttribute("disabled", !facts.unseen);
+    for (const name of ["liveplay", "buffering"]) byId(name).toggleAttribute("disabled", false);
   }
 }
 
@@ -449,6 +453,8 @@ const separate = () => busy("looking at the video", async () => {
 
 /** @type {Live | null} */
 let live = null;
+/** What the worker said of a stream that was still being opened. */
+let failedEarly = "";
 
 /** Hear the sources of the recording, or of the microphone, as they sound. */
 const listenLive = () => busy(recording ? "looking at the video" : "opening the microphone", async () => {
@@ -457,6 +463,9 @@ const listenLive = () => busy(recording ? "looking at the video" : "opening the 
   const own = names();
   const looks = chosen !== null && looksAt(chosen.pictures, false);
   checkClasses(looks);
+  if (chosen && chosen.mixture.channels > 2) {
+    throw new Error(`one hears one or two channels live, and the recording has ${chosen.mixture.channels}: separate it instead`);
+  }
   live?.stop();
   mixer?.player.pause();
   mixer?.tick();
@@ -482,10 +491,12 @@ const listenLive = () => busy(recording ? "looking at the video" : "opening the 
       if (message) complain(message);
     },
   };
-  live = microphone ? await Live.hear(microphone, wishes) : chosen ? await Live.play(chosen.mixture, chosen.file.name, wishes) : null;
-  if (!live) return;
-  if (stopped) {
-    live.stop();
+  failedEarly = "";
+  const opened = microphone ? await Live.hear(microphone, wishes) : chosen ? await Live.play(chosen.mixture, chosen.file.name, wishes) : null;
+  if (!opened || opened.over) return; // what ended it has been told
+  live = opened;
+  if (stopped || failedEarly) {
+    opened.stop(failedEarly);
     return;
   }
   const places = { tracks: byId("livetracks"), facts: byId("livefacts"), said: byId("livesaid"), clock: byId("liveclock") };
@@ -495,6 +506,7 @@ const listenLive = () => busy(recording ? "looking at the video" : "opening the 
   byId("live").hidden = false;
   showLive(true);
   byId("live").scrollIntoView({ block: "nearest" });
+  byId("liveplay").toggleAttribute("disabled", false); // what is disabled takes no focus
   byId("liveplay").focus({ preventScroll: true });
 });
 
