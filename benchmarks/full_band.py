@@ -24,6 +24,7 @@ from avsep.benchmarks.separators import run_presets
 from avsep.data.store import Clip, Store, timelines_of
 from avsep.data.synth.synthesis import synthesise
 from avsep.environment import commit, device_name
+from avsep.errors import ConfigError
 from avsep.evaluation.bss import LIMIT_DB, sdr_alone
 from avsep.evaluation.continual import paired_bootstrap
 from avsep.files import write_json
@@ -40,8 +41,10 @@ Audio = NDArray[np.float32]
 
 
 def pairs(store: Store) -> list[tuple[Clip, Clip]]:
-    """Each test clip with one of another class."""
-    of_class = [store.select(classes=[name], split="test") for name in store.classes]
+    """Each test clip with one of another class. Raises :class:`ConfigError` where two classes do not have some."""
+    of_class = [clips for name in store.classes if (clips := store.select(classes=[name], split="test"))]
+    if len(of_class) < 2:
+        raise ConfigError(f"{store.path} has no test clips of two classes: give one that has")
     found = []
     for number, own in enumerate(of_class):
         for take, clip in enumerate(own):
@@ -86,7 +89,8 @@ def score(references: Audio, estimates: Audio, mixture: Audio, rate_hz: int) -> 
 
 
 def measure(separator: Separator, store: Store, *, stereo: bool) -> list[dict[str, Any]]:
-    """A row for each source of each test pair of a store at 44.1 kHz, and the seconds that separating it took."""
+    """A row for each source of each test pair of a store at 44.1 kHz, with half of the pair's ``seconds`` of processor
+    time."""
     rate_hz = separator.spec.front_end.sample_rate_hz
     rows = []
     for clips in pairs(store):

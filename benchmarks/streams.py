@@ -121,9 +121,10 @@ def run(
             bars.advance(bar, 0, note=name)
             kinds = ("separator", "spectral", "stream")
             with ExitStack() as opened:
+                one = opened.enter_context(open_bundle(bundle))
                 separators = [
-                    opened.enter_context(BundleSeparator.load(bundle, provider, graph.precision, threads))
-                    for graph in open_bundle(bundle).graphs
+                    opened.enter_context(BundleSeparator.load(one, provider, graph.precision, threads))
+                    for graph in one.graphs
                     if graph.kind in kinds
                 ]
                 rows += _rows(name, separators, seconds, sources, threads)

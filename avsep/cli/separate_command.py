@@ -81,8 +81,8 @@ def command(
         bool | None,
         typer.Option(
             "--look/--no-look",
-            help="Look at a video, or ask by name alone [default: look; models that come with avsep do not, for they "
-            "learned from drawn players].",
+            help="Look at a video, or ask by name alone [default: look; models that come with avsep and bundles "
+            "of them do not, for they learned from drawn players].",
             show_default=False,
         ),
     ] = None,

@@ -97,7 +97,7 @@ class ExportPlan:
     allow_drift: bool = False
     max_batch: int = 8
     max_sources: int = 8
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict, hash=False)
     by_name: bool = False
 
     def __post_init__(self) -> None:
@@ -109,6 +109,11 @@ class ExportPlan:
                 raise ConfigError(f"{name} must be at most {most}, got {value}: longer work goes in several calls")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
+        reasons = self.left_out.values() if isinstance(self.left_out, Mapping) else [None]
+        if not all(isinstance(reason, str) and reason for reason in reasons):
+            raise ConfigError(
+                f"left_out must give a reason for each class, such as {{'violin': 'too faint'}}: {self.left_out}"
+            )
         for name in ("length_s", "tolerance", "gate_db"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

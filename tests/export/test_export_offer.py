@@ -141,6 +141,12 @@ def test_classes_of_several_tasks_keep_the_weights_of_theirs():
 # ------------------------------------------------------------------------------------- what comes with avsep
 
 
+@pytest.mark.parametrize("left_out", [["piano"], {"piano": ""}, {"piano": 3}])
+def test_a_class_is_left_out_for_a_reason(left_out):
+    with pytest.raises(ConfigError, match="left_out must give a reason for each class"):
+        ExportPlan(left_out=left_out)
+
+
 def test_int8_of_a_model_is_refused_since_it_has_no_recordings(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("export", "instruments", "--precision", "int8", "--out", "bundle") == 2
