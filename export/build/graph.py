@@ -162,7 +162,8 @@ class FactoredSTFT(_Frames):
     """The same as :class:`PolyphaseSTFT` by Cooley and Tukey's two steps, n_fft = P Q.
 
     With n = Q p + q and k = r + P s the transform is one of length P over p for each q, a turn by r q / n_fft, and one
-    of length Q over q for each r. Its matrices take 0.2 MB where the bases of the other one take 134 MB (n_fft = 4094),
+    of length Q over q for each r. Both are convolutions of width one: Turing has no matrix product in fp32 in
+    TensorRT-RTX. The matrices take 0.2 MB where the bases of the other one take 134 MB (n_fft = 4094),
     or 0.1 and 8 MB (1022).
     """
 
@@ -190,12 +191,12 @@ class FactoredSTFT(_Frames):
         p, q, s = (np.arange(count, dtype=np.int64) for count in (self.outer, self.inner, self.rows))
         first, turn, second = turns(self.outer, p, p), turns(n_fft, p, q), turns(self.inner, s, q)
         keep("window", hann_window(n_fft).numpy()[:, None])
-        keep("first", np.concatenate([np.cos(first), -np.sin(first)]))  # [2 P, P], of real signals
+        keep("first", np.concatenate([np.cos(first), -np.sin(first)])[..., None])  # [2 P, P, 1], of real signals
         keep("turn", np.stack([np.cos(turn), np.sin(turn)])[..., None])  # [2, P, Q, 1]
         rows = [[np.cos(second), np.sin(second)], [-np.sin(second), np.cos(second)]]
-        keep("second", np.block(rows))  # [2 S, 2 Q]
+        keep("second", np.block(rows)[..., None])  # [2 S, 2 Q, 1]
         back = [[np.cos(second.T), -np.sin(second.T)], [np.sin(second.T), np.cos(second.T)]]
-        keep("second_inverse", np.block(back))  # [2 Q, 2 S]
+        keep("second_inverse", np.block(back)[..., None])  # [2 Q, 2 S, 1]
         # bins between the first and the last stand for two each; those beyond are there to fill up the last row
         weight = np.zeros(self.rows * self.outer)
         weight[: self.bins] = 2.0 / n_fft
@@ -204,19 +205,19 @@ class FactoredSTFT(_Frames):
         ignored = np.ones(self.bins)  # the imaginary parts there are, as in irfft
         ignored[[0, -1]] = 0
         keep("imaginary_weight", (weight[: self.bins] * ignored)[:, None])
-        keep("first_inverse", np.concatenate([np.cos(first), -np.sin(first)], axis=1))  # [P, 2 P], the real part
+        keep("first_inverse", np.concatenate([np.cos(first), -np.sin(first)], axis=1)[..., None])  # the real part
 
     def spectrum(self, blocks: Tensor) -> Tensor:
         """Blocks [B, hop, T + taps - 1] -> [B, 2F, T]"""
         count = blocks.shape[-1] - self.taps + 1
         frames = torch.cat([blocks[:, :, tap : tap + count] for tap in range(self.taps)], dim=1)[:, : self.n_fft]
         frames = frames * self.window  # [B, P Q, T]
-        outer = torch.matmul(self.first, torch.unflatten(frames, 1, (self.outer, self.inner)).flatten(2))
+        outer = F.conv1d(torch.unflatten(frames, 1, (self.outer, self.inner)).flatten(2), self.first)
         outer = torch.unflatten(outer, 2, (self.inner, count))  # [B, 2 P, Q, T]
         real, imaginary = outer[:, : self.outer], outer[:, self.outer :]
         cosine, sine = self.turn[0], self.turn[1]
         turned = torch.cat((real * cosine + imaginary * sine, imaginary * cosine - real * sine), dim=2)
-        found = torch.matmul(self.second, turned.transpose(1, 2).flatten(2))  # [B, 2 S, P T]
+        found = F.conv1d(turned.transpose(1, 2).flatten(2), self.second)  # [B, 2 S, P T]
         found = torch.unflatten(found, 2, (self.outer, count))  # [B, 2 S, P, T]
         parts = (found[:, : self.rows].flatten(1, 2), found[:, self.rows :].flatten(1, 2))
         return torch.cat([part[:, : self.bins] for part in parts], dim=1)
@@ -227,12 +228,12 @@ class FactoredSTFT(_Frames):
         beyond = self.rows * self.outer - self.bins
         parts = (spectrum[:, : self.bins] * self.weight, spectrum[:, self.bins :] * self.imaginary_weight)
         rows = [torch.unflatten(F.pad(part, (0, 0, 0, beyond)), 1, (self.rows, self.outer)) for part in parts]
-        inner = torch.matmul(self.second_inverse, torch.cat(rows, dim=1).flatten(2))  # [B, 2 Q, P T]
+        inner = F.conv1d(torch.cat(rows, dim=1).flatten(2), self.second_inverse)  # [B, 2 Q, P T]
         inner = torch.unflatten(inner, 2, (self.outer, count)).transpose(1, 2)  # [B, P, 2 Q, T]
         real, imaginary = inner[:, :, : self.inner], inner[:, :, self.inner :]
         cosine, sine = self.turn[0], self.turn[1]
         turned = torch.cat((real * cosine - imaginary * sine, imaginary * cosine + real * sine), dim=1)
-        frames = torch.matmul(self.first_inverse, turned.flatten(2))  # [B, P, Q T]
+        frames = F.conv1d(turned.flatten(2), self.first_inverse)  # [B, P, Q T]
         frames = torch.unflatten(frames, 2, (self.inner, count)).flatten(1, 2) * self.window
         return F.pad(frames, (0, 0, 0, self.taps * self.hop - self.n_fft))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -313,10 +314,8 @@ def test_int8_needs_training_mixtures(exported, tmp_path):
     from avsep.export.build.quantise import calibrate
 
     separator, plan, folder, _, held_out = exported
-    writer = graphs._SeparatorWriter(separator, plan, tmp_path, tmp_path, held_out, None, None)
-    writer.single = folder / "separator.onnx"
     with pytest.raises(ExportError, match="training mixtures"):
-        writer.write("int8")
+        graphs.write_graphs(separator, replace(plan, precision=("int8",)), tmp_path, held_out)
     with pytest.raises(ExportError, match="needs mixtures"):
         calibrate(folder / "separator.onnx", [])
 
