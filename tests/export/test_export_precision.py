@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -315,7 +314,7 @@ def test_int8_needs_training_mixtures(exported, tmp_path):
 
     separator, plan, folder, _, held_out = exported
     with pytest.raises(ExportError, match="training mixtures"):
-        graphs.write_graphs(separator, replace(plan, precision=("int8",)), tmp_path, held_out)
+        graphs.write_graphs(separator, dataclasses.replace(plan, precision=("int8",)), tmp_path, held_out)
     with pytest.raises(ExportError, match="needs mixtures"):
         calibrate(folder / "separator.onnx", [])
 
