@@ -132,7 +132,10 @@ def test_a_video_gives_what_python_gives(page, bundle, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["aligned_small", "iquery_small", "sound_of_pixels_small", "coseparation_small"])
+@pytest.mark.parametrize(
+    "preset",
+    ["aligned_small", "iquery_small", "sound_of_pixels_small", "coseparation_small", "aligned_44k", "causal_small"],
+)
 def test_the_small_presets_compute_what_they_should(chrome, preset, tmp_path):
     """Golden outputs within the tolerance of their manifests, in a site of which a visitor loads less than 30 MB."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
