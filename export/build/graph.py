@@ -54,6 +54,18 @@ def _angles(n_fft: int) -> Matrix:
     return 2 * np.pi * ((k * n) % n_fft) / n_fft
 
 
+def inverse_weights(n_fft: int) -> tuple[Matrix, Matrix]:
+    """What the real and the imaginary parts of a real signal's bins count in its inverse, both [F, 1].
+
+    Bins between the first and the last stand for two each; those two's imaginary parts are ignored, as in ``irfft``.
+    """
+    real = np.full((n_fft // 2 + 1, 1), 2.0 / n_fft)
+    real[[0, -1]] = 1.0 / n_fft
+    imaginary = real.copy()
+    imaginary[[0, -1]] = 0
+    return real, imaginary
+
+
 class _Frames(nn.Module):
     """What transforms of a fixed length share: a signal cut into blocks of a hop, and windowed frames added up again.
 
@@ -72,9 +84,10 @@ class _Frames(nn.Module):
         self.bins = n_fft // 2 + 1
         self.frames = 1 + samples // hop
         self.taps = -(-n_fft // hop)
+        power = hann_window(n_fft).numpy() ** 2
         envelope = np.zeros((self.frames + self.taps - 1) * hop)
         for frame in range(self.frames):
-            envelope[frame * hop : frame * hop + n_fft] += hann_window(n_fft).numpy() ** 2
+            envelope[frame * hop : frame * hop + n_fft] += power
         kept = envelope[n_fft // 2 : n_fft // 2 + samples]
         self.register_buffer(
             "inverse_envelope", torch.from_numpy(1 / np.maximum(kept, 1e-11)).float(), persistent=False
@@ -141,12 +154,9 @@ class PolyphaseSTFT(_Frames):
             torch.from_numpy(analysis.reshape(2 * self.bins, self.taps, hop).transpose(0, 2, 1).copy()).float(),
             persistent=False,
         )
-        # The inverse of a real signal's spectrum: bins between the first and the last stand for two each.
-        weight = np.full((self.bins, 1), 2.0 / n_fft)
-        weight[[0, -1]] = 1.0 / n_fft
+        real, imaginary = inverse_weights(n_fft)
         synthesis = np.zeros((filled, 2 * self.bins))
-        synthesis[:n_fft] = (np.concatenate([weight * np.cos(angles), -weight * np.sin(angles)]) * window).T
-        synthesis[:, [self.bins, 2 * self.bins - 1]] = 0  # the imaginary parts there are ignored, as in irfft
+        synthesis[:n_fft] = (np.concatenate([real * np.cos(angles), -imaginary * np.sin(angles)]) * window).T
         self.register_buffer("synthesis_basis", torch.from_numpy(synthesis[:, :, None]).float(), persistent=False)
 
     def spectrum(self, blocks: Tensor) -> Tensor:
@@ -173,7 +183,7 @@ class FactoredSTFT(_Frames):
     second: Tensor
     second_inverse: Tensor
     first_inverse: Tensor
-    weight: Tensor
+    real_weight: Tensor
     imaginary_weight: Tensor
 
     def __init__(self, samples: int, n_fft: int, hop: int, padding: str = "zeros") -> None:
@@ -197,14 +207,9 @@ class FactoredSTFT(_Frames):
         keep("second", np.block(rows)[..., None])  # [2 S, 2 Q, 1]
         back = [[np.cos(second.T), -np.sin(second.T)], [np.sin(second.T), np.cos(second.T)]]
         keep("second_inverse", np.block(back)[..., None])  # [2 Q, 2 S, 1]
-        # bins between the first and the last stand for two each; those beyond are there to fill up the last row
-        weight = np.zeros(self.rows * self.outer)
-        weight[: self.bins] = 2.0 / n_fft
-        weight[[0, self.bins - 1]] = 1.0 / n_fft
-        keep("weight", weight[: self.bins, None])
-        ignored = np.ones(self.bins)  # the imaginary parts there are, as in irfft
-        ignored[[0, -1]] = 0
-        keep("imaginary_weight", (weight[: self.bins] * ignored)[:, None])
+        real, imaginary = inverse_weights(n_fft)
+        keep("real_weight", real)
+        keep("imaginary_weight", imaginary)
         keep("first_inverse", np.concatenate([np.cos(first), -np.sin(first)], axis=1)[..., None])  # the real part
 
     def spectrum(self, blocks: Tensor) -> Tensor:
@@ -225,8 +230,8 @@ class FactoredSTFT(_Frames):
     def pieces(self, spectrum: Tensor) -> Tensor:
         """[B, 2F, T] -> windowed frames [B, taps * hop, T]"""
         count = spectrum.shape[-1]
-        beyond = self.rows * self.outer - self.bins
-        parts = (spectrum[:, : self.bins] * self.weight, spectrum[:, self.bins :] * self.imaginary_weight)
+        beyond = self.rows * self.outer - self.bins  # zeros, which fill up the last row
+        parts = (spectrum[:, : self.bins] * self.real_weight, spectrum[:, self.bins :] * self.imaginary_weight)
         rows = [torch.unflatten(F.pad(part, (0, 0, 0, beyond)), 1, (self.rows, self.outer)) for part in parts]
         inner = F.conv1d(torch.cat(rows, dim=1).flatten(2), self.second_inverse)  # [B, 2 Q, P T]
         inner = torch.unflatten(inner, 2, (self.outer, count)).transpose(1, 2)  # [B, P, 2 Q, T]

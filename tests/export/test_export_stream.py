@@ -314,6 +314,22 @@ def test_what_comes_out_is_held_to_the_tolerance_and_states_are_not(lower, tmp_p
                 verify_bundle(copy)
 
 
+@pytest.mark.parametrize("state", ["samples", "overlap", "down1"])
+def test_a_graph_that_loses_a_state_is_refused(state, bundles, monkeypatch):
+    """By what comes out of it: states themselves are not compared."""
+    from avsep.export.runtime.sessions import OnnxSession
+
+    run = OnnxSession.run
+
+    def losing(self, inputs):
+        found = {name: np.array(value) for name, value in run(self, inputs).items()}
+        return {name: 0 * value if name == f"next_{state}" else value for name, value in found.items()}
+
+    monkeypatch.setattr(OnnxSession, "run", losing)
+    with pytest.raises(ExportError, match="differs from its golden output"):
+        verify_bundle(bundles("one"), "cpu")
+
+
 def test_an_error_that_is_no_number_is_refused():
     along = Along(504, -70.0, float("nan"))
     with pytest.raises(ExportError, match=r"stream\.fp16\.onnx: what is rounded adds up"):
