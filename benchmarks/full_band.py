@@ -30,7 +30,9 @@ from avsep.evaluation.continual import paired_bootstrap
 from avsep.files import write_json
 from avsep.inference.recordings import separate_audio
 from avsep.media.audio import resample
+from avsep.runs.folder import RunFolder
 from avsep.separator import Separator, load_separator
+from avsep.spec import load_preset
 
 __all__ = ["PRESETS", "main", "measure", "pairs", "panned", "score"]
 
@@ -131,7 +133,8 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., Store] = synthes
     parser.add_argument("folder", type=Path, help="Folder to work in; the same command goes on.")
     parser.add_argument("--seeds", type=int, default=1, help="Trainings of each preset.")
     parser.add_argument("--size", default="tiny", help="Of the benchmark.")
-    parser.add_argument("--set", action="append", default=[], help="A setting of both trainings (repeatable).")
+    parser.add_argument("--preset", action="append", default=[], help="Name or file (repeatable) [default: both].")
+    parser.add_argument("--set", action="append", default=[], help="A setting of all trainings (repeatable).")
     arguments = parser.parse_args(argv)
     folder: Path = arguments.folder
     stores = {
@@ -140,20 +143,27 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., Store] = synthes
     }
     seeds = range(1234, 1234 + arguments.seeds)
     found: dict[str, Any] = {}
-    for preset, rate in zip(PRESETS, stores, strict=True):
+    for preset in arguments.preset or PRESETS:
+        rate = load_preset(preset)["separator"]["front_end"]["sample_rate_hz"]
+        if rate not in stores:
+            raise ConfigError(f"{preset} is at {rate} Hz: compared are presets at {LOW_HZ} and {HIGH_HZ} Hz")
         run_presets(
             stores[rate], folder / "runs", [preset], seeds, settings=arguments.set, dependence=0, accelerator="cpu"
         )
+        name = Path(preset).stem
+        runs = [RunFolder(folder / "runs" / f"{name}-{seed}") for seed in seeds]
+        validation = [run.task(run.finished_tasks()[-1]).record()["validation_sdr_db"] for run in runs]
         for kind in ("mono", "stereo"):
-            rows = [
-                measure(load_separator(folder / "runs" / f"{preset}-{seed}"), stores[HIGH_HZ], stereo=kind == "stereo")
-                for seed in seeds
-            ]
-            numbers = {name: _summary(rows, name) for name in ("sdr", "sdr_below", "snr_above")}
+            rows = [measure(load_separator(run), stores[HIGH_HZ], stereo=kind == "stereo") for run in runs]
+            numbers = {column: _summary(rows, column) for column in ("sdr", "sdr_below", "snr_above")}
             seconds = sum(row["seconds"] for of_seed in rows for row in of_seed)
             sound = sum(stores[HIGH_HZ].clip(row["clip"]).samples for of_seed in rows for row in of_seed) / 2 / HIGH_HZ
-            found[f"{preset}, {kind}"] = {**numbers, "real_time_factor": seconds / sound}
-            print(preset, kind, json.dumps(found[f"{preset}, {kind}"]), flush=True)
+            found[f"{name}, {kind}"] = {
+                "validation_sdr_db": float(np.mean(validation)),
+                **numbers,
+                "real_time_factor": seconds / sound,
+            }
+            print(name, kind, json.dumps(found[f"{name}, {kind}"]), flush=True)
     about = {
         "seeds": arguments.seeds,
         "settings": arguments.set,
