@@ -24,7 +24,7 @@ from avsep.benchmarks.separators import run_presets
 from avsep.data.store import Clip, Store, timelines_of
 from avsep.data.synth.synthesis import synthesise
 from avsep.environment import commit, device_name
-from avsep.errors import ConfigError
+from avsep.errors import AvsepError, ConfigError
 from avsep.evaluation.bss import LIMIT_DB, sdr_alone
 from avsep.evaluation.continual import paired_bootstrap
 from avsep.files import write_json
@@ -136,17 +136,22 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., Store] = synthes
     parser.add_argument("--preset", action="append", default=[], help="Name or file (repeatable) [default: both].")
     parser.add_argument("--set", action="append", default=[], help="A setting of all trainings (repeatable).")
     arguments = parser.parse_args(argv)
+    chosen = arguments.preset or PRESETS
     folder: Path = arguments.folder
+    try:
+        rates = {name: load_preset(name)["separator"]["front_end"]["sample_rate_hz"] for name in chosen}
+    except AvsepError as error:
+        parser.error(str(error))
+    for name, rate in rates.items():
+        if rate not in (LOW_HZ, HIGH_HZ):
+            parser.error(f"{name} is at {rate} Hz: compared are presets at {LOW_HZ} and {HIGH_HZ} Hz")
     stores = {
         rate: make(folder / f"store-{rate}", version=2, size=arguments.size, sample_rate_hz=rate)
         for rate in (LOW_HZ, HIGH_HZ)
     }
     seeds = range(1234, 1234 + arguments.seeds)
     found: dict[str, Any] = {}
-    for preset in arguments.preset or PRESETS:
-        rate = load_preset(preset)["separator"]["front_end"]["sample_rate_hz"]
-        if rate not in stores:
-            raise ConfigError(f"{preset} is at {rate} Hz: compared are presets at {LOW_HZ} and {HIGH_HZ} Hz")
+    for preset, rate in rates.items():
         run_presets(
             stores[rate], folder / "runs", [preset], seeds, settings=arguments.set, dependence=0, accelerator="cpu"
         )

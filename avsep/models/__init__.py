@@ -18,6 +18,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +121,22 @@ def find_model(name: str | None = None) -> Model:
 
 def model_at(place: str | os.PathLike[str] | None) -> Model | None:
     """The model that is meant by what may also be a folder: without one the default, else that of this name, where
-    there is no such folder."""
+    there is no such folder. None of what is no model.
+
+    Raises:
+        UnknownNameError: there is no such folder, and the name is nearly a model's.
+    """
     if place is None:
         return find_model()
     path = Path(place)
     if path.exists() or len(path.parts) != 1:
         return None
-    return next((model for model in models() if model.name == path.name), None)
+    known = {model.name: model for model in models()}
+    if path.name not in known and get_close_matches(path.name, known):
+        raise UnknownNameError(
+            f"no folder '{path}' is here, and no model of that name: {near_matches(path.name, known)}"
+        )
+    return known.get(path.name)
 
 
 def begin_run(model: Model, out: str | os.PathLike[str]) -> Path:

@@ -61,11 +61,21 @@ def test_a_run_begins_with_it(tmp_path):
         begin_run(MODEL, made)
 
 
-def test_a_folder_goes_before_a_model_of_its_name(tmp_path, monkeypatch):
+def test_a_folder_goes_before_a_model_of_its_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert model_at(None) == MODEL
     assert model_at("instruments") == MODEL
     assert model_at("nothing") is None
+    for words in (
+        ["export", "instrument", "--out", "b"],
+        ["app", "instrument"],
+        ["learn", "instrument", "--from", ".", "--classes", "oboe"],
+    ):
+        assert run(*words) == 2
+        assert (
+            "no folder 'instrument' is here, and no model of that name: did you mean 'instruments'"
+            in capsys.readouterr().err
+        )
     (tmp_path / "instruments").mkdir()
     assert model_at("instruments") is None
     with pytest.raises(UnknownNameError, match="did you mean 'instruments'"):
