@@ -10,6 +10,7 @@ import functools
 import os
 import platform
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,7 @@ __all__ = [
     "keep_memory",
     "local_world_size",
     "pick_device",
+    "python_command",
     "refuse_number",
     "seeded",
     "torch_threads",
@@ -136,6 +138,14 @@ def world_size() -> int:
 def local_world_size() -> int:
     """How many of them are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+
+
+def python_command(code: str, *arguments: str) -> list[str]:
+    """The command of a process of Python that runs ``code`` and looks for modules where this one does.
+
+    Alone, ``-c`` looks in the current folder first, where a person's file may bear a library's name (``queue.py``).
+    """
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}", *arguments]
 
 
 def die_with_parent() -> None:

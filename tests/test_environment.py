@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from avsep.environment import python_command
+
 _STEPS = """
 import resource, sys, torch
 from avsep.environment import keep_memory
@@ -32,3 +34,14 @@ def test_a_step_finds_the_memory_of_the_last_one():
     }
     assert faults["plain"] > 5 * 100  # pages, huge ones on some machines
     assert faults["keep"] < 0.01 * faults["plain"]
+
+
+def test_a_child_does_not_take_a_file_of_the_current_folder_for_a_library(tmp_path, monkeypatch):
+    (tmp_path / "queue.py").write_text("raise SystemExit('the wrong queue')\n")
+    here = tmp_path / "a 'quoted' folder"
+    here.mkdir()
+    (here / "of_mine.py").write_text("what = 'mine'\n")
+    monkeypatch.syspath_prepend(here)  # what this process finds, the child finds
+    command = python_command("import queue, sys, of_mine; print(of_mine.what, *sys.argv[1:])", "one", "two words")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "mine one two words", "")

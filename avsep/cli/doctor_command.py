@@ -223,6 +223,8 @@ def _probe(modules: list[str]) -> dict[str, Any]:
     """What :func:`probe` found by module; of one that ended the process, that it did."""
     import json
 
+    from avsep.environment import python_command
+
     code = "import sys; from avsep.cli.doctor_command import probe; probe(sys.argv[1:])"
     found: dict[str, Any] = {}
     left = list(modules) + (["weights"] if "torch" in modules else [])
@@ -230,7 +232,7 @@ def _probe(modules: list[str]) -> dict[str, Any]:
         ending = ""
         try:
             done = subprocess.run(
-                [sys.executable, "-c", code, *left], capture_output=True, text=True, errors="replace", timeout=_PROBE_S
+                python_command(code, *left), capture_output=True, text=True, errors="replace", timeout=_PROBE_S
             )
             out = done.stdout
             if done.returncode:

@@ -9,14 +9,13 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from avsep.environment import code_hash, commit, torch_threads
+from avsep.environment import code_hash, commit, python_command, torch_threads
 from avsep.errors import AvsepError, ConfigError, MissingExtraError, RunError
 from avsep.files import FolderLock, entries, read_json, refuse_file, write_json
 from avsep.progress import Progress, progress_bar
@@ -84,7 +83,7 @@ class LocalJob:
         }
         with open(unit.with_name("log.txt"), "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from avsep.reproduce.worker import main; main()", str(unit)],
+                python_command("from avsep.reproduce.worker import main; main()", str(unit)),
                 stdin=subprocess.PIPE,  # never written: it closes when this process is gone, and the worker ends
                 stdout=log,
                 stderr=subprocess.STDOUT,

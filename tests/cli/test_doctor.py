@@ -99,7 +99,7 @@ def test_what_is_installed_and_does_not_load(tmp_path, monkeypatch):
     """A module that raises, and one that takes the process with it."""
     (tmp_path / "raises_here.py").write_text("raise OSError('libsndfile.so.1:\\n no such file')")
     (tmp_path / "ends_here.py").write_text("import os; print('a message', flush=True); os._exit(9)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     found = doctor_command._probe(["raises_here", "ends_here", "json"])
     assert found == {
         "raises_here": {"problem": "OSError: libsndfile.so.1: no such file"},
