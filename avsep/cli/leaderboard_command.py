@@ -13,7 +13,7 @@ from avsep.cli._output import Json, Output, Quiet, Verbose
 
 def command(
     dataset: Dataset = "synth",
-    preset: Annotated[str, typer.Option("--preset", help="small, isomix, or a YAML file.")] = "small",
+    preset: Annotated[str, typer.Option("--preset", help="small, isomix, looking, or a YAML file.")] = "small",
     out: Annotated[
         Path | None,
         typer.Option(
