@@ -30,6 +30,9 @@ def command(
     entry: Annotated[
         list[str] | None, typer.Option("--entry", help="Only this entry and the control (repeatable) [default: all].")
     ] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", help="Only this budget (repeatable) [default: the preset's].")
+    ] = None,
     package: Annotated[
         list[str] | None,
         typer.Option("--with", metavar="PACKAGE", help="Import it, and add the strategies that it registers."),
@@ -61,7 +64,7 @@ def command(
     Writes Markdown, CSV, pictures and a page with filters. A board that was killed goes on with --resume.
     """
     from avsep.cli._grids import run_board
-    from avsep.errors import ConfigError
+    from avsep.errors import ConfigError, UnknownNameError, near_matches
     from avsep.reproduce.leaderboard import load_board_preset, load_package
 
     output = Output(json=json, quiet=quiet, verbose=verbose)
@@ -72,6 +75,11 @@ def command(
     more = tuple(one for name in package or () for one in load_package(name) if one.name not in known)
     changes: dict[str, Any] = {"entries": (*board.entries, *more)}
     changes |= {k: v for k, v in (("screening", screening), ("seeds", None if tune else seeds)) if v is not None}
+    for name in budget or ():
+        if name not in board.budgets:
+            raise UnknownNameError(f"no budget named '{name}': {near_matches(name, board.budgets)}")
+    if budget:
+        changes["budgets"] = {name: size for name, size in board.budgets.items() if name in budget}
     run_board(
         board.model_copy(update=changes),
         output,

@@ -304,9 +304,10 @@ def test_a_board_is_planned_and_tuned_as_it_is_asked_for(grid, tone_store, tmp_p
     """With the entries and the number of seeds that are given; and what does not go together is refused."""
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid.model_dump(mode="json", exclude_defaults=True)))
     data = {"entries": ENTRIES, "control": "replay", "grid": str(tmp_path / "grid.yaml"), "screening": 2, "seeds": 3}
+    data |= {"budgets": {"small": 2_000_000, "one separator": "model"}}
     (tmp_path / "board.yaml").write_text(yaml.safe_dump(data))
     options = ["leaderboard", "--preset", tmp_path / "board.yaml", "--dataset", tone_store, "--device", "cpu", "--plan"]
-    assert commands.run(*options, "--entry", "lwf", "--out", tmp_path / "a") == 0
+    assert commands.run(*options, "--entry", "lwf", "--budget", "small", "--out", tmp_path / "a") == 0
     said = capsys.readouterr().out
     assert "leaderboard: 2 rows, 4 cells to be run now, and more seeds of the best then" in said
     assert "steps; no cell is finished yet to tell the time by" in said
@@ -314,4 +315,6 @@ def test_a_board_is_planned_and_tuned_as_it_is_asked_for(grid, tone_store, tmp_p
     assert "leaderboard: 2 candidates, 2 cells to be run now" in capsys.readouterr().out
     assert commands.run(*options, "--tune", "--screening", 3, "--out", tmp_path / "c") == 2
     assert "--screening 3 is of the board, and --tune makes none" in capsys.readouterr().err
-    assert not [name for name in "abc" if (tmp_path / name).exists()]
+    assert commands.run(*options, "--budget", "smal", "--out", tmp_path / "d") == 2
+    assert "no budget named 'smal': did you mean 'small'" in capsys.readouterr().err
+    assert not [name for name in "abcd" if (tmp_path / name).exists()]
