@@ -33,7 +33,7 @@ from avsep.registry import (
     VISUAL_ENCODERS,
     Registry,
 )
-from avsep.reproduce.preset import GridPreset
+from avsep.reproduce.preset import GridPreset, Hypothesis
 from avsep.spec import ComponentRef, RunSpec, SeparatorSpec, TrainSpec
 from avsep.strategies import build_strategy
 
@@ -222,20 +222,62 @@ def _crosssdc(preset: GridPreset, train: TrainSpec) -> list[Row]:
 
 
 HYPOTHESES = (
-    ("H1", "published", "mask", "-", "the published contrast costs SDR at this length of training"),
-    ("H2", "x0.1", "published", "+", "a tenth of its weight costs less"),
-    ("H3", "x0.1", "mask", "+", "a tenth of its weight helps"),
-    ("H4", "detached", "published", "+", "it costs through its gradient to f_a, the vector that masks are made from"),
-    ("H5", "projected", "published", "+", "a projection head on f_a takes most of the cost away"),
-    (
-        "H6",
-        "projected",
-        "detached",
-        "+",
-        "what it teaches the audio side through the head is worth something",
+    Hypothesis(
+        name="H1",
+        row="published",
+        against="mask",
+        predicted="-",
+        why="the published contrast costs SDR at this length of training",
     ),
-    ("H7", "published-longer", "mask-longer", "-", "three times the updates do not take the cost away"),
-    ("H8", "published-batch", "mask-batch", "-", "four times the batch, with more to contrast, does not take it away"),
+    Hypothesis(
+        name="H2",
+        row="x0.1",
+        against="published",
+        predicted="+",
+        why="a tenth of its weight costs less",
+    ),
+    Hypothesis(
+        name="H3",
+        row="x0.1",
+        against="mask",
+        predicted="+",
+        why="a tenth of its weight helps",
+    ),
+    Hypothesis(
+        name="H4",
+        row="detached",
+        against="published",
+        predicted="+",
+        why="it costs through its gradient to f_a, the vector that masks are made from",
+    ),
+    Hypothesis(
+        name="H5",
+        row="projected",
+        against="published",
+        predicted="+",
+        why="a projection head on f_a takes most of the cost away",
+    ),
+    Hypothesis(
+        name="H6",
+        row="projected",
+        against="detached",
+        predicted="+",
+        why="what it teaches the audio side through the head is worth something",
+    ),
+    Hypothesis(
+        name="H7",
+        row="published-longer",
+        against="mask-longer",
+        predicted="-",
+        why="three times the updates do not take the cost away",
+    ),
+    Hypothesis(
+        name="H8",
+        row="published-batch",
+        against="mask-batch",
+        predicted="-",
+        why="four times the batch, with more to contrast, does not take it away",
+    ),
 )
 """Name, row, the row it is held against, the sign that is predicted of the difference in SDR, and why."""
 

@@ -25,7 +25,7 @@ from avsep.errors import AvsepError, ConfigError, UnknownNameError, near_matches
 from avsep.evaluation.budget import align, estimate
 from avsep.registry import MEMORIES, STRATEGIES
 from avsep.reproduce.grid import Grid, Row, assemble, base_separators, spec_of_row
-from avsep.reproduce.preset import GridPreset, PresetModel, load_grid_preset, presets_in, read_preset
+from avsep.reproduce.preset import GridPreset, Hypothesis, PresetModel, load_grid_preset, presets_in, read_preset
 from avsep.reproduce.results import ResultStore
 from avsep.reproduce.tables import Line, Table, build_table
 from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
@@ -102,6 +102,9 @@ class BoardPreset(PresetModel):
     control: str = Field(description="the entry that the others' differences are to")
     screening: int = Field(6, ge=1, description="seeds of every entry")
     seeds: int = Field(20, ge=1, description="seeds of the best")
+    hypotheses: tuple[Hypothesis, ...] = Field(
+        default=(), description="what was predicted of its rows, before they were run"
+    )
     share: float = Field(1 / 3, gt=0, le=1, description="of the entries that run all seeds")
 
     def check(self) -> None:
@@ -118,6 +121,12 @@ class BoardPreset(PresetModel):
             for name in of_base:
                 if name not in names:
                     raise UnknownNameError(f"settings of '{name}', which is no entry: {near_matches(name, names)}")
+        for one in self.hypotheses:
+            for name in (one.row, one.against):
+                if name not in names:
+                    raise UnknownNameError(
+                        f"hypothesis '{one.name}' is of '{name}', which is no entry: {near_matches(name, names)}"
+                    )
         if self.control not in names:
             raise UnknownNameError(
                 f"no entry named '{self.control}' to compare with: {near_matches(self.control, names)}"
@@ -327,6 +336,7 @@ def tables_of(
             failed=failed,
             title=title(name),
             control=board.control,
+            hypotheses=board.hypotheses,
         )
         lines = {base: tuple(sorted(of_base, key=lambda line: -rank(line))) for base, of_base in table.lines.items()}
         screened = board.screening < board.seeds

@@ -17,6 +17,7 @@ from avsep.spec import PRESETS, ComponentRef, SeparatorSpec, TrainSpec, load_pre
 __all__ = [
     "BasePreset",
     "GridPreset",
+    "Hypothesis",
     "PresetModel",
     "SynthSettings",
     "list_grid_presets",
@@ -32,6 +33,16 @@ class PresetModel(BaseModel):
     """Plain data with no keys that are not known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Hypothesis(PresetModel):
+    """What was predicted, before it was run, of a row's difference to another in SDR after the last task."""
+
+    name: str
+    row: str
+    against: str
+    predicted: Literal["+", "-", "0"]
+    why: str
 
 
 class SynthSettings(PresetModel):

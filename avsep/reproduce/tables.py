@@ -25,6 +25,7 @@ from avsep.evaluation.visual_dependence import CHANGES, HEADINGS
 from avsep.files import read_yaml, write_text
 from avsep.reproduce.dataset import BENCHMARK
 from avsep.reproduce.grid import BASE_TITLES, CROSSSDC, HYPOTHESES, Grid
+from avsep.reproduce.preset import Hypothesis
 from avsep.reproduce.results import CellResult, ResultStore
 
 __all__ = [
@@ -136,9 +137,10 @@ def build_table(
     resamples: int = 10_000,
     title: str = "",
     control: str = "",
+    hypotheses: Sequence[Hypothesis] = (),
 ) -> Table:
-    """Gather a table from the finished cells; ``failed`` says by key why others are not. ``title`` and ``control`` are
-    of a table that is not the paper's."""
+    """Gather a table from the finished cells; ``failed`` says by key why others are not. ``title``, ``control`` and
+    ``hypotheses`` are of a table that is not the paper's."""
     control = control or CONTROL[name]
     failed = failed or {}
     printed = published().get(_PAPER_TABLE.get(name, name), {})
@@ -182,7 +184,7 @@ def build_table(
         notes=(
             *grid.notes.get(name, ()),
             *(_over_memory(lines) if name in ("table3", "figure4") else ()),
-            *(_found(grid, results, clips, resamples) if name == CROSSSDC else ()),
+            *_found(grid, name, HYPOTHESES if name == CROSSSDC else hypotheses, results, clips, resamples),
         ),
         tasks=tuple(t.classes for t in grid.stream.tasks),
     )
@@ -246,31 +248,43 @@ def _compared(
     return compare(cells, baseline=baseline, joint=joint, clips=clips, orders=len(clips) > 1, resamples=resamples)
 
 
-def _found(grid: Grid, results: ResultStore, clips: dict[str, Any], resamples: int) -> list[str]:
+def _found(
+    grid: Grid,
+    table: str,
+    hypotheses: Sequence[Hypothesis],
+    results: ResultStore,
+    clips: dict[str, Any],
+    resamples: int,
+) -> list[str]:
     """A line for each hypothesis: what was predicted, and what was found, after the first task and at the end."""
     said = []
-    for base in grid.rows[CROSSSDC]:
-        cells, _ = cells_beside(grid, CROSSSDC, base, results)
+    for base in grid.rows[table]:
+        cells, _ = cells_beside(grid, table, base, results)
         differences: dict[str, tuple[Difference, Difference]] = {}
-        for name, row, against, _, _ in HYPOTHESES:
-            pair = {key: cells[key] for key in (row, against) if key in cells}
+        for one in hypotheses:
+            pair = {key: cells[key] for key in (one.row, one.against) if key in cells}
             if len(pair) == 2:
-                made = _compared(pair, against, clips, resamples)
-                found = made[row].differences if made is not None else {}
+                made = _compared(pair, one.against, clips, resamples)
+                found = made[one.row].differences if made is not None else {}
                 if "sdr" in found:
-                    differences[name] = (found["first"], found["sdr"])
+                    differences[one.name] = (found["first"], found["sdr"])
         # over all of them, whether they have been run or not
-        corrected = holm({h[0]: differences[h[0]][1].p if h[0] in differences else 1.0 for h in HYPOTHESES})
-        for name, row, against, sign, why in HYPOTHESES:
-            line = f"{BASE_TITLES.get(base, base)}, {name}, {row} against {against}: predicted {sign} ({why}); "
-            if name not in differences:
+        corrected = holm({h.name: differences[h.name][1].p if h.name in differences else 1.0 for h in hypotheses})
+        for one in hypotheses:
+            line = (
+                f"{BASE_TITLES.get(base, base)}, {one.name}, {one.row} against {one.against}: predicted "
+                f"{one.predicted} ({one.why}); "
+            )
+            if one.name not in differences:
                 said.append(line + "not run.")
                 continue
-            start, end = differences[name]
+            start, end = differences[one.name]
             verdict = "not told from 0"
             if end.significant:
-                verdict = "as predicted" if (end.mean > 0) == (sign == "+") else "the opposite"
-                verdict += "" if corrected[name] < _LEVEL else ", but not after Holm's correction"
+                sign = "+" if end.mean > 0 else "-"
+                opposite = "not as predicted" if one.predicted == "0" else "the opposite"
+                verdict = "as predicted" if sign == one.predicted else opposite
+                verdict += "" if corrected[one.name] < _LEVEL else ", but not after Holm's correction"
             said.append(
                 line + f"found {end.mean:+.2f} dB [{end.low:+.2f}, {end.high:+.2f}] at the end and {start.mean:+.2f} "
                 f"[{start.low:+.2f}, {start.high:+.2f}] after the first task, {len(end.per_seed)} seeds: {verdict}."

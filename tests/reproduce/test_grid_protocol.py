@@ -285,7 +285,7 @@ def test_what_is_left_to_run_for_a_difference(load, store, tmp_path):
 def test_hypotheses_are_said_with_what_was_found(load, store, tmp_path):
     grid = build_grid(["crosssdc"], load(orders="rotated"), store, seeds=4)
     rows = {row.name: row for row in grid.rows["crosssdc"]["iquery"]}
-    assert {name for h in HYPOTHESES for name in h[1:3]} <= set(rows)
+    assert {name for h in HYPOTHESES for name in (h.row, h.against)} <= set(rows)
     assert rows["x0.1"].params == {"weight_instance": pytest.approx(0.01), "weight_class": pytest.approx(0.03)}
     specs = {c.row.name: c.spec for c in grid.cells.values()}
     decoder = specs["projected"].separator.mask_decoder
@@ -307,9 +307,9 @@ def test_hypotheses_are_said_with_what_was_found(load, store, tmp_path):
     assert said["H4"].endswith("4 seeds: the opposite.")
     assert len(said) == len(HYPOTHESES) == 8
     page = (ROOT / "docs" / "hypotheses.md").read_text(encoding="utf-8")
-    for name, _, _, sign, why in HYPOTHESES:
-        line = next(x for x in page.splitlines() if x.startswith(f"| {name} |"))
-        assert line.endswith(f"| {sign} | {why} |")
+    for one in HYPOTHESES:
+        line = next(x for x in page.splitlines() if x.startswith(f"| {one.name} |"))
+        assert line.endswith(f"| {one.predicted} | {one.why} |")
 
 
 def test_whole_numbers_are_tried_as_such(load, store):

@@ -32,6 +32,7 @@ from avsep.reproduce.tables import markdown
 from avsep.spec import ComponentRef
 from support import commands
 from support.made_cells import finished
+from support.source_tree import ROOT
 from support.tones import TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN
 
 ENTRIES = [
@@ -207,6 +208,31 @@ def test_settings_of_a_base_are_those_that_were_chosen(grid, store):
 def test_mistakes_in_a_board(changes, error, message, grid, store):
     with pytest.raises(error, match=message):
         build_board(board(**changes), store, grid=grid)
+
+
+def test_hypotheses_of_a_board_are_said_with_what_was_found(grid, store, tmp_path):
+    predicted = {"row": "lwf", "against": "replay", "predicted": "0", "why": "no reason"}
+    given = board(seeds=2, hypotheses=[{"name": "A", **predicted}, {"name": "B", **predicted, "row": "none"}])
+    made = build_board(given, store, grid=grid)
+    level = {"lwf": 6.0, "none": 5.0}
+    results = finished(made, tmp_path / "cells", lambda cell: level.get(cell.row.name, 5.0))
+    (table,) = tables_of(given, made, results, data_set="tones", preset="tiny", title=str)
+    said = [note for note in table.notes if "predicted" in note]
+    assert said[0].startswith("iQuery, A, lwf against replay: predicted 0 (no reason); found +1.00 dB [+1.00, +1.00]")
+    assert said[0].endswith("2 seeds: not as predicted.")
+    assert said[1].endswith("2 seeds: not told from 0.")
+    wrong = {"name": "C", **predicted, "against": "replai"}
+    with pytest.raises(UnknownNameError, match="hypothesis 'C' is of 'replai', which is no entry: did you mean"):
+        build_board(board(hypotheses=[wrong]), store, grid=grid)
+
+
+def test_hypotheses_stand_in_the_docs_as_they_are_tested():
+    page = (ROOT / "docs" / "hypotheses.md").read_text(encoding="utf-8")
+    found = [one for name in list_board_presets() for one in load_board_preset(name).hypotheses]
+    assert len(found) == 9
+    for one in found:
+        line = next(x for x in page.splitlines() if x.startswith(f"| {one.name} |"))
+        assert line.endswith(f"| {one.predicted} | {one.why} |")
 
 
 def test_the_presets_are_sound():
