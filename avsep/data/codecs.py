@@ -1,8 +1,9 @@
-"""The sound of exemplars as a codec keeps it, and as it gives it back."""
+"""The sound and the pictures of exemplars as a codec keeps them, and as it gives them back."""
 
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Iterable
 from typing import Literal
 
@@ -10,7 +11,17 @@ import numpy as np
 
 from avsep.data.store import Clip, Store
 
-__all__ = ["CODECS", "Codec", "CodedCrops", "decode", "encode"]
+__all__ = [
+    "CODECS",
+    "PICTURE_CODECS",
+    "Codec",
+    "CodedCrops",
+    "PictureCodec",
+    "decode",
+    "decode_frames",
+    "encode",
+    "encode_frames",
+]
 
 Codec = Literal["int16", "mulaw", "vorbis"]
 CODECS = ("int16", "mulaw", "vorbis")
@@ -19,6 +30,13 @@ CODECS = ("int16", "mulaw", "vorbis")
 ``int16``: as stores have it, without loss, 2 bytes a sample. ``mulaw``: one byte a sample, spaced by the logarithm of
 what lies between (companding with mu = 255), 0 among them. ``vorbis``: an Ogg Vorbis file at the usual quality, a third
 of a byte a sample for crops of seconds; how much depends on the sound.
+"""
+
+PictureCodec = Literal["raw", "deflate"]
+PICTURE_CODECS = ("raw", "deflate")
+"""How the frames of a kept crop are written down, both without loss: ``raw``, one byte a value; ``deflate``, as in ZIP
+files. How much that saves depends on the pictures: much where they are drawn, little where a camera's noise is in them.
+Another zlib may write a few bytes more or fewer.
 """
 
 _MU = 255
@@ -52,6 +70,17 @@ def decode(data: bytes, codec: Codec) -> np.ndarray:
 
     audio, _ = soundfile.read(io.BytesIO(data), dtype="float32")
     return np.asarray(audio)
+
+
+def encode_frames(frames: np.ndarray, codec: PictureCodec) -> bytes:
+    """Frames uint8 [n, C, H, W] as bytes."""
+    data = np.ascontiguousarray(frames, np.uint8).tobytes()
+    return data if codec == "raw" else zlib.compress(data, 9)
+
+
+def decode_frames(data: bytes, codec: PictureCodec, shape: tuple[int, ...]) -> np.ndarray:
+    """What :func:`encode_frames` has written down: the same frames, of this shape."""
+    return np.frombuffer(data if codec == "raw" else zlib.decompress(data), np.uint8).reshape(shape)
 
 
 class CodedCrops:

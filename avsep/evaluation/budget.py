@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import torch
 
-from avsep.data.codecs import Codec, CodedCrops
+from avsep.data.codecs import Codec, CodedCrops, PictureCodec, encode_frames
 from avsep.data.mixing import collate, load_source
 from avsep.data.opening import open_run_store
 from avsep.data.store import Clip, Store
@@ -131,12 +131,14 @@ def exemplar_bytes(
     *,
     keep: Keep = "recording",
     audio: int | None = None,
+    frames: Mapping[str, int] | None = None,
     again: bool = False,
 ) -> ExemplarBytes:
     """The bytes of one clip as an exemplar of a separator with these visual ``sources``.
 
-    ``audio``: those of its sound, where it is not kept as 16-bit integers. ``again``: it is a further crop of a clip,
-    whose stored motion features, which come whole, have been counted.
+    ``audio``: those of its sound, where it is not kept as 16-bit integers; ``frames``: those of its frames by role,
+    where they are not kept as they are. ``again``: it is a further crop of a clip, whose stored motion features, which
+    come whole, have been counted.
 
     Raises:
         DataError: the store lacks what a source asks for.
@@ -156,7 +158,10 @@ def exemplar_bytes(
             rows = min(rows, max(1, math.floor(front_end.clip_s * store.motion_rate_hz + 0.5)))
         elif again:
             rows = 0
-        sizes[source.role] += rows * math.prod(rest) * (1 if source.kind == "frames" else _FEATURE_BYTES)
+        if source.kind == "frames" and frames is not None:
+            sizes[source.role] += frames[source.role]
+        else:
+            sizes[source.role] += rows * math.prod(rest) * (1 if source.kind == "frames" else _FEATURE_BYTES)
     samples = min(clip.samples, front_end.clip_samples) if crop else clip.samples
     return ExemplarBytes(_AUDIO_BYTES * samples if audio is None else audio, sizes["object"], sizes["motion"])
 
@@ -169,25 +174,67 @@ class ExemplarScale:
         self._sources = tuple(sources)
         self._front_end = front_end
         self._coded: dict[Codec, CodedCrops] = {}
+        self._frames: dict[tuple[str, int, PictureCodec], dict[str, int]] = {}
         self._clips = {clip.id: clip for clip in store.clips}
 
-    def __call__(self, exemplar: Exemplar, *, keep: Keep, codec: Codec = "int16", again: bool = False) -> int:
-        return math.ceil(self.bytes_of(exemplar, keep=keep, codec=codec, again=again).total)
+    def __call__(
+        self,
+        exemplar: Exemplar,
+        *,
+        keep: Keep,
+        codec: Codec = "int16",
+        pictures: PictureCodec = "raw",
+        again: bool = False,
+    ) -> int:
+        return math.ceil(self.bytes_of(exemplar, keep=keep, codec=codec, pictures=pictures, again=again).total)
 
-    def bytes_of(self, exemplar: Exemplar, *, keep: Keep, codec: Codec = "int16", again: bool = False) -> ExemplarBytes:
+    def bytes_of(
+        self,
+        exemplar: Exemplar,
+        *,
+        keep: Keep,
+        codec: Codec = "int16",
+        pictures: PictureCodec = "raw",
+        again: bool = False,
+    ) -> ExemplarBytes:
         """What :meth:`__call__` gives, by kind."""
-        clip, audio = self._clips[exemplar.id], None
+        clip, audio, frames = self._clips[exemplar.id], None, None
         if codec != "int16" and exemplar.start is not None:
             if codec not in self._coded:
                 self._coded[codec] = CodedCrops(self._store, codec, self._front_end.clip_samples)
             audio = self._coded[codec].size(clip, exemplar.start)
-        return exemplar_bytes(self._store, clip, self._sources, self._front_end, keep=keep, audio=audio, again=again)
+        if pictures != "raw" and exemplar.start is not None:
+            frames = self._of_frames(clip, exemplar.start, pictures)
+        return exemplar_bytes(
+            self._store, clip, self._sources, self._front_end, keep=keep, audio=audio, frames=frames, again=again
+        )
+
+    def _of_frames(self, clip: Clip, start: int, codec: PictureCodec) -> dict[str, int]:
+        """By role the bytes of the frames of a crop, those that training sees beside it."""
+        key = (clip.id, start, codec)
+        if key not in self._frames:
+            centre_s = (start + self._front_end.clip_samples // 2) / self._front_end.sample_rate_hz
+            found: dict[str, int] = {}
+            for source in self._sources if self._store.has_pictures(clip) else ():
+                if source.kind == "frames":
+                    array = self._store.read_visual(
+                        clip, source, centre_s=centre_s, duration_s=self._front_end.clip_s, copy=False
+                    )
+                    found[source.role] = found.get(source.role, 0) + len(encode_frames(array, codec))
+            self._frames[key] = found
+        return self._frames[key]
 
     def of_all(self, memory: Memory, policy: MemoryPolicy) -> ExemplarBytes:
         """The bytes of all exemplars."""
         weight, ids = ExemplarBytes(), set()
         for exemplar in (e for kept in memory.values() for e in kept):
-            weight += self.bytes_of(exemplar, keep=policy.keep, codec=policy.codec, again=exemplar.id in ids)
+            weight += self.bytes_of(
+                exemplar,
+                keep=policy.keep,
+                codec=policy.codec,
+                pictures=policy.pictures,
+                again=exemplar.id in ids,
+            )
             ids.add(exemplar.id)
         return weight
 

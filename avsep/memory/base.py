@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from avsep.data.codecs import Codec
+from avsep.data.codecs import Codec, PictureCodec
 from avsep.data.protocol import centre_start
 from avsep.errors import CheckpointError, ConfigError
 from avsep.registry import Component
@@ -112,11 +112,19 @@ def memory_rng(seed: int, task: int) -> np.random.Generator:
 class Weigh(Protocol):
     """Says how many bytes an exemplar takes, that of an earlier task too.
 
-    ``codec``: of its sound. ``again``: another crop of the same recording is kept too, and what comes once a recording
-    is not to be counted again.
+    ``codec``: of its sound. ``pictures``: of its frames. ``again``: another crop of the same recording is kept too, and
+    what comes once a recording is not to be counted again.
     """
 
-    def __call__(self, exemplar: Exemplar, *, keep: Keep, codec: Codec = "int16", again: bool = False) -> int: ...
+    def __call__(
+        self,
+        exemplar: Exemplar,
+        *,
+        keep: Keep,
+        codec: Codec = "int16",
+        pictures: PictureCodec = "raw",
+        again: bool = False,
+    ) -> int: ...
 
 
 class Candidates:
@@ -177,13 +185,15 @@ class MemoryPolicy(Component, ABC):
     Class attributes: ``by_class``, how many exemplars each class has is settled by the sizes of the classes (False:
     chance decides); ``uses_separator``, the choice depends on the trained separator, by way of the clips' centre crops,
     which then are what ``keep="clip"`` keeps (else a random crop); ``by_bytes``, the budget is one of bytes, and each
-    exemplar is weighed when it is chosen; ``codec``, how the sound of exemplars is kept.
+    exemplar is weighed when it is chosen; ``codec`` and ``pictures``, how the sound and the frames of exemplars are
+    kept.
     """
 
     by_class = True
     uses_separator = False
     by_bytes = False
     codec: Codec = "int16"
+    pictures: PictureCodec = "raw"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

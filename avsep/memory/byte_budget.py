@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from avsep.data.codecs import CODECS, Codec
+from avsep.data.codecs import CODECS, PICTURE_CODECS, Codec, PictureCodec
 from avsep.errors import ConfigError
 from avsep.memory.base import Candidates, Exemplar, Memory, MemoryPolicy
 from avsep.memory.herding import herd
@@ -28,8 +28,9 @@ class ByteBudget(MemoryPolicy):
     """Keep as many crops as fit into ``budget_bytes``, in the same bytes for every class seen.
 
     An exemplar is one crop of the front end's length: its sound as ``codec`` writes it
-    (:data:`avsep.data.codecs.CODECS`; training hears what the codec gives back), and its pictures as
-    :mod:`avsep.evaluation.budget` counts them. A class's crops are ranked when its task ends: first one of every
+    (:data:`avsep.data.codecs.CODECS`; training hears what the codec gives back), its frames as ``pictures``
+    does (:data:`avsep.data.codecs.PICTURE_CODECS`, without loss), and features as :mod:`avsep.evaluation.budget` counts
+    them. A class's crops are ranked when its task ends: first one of every
     recording, then a second of each, as far as they are long enough. Of the ranking as many are kept as fit into the
     class's share, which shrinks with every task; the last are given up first. To mixers a recording is one exemplar;
     each time it is drawn, one of its crops is taken. The default is the size of 15 crops of 6 seconds in 16-bit
@@ -48,17 +49,29 @@ class ByteBudget(MemoryPolicy):
     by_class = False
     by_bytes = True
 
-    def __init__(self, *, budget_bytes: int = 2_200_000, codec: Codec = "vorbis", select: Select = "random") -> None:
+    def __init__(
+        self,
+        *,
+        budget_bytes: int = 2_200_000,
+        codec: Codec = "vorbis",
+        pictures: PictureCodec = "raw",
+        select: Select = "random",
+    ) -> None:
         super().__init__(keep="clip")
         if budget_bytes < 1:
             raise ValueError(
                 f"budget_bytes must be at least 1, got {budget_bytes}; for no memory use the policy 'none'"
             )
-        for name, value, known in (("codec", codec, CODECS), ("select", select, _SELECT)):
+        for name, value, known in (
+            ("codec", codec, CODECS),
+            ("pictures", pictures, PICTURE_CODECS),
+            ("select", select, _SELECT),
+        ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.budget_bytes = budget_bytes
         self.codec = codec
+        self.pictures = pictures
         self.select = select
         self.uses_separator = select != "random"
 
@@ -97,7 +110,9 @@ class ByteBudget(MemoryPolicy):
         ids: set[str] = set()
         used, smallest = 0, 0
         for exemplar in ranked:
-            size = candidates.weigh(exemplar, keep=self.keep, codec=self.codec, again=exemplar.id in ids)
+            size = candidates.weigh(
+                exemplar, keep=self.keep, codec=self.codec, pictures=self.pictures, again=exemplar.id in ids
+            )
             if size > share and not found:
                 smallest = min(size, smallest or size)
             elif used + size > share:

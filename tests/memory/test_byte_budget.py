@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from avsep.data.codecs import CodedCrops
+from avsep.data.codecs import CodedCrops, decode_frames, encode_frames
 from avsep.data.store import Clip, Store, StoreWriter
 from avsep.errors import ConfigError
 from avsep.evaluation.budget import ExemplarScale, align, budget_of, estimate
@@ -32,7 +32,7 @@ def store(tmp_path_factory):
     return Store.open(make_tone_store(tmp_path_factory.mktemp("bytes") / "store"))
 
 
-def weigh(exemplar, *, keep, codec="int16", again=False):
+def weigh(exemplar, *, keep, codec="int16", pictures="raw", again=False):
     """100 bytes a crop, of recording 0 of a class 150; 40 less for a further one."""
     assert (keep, codec) == ("clip", "vorbis")
     return (150 if exemplar.id.endswith("0") else 100) - 40 * again
@@ -236,6 +236,40 @@ def test_the_sound_is_weighed_as_its_codec_writes_it(store):
     size = CodedCrops(store, "vorbis", 8191).size(store.clip(exemplar.id), 3)
     found = [scale(exemplar, keep="clip", codec=codec) for codec in ("int16", "mulaw", "vorbis")]
     assert found == [2 * 8191, 8191, size]
+
+
+def test_frames_are_weighed_as_they_are_packed(store, tmp_path):
+    sources = [VisualSource("object", "frames", frames=1), VisualSource("motion", "frames")]
+    scale, exemplar = ExemplarScale(store, sources, FRONT_END), Exemplar("hum-train-0", 3)
+    centre_s = (3 + FRONT_END.clip_samples // 2) / FRONT_END.sample_rate_hz
+    clip = store.clip(exemplar.id)
+    seen = {s.role: store.read_visual(clip, s, centre_s=centre_s, duration_s=FRONT_END.clip_s) for s in sources}
+    raw = scale.bytes_of(exemplar, keep="clip")
+    packed = scale.bytes_of(exemplar, keep="clip", pictures="deflate")
+    assert (raw.object, raw.motion) == (seen["object"].nbytes, seen["motion"].nbytes)
+    for role, found in (("object", packed.object), ("motion", packed.motion)):
+        data = encode_frames(seen[role], "deflate")
+        assert found == len(data) < seen[role].nbytes
+        np.testing.assert_array_equal(decode_frames(data, "deflate", seen[role].shape), seen[role])
+    assert packed.audio == raw.audio
+    whole = Exemplar(exemplar.id)
+    assert scale.bytes_of(whole, keep="recording", pictures="deflate") == scale.bytes_of(whole, keep="recording")
+
+
+def test_more_crops_fit_where_frames_are_packed():
+    def pack(exemplar, *, keep, codec="int16", pictures="raw", again=False):
+        return 40 if pictures == "deflate" else 100
+
+    kept = {}
+    for pictures in ("raw", "deflate"):
+        given = candidates({"a": 9})
+        given.weigh = pack
+        kept[pictures] = ByteBudget(budget_bytes=240, pictures=pictures).update({}, given, memory_rng(0, 0))["a"]
+    assert len(kept["raw"]) == 2
+    assert len(kept["deflate"]) == 6
+    assert kept["deflate"][:2] == kept["raw"]
+    with pytest.raises(ValueError, match="pictures must be one of raw, deflate, got 'png'"):
+        ByteBudget(pictures="png")
 
 
 def test_stored_motion_features_count_once_a_recording(tmp_path):
