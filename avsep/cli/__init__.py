@@ -100,6 +100,10 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
             os.kill(os.getpid(), number)
         elif not _terminated:
             _terminated = True
+            if callable(getattr(signal, "SIGCHLD", None) and signal.getsignal(signal.SIGCHLD)):
+                # Whoever ends a whole group ends the readers of data too. PyTorch's handler of that would raise where
+                # nothing can catch it, in the midst of what is tidied up.
+                signal.signal(signal.SIGCHLD, lambda *_: None)
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
