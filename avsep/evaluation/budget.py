@@ -220,7 +220,7 @@ class ExemplarScale:
                     array = self._store.read_visual(
                         clip, source, centre_s=centre_s, duration_s=self._front_end.clip_s, copy=False
                     )
-                    found[source.role] = found.get(source.role, 0) + len(encode_frames(array, codec))
+                    found[source.role] = len(encode_frames(array, codec))
             self._frames[key] = found
         return self._frames[key]
 
