@@ -252,6 +252,7 @@ def test_frames_are_weighed_as_they_are_packed(store, tmp_path):
         assert found == len(data) < seen[role].nbytes
         np.testing.assert_array_equal(decode_frames(data, "deflate", seen[role].shape), seen[role])
     assert packed.audio == raw.audio
+    assert scale.of_all({"hum": [exemplar]}, ByteBudget(codec="int16", pictures="deflate")) == packed
     whole = Exemplar(exemplar.id)
     assert scale.bytes_of(whole, keep="recording", pictures="deflate") == scale.bytes_of(whole, keep="recording")
 
