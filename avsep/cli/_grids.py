@@ -203,6 +203,7 @@ def run_board(
             raise MissingExtraError(package, "reproduce", "the page and its pictures")
     loaded = grid if grid is not None else load_grid_preset(board.grid)
     loaded.check_bases(bases or ())
+    board.check_entries(entries or ())  # before a data set is made
     check_folder(out, resume, preset=preset, given=board, tuning=tune)
     accelerator = device_of(device, launcher)
     started = launcher_of(launcher, out, launcher_settings)

@@ -132,6 +132,13 @@ class BoardPreset(PresetModel):
                 f"no entry named '{self.control}' to compare with: {near_matches(self.control, names)}"
             )
 
+    def check_entries(self, chosen: Sequence[str]) -> None:
+        """Raise where one of these is no entry."""
+        known = [entry.name for entry in self.entries]
+        for name in chosen:
+            if name not in known:
+                raise UnknownNameError(f"no entry named '{name}': {near_matches(name, known)}")
+
 
 def list_board_presets() -> dict[str, str]:
     """Names and summaries of the presets of ``avsep leaderboard``."""
@@ -198,10 +205,7 @@ def build_board(
     preset = grid if grid is not None else load_grid_preset(board.grid)
     wanted = tuple(bases or board.bases)
     preset.check_bases(wanted)
-    known = [entry.name for entry in board.entries]
-    for name in entries or ():
-        if name not in known:
-            raise UnknownNameError(f"no entry named '{name}': {near_matches(name, known)}")
+    board.check_entries(entries or ())
     chosen = [e for e in board.entries if not entries or e.name in entries or e.name == board.control]
     _, streams = base_separators(preset, store, seeds=1)
     stream = streams[preset.seed]

@@ -341,6 +341,9 @@ def test_a_board_is_planned_and_tuned_as_it_is_asked_for(grid, tone_store, tmp_p
     assert "leaderboard: 2 candidates, 2 cells to be run now" in capsys.readouterr().out
     assert commands.run(*options, "--tune", "--screening", 3, "--out", tmp_path / "c") == 2
     assert "--screening 3 is of the board, and --tune makes none" in capsys.readouterr().err
+    made = ["synth" if option == tone_store else option for option in options]
+    assert commands.run(*made, "--entry", "lfw", "--out", tmp_path / "d") == 2  # before anything is made
+    assert "no entry named 'lfw': did you mean 'lwf'" in capsys.readouterr().err
     assert commands.run(*options, "--budget", "smal", "--out", tmp_path / "d") == 2
     assert "no budget named 'smal': did you mean 'small'" in capsys.readouterr().err
     assert not [name for name in "abcd" if (tmp_path / name).exists()]
