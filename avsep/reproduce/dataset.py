@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avsep.data.store import SPLITS, Clip, Store, add_features
+from avsep.data.store import SPLITS, Clip, OtherStoreError, Store, add_features
 from avsep.data.synth.phrases import CLASSES
 from avsep.data.synth.synthesis import MOTION_RATES_HZ, OBJECT_RATE_HZ, SAMPLE_RATE_HZ, SIZES, SIZES_V2, synthesise
 from avsep.environment import torch_threads
@@ -33,16 +33,19 @@ def open_dataset(name: str, preset: GridPreset, folder: Path, *, progress: bool 
     sizes = preset.dataset
     for feature in sizes.features:
         VISUAL_ENCODERS.create(feature)  # a missing package or weight shows before the clips are made
-    store = synthesise(
-        folder,
-        version=sizes.version,
-        size=sizes.size,
-        classes=sizes.classes,
-        seed=sizes.seed,
-        clips_per_class=sizes.clips_per_class,
-        clip_s=sizes.clip_s,
-        progress=progress,
-    )
+    try:
+        store = synthesise(
+            folder,
+            version=sizes.version,
+            size=sizes.size,
+            classes=sizes.classes,
+            seed=sizes.seed,
+            clips_per_class=sizes.clips_per_class,
+            clip_s=sizes.clip_s,
+            progress=progress,
+        )
+    except OtherStoreError as error:  # a grid has no --force: the cells in its folder belong to that store
+        raise ConfigError(f"{error.fact}: choose another --out, or remove {folder}") from error
     for feature in sizes.features:
         if feature not in store.features:
             store = store_object_features(store, feature, progress=progress)

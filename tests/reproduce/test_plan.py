@@ -7,8 +7,9 @@ import json
 import pytest
 
 from avsep.data.synth.synthesis import find_banks, synthesise
+from avsep.errors import ConfigError
 from avsep.reproduce import build_grid, load_grid_preset
-from avsep.reproduce.dataset import planned_dataset
+from avsep.reproduce.dataset import open_dataset, planned_dataset
 from avsep.reproduce.power import hours_left
 from support.commands import run
 
@@ -49,3 +50,16 @@ def test_hours_go_by_finished_cells_and_else_by_what_was_measured():
     steps = sum(cell.steps for cell in cells)
     assert hours_left(cells, {}, cells, {"iquery": 3.6}) == pytest.approx(steps / 1000)
     assert hours_left(cells, {}, cells, {"coseparation": 3.6}) is None
+
+
+@pytest.mark.skipif(not find_banks(), reason="no SoundFont bank here")
+def test_a_grids_folder_with_the_benchmark_of_another_preset_says_what_to_do_there(tmp_path):
+    """A grid has no --force, as making a store by itself has."""
+    sizes = {"classes": ["flute"], "clips_per_class": (1, 1, 1), "clip_s": 1.0}
+    synthesise(tmp_path / "store", **sizes, workers=1)
+    preset = load_grid_preset("small")
+    preset = preset.model_copy(
+        update={"dataset": preset.dataset.model_copy(update={**sizes, "seed": 5, "features": ()})}
+    )
+    with pytest.raises(ConfigError, match=r"seed: 0, now 5; .*\): choose another --out, or remove .*store$"):
+        open_dataset("synth", preset, tmp_path / "store")

@@ -3,6 +3,7 @@
 from avsep.data.store.files import (
     SPLITS,
     Clip,
+    OtherStoreError,
     Store,
     StoreWriter,
     add_features,
@@ -11,4 +12,14 @@ from avsep.data.store.files import (
     timelines_of,
 )
 
-__all__ = ["SPLITS", "Clip", "Store", "StoreWriter", "add_features", "remove_store", "source_names", "timelines_of"]
+__all__ = [
+    "SPLITS",
+    "Clip",
+    "OtherStoreError",
+    "Store",
+    "StoreWriter",
+    "add_features",
+    "remove_store",
+    "source_names",
+    "timelines_of",
+]

@@ -45,7 +45,17 @@ from avsep.files import FolderLock, atomic_path, entries, read_json, sha256_file
 from avsep.media.timeline import VisualTimeline
 from avsep.types import VisualSource
 
-__all__ = ["SPLITS", "STORE_VERSION", "Clip", "Store", "StoreWriter", "add_features", "remove_store", "timelines_of"]
+__all__ = [
+    "SPLITS",
+    "STORE_VERSION",
+    "Clip",
+    "OtherStoreError",
+    "Store",
+    "StoreWriter",
+    "add_features",
+    "remove_store",
+    "timelines_of",
+]
 
 STORE_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -61,6 +71,14 @@ _OPEN_MAPS = 64  # memory maps kept open per process, beside those of shards; ea
 _OPEN_SHARDS = 128
 _HELD_MAPS = 256  # of the files that training reads from; those beyond are read by position
 UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # of ids and names: no text, or no one line
+
+
+class OtherStoreError(DataError):
+    """A folder already holds a store made with other settings; ``fact`` says with which, without the way out."""
+
+    def __init__(self, fact: str, way_out: str) -> None:
+        self.fact = fact
+        super().__init__(f"{fact}: {way_out}")
 
 
 @dataclass(frozen=True)
@@ -709,9 +727,9 @@ class StoreWriter:
             raise DataError(f"{header_file} is damaged: make the store anew with --force")
         if found is not None and found != self.header:
             differs = sorted(k for k in self.header if found.get(k) != self.header[k])
-            raise DataError(
-                f"{self.path} holds a store made with other settings ({_difference(found, self.header, differs)}): "
-                f"choose another folder, or make it anew with --force"
+            raise OtherStoreError(
+                f"{self.path} holds a store made with other settings ({_difference(found, self.header, differs)})",
+                "choose another folder, or make it anew with --force",
             )
         if self.finished:
             shutil.rmtree(self.path / _JOURNAL, ignore_errors=True)
