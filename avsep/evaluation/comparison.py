@@ -187,7 +187,7 @@ class MethodResult:
     matrix: tuple[tuple[float | None, ...], ...]
     counts: dict[str, float]
     memory_bytes: float | None = None
-    seconds: float | None = None
+    seconds: float | None = None  # the median: one run on a busy machine says nothing of the method
     dependence: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -403,7 +403,7 @@ def compare(
             matrix=_mean_matrix([t.matrix(np.ones((1, t.layout.mixtures)))[0] for t in tables[name].values()]),
             counts={key: float(np.mean([c[key] for c in counts])) for key in counts[0]},
             memory_bytes=_mean([c.memory_bytes for c in members]),
-            seconds=_mean([c.seconds for c in members]),
+            seconds=_middle([c.seconds for c in members]),
             dependence=_dependence(members),
         )
 
@@ -859,3 +859,8 @@ def _mean_matrix(matrices: Sequence[_Array]) -> tuple[tuple[float | None, ...], 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def _middle(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.median(known)) if len(known) == len(values) else None

@@ -119,7 +119,7 @@ def csv_text(comparison: Comparison) -> str:
     """One line a method and measure: seeds, mean, interval, and the difference to the baseline with its own.
 
     Measures by step are called ``sdr@0`` and so on, the changes of SDR with other pictures ``pictures:headline:still``
-    and so on; these, bytes, seconds and counts have a mean alone.
+    and so on; these, bytes, seconds (their median) and counts have a mean alone.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -14,8 +14,8 @@ from typing import Any
 from avsep.errors import MissingExtraError
 from avsep.evaluation.drawing import markup
 from avsep.files import write_text
-from avsep.registry import STRATEGIES
-from avsep.reproduce.grid import BASE_TITLES, Grid
+from avsep.registry import MEMORIES, MIXERS, STRATEGIES
+from avsep.reproduce.grid import BASE_TITLES, Grid, Row
 from avsep.reproduce.plots import plot_table
 from avsep.reproduce.tables import Line, Table, csv_rows, markdown, stars
 
@@ -24,8 +24,8 @@ __all__ = ["board_rows", "write_board"]
 COLUMNS = {
     "method": "method",
     "sdr": "SDR",
-    "low": "",
     "difference": "difference",
+    "least": "",
     "sir": "SIR",
     "sar": "SAR",
     "forgetting": "forgetting",
@@ -41,12 +41,12 @@ def board_rows(
     tables: Sequence[Table], grid: Grid, titles: Mapping[str, str], references: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """What the page shows of each row, as plain data; ``titles`` are the budgets' by table."""
-    papers = {}
-    for of_base in grid.rows.values():
+    papers: dict[str, str] = {}
+    for name, of_base in grid.rows.items():
+        control = next((table.control for table in tables if table.name == name), "")
         for rows in of_base.values():
-            for row in rows:
-                names = (row.strategy, *(ref.name for ref in row.beside))
-                papers[row.name] = "; ".join(dict.fromkeys(STRATEGIES.get(name).source for name in names))
+            usual = next((row.memory.name for row in rows if row.name == control and row.memory), None)
+            papers |= {row.name: _papers(row, usual) for row in rows}
     made = []
     for table in tables:
         for base, lines in table.lines.items():
@@ -55,6 +55,19 @@ def board_rows(
                 known = {"base": base, "budget": titles[table.name], "role": role, "source": papers.get(line.row, "")}
                 made.append(known | _row(line, len(table.seeds)))
     return made
+
+
+def _papers(row: Row, usual_memory: str | None) -> str:
+    """Where the parts of a row come from, beside what the control has too."""
+    found = [STRATEGIES.get(name).source for name in (row.strategy, *(ref.name for ref in row.beside))]
+    others = []
+    if mixer := row.train.get("mixer"):
+        others.append(MIXERS.get(mixer["name"]).source)
+    if row.memory is not None and row.memory.name != usual_memory:
+        others.append(MEMORIES.get(row.memory.name).source)
+    if others and row.strategy == "finetune" and not row.beside:
+        found = []
+    return "; ".join(dict.fromkeys((*found, *others)))
 
 
 def _row(line: Line, seeds: int) -> dict[str, Any]:
@@ -70,6 +83,8 @@ def _row(line: Line, seeds: int) -> dict[str, Any]:
         "low": sdr and sdr.low,
         "high": sdr and sdr.high,
         "difference": difference and difference.mean,
+        "least": difference and difference.low,
+        "most": difference and difference.high,
         "stars": "" if difference is None else stars(difference, line.p_holm),
         "kept": None if kept is None else kept / 1e6,
         "updates": line.updates,
@@ -108,14 +123,16 @@ def write_board(
     write_text(written[1], "\n".join(markdown(table) for table in tables))
     bases = {base: BASE_TITLES.get(base, base) for table in tables for base in table.lines}
     control = next((x.label for t in tables for lines in t.lines.values() for x in lines if x.row == t.control), "")
-    data = json.dumps(board_rows(tables, grid, titles, references)).replace("<", "\\u003c")
+    found = board_rows(tables, grid, titles, references)
+    several = len({row["updates"] for row in found if row["updates"] is not None}) > 1
+    data = json.dumps(found).replace("<", "\\u003c")
     page = _template().render(
         version=__version__,
         title=title,
         lead=list(lead),
         bases=bases,
         budgets=list(titles.values()),
-        columns=COLUMNS,
+        columns=COLUMNS if several else {key: head for key, head in COLUMNS.items() if key != "updates"},
         control=control,
         notes=list(dict.fromkeys(note for table in tables for note in table.notes)),
         rows=markup(data),

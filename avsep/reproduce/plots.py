@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from avsep.evaluation.comparison import Estimate
 from avsep.files import atomic_path, write_text
 from avsep.reproduce.grid import BASE_TITLES
 from avsep.reproduce.tables import Line, Table, csv_rows, markdown, published
@@ -44,7 +45,7 @@ def plot_table(table: Table, path: Path) -> None:
     elif table.name in ("figure4", "table3"):
         figure, shown = _sizes(Figure, table, bases, with_paper), "; band: 95% interval"
     else:
-        figure, shown = _dots(Figure, table, bases, with_paper), "; bars: 95% intervals, strokes: seeds"
+        figure, shown = _dots(Figure, table, bases, with_paper), "; lines: 95% intervals, strokes: seeds"
     count = f"{len(table.seeds)} seed{'s' if len(table.seeds) > 1 else ''}"
     figure.suptitle(f"{table.title}\nours: {table.heading}, {count}{shown}", fontsize=10)
     with atomic_path(path) as temporary:
@@ -57,35 +58,49 @@ def _titles(base: str) -> tuple[str, str]:
 
 
 def _dots(figure_class: Any, table: Table, bases: list[str], with_paper: bool) -> Any:
-    columns = 2 if with_paper else 1
+    control = next((x.label for lines in table.lines.values() for x in lines if x.row == table.control), "")
+    columns = 1 + bool(control) + with_paper
     rows = max(len(lines) for lines in table.lines.values())
-    width = max(4.2 * columns + 1.4, 7.2)  # of one panel: as wide as the title
+    width = max(3.6 * columns + 2, 7.2)  # of one panel: as wide as the title
     figure = figure_class(figsize=(width, (0.28 * rows + 0.9) * len(bases) + 0.6), layout="constrained")
     panels = figure.subplots(len(bases), columns, squeeze=False, sharey="row")
     for base, line_of_panels in zip(bases, panels, strict=True):
         lines = table.lines[base]
-        labels = [_label(x) for x in lines]
+        twice = {x.label for x in lines if sum(x.label == other.label for other in lines) > 1}
+        labels = [_label(x) if x.label in twice else x.label for x in lines]
         ours = line_of_panels[0]
+        name, paper = _titles(base)
+        titles = {0: (name, "SDR, dB")}
         for place, line in enumerate(lines):
-            if line.ours is None or "sdr" not in line.ours.values:
-                continue
-            value = line.ours.values["sdr"]
-            ours.plot([value.low, value.high], [place, place], color=_OURS, lw=1.5)
-            ours.plot(value.per_seed, [place] * len(value.per_seed), "|", color="0.3", ms=5)
-            ours.plot([value.mean], [place], "o", color=_OURS, ms=5)
+            if line.ours is not None and "sdr" in line.ours.values:
+                _dot(ours, place, line.ours.values["sdr"])
+        if control:
+            titles[1] = (f"less {control}, by seed and mixture", "difference of SDR, dB")
+            line_of_panels[1].axvline(0, color="0.5", lw=0.8)
+            for place, line in enumerate(lines):
+                if line.ours is not None and "sdr" in line.ours.differences:
+                    _dot(line_of_panels[1], place, line.ours.differences["sdr"])
         if with_paper:
+            titles[columns - 1] = (paper, "SDR, dB")
             for place, line in enumerate(lines):
                 if line.paper:
-                    line_of_panels[1].plot([line.paper[0]], [place], "s", color=_PAPER, ms=5)
-        for panel, title in zip(line_of_panels, _titles(base), strict=False):
+                    line_of_panels[-1].plot([line.paper[0]], [place], "s", color=_PAPER, ms=5)
+        for number, (title, unit) in titles.items():
+            panel = line_of_panels[number]
             panel.set_title(title, fontsize=9, loc="left")
-            panel.set_xlabel("SDR, dB", fontsize=8)
+            panel.set_xlabel(unit, fontsize=8)
             panel.set_yticks(range(len(lines)), labels, fontsize=8)
             panel.grid(axis="x", lw=0.4, alpha=0.6)
             panel.tick_params(labelsize=8)
             panel.spines[["top", "right"]].set_visible(False)
         ours.invert_yaxis()
     return figure
+
+
+def _dot(panel: Any, place: int, value: Estimate) -> None:
+    panel.plot([value.low, value.high], [place, place], color=_OURS, lw=1.5)
+    panel.plot(value.per_seed, [place] * len(value.per_seed), "|", color="0.3", ms=5)
+    panel.plot([value.mean], [place], "o", color=_OURS, ms=5)
 
 
 def _curves(figure_class: Any, table: Table, bases: list[str]) -> Any:

@@ -330,11 +330,12 @@ def markdown(table: Table) -> str:
     )
     if control and not table.steps:
         legend += (
-            f"; difference: SDR less that of {control}, * where its 95% interval leaves out 0, ** where it does so "
-            "after Holm's correction for the number of differences"
+            f"; difference: SDR less that of {control}, paired by seed and mixture, [95% interval], * where that "
+            "leaves out 0, ** where it does so after Holm's correction for the number of differences"
         )
     if not table.steps:
         legend += "; kept: what persists from task to task, in 10^6 bytes"
+        legend += "; core s: of a run beyond its first task, with scoring, the median over seeds"
     if any(_silent(line) for lines in table.lines.values() for line in lines):
         legend += "; silent: mixtures, on average over seeds, that are left out because an estimate is silent"
     out += ["", f"{legend}. Protocol {table.protocol}."]
@@ -437,7 +438,9 @@ def _difference(value: Difference | None, seeds: int, p_holm: float | None) -> s
         return ""
     both = len(value.per_seed)
     partly = f" ({both} of {seeds} seeds)" if both < seeds else ""
-    return f"{_plain(value.mean):+.2f}{stars(value, p_holm)}{partly}"
+    return (
+        f"{_plain(value.mean):+.2f} [{_plain(value.low):.2f}, {_plain(value.high):.2f}]{stars(value, p_holm)}{partly}"
+    )
 
 
 def stars(value: Difference, p_holm: float | None) -> str:

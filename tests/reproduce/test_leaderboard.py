@@ -14,8 +14,9 @@ import yaml
 
 from avsep.data.store import Store
 from avsep.errors import ConfigError, UnknownNameError
-from avsep.registry import STRATEGIES
-from avsep.reproduce.grid import Grid
+from avsep.registry import MEMORIES, MIXERS, STRATEGIES
+from avsep.reproduce.board_page import _papers
+from avsep.reproduce.grid import Grid, Row
 from avsep.reproduce.leaderboard import (
     BoardPreset,
     board_tuning,
@@ -60,7 +61,7 @@ def grid(tmp_path_factory):
 
 
 PACKAGE = '''
-from avsep.registry import STRATEGIES
+from avsep.registry import MEMORIES, MIXERS, STRATEGIES
 from avsep.strategies import Strategy
 
 
@@ -245,6 +246,18 @@ def test_the_presets_are_sound():
                     STRATEGIES.create(ref.name, {**ref.params, **settings})
     with pytest.raises(UnknownNameError, match="no preset of avsep leaderboard named 'smal': did you mean 'small'"):
         load_board_preset("smal")
+
+
+def test_a_row_names_the_papers_of_what_it_adds_to_the_control():
+    def papers(strategy="finetune", *, memory="class_balanced", **more):
+        return _papers(Row("r", "r", strategy, memory=ComponentRef(name=memory), **more), "class_balanced")
+
+    replay, confusable = papers(), MIXERS.get("confusable").source
+    assert replay == STRATEGIES.get("finetune").source
+    assert papers(train={"mixer": {"name": "confusable"}}) == confusable
+    assert papers(memory="byte_budget") == MEMORIES.get("byte_budget").source
+    both = papers("lwf", beside=(ComponentRef(name="lwf"),), train={"mixer": {"name": "confusable"}})
+    assert both == f"{STRATEGIES.get('lwf').source}; {confusable}"
 
 
 # ---------------------------------------------------------------------- sweeps

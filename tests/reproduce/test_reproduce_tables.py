@@ -41,8 +41,8 @@ def test_silent_estimates_are_marked():
 
 
 def test_a_difference_of_fewer_seeds_says_so():
-    assert "| +1.00* |" in row(table())
-    assert "| +1.00* (1 of 3 seeds) |" in row(table(both=1))
+    assert "| +1.00 [0.50, 1.50]* |" in row(table())
+    assert "| +1.00 [0.50, 1.50]* (1 of 3 seeds) |" in row(table(both=1))
 
 
 def test_a_table_names_its_protocol_and_each_row_its_commits():
