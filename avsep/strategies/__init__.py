@@ -26,6 +26,7 @@ from avsep.strategies.perturb_and_merge import PerturbAndMerge
 from avsep.strategies.plop import PLOP
 from avsep.strategies.prototype_relations import PrototypeRelations
 from avsep.strategies.query_extension import QueryExtension
+from avsep.strategies.reference import Reference
 from avsep.strategies.shrink_and_perturb import ShrinkAndPerturb
 from avsep.strategies.si import SI
 from avsep.strategies.similar_queries import SimilarQueries
@@ -64,6 +65,7 @@ __all__ = [
     "PerturbAndMerge",
     "PrototypeRelations",
     "QueryExtension",
+    "Reference",
     "ShrinkAndPerturb",
     "SimilarQueries",
     "SlotSpan",

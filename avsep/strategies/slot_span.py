@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from avsep.separator import Separator
-    from avsep.types import AudioFeatures, Batch, MaskOutput
+    from avsep.types import AudioFeatures, Batch, MaskOutput, Spectrograms
 
 __all__ = ["SlotSpan", "class_statistics"]
 
@@ -57,6 +57,7 @@ class SlotSpan(Strategy):
     """
 
     across_ranks = True
+    _name = "slot_span"
     keeps = (
         "Of every old class the mean object and the mean motion in half precision (13,312 bytes at the published "
         "features), and the objects' standard deviation (1,024 more) for conditioning=gaussian; nothing for own"
@@ -92,13 +93,13 @@ class SlotSpan(Strategy):
     def check(self, separator: Separator) -> None:
         if self.conditioning == "own" and separator.mask_decoder.class_agnostic:
             raise ConfigError(
-                f"strategy 'slot_span' with conditioning=own asks for other classes, on which the masks of decoder "
+                f"strategy '{self._name}' with conditioning=own asks for other classes, on which the masks of decoder "
                 f"'{separator.spec.mask_decoder.name}' do not depend: choose another conditioning, or lwf"
             )
 
         if self.conditioning != "own":
             does = f"with conditioning={self.conditioning} makes object features of old classes"
-            check_objects(separator, "slot_span", does, "set conditioning=own")
+            check_objects(separator, self._name, does, "set conditioning=own")
 
     def first_task(self) -> dict[str, Any]:
         return {}
@@ -116,16 +117,20 @@ class SlotSpan(Strategy):
         drawn = self._drawn_classes(step)  # [B, r]
         if drawn.shape[1] == 0:
             return terms
+        spectrograms, heard, heard_by_teacher = self._heard(step)
         with torch.no_grad():
-            audio = step.teacher_output().audio
             theirs = step.teacher.eval().encode_visual(step.batch.visual) if self._takes_sources else None
             condition = self._condition(step, drawn, theirs)
-            taught = _asked(step.teacher, audio, condition, drawn)
+            taught = _asked(step.teacher, heard_by_teacher, condition, drawn)
         if self.conditioning == "own":
             condition = _of_sources(step.visual, drawn.shape[1])
-        answered = _asked(step.student, step.audio, condition, drawn)
-        terms["span"] = self.weight * mask_distillation(answered, taught, step.spectrograms)
+        answered = _asked(step.student, heard, condition, drawn)
+        terms["span"] = self.weight * mask_distillation(answered, taught, spectrograms)
         return terms
+
+    def _heard(self, step: Step) -> tuple[Spectrograms, AudioFeatures, AudioFeatures]:
+        """The mixtures that both are asked about, and what student and teacher hear in them."""
+        return step.spectrograms, step.audio, step.teacher_output().audio
 
     @property
     def _takes_sources(self) -> bool:

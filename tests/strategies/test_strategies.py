@@ -290,7 +290,7 @@ def test_what_looks_at_nothing_is_refused_or_trained():
         strategy.after_backward(step)
         strategy.after_step(step)
         strategy.after_task(TaskContext(tasks[1], student, teacher, data, old_shapes=shapes))
-    seeing = {"topology", "prototype_relations", "slot_span", "similar_queries", "contavsep", "avcil"}
+    seeing = {"topology", "prototype_relations", "slot_span", "reference", "similar_queries", "contavsep", "avcil"}
     assert seeing <= set(refused)
     assert not set(refused) & {"finetune", "lwf", "ewc", "analytic_mask"}
     without, _ = student_and_teacher(**LOOKS_AT_NOTHING)

@@ -45,6 +45,7 @@ STEPS = {
     "gated_distillation": ("gated_distillation", {}, "iquery", torch.float64),
     "derpp": ("derpp", {"batch_size": 4}, "iquery", torch.float64),
     "slot_span": ("slot_span", {"classes": 1}, "iquery", torch.float64),
+    "reference": ("reference", {"classes": 1}, "iquery", torch.float64),
     "slot_span_own": ("slot_span", {"conditioning": "own"}, "iquery", torch.float64),
     "grad_surgery": ("grad_surgery", {}, "iquery", torch.float64),
     "topology": ("topology", {}, "iquery", torch.float64),
@@ -116,7 +117,7 @@ def one_step(name: str, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
         strategy.load_state_dict(_stored(_batch(student, dtype)))
     if strategy_name == "prototype_relations":
         strategy.load_state_dict({name: torch.eye(2, 16, dtype=dtype) for name in ("object", "motion")})
-    if name == "slot_span":
+    if name in ("slot_span", "reference"):
         strategy.load_state_dict(_statistics(_batch(student, dtype), teacher))
     old_shapes = {name: tuple(value.shape) for name, value in teacher.state_dict().items()}
     strategy.begin_task(TaskContext(TASK, student, teacher, None, ranks, old_shapes=old_shapes))

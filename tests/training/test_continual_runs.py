@@ -18,6 +18,7 @@ GROWN = ("lwf", {"variant": "grown_teacher"})
 WITHOUT_FUSION_LOSS = ("ewf", {"distillation": 0.0})
 DERPP = ("derpp", {"per_class": 2, "batch_size": 2})
 SPAN = ("slot_span", {"mixtures": 16})
+REFERENCE = ("reference", {"mixtures": 16})
 TRANSLATED = ("slot_span", {"mixtures": 16, "conditioning": "translated"})
 SURGERY = ["gated_distillation", "grad_surgery"]
 RELATIONS = ("prototype_relations", {"mixtures": 16})
@@ -51,6 +52,7 @@ RESUMED = [
     (RELATIONS, "none"),
     pytest.param("gated_distillation", "random_per_class", marks=pytest.mark.slow),
     pytest.param(SPAN, "none", marks=pytest.mark.slow),
+    pytest.param(REFERENCE, "none", marks=pytest.mark.slow),
     pytest.param("topology", "none", marks=pytest.mark.slow),
 ]
 ON_EVERY_SEPARATOR = [
@@ -70,6 +72,7 @@ ON_EVERY_SEPARATOR = [
     pytest.param("gated_distillation", "random_per_class", marks=pytest.mark.slow),
     pytest.param(DERPP, "random_per_class", marks=pytest.mark.slow),
     pytest.param(SPAN, "none", marks=pytest.mark.slow),
+    pytest.param(REFERENCE, "none", marks=pytest.mark.slow),
     pytest.param("topology", "none", marks=pytest.mark.slow),
     pytest.param(RELATIONS, "none", marks=pytest.mark.slow),
     pytest.param(SURGERY, "random_per_class", marks=pytest.mark.slow),
@@ -91,6 +94,7 @@ REGULARISERS = [
     pytest.param(DERPP, (DERPP[0], {**DERPP[1], "beta": 0.0}), "none", marks=pytest.mark.slow),
     (DERPP, "finetune", "none"),
     (SPAN, "finetune", "none"),
+    (REFERENCE, SPAN, "none"),
     (TRANSLATED, "finetune", "random_per_class"),
     (SURGERY, "gated_distillation", "random_per_class"),
     ("topology", "finetune", "none"),
