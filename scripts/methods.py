@@ -30,6 +30,17 @@ parameters, `avsep leaderboard` sets them side by side, and any of them can be c
 This page is written by `scripts/methods.py`.
 """
 
+TAIL = """
+## What is not here
+
+| method | why |
+|---|---|
+| feature drift compensation (GCAB-CFDC) | It projects new features onto those of every task before. Here masks are read from two maps of the audio encoder, so the separator would have to carry two projections for each pair of tasks and choose them by class. Its other half, a task's own parameters, is `task_adapters`. |
+| label expansion (HLE): families first, instruments later | A clip in a store has one class, and a separator one row for it. |
+| choice of exemplars by sparse reconstruction (RMSCL) | Among few exemplars a class there is little to choose; `herding`, `k_center` and the coverage of `byte_budget` are here. |
+| active, self-paced choice of what is labelled | Every clip of a store has its class already. |
+"""
+
 
 def separators() -> dict[str, Separator]:
     made = {}
@@ -77,7 +88,7 @@ def page() -> str:
     parts = [HEAD, "## Strategies\n", *table(STRATEGIES, separators())]
     for title, registry in (("Memory policies", MEMORIES), ("Mixers", MIXERS), ("Adapters", ADAPTERS)):
         parts += [f"\n## {title}\n", *table(registry)]
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts) + "\n" + TAIL
 
 
 def main() -> int:
