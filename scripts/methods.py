@@ -33,12 +33,14 @@ This page is written by `scripts/methods.py`.
 TAIL = """
 ## What is not here
 
-| method | why |
-|---|---|
-| feature drift compensation (GCAB-CFDC) | It projects new features onto those of every task before. Here masks are read from two maps of the audio encoder, so the separator would have to carry two projections for each pair of tasks and choose them by class. Its other half, a task's own parameters, is `task_adapters`. |
-| label expansion (HLE): families first, instruments later | A clip in a store has one class, and a separator one row for it. |
-| choice of exemplars by sparse reconstruction (RMSCL) | Among few exemplars a class there is little to choose; `herding`, `k_center` and the coverage of `byte_budget` are here. |
-| active, self-paced choice of what is labelled | Every clip of a store has its class already. |
+- **Feature drift compensation (GCAB-CFDC)** projects new features onto those of every task before. Here masks are read
+  from two maps of the audio encoder, so that the separator would have to carry two projections for each pair of tasks
+  and choose them by class. Its other half, a task's own parameters, is `task_adapters`.
+- **Label expansion (HLE)**, families first and instruments later: a clip of a store has one class, and the separator
+  one row for it.
+- **Choice of exemplars by sparse reconstruction (RMSCL)**: among few exemplars a class there is little to choose;
+  `herding`, `k_center` and the coverage of `byte_budget` are here.
+- **Active, self-paced choice of what is labelled**: every clip of a store has its class already.
 """
 
 
