@@ -151,7 +151,7 @@ def tell_choices(
         else:
             chosen.setdefault(choice.base, {})[choice.row] = choice.best
         rows.append({"base": choice.base, "row": choice.row, "candidates": candidates, "chosen": choice.best})
-    console.print(f"\nmean SDR on validation pairs after task 1; for {where}:")
+    console.print(f"\nmean SDR on validation pairs after task {len(grid.stream) - 1}; for {where}:")
     console.print(yaml.safe_dump(chosen, sort_keys=False).rstrip())
     return rows
 
@@ -216,7 +216,10 @@ def run_board(
         whole = build_board(board, store, grid=loaded, bases=bases, entries=entries)
 
     def next_cells() -> Grid:
-        more = next_candidates(whole, claimed, failed) if tune else next_round(board, whole, claimed, failed)
+        if tune:
+            more = next_candidates(whole, claimed, failed, board.tuning_seeds)
+        else:
+            more = next_round(board, whole, claimed, failed)
         return more or replace(whole, cells={})
 
     failed: dict[str, str] = {}

@@ -28,6 +28,7 @@ from avsep.reproduce.grid import Grid, Row, assemble, base_separators, spec_of_r
 from avsep.reproduce.preset import GridPreset, Hypothesis, PresetModel, load_grid_preset, presets_in, read_preset
 from avsep.reproduce.results import ResultStore
 from avsep.reproduce.tables import Line, Table, build_table
+from avsep.reproduce.tuning import FIRST as TUNING_FIRST
 from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
 from avsep.reproduce.tuning import candidates_of, tuning_grid
 from avsep.separator.build import build_from_spec
@@ -102,6 +103,8 @@ class BoardPreset(PresetModel):
     control: str = Field(description="the entry that the others' differences are to")
     screening: int = Field(6, ge=1, description="seeds of every entry")
     seeds: int = Field(20, ge=1, description="seeds of the best")
+    tuning_tasks: int = Field(2, ge=2, description="that --tune learns")
+    tuning_seeds: int = Field(TUNING_FIRST, ge=1, description="of every candidate of --tune; open ones get more")
     hypotheses: tuple[Hypothesis, ...] = Field(
         default=(), description="what was predicted of its rows, before they were run"
     )
@@ -271,6 +274,8 @@ class _Rows:
                     raise ConfigError(f"it keeps {kept / 1e6:.2f} MB, more than the {self.limit / 1e6:.2f} MB")
                 return row
             aligned = align({row.label: spec}, self.stream.store, budget=self.limit)[row.label]
+        except UnknownNameError as error:  # a slip of the preset's, on every base
+            raise ConfigError(f"entry '{entry.name}' of the board: {error}") from error
         except AvsepError as error:
             why = str(error).removeprefix(f"{row.label} ").rstrip(".")
             notes.append(
@@ -383,7 +388,8 @@ def board_tuning(
                     rows[base] += candidates_of(row, [row.params])
     if not any(rows.values()):
         raise ConfigError("no entry of the board has 'tuning', such as [{weight: 0.1}, {weight: 1}]: nothing to tune")
-    return tuning_grid(rows, preset, store, seeds=seeds)
+    tuning = tuning_grid(rows, preset, store, seeds=seeds, tasks=board.tuning_tasks)
+    return replace(tuning, notes={name: whole.notes.get(table, []) for name in tuning.rows})
 
 
 def rank(line: Line) -> float:

@@ -503,7 +503,9 @@ def check_folder(out: Path, resume: bool, *, preset: str, given: PresetModel, tu
 def _preset_hash(preset: PresetModel) -> str:
     """Of what decides the cells: how many there are, and which, may change while a grid goes on."""
     left_out = {"summary", "source", "measured", "seconds_per_step", "seeds", "tuning"}
-    left_out |= {"entries", "settings", "budgets", "control", "screening", "share", "hypotheses"}  # of a board
+    # of a board
+    left_out |= {"entries", "settings", "budgets", "control", "screening", "share", "hypotheses"}
+    left_out |= {"tuning_tasks", "tuning_seeds"}
     return identity_key(preset.model_dump(mode="json", exclude=left_out, exclude_defaults=True))
 
 

@@ -3,7 +3,7 @@
 As the paper gives no weight of any baseline, every row gets the same care, for each base separator by itself and with
 the memory that it will have: each candidate of its ``tuning`` in the preset learns the first two tasks of each seed,
 and the one with the best mean SDR on the validation mixtures of both is chosen. Test mixtures have no part in it, and
-the seeds are others than those of the tables.
+the seeds are others than those of the tables. A board's preset may ask for more tasks (``tuning_tasks``).
 
 Seeds are spent where candidates are close. All have :data:`FIRST` seeds; then a candidate is given up where it lies
 behind the best so far by more than :data:`MARGIN_DB` and by more than two standard errors of their difference, which is
@@ -97,14 +97,16 @@ def build_tuning(
     return grid
 
 
-def tuning_grid(rows: dict[str, list[Row]], preset: GridPreset, store: Store, *, seeds: int = SEEDS) -> Grid:
-    """A grid of candidates by base (:func:`candidates_of`). Raises :class:`ConfigError` where there is no second
-    task."""
+def tuning_grid(
+    rows: dict[str, list[Row]], preset: GridPreset, store: Store, *, seeds: int = SEEDS, tasks: int = 2
+) -> Grid:
+    """A grid of candidates by base (:func:`candidates_of`), which learn the first ``tasks`` tasks. Raises
+    :class:`ConfigError` where there is no second task."""
     # every validation mixture counts here, since nothing else decides
     short = preset.model_copy(
         update={"train": {**preset.train, "validation_pairs": None}, "seed": preset.seed + _SEEDS_APART}
     )
-    grid = assemble({TUNE: rows}, {TUNE: []}, short, store, seeds=seeds, most_tasks=2, tested=False)
+    grid = assemble({TUNE: rows}, {TUNE: []}, short, store, seeds=seeds, most_tasks=tasks, tested=False)
     if len(grid.stream) < 2:
         raise ConfigError("tuning compares what two tasks leave, and the preset has one")
     return grid
@@ -130,17 +132,17 @@ def _of_their_kinds(strategy: str, settings: Mapping[str, Any]) -> dict[str, Any
     return {key: int(v) if key in counts and float(v).is_integer() else v for key, v in settings.items()}
 
 
-def next_round(grid: Grid, results: ResultStore, failed: Collection[str] = ()) -> Grid | None:
+def next_round(grid: Grid, results: ResultStore, failed: Collection[str] = (), first: int = FIRST) -> Grid | None:
     """What is to be run next, as a part of ``grid``: the candidates that are still open, with as many seeds as it takes
-    now. None where everything is decided. ``failed`` are keys of cells that cannot be had: their candidates are given
-    up."""
+    now; every candidate has ``first``. None where everything is decided. ``failed`` are keys of cells that cannot be
+    had: their candidates are given up."""
     wanted: set[str] = set()
     for choice in choices(grid, results, failed):
         if not choice.open:
             continue
         names = [row.name for row in grid.rows[TUNE][choice.base] if row.name.partition(":")[0] == choice.row]
         least = min(choice.candidates[number][2] for number in choice.open)
-        seeds = FIRST if least < FIRST else least + (len(choice.open) > 1)  # one more where there is a choice left
+        seeds = first if least < first else least + (len(choice.open) > 1)  # one more where there is a choice left
         for number in choice.open:
             wanted |= set(grid.keys(TUNE, choice.base, names[number])[: min(seeds, len(grid.seeds))])
     wanted = {key for key in wanted if key not in results}
@@ -172,7 +174,7 @@ def choices(grid: Grid, results: ResultStore, failed: Collection[str] = ()) -> l
 
 
 def _scores(grid: Grid, base: str, row: str, results: ResultStore) -> list[float]:
-    """Of the first seeds, up to one that is missing: validation SDR after the second task, in dB."""
+    """Of the first seeds, up to one that is missing: validation SDR after the last task, in dB."""
     scores: list[float] = []
     for key in grid.keys(TUNE, base, row):
         result = results.get(key)

@@ -29,7 +29,9 @@ from avsep.reproduce.leaderboard import (
     tables_of,
 )
 from avsep.reproduce.preset import load_grid_preset
+from avsep.reproduce.results import ResultStore
 from avsep.reproduce.tables import markdown
+from avsep.reproduce.tuning import next_round as next_candidates
 from avsep.spec import ComponentRef
 from support import commands
 from support.made_cells import finished
@@ -192,8 +194,29 @@ def test_settings_of_a_base_are_those_that_were_chosen(grid, store):
     tuning = board_tuning(board(), store, grid=grid)
     assert [row.name for row in tuning.rows["tune"]["iquery"]] == ["lwf:weight_mask=0.1", "lwf:weight_mask=0.5"]
     assert all(not cell.tested and cell.spec.memory.name == "class_balanced" for cell in tuning.cells.values())
+    assert {len(cell.spec.tasks) for cell in tuning.cells.values()} == {2}
     with pytest.raises(ConfigError, match="no entry of the board has 'tuning'"):
         board_tuning(board(entries=ENTRIES[:1]), store, grid=grid)
+
+
+def test_a_slip_in_an_entry_ends_the_command_and_what_does_not_fit_is_told(grid, store):
+    memory = {"name": "class_balanced", "params": {"keeps": "clip"}}
+    with pytest.raises(ConfigError, match=r"entry 'two' of the board: .*'keeps'"):
+        build_board(
+            board(entries=[*ENTRIES, {"name": "two", "strategies": ["lwf"], "memory": memory}]), store, grid=grid
+        )
+    tuning = board_tuning(board(), store, grid=grid)
+    assert any(note.startswith("ewc is left out on iquery: it keeps") for note in tuning.notes["tune"])
+
+
+def test_a_board_may_be_tuned_on_more_tasks_and_seeds(grid, store, tmp_path):
+    single = grid.model_copy(update={"tasks": tuple((name,) for task in TINY_TASKS for name in task)})
+    given = board(tuning_tasks=3, tuning_seeds=5)
+    tuning = board_tuning(given, store, grid=single)
+    assert {len(cell.spec.tasks) for cell in tuning.cells.values()} == {3}
+    part = next_candidates(tuning, ResultStore(tmp_path), (), given.tuning_seeds)
+    assert len(part.cells) == 2 * 5
+    assert len(next_candidates(tuning, ResultStore(tmp_path)).cells) == 2 * 3
 
 
 @pytest.mark.parametrize(
