@@ -18,7 +18,6 @@ __all__ = [
     "CodedCrops",
     "PictureCodec",
     "decode",
-    "decode_frames",
     "encode",
     "encode_frames",
 ]
@@ -76,11 +75,6 @@ def encode_frames(frames: np.ndarray, codec: PictureCodec) -> bytes:
     """Frames uint8 [n, C, H, W] as bytes."""
     data = np.ascontiguousarray(frames, np.uint8).tobytes()
     return data if codec == "raw" else zlib.compress(data, 9)
-
-
-def decode_frames(data: bytes, codec: PictureCodec, shape: tuple[int, ...]) -> np.ndarray:
-    """What :func:`encode_frames` has written down: the same frames, of this shape."""
-    return np.frombuffer(data if codec == "raw" else zlib.decompress(data), np.uint8).reshape(shape)
 
 
 class CodedCrops:

@@ -177,16 +177,9 @@ class ExemplarScale:
         self._frames: dict[tuple[str, int, PictureCodec], dict[str, int]] = {}
         self._clips = {clip.id: clip for clip in store.clips}
 
-    def __call__(
-        self,
-        exemplar: Exemplar,
-        *,
-        keep: Keep,
-        codec: Codec = "int16",
-        pictures: PictureCodec = "raw",
-        again: bool = False,
-    ) -> int:
-        return math.ceil(self.bytes_of(exemplar, keep=keep, codec=codec, pictures=pictures, again=again).total)
+    def __call__(self, exemplar: Exemplar, **how: Any) -> int:
+        """The bytes, rounded up; ``how`` as :meth:`bytes_of` takes it."""
+        return math.ceil(self.bytes_of(exemplar, **how).total)
 
     def bytes_of(
         self,
@@ -197,7 +190,7 @@ class ExemplarScale:
         pictures: PictureCodec = "raw",
         again: bool = False,
     ) -> ExemplarBytes:
-        """What :meth:`__call__` gives, by kind."""
+        """The bytes by kind; the parameters are those of :class:`avsep.memory.base.Weigh`."""
         clip, audio, frames = self._clips[exemplar.id], None, None
         if codec != "int16" and exemplar.start is not None:
             if codec not in self._coded:

@@ -67,7 +67,7 @@ def _papers(row: Row, usual_memory: str | None) -> str:
         others.append(MEMORIES.get(row.memory.name).source)
     if others and row.strategy == "finetune" and not row.beside:
         found = []
-    return "; ".join(dict.fromkeys((*found, *others)))
+    return "; ".join(dict.fromkeys(part for text in (*found, *others) for part in text.split("; ")))
 
 
 def _row(line: Line, seeds: int) -> dict[str, Any]:

@@ -104,7 +104,9 @@ class BoardPreset(PresetModel):
     screening: int = Field(6, ge=1, description="seeds of every entry")
     seeds: int = Field(20, ge=1, description="seeds of the best")
     tuning_tasks: int = Field(2, ge=2, description="that --tune learns")
-    tuning_seeds: int = Field(TUNING_FIRST, ge=1, description="of every candidate of --tune; open ones get more")
+    tuning_seeds: int = Field(
+        TUNING_FIRST, ge=TUNING_FIRST, description="of every candidate of --tune; open ones get more"
+    )
     hypotheses: tuple[Hypothesis, ...] = Field(
         default=(), description="what was predicted of its rows, before they were run"
     )

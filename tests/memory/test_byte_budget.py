@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from avsep.data.codecs import CodedCrops, decode_frames, encode_frames
+from avsep.data.codecs import CodedCrops, encode_frames
 from avsep.data.store import Clip, Store, StoreWriter
 from avsep.errors import ConfigError
 from avsep.evaluation.budget import ExemplarScale, align, budget_of, estimate
@@ -250,7 +251,7 @@ def test_frames_are_weighed_as_they_are_packed(store, tmp_path):
     for role, found in (("object", packed.object), ("motion", packed.motion)):
         data = encode_frames(seen[role], "deflate")
         assert found == len(data) < seen[role].nbytes
-        np.testing.assert_array_equal(decode_frames(data, "deflate", seen[role].shape), seen[role])
+        assert zlib.decompress(data) == seen[role].tobytes()
     assert packed.audio == raw.audio
     assert scale.of_all({"hum": [exemplar]}, ByteBudget(codec="int16", pictures="deflate")) == packed
     whole = Exemplar(exemplar.id)

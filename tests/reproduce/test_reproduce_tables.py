@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from avsep.evaluation.comparison import Difference, Estimate, MethodResult
 from avsep.reproduce import dataset, load_grid_preset
+from avsep.reproduce.board_page import _row
 from avsep.reproduce.dataset import BENCHMARK
+from avsep.reproduce.plots import _dots
 from avsep.reproduce.tables import Line, Table, _over_memory, csv_rows, markdown
 
 
@@ -43,6 +47,25 @@ def test_silent_estimates_are_marked():
 def test_a_difference_of_fewer_seeds_says_so():
     assert "| +1.00 [0.50, 1.50]* |" in row(table())
     assert "| +1.00 [0.50, 1.50]* (1 of 3 seeds) |" in row(table(both=1))
+
+
+def test_a_picture_shows_the_differences_beside_the_scores():
+    figure_of = pytest.importorskip("matplotlib.figure").Figure
+    made = table()
+    (line, control) = made.lines["iquery"]
+    again = replace(line, row="again", memory="none")
+    figure = _dots(figure_of, replace(made, lines={"iquery": (line, again, control)}), ["iquery"], True)
+    scores, differences, paper = figure.axes
+    assert [text.get_text() for text in scores.get_yticklabels()] == ["method, memory", "method", "plain"]
+    assert differences.get_title(loc="left") == "less plain, by seed and mixture"
+    drawn = [one.get_xdata() for one in differences.lines if list(one.get_ydata()) == [0, 0]]
+    assert [list(x) for x in drawn if len(x) == 2] == [[0.5, 1.5]]
+    assert [list(one.get_xdata()) for one in paper.lines] == [[7.0], [7.0]]
+
+
+def test_a_row_of_the_board_has_the_interval_of_its_difference():
+    found = _row(table().lines["iquery"][0], 3)
+    assert (found["difference"], found["least"], found["most"]) == (1.0, 0.5, 1.5)
 
 
 def test_a_table_names_its_protocol_and_each_row_its_commits():
