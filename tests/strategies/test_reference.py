@@ -57,6 +57,26 @@ def test_notes_are_drawn_anew_and_again_from_the_same_seed():
     assert len({int(spectrum.argmax()) for spectrum in spectra}) > 8
 
 
+def test_the_levels_of_harmonics_fall_and_even_ones_may_be_missing(monkeypatch):
+    found = {}
+
+    def tones(frequency_hz, levels, sample_rate_hz):
+        found.update(frequency_hz=frequency_hz, levels=levels)
+        return harmonic_tones(frequency_hz, levels, sample_rate_hz)
+
+    monkeypatch.setattr("avsep.strategies.reference.harmonic_tones", tones)
+    torch.manual_seed(0)
+    random_notes(200, 800, 8_000.0)
+    levels, frequency_hz = found["levels"], found["frequency_hz"]
+    assert bool((levels[:, 0] == 1).all())
+    hollow = levels[:, 1] == 0
+    assert 0.15 < hollow.float().mean() < 0.35
+    assert bool((levels[hollow][:, 1::2] == 0).all())
+    assert bool((levels[~hollow].diff(dim=1) < 0).all())
+    assert 53 < frequency_hz.min() < 70
+    assert 1500 < frequency_hz.max() < 1800
+
+
 def test_both_hear_the_same_notes_and_not_the_batch(asked, monkeypatch):
     student, teacher, step, strategy = asked
     heard, answers = [], []
