@@ -14,7 +14,6 @@ from avsep.errors import ConfigError, RunError
 from avsep.export.runtime.files import (
     atomic_path,
     exchange,
-    give_usual_rights,
     is_staging,
     made_folder,
     refuse_file,
@@ -30,7 +29,6 @@ __all__ = [
     "csv_cell",
     "entries",
     "exchange",
-    "give_usual_rights",
     "is_staging",
     "made_folder",
     "parse_yaml",

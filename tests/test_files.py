@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from avsep.files import (
     entries,
     exchange,
     is_staging,
+    made_folder,
     parse_yaml,
     read_json,
     read_yaml,
@@ -228,3 +230,32 @@ def test_bytes_of_any_kind_end_in_a_value_or_one_line(tmp_path_factory, data):
     for read in (read_json, read_yaml):
         with contextlib.suppress(ConfigError):
             read(file)
+
+
+@pytest.mark.parametrize(
+    ("maker", "method"), [(staging_folder, "mkdir"), (atomic_path, "touch"), (made_folder, "mkdir")]
+)
+def test_an_interrupt_as_soon_as_it_is_made_leaves_nothing(maker, method, tmp_path, monkeypatch):
+    make = getattr(Path, method)
+
+    def interrupted(self, *args, **how):
+        make(self, *args, **how)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, interrupted)
+        with pytest.raises(KeyboardInterrupt), maker(tmp_path / "new"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_files_and_folders_have_the_usual_rights(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "file") as temporary:
+            temporary.write_text("x")
+        with staging_folder(tmp_path / "folder") as staging:
+            os.replace(staging, tmp_path / "folder")
+    finally:
+        os.umask(umask)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "folder")] == [0o640, 0o750]

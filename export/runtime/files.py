@@ -8,9 +8,9 @@ import errno
 import hashlib
 import os
 import platform
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +20,6 @@ from .errors import AvsepError, ConfigError
 __all__ = [
     "atomic_path",
     "exchange",
-    "give_usual_rights",
     "is_staging",
     "made_folder",
     "refuse_file",
@@ -91,9 +90,10 @@ def _has_owner(entry: os.DirEntry[str]) -> bool:
     return True
 
 
-def _staging_parts(target: Path) -> tuple[str, str]:
-    """Prefix and suffix of a temporary name; it keeps the target's suffix, which some writers choose a format by."""
-    return f"{_STAGING}{_HOST}-{os.getpid()}-", f"-{target.stem[:40]}{target.suffix}"
+def _staging_place(target: Path) -> Path:
+    """A new temporary name beside the target; it keeps the target's suffix, which some writers choose a format by."""
+    own = f"{_HOST}-{os.getpid()}-{secrets.token_hex(8)}"
+    return target.parent / f"{_STAGING}{own}-{target.stem[:40]}{target.suffix}"
 
 
 @contextlib.contextmanager
@@ -101,10 +101,9 @@ def staging_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside ``target``, which must be moved to its place inside the block; else it goes."""
     place = Path(target)
     sweep(place.parent)
-    prefix, suffix = _staging_parts(place)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=place.parent))
-    try:
-        give_usual_rights(folder)
+    folder = _staging_place(place)
+    try:  # from before it is made: an interrupt may come at any moment
+        folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -119,12 +118,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)
-    prefix, suffix = _staging_parts(target)
-    handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        give_usual_rights(temporary)
+    temporary = _staging_place(target)
+    try:  # from before it is made: an interrupt may come at any moment
+        temporary.touch(exist_ok=False)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -154,13 +150,6 @@ def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool
     return bool(rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
-def give_usual_rights(path: Path) -> None:
-    """Give what ``tempfile`` made private the rights that any other new file or folder gets."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-
-
 @contextlib.contextmanager
 def made_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Make a folder with its parents where it is missing; on any error those just made, if empty, are removed again.
@@ -170,8 +159,8 @@ def made_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     folder = Path(path)
     refuse_file(folder)
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield folder
     except BaseException:
         for made in missing:  # innermost first; one that meanwhile holds something stays, and so do those around it
