@@ -38,8 +38,6 @@ TAIL = """
   and choose them by class. Its other half, a task's own parameters, is `task_adapters`.
 - **Label expansion (HLE)**, families first and instruments later: a clip of a store has one class, and the separator
   one row for it.
-- **Choice of exemplars by sparse reconstruction (RMSCL)**: among few exemplars a class there is little to choose;
-  `herding`, `k_center` and the coverage of `byte_budget` are here.
 - **Active, self-paced choice of what is labelled**: every clip of a store has its class already.
 """
 

@@ -8,6 +8,7 @@ from avsep.memory.herding import Herding
 from avsep.memory.k_center import KCenter
 from avsep.memory.none import NoMemory
 from avsep.memory.random_per_class import RandomPerClass
+from avsep.memory.reconstruction import Reconstruction
 from avsep.memory.reservoir import Reservoir
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "NoMemory",
     "PerClass",
     "RandomPerClass",
+    "Reconstruction",
     "Reservoir",
     "Total",
 ]

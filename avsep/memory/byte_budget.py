@@ -11,12 +11,13 @@ from avsep.data.codecs import CODECS, PICTURE_CODECS, Codec, PictureCodec
 from avsep.errors import ConfigError
 from avsep.memory.base import Candidates, Exemplar, Memory, MemoryPolicy
 from avsep.memory.herding import herd
+from avsep.memory.reconstruction import reconstruct
 from avsep.registry import MEMORIES
 
 __all__ = ["ByteBudget", "cover"]
 
-Select = Literal["random", "herding", "coverage"]
-_SELECT = ("random", "herding", "coverage")
+Select = Literal["random", "herding", "reconstruction", "coverage"]
+_SELECT = ("random", "herding", "reconstruction", "coverage")
 
 
 @MEMORIES.register(
@@ -36,9 +37,9 @@ class ByteBudget(MemoryPolicy):
     each time it is drawn, one of its crops is taken. The default is the size of 15 crops of 6 seconds in 16-bit
     integers.
 
-    ``select`` ranks the recordings: ``random``; ``herding`` as the policy of this name does, by the separator's
-    features; ``coverage`` so that the crops' energies together reach far over the frequency axis (:func:`cover`). The
-    latter two look at the centre crop, and keep that one; further crops are random ones.
+    ``select`` ranks the recordings: ``random``; ``herding`` and ``reconstruction`` as the policies of these names do,
+    by the separator's features; ``coverage`` so that the crops' energies together reach far over the frequency axis
+    (:func:`cover`). All but the first look at the centre crop, and keep that one; further crops are random ones.
     """
 
     differs = (
@@ -88,6 +89,8 @@ class ByteBudget(MemoryPolicy):
     def _order(self, ids: Sequence[str], candidates: Candidates, rng: np.random.Generator) -> list[str]:
         if self.select == "herding":
             return [ids[i] for i in herd(candidates.features(ids), len(ids))]
+        if self.select == "reconstruction":
+            return [ids[i] for i in reconstruct(candidates.features(ids), len(ids))]
         if self.select == "coverage":
             return [ids[i] for i in cover(candidates.profiles(ids), len(ids))]
         return [str(i) for i in rng.permutation(np.asarray(ids))]

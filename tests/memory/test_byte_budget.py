@@ -18,6 +18,7 @@ from avsep.memory.base import Candidates, Exemplar, memory_rng, read_exemplars
 from avsep.memory.byte_budget import cover
 from avsep.memory.candidates import ScoredCandidates
 from avsep.memory.herding import herd
+from avsep.memory.reconstruction import reconstruct
 from avsep.separator import build_separator
 from avsep.spec import ComponentRef, FrontEndSpec, RunSpec, validated
 from avsep.training.loader import TaskMixtures
@@ -103,7 +104,7 @@ def test_budgets_and_settings_that_cannot_be():
     for settings, message in (
         ({"budget_bytes": 0}, "budget_bytes must be at least 1, got 0"),
         ({"codec": "mp3"}, "codec must be one of int16, mulaw, vorbis, got 'mp3'"),
-        ({"select": "best"}, "select must be one of random, herding, coverage, got 'best'"),
+        ({"select": "best"}, "select must be one of random, herding, reconstruction, coverage, got 'best'"),
     ):
         with pytest.raises(ValueError, match=message):
             ByteBudget(**settings)
@@ -141,6 +142,7 @@ def test_profiles_are_where_the_energy_is(store):
     for select, expected in (
         ("coverage", cover(scored.profiles(names), 3)),
         ("herding", herd(scored.features(names), 3)),
+        ("reconstruction", reconstruct(scored.features(names), 3)),
     ):
         scale = ExemplarScale(store, (), FRONT_END)
         scored.weigh = scale

@@ -24,13 +24,14 @@ from avsep.memory.base import (
 )
 from avsep.memory.candidates import ScoredCandidates
 from avsep.memory.class_balanced import equal_shares
+from avsep.memory.reconstruction import reconstruct
 from avsep.registry import MEMORIES
 from avsep.separator import build_separator
 from avsep.spec import FrontEndSpec
 from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, stream_of, tiny_learner
 
 FRONT_END = FrontEndSpec(**TINY_FRONT_END)
-PER_CLASS = ("random_per_class", "herding", "k_center", "hardest")
+PER_CLASS = ("random_per_class", "herding", "k_center", "reconstruction", "hardest")
 GLOBAL = ("reservoir", "class_balanced")
 
 
@@ -199,9 +200,34 @@ def test_k_center_is_the_greedy_cover_and_within_twice_the_best_radius():
     assert radius(chosen) <= 2 * min(radius(c) for c in itertools.combinations(range(9), 3))
 
 
+def test_reconstruction_of_four_points():
+    """Worked by hand: the gains are 1.36, 0.25, 2 and 1.64; of what (0.6, 0.8, 0) leaves 1, 0.25 and 1, as the two in
+    the plane each give back the other; then 0.25 alone."""
+    rows = np.array([(1, 0, 0), (0, 0, 0.5), (0.6, 0.8, 0), (0, 1, 0)])
+    first, second, third, last = reconstruct(rows, 4)
+    assert (first, third) == (2, 1)
+    assert {second, last} == {0, 3}  # each once, though nothing is left to gain by the last
+
+
+def test_reconstruction_takes_what_leaves_the_least():
+    """Against least squares, literally, over every clip it could take."""
+    rows = _random({"a": 9}, dim=5, seed=7).features([f"a{i}" for i in range(9)]).astype(float)
+
+    def left(chosen):
+        basis = rows[list(chosen)].T
+        return float(np.square(rows.T - basis @ np.linalg.lstsq(basis, rows.T, rcond=None)[0]).sum())
+
+    greedy = []
+    while len(greedy) < 4:
+        greedy.append(min((i for i in range(9) if i not in greedy), key=lambda i: left([*greedy, i])))
+    assert reconstruct(rows, 4) == greedy
+    assert left(greedy) < np.mean([left(c) for c in itertools.combinations(range(9), 4)])
+    assert sorted(reconstruct(rows, 9)) == list(range(9))
+
+
 def test_equal_features_and_errors_still_give_distinct_clips():
     same = Known({"a": 4}, features={f"a{i}": [1.0, 0.0] for i in range(4)}, errors={f"a{i}": 0.5 for i in range(4)})
-    for name in ("herding", "k_center", "hardest"):
+    for name in ("herding", "k_center", "reconstruction", "hardest"):
         assert _ids(_policy(name, 3).update({}, same, np.random.default_rng(0)))["a"] == ["a0", "a1", "a2"]
 
 
