@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
     "entries",
     "exchange",
     "is_staging",
+    "link_or_copy",
     "made_folder",
     "parse_yaml",
     "read_json",
@@ -49,6 +51,14 @@ def entries(folder: str | os.PathLike[str]) -> list[str]:
     place = Path(folder)
     found = sorted(p.name for p in place.iterdir()) if place.is_dir() else []
     return [name for name in found if name != ".lock" and not is_staging(name)]
+
+
+def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Give a file another name, or copy it where the disk cannot do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def csv_cell(value: Any) -> Any:

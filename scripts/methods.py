@@ -36,8 +36,6 @@ TAIL = """
 - **Feature drift compensation (GCAB-CFDC)** projects new features onto those of every task before. Here masks are read
   from two maps of the audio encoder, so that the separator would have to carry two projections for each pair of tasks
   and choose them by class. Its other half, a task's own parameters, is `task_adapters`.
-- **Label expansion (HLE)**, families first and instruments later: a clip of a store has one class, and the separator
-  one row for it.
 - **Active, self-paced choice of what is labelled**: every clip of a store has its class already.
 """
 

@@ -358,6 +358,42 @@ def shard(
     output.say(f"{made.path}: {extent(made)} in {len(shards)} shards")
 
 
+@app.command("families")
+def families(
+    store: _StoreArgument,
+    family: Annotated[
+        list[str],
+        typer.Option("--family", help="A family and its classes, such as bowed=violin,cello; repeat for more."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new store.")],
+    percent: Annotated[
+        int, typer.Option("--percent", min=1, max=99, help="Of each class's clips that are labelled with the family.")
+    ] = 50,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of these clips.")] = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Label some clips with their instrument's family, for a stream of families first and instruments later."""
+    from avsep.data.store import Store
+    from avsep.data.store.families import write_families
+    from avsep.errors import ConfigError
+
+    output = Output(json=json, quiet=quiet, verbose=verbose)
+    named: dict[str, tuple[str, ...]] = {}
+    for text in family:
+        name, equals, classes = text.partition("=")
+        if not (name and equals and classes):
+            raise ConfigError(f"--family {text}: give FAMILY=CLASS,CLASS, such as bowed=violin,cello")
+        if name in named:
+            raise ConfigError(f"--family {text}: family '{name}' is given twice; name all its classes at once")
+        named[name] = tuple(names_in(classes))
+    with output.bars() as bars:
+        made = write_families(Store.open(store), out, named, percent=percent, seed=seed, bars=bars)
+    output.result({"format": "avsep-data-families", **facts_of(made), "families": named})
+    output.say(f"{made.path}: {extent(made)}; the families are its first {len(named)} classes")
+
+
 @app.command("info")
 def info(
     store: _StoreArgument,

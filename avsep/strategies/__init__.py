@@ -9,6 +9,7 @@ from avsep.strategies.contavsep import ContAVSep
 from avsep.strategies.derpp import DERpp
 from avsep.strategies.ewc import EWC
 from avsep.strategies.ewf import EWF
+from avsep.strategies.family_queries import FamilyQueries
 from avsep.strategies.feature_distillation import FeatureDistillation
 from avsep.strategies.finetune import FineTune
 from avsep.strategies.first_session import FirstSession
@@ -50,6 +51,7 @@ __all__ = [
     "Composition",
     "ContAVSep",
     "DERpp",
+    "FamilyQueries",
     "FeatureDistillation",
     "FineTune",
     "FirstSession",

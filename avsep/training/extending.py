@@ -26,7 +26,7 @@ from avsep.errors import AvsepError, CheckpointError, ConfigError, DataError, Ru
 from avsep.evaluation.budget import ExemplarScale
 from avsep.evaluation.evaluate import evaluate_run
 from avsep.evaluation.scores import is_counted, is_headline
-from avsep.files import FolderLock, entries, exchange, read_json, sha256_file, staging_folder, write_json
+from avsep.files import FolderLock, entries, exchange, link_or_copy, read_json, sha256_file, staging_folder, write_json
 from avsep.memory.base import Memory, MemoryPolicy, exemplars_to_plain, read_exemplars
 from avsep.progress import Progress
 from avsep.registry import MEMORIES
@@ -750,7 +750,7 @@ class _Work:
             if place in left:
                 continue
             if place.is_dir():
-                copy = shutil.copy2 if place == self.run.logs else _link
+                copy = shutil.copy2 if place == self.run.logs else link_or_copy
                 shutil.copytree(place, part.path / name, copy_function=copy, symlinks=True)
             else:
                 shutil.copy2(place, part.path / name, follow_symlinks=False)
@@ -795,13 +795,6 @@ class _Begun:
 def _identity(run: RunFolder) -> str:
     """What a run is told from its successor by: its spec and its last record."""
     return sha256_file(run.spec_file) + sha256_file(run.task(len(run.spec().tasks) - 1).record_file)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _plain(result: Extension) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Where queries of new classes begin: near those of old classes that look alike, or at a vector of their name."""
+"""Where queries of new classes begin: near those of old classes that look alike, at a vector of their name, or at the
+query of their family."""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ from support.tones import TINY_FRONT_END, stream_of
 TASK = Task(1, ("peep", "whirr"), ("ding", "hum", "peep", "whirr"))
 FIRST = Task(0, ("ding", "hum"), ("ding", "hum"))
 QUERIES = "mask_decoder.class_queries"
+FAMILIES = {"ding": ["peep"], "peep": ["whirr"]}
 VECTORS = STRATEGIES.get("text_queries").example["vectors"]
 
 
@@ -113,6 +115,21 @@ def test_text_queries_are_projections_of_the_vectors(tmp_path):
         assert rows.requires_grad is not frozen
 
 
+def test_family_queries_are_those_of_families_learned_before():
+    strategy = STRATEGIES.create("family_queries", {"families": FAMILIES})
+    assert strategy.first_task() == {}
+    student, _ = student_and_teacher()
+    rows = student.mask_decoder.class_queries
+    before = rows.detach().clone()
+    strategy.begin_task(TaskContext(FIRST, student, None, None))
+    strategy.begin_task(TaskContext(TASK, student, None, None, resumed=True))
+    assert torch.equal(rows, before)
+    strategy.begin_task(TaskContext(TASK, student, None, None))
+    assert torch.equal(rows[2], before[0])  # peep's is ding's
+    assert torch.equal(rows[[0, 1, 3]], before[[0, 1, 3]])  # whirr's family comes with it
+    assert rows.requires_grad
+
+
 def test_the_projection_keeps_angles():
     torch.testing.assert_close(projection(3, 5) @ projection(3, 5).T, torch.eye(3))
     torch.testing.assert_close(projection(5, 3).T @ projection(5, 3), torch.eye(3))
@@ -124,6 +141,9 @@ def test_wrong_settings_and_separators(tone_store, tmp_path):
     for name, params, message in (
         ("similar_queries", {"blend": 2}, "blend must be between 0 and 1, got 2"),
         ("similar_queries", {"mixtures": 0}, "mixtures must be at least 1, got 0"),
+        ("family_queries", {"families": {}}, "must name at least one family"),
+        ("family_queries", {"families": {"a": "bc"}}, "the classes of 'a' must be a list of names, got 'bc'"),
+        ("family_queries", {"families": {"a": ["c"], "b": ["c"]}}, "class 'c' is in two, 'a' and 'b'"),
         ("text_queries", {"vectors": {"a": [1], "b": [1, 2]}}, "all of one length, got shapes"),
         ("text_queries", {"vectors": {}}, "one for each class"),
         ("text_queries", {"vectors": {"a": [float("nan")]}}, "must be finite"),
@@ -151,9 +171,16 @@ def test_wrong_settings_and_separators(tone_store, tmp_path):
         with pytest.raises(ConfigError, match=message):
             ask()
     assert not (tmp_path / "run").exists()
+    for families, missing in (({"ding": ["plop"]}, "plop"), ({"clang": ["hum"]}, "clang")):
+        with pytest.raises(ConfigError, match=f"'{missing}' is no class of any task: correct families"):
+            STRATEGIES.create("family_queries", {"families": families}).check_classes(TASK.seen)
     parts = {k: v for k, v in SEPARATORS["coseparation"].items() if k != "front_end"}
     without = build_separator(**parts, front_end=TINY_FRONT_END, num_classes=2)
-    for name, params in (("similar_queries", {}), ("text_queries", {"vectors": VECTORS})):
+    for name, params in (
+        ("similar_queries", {}),
+        ("text_queries", {"vectors": VECTORS}),
+        ("family_queries", {"families": FAMILIES}),
+    ):
         with pytest.raises(ConfigError, match="mask decoder 'conditioned_unet' has none: use query_transformer, or"):
             STRATEGIES.create(name, params).check(without)
 
@@ -165,6 +192,16 @@ def test_a_run_begins_at_similar_queries_and_goes_on_after_a_kill(tone_store):
     plain = trained(tone_store, "finetune")
     assert first_task(tone_store, strategy) == first_task(tone_store, "finetune")
     assert QUERIES in differing(weights(run), weights(plain))
+
+
+def test_a_run_begins_at_family_queries_and_goes_on_after_a_kill(tone_store):
+    strategy = ("family_queries", {"families": FAMILIES})
+    run = trained(tone_store, strategy)
+    assert differing(weights(run), weights(resume_killed(tone_store, run, strategy))) == []
+    plain = trained(tone_store, "finetune")
+    assert first_task(tone_store, strategy) == first_task(tone_store, "finetune")
+    own, other = weights(run)[QUERIES], weights(plain)[QUERIES]
+    assert (own[2] - own[0]).norm() < 0.5 * (other[2] - other[0]).norm()  # peep's and ding's
 
 
 @pytest.mark.slow
