@@ -101,6 +101,12 @@ def test_what_else_is_known_of_a_row_stands_in_a_second_block():
     assert "| plain |  |  |  |  |" in text
     row = csv_rows(full)[0]
     assert (row["sdr_of_same-class"], row["exchanged_pictures_headline"]) == ("1.5000", "-7.5000")
+    for told in (
+        "same class, three, background: SDR of mixtures apart",
+        "pictures: the change of SDR with such pictures",
+    ):
+        assert told in text
+        assert told not in markdown(made)
     assert "exchanged" not in markdown(made)
 
 
