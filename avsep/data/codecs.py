@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import zlib
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from avsep.data.store import Clip, Store
+from avsep.errors import MissingExtraError
+from avsep.types import VisualSource
 
 __all__ = [
     "CODECS",
@@ -17,7 +20,9 @@ __all__ = [
     "Codec",
     "CodedCrops",
     "PictureCodec",
+    "check_pictures",
     "decode",
+    "decode_frames",
     "encode",
     "encode_frames",
 ]
@@ -31,15 +36,18 @@ what lies between (companding with mu = 255), 0 among them. ``vorbis``: an Ogg V
 of a byte a sample for crops of seconds; how much depends on the sound.
 """
 
-PictureCodec = Literal["raw", "deflate"]
-PICTURE_CODECS = ("raw", "deflate")
-"""How the frames of a kept crop are written down, both without loss: ``raw``, one byte a value; ``deflate``, as in ZIP
-files. How much that saves depends on the pictures: much where they are drawn, little where a camera's noise is in them.
-Another zlib may write a few bytes more or fewer.
+PictureCodec = Literal["raw", "deflate", "jpeg"]
+PICTURE_CODECS = ("raw", "deflate", "jpeg")
+"""How the frames of a kept crop are written down: ``raw``, one byte a value; ``deflate``, as in ZIP files, without loss;
+``jpeg``, all frames of the crop side by side in one JPEG picture of quality 90. How much ``deflate`` saves depends on the
+pictures: much where they are drawn, little where a camera's noise is in them. ``jpeg`` needs Pillow; another zlib or
+libjpeg may write a few bytes more or fewer.
 """
 
 _MU = 255
 _STEPS = 127  # of mu-law's bytes to either side of the one for silence; 255 is not used
+_QUALITY = 90
+_BLOCK = 16  # pixels a side of what JPEG writes as one, with colours at half the resolution
 
 
 def encode(audio: np.ndarray, codec: Codec, sample_rate_hz: int) -> bytes:
@@ -73,23 +81,91 @@ def decode(data: bytes, codec: Codec) -> np.ndarray:
 
 def encode_frames(frames: np.ndarray, codec: PictureCodec) -> bytes:
     """Frames uint8 [n, C, H, W] as bytes."""
+    if codec == "jpeg":
+        return _as_jpeg(frames)
     data = np.ascontiguousarray(frames, np.uint8).tobytes()
     return data if codec == "raw" else zlib.compress(data, 9)
 
 
-class CodedCrops:
-    """Crops of a store's clips in the form of a codec. Each is encoded once; the bytes stay in memory."""
+def decode_frames(data: bytes, codec: PictureCodec, shape: tuple[int, ...]) -> np.ndarray:
+    """What :func:`encode_frames` has made of frames of this shape [n, C, H, W], uint8."""
+    if codec == "jpeg":
+        return _from_jpeg(data, shape)
+    return np.frombuffer(data if codec == "raw" else zlib.decompress(data), np.uint8).reshape(shape)
 
-    def __init__(self, store: Store, codec: Codec, clip_samples: int) -> None:
+
+def _tiles(shape: tuple[int, ...]) -> tuple[int, int, int, int, int]:
+    """How frames [n, C, H, W] lie side by side: rows and columns of tiles, height and width of one, colours of one."""
+    count, channels, height, width = shape
+    colours = 3 if channels == 3 else 1
+    tiles = count * channels // colours
+    columns = max(math.isqrt(tiles), 1)
+    # whole blocks, so that no frame's edge is in another's
+    return -(-tiles // columns), columns, -(-height // _BLOCK) * _BLOCK, -(-width // _BLOCK) * _BLOCK, colours
+
+
+def _as_jpeg(frames: np.ndarray) -> bytes:
+    image = _pillow()
+    rows, columns, high, wide, colours = _tiles(frames.shape)
+    height, width = frames.shape[2:]
+    padded = np.pad(
+        np.asarray(frames, np.uint8).reshape(-1, colours, height, width),
+        ((0, 0), (0, 0), (0, high - height), (0, wide - width)),
+        mode="edge",
+    )
+    missing = np.zeros((rows * columns - len(padded), colours, high, wide), np.uint8)
+    grid = np.concatenate([padded, missing]).reshape(rows, columns, colours, high, wide)
+    sheet = grid.transpose(0, 3, 1, 4, 2).reshape(rows * high, columns * wide, colours)
+    file = io.BytesIO()
+    image.fromarray(sheet if colours == 3 else sheet[..., 0]).save(file, "JPEG", quality=_QUALITY)
+    return file.getvalue()
+
+
+def _from_jpeg(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    rows, columns, high, wide, colours = _tiles(shape)
+    sheet = np.asarray(_pillow().open(io.BytesIO(data))).reshape(rows, high, columns, wide, colours)
+    tiles = sheet.transpose(0, 2, 4, 1, 3).reshape(rows * columns, colours, high, wide)
+    count, channels, height, width = shape
+    return np.ascontiguousarray(tiles[: count * channels // colours, :, :height, :width]).reshape(shape)
+
+
+def check_pictures(codec: PictureCodec) -> None:
+    """Raise :class:`~avsep.errors.MissingExtraError` where a codec of frames is not installed."""
+    if codec == "jpeg":
+        _pillow()
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingExtraError("Pillow", "synth", "keeping frames as JPEG") from None
+    return Image
+
+
+class CodedCrops:
+    """Crops of a store's clips in the form of codecs. Each is encoded once; the bytes stay in memory."""
+
+    def __init__(self, store: Store, codec: Codec, clip_samples: int, pictures: PictureCodec = "raw") -> None:
         self.store = store
         self.codec: Codec = codec
         self.clip_samples = clip_samples
+        self.pictures: PictureCodec = pictures
         self._encoded: dict[tuple[str, int], bytes] = {}
+        self._frames: dict[tuple[str, int, str], tuple[bytes, tuple[int, ...]]] = {}
 
-    def prepare(self, crops: Iterable[tuple[Clip, int]]) -> None:
-        """Encode crops now, so that processes that get a copy of this find them done."""
+    @property
+    def loses(self) -> bool:
+        """Whether what is given back differs from what the store has."""
+        return self.codec != "int16" or self.pictures == "jpeg"
+
+    def prepare(self, crops: Iterable[tuple[Clip, int]], sources: Sequence[VisualSource] = ()) -> None:
+        """Encode crops, and what these sources ask for, now: processes that get a copy of this find them done."""
         for clip, start in crops:
             self._bytes(clip, start)
+            for source in sources:
+                if self.loses_frames(source):
+                    self._encoded_frames(clip, start, source)
 
     def size(self, clip: Clip, start: int) -> int:
         """Bytes of the crop from sample ``start`` on, or of the whole clip where it is shorter."""
@@ -105,6 +181,30 @@ class CodedCrops:
         out[-1:] = 0.0
         np.clip(out, -1.0, 1.0, out=out)
         return out
+
+    def loses_frames(self, source: VisualSource) -> bool:
+        """Whether what the source asks for differs after the codec: frames may, stored features do not."""
+        return self.pictures == "jpeg" and source.kind == "frames"
+
+    def frames(self, clip: Clip, start: int, source: VisualSource) -> np.ndarray:
+        """The frames of a crop, as :meth:`~avsep.data.store.Store.read_visual` gives them, after the codec."""
+        data, shape = self._encoded_frames(clip, start, source)
+        return decode_frames(data, self.pictures, shape)
+
+    def _encoded_frames(self, clip: Clip, start: int, source: VisualSource) -> tuple[bytes, tuple[int, ...]]:
+        key = (clip.id, start, source.role)
+        if key not in self._frames:
+            rate_hz = self.store.sample_rate_hz
+            frames = self.store.read_visual(
+                clip,
+                source,
+                centre_s=(start + self.clip_samples // 2) / rate_hz,
+                duration_s=self.clip_samples / rate_hz,
+                copy=False,
+                unseen=True,
+            )
+            self._frames[key] = encode_frames(frames, self.pictures), frames.shape
+        return self._frames[key]
 
     def _bytes(self, clip: Clip, start: int) -> bytes:
         key = (clip.id, start)

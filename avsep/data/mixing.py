@@ -59,8 +59,8 @@ def load_source(
 
     A clip shorter than the crop is repeated until it fills it. With ``rt60_s`` above 0 the sound is that of a room with
     this reverberation time, one room a clip; a ``change`` is one of :mod:`avsep.data.augment`. A source that is asked
-    for and absent (``role``) is silent; ``still`` shows one frame all along. ``coded``: hear the crop as a codec gives
-    it back; a ``change`` then cannot be one of speed. A sound without pictures
+    for and absent (``role``) is silent; ``still`` shows one frame all along. ``coded``: hear and see the crop as codecs
+    give it back; a ``change`` then cannot be one of speed. A sound without pictures
     (:meth:`avsep.data.store.Store.has_pictures`) is ``unseen``, whatever its role; what the encoders look at in its
     place is the crop of ``stand_in``, or zeros.
     """
@@ -85,14 +85,17 @@ def load_source(
     centre_s = (start + length // 2) / front_end.sample_rate_hz
     visual = {}
     for source in visual_sources if role != "background" else ():
-        array = store.read_visual(
-            shown,
-            source,
-            centre_s=centre_s,
-            duration_s=front_end.clip_s,
-            copy=False,
-            unseen=role.startswith("unseen"),
-        )
+        if coded is not None and shown is clip and coded.loses_frames(source):
+            array = coded.frames(clip, start, source)
+        else:
+            array = store.read_visual(
+                shown,
+                source,
+                centre_s=centre_s,
+                duration_s=front_end.clip_s,
+                copy=False,
+                unseen=role.startswith("unseen"),
+            )
         if role == "still" and source.role == "motion":
             array = np.repeat(array[:, :1], array.shape[1], 1) if source.kind == "features" else _held(array)
         visual[source.role] = array

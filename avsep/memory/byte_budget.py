@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from avsep.data.codecs import CODECS, PICTURE_CODECS, Codec, PictureCodec
+from avsep.data.codecs import CODECS, PICTURE_CODECS, Codec, PictureCodec, check_pictures
 from avsep.errors import ConfigError
 from avsep.memory.base import Candidates, Exemplar, Memory, MemoryPolicy
 from avsep.memory.herding import herd
@@ -29,9 +29,9 @@ class ByteBudget(MemoryPolicy):
     """Keep as many crops as fit into ``budget_bytes``, in the same bytes for every class seen.
 
     An exemplar is one crop of the front end's length: its sound as ``codec`` writes it
-    (:data:`avsep.data.codecs.CODECS`; training hears what the codec gives back), its frames as ``pictures``
-    does (:data:`avsep.data.codecs.PICTURE_CODECS`, without loss), and features as :mod:`avsep.evaluation.budget` counts
-    them. A class's crops are ranked when its task ends: first one of every
+    (:data:`avsep.data.codecs.CODECS`), its frames as ``pictures`` does
+    (:data:`avsep.data.codecs.PICTURE_CODECS`; training hears and sees what the codecs give back), and features as
+    :mod:`avsep.evaluation.budget` counts them. A class's crops are ranked when its task ends: first one of every
     recording, then a second of each, as far as they are long enough. Of the ranking as many are kept as fit into the
     class's share, which shrinks with every task; the last are given up first. To mixers a recording is one exemplar;
     each time it is drawn, one of its crops is taken. The default is the size of 15 crops of 6 seconds in 16-bit
@@ -75,6 +75,9 @@ class ByteBudget(MemoryPolicy):
         self.pictures = pictures
         self.select = select
         self.uses_separator = select != "random"
+
+    def check(self, candidates: Mapping[str, int]) -> None:
+        check_pictures(self.pictures)
 
     def update(
         self, held: Mapping[str, Sequence[Exemplar]], candidates: Candidates, rng: np.random.Generator

@@ -556,6 +556,7 @@ class ContinualLearner:
             all_data=self.strategy.uses_all_data,
             memory_only=self.strategy.memory_only,
             codec=self.memory.codec,
+            pictures=self.memory.pictures,
             ranks=self.ranks,
             device=self.fabric.device,
             workers=self.workers,

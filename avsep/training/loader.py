@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from avsep.data.codecs import Codec, CodedCrops
+from avsep.data.codecs import Codec, CodedCrops, PictureCodec
 from avsep.data.mixing import collate
 from avsep.data.tasks import TaskStream
 from avsep.distributed.ranks import ALONE, Ranks
@@ -48,6 +48,7 @@ class TaskMixtures:
         all_data: bool = False,
         memory_only: bool = False,
         codec: Codec = "int16",
+        pictures: PictureCodec = "raw",
         ranks: Ranks = ALONE,
         device: torch.device | str = "cpu",
         workers: int = 0,
@@ -67,7 +68,8 @@ class TaskMixtures:
         }
         self._train = train
         self._front_end = separator.spec.front_end
-        self._coded = None if codec == "int16" else CodedCrops(stream.store, codec, self._front_end.clip_samples)
+        coded = CodedCrops(stream.store, codec, self._front_end.clip_samples, pictures)
+        self._coded = coded if coded.loses else None
         self._visual_sources = separator.visual_sources()
         self._takes_unseen = separator.mask_decoder.takes_unseen
         self._task = task
@@ -128,7 +130,8 @@ class TaskMixtures:
     def _read(self, data: TrainingMixtures, items: Sequence[int], batch_size: int) -> Iterator[Batch]:
         if self._coded is not None and self._workers:  # readers are started anew for every epoch
             by_id = {clip.id: clip for clip in self._exemplars}
-            self._coded.prepare((by_id[name], start) for name, of in self._starts.items() for start in of)
+            kept = ((by_id[name], start) for name, of in self._starts.items() for start in of)
+            self._coded.prepare(kept, self._visual_sources)
         loader: DataLoader[Any] = DataLoader(
             Subset(data, items),
             batch_size=batch_size,

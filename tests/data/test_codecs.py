@@ -1,12 +1,19 @@
-"""What codecs keep of a sound, and crops of a store that are heard through them."""
+"""What codecs keep of sounds and frames, and crops of a store that are heard and seen through them."""
 
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 import pytest
 
-from avsep.data.codecs import CODECS, CodedCrops, decode, encode
-from support.tones import RATE, make_tone_store
+from avsep.data.codecs import CODECS, PICTURE_CODECS, CodedCrops, decode, decode_frames, encode, encode_frames
+from avsep.data.mixing import load_source
+from avsep.errors import MissingExtraError
+from avsep.memory import ByteBudget
+from avsep.spec import FrontEndSpec
+from avsep.types import VisualSource
+from support.tones import RATE, TINY_FRONT_END, make_tone_store
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +81,66 @@ def test_a_crop_is_the_stores_through_the_codec(store, codec, samples):
         encode(store.read_audio(clip, start, min(samples, clip.samples)), codec, RATE)
     )
     assert np.abs(crops.read(clip, start, 50.0)).max() == 1
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+
+def frames_of(shape):
+    """Smooth frames that move, [n, C, H, W] uint8."""
+    count, channels, height, width = shape
+    n, c, y, x = np.ogrid[:count, :channels, :height, :width]
+    return np.rint(127 + 60 * np.sin((x + 3 * n) / 9 + c) + 60 * np.cos((y - 2 * n) / 7)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 112, 112), (48, 1, 48, 48), (5, 1, 20, 33), (3, 2, 16, 16), (1, 3, 9, 7)])
+@pytest.mark.parametrize("codec", PICTURE_CODECS)
+def test_frames_come_back_in_their_places(shape, codec):
+    frames = frames_of(shape)
+    data = encode_frames(frames, codec)
+    found = decode_frames(data, codec, frames.shape)
+    assert found.dtype == np.uint8
+    assert found.shape == frames.shape
+    if codec == "jpeg":
+        error = np.abs(found.astype(int) - frames).mean(axis=(1, 2, 3))
+        assert 0 < error.max() < 3 + 6 * (shape[1] == 3)  # of each frame; colours have half the resolution
+        assert encode_frames(frames, codec) == data
+    else:
+        np.testing.assert_array_equal(found, frames)
+
+
+def test_what_frames_take_depends_on_them():
+    drawn = frames_of((48, 1, 48, 48))
+    noise = np.random.default_rng(0).integers(-4, 5, drawn.shape)
+    noisy = np.clip(drawn + noise, 0, 255).astype(np.uint8)
+    sizes = {c: [len(encode_frames(f, c)) / drawn.size for f in (drawn, noisy)] for c in PICTURE_CODECS}
+    assert sizes["raw"] == [1, 1]
+    assert sizes["jpeg"][0] < 0.5 < sizes["deflate"][1] < 1
+    assert sizes["jpeg"][1] < sizes["deflate"][1]
+
+
+def test_training_sees_the_frames_of_exemplars_through_the_codec(store):
+    clip, front_end = store.clip("hum-train-1"), FrontEndSpec(**TINY_FRONT_END)
+    sources = [VisualSource("object", "frames"), VisualSource("motion", "frames")]
+
+    def seen(coded):
+        return load_source(store, clip, 300, front_end, sources, 0, coded=coded).visual
+
+    plain, kept = seen(None), seen(CodedCrops(store, "int16", front_end.clip_samples, "deflate"))
+    lossy = CodedCrops(store, "int16", front_end.clip_samples, "jpeg")
+    assert lossy.loses
+    assert not CodedCrops(store, "int16", front_end.clip_samples, "deflate").loses
+    found, again = seen(lossy), seen(lossy)
+    for role in ("object", "motion"):
+        np.testing.assert_array_equal(kept[role], plain[role])
+        expected = decode_frames(encode_frames(plain[role], "jpeg"), "jpeg", plain[role].shape)
+        assert (expected != plain[role]).any()
+        np.testing.assert_array_equal(found[role], expected)
+        np.testing.assert_array_equal(again[role], expected)
+
+
+def test_without_pillow_it_is_told_before_anything_is_trained(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    ByteBudget(pictures="deflate").check({})
+    with pytest.raises(MissingExtraError, match=r"keeping frames as JPEG needs Pillow.*avsep\[synth\]"):
+        ByteBudget(pictures="jpeg").check({})

@@ -23,7 +23,7 @@ from avsep.separator import build_separator
 from avsep.spec import ComponentRef, FrontEndSpec, RunSpec, validated
 from avsep.training.loader import TaskMixtures
 from avsep.types import VisualSource
-from support.continual_runs import differing, resume_killed, trained, weights
+from support.continual_runs import differing, make_learner, resume_killed, trained, weights
 from support.tones import TINY_FRONT_END, TINY_SEPARATOR, TINY_TASKS, TINY_TRAIN, make_tone_store, stream_of
 
 FRONT_END = FrontEndSpec(**TINY_FRONT_END)
@@ -191,7 +191,7 @@ def test_training_hears_what_the_codec_gives_back(store, codec):
     assert set(heard) == {(name, start) for name, of in starts.items() for start in of}  # every crop has its turn
 
 
-def test_reader_processes_hear_the_same(store):
+def test_reader_processes_hear_and_see_the_same(store):
     stream, separator = stream_of(store.path), tiny_separator(TINY_TASKS[0] + TINY_TASKS[1])
     memory = {
         "ding": [Exemplar("ding-train-0", 5), Exemplar("ding-train-0", 8000)],
@@ -200,16 +200,35 @@ def test_reader_processes_hear_the_same(store):
     found = []
     for workers in (0, 1):
         mixtures = TaskMixtures(
-            stream, stream.tasks[1], memory, run_spec("none").train, separator, codec="vorbis", workers=workers
+            stream,
+            stream.tasks[1],
+            memory,
+            run_spec("none").train,
+            separator,
+            codec="vorbis",
+            pictures="jpeg",
+            workers=workers,
         )
-        found.append([batch.sources for batch in mixtures.training_batches(mixtures.epoch(0))])
-        assert len(mixtures._coded._encoded) == 3 or not workers  # done before the readers start
-    assert len(found[0]) == 3
+        batches = list(mixtures.training_batches(mixtures.epoch(0)))
+        found.append([part for batch in batches for part in (batch.sources, batch.visual.motion)])
+        if workers:  # done before the readers start
+            assert (len(mixtures._coded._encoded), len(mixtures._coded._frames)) == (3, 6)  # object and motion
+    assert len(found[0]) == 6
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_a_learner_gives_its_mixtures_the_policys_codecs(tone_store):
+    stream = stream_of(tone_store)
+    for codec, pictures in (("int16", "jpeg"), ("mulaw", "raw")):
+        policy = {"codec": codec, "pictures": pictures, "budget_bytes": 60_000}
+        coded = make_learner("finetune", ("byte_budget", policy))._mixtures(stream, stream.tasks[1])._coded
+        assert (coded.codec, coded.pictures) == (codec, pictures)
+    policy = {"codec": "int16", "pictures": "deflate", "budget_bytes": 60_000}  # which lose nothing
+    assert make_learner("finetune", ("byte_budget", policy))._mixtures(stream, stream.tasks[1])._coded is None
+
+
 def test_a_run_keeps_what_the_budget_allows_and_goes_on_after_a_kill(tone_store):
-    memory = ("byte_budget", {"codec": "vorbis", "budget_bytes": 60_000})
+    memory = ("byte_budget", {"codec": "vorbis", "pictures": "jpeg", "budget_bytes": 60_000})
     run = trained(tone_store, "finetune", memory)
     resumed = resume_killed(tone_store, run, "finetune", memory)
     assert differing(weights(run), weights(resumed)) == []
@@ -272,7 +291,7 @@ def test_more_crops_fit_where_frames_are_packed():
     assert len(kept["raw"]) == 2
     assert len(kept["deflate"]) == 6
     assert kept["deflate"][:2] == kept["raw"]
-    with pytest.raises(ValueError, match="pictures must be one of raw, deflate, got 'png'"):
+    with pytest.raises(ValueError, match="pictures must be one of raw, deflate, jpeg, got 'png'"):
         ByteBudget(pictures="png")
 
 
