@@ -38,10 +38,10 @@ of a byte a sample for crops of seconds; how much depends on the sound.
 
 PictureCodec = Literal["raw", "deflate", "jpeg"]
 PICTURE_CODECS = ("raw", "deflate", "jpeg")
-"""How the frames of a kept crop are written down: ``raw``, one byte a value; ``deflate``, as in ZIP files, without loss;
-``jpeg``, all frames of the crop side by side in one JPEG picture of quality 90. How much ``deflate`` saves depends on the
-pictures: much where they are drawn, little where a camera's noise is in them. ``jpeg`` needs Pillow; another zlib or
-libjpeg may write a few bytes more or fewer.
+"""How the frames of a kept crop are written down: ``raw``, one byte a value; ``deflate``, as in ZIP files, without
+loss; ``jpeg``, all frames of the crop side by side in one JPEG picture of quality 90. How much ``deflate`` saves
+depends on the pictures: much where they are drawn, little where a camera's noise is in them. ``jpeg`` needs Pillow;
+another zlib or libjpeg may write a few bytes more or fewer.
 """
 
 _MU = 255
