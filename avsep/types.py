@@ -93,17 +93,18 @@ class VisualFeatures:
 
 @dataclass(frozen=True)
 class AdapterPlace:
-    """A weight of a component that an adapter may change: a linear map, a convolution seen as one, or a vector.
+    """What an adapter may change: a weight of a component (a linear map, a convolution seen as one, a vector) or a map.
 
     ``parameter`` is its name in the component, ``shape`` its shape. ``kind`` linear is [maps rows, columns], ``maps``
     matrices one below the other (3 of a packed query, key and value projection); convolution [out, in, ...]; transposed
     (a transposed convolution) [in, out, ...]; affine [channels], the scale or the shift of channels, mostly of a
-    normalisation's. ``dead``: so many matrices above the ``maps`` play no part, and are left as they are.
+    normalisation's; map [channels] is no weight, but a field of :class:`AudioFeatures`, ``parameter`` its name.
+    ``dead``: so many matrices above the ``maps`` play no part, and are left as they are.
     """
 
     parameter: str
     shape: tuple[int, ...]
-    kind: Literal["linear", "convolution", "transposed", "affine"] = "linear"
+    kind: Literal["linear", "convolution", "transposed", "affine", "map"] = "linear"
     maps: int = 1
     dead: int = 0
 

@@ -33,9 +33,6 @@ This page is written by `scripts/methods.py`.
 TAIL = """
 ## What is not here
 
-- **Feature drift compensation (GCAB-CFDC)** projects new features onto those of every task before. Here masks are read
-  from two maps of the audio encoder, so that the separator would have to carry two projections for each pair of tasks
-  and choose them by class. Its other half, a task's own parameters, is `task_adapters`.
 - **Active, self-paced choice of what is labelled**: every clip of a store has its class already.
 """
 

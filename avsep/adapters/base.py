@@ -3,6 +3,8 @@
 A separator's spec names an adapter (``adapter``) and records how many classes each task brought (``task_sizes``). The
 mask decoder, and the audio encoder where the adapter says so, then carry one: every source is computed with the weights
 of the task that its class came with (:mod:`avsep.separator.adapted`). The first task has the component's own weights.
+
+A :class:`FeatureAdapter` changes feature maps in place of weights: there the newest task has the component's own.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from avsep.registry import Component
 from avsep.types import AdapterPlace
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "FeatureAdapter"]
 
 
 class Adapter(nn.Module, Component, ABC):
@@ -58,3 +60,22 @@ class Adapter(nn.Module, Component, ABC):
     def newest(self) -> Iterator[nn.Parameter]:
         """The parameters of the newest task; none while there is only the first."""
         return self.tasks[-1].parameters() if len(self.tasks) else iter(())
+
+
+class FeatureAdapter(Adapter):
+    """Base of adapters of an audio encoder that goes on learning: they lead its features back to earlier tasks.
+
+    The audio encoder alone carries one, and its own features are those of the newest task. The module that
+    :meth:`new_task` makes is called with the :class:`~avsep.types.AudioFeatures` of its task and gives those of the
+    task before, at first the same. So the features of any task are found step by step, newest task first
+    (:class:`~avsep.separator.adapted.ProjectedEncoder`).
+
+    ``places``, of kind map, are those of its maps that the mask decoder reads.
+    """
+
+    kinds = ("map",)
+    on_audio_encoder = True
+
+    def weights(self, parameters: nn.Module, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """None: no weight is changed."""
+        return {}

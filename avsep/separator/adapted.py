@@ -10,19 +10,23 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from avsep.adapters.base import Adapter
+from avsep.adapters.base import Adapter, FeatureAdapter
 from avsep.decoders.base import MaskDecoder, tasks_of
 from avsep.encoders.base import AudioEncoder
 from avsep.types import AudioFeatures, MaskOutput, Spectrograms, VisualFeatures
 
-__all__ = ["AdaptedDecoder", "AdaptedEncoder"]
+__all__ = ["AdaptedDecoder", "AdaptedEncoder", "ProjectedEncoder"]
 
 
 @dataclass(frozen=True)
 class TaskFeatures(AudioFeatures):
-    """The features of the first task, and by ``of_task`` those of any other, computed on first use."""
+    """The features that the encoder's own weights give, and by ``of_task`` those of any task, computed on first use."""
 
     of_task: Callable[[int], AudioFeatures] | None = None
+
+    @classmethod
+    def made(cls, own: AudioFeatures, of_task: Callable[[int], AudioFeatures]) -> TaskFeatures:
+        return cls(**{f.name: getattr(own, f.name) for f in fields(own)}, of_task=of_task)
 
 
 class AdaptedEncoder(AudioEncoder):
@@ -50,10 +54,10 @@ class AdaptedEncoder(AudioEncoder):
                 known[task] = functional_call(self.encoder, _weights(self.encoder, self.adapter, task), (spectrogram,))
             return known[task]
 
-        return TaskFeatures(**{f.name: getattr(first, f.name) for f in fields(first)}, of_task=of_task)
+        return TaskFeatures.made(first, of_task)
 
     def taps(self, audio: AudioFeatures) -> dict[str, Tensor]:
-        """Those of the first task."""
+        """Those of the encoder's own weights."""
         return self.encoder.taps(audio)
 
     def merged(self) -> AudioEncoder:
@@ -69,18 +73,61 @@ class _MergedEncoder(AudioEncoder):
 
     def forward(self, spectrogram: Tensor) -> AudioFeatures:
         found: list[AudioFeatures] = [encoder(spectrogram) for encoder in self.encoders]
-        return TaskFeatures(**{f.name: getattr(found[0], f.name) for f in fields(found[0])}, of_task=found.__getitem__)
+        return TaskFeatures.made(found[0], found.__getitem__)
+
+
+class ProjectedEncoder(AdaptedEncoder):
+    """An audio encoder that goes on learning, with an adapter that leads its features back to earlier tasks.
+
+    Its own features are those of the newest task; those of an older one go through the projections of all later tasks,
+    newest first. With one task alone it is the encoder, to the last bit.
+    """
+
+    def __init__(self, encoder: AudioEncoder, adapter: FeatureAdapter) -> None:
+        super().__init__(encoder, adapter)
+
+    def forward(self, spectrogram: Tensor) -> AudioFeatures:
+        newest = self.encoder(spectrogram)
+        return TaskFeatures.made(newest, _step_by_step(newest, self.adapter.tasks))
+
+    def merged(self) -> AudioEncoder:
+        """The same in plain modules."""
+        return _MergedProjections(copy.deepcopy(self.encoder), copy.deepcopy(self.adapter.tasks))
+
+
+class _MergedProjections(AudioEncoder):
+    def __init__(self, encoder: AudioEncoder, steps: nn.ModuleList) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.steps = steps
+
+    def forward(self, spectrogram: Tensor) -> AudioFeatures:
+        newest = self.encoder(spectrogram)
+        return TaskFeatures.made(newest, _step_by_step(newest, self.steps))
+
+
+def _step_by_step(newest: AudioFeatures, steps: nn.ModuleList) -> Callable[[int], AudioFeatures]:
+    """``of_task``, where ``steps[t]`` takes the features of task t + 1 to those of task t."""
+    known = [newest]  # of the newest task, the one before it, and so on
+
+    def of_task(task: int) -> AudioFeatures:
+        while len(known) <= len(steps) - task:
+            known.append(steps[len(steps) - len(known)](known[-1]))
+        return known[len(steps) - task]
+
+    return of_task
 
 
 class AdaptedDecoder(MaskDecoder):
     """A mask decoder with an adapter: the decoder runs once for each task among the sources, with that task's weights.
+    Without one (None) tasks differ in their audio features alone.
 
     Sources of the first task get what the decoder alone gives, to the last bit. Queries of classes that came later than
     a source's are hidden from it. So what a source gets depends on nothing that a later task brings or learns, as long
     as the weights it shares with it are frozen (as ``task_adapters`` keeps them).
     """
 
-    def __init__(self, decoder: MaskDecoder, adapter: Adapter) -> None:
+    def __init__(self, decoder: MaskDecoder, adapter: Adapter | None) -> None:
         super().__init__()
         self.decoder = decoder
         self.adapter = adapter
@@ -109,7 +156,8 @@ class AdaptedDecoder(MaskDecoder):
         """Say how many classes each task brought, and make room for as many tasks."""
         self.sizes = tuple(sizes)
         self.decoder.set_tasks(sizes)
-        _add_tasks(self.adapter, self.decoder, len(sizes))
+        if self.adapter is not None:
+            _add_tasks(self.adapter, self.decoder, len(sizes))
 
     def tasks_of(self, class_ids: Tensor) -> Tensor:
         """The task that each class came with."""
@@ -117,7 +165,7 @@ class AdaptedDecoder(MaskDecoder):
 
     def _task_weights(self, task: int) -> dict[str, Tensor]:
         """What differs from the decoder's own weights for sources of a task."""
-        weights = _weights(self.decoder, self.adapter, task)
+        weights = {} if self.adapter is None else _weights(self.decoder, self.adapter, task)
         if (name := self.decoder.query_parameter) and task + 1 < len(self.sizes):
             weights[name] = self.decoder.get_parameter(name)[: sum(self.sizes[: task + 1])]
         return weights

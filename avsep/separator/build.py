@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from avsep.adapters.base import Adapter
+from avsep.adapters.base import Adapter, FeatureAdapter
 from avsep.decoders.base import MaskDecoder
 from avsep.encoders.base import AudioEncoder
 from avsep.environment import seeded
 from avsep.errors import ConfigError, UnknownNameError, near_matches
 from avsep.registry import ADAPTERS, AUDIO_ENCODERS, MASK_DECODERS, REGISTRIES, VISUAL_ENCODERS, ComponentSpec
-from avsep.separator.adapted import AdaptedDecoder, AdaptedEncoder
+from avsep.separator.adapted import AdaptedDecoder, AdaptedEncoder, ProjectedEncoder
 from avsep.separator.module import Separator
 from avsep.spec import ComponentRef, FrontEndSpec, SeparatorSpec, load_preset, validated
+from avsep.types import AdapterPlace
 
 __all__ = ["build_from_spec", "build_separator", "list_components"]
 
@@ -54,6 +55,12 @@ def _with_adapters(
     spec: SeparatorSpec, ref: ComponentRef, audio_encoder: AudioEncoder, mask_decoder: MaskDecoder
 ) -> tuple[AudioEncoder, MaskDecoder]:
     """The components with what they carry for each of the spec's tasks."""
+    if issubclass(ADAPTERS.get(ref.name).factory, FeatureAdapter):
+        projections = ADAPTERS.create(ref.name, ref.params, places=_maps_to_project(spec, ref, audio_encoder))
+        assert isinstance(projections, FeatureAdapter)
+        projected = ProjectedEncoder(audio_encoder, projections)
+        projected.set_tasks(spec.task_sizes)
+        return projected, AdaptedDecoder(mask_decoder, None)
 
     def adapter_of(component: AudioEncoder | MaskDecoder, kind: str, name: str) -> Adapter:
         if not (places := component.adapter_places()):
@@ -61,12 +68,29 @@ def _with_adapters(
         kinds = ADAPTERS.get(ref.name).factory.kinds
         return ADAPTERS.create(ref.name, ref.params, places=[place for place in places if place.kind in kinds])
 
-    adapted = AdaptedDecoder(mask_decoder, adapter_of(mask_decoder, "mask decoder", spec.mask_decoder.name))
-    if not adapted.adapter.on_audio_encoder:
+    adapter = adapter_of(mask_decoder, "mask decoder", spec.mask_decoder.name)
+    adapted = AdaptedDecoder(mask_decoder, adapter)
+    if not adapter.on_audio_encoder:
         return audio_encoder, adapted
     encoder = AdaptedEncoder(audio_encoder, adapter_of(audio_encoder, "audio encoder", spec.audio_encoder.name))
     encoder.set_tasks(spec.task_sizes)
     return encoder, adapted
+
+
+def _maps_to_project(spec: SeparatorSpec, ref: ComponentRef, audio_encoder: AudioEncoder) -> list[AdapterPlace]:
+    """The maps of the audio encoder that the mask decoder reads, as places of an adapter that changes them."""
+    decoder = spec.mask_decoder.name
+    needs = MASK_DECODERS.get(decoder).needs
+    channels = {"mask_features": audio_encoder.mask_channels, "latent": audio_encoder.latent_channels}
+    found = {name: size for name, size in channels.items() if size is not None and name in needs}
+    # the spectrogram is the encoder's input: it does not change as the encoder learns
+    others = (needs & AUDIO_ENCODERS.get(spec.audio_encoder.name).provides) - found.keys() - {"spectrogram"}
+    if others or not found:
+        raise ConfigError(
+            f"adapter '{ref.name}' projects {' and '.join(channels)}, and mask decoder '{decoder}' reads "
+            f"{' and '.join(sorted(others)) or 'neither'}: leave the adapter out, or choose query_transformer"
+        )
+    return [AdapterPlace(name, (size,), "map") for name, size in found.items()]
 
 
 def _check_sizes(spec: SeparatorSpec) -> None:

@@ -7,6 +7,7 @@ from avsep.strategies.base import Step, Strategy, TaskContext, TaskData
 from avsep.strategies.composition import Composition, build_strategy
 from avsep.strategies.contavsep import ContAVSep
 from avsep.strategies.derpp import DERpp
+from avsep.strategies.drift_compensation import DriftCompensation
 from avsep.strategies.ewc import EWC
 from avsep.strategies.ewf import EWF
 from avsep.strategies.family_queries import FamilyQueries
@@ -51,6 +52,7 @@ __all__ = [
     "Composition",
     "ContAVSep",
     "DERpp",
+    "DriftCompensation",
     "FamilyQueries",
     "FeatureDistillation",
     "FineTune",

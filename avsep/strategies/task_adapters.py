@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from avsep.adapters import FeatureAdapter
 from avsep.errors import ConfigError
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import Step, Strategy, TaskContext
@@ -39,7 +40,13 @@ class TaskAdapters(Strategy):
         self._rows: NewRows | None = None
 
     def check(self, separator: Separator) -> None:
-        if not separator.adapters():
+        found = separator.adapters()
+        if found and all(isinstance(adapter, FeatureAdapter) for adapter in found):
+            raise ConfigError(
+                "strategy 'task_adapters' trains adapters that change weights, and this separator's changes features: "
+                "use drift_compensation, or another adapter, such as separator.adapter=low_rank"
+            )
+        if not found:
             raise ConfigError(
                 "strategy 'task_adapters' trains adapters, and the separator has none: add one, such as "
                 "separator.adapter=low_rank (see: avsep list adapters)"

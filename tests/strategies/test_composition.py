@@ -114,7 +114,11 @@ def test_what_changes_the_weights_when_a_task_begins_or_ends_says_so():
     ridge = {**{k: v for k, v in SEPARATORS["ridge_filters"].items() if k != "front_end"}, "object_encoder": None}
     found, stated = {}, {}
     for spec in STRATEGIES:
-        parts = {"analytic_mask": {**ridge, "motion_encoder": None}, "task_adapters": {"adapter": ("low_rank", {})}}
+        parts = {
+            "analytic_mask": {**ridge, "motion_encoder": None},
+            "task_adapters": {"adapter": ("low_rank", {})},
+            "drift_compensation": {"adapter": "projection"},
+        }
         two = _Two(STRATEGIES.create(spec.name, dict(spec.example)), **parts.get(spec.name, {}))
         two.call("begin_task")
         with torch.no_grad():  # as if it had been trained
@@ -151,7 +155,7 @@ def test_what_takes_note_of_the_weights_sees_those_that_are_set(last):
     assert two.changed == {"begin_task", "after_task"}
 
 
-@pytest.mark.parametrize("other", ["query_extension", "first_session", "task_adapters"])
+@pytest.mark.parametrize("other", ["query_extension", "first_session", "task_adapters", "drift_compensation"])
 @pytest.mark.parametrize("text_first", [True, False])
 def test_frozen_queries_stay_frozen_beside_what_trains_new_rows(other, text_first):
     frozen = (TEXT[0], {**TEXT[1], "frozen": True})

@@ -41,6 +41,7 @@ SEPARATORS: dict[str, dict[str, Any]] = {
     "iquery_object": {**TINY_SEPARATOR, "motion_encoder": None},
     "iquery_adapters": {**TINY_SEPARATOR, "adapter": {"name": "low_rank", "params": {"rank": 2, "conv_rank": 1}}},
     "iquery_tails": {**TINY_SEPARATOR, "adapter": {"name": "task_tails", "params": {"layers": 2}}},
+    "iquery_projection": {**TINY_SEPARATOR, "adapter": "projection"},
     "iquery_causal": _with_queries(slot_attention="causal"),
     "iquery_self": _with_queries(slot_attention="self"),
     "aligned": {**TINY_SEPARATOR, "mask_decoder": {"name": "aligned_query", "params": {"dim": 16, "layers": 1}}},

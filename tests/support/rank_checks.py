@@ -52,6 +52,7 @@ STEPS = {
     "prototype_relations": ("prototype_relations", {}, "iquery", torch.float64),
     "agem": ("agem", {}, "iquery", torch.float64),
     "task_adapters": ("task_adapters", {}, "iquery_adapters", torch.float64),
+    "drift_compensation": ("drift_compensation", {"weight": 1.0}, "iquery_projection", torch.float64),
     "l2_anchor": ("l2_anchor", {}, "iquery", torch.float64),
     "feature_distillation": ("feature_distillation", {}, "coseparation", torch.float64),
     "first_session": ("first_session", {"adapt": "film"}, "coseparation", torch.float64),
