@@ -241,10 +241,11 @@ class Strategy(Component):
     ``changes_separation`` that the term ``separation`` of its :meth:`loss` is not the separation loss of the whole
     batch, which matters where strategies are combined: the others' is left out, and no two may do so.
 
-    Three more matter where strategies are combined. ``sets_weights`` names which of ``begin_task`` and ``after_task``
+    Four more matter where strategies are combined. ``sets_weights`` names which of ``begin_task`` and ``after_task``
     change the student's weights: there it is called before the others, which may take note of the weights. ``freezes``:
     from the second task on most of what was learned stays as it is. ``unlearns``: it begins a task with less than was
-    learned; as ``restarts``, this is not combined with a strategy that freezes.
+    learned; as ``restarts``, this is not combined with a strategy that freezes. ``fits_weights``: what it learns holds
+    for the weights that training ends with alone, so that it is not combined with one that sets them in ``after_task``.
     """
 
     needs_teacher = False
@@ -257,6 +258,7 @@ class Strategy(Component):
     sets_weights: tuple[str, ...] = ()
     freezes = False
     unlearns = False
+    fits_weights = False
 
     def check(self, separator: Separator) -> None:
         """Raise :class:`~avsep.errors.ConfigError` with the reason where the separator lacks what the strategy needs.

@@ -67,6 +67,14 @@ class Composition(Strategy):
                 f"{freezing[0]} freezes what was learned, and {losing[0]} begins every task with less of it, which "
                 "could not be learned again: they cannot be combined"
             )
+        self.fits_weights = any(s.fits_weights for s in members)
+        fitting = [name for name, s in self.parts.items() if s.fits_weights]
+        moving = [name for name, s in self.parts.items() if "after_task" in s.sets_weights]
+        if fitting and moving:
+            raise ConfigError(
+                f"what {fitting[0]} learns fits the weights that training ends with, and {moving[0]} changes them "
+                "afterwards: they cannot be combined"
+            )
         self.needs_memory = any(s.needs_memory for s in members)
         self.across_ranks = all(s.across_ranks for s in members)
         changing = [name for name, s in self.parts.items() if s.changes_separation]

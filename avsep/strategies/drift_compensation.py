@@ -41,6 +41,7 @@ class DriftCompensation(Strategy):
 
     across_ranks = True
     freezes = True
+    fits_weights = True  # projections are of the encoder that they were trained beside
     differs = (
         "The gated class-attention and the sparsity of its gates are left out (a task's own parameters are "
         "task_adapters): the mask decoder is frozen in its place. The class says how far back a source's features "

@@ -45,6 +45,7 @@ def learner_of(stream, strategy, separator):
     [
         ("contavsep", "iquery"),
         pytest.param("task_adapters", "iquery_adapters", marks=pytest.mark.slow),
+        pytest.param("drift_compensation", "iquery_projection", marks=pytest.mark.slow),
         pytest.param("joint", "sound_of_pixels", marks=pytest.mark.slow),
     ],
 )
