@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import typer
 from page import cell, main
@@ -55,7 +55,9 @@ def values(command: Any) -> dict[str, str]:
     if command.callback is None:
         return found
     for name, hint in get_type_hints(inspect.unwrap(command.callback)).items():
-        words = [KINDS[word] for word in re.findall(r"Path|int|float|str", str(getattr(hint, "__name__", hint)))]
+        # list[str] has the name list, and only its text says of what
+        text = str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
+        words = [KINDS[word] for word in re.findall(r"Path|int|float|str", text)]
         repeated = getattr(hint, "__origin__", None) is tuple
         found[name] = " ".join(words if repeated else words[:1])
     return found

@@ -100,7 +100,9 @@ def family_shares(
             raise ConfigError(f"family '{family}' has no classes: name at least one")
         for name in members:
             if name not in store.classes:
-                raise ConfigError(f"family '{family}': {near_matches(name, store.classes)}")
+                raise ConfigError(
+                    f"family '{family}' names class '{name}', which the store has not: {near_matches(name, store.classes)}"
+                )
             if name in of_class:
                 raise ConfigError(f"class '{name}' is named twice, in families '{of_class[name]}' and '{family}'")
             of_class[name] = family
