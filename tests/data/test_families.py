@@ -61,7 +61,7 @@ def test_what_cannot_be_is_told_in_a_line(store, tmp_path):
         ({}, "there are no families"),
         ({"struck": []}, "family 'struck' has no classes"),
         ({"ding": ["hum"]}, "family 'ding' is named like a class of the store"),
-        ({"struck": ["dign"]}, "family 'struck' names class 'dign', which the store has not: did you mean 'ding'"),
+        ({"struck": ["dign"]}, "family 'struck' names class 'dign', which the store lacks: did you mean 'ding'"),
         ({"struck": ["ding"], "blown": ["ding"]}, "class 'ding' is named twice, in families 'struck' and 'blown'"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -101,7 +101,7 @@ def family_shares(
         for name in members:
             if name not in store.classes:
                 raise ConfigError(
-                    f"family '{family}' names class '{name}', which the store has not: {near_matches(name, store.classes)}"
+                    f"family '{family}' names class '{name}', which the store lacks: {near_matches(name, store.classes)}"
                 )
             if name in of_class:
                 raise ConfigError(f"class '{name}' is named twice, in families '{of_class[name]}' and '{family}'")
