@@ -100,9 +100,8 @@ def family_shares(
             raise ConfigError(f"family '{family}' has no classes: name at least one")
         for name in members:
             if name not in store.classes:
-                raise ConfigError(
-                    f"family '{family}' names class '{name}', which the store lacks: {near_matches(name, store.classes)}"
-                )
+                near = near_matches(name, store.classes)
+                raise ConfigError(f"family '{family}' names class '{name}', which the store lacks: {near}")
             if name in of_class:
                 raise ConfigError(f"class '{name}' is named twice, in families '{of_class[name]}' and '{family}'")
             of_class[name] = family
