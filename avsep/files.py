@@ -54,9 +54,9 @@ def entries(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Give a file another name, or copy it where the disk cannot do that."""
+    """Give a file (of a link what it leads to) another name, or copy it where the disk cannot do that."""
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)
 

@@ -383,7 +383,8 @@ def families(
     named: dict[str, tuple[str, ...]] = {}
     for text in family:
         name, equals, classes = text.partition("=")
-        if not (name and equals and classes):
+        name = name.strip()
+        if not (name and equals and classes.strip()):
             raise ConfigError(f"--family {text}: give FAMILY=CLASS,CLASS, such as bowed=violin,cello")
         if name in named:
             raise ConfigError(f"--family {text}: family '{name}' is given twice; name all its classes at once")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from avsep.data.codecs import CodedCrops
 from avsep.data.mixing import collate, load_source
 from avsep.data.protocol import centre_start, evenly
 from avsep.data.store import Clip, Store
@@ -27,6 +28,8 @@ def mean_pictures(
     store: Store,
     clips: Mapping[str, Sequence[tuple[Clip, int | None]]],
     device: torch.device | str = "cpu",
+    *,
+    coded: CodedCrops | None = None,
 ) -> dict[str, Tensor]:
     """The mean visual features of each class, for decoders that cannot do without: by role [Q, ...], in class order.
 
@@ -35,11 +38,12 @@ def mean_pictures(
         clips: those that are at hand of each class, each with the first sample of the crop to look at, the middle one
             when None; at most eight, evenly chosen, are read. A class without any keeps the mean that the separator
             has of it, or gets zeros.
+        coded: what codecs make of the crops whose first sample is given, those of exemplars.
     """
     found: dict[str, list[Tensor | None]] = {"object": [], "motion": []}
     for number, name in enumerate(separator.classes):
         of_class = evenly([one for one in clips.get(name, ()) if store.has_pictures(one[0])], _MOST_CLIPS)
-        encoded = [_encoded(separator, store, *one, number, device) for one in of_class]
+        encoded = [_encoded(separator, store, *one, number, device, coded) for one in of_class]
         for role, means in found.items():
             parts = [part for features in encoded if (part := getattr(features, role)) is not None]
             means.append(_mean(parts) if parts else None)
@@ -59,12 +63,18 @@ def mean_pictures(
 
 
 def _encoded(
-    separator: Separator, store: Store, clip: Clip, start: int | None, class_id: int, device: torch.device | str
+    separator: Separator,
+    store: Store,
+    clip: Clip,
+    start: int | None,
+    class_id: int,
+    device: torch.device | str,
+    coded: CodedCrops | None,
 ) -> VisualFeatures:
     front_end = separator.spec.front_end
     if start is None:
-        start = centre_start(clip, store.sample_rate_hz, front_end.clip_samples)
-    source = load_source(store, clip, start, front_end, separator.visual_sources(), class_id)
+        start, coded = centre_start(clip, store.sample_rate_hz, front_end.clip_samples), None
+    source = load_source(store, clip, start, front_end, separator.visual_sources(), class_id, coded=coded)
     return separator.encode_visual(move_to(collate([[source]]).visual, device))
 
 

@@ -100,7 +100,8 @@ def _tiles(shape: tuple[int, ...]) -> tuple[int, int, int, int, int]:
     colours = 3 if channels == 3 else 1
     tiles = count * channels // colours
     columns = max(math.isqrt(tiles), 1)
-    # whole blocks, so that no frame's edge is in another's
+    # whole blocks: brightness does not cross from frame to frame, and of the colours, which have half the resolution,
+    # no more than a pixel
     return -(-tiles // columns), columns, -(-height // _BLOCK) * _BLOCK, -(-width // _BLOCK) * _BLOCK, colours
 
 

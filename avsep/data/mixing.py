@@ -52,7 +52,7 @@ def load_source(
     rt60_s: float = 0.0,
     change: Change | None = None,
     coded: CodedCrops | None = None,
-    stand_in: tuple[Clip, int] | None = None,
+    stand_in: tuple[Clip, int, CodedCrops | None] | None = None,
 ) -> Source:
     """Read the crop of ``clip`` that begins at sample ``start`` (zeros outside the clip; its last sample is zero, as
     published), apply the gain, clip to ±1, and read the frames of the same seconds.
@@ -62,7 +62,7 @@ def load_source(
     for and absent (``role``) is silent; ``still`` shows one frame all along. ``coded``: hear and see the crop as codecs
     give it back; a ``change`` then cannot be one of speed. A sound without pictures
     (:meth:`avsep.data.store.Store.has_pictures`) is ``unseen``, whatever its role; what the encoders look at in its
-    place is the crop of ``stand_in``, or zeros.
+    place is the crop of ``stand_in``, as its own codec gives it back, or zeros.
     """
     length = front_end.clip_samples
     if clip.samples == 0:
@@ -81,12 +81,12 @@ def load_source(
     shown = clip
     if visual_sources and role != "background" and not store.has_pictures(clip):
         role = "unseen_source" if sounds else "unseen"
-        shown, start = stand_in or (clip, start)
+        shown, start, coded = stand_in or (clip, start, coded)
     centre_s = (start + length // 2) / front_end.sample_rate_hz
     visual = {}
     for source in visual_sources if role != "background" else ():
-        if coded is not None and shown is clip and coded.loses_frames(source):
-            array = coded.frames(clip, start, source)
+        if coded is not None and coded.loses_frames(source):
+            array = coded.frames(shown, start, source)
         else:
             array = store.read_visual(
                 shown,

@@ -192,6 +192,8 @@ class ExemplarScale:
     ) -> ExemplarBytes:
         """The bytes by kind; the parameters are those of :class:`avsep.memory.base.Weigh`."""
         clip, audio, frames = self._clips[exemplar.id], None, None
+        if keep == "clip" and exemplar.start is None:  # chosen by another policy, and kept whole
+            keep = "recording"
         if codec != "int16" and exemplar.start is not None:
             if codec not in self._coded:
                 self._coded[codec] = CodedCrops(self._store, codec, self._front_end.clip_samples)

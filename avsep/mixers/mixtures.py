@@ -33,8 +33,8 @@ class TrainingMixtures(Dataset[list[Source]]):
     """The mixtures of one epoch of one task, drawn by ``train.mixer`` from the current clips and the exemplars.
 
     ``crops``: the first sample of those exemplars of which one crop alone was kept, by clip id, or of each of several;
-    ``coded``: what a codec makes of them, where it keeps their sound. Where the mask decoder does not take sources
-    without a picture (``takes_unseen``), a mixer's are seen all the same. ``scores`` as :class:`Pool` has them.
+    ``coded``: what codecs make of these, of their sound and of their frames. Where the mask decoder does not take
+    sources without a picture (``takes_unseen``), a mixer's are seen all the same. ``scores`` as :class:`Pool` has them.
 
     Raises:
         ConfigError: the mixer cannot make such mixtures of these clips, or they do not fill one batch.
@@ -126,18 +126,22 @@ class TrainingMixtures(Dataset[list[Source]]):
             is_memory=is_memory,
             role=role,
             change=change,
-            coded=self.coded if is_memory else None,
+            coded=self._codec_of(number),
             stand_in=self._stand_in(item) if clip.id in self.pool.heard else None,
         )
 
-    def _stand_in(self, item: int) -> tuple[Clip, int] | None:
+    def _codec_of(self, number: int) -> CodedCrops | None:
+        """Of those exemplars of which crops were kept: recordings that are kept whole are kept as they are."""
+        return self.coded if self.pool.is_exemplar(number) and self.pool[number].id in self.pool.crops else None
+
+    def _stand_in(self, item: int) -> tuple[Clip, int, CodedCrops | None] | None:
         """A crop whose pictures the encoders see for a clip that has none: blank ones would change the statistics that
         their normalisations keep."""
         if not self._shown:
             return None
         rng = self._rng(item + _STAND_INS)
         number = self._shown[int(rng.integers(len(self._shown)))]
-        return self.pool[number], self.pool.draw(number, rng).start
+        return self.pool[number], self.pool.draw(number, rng).start, self._codec_of(number)
 
 
 class _Loaded(Collection[list[Source]]):

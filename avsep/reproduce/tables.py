@@ -337,7 +337,7 @@ def markdown(table: Table) -> str:
         legend += "; kept: what persists from task to task, in 10^6 bytes"
         shown = [line.ours for lines in table.lines.values() for line in lines if line.ours]
         if any(key.startswith("list:") for ours in shown for key in ours.values):
-            legend += "; same class, three, background: SDR of mixtures apart, which are not in the mean"
+            legend += "; same class, three, background: SDR of separate lists of mixtures, which are not in the mean"
         if any(ours.dependence.get("headline") for ours in shown):
             legend += "; pictures: the change of SDR with such pictures in place of the right ones"
         legend += "; core s: of a run beyond its first task, with scoring, the median over seeds"

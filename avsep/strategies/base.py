@@ -245,7 +245,8 @@ class Strategy(Component):
     change the student's weights: there it is called before the others, which may take note of the weights. ``freezes``:
     from the second task on most of what was learned stays as it is. ``unlearns``: it begins a task with less than was
     learned; as ``restarts``, this is not combined with a strategy that freezes. ``fits_weights``: what it learns holds
-    for the weights that training ends with alone, so that it is not combined with one that sets them in ``after_task``.
+    for the weights that training ends with alone, so that it is not combined with one that stores others, by setting
+    them in ``after_task`` or by ``eval_weights``.
     """
 
     needs_teacher = False

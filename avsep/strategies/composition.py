@@ -69,11 +69,16 @@ class Composition(Strategy):
             )
         self.fits_weights = any(s.fits_weights for s in members)
         fitting = [name for name, s in self.parts.items() if s.fits_weights]
-        moving = [name for name, s in self.parts.items() if "after_task" in s.sets_weights]
+        # an average that is stored in the place of the weights is another set of weights too
+        moving = [
+            name
+            for name, s in self.parts.items()
+            if "after_task" in s.sets_weights or type(s).eval_weights is not Strategy.eval_weights
+        ]
         if fitting and moving:
             raise ConfigError(
-                f"what {fitting[0]} learns fits the weights that training ends with, and {moving[0]} changes them "
-                "afterwards: they cannot be combined"
+                f"what {fitting[0]} learns fits the weights that training ends with, and {moving[0]} stores others: "
+                "they cannot be combined"
             )
         self.needs_memory = any(s.needs_memory for s in members)
         self.across_ranks = all(s.across_ranks for s in members)

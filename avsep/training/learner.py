@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from avsep.data.codecs import CodedCrops
 from avsep.data.store import Clip
 from avsep.data.tasks import TaskStream
 from avsep.distributed.ranks import ALONE, Ranks, is_lost, synchronise_batch_norm
@@ -627,7 +628,11 @@ class ContinualLearner:
             before = run.task(task.index - 1).separator
             student.class_means = load_class_means(before, student.spec.of_classes(task.old))
         kept = {name: [(by_id[one.id], one.start) for one in ones] for name, ones in self.exemplars.items()}
-        student.class_means = mean_pictures(student, stream.store, {**kept, **at_hand}, device)
+        policy, samples = self.memory, student.spec.front_end.clip_samples
+        coded = CodedCrops(stream.store, policy.codec, samples, policy.pictures)
+        student.class_means = mean_pictures(
+            student, stream.store, {**kept, **at_hand}, device, coded=coded if coded.loses else None
+        )
 
     def _remember(self, stream: TaskStream, task: Task, held: Memory, *, scored: bool = True) -> Memory:
         """The memory after a task; nothing is added after the last one, unless it is what that is trained on. Where

@@ -32,7 +32,7 @@ class TaskMixtures:
     Args:
         exemplars: the memory of earlier tasks; ``all_data`` takes all training clips of all classes seen in its place.
         memory_only: take the exemplars of all classes seen, the task's own too, and no other clips.
-        codec: how the exemplars' sound is kept.
+        codec, pictures: how the exemplars' sound and frames are kept.
         ranks: of several processes each reads its equal part of every batch.
         workers: reader processes.
     """

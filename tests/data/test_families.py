@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -59,6 +60,7 @@ def test_the_choice_depends_on_the_seed_and_the_percentage_alone(store):
 def test_what_cannot_be_is_told_in_a_line(store, tmp_path):
     for families, message in (
         ({}, "there are no families"),
+        *(({name: ["ding"]}, "cannot be the name of a family") for name in ("", " a", "a,b", "a;b", "a\nb")),
         ({"struck": []}, "family 'struck' has no classes"),
         ({"ding": ["hum"]}, "family 'ding' is named like a class of the store"),
         ({"struck": ["dign"]}, "family 'struck' names class 'dign', which the store lacks: did you mean 'ding'"),
@@ -79,11 +81,21 @@ def test_what_cannot_be_is_told_in_a_line(store, tmp_path):
     assert contents(tmp_path / "full") == {"notes.txt": b"mine"}
 
 
+def test_linked_files_are_followed(tone_store, tmp_path):
+    copy = shutil.copytree(tone_store, tmp_path / "copy")
+    sound = copy / "audio" / "ding-test-0.wav"
+    sound.rename(copy / "elsewhere.wav")
+    sound.symlink_to("../elsewhere.wav")
+    made = write_families(Store.open(copy), tmp_path / "made", FAMILIES)
+    assert (made.path / "audio" / sound.name).read_bytes() == sound.read_bytes()
+    assert not (made.path / "audio" / sound.name).is_symlink()
+
+
 def test_the_command(tone_store, tmp_path, capsys):
     out = tmp_path / "made"
     out.mkdir()  # an empty folder is taken
     argv = ["data", "families", tone_store, "--out", out]
-    assert run(*argv, "--family", "struck=ding, hum", "--family", "blown=whirr", "--json") == 0
+    assert run(*argv, "--family", "struck = ding, hum", "--family", "blown=whirr", "--json") == 0
     assert json.loads(capsys.readouterr().out)["families"] == FAMILIES
     assert Store.open(out).classes[:2] == ("struck", "blown")
     for families, message in (

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from avsep.data.codecs import CodedCrops
 from avsep.data.mixing import collate, load_source
 from avsep.data.protocol import build_protocol
 from avsep.data.store import Store, StoreWriter, add_features
@@ -80,8 +81,13 @@ def test_what_is_not_seen_is_asked_for_as_unseen(heard_store):
     assert float(batch.sources[0, 1].abs().max()) > 0
     assert int(batch.visual.object[0, 1].max()) == 0
     assert load(peep, "moving").role == "unseen"
-    assert np.array_equal(load(peep, stand_in=(ding, 0)).visual["motion"], load(ding).visual["motion"])
-    assert np.array_equal(load(peep, stand_in=(ding, 0)).audio, load(peep).audio)
+    assert np.array_equal(load(peep, stand_in=(ding, 0, None)).visual["motion"], load(ding).visual["motion"])
+    assert np.array_equal(load(peep, stand_in=(ding, 0, None)).audio, load(peep).audio)
+    coded = CodedCrops(heard_store, "mulaw", FRONT_END.clip_samples, "jpeg")
+    shown = load(peep, stand_in=(ding, 0, coded))  # an exemplar, of which no other frames are kept
+    assert np.array_equal(shown.visual["motion"], load(ding, coded=coded).visual["motion"])
+    assert not np.array_equal(shown.visual["motion"], load(ding).visual["motion"])
+    assert np.array_equal(shown.audio, load(peep).audio)
 
 
 def test_a_store_of_sounds_alone_is_read_by_who_goes_unseen(heard_store, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from avsep.data.codecs import CodedCrops, encode_frames
 from avsep.data.store import Clip, Store, StoreWriter
 from avsep.errors import ConfigError
-from avsep.evaluation.budget import ExemplarScale, align, budget_of, estimate
+from avsep.evaluation.budget import ExemplarScale, align, budget_of, estimate, exemplar_bytes
 from avsep.memory import ByteBudget
 from avsep.memory.base import Candidates, Exemplar, memory_rng, read_exemplars
 from avsep.memory.byte_budget import cover
@@ -215,6 +215,24 @@ def test_reader_processes_hear_and_see_the_same(store):
             assert (len(mixtures._coded._encoded), len(mixtures._coded._frames)) == (3, 6)  # object and motion
     assert len(found[0]) == 6
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_is_kept_whole_is_kept_as_it_is(store):
+    """Exemplars that another policy chose before: a run that goes on with byte_budget has both."""
+    stream, separator = stream_of(store.path), tiny_separator(TINY_TASKS[0] + TINY_TASKS[1])
+    memory = {"ding": [Exemplar("ding-train-0")], "hum": [Exemplar("hum-train-1", 0)]}
+    mixtures = TaskMixtures(
+        stream, stream.tasks[1], memory, run_spec("none").train, separator, codec="mulaw", pictures="jpeg"
+    )
+    data = mixtures.epoch(0)
+    for item in range(data.items):
+        for draw, source in zip(data.mixer.draw(data._rng(item), item, data.pool), data[item], strict=True):
+            expected = store.read_crop(source.clip, draw.start, FRONT_END.clip_samples, draw.gain)
+            assert np.array_equal(source.audio, expected) == (source.clip.id != "hum-train-1")
+    assert {key[0] for key in (*mixtures._coded._encoded, *mixtures._coded._frames)} == {"hum-train-1"}
+    scale, sources = ExemplarScale(store, separator.visual_sources(), FRONT_END), separator.visual_sources()
+    whole = exemplar_bytes(store, store.clip("ding-train-0"), sources, FRONT_END, keep="recording").total
+    assert scale(Exemplar("ding-train-0"), keep="clip", codec="mulaw", pictures="jpeg") == whole
 
 
 def test_a_learner_gives_its_mixtures_the_policys_codecs(tone_store):

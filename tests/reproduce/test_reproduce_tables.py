@@ -102,7 +102,7 @@ def test_what_else_is_known_of_a_row_stands_in_a_second_block():
     row = csv_rows(full)[0]
     assert (row["sdr_of_same-class"], row["exchanged_pictures_headline"]) == ("1.5000", "-7.5000")
     for told in (
-        "same class, three, background: SDR of mixtures apart",
+        "same class, three, background: SDR of separate lists",
         "pictures: the change of SDR with such pictures",
     ):
         assert told in text

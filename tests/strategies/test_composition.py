@@ -190,6 +190,7 @@ def test_states_are_kept_apart():
         (["agem", "changing"], "agem and changing each change the separation loss"),
         (["shrink_and_perturb", "query_extension"], "query_extension freezes what was learned, and shrink_and_perturb"),
         (["task_adapters", "gdumb"], "task_adapters freezes what was learned, and gdumb begins every task with less"),
+        (["weight_average", "drift_compensation"], "drift_compensation learns fits the weights .* and weight_average"),
         (["drift_compensation", "ewf"], "drift_compensation learns fits the weights that training ends with, and ewf"),
         ([], "no strategy: name at least one"),
     ],

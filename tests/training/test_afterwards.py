@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from avsep.data.codecs import CodedCrops
 from avsep.data.mixing import load_mixtures
 from avsep.data.protocol import build_protocol
 from avsep.data.store import Store
@@ -155,6 +156,10 @@ def test_old_means_go_with_the_weights_that_are_replaced_and_not_before(tmp_path
     assert load_separator(tmp_path / "separator").class_means is None
 
 
+def _same(one, other):
+    return all(torch.equal(one[role], other[role]) for role in ("object", "motion"))
+
+
 def test_means_stand_in_where_there_is_no_picture(store, tmp_path):
     separator = iquery()
     batch = load_mixtures(
@@ -171,6 +176,10 @@ def test_means_stand_in_where_there_is_no_picture(store, tmp_path):
     assert not separator.can_go_unseen
     clips = {name: [(c, None) for c in store.select(classes=[name], split="train")] for name in NAMES}
     separator.class_means = mean_pictures(separator, store, clips)
+    coded = CodedCrops(store, "int16", separator.spec.front_end.clip_samples, "jpeg")
+    assert _same(mean_pictures(separator, store, clips, coded=coded), separator.class_means)  # no crops of exemplars
+    crops = {name: [(c, 0) for c, _ in ones] for name, ones in clips.items()}
+    assert not _same(mean_pictures(separator, store, crops, coded=coded), mean_pictures(separator, store, crops))
     assert separator.can_go_unseen
     whole, partly = separator.predict(batch), separator.predict(unseen)
     visual = separator.encode_visual(batch.visual)

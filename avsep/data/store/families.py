@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avsep.data.store.files import SPLITS, VIDEOS_FILE, Store
+from avsep.data.store.files import SPLITS, UNFIT, VIDEOS_FILE, Store
 from avsep.errors import ConfigError, DataError, near_matches
 from avsep.files import link_or_copy, refuse_file, staging_folder, write_json
 from avsep.progress import Progress
@@ -46,8 +46,8 @@ def write_families(
         seed: of the choice of these clips.
 
     Raises:
-        ConfigError: a class is in no store or in two families, a family is named like a class, or a class has a single
-            clip of a split.
+        ConfigError: a class is not in the store or in two families, a family is named like a class or has no name that
+            a task could be given by, or a class has a single clip of a split.
         DataError: the store's files are in shards, or the folder holds something.
     """
     out, bars = Path(out), bars or Progress()
@@ -80,6 +80,7 @@ def write_families(
         if (videos := store.path / VIDEOS_FILE).is_file():
             shutil.copyfile(videos, folder / VIDEOS_FILE)
         write_json(folder / "manifest.json", manifest)
+        Store.open(folder)  # what cannot be read is not left there
         os.rename(folder, out)
     return Store.open(out)
 
@@ -94,6 +95,10 @@ def family_shares(
         raise ConfigError("there are no families: give at least one, with its classes")
     of_class: dict[str, str] = {}
     for family, members in families.items():
+        if family != family.strip() or not family or UNFIT.search(family) or set(family) & set(",;"):
+            raise ConfigError(
+                f"{family!r} cannot be the name of a family: leave out commas, semicolons and outer spaces"
+            )
         if family in store.classes:
             raise ConfigError(f"family '{family}' is named like a class of the store: give it another name")
         if not members:
