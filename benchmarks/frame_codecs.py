@@ -2,8 +2,8 @@
 
     python benchmarks/frame_codecs.py STORE
 
-The photograph is the sample picture of Matplotlib; it is moved along by a pixel every fourth frame, with noise of two of
-255 levels, as a camera has it. The table stands in docs/memory.md.
+The photograph is the sample picture of Matplotlib; it is moved along by a pixel every fourth frame, with noise of two
+of 255 levels, as a camera has it. The table stands in docs/memory.md.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from matplotlib.cbook import get_sample_data
+from matplotlib import get_data_path
 from PIL import Image
 
-from avsep.data.codecs import PICTURE_CODECS, encode_frames
+from avsep.data.codecs import PictureCodec, encode_frames
 from avsep.data.store import Store
 from avsep.types import VisualSource
 
 _SECONDS = 3.0
+_CODECS: tuple[PictureCodec, ...] = ("raw", "deflate", "jpeg")
 
 
 def of_store(store: Store, clips: int = 48) -> dict[str, float]:
     """The mean over so many clips, evenly chosen."""
     sources = [VisualSource("object", "frames"), VisualSource("motion", "frames")]
     chosen = [store.clips[i] for i in np.linspace(0, len(store.clips) - 1, clips).astype(int)]
-    sizes: dict[str, list[int]] = {codec: [] for codec in PICTURE_CODECS}
+    sizes: dict[PictureCodec, list[int]] = {codec: [] for codec in _CODECS}
     for clip in chosen:
         frames = [
             store.read_visual(clip, s, centre_s=clip.samples / store.sample_rate_hz / 2, duration_s=_SECONDS)
@@ -41,8 +42,7 @@ def of_photograph(store: Store) -> dict[str, float]:
     """Frames as the store has them, one of the object and those of the motion, of a photograph."""
     height, width = store.manifest["object_shape"][1:]
     small = store.manifest["motion_shape"][1]
-    with get_sample_data("grace_hopper.jpg") as file:
-        photo = Image.open(file).convert("RGB")
+    photo = Image.open(Path(get_data_path(), "sample_data", "grace_hopper.jpg")).convert("RGB")
     side = min(photo.size)
     square = photo.crop((0, 0, side, side))
     still = np.asarray(square.resize((width, height), Image.Resampling.LANCZOS)).transpose(2, 0, 1)[None]
@@ -51,14 +51,14 @@ def of_photograph(store: Store) -> dict[str, float]:
     noise = np.random.default_rng(0).normal(0, 2, (count, 1, small, small))
     moved = np.stack([grey[n // 4 : n // 4 + small, n // 4 : n // 4 + small][None] for n in range(count)])
     moving = np.rint(np.clip(moved + noise, 0, 255)).astype(np.uint8)
-    return {codec: float(sum(len(encode_frames(x, codec)) for x in (still, moving))) for codec in PICTURE_CODECS}
+    return {codec: float(sum(len(encode_frames(x, codec)) for x in (still, moving))) for codec in _CODECS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("store", type=Path, help="folder of a store with frames")
     store = Store.open(parser.parse_args().store)
-    print(f"| | {' | '.join(PICTURE_CODECS)} |\n|---|{'---:|' * len(PICTURE_CODECS)}")
+    print(f"| | {' | '.join(_CODECS)} |\n|---|{'---:|' * len(_CODECS)}")
     for name, sizes in (("store", of_store(store)), ("a photograph", of_photograph(store))):
         print(f"| {name} | {' | '.join(f'{size / 1000:.0f} kB' for size in sizes.values())} |")
 
