@@ -20,7 +20,7 @@ from avsep.kernels.similarity_distillation.reference import (
 from avsep.registry import STRATEGIES
 from avsep.strategies.base import TaskContext
 from avsep.types import Task, VisualInputs
-from support.continual_runs import SEPARATORS
+from support.continual_runs import REFUSED, SEPARATORS, make_learner
 from support.strategy_steps import (
     CLASS_IDS,
     VIDEO_IDS,
@@ -336,3 +336,16 @@ def test_a_step_goes_without_the_garbage_collector(separators):
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+def test_which_separators_a_strategy_is_for(separator):
+    """Refused are those that are known to be, in a line, and no others: tests on a GPU leave out no more."""
+    refused = set()
+    for spec in STRATEGIES:
+        learner = make_learner((spec.name, dict(spec.example)), "random_per_class", separator=separator)
+        try:
+            learner.strategy.check(learner.separator)
+        except ConfigError:
+            refused.add(spec.name)
+    assert refused == {name for name, separators in REFUSED.items() if separator in separators}

@@ -79,6 +79,20 @@ SEPARATORS |= {
     f"{name}_film": {**SEPARATORS[name], "adapter": "film"} for name in ("iquery", "coseparation", "sound_of_pixels")
 }
 
+_WITHOUT_QUERIES = {
+    name for name in SEPARATORS if name.startswith(("coseparation", "sound_of_pixels", "ridge_filters"))
+}
+_START_QUERIES = ("family_queries", "query_extension", "similar_queries", "text_queries")
+_LOOK = ("avcil", "contavsep", "prototype_relations", "reference", "slot_span", "topology")
+# The separators that a strategy is not for, as its check says; those that are not named here are for all.
+REFUSED: dict[str, set[str]] = {
+    **{name: _WITHOUT_QUERIES for name in _START_QUERIES},
+    **{name: {"ridge_filters"} for name in _LOOK},
+    "analytic_mask": {*SEPARATORS} - {"ridge_filters"},
+    "drift_compensation": {*SEPARATORS} - {"iquery_projection"},
+    "task_adapters": {name for name, parts in SEPARATORS.items() if parts.get("adapter", "projection") == "projection"},
+}
+
 # (separator, memory) that a test of one strategy goes through: every separator, and both memories
 RUNS = [
     ("iquery", "none"),
