@@ -86,7 +86,7 @@ _START_QUERIES = ("family_queries", "query_extension", "similar_queries", "text_
 _LOOK = ("avcil", "contavsep", "prototype_relations", "reference", "slot_span", "topology")
 # The separators that a strategy is not for, as its check says; those that are not named here are for all.
 REFUSED: dict[str, set[str]] = {
-    **{name: _WITHOUT_QUERIES for name in _START_QUERIES},
+    **dict.fromkeys(_START_QUERIES, _WITHOUT_QUERIES),
     **{name: {"ridge_filters"} for name in _LOOK},
     "analytic_mask": {*SEPARATORS} - {"ridge_filters"},
     "drift_compensation": {*SEPARATORS} - {"iquery_projection"},
