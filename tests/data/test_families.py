@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+import avsep.data.store.families as module
 from avsep.data.store import SPLITS, Store
 from avsep.data.store.families import family_shares, write_families
 from avsep.data.store.sharding import shard_store
@@ -79,6 +80,13 @@ def test_what_cannot_be_is_told_in_a_line(store, tmp_path):
     with pytest.raises(DataError, match=r"is not empty \(it holds 'notes.txt'\)"):
         write_families(store, tmp_path / "full", FAMILIES)
     assert contents(tmp_path / "full") == {"notes.txt": b"mine"}
+
+
+def test_a_store_that_cannot_be_read_is_not_left_there(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "link_or_copy", lambda _, target: target.write_bytes(b"cut short"))
+    with pytest.raises(DataError, match="it is truncated or was replaced"):
+        write_families(store, tmp_path / "made", FAMILIES)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_linked_files_are_followed(tone_store, tmp_path):

@@ -16,6 +16,7 @@ from avsep.data.tasks import task_stream
 from avsep.errors import DataError
 from avsep.evaluation.budget import exemplar_bytes
 from avsep.mixers.base import Pool
+from avsep.mixers.mixtures import TrainingMixtures
 from avsep.mixers.varied import Varied
 from avsep.separator import load_separator
 from avsep.spec import FrontEndSpec, TrainSpec
@@ -101,6 +102,31 @@ def test_a_store_of_sounds_alone_is_read_by_who_goes_unseen(heard_store, tmp_pat
     assert not found.visual["motion"].any()
     with pytest.raises(DataError, match="has no object frames"):
         load_source(store, clip, 0, FRONT_END, SOURCES, 0)
+
+
+def test_a_stand_in_that_is_an_exemplar_is_seen_through_its_codec(heard_store):
+    clips = heard_store.select(split="train")
+    own, old = ([c for c in clips if (c.class_name in SOUNDS) == sounds] for sounds in (True, False))
+    coded = CodedCrops(heard_store, "int16", FRONT_END.clip_samples, "jpeg")
+    index = {name: number for number, name in enumerate(heard_store.classes)}
+    data = TrainingMixtures(
+        heard_store,
+        own,
+        old,
+        TrainSpec(**TINY_TRAIN),
+        FRONT_END,
+        SOURCES,
+        index,
+        task=1,
+        epoch=0,
+        crops={clip.id: 0 for clip in old},
+        coded=coded,
+    )
+    kept = {
+        load_source(heard_store, clip, 0, FRONT_END, SOURCES, 0, coded=coded).visual["motion"].tobytes() for clip in old
+    }
+    shown = [s.visual["motion"].tobytes() for item in range(12) for s in data[item]]
+    assert set(shown) <= kept  # all there is to be seen are exemplars
 
 
 def pool_of(store, current=("peep", "whirr")):

@@ -21,6 +21,7 @@ from avsep.memory.herding import herd
 from avsep.memory.reconstruction import reconstruct
 from avsep.separator import build_separator
 from avsep.spec import ComponentRef, FrontEndSpec, RunSpec, validated
+from avsep.training import learner
 from avsep.training.loader import TaskMixtures
 from avsep.types import VisualSource
 from support.continual_runs import differing, make_learner, resume_killed, trained, weights
@@ -243,6 +244,18 @@ def test_a_learner_gives_its_mixtures_the_policys_codecs(tone_store):
         assert (coded.codec, coded.pictures) == (codec, pictures)
     policy = {"codec": "int16", "pictures": "deflate", "budget_bytes": 60_000}  # which lose nothing
     assert make_learner("finetune", ("byte_budget", policy))._mixtures(stream, stream.tasks[1])._coded is None
+
+
+def test_mean_pictures_are_of_what_the_codec_gives_back(tone_store, monkeypatch):
+    given = []
+    monkeypatch.setattr(learner, "mean_pictures", lambda *_, coded, **__: given.append(coded))
+    for pictures in ("jpeg", "raw"):
+        policy = {"codec": "int16", "pictures": pictures, "budget_bytes": 60_000}
+        made = make_learner("finetune", ("byte_budget", policy))
+        stream = stream_of(tone_store)
+        made._complete(stream, stream.tasks[0], None)
+    assert given[0].pictures == "jpeg"
+    assert given[1] is None
 
 
 def test_a_run_keeps_what_the_budget_allows_and_goes_on_after_a_kill(tone_store):
