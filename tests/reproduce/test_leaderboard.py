@@ -253,7 +253,7 @@ def test_hypotheses_of_a_board_are_said_with_what_was_found(grid, store, tmp_pat
 def test_hypotheses_stand_in_the_docs_as_they_are_tested():
     page = (ROOT / "docs" / "hypotheses.md").read_text(encoding="utf-8")
     found = [one for name in list_board_presets() for one in load_board_preset(name).hypotheses]
-    assert len(found) == 14
+    assert len(found) == 18
     for one in found:
         line = next(x for x in page.splitlines() if x.startswith(f"| {one.name} |"))
         assert line.endswith(f"| {one.predicted} | {one.why} |")
