@@ -36,6 +36,7 @@ LauncherSettings = Annotated[
 ]
 AnyCode = Annotated[bool, typer.Option("--any-code", help="With --resume: go on though the library has changed since.")]
 Plan = Annotated[bool, typer.Option("--plan", help="Only say what would be run.")]
+Finished = Annotated[bool, typer.Option("--finished", help="Run nothing: show the cells that are finished.")]
 
 __all__ = [
     "device_of",
@@ -47,6 +48,26 @@ __all__ = [
     "tell_choices",
     "tell_plan",
 ]
+
+
+def check_finished(finished: bool, **others: Any) -> None:
+    """Refuse ``--finished`` beside an option that is of running, or that only says something; ``others`` are by name
+    what was given of these."""
+    from avsep.errors import ConfigError
+
+    if finished and (given := next((name for name, value in others.items() if value not in (None, False)), None)):
+        raise ConfigError(f"--finished runs nothing, and --{given} is of running cells: leave out one of them")
+
+
+def shown_part(grid: Grid, results: ResultStore, out: Path, title: str) -> Grid:
+    """What is finished of a grid; raises where nothing is."""
+    from avsep.errors import RunError
+    from avsep.reproduce.grid import finished_part
+
+    part = finished_part(grid, results)
+    if not part.rows:
+        raise RunError(f"no cell of {title} is finished in {out}: run them without --finished, or give --results")
+    return part
 
 
 def raise_failed(grid: Grid, failed: dict[str, str]) -> None:
@@ -179,6 +200,7 @@ def run_board(
     launcher_settings: list[str],
     any_code: bool,
     plan: bool,
+    finished: bool,
     name: str,
     title: str,
     tune: bool = False,
@@ -194,7 +216,7 @@ def run_board(
     from avsep.reproduce.dataset import open_dataset
     from avsep.reproduce.leaderboard import board_tuning, build_board, next_round, tables_of
     from avsep.reproduce.preset import load_grid_preset
-    from avsep.reproduce.runner import Outcome, check_folder, claim
+    from avsep.reproduce.runner import Outcome, check_folder, claim, is_grid
     from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
     from avsep.reproduce.tuning import next_round as next_candidates
 
@@ -204,7 +226,8 @@ def run_board(
     loaded = grid if grid is not None else load_grid_preset(board.grid)
     loaded.check_bases(bases or ())
     board.check_entries(entries or ())  # before a data set is made
-    check_folder(out, resume, preset=preset, given=board, tuning=tune)
+    check_finished(finished, plan=plan, jobs=jobs)
+    check_folder(out, resume or (finished and is_grid(out)), preset=preset, given=board, tuning=tune)
     accelerator = device_of(device, launcher)
     started = launcher_of(launcher, out, launcher_settings)
     store, data_set = open_dataset(dataset, loaded, out / "store", progress=not output.quiet)
@@ -214,8 +237,12 @@ def run_board(
         whole = board_tuning(board, store, grid=loaded, bases=bases, entries=entries, seeds=most)
     else:
         whole = build_board(board, store, grid=loaded, bases=bases, entries=entries)
+    if finished and not tune:
+        whole = shown_part(whole, claimed, out, name)
 
     def next_cells() -> Grid:
+        if finished:
+            return replace(whole, cells={})
         if tune:
             more = next_candidates(whole, claimed, failed, board.tuning_seeds)
         else:
@@ -227,8 +254,10 @@ def run_board(
     console = output.console(highlight=False, soft_wrap=True)
     rows = sum(len(of_base) for table in whole.rows.values() for of_base in table.values())
     console.print(
-        f"{name}: {rows} {'candidates' if tune else 'rows'}, {len(part.cells)} cells to be run now"
-        f"{'' if tune or board.screening >= board.seeds else ', and more seeds of the best then'}"
+        f"{name}: {rows} {'candidates' if tune else 'rows'}, "
+        f"{sum(key in claimed for key in whole.cells) if finished else len(part.cells)} cells "
+        f"{'finished' if finished else 'to be run now'}"
+        f"{'' if tune or finished or board.screening >= board.seeds else ', and more seeds of the best then'}"
     )
     notes = list(dict.fromkeys(note for notes in whole.notes.values() for note in notes))
     for note in notes:
@@ -238,7 +267,8 @@ def run_board(
     if plan:
         output.result({**data, "plan": tell_plan(output, list(part.cells.values()), whole, claimed)})
         return
-    claim(out, whole, preset=preset, given=board, device=accelerator, any_code=any_code)
+    if not (finished and is_grid(out)):
+        claim(out, whole, preset=preset, given=board, device=accelerator, any_code=any_code)
 
     def run(some: Grid) -> Outcome:
         return run_grid(
@@ -277,7 +307,9 @@ def run_board(
     lead = [
         f"{rows} rows on {data_set}, preset {Path(preset).stem}, "
         + (
-            f"every row with {board.screening} seeds and the best with {board.seeds}."
+            "what is finished of them."
+            if finished
+            else f"every row with {board.screening} seeds and the best with {board.seeds}."
             if board.screening < board.seeds
             else f"{board.seeds} seeds."
         )

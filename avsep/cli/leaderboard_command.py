@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from avsep.cli._grids import AnyCode, Dataset, Device, Jobs, LauncherName, LauncherSettings, Plan, Results, Resume
+from avsep.cli._grids import (
+    AnyCode,
+    Dataset,
+    Device,
+    Finished,
+    Jobs,
+    LauncherName,
+    LauncherSettings,
+    Plan,
+    Results,
+    Resume,
+)
 from avsep.cli._output import Json, Output, Quiet, Verbose
 
 
@@ -55,6 +66,7 @@ def command(
         bool, typer.Option("--tune", help="Choose the entries' settings on validation pairs instead; before the board.")
     ] = False,
     plan: Plan = False,
+    finished: Finished = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -98,6 +110,7 @@ def command(
         launcher_settings=launcher_settings or [],
         any_code=any_code,
         plan=plan,
+        finished=finished,
         name="leaderboard",
         title="Methods at equal bytes and equal updates",
         tune=tune,

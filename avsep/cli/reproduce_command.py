@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avsep.cli._grids import AnyCode, Dataset, Device, Jobs, LauncherName, LauncherSettings, Plan, Results, Resume
+from avsep.cli._grids import (
+    AnyCode,
+    Dataset,
+    Device,
+    Finished,
+    Jobs,
+    LauncherName,
+    LauncherSettings,
+    Plan,
+    Results,
+    Resume,
+)
 from avsep.cli._output import Json, Output, Quiet, Verbose
 
 if TYPE_CHECKING:
@@ -63,6 +74,7 @@ def command(
     keep: Annotated[bool, typer.Option("--keep", help="Keep the run folders of finished cells.")] = False,
     any_code: AnyCode = False,
     plan: Plan = False,
+    finished: Finished = False,
     power: Annotated[
         float | None,
         typer.Option(
@@ -84,11 +96,13 @@ def command(
     from dataclasses import replace
 
     from avsep.cli._grids import (
+        check_finished,
         device_of,
         failures_of,
         jobs_at_a_time,
         launcher_of,
         raise_failed,
+        shown_part,
         tell_choices,
         tell_plan,
     )
@@ -104,7 +118,7 @@ def command(
     )
     from avsep.reproduce.dataset import BENCHMARK, SYNTH, open_dataset, planned_dataset
     from avsep.reproduce.grid import needs_data, selection
-    from avsep.reproduce.runner import Outcome, check_folder, claim
+    from avsep.reproduce.runner import Outcome, check_folder, claim, is_grid
     from avsep.reproduce.tables import markdown, places_in, render_into, table_rows
     from avsep.reproduce.tuning import SEEDS as TUNING_SEEDS
     from avsep.reproduce.tuning import next_round
@@ -127,7 +141,8 @@ def command(
     places = [] if readme is None else places_in(readme, wanted)
     bases = None if base is None else (["iquery", "coseparation"] if base == "both" else [base])
     loaded.check_bases(bases or ())
-    check_folder(out, resume, preset=preset, given=loaded, tuning=wanted == ["tune"])
+    check_finished(finished, plan=plan, power=power, jobs=jobs, keep=keep)
+    check_folder(out, resume or (finished and is_grid(out)), preset=preset, given=loaded, tuning=wanted == ["tune"])
     accelerator = device_of(device, launcher)
     started = launcher_of(launcher, out, launcher_settings or [])
     if plan and dataset == SYNTH and not (out / "store" / "manifest.json").is_file() and not needs_data(wanted):
@@ -139,11 +154,17 @@ def command(
     else:
         grid = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases, rows=row)
     claimed = ResultStore(out / "cells", results or [])
-    part = (next_round(grid, claimed) or replace(grid, cells={})) if wanted == ["tune"] else grid
+    if finished and wanted != ["tune"]:
+        grid = shown_part(grid, claimed, out, ", ".join(wanted))
+    part = (next_round(grid, claimed) or replace(grid, cells={})) if wanted == ["tune"] and not finished else grid
     missing = [cell for key, cell in part.cells.items() if key not in claimed]
     count, firsts = len(grid.cells), len({c.first_key for c in missing if c.shares_first})
     todo = (
-        f"{len(missing)} to be run from {firsts} first task{'s' if firsts > 1 else ''}" if missing else "all finished"
+        "all finished"
+        if not missing
+        else f"{len(missing)} of them not finished"
+        if finished
+        else f"{len(missing)} to be run from {firsts} first task{'s' if firsts > 1 else ''}"
     )
     console.print(f"{', '.join(wanted)}: {count} cell{'s' if count != 1 else ''}, {todo}")
     if others := claimed.passed_over(missing):
@@ -166,7 +187,8 @@ def command(
     if plan:
         output.result({**data, "plan": tell_plan(output, missing, grid, claimed)})
         return
-    claim(out, grid, preset=preset, given=loaded, device=accelerator, any_code=any_code)
+    if not (finished and is_grid(out)):
+        claim(out, grid, preset=preset, given=loaded, device=accelerator, any_code=any_code)
     name = Path(preset).stem
 
     def run(some: Grid) -> Outcome:
@@ -185,9 +207,9 @@ def command(
         )
 
     try:
-        outcome = run(part)
+        outcome = Outcome(()) if finished else run(part)  # a grid may be at work in the folder
         failed = dict(outcome.failed)
-        while wanted == ["tune"] and (more := next_round(grid, claimed, failed)) is not None:
+        while wanted == ["tune"] and not finished and (more := next_round(grid, claimed, failed)) is not None:
             failed |= run(more).failed
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with: {_again(tables, locals())}") from None
@@ -195,13 +217,15 @@ def command(
         chosen = tell_choices(output, grid, claimed, failed)
         output.result({**data, "choices": chosen, "failed": failures_of(grid, failed)})
         return raise_failed(grid, failed)
-    whole = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases) if row else grid
+    whole = grid
+    if row and not finished:
+        whole = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases)
     # a choice of rows adds to the tables that are there: rows finished before are shown with them
     shown = selection(whole, lambda line, keys: not row or line.name in row or any(key in claimed for key in keys))
     made: list[dict[str, Any]] = []
     for table_name in wanted:
         if table_name not in shown.rows:
-            said = [f"{table_name}: no rows, not written.", *whole.notes[table_name]]
+            said = [f"{table_name}: no rows{' finished' if finished else ''}, not written.", *whole.notes[table_name]]
             console.print(" ".join(said))
             made.append({"table": table_name, "lines": [], "notes": whole.notes[table_name], "files": []})
             continue

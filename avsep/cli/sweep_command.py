@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from avsep.cli._grids import AnyCode, Device, Jobs, Plan, Resume
+from avsep.cli._grids import AnyCode, Device, Finished, Jobs, Plan, Resume
 from avsep.cli._output import Json, Output, Quiet, Verbose
 
 
@@ -58,6 +58,7 @@ def command(
     ] = None,
     any_code: AnyCode = False,
     plan: Plan = False,
+    finished: Finished = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -114,6 +115,7 @@ def command(
         launcher_settings=[],
         any_code=any_code,
         plan=plan,
+        finished=finished,
         name="sweep",
         title="Methods compared",
     )

@@ -53,7 +53,7 @@ def board_rows(
             for line in lines:
                 role = "control" if line.row == table.control else "reference" if line.row in references else ""
                 known = {"base": base, "budget": titles[table.name], "role": role, "source": papers.get(line.row, "")}
-                made.append(known | _row(line, len(table.seeds)))
+                made.append(known | _row(line))
     return made
 
 
@@ -70,7 +70,7 @@ def _papers(row: Row, usual_memory: str | None) -> str:
     return "; ".join(dict.fromkeys(part for text in (*found, *others) for part in text.split("; ")))
 
 
-def _row(line: Line, seeds: int) -> dict[str, Any]:
+def _row(line: Line) -> dict[str, Any]:
     ours = line.ours
     sdr = ours.values.get("sdr") if ours else None
     difference = ours.differences.get("sdr") if ours else None

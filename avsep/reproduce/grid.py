@@ -11,8 +11,9 @@ import hashlib
 import inspect
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ __all__ = [
     "assemble",
     "base_separators",
     "build_grid",
+    "finished_part",
     "identity_key",
     "selection",
     "spec_of_row",
@@ -407,6 +409,25 @@ def selection(grid: Grid, wanted: Callable[[Row, Sequence[str]], bool]) -> Grid:
             if kept := [row for row in lines if wanted(row, grid.keys(table, base, row.name))]:
                 rows.setdefault(table, {})[base] = kept
     return replace(grid, rows=rows)
+
+
+def finished_part(grid: Grid, results: Container[str]) -> Grid:
+    """The grid with those rows, and on every base those seeds, alone that some finished cell is of. ``results`` are the
+    keys of finished cells."""
+    part = selection(grid, lambda row, keys: _any_in(keys, results))
+    places: dict[tuple[str, str, str], tuple[str, ...]] = {}
+    for table, of_base in part.rows.items():
+        for base, lines in of_base.items():
+            keys = {row.name: grid.keys(table, base, row.name) for row in lines}
+            begun = [_any_in(of_seed, results) for of_seed in zip(*keys.values(), strict=True)]
+            places |= {(table, base, name): tuple(compress(of_row, begun)) for name, of_row in keys.items()}
+    shown = {key for keys in places.values() for key in keys}
+    seeds = tuple(seed for seed in grid.seeds if any(grid.cells[key].seed == seed for key in shown))
+    return replace(part, seeds=seeds, places=places, cells={k: c for k, c in grid.cells.items() if k in shown})
+
+
+def _any_in(keys: Sequence[str], results: Container[str]) -> bool:
+    return any(key in results for key in keys)
 
 
 def rotated(tasks: Sequence[Sequence[str]], number: int) -> list[list[str]]:

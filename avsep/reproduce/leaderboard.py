@@ -350,10 +350,11 @@ def tables_of(
             hypotheses=board.hypotheses,
         )
         lines = {base: tuple(sorted(of_base, key=lambda line: -rank(line))) for base, of_base in table.lines.items()}
-        screened = board.screening < board.seeds
+        # what is shown before the board is finished says of each row what is missing
+        screened = board.screening < len(grid.seeds) and next_round(board, grid, results, failed or ()) is None
         note = (
             f"All rows have {board.screening} seeds; the best {board.share:.0%} of them on validation pairs, the "
-            f"control and the references have {board.seeds}. Rows stand in the order of their difference to the "
+            f"control and the references have {len(grid.seeds)}. Rows stand in the order of their difference to the "
             "control."
         )
         made.append(replace(table, lines=lines, screened=screened, notes=(*table.notes, *([note] if screened else []))))

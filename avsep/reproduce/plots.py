@@ -46,8 +46,7 @@ def plot_table(table: Table, path: Path) -> None:
         figure, shown = _sizes(Figure, table, bases, with_paper), "; band: 95% interval"
     else:
         figure, shown = _dots(Figure, table, bases, with_paper), "; lines: 95% intervals, strokes: seeds"
-    count = f"{len(table.seeds)} seed{'s' if len(table.seeds) > 1 else ''}"
-    figure.suptitle(f"{table.title}\nours: {table.heading}, {count}{shown}", fontsize=10)
+    figure.suptitle(f"{table.title}\nours: {table.heading}{shown}", fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130, metadata={"Software": None})  # the same bytes from the same numbers
 

@@ -480,11 +480,16 @@ def _in_order(unit: _Unit) -> tuple[int, int, str]:
     return unit.cells[0].seed, -unit.steps, unit.label
 
 
+def is_grid(folder: Path) -> bool:
+    """Whether a grid was begun there."""
+    return (folder / MARK).is_file()
+
+
 def check_folder(out: Path, resume: bool, *, preset: str, given: PresetModel, tuning: bool) -> None:
     """Refuse a folder that holds something else, a grid that was not asked to be gone on with, or one of another preset
     than ``given``: that must show before its data set is opened, to which a preset may add features."""
     refuse_file(out)
-    if (out / MARK).is_file():
+    if is_grid(out):
         if not resume:
             raise RunError(f"{out} holds a grid already: go on with --resume, or choose another --out")
         found = read_json(out / MARK)

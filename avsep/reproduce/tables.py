@@ -95,14 +95,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A finished or partly finished table; ``lines`` by base separator, ``notes`` what must be said of it;
-    ``screened`` where not every row is to have all seeds."""
+    """A finished or partly finished table; ``seeds`` and ``lines`` by base separator, ``notes`` what must be said of
+    it; ``screened`` where not every row is to have all seeds."""
 
     name: str
     title: str
     data_set: str
     preset: str
-    seeds: tuple[int, ...]
+    seeds: dict[str, tuple[int, ...]]
     lines: dict[str, tuple[Line, ...]]
     control: str
     protocol: str
@@ -123,7 +123,12 @@ class Table:
     @property
     def heading(self) -> str:
         """What keeps these numbers from being taken for the paper's."""
-        return f"{self.data_set}, preset {self.preset}"
+        counts = {base: len(seeds) for base, seeds in self.seeds.items()}
+        if len(set(counts.values())) > 1:
+            said = ", ".join(f"{BASE_TITLES.get(base, base)} {_seeds(count)}" for base, count in counts.items())
+        else:
+            said = _seeds(max(counts.values(), default=0))
+        return f"{self.data_set}, preset {self.preset}, {said}"
 
 
 def build_table(
@@ -177,7 +182,7 @@ def build_table(
         title=title or TITLES[name],
         data_set=data_set,
         preset=preset,
-        seeds=grid.seeds,
+        seeds={base: _seeds_of(grid, name, base) for base in lines},
         lines=lines,
         control=control,
         protocol=f"{grid.stream.protocol.name} version {grid.stream.protocol.version}",
@@ -188,6 +193,11 @@ def build_table(
         ),
         tasks=tuple(t.classes for t in grid.stream.tasks),
     )
+
+
+def _seeds_of(grid: Grid, name: str, base: str) -> tuple[int, ...]:
+    keys = [key for row in grid.rows[name][base] for key in grid.keys(name, base, row.name)]
+    return tuple(dict.fromkeys(grid.cells[key].seed for key in keys))
 
 
 def cells_beside(
@@ -311,8 +321,8 @@ def _memory(memory: Any) -> str:
 
 def markdown(table: Table) -> str:
     """The table as Markdown, one block a base separator, with a heading that says what data it is of."""
-    count = len(table.seeds)
-    ours = f"Ours: {table.heading}, {count} seed{'s' if count > 1 else ''}."
+    counts = {base: len(seeds) for base, seeds in table.seeds.items()}
+    ours = f"Ours: {table.heading}."
     if any(line.paper for lines in table.lines.values() for line in lines) and not table.steps:
         ours += f" Paper: {published()['data_set']}, one seed."
         if table.data_set == BENCHMARK:
@@ -320,11 +330,15 @@ def markdown(table: Table) -> str:
     out = [f"**{table.title}.** {ours}"]
     for base, lines in table.lines.items():
         out += ["", f"*{BASE_TITLES.get(base, base)}*", ""]
-        out += _steps_block(table, lines) if table.steps else _block(table, lines)
+        out += (_steps_block if table.steps else _block)(table, base)
         out += [] if table.steps else _more_block(lines)
     control = next((x.label for lines in table.lines.values() for x in lines if x.row == table.control), "")
     what = "after the last task, " if not table.steps else ""
-    covers = "choice of test clips and seeds" if count > 1 else "choice of test clips alone, not of the seed"
+    single = [BASE_TITLES.get(base, base) for base, count in counts.items() if count == 1]
+    covers = "choice of test clips and seeds"
+    if single:
+        of_some = f", on {' and '.join(single)}" if len(single) < len(counts) else ""
+        covers = f"{covers + of_some + ' ' if of_some else ''}choice of test clips alone, not of the seed"
     legend = (
         f"dB {what}mean over seeds and the sources of all test mixtures of the classes seen, [95% interval: {covers}]"
     )
@@ -360,7 +374,8 @@ def _header(names: Sequence[str]) -> list[str]:
     ]
 
 
-def _block(table: Table, lines: Sequence[Line]) -> list[str]:
+def _block(table: Table, base: str) -> list[str]:
+    lines = table.lines[base]
     memories = len({line.memory for line in lines}) > 1
     printed = any(line.paper for line in lines)
     steps = len({line.updates for line in lines}) > 1
@@ -376,7 +391,7 @@ def _block(table: Table, lines: Sequence[Line]) -> list[str]:
             kept = line.ours.memory_bytes
             cells.append("" if kept is None else f"{kept / 1e6:.2f}")
             cells += [f"{line.updates:g}"] if steps else []
-            cells.append(_interval(values.get("sdr")) + _partly(table, line) + _silent(line))
+            cells.append(_interval(values.get("sdr")) + _partly(table.seeds[base], line) + _silent(line))
             cells.append(_difference(difference, len(line.ours.seeds), line.p_holm))
             cells += [_number(values.get(k)) for k in ("sir", "sar", "forgetting")]
         if printed:
@@ -419,18 +434,22 @@ _MORE = {
 }
 
 
-def _steps_block(table: Table, lines: Sequence[Line]) -> list[str]:
+def _steps_block(table: Table, base: str) -> list[str]:
     """SDR after every task; SIR and SAR stand in the CSV file."""
     out = _header(["method", "memory", *(f"SDR after task {t}" for t in range(len(table.tasks)))])
-    for line in lines:
+    for line in table.lines[base]:
         curve = line.ours.curves.get("sdr", ()) if line.ours else ()
-        cells = [_number(v) for v in curve[:-1]] + [_interval(v) + _partly(table, line) for v in curve[-1:]]
+        cells = [_number(v) for v in curve[:-1]] + [_interval(v) + _partly(table.seeds[base], line) for v in curve[-1:]]
         out.append("| " + " | ".join([line.label, line.memory, *(cells or [""] * len(table.tasks))]) + " |")
     return out
 
 
-def _partly(table: Table, line: Line) -> str:
-    return f" ({len(line.ours.seeds)} of {len(table.seeds)} seeds)" if line.ours and line.missing else ""
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count != 1 else ''}"
+
+
+def _partly(seeds: Sequence[int], line: Line) -> str:
+    return f" ({len(line.ours.seeds)} of {_seeds(len(seeds))})" if line.ours and line.missing else ""
 
 
 def _silent(line: Line) -> str:

@@ -331,6 +331,14 @@ def test_a_sweep_from_store_to_page(tone_store, tmp_path, package, monkeypatch, 
     assert commands.run(*options, "--seeds", 2, "--out", out, "--resume") == 0
     said = capsys.readouterr().out
     assert "sweep: 2 rows, 2 cells to be run now" in said
+    page = (out / "sweep.md").read_text()
+    (out / "sweep.md").unlink()
+    assert commands.run(*options, "--seeds", 5, "--out", out, "--finished") == 0  # of five seeds two
+    assert "sweep: 2 rows, 4 cells finished" in capsys.readouterr().out
+    assert (out / "sweep.md").read_text() == page
+    assert commands.run(*options, "--out", tmp_path / "new", "--finished") == 2
+    assert "no cell of sweep is finished in" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
     cells = [json.loads(path.read_text()) for path in (out / "cells").glob("*.json")]
     assert len(cells) == 4
     assert len({json.dumps(cell["identity"]["spec"]["tasks"]) for cell in cells}) == 2
@@ -375,6 +383,8 @@ def test_a_board_is_planned_and_tuned_as_it_is_asked_for(grid, tone_store, tmp_p
     assert "steps; no cell is finished yet to tell the time by" in said
     assert commands.run(*options, "--tune", "--seeds", 1, "--out", tmp_path / "b") == 0
     assert "leaderboard: 2 candidates, 2 cells to be run now" in capsys.readouterr().out
+    assert commands.run(*options, "--finished", "--out", tmp_path / "b") == 2
+    assert "--finished runs nothing, and --plan is of running cells" in capsys.readouterr().err
     assert commands.run(*options, "--tune", "--screening", 3, "--out", tmp_path / "c") == 2
     assert "--screening 3 is of the board, and --tune makes none" in capsys.readouterr().err
     made = ["synth" if option == tone_store else option for option in options]

@@ -27,11 +27,12 @@ from avsep.errors import ConfigError, DataError, RunError
 from avsep.evaluation.budget import estimate
 from avsep.evaluation.evaluate import evaluate_run
 from avsep.registry import VISUAL_ENCODERS
-from avsep.reproduce import ResultStore, build_grid, build_tuning, load_grid_preset, run_grid, worker
+from avsep.reproduce import ResultStore, build_grid, build_table, build_tuning, load_grid_preset, run_grid, worker
 from avsep.reproduce.dataset import store_object_features
+from avsep.reproduce.grid import finished_part
 from avsep.reproduce.results import read_cell
 from avsep.reproduce.runner import InlineJob, LocalJob, SubmititLauncher, _failure, claim
-from avsep.reproduce.tables import published
+from avsep.reproduce.tables import markdown, published
 from avsep.spec import ComponentRef
 from avsep.training.learner import ContinualLearner
 from avsep.training.loop import TaskLoop
@@ -391,6 +392,46 @@ def test_results_of_elsewhere_count_as_finished(finished, reproduce, tmp_path, c
     assert steps["joint"]["sdr_after_task_1"] == steps["joint"]["sdr"]
 
 
+def test_what_is_finished_is_shown_and_nothing_is_run(finished, reproduce, tmp_path, monkeypatch, capsys):
+    """Rows and seeds of which nothing is finished are left out, on each base by itself."""
+    out = shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns("work", "*.csv", "*.md", "*.png"))
+    mark = (out / "reproduce.json").read_bytes()
+    monkeypatch.setattr("avsep.reproduce.run_grid", None)  # a grid may be at work in the folder
+    assert reproduce("table1", "table2", "--out", out, "--finished", seeds=3, base="both") == 0
+    assert rows_of(out / "table1.csv") == rows_of(finished / "table1.csv")
+    assert [r["row"] for r in rows_of(out / "table2.csv")] == ["mask+instance+class"]
+    page = (out / "table1.md").read_text()
+    assert "preset grid, 1 seed." in page
+    assert "Co-Separation" not in page
+    assert "Missing" not in page
+    assert (out / "reproduce.json").read_bytes() == mark
+    assert not (out / "work").exists()
+    assert reproduce("table1", "budget", "--out", out, "--finished") == 0
+    assert "budget: no rows finished, not written." in capsys.readouterr().out
+
+
+def test_bases_with_other_numbers_of_seeds_say_so(grid):
+    """Of two seeds iQuery has both, of one of its rows one, and Co-Separation one."""
+    keys = {
+        base: {row.name: grid.keys("table1", base, row.name) for row in rows}
+        for base, rows in grid.rows["table1"].items()
+    }
+    done = {*keys["iquery"]["finetune"], keys["iquery"]["joint"][0], keys["coseparation"]["joint"][1]}
+    part = finished_part(grid, done)
+    assert {base: [row.name for row in rows] for base, rows in part.rows["table1"].items()} == {
+        "iquery": ["finetune", "joint"],
+        "coseparation": ["joint"],
+    }
+    assert part.keys("table1", "iquery", "joint") == keys["iquery"]["joint"]  # the second is missing
+    assert part.keys("table1", "coseparation", "joint") == keys["coseparation"]["joint"][1:]
+    assert part.seeds == grid.seeds
+    assert set(part.cells) == {*done, keys["iquery"]["joint"][1]}
+    table = build_table(part, "table1", ResultStore(Path("nowhere")), data_set="tones", preset="grid")
+    assert table.seeds == {"iquery": grid.seeds, "coseparation": grid.seeds[1:]}
+    assert table.heading == "tones, preset grid, iQuery 2 seeds, Co-Separation 1 seed"
+    assert "choice of test clips and seeds, on Co-Separation choice of test clips alone" in markdown(table)
+
+
 def test_a_cell_that_fails_leaves_the_others_be(reproduce, tmp_path, monkeypatch, capsys):
     from avsep.strategies import Joint
 
@@ -705,6 +746,9 @@ def test_a_clusters_device_is_resolved_where_the_cell_runs(presets, tone_store, 
         (["tune", "--readme", "a-file"], "--readme a-file is of the tables, and tune makes none"),
         (["tune", "table1"], "tune chooses what the tables are then run with: leave table1"),
         (["table1", "--readme", "page.md"], "cannot read page.md"),
+        (["table1", "table2", "--finished"], "no cell of table1, table2 is finished in out: run them without"),
+        (["table1", "--finished", "--plan"], "--finished runs nothing, and --plan is of running cells: leave out one"),
+        (["tune", "--finished", "--jobs", "2"], "--finished runs nothing, and --jobs is of running cells"),
         (["table1", "--readme", "a-file"], "a-file has no place for table1: put the lines <!-- reproduce:table1 -->"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",

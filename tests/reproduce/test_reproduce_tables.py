@@ -29,7 +29,9 @@ def table(data_set=BENCHMARK, *, silent=0.0, both=3):
         Line("m", "method", "1 a class", ours, (7.0, 8.0, 9.0), commits=("aaa",)),
         Line("control", "plain", "1 a class", None, None, commits=("bbb", "aaa")),
     )
-    return Table("table1", "Table 1", data_set, "small", (0, 1, 2), {"iquery": lines}, "control", "fixed version 1")
+    return Table(
+        "table1", "Table 1", data_set, "small", {"iquery": (0, 1, 2)}, {"iquery": lines}, "control", "fixed version 1"
+    )
 
 
 def row(made):
@@ -64,7 +66,7 @@ def test_a_picture_shows_the_differences_beside_the_scores():
 
 
 def test_a_row_of_the_board_has_the_interval_of_its_difference():
-    found = _row(table().lines["iquery"][0], 3)
+    found = _row(table().lines["iquery"][0])
     assert (found["difference"], found["least"], found["most"]) == (1.0, 0.5, 1.5)
 
 
