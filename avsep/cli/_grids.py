@@ -304,18 +304,14 @@ def run_board(
         title=lambda table: f"{title} ({table})" if board.budgets else title,
         failed=failed,
     )
-    lead = [
-        f"{rows} rows on {data_set}, preset {Path(preset).stem}, "
-        + (
-            "what is finished of them."
-            if finished
-            else f"every row with {board.screening} seeds and the best with {board.seeds}."
-            if board.screening < board.seeds
-            else f"{board.seeds} seeds."
-        )
-    ]
+    of = tables[0].heading
+    if tables[0].screened:
+        seeds = f"every row with {board.screening} seeds and the best with {len(whole.seeds)}"
+        of = f"{data_set}, preset {Path(preset).stem}, {seeds}"
     references = [entry.name for entry in board.entries if entry.reference]
-    written = write_board(out, name, tables, whole, title=title, titles=budgets, lead=lead, references=references)
+    written = write_board(
+        out, name, tables, whole, title=title, titles=budgets, lead=[f"{rows} rows on {of}."], references=references
+    )
     output.result(
         {
             **data,
