@@ -51,12 +51,12 @@ __all__ = [
 
 
 def check_finished(finished: bool, **others: Any) -> None:
-    """Refuse ``--finished`` beside an option that is of running, or that only says something; ``others`` are by name
+    """Refuse ``--finished`` beside an option that is of running cells or shows something else; ``others`` are by name
     what was given of these."""
     from avsep.errors import ConfigError
 
     if finished and (given := next((name for name, value in others.items() if value not in (None, False)), None)):
-        raise ConfigError(f"--finished runs nothing, and --{given} is of running cells: leave out one of them")
+        raise ConfigError(f"--finished shows what is there and runs nothing: leave out it or --{given}")
 
 
 def shown_part(grid: Grid, results: ResultStore, out: Path, title: str) -> Grid:

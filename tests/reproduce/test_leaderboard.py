@@ -384,7 +384,7 @@ def test_a_board_is_planned_and_tuned_as_it_is_asked_for(grid, tone_store, tmp_p
     assert commands.run(*options, "--tune", "--seeds", 1, "--out", tmp_path / "b") == 0
     assert "leaderboard: 2 candidates, 2 cells to be run now" in capsys.readouterr().out
     assert commands.run(*options, "--finished", "--out", tmp_path / "b") == 2
-    assert "--finished runs nothing, and --plan is of running cells" in capsys.readouterr().err
+    assert "runs nothing: leave out it or --plan" in capsys.readouterr().err
     assert commands.run(*options, "--tune", "--screening", 3, "--out", tmp_path / "c") == 2
     assert "--screening 3 is of the board, and --tune makes none" in capsys.readouterr().err
     made = ["synth" if option == tone_store else option for option in options]
