@@ -132,29 +132,41 @@ def _curves(figure_class: Any, table: Table, bases: list[str]) -> Any:
 
 
 def _sizes(figure_class: Any, table: Table, bases: list[str], with_paper: bool) -> Any:
-    columns = 2 if with_paper else 1
+    columns = 3 if with_paper else 2
     figure = figure_class(figsize=(4.4 * columns + 0.6, 3.2 * len(bases) + 0.5), layout="constrained")
     panels = figure.subplots(len(bases), columns, squeeze=False)
     for base, row in zip(bases, panels, strict=True):
         with_scores = [x for x in table.lines[base] if x.ours is not None and "sdr" in x.ours.values]
-        measured = [(_size(x), x.ours.values["sdr"]) for x in with_scores if x.ours is not None]
-        sizes = [k for k, _ in measured]
-        row[0].plot(sizes, [v.mean for _, v in measured], "o-", color=_OURS, ms=4)
-        row[0].fill_between(sizes, [v.low for _, v in measured], [v.high for _, v in measured], color=_OURS, alpha=0.2)
+        sizes = [_size(x) for x in with_scores]
+        _band(row[0], [(_size(x), x.ours.values["sdr"]) for x in with_scores if x.ours is not None])
+        # what the seeds have in common is in the first panel's band, and not in this one's
+        paired = [(_size(x), x.ours.differences["sdr"]) for x in with_scores if x.ours and "sdr" in x.ours.differences]
+        row[1].axhline(0, color="0.5", lw=0.8)
+        _band(row[1], paired)
+        name, paper = _titles(base)
+        control = next((x.label for x in table.lines[base] if x.row == table.control), "")
+        titles = [name, f"less {control}, by seed and mixture"]
         if with_paper:
             printed = [(k, v[0]) for k, v in ((_number(name), v) for name, v in _printed(base).items())]
-            row[1].plot([k for k, _ in printed], [v for _, v in printed], "s-", color=_PAPER, ms=4)
-        for panel, title in zip(row, _titles(base), strict=False):
+            row[2].plot([k for k, _ in printed], [v for _, v in printed], "s-", color=_PAPER, ms=4)
+            titles.append(paper)
+        for panel, title in zip(row, titles, strict=True):
             panel.set_title(title, fontsize=9, loc="left")
             panel.set_xlabel("exemplars a class, K", fontsize=8)
-            panel.set_ylabel("SDR, dB", fontsize=8)
+            panel.set_ylabel("difference of SDR, dB" if panel is row[1] else "SDR, dB", fontsize=8)
             panel.set_xscale("log")
-            ticks = sizes if panel is row[0] else [_number(name) for name in _printed(base)]
+            ticks = [_number(name) for name in _printed(base)] if panel is row[-1] and with_paper else sizes
             panel.set_xticks(ticks, [str(k) for k in ticks])
             panel.minorticks_off()
             panel.tick_params(labelsize=8)
             panel.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _band(panel: Any, values: list[tuple[int, Any]]) -> None:
+    sizes = [k for k, _ in values]
+    panel.plot(sizes, [v.mean for _, v in values], "o-", color=_OURS, ms=4)
+    panel.fill_between(sizes, [v.low for _, v in values], [v.high for _, v in values], color=_OURS, alpha=0.2)
 
 
 def _has_memory(line: Line) -> bool:

@@ -10,7 +10,7 @@ from avsep.evaluation.comparison import Difference, Estimate, MethodResult
 from avsep.reproduce import dataset, load_grid_preset
 from avsep.reproduce.board_page import _row
 from avsep.reproduce.dataset import BENCHMARK
-from avsep.reproduce.plots import _dots
+from avsep.reproduce.plots import _dots, _sizes
 from avsep.reproduce.tables import Line, Table, _over_memory, csv_rows, markdown
 
 
@@ -79,6 +79,20 @@ def test_a_table_names_its_protocol_and_each_row_its_commits():
 def test_only_the_benchmark_is_said_to_be_other_data():
     assert "different data and sizes" in markdown(table())
     assert "different data and sizes" not in markdown(table("music21"))
+
+
+def test_a_picture_of_sizes_shows_the_differences_too():
+    figure_of = pytest.importorskip("matplotlib.figure").Figure
+    (line, _) = table().lines["iquery"]
+    least = replace(line, row="K=1", label="K = 1", ours=replace(line.ours, differences={}))
+    lines = (least, replace(line, row="K=4", label="K = 4"))
+    made = replace(table(), name="table3", lines={"iquery": lines}, control="K=1")
+    scores, differences, _paper = _sizes(figure_of, made, ["iquery"], True).axes
+    assert differences.get_title(loc="left") == "less K = 1, by seed and mixture"
+    assert [list(map(float, drawn.get_xdata())) for drawn in (scores.lines[0], differences.lines[1])] == [[1, 4], [4]]
+    assert list(differences.lines[1].get_ydata()) == [1.0]
+    assert list(differences.get_xticks()) == [1, 4]
+    assert len(_sizes(figure_of, made, ["iquery"], False).axes) == 2
 
 
 def test_sizes_of_memory_come_to_one_number():
