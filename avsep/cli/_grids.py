@@ -36,7 +36,10 @@ LauncherSettings = Annotated[
 ]
 AnyCode = Annotated[bool, typer.Option("--any-code", help="With --resume: go on though the library has changed since.")]
 Plan = Annotated[bool, typer.Option("--plan", help="Only say what would be run.")]
-Finished = Annotated[bool, typer.Option("--finished", help="Run nothing: show the cells that are finished.")]
+Finished = Annotated[
+    bool,
+    typer.Option("--finished", help="Run no cell: write the tables in --out from those that are finished so far."),
+]
 
 __all__ = [
     "device_of",
@@ -50,13 +53,20 @@ __all__ = [
 ]
 
 
-def check_finished(finished: bool, **others: Any) -> None:
-    """Refuse ``--finished`` beside an option that is of running cells or shows something else; ``others`` are by name
-    what was given of these."""
-    from avsep.errors import ConfigError
+def check_finished(finished: bool, out: Path, results: Collection[Path] | None, others: Mapping[str, Any]) -> None:
+    """Refuse ``--finished`` where there cannot be a cell, and beside options that show something else; ``others`` are
+    by name what was given of these. Those of running cells may stand in the same command."""
+    from avsep.errors import ConfigError, RunError
+    from avsep.reproduce.runner import is_grid
 
-    if finished and (given := next((name for name, value in others.items() if value not in (None, False)), None)):
-        raise ConfigError(f"--finished shows what is there and runs nothing: leave out it or --{given}")
+    if not finished:
+        return
+    if given := next((name for name, value in others.items() if value), None):
+        raise ConfigError(f"--finished writes tables of all that is finished: leave out --{given}, or --finished")
+    if not results and not is_grid(out):
+        raise RunError(
+            f"no grid was begun in {out}, so nothing is finished: give another --out, or leave out --finished"
+        )
 
 
 def shown_part(grid: Grid, results: ResultStore, out: Path, title: str) -> Grid:
@@ -66,7 +76,9 @@ def shown_part(grid: Grid, results: ResultStore, out: Path, title: str) -> Grid:
 
     part = finished_part(grid, results)
     if not part.rows:
-        raise RunError(f"no cell of {title} is finished in {out}: run them without --finished, or give --results")
+        others = results.passed_over(grid.cells.values())
+        named = f" ({len(others)} with their names are of other settings, data or version)" if others else ""
+        raise RunError(f"no cell of {title} is finished in {out}{named}: leave out --finished to run them")
     return part
 
 
@@ -226,7 +238,7 @@ def run_board(
     loaded = grid if grid is not None else load_grid_preset(board.grid)
     loaded.check_bases(bases or ())
     board.check_entries(entries or ())  # before a data set is made
-    check_finished(finished, plan=plan, jobs=jobs)
+    check_finished(finished, out, results, {"plan": plan})
     check_folder(out, resume or (finished and is_grid(out)), preset=preset, given=board, tuning=tune)
     accelerator = device_of(device, launcher)
     started = launcher_of(launcher, out, launcher_settings)
@@ -237,6 +249,7 @@ def run_board(
         whole = board_tuning(board, store, grid=loaded, bases=bases, entries=entries, seeds=most)
     else:
         whole = build_board(board, store, grid=loaded, bases=bases, entries=entries)
+    count = len(whole.cells)
     if finished and not tune:
         whole = shown_part(whole, claimed, out, name)
 
@@ -253,11 +266,11 @@ def run_board(
     part = next_cells()
     console = output.console(highlight=False, soft_wrap=True)
     rows = sum(len(of_base) for table in whole.rows.values() for of_base in table.values())
+    done = sum(key in claimed for key in whole.cells)
     console.print(
         f"{name}: {rows} {'candidates' if tune else 'rows'}, "
-        f"{sum(key in claimed for key in whole.cells) if finished else len(part.cells)} cells "
-        f"{'finished' if finished else 'to be run now'}"
-        f"{'' if tune or finished or board.screening >= board.seeds else ', and more seeds of the best then'}"
+        + (f"{done} of {count} cells finished" if finished else f"{len(part.cells)} cells to be run now")
+        + f"{'' if tune or finished or board.screening >= board.seeds else ', and more seeds of the best then'}"
     )
     notes = list(dict.fromkeys(note for notes in whole.notes.values() for note in notes))
     for note in notes:
@@ -304,14 +317,18 @@ def run_board(
         title=lambda table: f"{title} ({table})" if board.budgets else title,
         failed=failed,
     )
-    of = tables[0].heading
-    if tables[0].screened:
-        seeds = f"every row with {board.screening} seeds and the best with {len(whole.seeds)}"
-        of = f"{data_set}, preset {Path(preset).stem}, {seeds}"
+    each = f"every row with {board.screening} seeds and the best with"
+    said = {
+        table.name: f"{data_set}, preset {Path(preset).stem}, {each} {table.most_seeds}"
+        if table.screened
+        else table.heading
+        for table in tables
+    }
+    lead = [f"{rows} rows on {next(iter(said.values()))}."]
+    if len(set(said.values())) > 1:
+        lead = [f"{budgets[table]}: {text}." for table, text in said.items()]
     references = [entry.name for entry in board.entries if entry.reference]
-    written = write_board(
-        out, name, tables, whole, title=title, titles=budgets, lead=[f"{rows} rows on {of}."], references=references
-    )
+    written = write_board(out, name, tables, whole, title=title, titles=budgets, lead=lead, references=references)
     output.result(
         {
             **data,

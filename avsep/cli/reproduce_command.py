@@ -141,7 +141,7 @@ def command(
     places = [] if readme is None else places_in(readme, wanted)
     bases = None if base is None else (["iquery", "coseparation"] if base == "both" else [base])
     loaded.check_bases(bases or ())
-    check_finished(finished, plan=plan, power=power, jobs=jobs, keep=keep)
+    check_finished(finished, out, results, {"plan": plan, "power": power, "row": row})
     check_folder(out, resume or (finished and is_grid(out)), preset=preset, given=loaded, tuning=wanted == ["tune"])
     accelerator = device_of(device, launcher)
     started = launcher_of(launcher, out, launcher_settings or [])
@@ -154,23 +154,25 @@ def command(
     else:
         grid = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases, rows=row)
     claimed = ResultStore(out / "cells", results or [])
+    asked = grid
     if finished and wanted != ["tune"]:
         grid = shown_part(grid, claimed, out, ", ".join(wanted))
     part = (next_round(grid, claimed) or replace(grid, cells={})) if wanted == ["tune"] and not finished else grid
     missing = [cell for key, cell in part.cells.items() if key not in claimed]
-    count, firsts = len(grid.cells), len({c.first_key for c in missing if c.shares_first})
+    count = len(asked.cells)
+    firsts = len({c.first_key for c in missing if c.shares_first})
     todo = (
-        "all finished"
-        if not missing
-        else f"{len(missing)} of them not finished"
+        f"{sum(key in claimed for key in grid.cells)} of them finished"
         if finished
         else f"{len(missing)} to be run from {firsts} first task{'s' if firsts > 1 else ''}"
+        if missing
+        else "all finished"
     )
     console.print(f"{', '.join(wanted)}: {count} cell{'s' if count != 1 else ''}, {todo}")
-    if others := claimed.passed_over(missing):
+    if not_taken := claimed.passed_over(asked.cells.values() if finished else missing):
         console.print(
-            f"--results: {len(others)} of cells with these names not taken, being of other settings, data or version: "
-            f"{others[0].name}{', ...' if len(others) > 1 else ''}"
+            f"--results: {len(not_taken)} of cells with these names not taken, being of other settings, data or "
+            f"version: {not_taken[0].name}{', ...' if len(not_taken) > 1 else ''}"
         )
     output.detail(f"{store.path}, {len(store.clips)} clips; cells and tables in {out}, on {accelerator}")
     data: dict[str, Any] = {
@@ -179,7 +181,7 @@ def command(
         "data_set": data_set,
         "tables": wanted,
         "cells": count,
-        "not_taken": others,
+        "not_taken": not_taken,
     }
     if power is not None:
         output.result({**data, "power": _tell_power(output, grid, wanted, claimed, power)})
@@ -217,9 +219,7 @@ def command(
         chosen = tell_choices(output, grid, claimed, failed)
         output.result({**data, "choices": chosen, "failed": failures_of(grid, failed)})
         return raise_failed(grid, failed)
-    whole = grid
-    if row and not finished:
-        whole = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases)
+    whole = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases) if row else grid
     # a choice of rows adds to the tables that are there: rows finished before are shown with them
     shown = selection(whole, lambda line, keys: not row or line.name in row or any(key in claimed for key in keys))
     made: list[dict[str, Any]] = []

@@ -122,7 +122,8 @@ def write_board(
     write_text(written[0], buffer.getvalue())
     write_text(written[1], "\n".join(markdown(table) for table in tables))
     bases = {base: BASE_TITLES.get(base, base) for table in tables for base in table.lines}
-    control = next((x.label for t in tables for lines in t.lines.values() for x in lines if x.row == t.control), "")
+    labels = (x.label for t in tables for lines in t.lines.values() for x in lines if x.row == t.control)
+    control = next(labels, "the control")
     found = board_rows(tables, grid, titles, references)
     several = len({row["updates"] for row in found if row["updates"] is not None}) > 1
     data = json.dumps(found).replace("<", "\\u003c")

@@ -412,18 +412,33 @@ def selection(grid: Grid, wanted: Callable[[Row, Sequence[str]], bool]) -> Grid:
 
 
 def finished_part(grid: Grid, results: Container[str]) -> Grid:
-    """The grid with those rows, and on every base those seeds, alone that some finished cell is of. ``results`` are the
-    keys of finished cells."""
+    """The grid with those rows, and on every base those seeds, alone that some finished cell is of; its notes say what
+    is left out. ``results`` are the keys of finished cells."""
     part = selection(grid, lambda row, keys: _any_in(keys, results))
     places: dict[tuple[str, str, str], tuple[str, ...]] = {}
+    notes = {table: list(said) for table, said in grid.notes.items()}
     for table, of_base in part.rows.items():
+        gone = [BASE_TITLES.get(base, base) for base in grid.rows[table] if base not in of_base]
+        notes[table] += [f"{title} is left out, with no cell finished." for title in gone]
         for base, lines in of_base.items():
             keys = {row.name: grid.keys(table, base, row.name) for row in lines}
             begun = [_any_in(of_seed, results) for of_seed in zip(*keys.values(), strict=True)]
             places |= {(table, base, name): tuple(compress(of_row, begun)) for name, of_row in keys.items()}
+            notes[table] += _left_out(base, grid.rows[table][base], lines, len(begun), sum(begun))
     shown = {key for keys in places.values() for key in keys}
     seeds = tuple(seed for seed in grid.seeds if any(grid.cells[key].seed == seed for key in shown))
-    return replace(part, seeds=seeds, places=places, cells={k: c for k, c in grid.cells.items() if k in shown})
+    cells = {key: cell for key, cell in grid.cells.items() if key in shown}
+    return replace(part, seeds=seeds, places=places, cells=cells, notes=notes)
+
+
+def _left_out(base: str, rows: Sequence[Row], shown: Sequence[Row], seeds: int, begun: int) -> list[str]:
+    title, kept = BASE_TITLES.get(base, base), {row.name for row in shown}
+    said = []
+    if names := [row.name for row in rows if row.name not in kept]:
+        said.append(f"{title}: left out, with no cell finished: {', '.join(names)}.")
+    if begun < seeds:
+        said.append(f"{title}: {begun} of {seeds} seeds, no cell of the others is finished.")
+    return said
 
 
 def _any_in(keys: Sequence[str], results: Container[str]) -> bool:

@@ -351,10 +351,11 @@ def tables_of(
         )
         lines = {base: tuple(sorted(of_base, key=lambda line: -rank(line))) for base, of_base in table.lines.items()}
         # what is shown before the board is finished says of each row what is missing
-        screened = board.screening < len(grid.seeds) and next_round(board, grid, results, failed or ()) is None
+        own = replace(grid, rows={name: grid.rows[name]})
+        screened = board.screening < table.most_seeds and next_round(board, own, results, failed or ()) is None
         note = (
             f"All rows have {board.screening} seeds; the best {board.share:.0%} of them on validation pairs, the "
-            f"control and the references have {len(grid.seeds)}. Rows stand in the order of their difference to the "
+            f"control and the references have {table.most_seeds}. Rows stand in the order of their difference to the "
             "control."
         )
         made.append(replace(table, lines=lines, screened=screened, notes=(*table.notes, *([note] if screened else []))))

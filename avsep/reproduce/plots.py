@@ -132,28 +132,32 @@ def _curves(figure_class: Any, table: Table, bases: list[str]) -> Any:
 
 
 def _sizes(figure_class: Any, table: Table, bases: list[str], with_paper: bool) -> Any:
-    columns = 3 if with_paper else 2
+    control = next((x.label for lines in table.lines.values() for x in lines if x.row == table.control), "")
+    columns = 1 + bool(control) + with_paper
     figure = figure_class(figsize=(4.4 * columns + 0.6, 3.2 * len(bases) + 0.5), layout="constrained")
     panels = figure.subplots(len(bases), columns, squeeze=False)
     for base, row in zip(bases, panels, strict=True):
         with_scores = [x for x in table.lines[base] if x.ours is not None and "sdr" in x.ours.values]
         sizes = [_size(x) for x in with_scores]
         _band(row[0], [(_size(x), x.ours.values["sdr"]) for x in with_scores if x.ours is not None])
-        # what the seeds have in common is in the first panel's band, and not in this one's
-        paired = [(_size(x), x.ours.differences["sdr"]) for x in with_scores if x.ours and "sdr" in x.ours.differences]
-        row[1].axhline(0, color="0.5", lw=0.8)
-        _band(row[1], paired)
         name, paper = _titles(base)
-        control = next((x.label for x in table.lines[base] if x.row == table.control), "")
-        titles = [name, f"less {control}, by seed and mixture"]
+        titles = [name]
+        if control:
+            # what seeds have in common is in the first panel's band, and not in this one's
+            paired = [
+                (_size(x), x.ours.differences["sdr"]) for x in with_scores if x.ours and "sdr" in x.ours.differences
+            ]
+            row[1].axhline(0, color="0.5", lw=0.8)
+            _band(row[1], paired)
+            titles.append(f"less {control}, by seed and mixture")
         if with_paper:
             printed = [(k, v[0]) for k, v in ((_number(name), v) for name, v in _printed(base).items())]
-            row[2].plot([k for k, _ in printed], [v for _, v in printed], "s-", color=_PAPER, ms=4)
+            row[-1].plot([k for k, _ in printed], [v for _, v in printed], "s-", color=_PAPER, ms=4)
             titles.append(paper)
         for panel, title in zip(row, titles, strict=True):
             panel.set_title(title, fontsize=9, loc="left")
             panel.set_xlabel("exemplars a class, K", fontsize=8)
-            panel.set_ylabel("difference of SDR, dB" if panel is row[1] else "SDR, dB", fontsize=8)
+            panel.set_ylabel("difference of SDR, dB" if title.startswith("less ") else "SDR, dB", fontsize=8)
             panel.set_xscale("log")
             ticks = [_number(name) for name in _printed(base)] if panel is row[-1] and with_paper else sizes
             panel.set_xticks(ticks, [str(k) for k in ticks])

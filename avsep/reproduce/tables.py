@@ -116,6 +116,10 @@ class Table:
         return self.name == "figure3"
 
     @property
+    def most_seeds(self) -> int:
+        return max(map(len, self.seeds.values()), default=0)
+
+    @property
     def commits(self) -> tuple[str, ...]:
         """Of the code that made the cells."""
         return tuple(dict.fromkeys(c for lines in self.lines.values() for line in lines for c in line.commits))
@@ -127,7 +131,7 @@ class Table:
         if len(set(counts.values())) > 1:
             said = ", ".join(f"{BASE_TITLES.get(base, base)} {_seeds(count)}" for base, count in counts.items())
         else:
-            said = _seeds(max(counts.values(), default=0))
+            said = _seeds(self.most_seeds)
         return f"{self.data_set}, preset {self.preset}, {said}"
 
 

@@ -161,6 +161,12 @@ def test_rows_stand_in_the_order_of_what_pairs(grid, store, tmp_path, monkeypatc
     assert lines[2].ours.values["sdr"].mean > lines[1].ours.values["sdr"].mean  # which says nothing
     assert not any("not run" in line for line in markdown(table).splitlines())
     assert "All rows have 1 seeds; the best 1% of them on validation pairs" in markdown(table)
+    # before the control has all its seeds the table says what is missing
+    kept = {k: c for k, c in kept.items() if c.row.name != "replay" or c.seed != made.seeds[-1]}
+    results = finished(replace(made, cells=kept), tmp_path / "fewer", lambda cell: 5.0)
+    (table,) = tables_of(given, made, results, data_set="tones", preset="tiny", title=lambda name: name)
+    assert "All rows have" not in markdown(table)
+    assert f"Missing: iquery, replay, seed {made.seeds[-1]}: not run" in markdown(table)
 
 
 def test_a_changed_package_is_another_cell(grid, store, package, tmp_path, monkeypatch):
@@ -334,10 +340,12 @@ def test_a_sweep_from_store_to_page(tone_store, tmp_path, package, monkeypatch, 
     page = (out / "sweep.md").read_text()
     (out / "sweep.md").unlink()
     assert commands.run(*options, "--seeds", 5, "--out", out, "--finished") == 0  # of five seeds two
-    assert "sweep: 2 rows, 4 cells finished" in capsys.readouterr().out
-    assert (out / "sweep.md").read_text() == page
+    assert "sweep: 2 rows, 4 of 10 cells finished" in capsys.readouterr().out
+    assert (out / "sweep.md").read_text() == page.replace(
+        "\nCommit ", "\niquery: 2 of 5 seeds, no cell of the others is finished.\nCommit "
+    )
     assert commands.run(*options, "--out", tmp_path / "new", "--finished") == 2
-    assert "no cell of sweep is finished in" in capsys.readouterr().err
+    assert "no grid was begun in" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     cells = [json.loads(path.read_text()) for path in (out / "cells").glob("*.json")]
     assert len(cells) == 4
@@ -384,7 +392,7 @@ def test_a_board_is_planned_and_tuned_as_it_is_asked_for(grid, tone_store, tmp_p
     assert commands.run(*options, "--tune", "--seeds", 1, "--out", tmp_path / "b") == 0
     assert "leaderboard: 2 candidates, 2 cells to be run now" in capsys.readouterr().out
     assert commands.run(*options, "--finished", "--out", tmp_path / "b") == 2
-    assert "runs nothing: leave out it or --plan" in capsys.readouterr().err
+    assert "leave out --plan, or --finished" in capsys.readouterr().err
     assert commands.run(*options, "--tune", "--screening", 3, "--out", tmp_path / "c") == 2
     assert "--screening 3 is of the board, and --tune makes none" in capsys.readouterr().err
     made = ["synth" if option == tone_store else option for option in options]

@@ -402,12 +402,45 @@ def test_what_is_finished_is_shown_and_nothing_is_run(finished, reproduce, tmp_p
     assert [r["row"] for r in rows_of(out / "table2.csv")] == ["mask+instance+class"]
     page = (out / "table1.md").read_text()
     assert "preset grid, 1 seed." in page
-    assert "Co-Separation" not in page
+    assert "*Co-Separation*" not in page
+    assert "Co-Separation is left out, with no cell finished.\n" in page
+    assert "iQuery: left out, with no cell finished: lwf, ewc, plop, ewf, finetune+memory," in page
+    assert "iQuery: 1 of 3 seeds, no cell of the others is finished.\n" in page
     assert "Missing" not in page
     assert (out / "reproduce.json").read_bytes() == mark
     assert not (out / "work").exists()
-    assert reproduce("table1", "budget", "--out", out, "--finished") == 0
-    assert "budget: no rows finished, not written." in capsys.readouterr().out
+    capsys.readouterr()
+    page = tmp_path / "page.md"
+    page.write_text("<!-- reproduce:table1 -->\n<!-- /reproduce:table1 -->\n")
+    options = ("table1", "budget", "--out", tmp_path / "new", "--finished", "--readme", page)
+    assert reproduce(*options, "--results", finished) == 0
+    said = capsys.readouterr().out
+    assert "table1, budget: 19 cells, 3 of them finished" in said
+    assert "budget: no rows finished, not written." in said
+    assert (tmp_path / "new" / "table1.md").read_text() in page.read_text()
+    assert reproduce(*options, "--results", finished, "--json") == 0  # again, in the folder that is there now
+    made = json.loads(capsys.readouterr().out)["made"]
+    assert [(one["table"], len(one["lines"]), len(one["files"])) for one in made] == [
+        ("table1", 3, 3),
+        ("budget", 0, 0),
+    ]
+
+
+def test_nothing_is_finished(finished, reproduce, tmp_path, capsys):
+    """One line says why, and no data set is made for it."""
+    assert reproduce("budget", "--out", tmp_path / "out", "--results", finished, "--finished") == 2
+    assert "no cell of budget is finished in" in capsys.readouterr().err
+    other = shutil.copytree(finished / "cells", tmp_path / "other")
+    for file in other.iterdir():
+        file.rename(other / f"{file.stem.rpartition('-')[0]}-{'0' * 16}.json")
+    assert reproduce("table1", "--out", tmp_path / "out", "--results", other, "--finished") == 2
+    assert (
+        "(3 with their names are of other settings, data or version): leave out --finished" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+    assert run("table1", "--out", tmp_path / "out", "--finished") == 2  # of the data that would be made
+    assert "no grid was begun in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_bases_with_other_numbers_of_seeds_say_so(grid):
@@ -746,9 +779,11 @@ def test_a_clusters_device_is_resolved_where_the_cell_runs(presets, tone_store, 
         (["tune", "--readme", "a-file"], "--readme a-file is of the tables, and tune makes none"),
         (["tune", "table1"], "tune chooses what the tables are then run with: leave table1"),
         (["table1", "--readme", "page.md"], "cannot read page.md"),
-        (["table1", "table2", "--finished"], "no cell of table1, table2 is finished in out: run them without"),
-        (["table1", "--finished", "--plan"], "--finished shows what is there and runs nothing: leave out it or --plan"),
-        (["tune", "--finished", "--jobs", "2"], "runs nothing: leave out it or --jobs"),
+        (["table1", "table2", "--finished"], "no grid was begun in out, so nothing is finished: give another --out"),
+        (["tune", "--finished"], "no grid was begun in out, so nothing is finished"),
+        (["table1", "--finished", "--row", "joint"], "leave out --row, or --finished"),
+        (["table1", "--finished", "--power", "1"], "leave out --power, or --finished"),
+        (["table1", "--finished", "--plan"], "--finished writes tables of all that is finished: leave out --plan, or"),
         (["table1", "--readme", "a-file"], "a-file has no place for table1: put the lines <!-- reproduce:table1 -->"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",

@@ -93,6 +93,9 @@ def test_a_picture_of_sizes_shows_the_differences_too():
     assert list(differences.lines[1].get_ydata()) == [1.0]
     assert list(differences.get_xticks()) == [1, 4]
     assert len(_sizes(figure_of, made, ["iquery"], False).axes) == 2
+    assert (
+        len(_sizes(figure_of, replace(made, control="K=2"), ["iquery"], True).axes) == 2
+    )  # nothing to be held against
 
 
 def test_sizes_of_memory_come_to_one_number():
