@@ -166,7 +166,7 @@ def test_rows_stand_in_the_order_of_what_pairs(grid, store, tmp_path, monkeypatc
     results = finished(replace(made, cells=kept), tmp_path / "fewer", lambda cell: 5.0)
     (table,) = tables_of(given, made, results, data_set="tones", preset="tiny", title=lambda name: name)
     assert "All rows have" not in markdown(table)
-    assert f"Missing: iquery, replay, seed {made.seeds[-1]}: not run" in markdown(table)
+    assert f"Missing: iQuery, replay, seed {made.seeds[-1]}: not run" in markdown(table)
 
 
 def test_a_changed_package_is_another_cell(grid, store, package, tmp_path, monkeypatch):
