@@ -162,6 +162,8 @@ def tell_choices(
 ) -> list[dict[str, Any]]:
     """Show the scores of a tuning's candidates, and what is chosen as YAML for ``where``; returned is what ``--json``
     prints of them."""
+    import json
+
     import yaml
 
     from avsep.reproduce import choices
@@ -185,7 +187,8 @@ def tell_choices(
             chosen.setdefault(choice.base, {})[choice.row] = choice.best
         rows.append({"base": choice.base, "row": choice.row, "candidates": candidates, "chosen": choice.best})
     console.print(f"\nmean SDR on validation pairs after task {len(grid.stream) - 1}; for {where}:")
-    console.print(yaml.safe_dump(chosen, sort_keys=False).rstrip())
+    apart = json.loads(json.dumps(chosen))  # bases with equal settings share an object, which YAML would write once
+    console.print(yaml.safe_dump(apart, sort_keys=False).rstrip())
     return rows
 
 
@@ -250,8 +253,9 @@ def run_board(
     else:
         whole = build_board(board, store, grid=loaded, bases=bases, entries=entries)
     count = len(whole.cells)
-    if finished and not tune:
-        whole = shown_part(whole, claimed, out, name)
+    if finished:
+        there = shown_part(whole, claimed, out, name)
+        whole = whole if tune else there  # who chooses sees what is not run too
 
     def next_cells() -> Grid:
         if finished:

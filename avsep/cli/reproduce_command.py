@@ -155,8 +155,9 @@ def command(
         grid = build_grid(wanted, loaded, store, seeds=seeds or loaded.seeds, bases=bases, rows=row)
     claimed = ResultStore(out / "cells", results or [])
     asked = grid
-    if finished and wanted != ["tune"]:
-        grid = shown_part(grid, claimed, out, ", ".join(wanted))
+    if finished:
+        there = shown_part(grid, claimed, out, ", ".join(wanted))
+        grid = grid if wanted == ["tune"] else there  # who chooses sees what is not run too
     part = (next_round(grid, claimed) or replace(grid, cells={})) if wanted == ["tune"] and not finished else grid
     missing = [cell for key, cell in part.cells.items() if key not in claimed]
     count = len(asked.cells)

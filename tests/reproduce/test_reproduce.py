@@ -20,6 +20,8 @@ import pytest
 import torch
 import yaml
 
+from avsep.cli._grids import tell_choices
+from avsep.cli._output import Output
 from avsep.cli.reproduce_command import _again
 from avsep.data.store import Store
 from avsep.environment import arithmetic, torch_threads
@@ -33,6 +35,7 @@ from avsep.reproduce.grid import finished_part
 from avsep.reproduce.results import read_cell
 from avsep.reproduce.runner import InlineJob, LocalJob, SubmititLauncher, _failure, claim
 from avsep.reproduce.tables import markdown, published
+from avsep.reproduce.tuning import Choice
 from avsep.spec import ComponentRef
 from avsep.training.learner import ContinualLearner
 from avsep.training.loop import TaskLoop
@@ -438,6 +441,8 @@ def test_nothing_is_finished(finished, reproduce, tmp_path, capsys):
         "(3 with their names are of other settings, data or version): leave out --finished" in capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()
+    assert reproduce("tune", "--out", tmp_path / "out", "--results", finished, "--finished") == 2
+    assert "no cell of tune is finished in" in capsys.readouterr().err
     assert run("table1", "--out", tmp_path / "out", "--finished") == 2  # of the data that would be made
     assert "no grid was begun in" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -630,11 +635,27 @@ def test_tuning_chooses_by_validation_pairs_of_two_tasks(reproduce, presets, ton
         f"  weight_mask {value}: {score:.2f} dB (1 seed){f', {mark}' if mark else ''}"
         for value, score, mark in zip(("0.1", "3"), (mild, strong), marks, strict=True)
     ]
-    assert "\n".join(["iquery, lwf", *lines, "iquery, avcil+memory"]) in said.out
+    assert "\n".join(["iquery, lwf", *lines, ""]) in said.out
     chosen = yaml.safe_load(said.out.partition("bases:")[2])
     best = {"lwf": {"weight_mask": 0.1 if mild >= strong else 3.0}, "avcil+memory": {"weight_class": 1.0}}
     assert chosen == {"iquery": best}
     assert all(cell["final"]["sdr"] is None and not cell["scores"]["after"] for cell in cells.values())
+    assert reproduce("tune", "--out", tmp_path / "tune", "--finished") == 0  # what was told then, and nothing is run
+    again = capsys.readouterr().out
+    assert "tune: 3 cells, 3 of them finished" in again
+    assert again.partition("bases:")[2] == said.out.partition("bases:")[2]
+
+
+def test_what_is_chosen_is_written_for_each_base(monkeypatch, grid, capsys):
+    """Equal settings of two bases too, not as a reference from one to the other."""
+    best = {"weight_mask": 0.1}
+    made = [Choice(base, "lwf", ((best, 5.0, 5),), best, (0,)) for base in ("iquery", "coseparation")]
+    monkeypatch.setattr("avsep.reproduce.choices", lambda *_: made)
+    output = Output()
+    tell_choices(output, grid, ResultStore(Path("nowhere")), ())
+    text = capsys.readouterr().out.partition("bases:\n")[2]
+    assert "&" not in text
+    assert yaml.safe_load(text) == {"iquery": {"lwf": best}, "coseparation": {"lwf": best}}
 
 
 def test_jobs_of_submitit(reproduce, finished, tmp_path, monkeypatch, one_thread):
