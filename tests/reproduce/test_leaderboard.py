@@ -342,7 +342,7 @@ def test_a_sweep_from_store_to_page(tone_store, tmp_path, package, monkeypatch, 
     assert commands.run(*options, "--seeds", 5, "--out", out, "--finished") == 0  # of five seeds two
     assert "sweep: 2 rows, 4 of 10 cells finished" in capsys.readouterr().out
     assert (out / "sweep.md").read_text() == page.replace(
-        "\nCommit ", "\niquery: 2 of 5 seeds, no cell of the others is finished.\nCommit "
+        "\nCommit ", "\ntiny: 2 of 5 seeds, no cell of the others is finished.\nCommit "
     )
     assert commands.run(*options, "--out", tmp_path / "new", "--finished") == 2
     assert "no grid was begun in" in capsys.readouterr().err
