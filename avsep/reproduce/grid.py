@@ -426,8 +426,8 @@ def finished_part(grid: Grid, results: Container[str]) -> Grid:
             places |= {(table, base, name): tuple(compress(of_row, begun)) for name, of_row in keys.items()}
             notes[table] += _left_out(base, grid.rows[table][base], lines, len(begun), sum(begun))
     shown = {key for keys in places.values() for key in keys}
-    seeds = tuple(seed for seed in grid.seeds if any(grid.cells[key].seed == seed for key in shown))
     cells = {key: cell for key, cell in grid.cells.items() if key in shown}
+    seeds = tuple(seed for seed in grid.seeds if seed in {cell.seed for cell in cells.values()})
     return replace(part, seeds=seeds, places=places, cells=cells, notes=notes)
 
 
