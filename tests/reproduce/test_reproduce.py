@@ -398,6 +398,8 @@ def test_results_of_elsewhere_count_as_finished(finished, reproduce, tmp_path, c
 def test_what_is_finished_is_shown_and_nothing_is_run(finished, reproduce, tmp_path, monkeypatch, capsys):
     """Rows and seeds of which nothing is finished are left out, on each base by itself."""
     out = shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns("work", "*.csv", "*.md", "*.png"))
+    made_by = json.loads((out / "reproduce.json").read_text()) | {"code": "of another version"}
+    (out / "reproduce.json").write_text(json.dumps(made_by))  # which could not go on with it
     mark = (out / "reproduce.json").read_bytes()
     monkeypatch.setattr("avsep.reproduce.run_grid", None)  # a grid may be at work in the folder
     assert reproduce("table1", "table2", "--out", out, "--finished", seeds=3, base="both") == 0
