@@ -166,10 +166,17 @@ LEVELS = """() => meters.map((meter) => {
 })"""
 
 
-def heard(page) -> list[bool]:
-    """Which of the recording, the two sources and the residual sound."""
-    page.wait_for_timeout(250)
-    return [level > 1e-3 for level in page.evaluate(LEVELS)]
+def wait_for_sound(page, *heard: bool) -> None:
+    """Until of the recording, the two sources and the residual these sound, and the others do not."""
+    page.wait_for_function(
+        f"(heard) => ({LEVELS})().every((level, n) => level > 1e-3 === heard[n])", arg=list(heard), timeout=20_000
+    )
+
+
+def open_editor(page) -> None:
+    """Open the boxes' part. A browser tells the page of it a moment later, and only then are there boxes to focus."""
+    page.click("#editor summary")
+    page.locator(".box").first.wait_for()
 
 
 def test_tracks_play_in_step_and_can_be_muted_and_heard_alone(chrome, place):
@@ -178,23 +185,22 @@ def test_tracks_play_in_step_and_can_be_muted_and_heard_alone(chrome, place):
         page.evaluate(LISTEN)
         page.keyboard.press("Space")
         page.wait_for_selector('#play:has-text("Pause")')
-        page.wait_for_timeout(400)
-        assert heard(page) == [False, True, True, True]
+        wait_for_sound(page, False, True, True, True)
         page.click('button[aria-label="Mute: electric bass"]')
-        assert heard(page) == [False, False, True, True]
+        wait_for_sound(page, False, False, True, True)
         solo = page.locator('button[aria-label="Solo: electric bass"]')
         solo.press("Enter")
         assert solo.get_attribute("aria-pressed") == "true"
-        assert heard(page) == [False, True, False, False]
+        wait_for_sound(page, False, True, False, False)
         assert page.locator(".track.off").count() == 2
         solo.press("Enter")
         page.click('button[aria-label="Hear it: The recording"]')
-        assert heard(page) == [True, False, False, False]
+        wait_for_sound(page, True, False, False, False)
         starts = page.evaluate("starts")
         assert all(len(set(starts[k : k + 4])) == 1 for k in range(0, len(starts), 4))  # to the sample
         page.evaluate("document.querySelector('#seek').value = '1'")
         page.locator("#seek").dispatch_event("input")
-        page.wait_for_timeout(500)
+        page.wait_for_function("document.querySelector('#seek').value > 1.1")
         time, video = page.evaluate(
             "[+document.querySelector('#seek').value, document.querySelector('video').currentTime]"
         )
@@ -240,7 +246,7 @@ def test_boxes_are_corrected_and_saved_as_avsep_reads_them(chrome, place):
     with opened_page(chrome, (place / "duet_separated.html").as_uri(), ready=False) as page:
         page.wait_for_selector("#transport:not([hidden])")
         assert not page.locator(".box").first.is_visible()
-        page.click("#editor summary")
+        open_editor(page)
         box = page.locator(".box").first
         box.focus()
         page.keyboard.press("Shift+ArrowLeft")  # at the beginning
@@ -297,7 +303,7 @@ def test_nothing_is_cut_at_the_side(chrome, place, scheme):
         options = {"viewport": {"width": width, "height": 844}, "color_scheme": scheme}
         with opened_page(chrome, (place / "duet_separated.html").as_uri(), ready=False, **options) as page:
             page.wait_for_selector("#transport:not([hidden])")
-            page.click("#editor summary")
+            open_editor(page)
             assert page.evaluate(SIDEWAYS) == []
 
 
