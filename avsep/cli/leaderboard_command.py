@@ -41,6 +41,10 @@ def command(
     entry: Annotated[
         list[str] | None, typer.Option("--entry", help="Only this entry and the control (repeatable) [default: all].")
     ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option("--control", help="The entry that differences are to [default: the preset's]."),
+    ] = None,
     budget: Annotated[
         list[str] | None, typer.Option("--budget", help="Only this budget (repeatable) [default: the preset's].")
     ] = None,
@@ -80,20 +84,25 @@ def command(
     from avsep.reproduce.leaderboard import load_board_preset, load_package
 
     output = Output(json=json, quiet=quiet, verbose=verbose)
-    if tune and screening is not None:
-        raise ConfigError(f"--screening {screening} is of the board, and --tune makes none: leave it out")
+    if tune:
+        for option, value in (("screening", screening), ("control", control)):
+            if value is not None:
+                raise ConfigError(f"--{option} {value} is of the board, and --tune makes none: leave it out")
     board = load_board_preset(preset)
     known = {one.name for one in board.entries}
     more = tuple(one for name in package or () for one in load_package(name) if one.name not in known)
     changes: dict[str, Any] = {"entries": (*board.entries, *more)}
-    changes |= {k: v for k, v in (("screening", screening), ("seeds", None if tune else seeds)) if v is not None}
+    given = {"screening": screening, "seeds": None if tune else seeds, "control": control}
+    changes |= {name: value for name, value in given.items() if value is not None}
     for name in budget or ():
         if name not in board.budgets:
             raise UnknownNameError(f"no budget named '{name}': {near_matches(name, board.budgets)}")
     if budget:
         changes["budgets"] = {name: size for name, size in board.budgets.items() if name in budget}
+    board = board.model_copy(update=changes)
+    board.check()
     run_board(
-        board.model_copy(update=changes),
+        board,
         output,
         grid=None,
         dataset=dataset,

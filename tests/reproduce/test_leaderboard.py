@@ -400,4 +400,15 @@ def test_a_board_is_planned_and_tuned_as_it_is_asked_for(grid, tone_store, tmp_p
     assert "no entry named 'lfw': did you mean 'lwf'" in capsys.readouterr().err
     assert commands.run(*options, "--budget", "smal", "--out", tmp_path / "d") == 2
     assert "no budget named 'smal': did you mean 'small'" in capsys.readouterr().err
+    assert commands.run(*made, "--control", "lfw", "--out", tmp_path / "d") == 2
+    assert "no entry named 'lfw' to compare with: did you mean 'lwf'" in capsys.readouterr().err
+    assert commands.run(*options, "--tune", "--control", "lwf", "--out", tmp_path / "d") == 2
+    assert "--control lwf is of the board, and --tune makes none" in capsys.readouterr().err
+    assert (
+        commands.run(*options, "--entry", "ewc", "--control", "lwf", "--budget", "small", "--out", tmp_path / "d") == 0
+    )
+    said = capsys.readouterr().out
+    assert "leaderboard: 2 rows, 4 cells to be run now" in said
+    assert "iquery-lwf-s1234: about 6 steps" in said
+    assert "replay" not in said
     assert not [name for name in "abcd" if (tmp_path / name).exists()]
