@@ -991,7 +991,8 @@ def test_a_bundle_outlives_the_tasks_after_it(tone_store, tmp_path, monkeypatch)
     opened = open_bundle(bundle.path)
     inputs, outputs = opened.golden(opened.graph())
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    visual = VisualFeatures(object=tensors["object_features"], motion=tensors["motion_features"])
+    seen = {name: tensors[name] for name in ("seen", "motion_seen")}
+    visual = VisualFeatures(object=tensors["object_features"], motion=tensors["motion_features"], **seen)
     with torch.inference_mode():
         now = load_separator(run, 0).eval().separate(tensors["mixture"], visual, tensors["class_ids"])
     np.testing.assert_allclose(outputs["sources"], now.numpy(), atol=1e-5)

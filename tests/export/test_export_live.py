@@ -546,9 +546,32 @@ def test_what_is_heard_is_chosen_while_it_sounds(chrome, address, tmp_path):
 
 @pytest.mark.slow
 def test_a_microphone_that_is_refused_is_told_in_a_line(address, chrome):
-    with browser(beside=chrome) as other, opened_page(other, address) as page:
-        page.click("#mic")
-        page.click("#listen")
-        page.wait_for_selector("#alert:not([hidden])")
-        assert "was not allowed" in page.inner_text("#alert")
-        assert page.locator("#live").is_hidden()
+    """Refused by the browser itself, which would first say of a machine without a microphone that there is none."""
+    device = "--use-fake-device-for-media-stream"
+    with browser(device, beside=chrome) as other, opened_page(other, address) as page:
+        alert = listen_in_vain(page)
+    assert "was not allowed" in alert
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("NotFoundError", "No microphone is there: connect one."),
+        ("NotReadableError", "cannot be opened (it is in use)"),
+    ],
+)
+def test_a_microphone_that_cannot_be_had_is_told_in_a_line(error, said, address, chrome):
+    """As a browser reports what this machine cannot be brought into."""
+    gone = f"navigator.mediaDevices.getUserMedia = async () => {{ throw new DOMException('it is in use', '{error}'); }}"
+    with opened_page(chrome, address, before=gone) as page:
+        alert = listen_in_vain(page)
+    assert said in alert
+
+
+def listen_in_vain(page) -> str:
+    """What a page says that should listen to a microphone and cannot."""
+    page.click("#mic")
+    page.click("#listen")
+    page.wait_for_selector("#alert:not([hidden])")
+    assert page.locator("#live").is_hidden()
+    return page.inner_text("#alert")
