@@ -169,7 +169,9 @@ LEVELS = """() => meters.map((meter) => {
 def wait_for_sound(page, *heard: bool) -> None:
     """Until of the recording, the two sources and the residual these sound, and the others do not."""
     page.wait_for_function(
-        f"(heard) => ({LEVELS})().every((level, n) => level > 1e-3 === heard[n])", arg=list(heard), timeout=20_000
+        f"(heard) => {{ const levels = ({LEVELS})(); return heard.every((one, n) => levels[n] > 1e-3 === one); }}",
+        arg=list(heard),
+        timeout=20_000,
     )
 
 
