@@ -21,8 +21,8 @@ pigeonhole bootstrap, Annals of Applied Statistics 1(2), 2007; on the wide side,
 not known, mixtures are drawn within their lists.
 
 Three seeds are too few to resample: in one of 27 resamples it is the lowest alone. Of S seeds with the standard
-deviation s, each resample adds s / sqrt(S) times a draw of Student's t with S - 1 degrees of freedom, as the mean of
-few normal numbers differs from its expectation. Differences are paired by seed and mixture. With one seed the interval
+deviation s, to each resample is added s / sqrt(S) times Student's t with S - 1 degrees of freedom, as the mean of few
+normal numbers differs from its expectation. Differences are paired by seed and mixture. With one seed the interval
 covers the choice of test clips alone. Where every seed has a class order of its own (``orders=True``), what the order
 changes is in the seeds' deviation: an interval then covers it too.
 """
@@ -76,6 +76,8 @@ __all__ = [
 _Array = NDArray[np.float64]
 _Clips = Mapping[tuple[str, int], tuple[tuple[str, str], ...]]
 _COLUMNS = ("list", "mixture", "task", "status", "degenerate", "ill_conditioned", *METRICS)
+_KNOTS = 500
+_HALVINGS = 40
 _COUNTS = ("scored", "skipped", "silent_estimates", "degenerate")
 _IDENTITY = ("protocol", "protocol_version", "protocol_hash", "store_hash", "tasks")
 
@@ -373,18 +375,15 @@ def compare(
         measured = measure(drawn)
         for key, parts in resampled.items():
             parts.append(measured[key].mean(axis=1))
-    of_seeds = {count: _seed_draws(count, resamples, seed + 1) for count in {len(value) for value in points.values()}}
 
     def estimates(name: str, what: str, kind: type[_E]) -> dict[str, _E]:
         made = {}
         for (owner, part, key), value in points.items():
             if (owner, part) == (name, what):
-                drawn = np.concatenate(resampled[owner, part, key])
-                if len(value) > 1:
-                    drawn = drawn + of_seeds[len(value)] * value.std(ddof=1)
-                interval = percentile_interval(float(value.mean()), drawn, confidence)
-                more = {"p": _p_value(drawn)} if issubclass(kind, Difference) else {}
-                made[key] = kind(**vars(interval), per_seed=tuple(value.tolist()), **more)
+                spread = _Spread(np.concatenate(resampled[owner, part, key]), value)
+                low, high = spread.interval(confidence)
+                more = {"p": spread.p_value()} if issubclass(kind, Difference) else {}
+                made[key] = kind(float(value.mean()), low, high, per_seed=tuple(value.tolist()), **more)
         return made
 
     def result(name: str, members: Sequence[Cell]) -> MethodResult:
@@ -439,11 +438,70 @@ def _layouts(cells: Sequence[Cell]) -> dict[str, _Layout]:
     return {key: _Layout(evaluation) for key, evaluation in largest.items()}
 
 
-def _p_value(drawn: _Array) -> float:
-    """Twice the smaller share of the draws on one side of zero; never below one draw."""
-    known = drawn[np.isfinite(drawn)]
-    beyond = min(int(np.count_nonzero(known <= 0)), int(np.count_nonzero(known >= 0)))
-    return float(min(1.0, 2 * max(beyond, 1) / max(len(known), 1)))
+class _Spread:
+    """What a mean over seeds may be: by the choice of clips, ``drawn`` [r] of its resamples, and by that of seeds,
+    ``of_seeds`` [s], whose part is Student's t.
+
+    The part of the seeds is integrated and not drawn: the probability of being below x is the mean over the resamples
+    of that of a t. So small probabilities are not those of a few draws, of which Holm's correction of many differences
+    would be made, and a difference taken the other way round has the same numbers.
+    """
+
+    def __init__(self, drawn: _Array, of_seeds: _Array) -> None:
+        self.drawn = drawn[np.isfinite(drawn)]
+        self.freedom = len(of_seeds) - 1
+        self.width = float(of_seeds.std(ddof=1)) / math.sqrt(len(of_seeds)) if self.freedom else 0.0
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        tail = (1 - confidence) / 2
+        if not len(self.drawn):
+            return math.nan, math.nan
+        if not self.width:
+            alone = percentile_interval(math.nan, self.drawn, confidence)
+            return alone.low, alone.high
+        at = (np.arange(_KNOTS) + 0.5) / _KNOTS  # all resamples would move an end by a thousandth of the interval
+        knots = np.quantile(self.drawn, at) if len(self.drawn) > _KNOTS else self.drawn
+        sought = np.array([[tail], [1 - tail]])
+        reach = self.width
+        while self._below(knots.min() - reach, knots) > tail or self._below(knots.max() + reach, knots) < 1 - tail:
+            reach *= 2
+        low, high = np.full((2, 1), knots.min() - reach), np.full((2, 1), knots.max() + reach)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            under = self._below(middle, knots) < sought
+            low, high = np.where(under, middle, low), np.where(under, high, middle)
+        ends = (low + high) / 2
+        return float(ends[0, 0]), float(ends[1, 0])
+
+    def p_value(self) -> float:
+        """Twice the smaller probability of a side of zero; never below one resample."""
+        if not len(self.drawn):
+            return 1.0
+        if self.width:
+            below = float(self._below(0.0, self.drawn))
+            beyond = min(below, 1 - below)
+        else:
+            beyond = min(float(np.mean(self.drawn <= 0)), float(np.mean(self.drawn >= 0)))
+        return float(min(1.0, 2 * max(beyond, 1 / len(self.drawn))))
+
+    def _below(self, x: float | _Array, drawn: _Array) -> _Array:
+        below = _student((x - drawn) / self.width, self.freedom).mean(axis=-1, keepdims=np.ndim(x) > 0)
+        return np.asarray(below, dtype=np.float64)
+
+
+def _student(x: _Array, freedom: int) -> _Array:
+    """The distribution function of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun,
+    Handbook of Mathematical Functions, 26.7.3 and 26.7.4)."""
+    angle = np.arctan(x / math.sqrt(freedom))
+    cosine = np.cos(angle)
+    odd = freedom % 2
+    term = cosine if odd else np.ones_like(cosine)
+    total = np.zeros_like(cosine) if freedom == 1 else term
+    for k in range(1 + odd, freedom - 1, 2):
+        term = term * cosine**2 * (k / (k + 1))
+        total = total + term
+    inside = np.sin(angle) * total
+    return np.asarray(0.5 + (angle + inside) / math.pi if odd else 0.5 + inside / 2)
 
 
 def _size(evaluation: Mapping[str, Any]) -> int:
@@ -484,14 +542,6 @@ def clips_of_protocol(protocol: Protocol) -> dict[tuple[str, int], tuple[tuple[s
         for task in range(len(protocol.tasks))
         for number, mixture in enumerate(protocol.at(task))
     }
-
-
-def _seed_draws(seeds: int, resamples: int, seed: int) -> _Array:
-    """What the mean of ``seeds`` normal numbers may be off by, in units of their standard deviation, [resamples]."""
-    if seeds < 2:
-        return np.zeros(resamples)
-    drawn = np.random.Generator(np.random.Philox(seed)).standard_t(seeds - 1, size=resamples)
-    return np.asarray(drawn / math.sqrt(seeds), dtype=np.float64)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from avsep.errors import RunError, UnknownNameError
-from avsep.evaluation.comparison import Cell, compact_evaluation, compare, holm
+from avsep.evaluation.comparison import Cell, _Spread, _student, compact_evaluation, compare, holm
 from avsep.evaluation.continual import continual_scores, paired_bootstrap
 from avsep.evaluation.evaluate import METRICS, interference_matrix, task_matrix
 from support.evaluations import FEW, TASKS, cells, evaluation, noise
@@ -159,6 +159,49 @@ def test_differences_are_paired_by_seed_and_mixture():
     assert result.as_dict()["methods"][1]["differences"]["average"]["significant"] is True
     with pytest.raises(UnknownNameError, match="no method 'bettr' to compare with: did you mean 'better'"):
         compare(runs, baseline="bettr")
+
+
+def test_a_difference_taken_the_other_way_round_is_mirrored():
+    """Else a method could be told from another, and that one not from it."""
+    rng = np.random.default_rng(3)
+    runs = []
+    for n, level in enumerate(rng.standard_normal(8).tolist()):
+        wobble = rng.standard_normal(100).tolist()
+        scores = evaluation(lambda t, j, key, x=level, w=wobble: x + w[9 * t + 3 * j + key[1]], per_task=4, steps=2)
+        runs.append(Cell(("a", "b")[n // 4], n % 4, scores))
+    one, other = (compare(runs, baseline=name, resamples=FEW) for name in "ab")
+    for key, there in one["b"].differences.items():
+        back = other["a"].differences[key]
+        assert (back.mean, back.low, back.high) == pytest.approx((-there.mean, -there.high, -there.low), abs=1e-9)
+        assert back.p == pytest.approx(there.p)
+    assert one["b"].differences["sdr"].high > one["b"].differences["sdr"].low
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 29])
+def test_students_t(freedom):
+    stats = pytest.importorskip("scipy.stats")
+    x = np.linspace(-60, 60, 1001)
+    np.testing.assert_allclose(_student(x, freedom), stats.t.cdf(x, freedom), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 6])
+def test_what_seeds_add_is_as_if_very_much_were_drawn(seeds):
+    """The interval and p value of resamples of clips with a draw of t for every one, many times over."""
+    rng = np.random.default_rng(seeds)
+    drawn, of_seeds = rng.normal(0.4, 0.2, 2000), rng.normal(0.4, 0.3, seeds)
+    spread = _Spread(drawn, of_seeds)
+    width = of_seeds.std(ddof=1) / np.sqrt(seeds)
+    many = np.concatenate([drawn + width * rng.standard_t(seeds - 1, drawn.shape) for _ in range(500)])
+    low, high = np.quantile(many, [0.025, 0.975])
+    assert spread.interval(0.95) == pytest.approx((low, high), abs=0.02 * (high - low))
+    assert spread.p_value() == pytest.approx(2 * min(np.mean(many < 0), np.mean(many > 0)), rel=0.03)
+
+
+def test_a_p_value_is_never_below_that_of_one_resample():
+    assert _Spread(np.full(100, 2.0), np.array([2.0, 2.0, 2.0001])).p_value() == pytest.approx(0.02)
+    assert _Spread(np.full(100, 2.0), np.array([2.0])).p_value() == pytest.approx(0.02)
+    assert _Spread(np.full(100, np.nan), np.array([2.0, 3.0])).p_value() == 1.0
+    assert np.isnan(_Spread(np.full(100, np.nan), np.array([2.0, 3.0])).interval(0.95)).all()
 
 
 def test_a_difference_is_over_the_seeds_both_have():
