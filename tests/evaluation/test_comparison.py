@@ -197,6 +197,18 @@ def test_what_seeds_add_is_as_if_very_much_were_drawn(seeds):
     assert spread.p_value() == pytest.approx(2 * min(np.mean(many < 0), np.mean(many > 0)), rel=0.03)
 
 
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_outside_an_interval_lie_the_tails(seeds):
+    """A resample in which nothing could be scored is left out."""
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(seeds)
+    drawn, of_seeds = rng.normal(3, 2, 300), rng.normal(3, 1, seeds)
+    width = of_seeds.std(ddof=1) / np.sqrt(seeds)
+    low, high = _Spread(np.append(drawn, np.nan), of_seeds).interval(0.9)
+    assert stats.t.cdf((low - drawn) / width, seeds - 1).mean() == pytest.approx(0.05, abs=1e-9)
+    assert stats.t.sf((high - drawn) / width, seeds - 1).mean() == pytest.approx(0.05, abs=1e-9)
+
+
 def test_a_p_value_is_never_below_that_of_one_resample():
     assert _Spread(np.full(100, 2.0), np.array([2.0, 2.0, 2.0001])).p_value() == pytest.approx(0.02)
     assert _Spread(np.full(100, 2.0), np.array([2.0])).p_value() == pytest.approx(0.02)
