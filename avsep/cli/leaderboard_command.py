@@ -43,7 +43,9 @@ def command(
     ] = None,
     control: Annotated[
         str | None,
-        typer.Option("--control", help="The entry that differences are to [default: the preset's]."),
+        typer.Option(
+            "--control", help="The entry that differences are to, in all of --out's tables [default: the preset's]."
+        ),
     ] = None,
     budget: Annotated[
         list[str] | None, typer.Option("--budget", help="Only this budget (repeatable) [default: the preset's].")

@@ -256,6 +256,31 @@ def test_hypotheses_of_a_board_are_said_with_what_was_found(grid, store, tmp_pat
         build_board(board(hypotheses=[wrong]), store, grid=grid)
 
 
+def test_differences_are_to_the_control_that_is_asked_for(grid, store, tone_store, tmp_path, capsys):
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid.model_dump(mode="json", exclude_defaults=True)))
+    data = {
+        "entries": ENTRIES[:3],
+        "control": "replay",
+        "grid": str(tmp_path / "grid.yaml"),
+        "screening": 2,
+        "seeds": 2,
+    }
+    (tmp_path / "board.yaml").write_text(yaml.safe_dump(data))
+    made = build_board(load_board_preset(str(tmp_path / "board.yaml")), store, grid=grid)
+    level = {"lwf": 6.0, "none": 5.5, "replay": 5.0}
+    finished(made, tmp_path / "cells", lambda cell: level[cell.row.name])
+    options = ["leaderboard", "--preset", tmp_path / "board.yaml", "--dataset", tone_store, "--device", "cpu"]
+    options += ["--finished", "--results", tmp_path / "cells"]
+    assert commands.run(*options, "--out", tmp_path / "usual") == 0
+    assert commands.run(*options, "--control", "lwf", "--out", tmp_path / "other") == 0
+    usual, other = ((tmp_path / name / "leaderboard.md").read_text() for name in ("usual", "other"))
+    assert "SDR less that of replay" in usual
+    assert "SDR less that of LwF" in other
+    assert "| LwF | crops, class balanced | 0.00 | 6.00 [6.00, 6.00] | +1.00 [1.00, 1.00]** |" in usual
+    assert "| replay | crops, class balanced | 0.00 | 5.00 [5.00, 5.00] | -1.00 [-1.00, -1.00]** |" in other
+    assert "told from LwF" in (tmp_path / "other" / "leaderboard.html").read_text()
+
+
 def test_hypotheses_stand_in_the_docs_as_they_are_tested():
     page = (ROOT / "docs" / "hypotheses.md").read_text(encoding="utf-8")
     found = [one for name in list_board_presets() for one in load_board_preset(name).hypotheses]
