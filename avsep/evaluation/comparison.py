@@ -496,7 +496,8 @@ class _Spread:
 
 def _student(x: _Array, freedom: int) -> _Array:
     """The distribution function of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun,
-    Handbook of Mathematical Functions, 26.7.3 and 26.7.4)."""
+    Handbook of Mathematical Functions, 26.7.3 and 26.7.4). SciPy's, against which it is tested, is not among the
+    packages that a comparison needs."""
     angle = np.arctan(x / math.sqrt(freedom))
     cosine = np.cos(angle)
     odd = freedom % 2

@@ -154,10 +154,15 @@ def build_table(
     failed = failed or {}
     printed = published().get(_PAPER_TABLE.get(name, name), {})
     lines: dict[str, tuple[Line, ...]] = {}
+    alone = []
     clips = {stream.protocol.hash: clips_of_protocol(stream.protocol) for stream in grid.streams.values()}
     for base, rows in grid.rows[name].items():
         found, missing = cells_beside(grid, name, base, results, failed)
         comparison = _compared(found, control, clips, resamples)
+        if found and control not in found and name != "figure3":
+            alone.append(
+                f"{BASE_TITLES.get(base, base)}: no differences, as no cell of the control, {control}, is there."
+            )
         made = []
         tested = {
             row.name: comparison[row.name].differences["sdr"].p
@@ -192,6 +197,7 @@ def build_table(
         protocol=f"{grid.stream.protocol.name} version {grid.stream.protocol.version}",
         notes=(
             *grid.notes.get(name, ()),
+            *alone,
             *(_over_memory(lines) if name in ("table3", "figure4") else ()),
             *_found(grid, name, HYPOTHESES if name == CROSSSDC else hypotheses, results, clips, resamples),
         ),

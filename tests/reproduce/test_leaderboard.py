@@ -279,6 +279,13 @@ def test_differences_are_to_the_control_that_is_asked_for(grid, store, tone_stor
     assert "| LwF | crops, class balanced | 0.00 | 6.00 [6.00, 6.00] | +1.00 [1.00, 1.00]** |" in usual
     assert "| replay | crops, class balanced | 0.00 | 5.00 [5.00, 5.00] | -1.00 [-1.00, -1.00]** |" in other
     assert "told from LwF" in (tmp_path / "other" / "leaderboard.html").read_text()
+    assert "no differences" not in usual + other
+    for file in (tmp_path / "cells").glob("*-lwf-*.json"):
+        file.unlink()
+    assert commands.run(*options, "--control", "lwf", "--out", tmp_path / "none") == 0
+    said = (tmp_path / "none" / "leaderboard.md").read_text()
+    assert "iQuery: no differences, as no cell of the control, lwf, is there.\n" in said
+    assert "SDR less that of" not in said
 
 
 def test_hypotheses_stand_in_the_docs_as_they_are_tested():
